@@ -1,5 +1,5 @@
 // The statistics of a strip, x [N, D] against y [M, D]: for each row and each column of its base-2
-// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles; of matched pairs
+// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles; of MatchedPairs
 // (pairs.h) over the logits that are seen, and the sum and count of the positives' logits.
 //
 // The parallel tasks are chunks of rows by chunks of columns; their partial statistics, at most
@@ -33,7 +33,7 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
   }
 }
 
-// [count] each; the positives' of matched pairs only.
+// [count] each; the positives' of MatchedPairs only.
 struct SideStatistics {
   at::Tensor max, sum, positives, count;
 };

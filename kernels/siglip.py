@@ -1,4 +1,4 @@
-"""The sigmoid loss over tiles of the logits: what ops/strips.py calls.
+"""The sigmoid loss over tiles of the logits: what ops/fused_losses.py calls.
 
 z_ij = scale x_i.y_j + bias. A pair's loss is softplus(z), or softplus(-z) if it is positive
 (j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics of whole
@@ -144,7 +144,7 @@ def sigmoid_loss(
     key_ids: Tensor | None = None,
     same_positive: bool = True,
 ) -> SigmoidLoss:
-    """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
+    """The strip x [N, D] against y [M, D], as in ops/fused_losses.py; ids as in ops/pairs.py."""
     config = launch.choose("sigmoid", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk

@@ -85,7 +85,7 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows():
         env=os.environ | {"PROTOCLIP_REHEARSE": "1", "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert "info_nce" in told and "protoclip::contrastive_bwd" in told
+    assert "info_nce" in told and "protoclip::info_nce_bwd" in told
     assert "expected a CUDA device, got none" in told
     assert "1 candidates compiled in" in told
     assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", told)
@@ -137,7 +137,7 @@ def test_a_sweep_without_a_candidate_says_so(capsys):
     assert "dx: wrong" in told.err
 
 
-@pytest.mark.parametrize("kernel", ["forward", "gradient", "sigmoid"])
+@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient", "sigmoid"])
 def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(monkeypatch, kernel):
     """Two would not fit, and the candidate would be dropped before it is timed."""
     from protoclip.kernels import launch

@@ -23,7 +23,13 @@ def _python(*arguments: str) -> str:
 
 
 K_MEANS = "sm_90 clusters fp32 128"
-SPILL_NOTHING = {"forward", "gradient", "sigmoid", "matched_forward", "matched_gradient"}
+SPILL_NOTHING = {
+    "info_nce_forward",
+    "info_nce_gradient",
+    "sigmoid",
+    "contrastive_forward",
+    "contrastive_gradient",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def costs():
     """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others; all
     forms and types take minutes."""
     forms = "large", "gradients", "ids", "all", "soft", "own", "128", "256"
-    others = [*(f"sm_{arch} sigmoid ids" for arch in (80, 89, 100)), "sm_100 matched all bf16"]
+    others = [*(f"sm_{arch} sigmoid ids" for arch in (80, 89, 100)), "sm_100 contrastive all bf16"]
     return json.loads(
         _python("-m", REPORT, "--json", *(f"sm_90 bf16 {f}" for f in forms), *others, K_MEANS)
     )
@@ -39,7 +45,14 @@ def costs():
 
 def test_rows_keep_their_promise(costs):
     """No spills, the tensor core, shared memory and registers for the CTAs it counts on."""
-    others = {"attention", "weights", "merge", "extremes", "finish", "join_slices"}
+    others = {
+        "attention",
+        "weights",
+        "info_nce_merge",
+        "info_nce_extremes",
+        "finish",
+        "join_slices",
+    }
     others |= {"screen", "exact", "sum"}
     assert {c["kernel"] for c in costs} >= SPILL_NOTHING | others
     assert {c["arch"] for c in costs} == {80, 89, 90, 100}
@@ -51,18 +64,18 @@ def test_rows_keep_their_promise(costs):
 # Hopper. depth, kernel -> form, exponentials a thread, least busy share of the tensor cores where
 # CTAs overlap without loss, most shared memory and shuffle time as a share of the products'.
 HOT = {
-    (512, "forward"): ("large", 128, 0.95, 0.25),
-    (512, "gradient"): ("large", 128, 0.60, 0.25),
-    (128, "forward"): ("large", 128, 0, None),
-    (128, "gradient"): ("large", 128, 0, None),
+    (512, "info_nce_forward"): ("large", 128, 0.95, 0.25),
+    (512, "info_nce_gradient"): ("large", 128, 0.60, 0.25),
+    (128, "info_nce_forward"): ("large", 128, 0, None),
+    (128, "info_nce_gradient"): ("large", 128, 0, None),
     (128, "attention"): ("soft", 66, 0.80, 0.25),  # two to rescale its rows
     (256, "attention"): ("soft", 34, 0.90, 0.25),
 }
 BARRIERS = 8
 # Kernels of ids -> form, exponentials (and divisions), most barriers after the products, CTAs.
 SLOWER = {
-    "matched_forward": ("ids", 128, 41, 2),
-    "matched_gradient": ("ids", 128, 8, 2),
+    "contrastive_forward": ("ids", 128, 41, 2),
+    "contrastive_gradient": ("ids", 128, 8, 2),
     "sigmoid": ("ids", 96, 9, 2),  # three sums
 }
 
@@ -108,7 +121,7 @@ def test_ids_cost_at_most_half_as_much_again(costs):
         assert bounds
         return sum(ms for ms, *_ in bounds) + 4 * 32_768**2 * 512 / 660e9
 
-    assert predicted_ms("matched", "ids") <= 1.5 * predicted_ms("info_nce", "large")
+    assert predicted_ms("contrastive", "ids") <= 1.5 * predicted_ms("info_nce", "large")
     assert predicted_ms("sigmoid", "ids") <= 1.5 * predicted_ms("sigmoid", "gradients")
 
 
@@ -174,11 +187,11 @@ def test_no_slice_compiles_again():
         "w, y = torch.ones(1031), torch.zeros(1027, dtype=torch.int64)\n"
         "with recording(90) as found:\n"
         "    for offset in (0, 3):\n"
-        "        info_nce.contrastive_bwd(\n"
+        "        info_nce.info_nce_bwd(\n"
         "            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset)\n"
         "    prototypes.prototype_ce_fwd_banks(\n"
         "        x[:n], [x] * 3, [x] * 3, [y] * 3, w[0], True, False, False)\n"
-        "for kernel in ('gradient_kernel', 'attention_kernel'):\n"
+        "for kernel in ('info_nce_gradient_kernel', 'attention_kernel'):\n"
         "    launched = [c.code for c in found if c.name == kernel]\n"
         "    print(len(launched), len({id(code) for code in launched}))"
     )

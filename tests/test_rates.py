@@ -5,7 +5,7 @@ import torch
 
 import protoclip
 from protoclip.ops import rates
-from protoclip.ops.dispatch import STRIP
+from protoclip.ops.dispatch import INFO_NCE
 
 needs_cpu = pytest.mark.skipif(
     protoclip.backends("info_nce")["cpu"] is not None, reason="the C++ backend is not here"
@@ -47,7 +47,7 @@ def test_a_process_decides_once_so_backward_reads_what_forward_wrote(monkeypatch
 
 @needs_cpu
 def test_the_machine_is_measured(no_decisions):
-    forward = STRIP["cpu"].implementation.statistics
+    forward = INFO_NCE["cpu"].implementation.statistics
     product = rates.seconds_of_a_product(forward, torch.float32, 512)
     assert product >= 0  # a busy machine may measure no difference
     assert rates.seconds_of_traffic() > 0
@@ -71,5 +71,5 @@ def test_bits_are_the_same_with_either_decision(monkeypatch, no_decisions, dtype
 
 @needs_cpu
 def test_rows_without_columns_are_measured_too(no_decisions):
-    forward = STRIP["cpu"].implementation.statistics
+    forward = INFO_NCE["cpu"].implementation.statistics
     assert rates.seconds_of_a_product(forward, torch.float32, 0) == 0
