@@ -17,7 +17,7 @@ void release_memory() { MemoryPool::instance().clear(); }
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   const auto cpu = [](auto* op) { return torch::dispatch(c10::DispatchKey::CPU, op); };
-  m.def("pooled(int count) -> Tensor", &protoclip::pooled);
+  m.def("empty_stash(int count) -> Tensor", &protoclip::empty_stash);
   m.def("kept_memory() -> int", &protoclip::kept_memory);
   m.def("release_memory() -> ()", &protoclip::release_memory);
   m.def(

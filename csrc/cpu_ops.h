@@ -21,7 +21,7 @@ void with_dtype(at::ScalarType dtype, const F& f) {
 }
 
 // int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).
-Tensor pooled(int64_t count);
+Tensor empty_stash(int64_t count);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
                                                                 const Tensor& logit_scale,
                                                                 int64_t offset, bool columns,

@@ -13,8 +13,6 @@ positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed orde
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import exact, exponential, join, pinned
+from protoclip.kernels.results import ContrastiveGradients, ContrastiveStatistics
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
@@ -243,20 +242,6 @@ def contrastive_gradient_kernel(
                 tl.store(sums_ptr + cols, tl.sum(p, 0), mask=col0 + cols < m)
             store_gradient(p, row0, first, g_ptr, stride_g)
         tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
-
-
-class ContrastiveStatistics(NamedTuple):
-    """Maximum and sum of the logits seen, sum and count of the positives' (ops/fused_losses.py)."""
-
-    rows: Tensor  # [4, N]
-    columns: Tensor  # [4, M], or [4, 0]
-
-
-class ContrastiveGradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-    dkey_bias: Tensor  # fp32 [M]
 
 
 def contrastive_fwd(

@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.results import Gradients, InfoNceStatistics, LossAndStatistics
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
@@ -191,7 +192,7 @@ def info_nce_merge_kernel(
     positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
     column_max_ptr, column_sum_ptr,  # [M]
     loss_ptr, share_ptr,  # [N], [programs]
-    n, first, offset, pair_weight,
+    n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
     COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +221,7 @@ def info_nce_merge_kernel(
         reference, total = _add_positive(reference, total, positive)
         tl.store(row_max_ptr + row, reference, mask=here)
         tl.store(row_sum_ptr + row, total, mask=here)
-        loss = pair_weight * (tl.log2(total) + (reference - positive))
+        loss = pair_weight_ln2 * (tl.log2(total) + (reference - positive))
         if HAS_BEFORE:
             loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
         if COLUMNS:
@@ -234,7 +235,7 @@ def info_nce_merge_kernel(
             )
             if IS_LAST:
                 reference, total = _add_positive(reference, total, positive)
-                loss += pair_weight * (tl.log2(total) + (reference - positive))
+                loss += pair_weight_ln2 * (tl.log2(total) + (reference - positive))
             tl.store(column_max_ptr + column, reference, mask=inside)
             tl.store(column_sum_ptr + column, total, mask=inside)
         tl.store(loss_ptr + row, loss, mask=paired & (row < first + height))
@@ -391,26 +392,6 @@ def info_nce_gradient_kernel(
         tl.store(factor_ptr, logit_scale / lift)
 
 
-class InfoNceStatistics(NamedTuple):
-    """Statistics of the rows and columns of a strip, and the base-2 logits of its positives."""
-
-    row_max: Tensor  # [N]
-    row_sum: Tensor  # [N]
-    column_max: Tensor  # [M], or [0] without columns
-    column_sum: Tensor  # [M], or [0] without columns
-    positive: Tensor  # [N]
-
-
-class InfoNceLoss(NamedTuple):
-    """The loss, and the statistics that its gradient needs."""
-
-    loss: Tensor  # [N], or the sum []
-    row_max: Tensor
-    row_sum: Tensor
-    column_max: Tensor
-    column_sum: Tensor
-
-
 class _ForwardPass(NamedTuple):
     statistics: InfoNceStatistics
     losses: Tensor  # [N], times ``pair_weight`` in each direction
@@ -433,7 +414,7 @@ def info_nce_loss(
     columns: bool,
     pair_weight: float,
     summed: bool,
-) -> InfoNceLoss:
+) -> LossAndStatistics:
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
     forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=pair_weight)
     if not summed:
@@ -442,13 +423,7 @@ def info_nce_loss(
         loss = forward.shares.sum()
     else:
         loss = forward.shares.view(())
-    return InfoNceLoss(
-        loss=loss,
-        row_max=forward.statistics.row_max,
-        row_sum=forward.statistics.row_sum,
-        column_max=forward.statistics.column_max,
-        column_sum=forward.statistics.column_sum,
-    )
+    return LossAndStatistics(loss, forward.statistics)
 
 
 def _forward(
@@ -497,7 +472,7 @@ def _forward(
                 positive_ptr=positive, row_max_ptr=row_max, row_sum_ptr=row_sum,
                 column_max_ptr=column_max, column_sum_ptr=column_sum,
                 loss_ptr=losses, share_ptr=shares,
-                n=n, first=first, offset=offset, pair_weight=pair_weight * LN2,
+                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
@@ -517,14 +492,14 @@ def info_nce_bwd(
     column_weight: Tensor,
     offset: int,
     pair_weight: float = 1.0,
-) -> waves.Gradients:
+) -> Gradients:
     """Gradients of the strip, as in ops/fused_losses.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
-        return waves.Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
+        return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
     n = len(x)
     num_columns = len(column_max)  # 0 without columns
     config = launch.choose("info_nce_gradient", x, y)

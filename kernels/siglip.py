@@ -14,14 +14,13 @@ short series, because the card's logarithm has an absolute error of 2^-22 and so
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.results import SigmoidLoss
 from protoclip.kernels.tiles import (
     LOG2E,
     equal_ids,
@@ -123,14 +122,6 @@ def sigmoid_kernel(
     tl.store(at, dscale)
     tl.store(at + tiles, loss)
     tl.store(at + 2 * tl.cast(tiles, tl.int64), dbias)
-
-
-class SigmoidLoss(NamedTuple):
-    loss: Tensor  # fp32 []
-    dx: Tensor  # [N, D], or [0, D] without gradients
-    dy: Tensor  # [M, D], or [0, D] without gradients
-    dlogit_scale: Tensor  # fp32 []
-    dlogit_bias: Tensor  # fp32 []
 
 
 def sigmoid_loss(

@@ -25,7 +25,7 @@ def decision(
     monkeypatch.setattr(rates, "seconds_of_a_product", lambda forward, dtype, width: product)
     monkeypatch.setattr(rates, "seconds_of_traffic", lambda: traffic)
     stash = torch.empty(stash_bytes, dtype=torch.uint8)
-    return rates.keeping_pays(lambda: None, torch.empty(4, 16), stash)
+    return rates.stash_pays(lambda: None, torch.empty(4, 16), stash)
 
 
 def test_logits_are_kept_where_products_take_longer_than_memory(monkeypatch, no_decisions):

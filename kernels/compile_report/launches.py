@@ -79,16 +79,18 @@ def _info_nce(case: Case, scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     has_columns = case.form != "rows"
-    forward = info_nce.info_nce_loss(x, y, scale, 0, has_columns, pair_weight=1.0, summed=True)
+    _, statistics = info_nce.info_nce_loss(
+        x, y, scale, offset=0, columns=has_columns, pair_weight=1.0, summed=True
+    )
     weight = torch.ones(()).expand(n)
     info_nce.info_nce_bwd(
         x,
         y,
         scale,
-        forward.row_max,
-        forward.row_sum,
-        forward.column_max,
-        forward.column_sum,
+        statistics.row_max,
+        statistics.row_sum,
+        statistics.column_max,
+        statistics.column_sum,
         row_weight=weight,
         column_weight=weight if has_columns else weight[:0],
         offset=0,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from protoclip.kernels.results import LossAndStatistics
 from protoclip.ops import native, reference
 from protoclip.ops.operators import ANY_FLOAT, FLOATS, in_transform
 
@@ -53,7 +54,7 @@ class InfoNceFunctions:
     statistics: Callable[..., tuple[Tensor, ...]]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     # The statistics and the weighted loss at once, where a backend has kernels for that.
-    loss: Callable[..., tuple[Tensor, ...]] | None = None
+    loss: Callable[..., LossAndStatistics] | None = None
     empty_stash: Callable[[int], Tensor] | None = None  # allocates a stash, if it keeps logits
 
 
@@ -90,7 +91,7 @@ def cpu_info_nce() -> InfoNceFunctions:
     return InfoNceFunctions(
         statistics=ops.info_nce_fwd.default,
         gradients=ops.info_nce_bwd.default,
-        empty_stash=ops.pooled.default,
+        empty_stash=ops.empty_stash.default,
     )
 
 
@@ -109,7 +110,7 @@ def cpu_contrastive() -> ContrastiveFunctions:
     return ContrastiveFunctions(
         statistics=ops.contrastive_fwd.default,
         gradients=ops.contrastive_bwd.default,
-        empty_stash=ops.pooled.default,
+        empty_stash=ops.empty_stash.default,
     )
 
 

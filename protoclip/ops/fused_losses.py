@@ -33,6 +33,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from protoclip.kernels.results import (
+    ContrastiveGradients,
+    Gradients,
+    InfoNceStatistics,
+    SigmoidLoss,
+)
 from protoclip.ops.dispatch import CONTRASTIVE, INFO_NCE, SIGLIP
 from protoclip.ops.operators import (
     define_gradient,
@@ -46,10 +52,10 @@ from protoclip.ops.operators import (
     wants_gradient,
 )
 from protoclip.ops.pairs import Pairs
-from protoclip.ops.rates import keeping_pays
+from protoclip.ops.rates import stash_pays
 
 LN2 = math.log(2.0)
-# The C++ backend keeps products by tiles of rows and columns, in fp32, within this bound.
+# The C++ backend stashes products by tiles of rows and columns, in fp32, within this bound.
 STASH_TILE_ROWS = 128
 STASH_TILE_COLUMNS = 256
 STASH_BYTES = 64 << 20  # N = 4,096
@@ -60,7 +66,7 @@ COUNT = 3  # of the four statistics of the contrastive loss
 
 
 def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
-    """Whether a call keeps logits for its backward pass.
+    """Whether a call leaves its logits to its backward pass.
 
     An exported graph does not: it would hold only for batches whose logits fit."""
     wanted = stash is not False and wants_gradient(*inputs)
@@ -68,7 +74,7 @@ def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
 
 
 def stash_size(n: int, m: int, backend: str) -> int:
-    """How many int16 values a backend keeps for [n, m] logits; 0 if it keeps none."""
+    """How many int16 values a backend stashes for [n, m] logits; 0 if it has no stash."""
     if backend != "cpu":
         return 0
     rows = (n + STASH_TILE_ROWS - 1) // STASH_TILE_ROWS * STASH_TILE_ROWS
@@ -78,17 +84,17 @@ def stash_size(n: int, m: int, backend: str) -> int:
 
 
 def _empty_stash(
-    x: Tensor, y: Tensor, backend: str, keep: bool, allocate: Callable[[int], Tensor] | None
+    x: Tensor, y: Tensor, backend: str, keep_stash: bool, allocate: Callable[[int], Tensor] | None
 ) -> Tensor:
-    """A stash to fill, [0] if no logits are kept."""
-    size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
+    """A stash to fill; [0]: no logits go there."""
+    size = stash_size(x.shape[0], y.shape[0], backend) if keep_stash else 0
     if size and allocate is not None:
         return allocate(size)
     return x.new_empty(0, dtype=torch.int16)
 
 
-def _fake_stash(x: Tensor, y: Tensor, backend: str, keep: bool) -> Tensor:
-    size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
+def _fake_stash(x: Tensor, y: Tensor, backend: str, keep_stash: bool) -> Tensor:
+    size = stash_size(x.shape[0], y.shape[0], backend) if keep_stash else 0
     return x.new_empty(size, dtype=torch.int16)
 
 
@@ -98,7 +104,7 @@ def _with_stash(
     """The function with the stash as an argument, if there is one and using it takes less time."""
     if stash is None or not stash.numel():
         return function
-    if not keeping_pays(INFO_NCE["cpu"].implementation.statistics, x, stash):
+    if not stash_pays(INFO_NCE["cpu"].implementation.statistics, x, stash):
         return function
     return partial(function, stash=stash)
 
@@ -115,22 +121,6 @@ class InfoNceLoss(NamedTuple):
     column_max: Tensor  # [M], or [0] without columns
     column_sum: Tensor  # [M], or [0] without columns
     stash: Tensor
-
-
-class InfoNceStatistics(NamedTuple):
-    """The statistics alone, with the base-2 logits of the positives."""
-
-    row_max: Tensor  # [N]
-    row_sum: Tensor  # [N]
-    column_max: Tensor  # [M], or [0] without columns
-    column_sum: Tensor  # [M], or [0] without columns
-    positive: Tensor  # [N]
-
-
-class InfoNceGradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
 
 
 def info_nce_statistics(
@@ -181,7 +171,7 @@ def info_nce_loss(
     pair_weight = _pair_weight(direction_weight(columns), x.shape[0], reduction == "mean")
     summed = reduction != "none"
     if functions.loss is not None:
-        loss, row_max, row_sum, column_max, column_sum = functions.loss(
+        loss, statistics = functions.loss(
             x=x,
             y=y,
             logit_scale=logit_scale,
@@ -190,25 +180,31 @@ def info_nce_loss(
             pair_weight=pair_weight,
             summed=summed,
         )
-        return InfoNceLoss(loss, row_max, row_sum, column_max, column_sum, stash)
-    run = _with_stash(functions.statistics, stash, x)
-    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
-    strip = InfoNceStatistics._make(results)
-    loss = strip.row_sum.log2() + (strip.row_max - strip.positive)
-    if columns:
-        loss = loss + (strip.column_sum.log2() + (strip.column_max - strip.positive))
-    loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
+    else:
+        run = _with_stash(functions.statistics, stash, x)
+        results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
+        statistics = InfoNceStatistics._make(results)
+        loss = statistics.row_sum.log2() + (statistics.row_max - statistics.positive)
+        if columns:
+            column_level = statistics.column_sum.log2()
+            loss = loss + (column_level + (statistics.column_max - statistics.positive))
+        loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
     return InfoNceLoss(
-        loss, strip.row_max, strip.row_sum, strip.column_max, strip.column_sum, stash
+        loss=loss,
+        row_max=statistics.row_max,
+        row_sum=statistics.row_sum,
+        column_max=statistics.column_max,
+        column_sum=statistics.column_sum,
+        stash=stash,
     )
 
 
-def _info_nce_gradients_shapes(arguments: Any) -> InfoNceGradients:
+def _info_nce_gradients_shapes(arguments: Any) -> Gradients:
     x, y = arguments.x, arguments.y
-    return InfoNceGradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
+    return Gradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
 
 
-@operator("info_nce_bwd", _info_nce_gradients_shapes, InfoNceGradients)
+@operator("info_nce_bwd", _info_nce_gradients_shapes, Gradients)
 def info_nce_gradients(
     x: Tensor,
     y: Tensor,
@@ -316,13 +312,6 @@ class ContrastiveGaps(NamedTuple):
     row_statistics: Tensor  # [4, N]: max, sum, positives, count
     column_statistics: Tensor  # [4, M], or [4, 0]
     stash: Tensor
-
-
-class ContrastiveGradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-    dkey_bias: Tensor  # fp32 [M]
 
 
 class GapAndMean(NamedTuple):
@@ -564,16 +553,6 @@ refuse_gradient(_contrastive_bwd, "contrastive")
 
 
 # ---- the sigmoid loss ----
-
-
-class SigmoidLoss(NamedTuple):
-    """Results of the one pass; without ``gradients`` dx and dy are [0, D]."""
-
-    loss: Tensor  # fp32 [], the sum over the pairs
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-    dlogit_bias: Tensor  # fp32 []
 
 
 def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
