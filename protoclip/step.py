@@ -129,8 +129,10 @@ class Stepper:
                 finite = finite & losses.total.detach().isfinite()
             self._update(finite)
         self._count_skipped(finite, statistics)
-        by_caption = ids is not None and self.loss.config.dedup == "caption"
-        return Step(losses, projected, norm, finite, repeated(ids) if by_caption else None)
+        same_caption = None
+        if ids is not None and self.loss.config.dedup == "caption":
+            same_caption = repeated(ids)
+        return Step(losses, projected, norm, finite, same_caption)
 
     def _forward(
         self,
