@@ -57,7 +57,7 @@ def test_the_machine_is_measured(no_decisions):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", ["info_nce", "contrastive"])
 def test_bits_are_the_same_with_either_decision(monkeypatch, no_decisions, dtype, loss):
-    monkeypatch.setattr(rates, "ALWAYS_KEPT_BYTES", 0)
+    monkeypatch.setattr(rates, "ALWAYS_USED_BYTES", 0)
     x, y = (torch.randn(300, 24).to(dtype).requires_grad_() for _ in range(2))
 
     def gradients(keeps: bool) -> tuple[torch.Tensor, ...]:
@@ -65,8 +65,8 @@ def test_bits_are_the_same_with_either_decision(monkeypatch, no_decisions, dtype
         value = getattr(protoclip, loss)(x, y, 9.0, backend="cpu")
         return value, *torch.autograd.grad(value, (x, y))
 
-    for kept, formed_again in zip(gradients(True), gradients(False), strict=True):
-        assert torch.equal(kept, formed_again)
+    for stashed, formed_again in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(stashed, formed_again)
 
 
 @needs_cpu
