@@ -115,7 +115,7 @@ void forward_bank(const Tensor& h, const Tensor& prototypes, const Tensor& targe
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, at::TensorList prototypes, at::TensorList targets,
     at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest) {
   const int64_t banks = prototypes.size(), n = features.size(0), d = features.size(1);
@@ -170,7 +170,7 @@ struct PrototypeGradient {
 
 }  // namespace
 
-Tensor prototype_ce_bwd_prototypes(const Tensor& features, const Tensor& prototypes,
+Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,
                                    const Tensor& weight, bool hard) {

@@ -303,7 +303,7 @@ def weighted_values(
         multiply(weights(q[wave], keys, logit_scale, row_max[wave]), values, out[wave])
 
 
-def prototype_ce_fwd_banks(
+def prototype_cross_entropy_fwd(
     features: Tensor,
     prototypes: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -378,7 +378,7 @@ def prototype_ce_fwd_banks(
     return out
 
 
-def prototype_ce_bwd_prototypes(
+def prototype_cross_entropy_bwd(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
