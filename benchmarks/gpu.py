@@ -206,14 +206,15 @@ def _swept() -> list[Swept]:
     if REHEARSAL:
         swept = Swept(
             path=("INTERPRETER",),
-            kernel="sigmoid",
-            launched=Launched("sigmoid", "gradients", "bf16", 128),
+            kernel="sigmoid_loss",
+            launched=Launched("sigmoid_loss", "gradients", "bf16", 128),
             step=partial(_info_nce, 64, 16),
             assert_right=partial(assert_right, "info_nce", 64),
         )
         return [swept]
     arch = launch.architecture(torch.device(DEVICE))
-    for kernel in ("forward", "gradient"):  # a deep row is timed where the table has none too
+    # A deep row is timed where the table has none too.
+    for kernel in ("info_nce_forward", "info_nce_gradient"):
         launch.HALF_DEEP.setdefault(kernel, {}).setdefault(arch, launch.HALF[kernel][arch])
     n = 16_384
     rows = [
@@ -224,15 +225,15 @@ def _swept() -> list[Swept]:
             step=partial(_info_nce, n, d, phase),
             assert_right=partial(assert_right, "info_nce", d),
         )
-        for kernel, phase in (("forward", "forward"), ("gradient", "backward"))
+        for kernel, phase in (("info_nce_forward", "forward"), ("info_nce_gradient", "backward"))
         for table, d in (("HALF", 256), ("HALF_DEEP", 512))
         if arch in vars(launch)[table].get(kernel, {})
     ]
     rows.append(
         Swept(
-            path=("HALF", "sigmoid", arch),
-            kernel="sigmoid",
-            launched=Launched("sigmoid", "gradients", "bf16", 512),
+            path=("HALF", "sigmoid_loss", arch),
+            kernel="sigmoid_loss",
+            launched=Launched("sigmoid_loss", "gradients", "bf16", 512),
             step=partial(_sigmoid, n, 512),
             assert_right=partial(assert_right, "siglip", 512),
         )

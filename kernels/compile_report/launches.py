@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from protoclip.kernels import clusters, info_nce, launch, matched, siglip, tiles
+from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
 from protoclip.kernels.compile_report.model import MEASURED_PRODUCTS
 
@@ -46,12 +46,12 @@ def cases() -> Iterator[Case]:
     for arch in launch.ARCHITECTURES:
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case(arch, "info_nce", "large", dtype, depth)
-            yield Case(arch, "sigmoid", "gradients", dtype, depth)
-        yield Case(arch, "sigmoid", "ids", "bf16", 512)
-        yield Case(arch, "matched", "ids", "bf16", 512)
-        yield Case(arch, "matched", "all", "bf16", 512)
-        yield Case(arch, "matched", "all", "fp32", 512)
-        yield Case(arch, "matched", "own", "fp16", 43)
+            yield Case(arch, "sigmoid_loss", "gradients", dtype, depth)
+        yield Case(arch, "sigmoid_loss", "ids", "bf16", 512)
+        yield Case(arch, "contrastive", "ids", "bf16", 512)
+        yield Case(arch, "contrastive", "all", "bf16", 512)
+        yield Case(arch, "contrastive", "all", "fp32", 512)
+        yield Case(arch, "contrastive", "own", "fp16", 43)
         for depth in (64, 128, 256, 512):
             yield Case(arch, "prototypes", "soft", "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
             yield Case(arch, "clusters", "own", "fp32", depth)
     yield Case(90, "info_nce", "small", "bf16", 512)
     yield Case(90, "info_nce", "rows", "bf16", 512)
-    yield Case(90, "sigmoid", "loss", "bf16", 512)
+    yield Case(90, "sigmoid_loss", "loss", "bf16", 512)
     yield Case(90, "info_nce", "large", "fp16", 128)
     yield Case(90, "prototypes", "hard", "bf16", 128)
     for tile in MEASURED_PRODUCTS:
@@ -79,23 +79,25 @@ def _info_nce(case: Case, scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     has_columns = case.form != "rows"
-    forward = info_nce.contrastive(x, y, scale, 0, has_columns, pair_weight=1.0, summed=True)
+    _, statistics = info_nce.info_nce_loss(
+        x, y, scale, offset=0, columns=has_columns, pair_weight=1.0, summed=True
+    )
     weight = torch.ones(()).expand(n)
-    info_nce.contrastive_bwd(
+    info_nce.info_nce_bwd(
         x,
         y,
         scale,
-        forward.row_max,
-        forward.row_sum,
-        forward.column_max,
-        forward.column_sum,
+        statistics.row_max,
+        statistics.row_sum,
+        statistics.column_max,
+        statistics.column_sum,
         row_weight=weight,
         column_weight=weight if has_columns else weight[:0],
         offset=0,
     )
 
 
-def _matched(case: Case, scale: torch.Tensor) -> None:
+def _contrastive(case: Case, scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
     n = 512
     position = torch.zeros(n, dtype=torch.int32)
@@ -110,8 +112,8 @@ def _matched(case: Case, scale: torch.Tensor) -> None:
     }
     x = case.features(n)
     y = case.features(n)
-    forward = matched.matched_fwd(x, y, scale, **relation, columns=case.form != "own")
-    matched.matched_bwd(
+    forward = contrastive.contrastive_fwd(x, y, scale, **relation, columns=case.form != "own")
+    contrastive.contrastive_bwd(
         x,
         y,
         scale,
@@ -123,9 +125,9 @@ def _matched(case: Case, scale: torch.Tensor) -> None:
     )
 
 
-def _sigmoid(case: Case, scale: torch.Tensor) -> None:
+def _sigmoid_loss(case: Case, scale: torch.Tensor) -> None:
     ids = torch.zeros(2, 512, dtype=torch.int32) if case.form == "ids" else None
-    siglip.sigmoid_loss(
+    sigmoid_loss.sigmoid_loss(
         case.features(512),
         case.features(512),
         scale,
@@ -145,17 +147,17 @@ def _prototypes(case: Case, scale: torch.Tensor) -> None:
     soft = case.features(2048)
     labels = torch.zeros(256, dtype=torch.int64)
     if case.form == "banks":
-        prototypes.prototype_ce_fwd_banks(
+        prototypes.prototype_cross_entropy_fwd(
             features, [keys, keys], [soft, hard], [labels, labels], scale,
             need_grad=True, need_nearest=True, need_scale_gradient=True,
         )  # fmt: skip
         return
     targets = hard if case.form == "hard" else soft
-    forward = prototypes.prototype_ce_fwd_banks(
+    forward = prototypes.prototype_cross_entropy_fwd(
         features, [keys], [targets], [labels], scale,
         need_grad=True, need_nearest=False, need_scale_gradient=False,
     )  # fmt: skip
-    prototypes.prototype_ce_bwd_prototypes(
+    prototypes.prototype_cross_entropy_bwd(
         features,
         keys,
         labels,
@@ -201,8 +203,8 @@ def _gemm(case: Case, scale: torch.Tensor) -> None:
 
 CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
     "info_nce": _info_nce,
-    "matched": _matched,
-    "sigmoid": _sigmoid,
+    "contrastive": _contrastive,
+    "sigmoid_loss": _sigmoid_loss,
     "prototypes": _prototypes,
     "soft_targets": _soft_targets,
     "clusters": _clusters,

@@ -3,8 +3,8 @@
 A backend named by the caller never falls back. ``auto`` (which ``PROTOCLIP_BACKEND`` overrides)
 takes the first backend of ``AUTO_ORDER`` that is usable on the tensors' device.
 
-Functions such as ``cpu_strip`` and ``triton_strip`` import the functions of one backend, at its
-first use. C++ functions have the names of ``csrc/bindings.cpp``, CUDA's of
+Functions such as ``cpu_info_nce`` and ``triton_info_nce`` import the functions of one backend, at
+its first use. C++ functions have the names of ``csrc/bindings.cpp``, CUDA's of
 ``csrc/cuda_bindings.cpp``. All backends of an op take the same arguments, by keyword; the contracts
 are in the files that define the ops.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from protoclip.kernels.results import LossAndStatistics
 from protoclip.ops import native, reference
 from protoclip.ops.operators import ANY_FLOAT, FLOATS, in_transform
 
@@ -47,19 +48,19 @@ class Backend(Generic[Implementation]):
 
 # What the fused backends of each family implement.
 @dataclass(frozen=True)
-class StripFunctions:
-    """InfoNCE of a strip (ops/strips.py)."""
+class InfoNceFunctions:
+    """InfoNCE (ops/fused_losses.py)."""
 
     statistics: Callable[..., tuple[Tensor, ...]]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     # The statistics and the weighted loss at once, where a backend has kernels for that.
-    loss: Callable[..., tuple[Tensor, ...]] | None = None
+    loss: Callable[..., LossAndStatistics] | None = None
     empty_stash: Callable[[int], Tensor] | None = None  # allocates a stash, if it keeps logits
 
 
 @dataclass(frozen=True)
-class MatchedFunctions:
-    """A strip whose pairs are matched by ids and positions (ops/strips.py)."""
+class ContrastiveFunctions:
+    """The contrastive loss (ops/fused_losses.py)."""
 
     statistics: Callable[..., Pair]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -67,7 +68,7 @@ class MatchedFunctions:
 
 
 @dataclass(frozen=True)
-class PrototypeFunctions:
+class PrototypeCrossEntropyFunctions:
     """Prototype cross-entropy (ops/prototypes.py)."""
 
     losses: Callable[..., tuple[Tensor, ...]]
@@ -85,38 +86,40 @@ class ClusterFunctions:
     assign_coded: Callable[..., Pair] | None = None
 
 
-def cpu_strip() -> StripFunctions:
+def cpu_info_nce() -> InfoNceFunctions:
     ops = native.cpu_ops()
-    return StripFunctions(
-        statistics=ops.contrastive_fwd.default,
-        gradients=ops.contrastive_bwd.default,
-        empty_stash=ops.pooled.default,
+    return InfoNceFunctions(
+        statistics=ops.info_nce_fwd.default,
+        gradients=ops.info_nce_bwd.default,
+        empty_stash=ops.empty_stash.default,
     )
 
 
-def triton_strip() -> StripFunctions:
+def triton_info_nce() -> InfoNceFunctions:
     from protoclip.kernels import info_nce
 
-    return StripFunctions(
-        statistics=info_nce.contrastive_fwd,
-        gradients=info_nce.contrastive_bwd,
-        loss=info_nce.contrastive,
+    return InfoNceFunctions(
+        statistics=info_nce.info_nce_fwd,
+        gradients=info_nce.info_nce_bwd,
+        loss=info_nce.info_nce_loss,
     )
 
 
-def cpu_matched() -> MatchedFunctions:
+def cpu_contrastive() -> ContrastiveFunctions:
     ops = native.cpu_ops()
-    return MatchedFunctions(
-        statistics=ops.matched_fwd.default,
-        gradients=ops.matched_bwd.default,
-        empty_stash=ops.pooled.default,
+    return ContrastiveFunctions(
+        statistics=ops.contrastive_fwd.default,
+        gradients=ops.contrastive_bwd.default,
+        empty_stash=ops.empty_stash.default,
     )
 
 
-def triton_matched() -> MatchedFunctions:
-    from protoclip.kernels import matched
+def triton_contrastive() -> ContrastiveFunctions:
+    from protoclip.kernels import contrastive
 
-    return MatchedFunctions(statistics=matched.matched_fwd, gradients=matched.matched_bwd)
+    return ContrastiveFunctions(
+        statistics=contrastive.contrastive_fwd, gradients=contrastive.contrastive_bwd
+    )
 
 
 def cpu_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
@@ -124,25 +127,25 @@ def cpu_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
 
 
 def triton_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
-    from protoclip.kernels import siglip
+    from protoclip.kernels import sigmoid_loss
 
-    return siglip.sigmoid_loss
+    return sigmoid_loss.sigmoid_loss
 
 
-def cpu_prototypes() -> PrototypeFunctions:
+def cpu_prototype_cross_entropy() -> PrototypeCrossEntropyFunctions:
     ops = native.cpu_ops()
-    return PrototypeFunctions(
-        losses=ops.prototype_ce_fwd_banks.default,
-        prototype_gradient=ops.prototype_ce_bwd_prototypes.default,
+    return PrototypeCrossEntropyFunctions(
+        losses=ops.prototype_cross_entropy_fwd.default,
+        prototype_gradient=ops.prototype_cross_entropy_bwd.default,
     )
 
 
-def triton_prototypes() -> PrototypeFunctions:
+def triton_prototype_cross_entropy() -> PrototypeCrossEntropyFunctions:
     from protoclip.kernels import prototype_cross_entropy
 
-    return PrototypeFunctions(
-        losses=prototype_cross_entropy.prototype_ce_fwd_banks,
-        prototype_gradient=prototype_cross_entropy.prototype_ce_bwd_prototypes,
+    return PrototypeCrossEntropyFunctions(
+        losses=prototype_cross_entropy.prototype_cross_entropy_fwd,
+        prototype_gradient=prototype_cross_entropy.prototype_cross_entropy_bwd,
     )
 
 
@@ -231,24 +234,24 @@ def _called_directly() -> Any:
     raise NotImplementedError("the public op calls ops/reference.py: its autograd is torch's own")
 
 
-STRIP: dict[str, Backend[StripFunctions]] = {
-    "cpu": _cpu(cpu_strip),
-    "triton": _triton(triton_strip),
+INFO_NCE: dict[str, Backend[InfoNceFunctions]] = {
+    "cpu": _cpu(cpu_info_nce),
+    "triton": _triton(triton_info_nce),
     "reference": _reference(_called_directly),
 }
-MATCHED: dict[str, Backend[MatchedFunctions]] = {
-    "cpu": _cpu(cpu_matched),
-    "triton": _triton(triton_matched),
+CONTRASTIVE: dict[str, Backend[ContrastiveFunctions]] = {
+    "cpu": _cpu(cpu_contrastive),
+    "triton": _triton(triton_contrastive),
     "reference": _reference(_called_directly),
 }
-SIGLIP: dict[str, Backend[Callable[..., tuple[Tensor, ...]]]] = {
+SIGMOID_LOSS: dict[str, Backend[Callable[..., tuple[Tensor, ...]]]] = {
     "cpu": _cpu(cpu_sigmoid_loss),
     "triton": _triton(triton_sigmoid_loss),
     "reference": _reference(_called_directly),
 }
-PROTOTYPES: dict[str, Backend[PrototypeFunctions]] = {
-    "cpu": _cpu(cpu_prototypes),
-    "triton": _triton(triton_prototypes),
+PROTOTYPE_CROSS_ENTROPY: dict[str, Backend[PrototypeCrossEntropyFunctions]] = {
+    "cpu": _cpu(cpu_prototype_cross_entropy),
+    "triton": _triton(triton_prototype_cross_entropy),
     "reference": _reference(_called_directly),
 }
 SOFT_TARGETS: dict[str, Backend[Callable[..., Tensor]]] = {
@@ -263,19 +266,19 @@ CLUSTERS: dict[str, Backend[ClusterFunctions]] = {
     "reference": _reference(reference_clusters),
 }
 TABLE: dict[str, dict[str, Backend[Any]]] = {
-    "info_nce": STRIP,
-    "contrastive": MATCHED,
-    "siglip": SIGLIP,
-    "prototype_cross_entropy": PROTOTYPES,
+    "info_nce": INFO_NCE,
+    "contrastive": CONTRASTIVE,
+    "sigmoid_loss": SIGMOID_LOSS,
+    "prototype_cross_entropy": PROTOTYPE_CROSS_ENTROPY,
     "soft_targets": SOFT_TARGETS,
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
-PUBLIC = {  # ops that use the table row of another op
+PUBLIC = {  # ops that use the table row of another op, and another name of one
     "nt_xent": "contrastive",
     "sup_con": "contrastive",
     "contrastive_parts": "contrastive",
-    "sigmoid_loss": "siglip",
+    "siglip": "sigmoid_loss",
     "prototype_losses": "prototype_cross_entropy",
 }
 AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # then the reference

@@ -1,4 +1,4 @@
-"""The sigmoid loss over tiles of the logits: what ops/strips.py calls.
+"""The sigmoid loss over tiles of the logits: what ops/fused_losses.py calls.
 
 z_ij = scale x_i.y_j + bias. A pair's loss is softplus(z), or softplus(-z) if it is positive
 (j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics of whole
@@ -14,14 +14,13 @@ short series, because the card's logarithm has an absolute error of 2^-22 and so
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.results import SigmoidLoss
 from protoclip.kernels.tiles import (
     LOG2E,
     equal_ids,
@@ -71,7 +70,7 @@ def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.c
     do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
     do_not_specialize_on_alignment=["entry_ptr", "ids"],
 )
-def sigmoid_kernel(
+def sigmoid_loss_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     logit_scale_ptr, logit_bias_ptr,  # [], []
     entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
@@ -125,14 +124,6 @@ def sigmoid_kernel(
     tl.store(at + 2 * tl.cast(tiles, tl.int64), dbias)
 
 
-class SigmoidLoss(NamedTuple):
-    loss: Tensor  # fp32 []
-    dx: Tensor  # [N, D], or [0, D] without gradients
-    dy: Tensor  # [M, D], or [0, D] without gradients
-    dlogit_scale: Tensor  # fp32 []
-    dlogit_bias: Tensor  # fp32 []
-
-
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -144,8 +135,8 @@ def sigmoid_loss(
     key_ids: Tensor | None = None,
     same_positive: bool = True,
 ) -> SigmoidLoss:
-    """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
-    config = launch.choose("sigmoid", x, y)
+    """The strip x [N, D] against y [M, D], as in ops/fused_losses.py; ids as in ops/pairs.py."""
+    config = launch.choose("sigmoid_loss", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk
     tiles = sum(chunk.tiles for chunk in plan)
@@ -154,7 +145,7 @@ def sigmoid_loss(
 
     def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        sigmoid_kernel[(chunk.tiles,)](
+        sigmoid_loss_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
             offset=offset + chunk.rows.start - chunk.cols.start,
