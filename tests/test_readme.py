@@ -108,6 +108,14 @@ def test_readme_and_the_index_lead_to_every_page():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_a_page_can_be_read_in_an_editor(page):
+    """No line above 120 characters, but for tables, pictures and what a command writes."""
+    text = re.sub(r"<!-- \w+: begin.*?<!-- \w+: end -->", "", PAGES[page], flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "!["))]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_has_no_placeholders(page):
     assert "@@" not in PAGES[page]
 
