@@ -222,14 +222,14 @@ def learnt(folder: Path) -> Learnt:
     block = image_groups(snapshot)
     named: list[NamedDrawing] = [
         {
-            "drawing": drawings.key(one["query"]),
-            "name": one["own"],
+            "drawing": drawings.key(shown["query"]),
+            "name": shown["own"],
             "answers": [
                 {"name": answer["caption"], "right": answer["hit"]}
-                for answer in one["answers"][:NEAREST]
+                for answer in shown["answers"][:NEAREST]
             ],
         }
-        for one in snapshot.named["shown"]
+        for shown in snapshot.named["shown"]
     ]
     groups: list[Group] = [
         {
@@ -239,9 +239,8 @@ def learnt(folder: Path) -> Learnt:
         }
         for card in block["cards"][:GROUPS]
     ]
-    keys = [one["drawing"] for one in named] + [
-        key for group in groups for key in group["drawings"]
-    ]
+    keys = {drawing["drawing"] for drawing in named}
+    keys.update(*(group["drawings"] for group in groups))
     sources = {
         "/".join(filter(None, (icon.family, icon.style, icon.name))): icon.svg
         for read in FAMILIES.values()
@@ -291,15 +290,15 @@ def draw_names(record: Learnt) -> str:
     """The unseen drawings, each with its nearest names, right and wrong as they come."""
     parts: list[str] = []
     side, height, column = 56, 84, WIDTH / 2
-    for place, one in enumerate(record["named"]):
+    for place, drawing in enumerate(record["named"]):
         x, y = (place % 2) * column, (place // 2) * height
-        parts.append(nested(record["drawings"][one["drawing"]], x, y + 2, side))
-        for rank, answer in enumerate(one["answers"]):
+        parts.append(nested(record["drawings"][drawing["drawing"]], x, y + 2, side))
+        for rank, answer in enumerate(drawing["answers"]):
             words = f"{rank + 1}. {answer['name']}" + (" ✓" if answer["right"] else "")
             kind = "right" if answer["right"] else ""
             parts.append(text(x + side + 14, y + 14 + rank * LINE, words, kind))
-        if not any(answer["right"] for answer in one["answers"]):
-            words = f"(it is: {one['name']})"
+        if not any(answer["right"] for answer in drawing["answers"]):
+            words = f"(it is: {drawing['name']})"
             parts.append(text(x + side + 14, y + 14 + NEAREST * LINE, words, "muted"))
     rows = (len(record["named"]) + 1) // 2
     return picture(names_title(record), rows * height - 10, parts)
@@ -308,8 +307,8 @@ def draw_names(record: Learnt) -> str:
 def names_title(record: Learnt) -> str:
     """The picture of names in a sentence: its alt text."""
     named = record["named"]
-    first = [one["name"] for one in named if one["answers"][0]["right"]]
-    others = [one["name"] for one in named if not one["answers"][0]["right"]]
+    first = [drawing["name"] for drawing in named if drawing["answers"][0]["right"]]
+    others = [drawing["name"] for drawing in named if not drawing["answers"][0]["right"]]
     sentence = (
         f"{len(named)} drawings of a family of icons that the model has never seen, each with its "
         f"{NEAREST} nearest of {record['classes']} names. Right at once: {', '.join(first)}"
