@@ -27,7 +27,7 @@ from protoclip.config import TABLE, TrainConfig
 from protoclip.data import PairDataset, open_dataset
 from protoclip.data.files import whole_file
 from protoclip.distributed import run_command
-from protoclip.model import choose_device
+from protoclip.model import autocast_for, choose_device, choose_precision
 from protoclip.paths import cache_dir, check_above
 
 PROG = "protoclip teacher"
@@ -105,11 +105,13 @@ def load_teacher(
 
 def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
-    digest = hashlib.sha256(repr((MINILM_PACKAGE, texts)).encode()).hexdigest()[:16]
+    precision = choose_precision("auto", torch.device(device))
+    digest = hashlib.sha256(repr((MINILM_PACKAGE, precision, texts)).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npz"
     with contextlib.suppress(ValueError):  # missing, torn, or for other samples: compute it
         return _read_features(path, dataset)
-    features = minilm(device).encode(texts)
+    with autocast_for(precision, torch.device(device))():  # bf16 takes half of the time
+        features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, features.numpy(), dataset.keys)
@@ -249,7 +251,7 @@ class SentenceEncoder:
                 ids = tokens["input_ids"] * tokens["attention_mask"]
                 ids = F.pad(ids, (0, self.max_length - ids.shape[1]))
                 tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            hidden = self.model(**tokens).last_hidden_state  # [B, L, d]
+            hidden = self.model(**tokens).last_hidden_state.float()  # [B, L, d]
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             rows[chosen] = F.normalize(mean, dim=-1).float().cpu()

@@ -130,7 +130,8 @@ class TestEncoders:
             assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
         assert first.shape == (8, 384)
         texts = [teacher_text(dataset.captions(i)) for i in range(8)]
-        torch.testing.assert_close(first, minilm("cpu").encode(texts))
+        same = torch.nn.functional.cosine_similarity(first, minilm("cpu").encode(texts))
+        assert same.min() > 0.999  # bf16 where the processor multiplies it
         write(path, first[:5].numpy(), list(dataset.keys[:5]))
         assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
 
