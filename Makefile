@@ -58,5 +58,5 @@ gpu:  ## on a card: the kernels' tests, then the benchmarks; results under OUT, 
 gpu-sanitize:  ## on a card: the kernels' tests under compute-sanitizer, fresh memory filled with NaN
 	compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
 		$(PYTHON) -m pytest --bare --nan-empties -x tests/test_cuda_gpu.py \
-		tests/test_kernels_info_nce.py tests/test_kernels_matched.py \
+		tests/test_kernels_info_nce.py tests/test_kernels_contrastive.py \
 		tests/test_kernels_prototype.py tests/test_kernels_hot_paths.py

@@ -213,7 +213,8 @@ def _swept() -> list[Swept]:
         )
         return [swept]
     arch = launch.architecture(torch.device(DEVICE))
-    for kernel in ("forward", "gradient"):  # a deep row is timed where the table has none too
+    # A deep row is timed where the table has none too.
+    for kernel in ("info_nce_forward", "info_nce_gradient"):
         launch.HALF_DEEP.setdefault(kernel, {}).setdefault(arch, launch.HALF[kernel][arch])
     n = 16_384
     rows = [
@@ -224,7 +225,7 @@ def _swept() -> list[Swept]:
             step=partial(_info_nce, n, d, phase),
             assert_right=partial(assert_right, "info_nce", d),
         )
-        for kernel, phase in (("forward", "forward"), ("gradient", "backward"))
+        for kernel, phase in (("info_nce_forward", "forward"), ("info_nce_gradient", "backward"))
         for table, d in (("HALF", 256), ("HALF_DEEP", 512))
         if arch in vars(launch)[table].get(kernel, {})
     ]

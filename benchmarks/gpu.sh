@@ -32,7 +32,7 @@ step() { # NAME SECONDS COMMAND...: run it, log it, go on whatever happens
 "$python" -c 'import protoclip.kernels' 2>/dev/null ||
   step install 30 "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
 tests=(tests/test_package.py tests/test_backends.py tests/test_cuda_gpu.py
-  tests/test_kernels_hot_paths.py tests/test_kernels_info_nce.py tests/test_kernels_matched.py
+  tests/test_kernels_hot_paths.py tests/test_kernels_info_nce.py tests/test_kernels_contrastive.py
   tests/test_kernels_prototype.py
   tests/test_prototype_cross_entropy.py tests/test_segment_mean.py
   tests/test_kmeans_assign.py)

@@ -17,30 +17,30 @@ void release_memory() { MemoryPool::instance().clear(); }
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   const auto cpu = [](auto* op) { return torch::dispatch(c10::DispatchKey::CPU, op); };
-  m.def("pooled(int count) -> Tensor", &protoclip::pooled);
+  m.def("empty_stash(int count) -> Tensor", &protoclip::empty_stash);
   m.def("kept_memory() -> int", &protoclip::kept_memory);
   m.def("release_memory() -> ()", &protoclip::release_memory);
   m.def(
-      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, int offset, bool columns,"
+      "info_nce_fwd(Tensor x, Tensor y, Tensor logit_scale, int offset, bool columns,"
       " Tensor(a!)? stash=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::contrastive_fwd));
+      cpu(&protoclip::info_nce_fwd));
   m.def(
-      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor row_max, Tensor row_sum,"
+      "info_nce_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor row_max, Tensor row_sum,"
       " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
       " Tensor? stash=None) -> (Tensor, Tensor, Tensor)",
-      cpu(&protoclip::contrastive_bwd));
+      cpu(&protoclip::info_nce_bwd));
   m.def(
-      "matched_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
+      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
       " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive, bool columns,"
       " Tensor(a!)? stash=None) -> (Tensor, Tensor)",
-      cpu(&protoclip::matched_fwd));
+      cpu(&protoclip::contrastive_fwd));
   m.def(
-      "matched_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
+      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
       " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
       " Tensor row_statistics, Tensor column_statistics, Tensor row_weights,"
       " Tensor column_weights, Tensor? stash=None)"
       " -> (Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::matched_bwd));
+      cpu(&protoclip::contrastive_bwd));
   m.def(
       "sigmoid_loss(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, int offset,"
       " bool gradients, Tensor? query_ids=None, Tensor? key_ids=None, bool same_positive=True)"

@@ -21,21 +21,23 @@ void with_dtype(at::ScalarType dtype, const F& f) {
 }
 
 // int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).
-Tensor pooled(int64_t count);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
-                                                                   const Tensor& logit_scale,
-                                                                   int64_t offset, bool columns,
-                                                                   const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_max,
-    const Tensor& row_sum, const Tensor& column_max, const Tensor& column_sum,
-    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash);
-std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-                                       const Tensor& own, const Optional& exclude,
-                                       const Optional& query_ids, const Optional& key_ids,
-                                       const Optional& key_bias, bool same_positive, bool columns,
-                                       const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
+Tensor empty_stash(int64_t count);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
+                                                                const Tensor& logit_scale,
+                                                                int64_t offset, bool columns,
+                                                                const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale, const Tensor& row_max,
+                                                const Tensor& row_sum, const Tensor& column_max,
+                                                const Tensor& column_sum, const Tensor& row_weight,
+                                                const Tensor& column_weight, int64_t offset,
+                                                const Optional& stash);
+std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
+                                           const Tensor& logit_scale, const Tensor& own,
+                                           const Optional& exclude, const Optional& query_ids,
+                                           const Optional& key_ids, const Optional& key_bias,
+                                           bool same_positive, bool columns, const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,

@@ -11,7 +11,7 @@ namespace protoclip {
 namespace {
 
 constexpr const char* kOp = "prototype_cross_entropy";
-constexpr int64_t kIgnored = -100;
+constexpr int64_t kLeftOut = -100;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // What is written for each sample; gradient and scale are null where not asked for, as is nearest.
@@ -65,7 +65,7 @@ struct FinishRow {
     out.sum[row] = static_cast<float>(state.sum);
     if (out.nearest != nullptr) out.nearest[row] = state.best;
     float* gradient = out.gradient == nullptr ? nullptr : out.gradient + row * out.d;
-    if (labels[row] == kIgnored) {
+    if (labels[row] == kLeftOut) {
       out.loss[row] = 0.f;
       if (out.scale != nullptr) out.scale[row] = 0.f;
       if (gradient != nullptr) std::fill_n(gradient, out.d, 0.f);
@@ -94,8 +94,8 @@ Tensor checked_labels(const Tensor& labels, int64_t k) {
   Tensor out = labels.contiguous();
   const int64_t* y = out.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < out.numel(); ++i)
-    TORCH_CHECK_VALUE(y[i] == kIgnored || (0 <= y[i] && y[i] < k), kOp,
-                      ": expected labels in [0, K) or -100, got ", y[i], " at row ", i,
+    TORCH_CHECK_VALUE(y[i] == kLeftOut || (0 <= y[i] && y[i] < k), kOp,
+                      ": expected labels in [0, K) or ", kLeftOut, ", got ", y[i], " at row ", i,
                       " for K = ", k);
   return out;
 }
@@ -154,7 +154,7 @@ struct PrototypeGradient {
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
     for (int64_t i = range.row; i < range.row + range.rows; ++i, s += ld) {
       const int64_t label = labels_[i] - range.column, width = round_up(range.columns, kLanes);
-      if (labels_[i] == kIgnored) {
+      if (labels_[i] == kLeftOut) {
         std::fill_n(s, width, 0.f);
         continue;
       }

@@ -114,12 +114,12 @@ struct TileRange {
 
 // Room for the dot products of all tiles, which a forward pass leaves to its backward pass; empty
 // where none is given. Tile after tile, each contiguous.
-class KeptProducts {
+class Stash {
  public:
   static constexpr int64_t kRows = 128, kColumns = 256;  // of a tile: 128 KB
 
-  KeptProducts() = default;
-  KeptProducts(float* data, int64_t columns) : data_(data), tiles_(blocks(columns, kColumns)) {}
+  Stash() = default;
+  Stash(float* data, int64_t columns) : data_(data), tiles_(blocks(columns, kColumns)) {}
   static int64_t size(int64_t n, int64_t m) { return round_up(n, kRows) * round_up(m, kColumns); }
 
   explicit operator bool() const { return data_ != nullptr; }
@@ -157,13 +157,13 @@ class GradientPass {
   // `epilogue(range, s, ld) -> GradientSums` turns the dot products s [rows, columns] into G and
   // sets the lanes past the last column, up to whole vectors, to zero. dx and dy are not touched
   // without `gradients`; dx may be null, then only dy is formed. Where the epilogue knows
-  // statistics of the logits, `chain` is that of the products behind them. Products in `kept` are
-  // read, not formed.
+  // statistics of the logits, `chain` is that of the products behind them. Products in the `stash`
+  // are read, not formed.
   template <typename Epilogue>
   static GradientSums run(const Strip<A>& strip, const Epilogue& epilogue, float scale,
                           bool gradients, Input* dx, Input* dy, int64_t chain = kDefaultChain,
-                          KeptProducts kept = {}) {
-    GradientPass pass(strip, scale, gradients, dx, dy, chain, kept);
+                          Stash stash = {}) {
+    GradientPass pass(strip, scale, gradients, dx, dy, chain, stash);
     GradientSums total;
     for (int64_t row = 0; row < strip.n; row += pass.wave_)
       total += pass.wave(row, std::min(pass.wave_, strip.n - row), epilogue);
@@ -185,14 +185,14 @@ class GradientPass {
   };
 
   GradientPass(const Strip<A>& strip, float scale, bool gradients, Input* dx, Input* dy,
-               int64_t chain, KeptProducts kept)
+               int64_t chain, Stash stash)
       : strip_(strip),
         scale_(scale),
         gradients_(gradients),
         dx_(dx),
         dy_(dy),
         chain_(chain),
-        kept_(kept),
+        stash_(stash),
         tiles_(blocks(strip.m, kColumns)),
         groups_(std::min(tiles_, kMaxGroups)),
         wave_(std::max(kPartRows / std::max<int64_t>(groups_, 1) / kRows * kRows, kRows)),
@@ -247,7 +247,7 @@ class GradientPass {
     const int64_t d = strip_.d, column = tile * kColumns;
     const int64_t columns = std::min(kColumns, strip_.m - column);
     const Input* y = strip_.y + column * strip_.ld_y;
-    if (!kept_) Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
+    if (!stash_) Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
     if (gradients_ && dx_ != nullptr)
       Ops::right_rows(y, strip_.ld_y, columns, d, scratch.right.get(), d);
     const bool first_tile = tile == tiles_ * group / groups_;
@@ -266,10 +266,10 @@ class GradientPass {
 
   void products(const TileRange& range, Scratch& scratch) const {
     float* s = scratch.s.get();
-    if (kept_) {
-      const float* kept = kept_.tile(range.row, range.column);
+    if (stash_) {
+      const float* dots = stash_.tile(range.row, range.column);
       for (int64_t i = 0; i < range.rows; ++i)
-        std::copy_n(kept + i * KeptProducts::kColumns, range.columns, s + i * kColumns);
+        std::copy_n(dots + i * Stash::kColumns, range.columns, s + i * kColumns);
     } else {
       multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
                scratch.right_t.get(), kColumns, s, kColumns, false, chain_);
@@ -353,7 +353,7 @@ class GradientPass {
   bool gradients_;
   Input *dx_, *dy_;
   int64_t chain_;
-  KeptProducts kept_;
+  Stash stash_;
   int64_t tiles_, groups_, wave_, wave_rows_;
   Buffer<float> parts_, dy_sums_;
   Buffer<Input> right_;

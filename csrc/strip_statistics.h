@@ -1,5 +1,5 @@
 // The statistics of a strip, x [N, D] against y [M, D]: for each row and each column of its base-2
-// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles; of matched pairs
+// logits the maximum and the sum of 2^(s - maximum), in one pass over the tiles; of MatchedPairs
 // (pairs.h) over the logits that are seen, and the sum and count of the positives' logits.
 //
 // The parallel tasks are chunks of rows by chunks of columns; their partial statistics, at most
@@ -33,7 +33,7 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
   }
 }
 
-// [count] each; the positives' of matched pairs only.
+// [count] each; the positives' of MatchedPairs only.
 struct SideStatistics {
   at::Tensor max, sum, positives, count;
 };
@@ -42,19 +42,18 @@ template <Arithmetic A, typename Pairs>
 class Statistics {
   using Ops = Operands<A>;
   using Input = typename Ops::Input;
-  static constexpr int64_t kRows = KeptProducts::kRows, kColumns = KeptProducts::kColumns;
+  static constexpr int64_t kRows = Stash::kRows, kColumns = Stash::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 4, kColumnChunks = 32;  // at most: the parallel tasks
 
  public:
-  // Where `kept` is not empty, the dot products stay there for the backward pass.
-  Statistics(const Strip<A>& strip, Base2 base2, const Pairs& pairs, bool columns,
-             KeptProducts kept)
+  // Where there is a `stash`, the dot products stay there for the backward pass.
+  Statistics(const Strip<A>& strip, Base2 base2, const Pairs& pairs, bool columns, Stash stash)
       : strip_(strip),
         base2_(base2),
         pairs_(pairs),
         columns_(columns),
-        kept_(kept),
+        stash_(stash),
         row_chunk_(kRows * blocks(strip.n, kRows * kRowChunks)),
         column_chunk_(kColumns * blocks(strip.m, kColumns * kColumnChunks)),
         row_chunks_(blocks(strip.n, std::max<int64_t>(row_chunk_, 1))),
@@ -174,7 +173,7 @@ class Statistics {
 
   void tile(const TileRange& range, float* positive, Scratch& scratch) {
     float* s = scratch.s.get();
-    float* dots = kept_ ? kept_.tile(range.row, range.column) : s;
+    float* dots = stash_ ? stash_.tile(range.row, range.column) : s;
     multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
              scratch.right.get(), kColumns, dots, kColumns);
     const bool has_own = pairs_.has_own(range);
@@ -299,7 +298,7 @@ class Statistics {
   Base2 base2_;
   const Pairs& pairs_;
   bool columns_;
-  KeptProducts kept_;
+  Stash stash_;
   int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;
   Partials rows_, by_column_;
   std::vector<Scratch> scratch_;

@@ -15,7 +15,7 @@ the keys; rows wider than one tile form their logits by chunks of D and take no 
 import triton
 import triton.language as tl
 
-from protoclip.kernels.tiles import LOG2E, dot, products_at
+from protoclip.kernels.tiles import LEFT_OUT, LOG2E, dot, products_at
 
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -131,7 +131,7 @@ def attention_kernel(
         if slice_index == 0:
             # The label's product is the diagonal of one more tile of the same dot: the same bits as
             # in the sum, so that a loss near zero does not cancel.
-            label = tl.load(labels_ptr + first_row + i, mask=used, other=-100)
+            label = tl.load(labels_ptr + first_row + i, mask=used, other=LEFT_OUT)
             known = (label >= 0) & (label < k_count)
             s, _ = _products(
                 q, q_ptr, rows, k_ptr, label, known, d, strides, BLOCK_D, EVEN_D, VALUES, True

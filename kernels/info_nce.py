@@ -1,4 +1,4 @@
-"""InfoNCE over tiles of the logits, which never reach memory: what ops/strips.py calls.
+"""InfoNCE over tiles of the logits, which never reach memory: what ops/fused_losses.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 keeps O(N) statistics and the backward pass recomputes the logits: four matrix products in all. Up
@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.results import Gradients, InfoNceStatistics, LossAndStatistics
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
@@ -100,7 +101,7 @@ def _eight_columns(acc):
 
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
-def forward_kernel(
+def info_nce_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
     n, m, d, offset, strides,
@@ -185,13 +186,13 @@ def _merge_blocks(
 
 
 @triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
-def merge_kernel(
+def info_nce_merge_kernel(
     row_part_ptr, blocks_m, height,  # [blocks_m, height, 2] of this wave's rows
     column_part_ptr, blocks_n, m,  # [blocks_n, M, 2]
     positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
     column_max_ptr, column_sum_ptr,  # [M]
     loss_ptr, share_ptr,  # [N], [programs]
-    n, first, offset, pair_weight,
+    n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
     COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -220,7 +221,7 @@ def merge_kernel(
         reference, total = _add_positive(reference, total, positive)
         tl.store(row_max_ptr + row, reference, mask=here)
         tl.store(row_sum_ptr + row, total, mask=here)
-        loss = pair_weight * (tl.log2(total) + (reference - positive))
+        loss = pair_weight_ln2 * (tl.log2(total) + (reference - positive))
         if HAS_BEFORE:
             loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
         if COLUMNS:
@@ -234,7 +235,7 @@ def merge_kernel(
             )
             if IS_LAST:
                 reference, total = _add_positive(reference, total, positive)
-                loss += pair_weight * (tl.log2(total) + (reference - positive))
+                loss += pair_weight_ln2 * (tl.log2(total) + (reference - positive))
             tl.store(column_max_ptr + column, reference, mask=inside)
             tl.store(column_sum_ptr + column, total, mask=inside)
         tl.store(loss_ptr + row, loss, mask=paired & (row < first + height))
@@ -284,7 +285,7 @@ def _extremes(max_ptr, position, length):
 
 
 @triton.jit(do_not_specialize=["n", "m"])
-def extremes_kernel(
+def info_nce_extremes_kernel(
     row_max_ptr, column_max_ptr, n, m, out_ptr,  # [N], [M], [row and column blocks, 2]
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +318,7 @@ SLICED = ["entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"]
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
-def gradient_kernel(
+def info_nce_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     logit_scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
     row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
@@ -391,41 +392,21 @@ def gradient_kernel(
         tl.store(factor_ptr, logit_scale / lift)
 
 
-class StripStatistics(NamedTuple):
-    """Statistics of the rows and columns of a strip, and the base-2 logits of its positives."""
-
-    row_max: Tensor  # [N]
-    row_sum: Tensor  # [N]
-    column_max: Tensor  # [M], or [0] without columns
-    column_sum: Tensor  # [M], or [0] without columns
-    positive: Tensor  # [N]
-
-
-class StripLoss(NamedTuple):
-    """The loss, and the statistics that its gradient needs."""
-
-    loss: Tensor  # [N], or the sum []
-    row_max: Tensor
-    row_sum: Tensor
-    column_max: Tensor
-    column_sum: Tensor
-
-
 class _ForwardPass(NamedTuple):
-    statistics: StripStatistics
+    statistics: InfoNceStatistics
     losses: Tensor  # [N], times ``pair_weight`` in each direction
     shares: Tensor  # parts of their sum [programs]
 
 
-def contrastive_fwd(
+def info_nce_fwd(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, columns: bool
-) -> StripStatistics:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/strips.py."""
+) -> InfoNceStatistics:
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/fused_losses.py."""
     forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=1.0)
     return forward.statistics
 
 
-def contrastive(
+def info_nce_loss(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -433,7 +414,7 @@ def contrastive(
     columns: bool,
     pair_weight: float,
     summed: bool,
-) -> StripLoss:
+) -> LossAndStatistics:
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
     forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=pair_weight)
     if not summed:
@@ -442,13 +423,7 @@ def contrastive(
         loss = forward.shares.sum()
     else:
         loss = forward.shares.view(())
-    return StripLoss(
-        loss=loss,
-        row_max=forward.statistics.row_max,
-        row_sum=forward.statistics.row_sum,
-        column_max=forward.statistics.column_max,
-        column_sum=forward.statistics.column_sum,
-    )
+    return LossAndStatistics(loss, forward.statistics)
 
 
 def _forward(
@@ -470,7 +445,7 @@ def _forward(
         column_max.fill_(-torch.inf)
         column_sum.zero_()
         shares.zero_()
-    config = launch.choose("forward", x, y)
+    config = launch.choose("info_nce_forward", x, y)
     parts = min(config.warps, config.block_n // config.part)
     blocks_m = triton.cdiv(m, config.block_m)
     # Rows per wave: as many tiles as keep the partial sums within their bound.
@@ -486,26 +461,26 @@ def _forward(
             part = x[first:last]
             blocks_n = triton.cdiv(len(part), config.block_n)
             blocks_m = triton.cdiv(m, config.block_m)
-            forward_kernel[(blocks_n * blocks_m,)](
+            info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
                 row_ptr=row_part, column_ptr=column_part, positive_ptr=positive[first:last],
                 COLUMNS=columns, PARTS=parts, PART=config.part,
             )  # fmt: skip
-            merge_kernel[(programs,)](
+            info_nce_merge_kernel[(programs,)](
                 row_part_ptr=row_part, blocks_m=blocks_m, height=len(part),
                 column_part_ptr=column_part, blocks_n=blocks_n * parts, m=m,
                 positive_ptr=positive, row_max_ptr=row_max, row_sum_ptr=row_sum,
                 column_max_ptr=column_max, column_sum_ptr=column_sum,
                 loss_ptr=losses, share_ptr=shares,
-                n=n, first=first, offset=offset, pair_weight=pair_weight * LN2,
+                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2,
                 COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
-    statistics = StripStatistics(row_max, row_sum, column_max, column_sum, positive)
+    statistics = InfoNceStatistics(row_max, row_sum, column_max, column_sum, positive)
     return _ForwardPass(statistics, losses, shares)
 
 
-def contrastive_bwd(
+def info_nce_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -517,17 +492,17 @@ def contrastive_bwd(
     column_weight: Tensor,
     offset: int,
     pair_weight: float = 1.0,
-) -> waves.Gradients:
-    """Gradients of the strip, as in ops/strips.py, from what the forward pass kept.
+) -> Gradients:
+    """Gradients of the strip, as in ops/fused_losses.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
-        return waves.Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
+        return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
     n = len(x)
     num_columns = len(column_max)  # 0 without columns
-    config = launch.choose("gradient", x, y)
+    config = launch.choose("info_nce_gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
     row_peak = _peak(row_weight) if lifted else row_weight
@@ -538,7 +513,7 @@ def contrastive_bwd(
         blocks = blocks_n + triton.cdiv(num_columns, config.block_m)
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):
-            extremes_kernel[(blocks,)](
+            info_nce_extremes_kernel[(blocks,)](
                 row_max_ptr=row_max, column_max_ptr=column_max,
                 n=n, m=num_columns, out_ptr=extremes,
                 BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
@@ -553,7 +528,7 @@ def contrastive_bwd(
         column_side = (
             column_max[cols], column_sum[cols], column_weight[cols], column_weight.stride(0)
         )  # fmt: skip
-        gradient_kernel[(chunk.tiles,)](
+        info_nce_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, factor_ptr=factor, offset=offset + rows.start - cols.start,
             row_peak_ptr=row_peak, column_peak_ptr=column_peak, pair_weight=pair_weight,

@@ -53,13 +53,18 @@ _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
 _SMALL_STRIPS = replace(_SMALL, strip=16)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
 # Masks and both exponentials need registers that a wider tile or strip does not leave.
-_MATCHED = replace(_HOPPER, block_m=64, strip=16)
+_CONTRASTIVE = replace(_HOPPER, block_m=64, strip=16)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
 HALF: dict[str, dict[int, Launch]] = {
-    "forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
-    "gradient": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, warps=8, ctas_per_sm=1)},
+    "info_nce_forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
+    "info_nce_gradient": {
+        80: _MMA,
+        89: _MMA,
+        90: _HOPPER,
+        100: replace(_HOPPER, warps=8, ctas_per_sm=1),
+    },
     # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
     # model, one of 170 is 29 %.
     "sigmoid": {
@@ -68,12 +73,17 @@ HALF: dict[str, dict[int, Launch]] = {
         90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
         100: _NARROW,
     },
-    "matched forward": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _MATCHED, 100: _SMALL_STRIPS},
-    "matched gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
-    "matched gradient with biases": {
+    "contrastive_forward": {
         80: _SMALL_STRIPS,
         89: _SMALL_STRIPS,
-        90: _MATCHED,
+        90: _CONTRASTIVE,
+        100: _SMALL_STRIPS,
+    },
+    "contrastive_gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
+    "contrastive_gradient_with_biases": {
+        80: _SMALL_STRIPS,
+        89: _SMALL_STRIPS,
+        90: _CONTRASTIVE,
         100: replace(_SMALL, strip=32),  # strips of 16 spill
     },
 }
@@ -83,21 +93,23 @@ HALF: dict[str, dict[int, Launch]] = {
 # on was found; the sweep times the row there.
 DEEP = 512
 HALF_DEEP: dict[str, dict[int, Launch]] = {
-    "gradient": {90: Launch(128, 256, 64, warps=8, stages=3, strip=32, descriptors=True)},
+    "info_nce_gradient": {90: Launch(128, 256, 64, warps=8, stages=3, strip=32, descriptors=True)},
 }
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
-    "forward": _PLAIN,
-    "matched forward": _PLAIN,
-    "matched gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "matched gradient with biases": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "info_nce_forward": _PLAIN,
+    "contrastive_forward": _PLAIN,
+    "contrastive_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "contrastive_gradient_with_biases": Launch(
+        64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32
+    ),
+    "info_nce_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
     "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
-FLOAT_MATCHED = replace(FLOAT_ANY, ctas_per_sm=1)
+FLOAT_CONTRASTIVE = replace(FLOAT_ANY, ctas_per_sm=1)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, strip=32)
 
 # Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
@@ -196,7 +208,7 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
-        return FLOAT_MATCHED if kernel.startswith("matched") else FLOAT_ANY
+        return FLOAT_CONTRASTIVE if kernel.startswith("contrastive") else FLOAT_ANY
     row = HALF[kernel][arch]
     if x.shape[1] >= DEEP:
         row = HALF_DEEP.get(kernel, {}).get(arch, row)

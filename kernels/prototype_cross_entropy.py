@@ -30,7 +30,8 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
-from protoclip.kernels.tiles import products, tile_options
+from protoclip.kernels.results import BankLosses
+from protoclip.kernels.tiles import LEFT_OUT, products, tile_options
 from protoclip.kernels.waves import multiply
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -79,7 +80,7 @@ def join_slices_kernel(
         tl.store(nearest_ptr + rows, best, mask=used)
     tl.store(row_max_ptr + rows, row_max, mask=used)
     tl.store(row_sum_ptr + rows, row_sum, mask=used)
-    label = tl.load(labels_ptr + rows, mask=used, other=-100)
+    label = tl.load(labels_ptr + rows, mask=used, other=LEFT_OUT)
     labelled = (label >= 0) & (label < k_count)
     if HARD:
         positive = tl.load(positive_ptr + rows, mask=used, other=0.0)
@@ -92,7 +93,7 @@ def join_slices_kernel(
             positive += tl.sum(q.to(tl.float32) * m.to(tl.float32), 1)
         positive *= sign
     loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
-    absent = tl.where(label == -100, 0.0, float("nan"))
+    absent = tl.where(label == LEFT_OUT, 0.0, float("nan"))
     tl.store(loss_ptr + rows, tl.where(labelled, loss, absent), mask=used)
     if GRADIENT:
         dscale = tl.zeros([BLOCK_N], tl.float32)
@@ -141,7 +142,7 @@ def weights_kernel(
     )
     w = tl.exp2((s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None]) * step)
     if GRADIENT:
-        label = tl.load(labels_ptr + rows, mask=used, other=-100)
+        label = tl.load(labels_ptr + rows, mask=used, other=LEFT_OUT)
         w = w / tl.load(sum_ptr + rows, mask=used, other=1.0)[:, None]
         if HARD:
             w = tl.where(label[:, None] == (first_key + cols)[None, :], w - 1.0, w)
@@ -161,17 +162,6 @@ class Slices(NamedTuple):
     expected: Tensor  # [slices, N], or [slices, 0] where not asked for
     positive: Tensor  # [N], the label's product where labels are hard
     acc: Tensor  # [slices, N, D], or [slices, N, 0] without values
-
-
-class BankLosses(NamedTuple):
-    """Of S banks, or of one bank without the first dimension."""
-
-    loss: Tensor  # [S, N]
-    gradient: Tensor  # [S, N, D], or [S, 0, D]
-    nearest: Tensor  # int64 [S, N], or [S, 0]
-    row_max: Tensor  # [S, N]
-    row_sum: Tensor  # [S, N]
-    scale_gradient: Tensor  # [S, N], or [S, 0]
 
 
 class KeyGradient(NamedTuple):

@@ -1,4 +1,4 @@
-"""The sigmoid loss over tiles of the logits: what ops/strips.py calls.
+"""The sigmoid loss over tiles of the logits: what ops/fused_losses.py calls.
 
 z_ij = scale x_i.y_j + bias. A pair's loss is softplus(z), or softplus(-z) if it is positive
 (j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics of whole
@@ -14,14 +14,13 @@ short series, because the card's logarithm has an absolute error of 2^-22 and so
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.results import SigmoidLoss
 from protoclip.kernels.tiles import (
     LOG2E,
     equal_ids,
@@ -125,14 +124,6 @@ def sigmoid_kernel(
     tl.store(at + 2 * tl.cast(tiles, tl.int64), dbias)
 
 
-class SigmoidLoss(NamedTuple):
-    loss: Tensor  # fp32 []
-    dx: Tensor  # [N, D], or [0, D] without gradients
-    dy: Tensor  # [M, D], or [0, D] without gradients
-    dlogit_scale: Tensor  # fp32 []
-    dlogit_bias: Tensor  # fp32 []
-
-
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -144,7 +135,7 @@ def sigmoid_loss(
     key_ids: Tensor | None = None,
     same_positive: bool = True,
 ) -> SigmoidLoss:
-    """The strip x [N, D] against y [M, D], as in ops/strips.py; ids as in ops/pairs.py."""
+    """The strip x [N, D] against y [M, D], as in ops/fused_losses.py; ids as in ops/pairs.py."""
     config = launch.choose("sigmoid", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk

@@ -21,6 +21,7 @@ from protoclip.kernels.launch import INTERPRETED, Launch
 
 ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
+LEFT_OUT = tl.constexpr(-100)  # in place of a label, as in torch's cross-entropy
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 bit patterns as integers
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels.launch import FINISH, Launch
+from protoclip.kernels.results import Gradients
 
 SCRATCH_BYTES = 128 << 20
 SIDE = 8192  # rows of a chunk of that size, more where there are fewer columns
@@ -83,12 +83,6 @@ def store_entries(g, rows, positive, shift, n, width, entry_ptr):
     partner = rows + shift
     held = (rows < n) & (partner >= 0) & (partner < tl.minimum(g.shape[1], width))
     tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
-
-
-class Gradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # the sum of the tiles' shares, fp32 []
 
 
 def products(

@@ -32,18 +32,18 @@ from protoclip.distributed import (
 from protoclip.ops import checks
 from protoclip.ops.contrastive_losses import info_nce, one_way, one_way_parts, sigmoid_loss
 from protoclip.ops.dispatch import resolve
+from protoclip.ops.fused_losses import (
+    LN2,
+    contrastive_gaps,
+    contrastive_gradients,
+    fused_sigmoid_loss,
+    gap_and_mean,
+    info_nce_gradients,
+    info_nce_statistics,
+    side_weights,
+)
 from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
 from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
-from protoclip.ops.strips import (
-    LN2,
-    gap_and_mean,
-    matched_gradients,
-    matched_statistics,
-    side_weights,
-    sigmoid_strip,
-    strip_gradients,
-    strip_statistics,
-)
 
 
 def global_info_nce(
@@ -79,10 +79,10 @@ def global_info_nce(
         texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=name)
         return (images + texts) / 2
     if all_ids is None:
-        image_losses, text_losses = _Strip.apply(x, y, logit_scale, name)
+        image_losses, text_losses = _GlobalInfoNce.apply(x, y, logit_scale, name)
     else:
         pairs = pairs_of(op, x, len(all_ids), matching)
-        image_losses, text_losses = _MatchedStrip.apply(x, y, logit_scale, pairs, name)
+        image_losses, text_losses = _GlobalContrastive.apply(x, y, logit_scale, pairs, name)
     return (image_losses + text_losses).mean() / 2
 
 
@@ -245,7 +245,7 @@ def global_sigmoid_loss(
     return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, name)
 
 
-class _Strip(torch.autograd.Function):
+class _GlobalInfoNce(torch.autograd.Function):
     """x, y [B, D] -> the losses of this rank's images against all texts, and of its texts against
     all images: [B], [B]. Every pair differs from all others."""
 
@@ -255,7 +255,7 @@ class _Strip(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         all_y = gather_rows(y)
         offset = rank() * len(x)
-        strip = strip_statistics(
+        strip = info_nce_statistics(
             x, all_y, logit_scale, offset=offset, columns=True, backend=backend
         )
         column_max, column_sum = _columns_of_all_ranks(
@@ -275,7 +275,7 @@ class _Strip(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, all_y, logit_scale, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
-        gradients = strip_gradients(
+        gradients = info_nce_gradients(
             x=x,
             y=all_y,
             logit_scale=logit_scale,
@@ -295,8 +295,8 @@ class _Strip(torch.autograd.Function):
         return gradients.dx, scatter_sums(gradients.dy), dlogit_scale, None
 
 
-class _MatchedStrip(torch.autograd.Function):
-    """``_Strip`` where ``pairs`` says which pairs are the same thing."""
+class _GlobalContrastive(torch.autograd.Function):
+    """``_GlobalInfoNce`` where ``pairs`` says which pairs are the same thing."""
 
     @staticmethod
     def forward(
@@ -304,7 +304,7 @@ class _MatchedStrip(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         all_y = gather_rows(y)
         offset = rank() * len(x)
-        strip = matched_statistics(
+        strip = contrastive_gaps(
             x, all_y, logit_scale, pairs, columns=True, backend=backend, keep_stash=False
         )
         column_statistics = _columns_of_all_ranks(strip.column_statistics)
@@ -318,7 +318,7 @@ class _MatchedStrip(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, all_y, logit_scale, row_statistics, column_statistics = ctx.saved_tensors
-        gradients = matched_gradients(
+        gradients = contrastive_gradients(
             x,
             all_y,
             logit_scale,
@@ -369,7 +369,7 @@ class _Ring(torch.autograd.Function):
             if key_ids is not None:
                 start = (rank() + hop) % world_size() * len(y)
                 key_ids = key_ids[:, start : start + len(y)]
-            strip = sigmoid_strip(
+            strip = fused_sigmoid_loss(
                 x=x,
                 y=texts,
                 logit_scale=logit_scale,

@@ -142,9 +142,9 @@ class _Points:
         weights = self.weights.to(self.points.dtype)[:, None]
         return torch.cat([self.points * weights, weights], dim=1)
 
-    def means(self, values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def means(self, values: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
         """Means [K, D] and row counts [K] of the clusters; a cluster of weight 0 has count 0."""
-        means, counts = global_segment_mean(values, labels, k, self.group, self.backend)
+        means, counts = global_segment_mean(values, labels, num_clusters, self.group, self.backend)
         if self.weights is None:
             return means, counts
         mass = means[:, -1:]
@@ -254,13 +254,13 @@ def kmeans(
     return min(map(run, range(num_restarts)), key=lambda clusters: clusters.inertia)
 
 
-def _check_values(rows: _Points, k: int, init: str | Tensor) -> None:
+def _check_values(rows: _Points, num_clusters: int, init: str | Tensor) -> None:
     points = rows.points
     if isinstance(init, Tensor):
-        if init.ndim != 2 or len(init) > k or init.shape[1] != points.shape[1]:
+        if init.ndim != 2 or len(init) > num_clusters or init.shape[1] != points.shape[1]:
+            most = [num_clusters, points.shape[1]]
             raise ValueError(
-                f"kmeans: expected init centroids [at most K, D] = {[k, points.shape[1]]}, got "
-                f"{list(init.shape)}"
+                f"kmeans: expected init centroids [at most K, D] = {most}, got {list(init.shape)}"
             )
     elif init not in INITS:
         raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
@@ -307,7 +307,7 @@ def _mean_variance(rows: _Points) -> float:
 
 
 def _first_centroids(
-    rows: _Points, k: int, init: str | Tensor, seed: int, assign: Assign
+    rows: _Points, num_clusters: int, init: str | Tensor, seed: int, assign: Assign
 ) -> Tensor:
     """Given centroids, random points, or k-means++ (Arthur and Vassilvitskii 2007) in few passes.
 
@@ -318,7 +318,7 @@ def _first_centroids(
     points = rows.points
     generator = torch.Generator().manual_seed(seed)
     warm = init.detach().to(points) if isinstance(init, Tensor) else points[:0]
-    num_random = 1 if init == "k-means++" else k - len(warm)
+    num_random = 1 if init == "k-means++" else num_clusters - len(warm)
     if rows.weights is None:
         index = torch.randperm(rows.count, generator=generator)[:num_random]
     else:
@@ -331,11 +331,11 @@ def _first_centroids(
     centroids = torch.cat([warm, rows.pick(points, index)])
     squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
     fresh = centroids
-    while len(centroids) < k:
+    while len(centroids) < num_clusters:
         squared = torch.minimum(squared, assign(fresh)[1].double())
         draws = min(MAX_DRAWS, max(8, len(centroids)))
         where, luck = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        fresh = _drawn(rows, squared, where, luck)[: k - len(centroids)]
+        fresh = _drawn(rows, squared, where, luck)[: num_clusters - len(centroids)]
         centroids = torch.cat([centroids, fresh])
     return centroids
 

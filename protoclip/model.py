@@ -153,7 +153,7 @@ class ProtoModel(nn.Module):
         return self.clip.logit_bias if self.siglip else None
 
     @property
-    def proto_scale(self) -> Tensor:
+    def proto_logit_scale(self) -> Tensor:
         """The prototype terms' multiplier, exp of the parameter."""
         return self.logit_scale_proto.exp()
 

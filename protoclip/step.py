@@ -104,13 +104,10 @@ class Stepper:
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
             group["lr"] = image_lr if group["image"] and image_lr is not None else lr
-        statistics = [buffer.clone() for buffer in self._statistics]
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         index = torch.cat([batch.index for batch in batches])
-        dedup = self.loss.config.dedup
-        ids = index if dedup == "id" else None
-        if dedup == "caption":
-            ids = torch.cat([caption_ids(batch.tokens) for batch in batches])
+        ids = self._ids(batches, index)
+        statistics = [buffer.clone() for buffer in self._statistics]
 
         def forward() -> tuple[Losses, Encoded | None]:
             return self.replica(
@@ -118,12 +115,7 @@ class Stepper:
             )
 
         if self._replicate(heads=episode is not None or self.loss.config.w_distill > 0):
-            # DDP orders its buckets once, after the first backward pass. With this extra pass a
-            # resumed run sums in the same order as the original run.
-            forward()[0].total.backward()
-            self.adamw.zero_grad(set_to_none=True)
-            for buffer, before in zip(self._statistics, statistics, strict=True):
-                buffer.copy_(before)
+            self._order_buckets(forward, statistics)
         with self.phases.measure("forward"):
             losses, projected = forward()
         with self.phases.measure("backward"):
@@ -136,12 +128,10 @@ class Stepper:
             if not is_distributed():  # ranks share the gradient, not the loss
                 finite = finite & losses.total.detach().isfinite()
             self._update(finite)
-        for buffer, before in zip(self._statistics, statistics, strict=True):
-            torch.where(finite, buffer, before, out=buffer)
-        broadcast(*self._statistics_of_rank)  # evaluation then reads the same values on all ranks
-        skipped = (~finite).long()
-        self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
-        same_caption = repeated(ids) if ids is not None and dedup == "caption" else None
+        self._count_skipped(finite, statistics)
+        same_caption = None
+        if ids is not None and self.loss.config.dedup == "caption":
+            same_caption = repeated(ids)
         return Step(losses, projected, norm, finite, same_caption)
 
     def _forward(
@@ -174,7 +164,7 @@ class Stepper:
             projected,
             index,
             logit_scale=model.logit_scale,
-            proto_scale=model.proto_scale,
+            proto_logit_scale=model.proto_logit_scale,
             episode=episode,
             ids=ids,
             logit_bias=model.logit_bias,
@@ -200,6 +190,22 @@ class Stepper:
         self.scaler.update()
         self.model.clamp_scales()
 
+    def _ids(self, batches: Sequence[Batch], index: Tensor) -> Tensor | None:
+        """What tells the pairs apart that are the same thing, int64 [B]; None: all differ."""
+        if self.loss.config.dedup == "id":
+            return index
+        if self.loss.config.dedup == "caption":
+            return torch.cat([caption_ids(batch.tokens) for batch in batches])
+        return None
+
+    def _count_skipped(self, finite: Tensor, statistics: Sequence[Tensor]) -> None:
+        """Count a step that was not finite, and put back the statistics from before it."""
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            torch.where(finite, buffer, before, out=buffer)
+        broadcast(*self._statistics_of_rank)  # evaluation then reads the same values on all ranks
+        skipped = (~finite).long()
+        self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
+
     def _replicate(self, heads: bool) -> bool:
         """Over ranks, let DDP average the gradients of what trains now; returns whether that has
         changed since the last step."""
@@ -214,6 +220,16 @@ class Stepper:
         )
         self.replica.broadcast_buffers = False
         return True
+
+    def _order_buckets(
+        self, forward: Callable[[], tuple[Losses, Any]], statistics: Sequence[Tensor]
+    ) -> None:
+        """An extra pass, which changes nothing else: DDP orders its buckets once, after the first
+        backward pass, so a resumed run then sums in the same order as the original run."""
+        forward()[0].total.backward()
+        self.adamw.zero_grad(set_to_none=True)
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(before)
 
     def load_state(self, optimiser: Mapping, scaler: Mapping) -> None:
         """Load an optimiser's state; learning rate, betas and decay stay as they are.

@@ -27,14 +27,12 @@ from tqdm import tqdm
 from protoclip import checkpoint, distributed, prototypes, schedule
 from protoclip.checks import active_terms, check_settings, uses_prototypes
 from protoclip.commands import train_parser
-from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import progress_hidden
-from protoclip.evaluate import results, tasks
 from protoclip.evaluate.during import Evaluate, Evaluation
-from protoclip.evaluate.results import Outcome, Results
 from protoclip.feature_store import (
     Features,
     FeatureSource,
@@ -44,7 +42,7 @@ from protoclip.feature_store import (
     table_bytes,
 )
 from protoclip.flags import parse
-from protoclip.host import busy_note, keep_freed_memory
+from protoclip.host import keep_freed_memory
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
     ProtoModel,
@@ -56,12 +54,11 @@ from protoclip.model import (
 )
 from protoclip.phases import Phases
 from protoclip.prototypes import Episode
-from protoclip.report import page, snapshot
-from protoclip.report.capture import draw_plots
 from protoclip.resume import check_resume, open_resume, refuse_changes, with_saved_config
-from protoclip.run_folder import NullRunFolder, RunFolder, choose_folder, sum_up
+from protoclip.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.seeds import generator, seed_everything
 from protoclip.step import Step, Stepper, depends_on_passes
+from protoclip.summary import announce, conclude
 from protoclip.teacher import open_teacher
 
 PROG = "protoclip train"
@@ -129,14 +126,35 @@ def train(config: TrainConfig, device: torch.device) -> int:
         trainer.folder = RunFolder(path, config, step)
     folder = trainer.folder
     try:
-        announce(trainer, remark)
+        announce(
+            folder,
+            config,
+            plan,
+            dataset=dataset,
+            device=device,
+            precision=precision,
+            terms=trainer.terms,
+            features=trainer.features,
+            episode_samples=setup.episode_samples,
+            teacher_remark=remark,
+        )
         for note in filter(None, [evaluation.remark, *notes]):
             folder.say(note)
         before = evaluation.untrained(path, model, resumed=resume is not None)
         trainer.run()
         after = evaluation.full(model, "evaluating the trained model")
         if distributed.is_main():
-            conclude(trainer, evaluation, before, after)
+            conclude(
+                folder,
+                config,
+                model,
+                dataset=dataset,
+                episode=trainer.episode,
+                evaluation=evaluation,
+                phases=phases,
+                before=before,
+                after=after,
+            )
     except schedule.Stopped as stop:
         folder.say(stop.message)
         return stop.code
@@ -491,8 +509,9 @@ class Trainer:
             **outcome.losses.terms,
             **outcome.losses.accuracy,
             "loss": outcome.losses.total,
+            # Both are the multipliers, under the names of their parameters, the logarithms.
             "logit_scale": self.model.logit_scale,
-            "logit_scale_proto": self.model.proto_scale,
+            "logit_scale_proto": self.model.proto_logit_scale,
             "grad_norm": outcome.norm,
             "bad_steps": self.stepper.bad[0],
             "bad_samples": (faults + self.faults.known).to(self.setup.device),
@@ -627,104 +646,6 @@ class Trainer:
                 f"run; --precision {precision} goes on as before"
             )
         return notes
-
-
-def announce(trainer: Trainer, remark: str) -> None:
-    """Print what the run will do, in the user's units; ``remark``: on the teacher."""
-    folder = trainer.folder
-    setup = trainer.setup
-    config = trainer.config
-    plan = trainer.plan
-    ranks = distributed.world_size()
-    on_ranks = f", {ranks} ranks" if ranks > 1 else ""
-    warmup = config.optim.warmup
-    if busy := busy_note(setup.device):
-        folder.say(busy)
-    chosen = config.run.precision == "auto" and setup.precision == "amp_bf16"
-    by_itself = " (--precision auto: this device multiplies bf16)" if chosen else ""
-    folder.say(
-        f"run folder: {folder.path}\n"
-        f"data: {setup.dataset.name}, {len(setup.dataset):,} pairs; {plan.total_steps} steps of "
-        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
-        f"model: {config.model.model} on {setup.device}, {setup.precision}{by_itself}, "
-        f"{torch.get_num_threads()} threads{on_ranks}"
-    )
-    builtin = config.data.train_data.startswith("builtin:")
-    if config.model.model == ModelConfig().model and not builtin:
-        folder.say(
-            f"note: {config.model.model}, the default, is a small model for drawings of 48 pixels; "
-            "for photographs give an OpenCLIP model, such as --model ViT-B-32"
-        )
-    if warmup >= plan.total_steps:
-        folder.say(
-            f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
-            "run never reaches --lr; use a fraction such as 0.1"
-        )
-    if not uses_prototypes(config):
-        folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
-        return
-    episode = config.episode
-    internal = trainer.terms.internal
-    stored = trainer.features.reuses and internal
-    # Drawn with replacement, some samples come again before the second pass.
-    after_first_pass = stored and not episode.replacement
-    first = plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
-    limits = ""
-    if stored and episode.replacement:
-        limits = " at the earliest"
-    if first >= plan.total_steps:
-        limits += ", which this run does not reach"
-    num_clusters = prototypes.check_clusters(episode, setup.episode_samples)
-    folder.say(
-        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{num_clusters} prototypes per source\n"
-        f"features: {trainer.features.reason}; {'internal ' if internal else ''}prototypes train "
-        f"from step {first + 1} on{limits}\n{remark}"
-    )
-
-
-def conclude(
-    trainer: Trainer, evaluation: Evaluation, before: Results | None, after: Results | None
-) -> None:
-    """Draw the plots; print the table, the time per phase and the peak memory; write results.json
-    and the report."""
-    folder = trainer.folder
-    config = trainer.config
-    phases = trainer.phases
-    with phases.measure("plots", on_host=True):
-        encoder = replace(evaluation.encoder(trainer.model), batch_size=config.optim.batch_size)
-        held_out = None
-        if evaluation.sets:
-            name = next(iter(evaluation.sets))
-            held_out = (evaluation.quick_sets[name], evaluation.sets[name])
-        draw_plots(folder.path, trainer.dataset, trainer.episode, encoder, held_out, phases.memory)
-    outcome = Outcome(
-        data=evaluation.data,
-        model=config.model.model,
-        pretrained=str(checkpoint.candidates(folder.path)[0]),
-        trained=after or {},
-        untrained=before,
-        floors=evaluation.floors(trainer.model),
-        seconds=phases.seconds(),
-        peak_memory_bytes=tasks.peak_memory_bytes(trainer.setup.device),
-    )
-    recorded = page.recorded_baseline(to_dict(config)) if after else None
-    folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
-    if after is None:
-        folder.say("no evaluation: too few pictures could be read; give --val-data")
-    else:
-        results.write_results(folder.path / "results.json", outcome)
-        if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
-            folder.say(answer)
-    if "tensorboard" in config.run.report_to:
-        scores = {
-            f"{results_of_set.title}/{name}": value
-            for results_of_set in (after or {}).values()
-            for name, value in results_of_set.metrics.items()
-        }
-        captured = snapshot.load_snapshot(folder.path) or snapshot.Snapshot()
-        sum_up(folder.path, config, snapshot.contact_sheet(captured), scores)
-    folder.say(f"report: {page.write_report([folder.path])}\ndone: {folder.path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The record: pages say what the newest record says."""
+"""The benchmarks: pages say what the newest record says, and only what is right is timed."""
+
+from __future__ import annotations
 
 import copy
 import json
@@ -6,61 +8,98 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import profiler_util as profiler
 
 from benchmarks import gpu, report, test_contrastive
 
-FOUND = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
+RECORDS = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
 
-def test_the_page_shows_the_newest_records():
-    assert FOUND, "no record under benchmarks/results"
-    assert not report.stale(FOUND), "python -m benchmarks.report benchmarks/results/*.json --write"
-    changed = copy.deepcopy(FOUND)
-    for one in changed[-1]["rows"]:
-        one |= {"median_ms": 3 * one["median_ms"], "ratio": one["ratio"] and 0.5}
-    assert report.stale(changed) and " takes 0.50 of our time" in report.section(changed)
+# ---- records and the pages that show them ----
 
 
-def test_the_figure_shows_the_newest_record(tmp_path):
-    report.draw_headlines(report.newest_cpu(FOUND), tmp_path / "fresh.svg")
-    words = [
-        re.findall(r"<text[^>]*>([^<]+)<", path.read_text(encoding="utf-8"))
-        for path in (report.FIGURE, tmp_path / "fresh.svg")
-    ]
-    assert words[0] == words[1] and any("open_clip" in word for word in words[0])
+def test_the_page_shows_the_newest_records() -> None:
+    assert RECORDS, "no record under benchmarks/results"
+    assert not report.stale(RECORDS), (
+        "python -m benchmarks.report benchmarks/results/*.json --write"
+    )
+
+
+def test_a_page_is_stale_after_a_new_record_and_says_which_peers_are_faster() -> None:
+    changed = copy.deepcopy(RECORDS)
+    for row in changed[-1]["rows"]:
+        row["median_ms"] *= 3
+        if row["ratio"]:
+            row["ratio"] = 0.5
+    assert report.stale(changed)
+    assert " takes 0.50 of our time" in report.section(changed)
+
+
+def words_of(figure: Path) -> list[str]:
+    """The texts of an SVG, in order."""
+    svg = "{http://www.w3.org/2000/svg}"
+    return [text.text or "" for text in ElementTree.parse(figure).iter(f"{svg}text")]
+
+
+def test_the_figure_shows_the_newest_record(tmp_path: Path) -> None:
+    record = report.newest_cpu(RECORDS)
+    assert record is not None
+    report.draw_headlines(record, tmp_path / "fresh.svg")
+    words = words_of(report.FIGURE)
+    assert words == words_of(tmp_path / "fresh.svg")
+    assert any("open_clip" in word for word in words)
+
+
+@pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
+def test_scripts_name_files_that_are_there(script: str) -> None:
+    text = (report.ROOT / script).read_text()
+    named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", text))
+    assert named
+    assert [name for name in named if not (report.ROOT / name).is_file()] == []
+
+
+# ---- nothing wrong is timed ----
 
 
 class _WithFault(torch.autograd.Function):
     """A loss whose gradients are off by those given."""
 
     @staticmethod
-    def forward(ctx, loss, x, y, dx, dy):
-        ctx.faults = dx, dy
+    def forward(
+        ctx: Any, loss: Tensor, x: Tensor, y: Tensor, dx_fault: Tensor, dy_fault: Tensor
+    ) -> Tensor:
+        ctx.dx_fault = dx_fault
+        ctx.dy_fault = dy_fault
         return loss.clone()
 
     @staticmethod
-    def backward(ctx, upstream):
-        return upstream, *ctx.faults, None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return upstream, ctx.dx_fault, ctx.dy_fault, None, None
 
 
 @pytest.mark.parametrize("case", test_contrastive.CASES)
-def test_nothing_is_timed_whose_other_logits_are_wrong(case):
+def test_nothing_is_timed_whose_other_logits_are_wrong(case: str) -> None:
     """The gradient of the logits that are not positives: 0, twice, or five times what it is."""
     shape = test_contrastive.Shape(n=256, d=64)
     batch = test_contrastive.make_batch(case, shape, torch.bfloat16, cone=True)
-    form, truth, _ = test_contrastive.written_out(case, shape, torch.bfloat16)
-    others = truth.logits.masked_fill(form.taken_out, 0)
+    written_out = test_contrastive.written_out(case, shape, torch.bfloat16)
+    form = written_out.form
+    others = written_out.truth.logits.masked_fill(form.taken_out, 0)
     queries, keys = form.sides(batch.x.double(), batch.y.double())
     logits = batch.scale.detach() * queries @ keys.T
     dx, dy = torch.autograd.grad(logits, (batch.x, batch.y), others)
 
-    def assert_parity(factor):
-        def faulty(batch):
+    def assert_parity(factor: float) -> None:
+        def faulty(batch: test_contrastive.Batch) -> Tensor:
             loss = test_contrastive.CASES[case].ours(batch)
             return _WithFault.apply(loss, batch.x, batch.y, (factor - 1) * dx, (factor - 1) * dy)
 
@@ -72,73 +111,114 @@ def test_nothing_is_timed_whose_other_logits_are_wrong(case):
             assert_parity(factor)
 
 
-@pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
-def test_scripts_name_files_that_are_there(script):
-    named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", (report.ROOT / script).read_text()))
-    assert named and [name for name in named if not (report.ROOT / name).is_file()] == []
+# ---- what a card is asked for ----
 
 
-def test_a_card_is_asked_for_kernels_graphs_and_rows():
+def test_a_card_is_asked_for_kernels_graphs_and_rows() -> None:
     pytest.importorskip("triton")
-    told = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--seconds", "1"], cwd=report.ROOT,
+    output = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--seconds", "1"],
+        cwd=report.ROOT,
         env=os.environ | {"PROTOCLIP_REHEARSE": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    assert "info_nce" in told and "protoclip::contrastive_bwd" in told
-    assert "expected a CUDA device, got none" in told
-    assert "1 candidates compiled in" in told
-    assert re.search(r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", told)
-
-
-def _event(number, name, start, end, device, **options):
-    times = {"start_us": start, "end_us": end}
-    return profiler.FunctionEvent(
-        number, name, thread=1, **times, device_type=device, stack=[], use_device="cuda", **options
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "info_nce" in output and "protoclip::info_nce_bwd" in output
+    assert "expected a CUDA device, got none" in output
+    assert "1 candidates compiled in" in output
+    assert re.search(
+        r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", output
     )
 
 
-def test_the_time_of_a_kernel_counts_once():
+CPU = torch.autograd.DeviceType.CPU
+CUDA = torch.autograd.DeviceType.CUDA
+
+
+def event(
+    number: int,
+    name: str,
+    start_us: int,
+    end_us: int,
+    device: torch.autograd.DeviceType,
+    is_user_annotation: bool = False,
+) -> profiler.FunctionEvent:
+    return profiler.FunctionEvent(
+        number,
+        name,
+        thread=1,
+        start_us=start_us,
+        end_us=end_us,
+        device_type=device,
+        stack=[],
+        use_device="cuda",
+        is_user_annotation=is_user_annotation,
+    )
+
+
+def times_of(*events: profiler.FunctionEvent) -> list[gpu.KernelTime]:
+    recorded = profiler.EventList(events)
+    recorded._build_tree()
+    return gpu.time_by_kernel(recorded.key_averages())
+
+
+def test_the_time_of_a_kernel_counts_once() -> None:
     """As the profiler has it: an op of the CPU with its kernel, the kernel by itself, and a range
     that the user named."""
-    device = torch.autograd.DeviceType
-    op = _event(1, "addmm", 0, 10, device.CPU)
+    op = event(1, "addmm", 0, 10, CPU)
     op.append_kernel("gemm_kernel", 0, 700)
-    kernel = _event(2, "gemm_kernel", 20, 720, device.CUDA)
-    named = _event(3, "a step", 10, 730, device.CUDA, is_user_annotation=True)
-    found = profiler.EventList([op, kernel, named])
-    found._build_tree()
-    assert gpu.time_by_kernel(found.key_averages()) == [(0.7, 1, "gemm_kernel")]
-    alone = profiler.EventList([_event(1, "addmm", 0, 10, device.CPU)])
-    alone._build_tree()
-    assert gpu.time_by_kernel(alone.key_averages()) == [(0.01, 1, "addmm")]
+    kernel = event(2, "gemm_kernel", 20, 720, CUDA)
+    named = event(3, "a step", 10, 730, CUDA, is_user_annotation=True)
+    expected = gpu.KernelTime(ms=0.7, calls=1, name="gemm_kernel")
+    assert times_of(op, kernel, named) == [expected]
 
 
-def test_a_sweep_without_a_candidate_says_so(capsys):
-    """None compiled, or none with the right gradients; the table is as it was."""
-    from protoclip.kernels import launch
+def test_without_kernels_the_time_is_that_of_the_ops() -> None:
+    expected = gpu.KernelTime(ms=0.01, calls=1, name="addmm")
+    assert times_of(event(1, "addmm", 0, 10, CPU)) == [expected]
 
-    def wrong():
-        raise AssertionError("dx: wrong")
 
-    swept = gpu.Swept(
+# ---- the sweep over launch rows ----
+
+
+def never_right() -> None:
+    raise AssertionError("dx: wrong")
+
+
+def swept_interpreter(assert_right: Callable[[], None]) -> gpu.Swept:
+    return gpu.Swept(
         path=("INTERPRETER",),
         kernel="sigmoid",
         launched=gpu.Launched("sigmoid", "gradients", "bf16", 128),
         step=lambda: list,
-        assert_right=wrong,
+        assert_right=assert_right,
     )
+
+
+def test_a_sweep_of_which_nothing_compiled_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.sweep_row(swept_interpreter(never_right), [], 0.0)
+    output = capsys.readouterr().out
+    assert "no candidate of 0 compiled" in output and "paste" not in output
+
+
+def test_a_sweep_of_which_nothing_is_right_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """And leaves the table as it was."""
+    from protoclip.kernels import launch
+
     before = launch.INTERPRETER
-    for rows in ([], [before, replace(before, warps=8)]):
-        gpu.sweep_row(swept, rows, 0.0)
-        told = capsys.readouterr()
-        assert f"no candidate of {len(rows)} compiled" in told.out and "paste" not in told.out
-        assert launch.INTERPRETER is before
-    assert "dx: wrong" in told.err
+    candidates = [before, replace(before, warps=8)]
+    gpu.sweep_row(swept_interpreter(never_right), candidates, 0.0)
+    output = capsys.readouterr()
+    assert "no candidate of 2 compiled" in output.out and "paste" not in output.out
+    assert "dx: wrong" in output.err
+    assert launch.INTERPRETER is before
 
 
-@pytest.mark.parametrize("kernel", ["forward", "gradient", "sigmoid"])
-def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(monkeypatch, kernel):
+@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient", "sigmoid"])
+def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(
+    monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
     """Two would not fit, and the candidate would be dropped before it is timed."""
     from protoclip.kernels import launch
 
@@ -150,18 +230,29 @@ def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(monkeypatch, kernel):
     assert all(near.ctas_per_sm == 1 and near.max_registers is None for near in larger)
 
 
-def test_candidates_that_spill_are_not_timed():
+@pytest.fixture
+def swept_sigmoid() -> gpu.Swept:
     """In a process without the interpreter, as the sweep's pool has them."""
-    swept = gpu.Swept(
+    return gpu.Swept(
         path=("HALF", "sigmoid", 90),
         kernel="sigmoid",
         launched=gpu.Launched("sigmoid", "gradients", "bf16", 512),
         step=list,
         assert_right=list,
     )
-    wide = replace(swept.row, block_n=256, block_m=128, warps=4)
-    candidates = [gpu.Candidate(swept, row) for row in (swept.row, wide)]
-    of_the_row, of_wide = gpu.compile_all(candidates, 90)
-    assert of_the_row == [] and any("local memory" in problem for problem in of_wide)
-    *_, last = gpu.compile_all(20 * candidates[:1], 90, seconds=0)  # more than there are processes
-    assert last == ["no time to compile it"]
+
+
+def test_candidates_that_spill_are_not_timed(swept_sigmoid: gpu.Swept) -> None:
+    row = swept_sigmoid.row
+    wide = replace(row, block_n=256, block_m=128, warps=4)
+    candidates = [gpu.Candidate(swept_sigmoid, row), gpu.Candidate(swept_sigmoid, wide)]
+    problems_of_row, problems_of_wide = gpu.compile_all(candidates, 90)
+    assert problems_of_row == []
+    assert any("local memory" in problem for problem in problems_of_wide)
+
+
+def test_candidates_that_no_process_began_in_time_are_not_timed(swept_sigmoid: gpu.Swept) -> None:
+    candidate = gpu.Candidate(swept_sigmoid, swept_sigmoid.row)
+    more_than_processes = [candidate] * 20
+    problems = gpu.compile_all(more_than_processes, 90, seconds=0)
+    assert problems[-1] == ["no time to compile it"]

@@ -493,7 +493,7 @@ def test_opcheck_accepts_the_op(
         "backend": backend,
         "keep_stash": keep_stash,
     }
-    torch.library.opcheck(torch.ops.protoclip.matched, (), arguments)
+    torch.library.opcheck(torch.ops.protoclip.contrastive, (), arguments)
 
 
 @each_fused

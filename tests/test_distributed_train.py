@@ -113,7 +113,7 @@ class ExactLoss:
         projected: Encoded | None,
         index: Tensor,
         logit_scale: Tensor,
-        proto_scale: Tensor,
+        proto_logit_scale: Tensor,
         episode: Episode | None,
         **_: Any,
     ) -> Losses:
@@ -129,7 +129,7 @@ class ExactLoss:
                 features,
                 episode.labels_of(index),
                 episode.sets,
-                proto_scale,
+                proto_logit_scale,
                 over_ranks=distributed.is_distributed(),
             )
             total = total + term.loss

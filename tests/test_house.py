@@ -16,7 +16,7 @@ ROOMS = [
     "paths", "json_text", "seeds", "host", "phases", "ops", "distributed", "global_losses",
     "config", "flags", "commands", "data", "model", "lloyd", "feature_store", "prototypes",
     "losses", "teacher", "checkpoint", "cached_gradients", "step", "evaluate", "report", "cluster",
-    "run_folder", "resume", "schedule", "checks", "train", "openclip", "export", "plan",
+    "run_folder", "resume", "schedule", "checks", "summary", "train", "openclip", "export", "plan",
     "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}

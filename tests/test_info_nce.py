@@ -32,8 +32,8 @@ from room import run_in_room
 from torch import Tensor
 
 import protoclip
-from protoclip.ops import reference, strips
-from protoclip.ops.strips import LN2
+from protoclip.ops import fused_losses, reference
+from protoclip.ops.fused_losses import LN2
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
@@ -189,10 +189,10 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
     x = features[offset:431]
     row_weight = torch.rand(131)
     column_weight = torch.rand(700) if columns else torch.empty(0)
-    strip = strips.strip_statistics(
+    strip = fused_losses.info_nce_statistics(
         x, y, torch.tensor(logit_scale), offset=offset, columns=columns, backend="cpu"
     )
-    gradients = strips.strip_gradients(
+    gradients = fused_losses.info_nce_gradients(
         x,
         y,
         torch.tensor(logit_scale),
@@ -368,7 +368,7 @@ def test_opcheck_accepts_the_op(form: Strip, dtype: torch.dtype) -> None:
         "backend": "cpu",
         "keep_stash": form.keep_stash,
     }
-    torch.library.opcheck(torch.ops.protoclip.contrastive, (), arguments)
+    torch.library.opcheck(torch.ops.protoclip.info_nce, (), arguments)
 
 
 @needs_cpu

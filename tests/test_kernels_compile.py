@@ -1,20 +1,34 @@
 """Facts of the compiled kernels, without a GPU: rows of the launch table keep their promise (every
 row: ``make kernels``), and the hot paths on Hopper spend their time as it says."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+from protoclip.kernels import launch  # noqa: E402
+from protoclip.kernels.compile_report.model import Bound, Clk  # noqa: E402
+from protoclip.kernels.compile_report.report import Cost  # noqa: E402
+
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 REPORT = "protoclip.kernels.compile_report"
+counts_of_triton_3_9 = pytest.mark.skipif(
+    not triton.__version__.startswith("3.9"),
+    reason=f"the counts are those of Triton 3.9, this is {triton.__version__}",
+)
 
 
-def _python(*arguments: str) -> str:
+def python(*arguments: str) -> str:
+    """What a fresh process prints."""
     run = subprocess.run(
         [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True
     )
@@ -22,121 +36,181 @@ def _python(*arguments: str) -> str:
     return run.stdout
 
 
-K_MEANS = "sm_90 clusters fp32 128"
-SPILL_NOTHING = {"forward", "gradient", "sigmoid", "matched_forward", "matched_gradient"}
-
-
 @pytest.fixture(scope="module")
-def costs():
+def costs() -> list[Cost]:
     """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others; all
     forms and types take minutes."""
-    forms = "large", "gradients", "ids", "all", "soft", "own", "128", "256"
-    others = [*(f"sm_{arch} sigmoid ids" for arch in (80, 89, 100)), "sm_100 matched all bf16"]
-    return json.loads(
-        _python("-m", REPORT, "--json", *(f"sm_90 bf16 {f}" for f in forms), *others, K_MEANS)
-    )
+    forms = ("large", "gradients", "ids", "all", "soft", "own", "128", "256")
+    chosen = [f"sm_90 bf16 {form}" for form in forms]
+    chosen += [f"sm_{arch} sigmoid ids" for arch in (80, 89, 100)]
+    chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
+    return [from_json(line) for line in json.loads(python("-m", REPORT, "--json", *chosen))]
 
 
-def test_rows_keep_their_promise(costs):
+def from_json(line: dict[str, Any]) -> Cost:
+    line["clk"] = Clk(*line["clk"])
+    if line["bound"] is not None:
+        line["bound"] = Bound(*line["bound"])
+    return Cost(**line)
+
+
+def matching(costs: list[Cost], **facts: object) -> list[Cost]:
+    """The kernels that have these facts."""
+    return [cost for cost in costs if facts.items() <= vars(cost).items()]
+
+
+def only(costs: list[Cost], **facts: object) -> Cost:
+    """The one kernel that has them."""
+    matches = matching(costs, **facts)
+    assert len(matches) == 1, f"{facts}: {len(matches)} kernels"
+    return matches[0]
+
+
+SPILL_NOTHING = {
+    "info_nce_forward",
+    "info_nce_gradient",
+    "sigmoid",
+    "contrastive_forward",
+    "contrastive_gradient",
+}
+MAY_SPILL = {  # but not in a loop
+    "attention",
+    "weights",
+    "info_nce_merge",
+    "info_nce_extremes",
+    "finish",
+    "join_slices",
+    "screen",
+    "exact",
+    "sum",
+}
+
+
+def test_every_kernel_and_architecture_is_compiled(costs: list[Cost]) -> None:
+    assert {cost.kernel for cost in costs} >= SPILL_NOTHING | MAY_SPILL
+    assert {cost.arch for cost in costs} == set(launch.ARCHITECTURES)
+
+
+def test_rows_keep_their_promise(costs: list[Cost]) -> None:
     """No spills, the tensor core, shared memory and registers for the CTAs it counts on."""
-    others = {"attention", "weights", "merge", "extremes", "finish", "join_slices"}
-    others |= {"screen", "exact", "sum"}
-    assert {c["kernel"] for c in costs} >= SPILL_NOTHING | others
-    assert {c["arch"] for c in costs} == {80, 89, 90, 100}
-    assert [c for c in costs if c["problems"]] == []
-    for c in costs:
-        assert c["local_bytes"] == 0 or c["kernel"] in others, c  # of which none is in a loop
+    assert [cost for cost in costs if cost.problems] == []
+    spilled = {cost.kernel for cost in costs if cost.local_bytes}
+    assert spilled <= MAY_SPILL
 
 
-# Hopper. depth, kernel -> form, exponentials a thread, least busy share of the tensor cores where
-# CTAs overlap without loss, most shared memory and shuffle time as a share of the products'.
-HOT = {
-    (512, "forward"): ("large", 128, 0.95, 0.25),
-    (512, "gradient"): ("large", 128, 0.60, 0.25),
-    (128, "forward"): ("large", 128, 0, None),
-    (128, "gradient"): ("large", 128, 0, None),
-    (128, "attention"): ("soft", 66, 0.80, 0.25),  # two to rescale its rows
-    (256, "attention"): ("soft", 34, 0.90, 0.25),
-}
-BARRIERS = 8
-# Kernels of ids -> form, exponentials (and divisions), most barriers after the products, CTAs.
-SLOWER = {
-    "matched_forward": ("ids", 128, 41, 2),
-    "matched_gradient": ("ids", 128, 8, 2),
-    "sigmoid": ("ids", 96, 9, 2),  # three sums
-}
+@dataclass(frozen=True)
+class HotPath:
+    """Of a kernel on Hopper in bf16: what its path of whole tiles may take."""
+
+    kernel: str
+    form: str
+    depth: int
+    exponentials: int  # of a thread
+    least_busy: float = 0.0  # share of the tensor cores' time, if CTAs overlap without loss
+    most_shared_time: float | None = None  # shared memory and shuffles, share of the products'
 
 
-@pytest.mark.parametrize("depth, kernel", HOT)
-def test_hot_paths_on_hopper(costs, depth, kernel):
-    import triton
-
-    if not triton.__version__.startswith("3.9"):
-        pytest.skip(f"the counts are those of Triton 3.9, this is {triton.__version__}")
-    form, exponentials, busy, shared = HOT[depth, kernel]
-    case = {"form": form, "arch": 90, "dtype": "bf16", "depth": depth}
-    (cost,) = (c for c in costs if c["kernel"] == kernel and case.items() <= c.items())
-    counts = cost["counts"]
-    assert exponentials <= counts["MUFU"] <= 1.05 * exponentials
-    assert counts["LDG"] == 0 and counts["F2F"] == 0 and cost["local_in_loops"] == 0
-    assert counts["BAR"] <= BARRIERS
-    assert cost["busy"] >= busy
-    if shared is not None:
-        port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost["warps"] / 4
-        assert port_clk <= shared * cost["clk"][1]
+HOT_PATHS = [
+    HotPath("info_nce_forward", "large", 512, 128, least_busy=0.95, most_shared_time=0.25),
+    HotPath("info_nce_gradient", "large", 512, 128, least_busy=0.60, most_shared_time=0.25),
+    HotPath("info_nce_forward", "large", 128, 128),
+    HotPath("info_nce_gradient", "large", 128, 128),
+    # Two of them rescale its rows.
+    HotPath("attention", "soft", 128, 66, least_busy=0.80, most_shared_time=0.25),
+    HotPath("attention", "soft", 256, 34, least_busy=0.90, most_shared_time=0.25),
+]
+MOST_BARRIERS = 8
 
 
-@pytest.mark.parametrize("kernel", SLOWER)
-def test_ids_cost_no_masks_where_a_tile_has_no_pair(costs, kernel):
-    import triton
-
-    if not triton.__version__.startswith("3.9"):
-        pytest.skip(f"the counts are those of Triton 3.9, this is {triton.__version__}")
-    form, exponentials, barriers, ctas = SLOWER[kernel]
-    (cost,) = (c for c in costs if c["kernel"] == kernel and (c["arch"], c["form"]) == (90, form))
-    counts = cost["counts"]
-    assert exponentials <= counts["MUFU"] <= 1.05 * exponentials
-    assert counts["LDG"] == 0 and counts["BAR"] <= barriers and cost["ctas_per_sm"] >= ctas
+def assert_one_exponential_an_element(cost: Cost, exponentials: int) -> None:
+    assert exponentials <= cost.counts["MUFU"] <= 1.05 * exponentials
 
 
-def test_ids_cost_at_most_half_as_much_again(costs):
-    """By the model at N = 32,768, D = 512, with the products that both share, at 660 TFLOP/s."""
+@counts_of_triton_3_9
+@pytest.mark.parametrize("path", HOT_PATHS, ids=lambda path: f"{path.kernel}, {path.depth}")
+def test_hot_paths_on_hopper_leave_the_time_to_the_products(
+    costs: list[Cost], path: HotPath
+) -> None:
+    cost = only(costs, kernel=path.kernel, form=path.form, depth=path.depth, arch=90, dtype="bf16")
+    counts = cost.counts
+    assert_one_exponential_an_element(cost, path.exponentials)
+    assert counts["LDG"] == 0 and counts["F2F"] == 0 and cost.local_in_loops == 0
+    assert counts["BAR"] <= MOST_BARRIERS
+    assert cost.busy is not None and cost.busy >= path.least_busy
+    if path.most_shared_time is not None:
+        port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost.warps / 4
+        assert port_clk <= path.most_shared_time * cost.clk.products
 
-    def predicted_ms(op, form):
-        case = {"op": op, "form": form, "depth": 512, "arch": 90}
-        bounds = [c["bound"] for c in costs if case.items() <= c.items() and c["bound"]]
-        assert bounds
-        return sum(ms for ms, *_ in bounds) + 4 * 32_768**2 * 512 / 660e9
 
-    assert predicted_ms("matched", "ids") <= 1.5 * predicted_ms("info_nce", "large")
-    assert predicted_ms("sigmoid", "ids") <= 1.5 * predicted_ms("sigmoid", "gradients")
+@dataclass(frozen=True)
+class PathWithIds:
+    """Of a kernel on Hopper that compares ids, where a tile holds no equal pair."""
+
+    kernel: str
+    exponentials: int  # and divisions
+    most_barriers: int  # after the products
+    least_ctas: int = 2
 
 
-def test_a_tile_of_centroids_costs_no_reduction(costs):
+PATHS_WITH_IDS = [
+    PathWithIds("contrastive_forward", exponentials=128, most_barriers=41),
+    PathWithIds("contrastive_gradient", exponentials=128, most_barriers=8),
+    PathWithIds("sigmoid", exponentials=96, most_barriers=9),  # three sums
+]
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize("path", PATHS_WITH_IDS, ids=lambda path: path.kernel)
+def test_ids_cost_no_masks_where_a_tile_has_no_pair(costs: list[Cost], path: PathWithIds) -> None:
+    cost = only(costs, kernel=path.kernel, form="ids", arch=90)
+    assert_one_exponential_an_element(cost, path.exponentials)
+    assert cost.counts["LDG"] == 0 and cost.counts["BAR"] <= path.most_barriers
+    assert cost.ctas_per_sm >= path.least_ctas
+
+
+def predicted_ms(costs: list[Cost], op: str, form: str) -> float:
+    """By the model at N = 32,768, D = 512, with the products that all share, at 660 TFLOP/s."""
+    bounds = [cost.bound for cost in matching(costs, op=op, form=form, depth=512, arch=90)]
+    ms = [bound.ms for bound in bounds if bound is not None]
+    assert ms
+    return sum(ms) + 4 * 32_768**2 * 512 / 660e9
+
+
+def test_ids_cost_at_most_half_as_much_again(costs: list[Cost]) -> None:
+    without_ids = predicted_ms(costs, "info_nce", "large")
+    assert predicted_ms(costs, "contrastive", "ids") <= 1.5 * without_ids
+    without_ids = predicted_ms(costs, "sigmoid", "gradients")
+    assert predicted_ms(costs, "sigmoid", "ids") <= 1.5 * without_ids
+
+
+def test_a_tile_of_centroids_costs_no_reduction(costs: list[Cost]) -> None:
     """Both passes of k-means in fp32: no shuffle, and the barriers of the products alone."""
-    passes = [c for c in costs if c["kernel"] == "screen" and c["dtype"] == "fp32"]
-    assert [c["instruction"] for c in passes] == ["wgmma", "wgmma"]
+    passes = matching(costs, kernel="screen", dtype="fp32")
+    assert [cost.instruction for cost in passes] == ["wgmma", "wgmma"]
     for cost in passes:
-        assert cost["ctas_per_sm"] >= 2 and cost["counts"]["SHFL"] == 0
-        assert cost["counts"]["BAR"] <= BARRIERS
+        assert cost.ctas_per_sm >= 2
+        assert cost.counts["SHFL"] == 0 and cost.counts["BAR"] <= MOST_BARRIERS
 
 
-def test_the_model_meets_public_measurements(costs):
-    """Plain products: 498 TFLOP/s at 128 x 128, where L2 is the bound, 704 at 128 x 256; and
-    attention without specialised warps."""
-    tiles = {c["form"]: c for c in costs if c["kernel"] == "gemm"}
-    for form, best in (("128", 498), ("256", 704)):
-        cost = tiles[form]
-        before, products, after = cost["clk"]
-        assert before + after < 0.05 * products
-        assert abs(cost["bound"][1] / best - 1) < 0.3
-    (attention,) = (
-        c for c in costs if (c["kernel"], c["depth"], c["form"]) == ("attention", 128, "soft")
-    )
-    assert 407 <= attention["bound"][1] <= 487  # of the class that it is in
+# Columns of a tile -> the best of public measurements, TFLOP/s; of 128 x 128, L2 is the bound.
+@pytest.mark.parametrize("columns, measured", [("128", 498), ("256", 704)])
+def test_the_model_meets_public_measurements_of_plain_products(
+    costs: list[Cost], columns: str, measured: float
+) -> None:
+    cost = only(costs, kernel="gemm", form=columns)
+    assert cost.clk.before + cost.clk.after < 0.05 * cost.clk.products
+    assert cost.bound is not None
+    assert abs(cost.bound.tflops / measured - 1) < 0.3
 
 
-def test_a_row_that_breaks_its_promise_is_named():
+def test_the_model_meets_public_measurements_of_attention(costs: list[Cost]) -> None:
+    """Of kernels without specialised warps, the class that ours is in."""
+    cost = only(costs, kernel="attention", depth=128, form="soft")
+    assert cost.bound is not None
+    assert 407 <= cost.bound.tflops <= 487
+
+
+def test_a_row_that_breaks_its_promise_is_named() -> None:
     """A tile of 256 x 128 on four warps cannot hold two CTAs, nor avoid spills."""
     code = (
         f"from {REPORT}.report import Case, costs\n"
@@ -145,42 +219,46 @@ def test_a_row_that_breaks_its_promise_is_named():
         "launch.HALF['sigmoid'][90] = row\n"
         "print([c.problems for c in costs(Case(90, 'sigmoid', 'loss', 'bf16', 128))])"
     )
-    found = _python("-c", code)
-    assert "bytes of local memory a thread" in found and "the row promises 2" in found
+    problems = python("-c", code)
+    assert "bytes of local memory a thread" in problems
+    assert "the row promises 2" in problems
 
 
-def test_cards_without_rows_of_their_own():
-    """Relatives' rows serve them; what cannot run is refused in words."""
-    from protoclip.kernels import launch
-
+def test_cards_without_rows_of_their_own_are_served_by_a_relative() -> None:
     relatives = {86: 89, 87: 89, 103: 100, 120: 89, 121: 89, 90: 90, 70: None, 75: None}
     assert {arch: launch.served_as(arch) for arch in relatives} == relatives
-    assert launch.why_not((8, 6)) is None
-    assert "compute capability 8.0, this card has 7.5" in launch.why_not((7, 5))
-    assert "AMD" in launch.why_not((9, 4), hip="6.4")
     for table in (*launch.HALF.values(), launch.ATTENTION, launch.CHUNKED):
         assert set(table) == set(launch.ARCHITECTURES)
 
 
-def test_no_slice_compiles_again():
+def test_cards_that_cannot_run_the_kernels_are_refused_in_words() -> None:
+    assert launch.why_not((8, 6)) is None
+    assert "compute capability 8.0, this card has 7.5" in str(launch.why_not((7, 5)))
+    assert "AMD" in str(launch.why_not((9, 4), hip="6.4"))
+
+
+def test_no_slice_compiles_again() -> None:
     """Another alignment of a vector, another first tile or chunk: the same compiled kernel."""
     code = (
-        "import torch\n"
+        "import json, torch\n"
         f"from {REPORT}.launches import recording\n"
         "from protoclip.kernels import info_nce, waves\n"
         "from protoclip.kernels import prototype_cross_entropy as prototypes\n"
         "waves.SIDE, waves.SCRATCH_BYTES = 256, 256 * 256 * 2\n"
         "n, x = 1027, torch.zeros(1031, 64, dtype=torch.bfloat16)\n"
         "w, y = torch.ones(1031), torch.zeros(1027, dtype=torch.int64)\n"
-        "with recording(90) as found:\n"
+        "with recording(90) as recorded:\n"
         "    for offset in (0, 3):\n"
-        "        info_nce.contrastive_bwd(\n"
+        "        info_nce.info_nce_bwd(\n"
         "            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset)\n"
         "    prototypes.prototype_ce_fwd_banks(\n"
         "        x[:n], [x] * 3, [x] * 3, [y] * 3, w[0], True, False, False)\n"
-        "for kernel in ('gradient_kernel', 'attention_kernel'):\n"
-        "    launched = [c.code for c in found if c.name == kernel]\n"
-        "    print(len(launched), len({id(code) for code in launched}))"
+        "print(json.dumps([[kernel.name, id(kernel.code)] for kernel in recorded]))"
     )
-    launches, compiled, banks, compiled_banks = map(int, _python("-c", code).split())
-    assert launches > 20 and banks == 3 and compiled == compiled_banks == 1
+    codes: dict[str, list[int]] = {}
+    for kernel, compiled_code in json.loads(python("-c", code)):
+        codes.setdefault(kernel, []).append(compiled_code)
+    gradients = codes["info_nce_gradient_kernel"]
+    assert len(gradients) > 20 and len(set(gradients)) == 1
+    banks = codes["attention_kernel"]
+    assert len(banks) == 3 and len(set(banks)) == 1

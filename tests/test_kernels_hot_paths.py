@@ -145,7 +145,7 @@ def one_way_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
     return Problem(x, y, logit_scale, form, None, call)
 
 
-def matched_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
+def contrastive_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
     """All that can be said about queries and keys but that ids are positives: positions,
     exclusions, two columns of ids, biases."""
     n = len(x)
@@ -232,7 +232,7 @@ FAMILIES: dict[str, Callable[[Tensor, Tensor, float], Problem]] = {
     "one way": one_way_problem,
     "ids excluded": partial(info_nce_problem, same_id="exclude"),
     "ids positive": partial(info_nce_problem, same_id="positive"),
-    "matched, one way": matched_problem,
+    "contrastive, one way": contrastive_problem,
     "siglip": siglip_problem,
     "siglip, ids excluded": partial(siglip_problem, same_id="exclude"),
     "siglip, ids positive": partial(siglip_problem, same_id="positive"),
@@ -363,7 +363,7 @@ def whole_tiles_without_a_positive(rows: int, columns: int, row: launch.Launch) 
     return sum(i + row.block_n <= j or j + row.block_m <= i for i, j in tiles)
 
 
-BY_DESCRIPTOR = ("forward_kernel", "gradient_kernel", "sigmoid_kernel")
+BY_DESCRIPTOR = ("info_nce_forward_kernel", "info_nce_gradient_kernel", "sigmoid_kernel")
 
 
 def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
@@ -374,7 +374,7 @@ def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
     for (of_arch, width), row in launch.ATTENTION_FULL.items():
         if of_arch == arch:
             rows[f"ATTENTION_FULL {width}"] = row
-    rows |= {"FLOAT_MATCHED": launch.FLOAT_MATCHED}
+    rows |= {"FLOAT_CONTRASTIVE": launch.FLOAT_CONTRASTIVE}
     rows |= {"FLOAT_ANY": launch.FLOAT_ANY, "CHUNKED": launch.CHUNKED[arch]}
     return rows | {"CHUNKED_FLOAT": launch.CHUNKED_FLOAT}
 
@@ -387,7 +387,7 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
     """Nothing is launched: which row each case of this file takes on a card, and its tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from protoclip.kernels.info_nce import forward_kernel
+    from protoclip.kernels.info_nce import info_nce_forward_kernel
 
     options = launch.Launch.options
     asked_for: list[launch.Launch] = []
@@ -405,7 +405,7 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
             reached.add(row)
 
     monkeypatch.setattr(launch.Launch, "options", property(remembered))
-    monkeypatch.setattr(type(forward_kernel), "run", launched)
+    monkeypatch.setattr(type(info_nce_forward_kernel), "run", launched)
     monkeypatch.setattr(launch, "compiling_for", arch)
     for case in CASES:
         computed(problem_of(case.family, case.d, case.dtype), "triton")
@@ -449,8 +449,8 @@ def assert_noticed(fault: str, problem: Problem) -> None:
     "family, module",
     [
         ("info_nce", "info_nce"),
-        ("ids excluded", "matched"),
-        ("matched, one way", "matched"),
+        ("ids excluded", "contrastive"),
+        ("contrastive, one way", "contrastive"),
         ("siglip, ids positive", "siglip"),
     ],
 )
@@ -474,7 +474,7 @@ def test_a_kernel_that_writes_a_wrong_tile_fails(
 @interpreted
 @pytest.mark.parametrize("same_id", ["exclude", "positive"])
 @pytest.mark.parametrize(
-    "problem_with, module", [(info_nce_problem, "matched"), (siglip_problem, "siglip")]
+    "problem_with, module", [(info_nce_problem, "contrastive"), (siglip_problem, "siglip")]
 )
 def test_a_kernel_that_overlooks_equal_ids_fails(
     monkeypatch: pytest.MonkeyPatch,

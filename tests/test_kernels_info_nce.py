@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import protoclip
 from protoclip.ops.contrastive_losses import sigmoid_loss
-from protoclip.ops.strips import LN2
+from protoclip.ops.fused_losses import LN2
 
 pytestmark = [
     pytest.mark.skipif(
@@ -190,8 +190,8 @@ def computed_strip(
     from protoclip.kernels import info_nce
 
     scale = torch.tensor(logit_scale, device=DEVICE)
-    strip = info_nce.contrastive_fwd(x, y, scale, offset, columns)
-    gradients = info_nce.contrastive_bwd(
+    strip = info_nce.info_nce_fwd(x, y, scale, offset, columns)
+    gradients = info_nce.info_nce_bwd(
         x,
         y,
         scale,
@@ -417,8 +417,8 @@ def op_arguments() -> dict[str, dict[str, Any]]:
     ids = torch.zeros(2, 5, device=DEVICE, dtype=torch.int32)
     whole = {"offset": 0, "columns": True, "keep_stash": False}
     return {
-        "contrastive": strip | whole | {"reduction": "none"},
-        "contrastive, mean": strip | whole | {"reduction": "mean"},
+        "info_nce": strip | whole | {"reduction": "none"},
+        "info_nce, mean": strip | whole | {"reduction": "mean"},
         "sigmoid_loss": strip
         | {
             "logit_bias": -logit_scale.detach(),
@@ -428,7 +428,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
             "key_ids": None,
             "same_positive": True,
         },
-        "matched": strip
+        "contrastive": strip
         | {
             "own": rows.int(),
             "exclude": rows.int().roll(1),
@@ -454,7 +454,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "form", ["contrastive", "contrastive, mean", "sigmoid_loss", "matched", "prototype_ce"]
+    "form", ["info_nce", "info_nce, mean", "sigmoid_loss", "contrastive", "prototype_ce"]
 )
 def test_opcheck_accepts_the_ops(form: str) -> None:
     torch.library.opcheck(
@@ -475,16 +475,16 @@ class Launches(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.names: list[str] = []
-        from protoclip.kernels.info_nce import forward_kernel
+        from protoclip.kernels.info_nce import info_nce_forward_kernel
 
-        launch = type(forward_kernel).run
+        launch = type(info_nce_forward_kernel).run
 
         def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
             self.names.append(kernel.__name__)
             with _disable_current_modes():  # the interpreter itself computes with torch
                 return launch(kernel, *args, **kwargs)
 
-        monkeypatch.setattr(type(forward_kernel), "run", run)
+        monkeypatch.setattr(type(info_nce_forward_kernel), "run", run)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -514,8 +514,8 @@ def test_forward_and_backward_of_a_small_batch_are_six_launches(
     loss(*leaves)
     with Launches(monkeypatch) as launches:
         torch.autograd.grad(loss(*leaves), leaves, upstream)
-    forward = ["forward_kernel", "merge_kernel"]
-    backward = ["gradient_kernel", "addmm", "addmm", "finish_kernel"]
+    forward = ["info_nce_forward_kernel", "info_nce_merge_kernel"]
+    backward = ["info_nce_gradient_kernel", "addmm", "addmm", "finish_kernel"]
     assert launches.names == forward + backward
 
 

@@ -5,7 +5,7 @@ import torch
 
 import protoclip
 from protoclip.ops import rates
-from protoclip.ops.dispatch import STRIP
+from protoclip.ops.dispatch import INFO_NCE
 
 needs_cpu = pytest.mark.skipif(
     protoclip.backends("info_nce")["cpu"] is not None, reason="the C++ backend is not here"
@@ -25,7 +25,7 @@ def decision(
     monkeypatch.setattr(rates, "seconds_of_a_product", lambda forward, dtype, width: product)
     monkeypatch.setattr(rates, "seconds_of_traffic", lambda: traffic)
     stash = torch.empty(stash_bytes, dtype=torch.uint8)
-    return rates.keeping_pays(lambda: None, torch.empty(4, 16), stash)
+    return rates.stash_pays(lambda: None, torch.empty(4, 16), stash)
 
 
 def test_logits_are_kept_where_products_take_longer_than_memory(monkeypatch, no_decisions):
@@ -47,7 +47,7 @@ def test_a_process_decides_once_so_backward_reads_what_forward_wrote(monkeypatch
 
 @needs_cpu
 def test_the_machine_is_measured(no_decisions):
-    forward = STRIP["cpu"].implementation.statistics
+    forward = INFO_NCE["cpu"].implementation.statistics
     product = rates.seconds_of_a_product(forward, torch.float32, 512)
     assert product >= 0  # a busy machine may measure no difference
     assert rates.seconds_of_traffic() > 0
@@ -57,7 +57,7 @@ def test_the_machine_is_measured(no_decisions):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", ["info_nce", "contrastive"])
 def test_bits_are_the_same_with_either_decision(monkeypatch, no_decisions, dtype, loss):
-    monkeypatch.setattr(rates, "ALWAYS_KEPT_BYTES", 0)
+    monkeypatch.setattr(rates, "ALWAYS_USED_BYTES", 0)
     x, y = (torch.randn(300, 24).to(dtype).requires_grad_() for _ in range(2))
 
     def gradients(keeps: bool) -> tuple[torch.Tensor, ...]:
@@ -65,11 +65,11 @@ def test_bits_are_the_same_with_either_decision(monkeypatch, no_decisions, dtype
         value = getattr(protoclip, loss)(x, y, 9.0, backend="cpu")
         return value, *torch.autograd.grad(value, (x, y))
 
-    for kept, formed_again in zip(gradients(True), gradients(False), strict=True):
-        assert torch.equal(kept, formed_again)
+    for stashed, formed_again in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(stashed, formed_again)
 
 
 @needs_cpu
 def test_rows_without_columns_are_measured_too(no_decisions):
-    forward = STRIP["cpu"].implementation.statistics
+    forward = INFO_NCE["cpu"].implementation.statistics
     assert rates.seconds_of_a_product(forward, torch.float32, 0) == 0

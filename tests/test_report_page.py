@@ -1,14 +1,18 @@
 """The page about runs: what it says, shows and weighs; in a browser, where there is one."""
 
+from __future__ import annotations
+
 import base64
-import html
 import io
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from html_page import Element, parse_page, read_page
 from PIL import Image
 from ranks import metrics
 from report_run import make_run
@@ -23,115 +27,376 @@ from protoclip.report.page import write_report
 from protoclip.report.snapshot import load_snapshot
 from protoclip.train import main as train
 
-SECTIONS = (
-    "names summary curves prototypes map gap zeroshot retrieval churn cost settings".split()  # noqa: SIM905
-)
-EVIL = '</script><script>window.evil = 1</script>"><b>'
-TINY = ["--train-data", "builtin:shapes:80", "--batch-size", "16", "--report-to", "none"]
-TINY += ["--infonce-warmup-epoch", "0", "--k", "6"]
+SECTIONS = [
+    "names", "summary", "curves", "prototypes", "map", "gap", "zeroshot", "retrieval", "churn",
+    "cost", "settings",
+]  # fmt: skip
 
 
-def pictures_in(text):
-    """The thumbnails of galleries and maps; the browser puts them where they belong."""
-    found = [
-        picture
-        for held in re.findall(r'id="pictures of [^"]*">(.*?)</script>', text, re.S)
-        for picture in json.loads(held)
-    ]
-    for picture in found[:3]:
-        assert Image.open(io.BytesIO(base64.b64decode(picture))).format == "WEBP"
-    return found
+class Runs(NamedTuple):
+    ours: Path  # ProtoCLIP
+    plain: Path  # CLIP, with the same settings
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """ProtoCLIP and CLIP side by side."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("logs")
-    return make_run(root / "ours", noise=0.6), make_run(root / "plain", "clip", noise=3.0)
+    return Runs(
+        ours=make_run(root / "ours", noise=0.6),
+        plain=make_run(root / "plain", "clip", noise=3.0),
+    )
 
 
-def test_the_page_has_every_section_and_needs_no_network(runs, capsys):
-    assert main([str(runs[0])]) == 0
-    path = runs[0] / "report.html"
-    said = capsys.readouterr()
-    assert said.out.strip() == f"report: {path}"
-    assert re.match(r"ours: It names \d+ of 100 drawings .*\nours: no plain CLIP run", said.err)
-    text = path.read_text()
-    for name in SECTIONS:
-        assert f'<section id="{name}">' in text
-    assert not re.search(r'(src|href)="(?!data:|#)', text) and "@import" not in text
-    assert text.count("<img") > 20 and len(pictures_in(text)) > 50
-    assert "builtin:shapes:300" in text and "--preset run.json" in text
-    for title in ("Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"):
-        assert title in text
-    assert "1,024 MiB" in text and "prefers-color-scheme: dark" in text
-    drawn = re.findall(r"<svg.*?</svg>", text, re.S)
-    assert "var(--c0)" in drawn[0] and not re.search(r"#(?!000000)[0-9a-f]{6}\b", drawn[0])
+@pytest.fixture(scope="module")
+def page(runs: Runs) -> Element:
+    """Of the ProtoCLIP run alone."""
+    return read_page(write_report([runs.ours]))
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Runs) -> Element:
+    """Of CLIP and ProtoCLIP."""
+    return read_page(write_report([runs.plain, runs.ours]))
+
+
+@pytest.fixture
+def copy(runs: Runs, tmp_path: Path) -> Path:
+    """The ProtoCLIP run, to be changed."""
+    return Path(shutil.copytree(runs.ours, tmp_path / "ours"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def pictures_in(page: Element) -> list[str]:
+    """The thumbnails of galleries and maps; the browser puts them where they belong."""
+    scripts = [
+        script
+        for script in page.all("script", type="application/json")
+        if script.attributes.get("id", "").startswith("pictures of ")
+    ]
+    assert scripts
+    return [picture for script in scripts for picture in json.loads(script.source)]
+
+
+# ---- the command ----
+
+
+def test_the_command_writes_the_page_and_says_the_answer(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(runs.ours)]) == 0
+    output = capsys.readouterr()
+    assert output.out.strip() == f"report: {runs.ours / 'report.html'}"
+    assert (runs.ours / "report.html").is_file()
+    assert re.match(r"ours: It names \d+ of 100 drawings .*\nours: no plain CLIP run", output.err)
+
+
+def test_the_page_of_several_runs_is_in_the_folder_of_the_last(runs: Runs) -> None:
+    assert write_report([runs.plain, runs.ours]) == runs.ours / "report.html"
+
+
+def test_the_page_is_the_same_every_time_but_for_its_date(runs: Runs) -> None:
     written = re.compile(r"<p class=note>written .*?</p>")
-    again = write_report([runs[0]]).read_text()
-    assert written.sub("", again) == written.sub("", text)
+    first = write_report([runs.ours]).read_text()
+    second = write_report([runs.ours]).read_text()
+    assert written.sub("", first) == written.sub("", second)
 
 
-def test_the_first_section_has_ten_images_with_their_nearest_names(runs):
-    text = write_report([runs[0]]).read_text()
-    sections = re.findall(r'<section id="(\w+)"', text)
-    assert sections[:2] == ["names", "summary"]
-    own = text[text.index('<section id="names">') : text.index('<section id="summary">')]
-    assert "Among 12 names" in own and own.count("<img") == 10 == own.count("<ol>")
-    assert own.count("<li") == 50
-    snapshot = json.loads((runs[0] / "report.json").read_text())
-    shown = snapshot["named"]["shown"]
-    for one in shown:
-        names = [answer["caption"] for answer in one["answers"]]
-        assert len(set(names)) == 5
-        hits = [name for answer, name in zip(one["answers"], names, strict=True) if answer["hit"]]
-        assert hits == ([one["own"]] if one["own"] in names else [])
-    missed = sum(one["own"] not in {a["caption"] for a in one["answers"]} for one in shown)
-    assert own.count("<small>right: ") == missed
-    assert own.count('<li class="hit">') == 10 - missed > 0
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "expected a run folder"),
+        ("{", "expected settings as JSON"),
+        ("[]", "expected settings as JSON"),
+    ],
+    ids=["no settings", "torn settings", "a list"],
+)
+def test_folders_that_are_not_runs_are_refused_in_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+) -> None:
+    (copy / "report.html").unlink(missing_ok=True)
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_text(content)
+    assert main([str(copy)]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+    assert not (copy / "report.html").exists()
 
 
-def test_one_answer_stands_on_top_and_each_score_has_its_floor(runs):
-    text = html.unescape(write_report([runs[0]]).read_text())
-    results = json.loads((runs[0] / "results.json").read_text())
-    names = 100 * results["trained"]["HO"]["metrics"]["group/acc1"]
-    sentence = f"It names {names:.0f} of 100 drawings that it has never seen."
-    assert text.index(sentence) < text.index("<nav")
+# ---- what is on the page ----
+
+
+def test_the_page_has_every_section(page: Element) -> None:
+    assert page.sections == SECTIONS
+    links = [link.attributes["href"] for link in page.one("nav").all("a")]
+    assert links == [f"#{name}" for name in SECTIONS]
+
+
+def test_the_page_needs_no_network(page: Element) -> None:
+    for element in page.all():
+        for name in ("src", "href"):
+            address = element.attributes.get(name, "#")
+            assert address.startswith(("data:", "#")), address
+    assert not any("@import" in style.source for style in page.all("style"))
+
+
+def test_the_page_holds_its_pictures(page: Element) -> None:
+    pictures = pictures_in(page)
+    assert len(pictures) > 50
+    for picture in pictures[:3]:
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).format == "WEBP"
+    assert len(page.all("img")) > 20
+
+
+def test_the_page_says_how_to_repeat_the_run_and_what_it_took(page: Element) -> None:
+    settings = page.section("settings")
+    assert "--preset run.json" in settings.text and "builtin:shapes:300" in settings.text
+    assert "1,024 MiB" in page.section("cost").text
+
+
+def test_the_curves_are_drawn_in_the_colours_of_the_page(page: Element) -> None:
+    curves = page.section("curves")
+    titles = {caption.text for caption in curves.all("figcaption")}
+    assert {"Loss (nats)", "Recall at 5", "Logit scale", "Learning rate"} <= titles
+    assert "prefers-color-scheme: dark" in page.one("head").one("style").source
+    chart = curves.all("svg")[0]
+    styles = [value for element in chart.all() for value in element.attributes.values()]
+    styles += [style.source for style in chart.all("style")]
+    assert any("var(--c0)" in style for style in styles)
+    fixed = [style for style in styles if re.search(r"#(?!000000)[0-9a-f]{6}\b", style)]
+    assert fixed == []
+
+
+def test_the_first_section_has_ten_images_with_their_five_nearest_names(
+    runs: Runs, page: Element
+) -> None:
+    names = page.section("names")
+    assert page.sections[0] == "names"
+    assert "Among 12 names" in names.text
+    assert len(names.all("img")) == 10
+    lists = names.all("ol")
+    assert [len(answers.all("li")) for answers in lists] == [5] * 10
+    shown = read_json(runs.ours / "report.json")["named"]["shown"]
+    for image in shown:
+        captions = [answer["caption"] for answer in image["answers"]]
+        assert len(set(captions)) == 5
+        hits = [answer["caption"] for answer in image["answers"] if answer["hit"]]
+        assert hits == [name for name in captions if name == image["own"]]
+
+
+def test_the_right_name_is_marked_or_stands_below(runs: Runs, page: Element) -> None:
+    shown = read_json(runs.ours / "report.json")["named"]["shown"]
+    missed = [
+        image["own"]
+        for image in shown
+        if image["own"] not in {answer["caption"] for answer in image["answers"]}
+    ]
+    names = page.section("names")
+    below = [small.text for small in names.all("small")]
+    assert below == [f"right: {name}" for name in missed]
+    assert len(names.all("li", class_="hit")) == 10 - len(missed) > 0
+
+
+def test_one_answer_stands_on_top(runs: Runs, page: Element) -> None:
+    metrics_of_set = read_json(runs.ours / "results.json")["trained"]["HO"]["metrics"]
+    right = 100 * metrics_of_set["group/acc1"]
+    answer = page.one("p", class_="answer")
+    assert answer.text == f"It names {right:.0f} of 100 drawings that it has never seen."
+    elements = page.all()
+    assert elements.index(answer) < elements.index(page.one("nav"))
+
+
+def scores(page: Element, words: str) -> list[Element]:
+    """The cells of a score's line in the first table of the summary."""
+    table = page.section("summary").all("table", class_="numbers")[0]
+    lines = [line for line in table.all("tr") if line.all("abbr")]
+    (line,) = [line for line in lines if line.one("abbr").text == words]
+    return line.all("td")
+
+
+def test_each_score_has_its_floor(runs: Runs, copy: Path) -> None:
+    results = read_json(copy / "results.json")
+    held_out = results["trained"]["HO"]
     results["floors"] = {
-        name: {"HO": results["trained"]["HO"] | {"metrics": {"group/acc1": value}}}
-        for name, value in (("chance", 1 / 12), ("frequent", 0.123))
+        "chance": {"HO": held_out | {"metrics": {"group/acc1": 1 / 12}}},
+        "frequent": {"HO": held_out | {"metrics": {"group/acc1": 0.123}}},
     }
-    run = reading.read_run(runs[0])
-    run = reading.replace(run, outcome=reading.results.read_results(runs[0] / "results.json"))
-    (runs[0] / "results.json").write_text(json.dumps(results))
-    try:
-        both = html.unescape(write_report([runs[1], runs[0]]).read_text())
-    finally:
-        reading.results.write_results(runs[0] / "results.json", run.outcome)
-    assert f"<b>ours:</b> {sentence[:-1]} (chance 8)." in both
-    row = re.search(r"zero-shot group</abbr></th>(.*?)</tr>", both, re.S)[1]
-    best = max(0.123, results["untrained"]["HO"]["metrics"]["group/acc1"])
-    assert row.index(f">{best:.3f}") < row.index("<b>") and "chance 0.083" in row
-    for term in ("zero-shot", "R@5", "modality gap", "group"):
-        assert f"<li><b>{term}</b>: " in both, term
-    assert "k-means AMI" not in both  # no such number on this page
-    assert 'title="share of images whose nearest class name is their own' in both
+    (copy / "results.json").write_text(json.dumps(results))
+    page = read_page(write_report([runs.plain, copy]))
+    floor, *_ = scores(page, "zero-shot group")
+    untrained = results["untrained"]["HO"]["metrics"]["group/acc1"]
+    assert floor.text.split()[0] == f"{max(0.123, untrained):.3f}"
+    assert "chance 0.083" in floor.one("span").attributes["title"]
+    answers = [answer.text for answer in page.all("p", class_="answer")]
+    assert any(text.startswith("ours:") and text.endswith("(chance 8).") for text in answers)
 
 
-def test_the_page_says_who_won(runs):
-    both = write_report([runs[1], runs[0]])
-    text = html.unescape(both.read_text())
-    assert both == runs[0] / "report.html" and text.count("<h3>ours</h3>") >= 4
-    assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", text)
-    assert "ProtoCLIP also pulls" in text and "Held-out pairs" in text
-    assert not re.search(r"\bN?HO\b", re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S))
-    assert re.search(r"modality gap.*?>no interval<", text, re.S)  # not "within chance"
-    assert text.index("<b>external</b>") < text.index("<b>image</b>")  # the teacher's first
-    alone = write_report([runs[1]]).read_text()  # trained without prototypes
-    assert 'id="prototypes"' not in alone and 'href="#prototypes"' not in alone
+def test_the_words_of_the_tables_are_explained_and_no_others(compared: Element) -> None:
+    terms = {item.one("b").text for item in compared.section("summary").all("li")}
+    assert {"zero-shot", "R@5", "modality gap", "group"} <= terms
+    assert "k-means AMI" not in terms  # no such number on this page
+    (explained,) = {
+        abbr.attributes["title"] for abbr in compared.all("abbr") if abbr.text == "zero-shot group"
+    }
+    assert explained.startswith("share of images whose nearest class name is their own")
 
 
-def test_words_of_the_data_cannot_break_the_page(tmp_path, monkeypatch):
+# ---- runs beside each other ----
+
+
+def test_the_page_says_who_won(compared: Element) -> None:
+    summary = compared.section("summary")
+    assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", summary.text)
+    assert "ProtoCLIP also pulls" in summary.text
+
+
+def test_every_run_has_its_own_part_of_a_section(compared: Element) -> None:
+    for section in ("names", "map", "gap", "cost"):
+        headings = [heading.text for heading in compared.section(section).all("h3")]
+        assert headings == ["plain", "ours"], section
+
+
+def test_sets_have_names_that_people_read(compared: Element) -> None:
+    assert "Held-out pairs" in compared.section("summary").text
+    assert not re.search(r"\bN?HO\b", compared.text)
+
+
+def test_a_score_without_an_interval_is_not_called_within_chance(compared: Element) -> None:
+    tables = compared.section("summary").all("table", class_="numbers")
+    lines = [line for table in tables for line in table.all("tr") if line.all("abbr")]
+    (gap,) = [line for line in lines if line.one("abbr").text == "modality gap"]
+    assert "no interval" in gap.text
+
+
+def test_the_teachers_prototypes_come_first(compared: Element) -> None:
+    galleries = compared.section("prototypes").all("details", class_="gallery")
+    assert [gallery.one("summary").one("b").text for gallery in galleries] == ["external", "image"]
+
+
+def test_a_run_without_prototypes_has_no_such_section(runs: Runs) -> None:
+    page = read_page(write_report([runs.plain]))
+    assert "prototypes" not in page.sections
+    assert "#prototypes" not in {link.attributes["href"] for link in page.one("nav").all("a")}
+
+
+def run_of(name: str, value: float, spread: float = 0.05) -> reading.Run:
+    """A run with one score and its interval."""
+    metric = "text_retrieval_recall@5"
+    results = SetResults(
+        "Held out", 9, 9, {metric: value}, {metric: (value - spread, value + spread)}
+    )
+    method = "clip" if name == "plain" else "protoclip"
+    return reading.Run(name, None, {"method": method}, Outcome("", "", "", {"HO": results}))
+
+
+@pytest.mark.parametrize(
+    "value, words", [(0.5, "ahead of"), (0.1, "behind"), (0.32, "cannot be told")]
+)
+def test_a_verdict_needs_intervals_that_exclude_zero(value: float, words: str) -> None:
+    assert words in reading.verdict(run_of("ours", value), run_of("plain", 0.30))
+
+
+def test_without_a_baseline_there_is_no_verdict() -> None:
+    assert "cannot be compared" in reading.verdict(run_of("ours", 0.5), None)
+
+
+# ---- baselines ----
+
+
+def test_the_baseline_is_a_clip_run_that_is_given(runs: Runs) -> None:
+    baseline = reading.find_baseline([reading.read_run(run) for run in runs])
+    assert baseline is not None and baseline.name == "plain"
+
+
+def test_of_two_runs_of_one_method_the_first_is_the_baseline(runs: Runs) -> None:
+    ours = reading.read_run(runs.ours)
+    assert reading.find_baseline([ours, ours]) is ours
+
+
+def test_a_run_of_other_data_has_no_recorded_baseline(runs: Runs) -> None:
+    assert reading.find_baseline([reading.read_run(runs.ours)]) is None
+
+
+def test_the_recorded_baseline_serves_runs_with_its_settings_only(
+    runs: Runs, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "RECORDED", runs.plain)
+    ours = reading.read_run(copy)
+    baseline = reading.find_baseline([ours])
+    assert baseline is not None and baseline.name == "CLIP (recorded)"
+    assert baseline.outcome.trained["HO"].samples == 32
+    summary = parse_page(reading.render([ours])).section("summary")
+    assert "The baseline was recorded" in summary.text
+    ours.config["optim"]["epochs"] = 1.0
+    assert reading.find_baseline([ours]) is None
+
+
+def test_the_recorded_baseline_is_one_of_the_default_run() -> None:
+    recorded = reading.recorded_baseline(to_dict(TrainConfig()))
+    assert recorded is not None
+    assert recorded.outcome.trained["NEW"].samples > 400 and recorded.outcome.seeds >= 5
+    assert recorded.outcome.pretrained == ""  # no path of the machine that made it
+
+
+METRIC = "text_retrieval_recall@5"
+
+
+@pytest.fixture
+def two_seeds(tmp_path: Path) -> list[Path]:
+    """CLIP runs that differ in their seed."""
+    paths = [
+        make_run(tmp_path / "one", "clip", noise=1.0),
+        make_run(tmp_path / "two", "clip", noise=2.0),
+    ]
+    for seed, path in enumerate(paths):
+        config = read_json(path / "config.json")
+        config["run"]["seed"] = seed
+        (path / "config.json").write_text(json.dumps(config))
+    return paths
+
+
+def test_recorded_seeds_are_a_baseline_of_any_seed(
+    two_seeds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of n seeds the interval is where one more is expected: t, and sqrt(1 + 1 / n)."""
+    recorded = tmp_path / "recorded"
+    assert record_baseline([*map(str, two_seeds), "--out", str(recorded)]) == 0
+    monkeypatch.setattr(reading, "RECORDED", recorded)
+    config = read_json(two_seeds[0] / "config.json")
+    config["run"]["seed"] = 7
+    config["method"] = "protoclip"
+    head = parse_page(reading.render([reading.Run("run", None, config)])).all("thead")[0]
+    assert "clip, mean of 2 seeds" in head.text
+    baseline = reading.recorded_baseline(config)
+    assert baseline is not None
+    held_out = baseline.outcome.trained["HO"]
+    first, second = (
+        reading.read_run(path).outcome.trained["HO"].metrics[METRIC] for path in two_seeds
+    )
+    mean = held_out.metrics[METRIC]
+    assert mean == pytest.approx((first + second) / 2)
+    half_width = 12.706 * abs(first - second) / 2**0.5 * 1.5**0.5
+    _, high = held_out.intervals[METRIC]
+    assert high - mean == pytest.approx(half_width, rel=1e-3)
+
+
+def test_a_seed_counts_once_in_a_baseline(two_seeds: list[Path], tmp_path: Path) -> None:
+    run = str(two_seeds[0])
+    with pytest.raises(SystemExit):
+        record_baseline([run, run, "--out", str(tmp_path / "recorded")])
+
+
+# ---- runs that went wrong ----
+
+EVIL = '</script><script>window.evil = 1</script>"><b>'
+
+
+def test_words_of_the_data_cannot_break_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: (EVIL,))
     path = make_run(tmp_path / "<script>window.evil = 1<")
     lines = [
@@ -140,114 +405,66 @@ def test_words_of_the_data_cannot_break_the_page(tmp_path, monkeypatch):
     torn = '{"step": 300, "lo'  # the run was killed here
     (path / "metrics.jsonl").write_text("\n".join([*lines, "[1, 2]", torn]))
     text = write_report([path]).read_text()
-    assert "<script>window.evil" not in text and '"><b>' not in text and "&lt;b&gt;" in text
+    assert "<script>window.evil" not in text and '"><b>' not in text
+    assert EVIL in parse_page(text).text  # as words
 
 
-def test_a_run_that_stopped_early_still_has_a_page(tmp_path):
+def test_a_run_that_stopped_early_still_has_a_page(tmp_path: Path) -> None:
     path = make_run(tmp_path / "torn")
     for name in ("results.json", "report.json", "metrics.jsonl"):
         (path / name).unlink()
-    text = write_report([path]).read_text()
-    assert "was not evaluated" in text
-    sections = re.findall(r'<section id="(\w+)"', text)
-    assert sections == ["summary", "settings"]  # the others are empty
+    page = read_page(write_report([path]))
+    assert "was not evaluated" in page.text
+    assert page.sections == ["summary", "settings"]  # the others are empty
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("config.json", None, "expected a run folder"),
-        ("config.json", "{", "expected settings as JSON"),
-        ("config.json", "[]", "expected settings as JSON"),
-    ],
-)
-def test_folders_that_are_not_runs_are_refused(runs, tmp_path, capsys, name, content, words):
-    path = shutil.copytree(runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.html"))
-    (path / name).unlink() if content is None else (path / name).write_text(content)
-    assert main([str(path)]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.count("\n") == 1
-    assert not (path / "report.html").exists()
-
-
-def run_of(name, value, spread=0.05):
-    metric = "text_retrieval_recall@5"
-    one = SetResults("Held out", 9, 9, {metric: value}, {metric: (value - spread, value + spread)})
-    method = "clip" if name == "plain" else "protoclip"
-    return reading.Run(name, None, {"method": method}, Outcome("", "", "", {"HO": one}))
-
-
-def test_verdict_needs_intervals_that_exclude_zero():
-    for value, word in ((0.5, "ahead of"), (0.1, "behind"), (0.32, "cannot be told")):
-        assert word in reading.verdict(run_of("ours", value), run_of("plain", 0.30))
-    assert "cannot be compared" in reading.verdict(run_of("ours", 0.5), None)
-
-
-def test_baselines(runs, tmp_path, monkeypatch):
-    """A CLIP run that is given, else the recorded one where the settings are its own."""
-    assert reading.find_baseline([reading.read_run(run) for run in runs]).name == "plain"
-    ours = reading.read_run(shutil.copytree(runs[0], tmp_path / "logs" / "ours"))
-    assert reading.find_baseline([ours]) is None  # protoclip's own is of other data
-    assert reading.find_baseline([ours, ours]) is ours  # two of one method: the first
-    monkeypatch.setattr(reading, "RECORDED", runs[1])
-    found = reading.find_baseline([ours])
-    assert found.name == "CLIP (recorded)" and found.outcome.trained["HO"].samples == 32
-    assert "The baseline was recorded" in reading.render([ours])
-    ours.config["optim"]["epochs"] = 1.0
-    assert reading.find_baseline([ours]) is None
-
-
-def test_the_recorded_baseline_is_one_of_the_default_run():
-    recorded = reading.recorded_baseline(to_dict(TrainConfig()))
-    assert recorded.outcome.trained["NEW"].samples > 400 and recorded.outcome.seeds >= 5
-    assert recorded.outcome.pretrained == ""  # no path of the machine that made it
-
-
-def test_recorded_seeds_are_a_baseline_of_any_seed(tmp_path, monkeypatch):
-    """Of n seeds the interval is where one more is expected: t, and sqrt(1 + 1 / n)."""
-    paths = [make_run(tmp_path / name, "clip", noise=n) for n, name in ((1.0, "one"), (2.0, "two"))]
-    for seed, path in enumerate(paths):
-        config = json.loads((path / "config.json").read_text())
-        config["run"]["seed"] = seed
-        (path / "config.json").write_text(json.dumps(config))
-    recorded, metric = tmp_path / "recorded", "text_retrieval_recall@5"
-    assert record_baseline([*map(str, paths), "--out", str(recorded)]) == 0
-    monkeypatch.setattr(reading, "RECORDED", recorded)
-    values = [reading.read_run(path).outcome.trained["HO"].metrics[metric] for path in paths]
-    config["run"]["seed"], config["method"] = 7, "protoclip"
-    assert "clip, mean of 2 seeds" in reading.render([reading.Run("run", None, config)])
-    one = reading.recorded_baseline(config).outcome.trained["HO"]
-    assert one.metrics[metric] == pytest.approx(sum(values) / 2)
-    half = 12.706 * abs(values[0] - values[1]) / 2**0.5 * 1.5**0.5
-    assert one.intervals[metric][1] - one.metrics[metric] == pytest.approx(half, rel=1e-3)
-    with pytest.raises(SystemExit):
-        record_baseline([str(paths[0]), str(paths[0]), "--out", str(recorded)])
-
-
-# The parts of a snapshot
-
-
-def test_a_model_that_diverged_still_has_a_page(tmp_path):
+def test_a_model_that_diverged_still_has_a_page(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", noise=float("nan"))
-    assert "<canvas" in write_report([path]).read_text()
+    assert read_page(write_report([path])).all("canvas")
 
 
-# Whole runs
+@pytest.mark.parametrize("largest_share, collapsed", [(0.1, False), (0.4, True)])
+def test_a_collapse_of_the_prototypes_is_said_on_the_page(
+    copy: Path, largest_share: float, collapsed: bool
+) -> None:
+    healthy = {"image_inertia": 0.3, "image_clusters": 100, "image_largest_share": 0.05}
+    lines = [
+        healthy | {"step": 900},
+        healthy | {"step": 950, "image_largest_share": largest_share},
+    ]
+    with (copy / "metrics.jsonl").open("a") as file:
+        for line in lines:
+            file.write("\n" + json.dumps(line))
+    page = read_page(write_report([copy]))
+    sentence = "step 950: the image prototypes are collapsing: one image cluster holds 40%"
+    assert (sentence in page.text) == collapsed
 
 
-def test_a_run_ends_with_its_report_and_its_path(tmp_path, capsys):
+# ---- whole runs ----
+
+TINY = [
+    "--train-data", "builtin:shapes:80", "--batch-size", "16", "--report-to", "none",
+    "--infonce-warmup-epoch", "0", "--k", "6",
+]  # fmt: skip
+
+
+def test_a_run_ends_with_its_report_and_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4"]
-    flags += ["--val-frequency", "0.4"]
-    assert train([*TINY, *flags]) == 0
-    page = tmp_path / "run" / "report.html"
-    assert f"report: {page}" in capsys.readouterr().err
-    text = page.read_text()
-    assert "Held-out pairs" in text and "6 clusters of " in text
-    assert len(pictures_in(text)) > 50
-    lines = metrics(tmp_path / "run")
-    seen = [x["step"] for x in lines if any(k.startswith("val_HO_") for k in x)]
-    assert seen == [2, 4]
-    snapshot = load_snapshot(tmp_path / "run")
+    assert train([*TINY, *flags, "--val-frequency", "0.4"]) == 0
+    run = tmp_path / "run"
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().err
+    page = read_page(run / "report.html")
+    assert "Held-out pairs" in page.section("summary").text
+    assert "6 clusters of " in page.section("prototypes").text
+    assert len(pictures_in(page)) > 50
+    evaluated = [
+        line["step"] for line in metrics(run) if any(name.startswith("val_HO_") for name in line)
+    ]
+    assert evaluated == [2, 4]
+    snapshot = load_snapshot(run)
+    assert snapshot is not None
     assert {"image", "text"} <= {block["name"] for block in snapshot.clusters}
     assert snapshot.facts["memory_bytes"]["forward"] > 2**20
 
@@ -282,43 +499,31 @@ function check() {
 </script>"""
 
 
-def browser():
+def browser() -> str | None:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
     return next(filter(None, map(shutil.which, names)), None)
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium here; Debian: apt-get install chromium")
-def test_a_real_browser_shows_it_narrow_and_dark(runs, tmp_path):
-    page = write_report([runs[1], runs[0]], tmp_path / "page.html")
-    page.write_text(page.read_text().replace("</body>", CHECK + "</body>"))
-    seen = subprocess.run(
+def test_a_real_browser_shows_it_narrow_and_dark(runs: Runs, tmp_path: Path) -> None:
+    path = write_report([runs.plain, runs.ours], tmp_path / "page.html")
+    path.write_text(path.read_text().replace("</body>", CHECK + "</body>"))
+    shown = subprocess.run(
         [
-            browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+            str(browser()), "--headless", "--no-sandbox", "--disable-gpu",
+            "--disable-dev-shm-usage", "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
             "--virtual-time-budget=8000", "--enable-logging=stderr", "--window-size=500,2400",
-            "--blink-settings=preferredColorScheme=0", page.as_uri(),
+            "--blink-settings=preferredColorScheme=0", path.as_uri(),
         ],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    found = re.search(r'<pre id="state">(.*?)</pre>', seen.stdout, re.S)
-    assert found and "CONSOLE" not in seen.stderr, seen.stderr[-2000:]  # where errors are logged
-    state = json.loads(html.unescape(found[1]))
-    assert state["sections"] == list(SECTIONS)
+    assert "CONSOLE" not in shown.stderr, shown.stderr[-2000:]  # where errors are logged
+    state = json.loads(parse_page(shown.stdout).one("pre", id="state").text)
+    assert state["sections"] == SECTIONS
     assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
     assert state["wide"] <= 0  # nothing sticks out on a narrow screen
     assert state["inked"] == [True, True]
     # By keyboard: the button of a gallery, and an arrow key on the map.
     assert state["more"] > 0 and state["focus"]
     assert re.match("(image of|caption): ", state["said"])
-
-
-def test_a_collapse_of_the_prototypes_is_said_on_the_page(runs, tmp_path):
-    healthy = {"image_inertia": 0.3, "image_clusters": 100, "image_largest_share": 0.05}
-    shutil.copytree(runs[0], tmp_path / "run")
-    for largest, said in ((0.1, False), (0.4, True)):
-        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-            for line in ({"step": 900}, {"step": 950, "image_largest_share": largest}):
-                file.write("\n" + json.dumps(healthy | line))
-        text = write_report([tmp_path / "run"]).read_text()
-        sentence = "step 950: the image prototypes are collapsing: one image cluster holds 40%"
-        assert (sentence in text) == said

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from protoclip.kernels import clusters, info_nce, launch, matched, siglip, tiles
+from protoclip.kernels import clusters, contrastive, info_nce, launch, siglip, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
 from protoclip.kernels.compile_report.model import MEASURED_PRODUCTS
 
@@ -48,10 +48,10 @@ def cases() -> Iterator[Case]:
             yield Case(arch, "info_nce", "large", dtype, depth)
             yield Case(arch, "sigmoid", "gradients", dtype, depth)
         yield Case(arch, "sigmoid", "ids", "bf16", 512)
-        yield Case(arch, "matched", "ids", "bf16", 512)
-        yield Case(arch, "matched", "all", "bf16", 512)
-        yield Case(arch, "matched", "all", "fp32", 512)
-        yield Case(arch, "matched", "own", "fp16", 43)
+        yield Case(arch, "contrastive", "ids", "bf16", 512)
+        yield Case(arch, "contrastive", "all", "bf16", 512)
+        yield Case(arch, "contrastive", "all", "fp32", 512)
+        yield Case(arch, "contrastive", "own", "fp16", 43)
         for depth in (64, 128, 256, 512):
             yield Case(arch, "prototypes", "soft", "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
@@ -79,23 +79,25 @@ def _info_nce(case: Case, scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     has_columns = case.form != "rows"
-    forward = info_nce.contrastive(x, y, scale, 0, has_columns, pair_weight=1.0, summed=True)
+    _, statistics = info_nce.info_nce_loss(
+        x, y, scale, offset=0, columns=has_columns, pair_weight=1.0, summed=True
+    )
     weight = torch.ones(()).expand(n)
-    info_nce.contrastive_bwd(
+    info_nce.info_nce_bwd(
         x,
         y,
         scale,
-        forward.row_max,
-        forward.row_sum,
-        forward.column_max,
-        forward.column_sum,
+        statistics.row_max,
+        statistics.row_sum,
+        statistics.column_max,
+        statistics.column_sum,
         row_weight=weight,
         column_weight=weight if has_columns else weight[:0],
         offset=0,
     )
 
 
-def _matched(case: Case, scale: torch.Tensor) -> None:
+def _contrastive(case: Case, scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
     n = 512
     position = torch.zeros(n, dtype=torch.int32)
@@ -110,8 +112,8 @@ def _matched(case: Case, scale: torch.Tensor) -> None:
     }
     x = case.features(n)
     y = case.features(n)
-    forward = matched.matched_fwd(x, y, scale, **relation, columns=case.form != "own")
-    matched.matched_bwd(
+    forward = contrastive.contrastive_fwd(x, y, scale, **relation, columns=case.form != "own")
+    contrastive.contrastive_bwd(
         x,
         y,
         scale,
@@ -201,7 +203,7 @@ def _gemm(case: Case, scale: torch.Tensor) -> None:
 
 CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
     "info_nce": _info_nce,
-    "matched": _matched,
+    "contrastive": _contrastive,
     "sigmoid": _sigmoid,
     "prototypes": _prototypes,
     "soft_targets": _soft_targets,

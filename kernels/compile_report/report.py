@@ -20,11 +20,11 @@ from protoclip.kernels.compile_report.launches import Case, Compiled, call, case
 
 # Kernels over tiles of products, whose row of the launch table makes promises.
 TILED = {
-    "forward",
-    "gradient",
+    "info_nce_forward",
+    "info_nce_gradient",
     "sigmoid",
-    "matched_forward",
-    "matched_gradient",
+    "contrastive_forward",
+    "contrastive_gradient",
     "attention",
     "weights",
     "screen",
@@ -33,7 +33,7 @@ TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 SHAPES = {  # of the GPU table: op, depth -> rows, columns
     ("info_nce", 128): (32_768, 32_768),
     ("info_nce", 512): (32_768, 32_768),
-    ("matched", 512): (32_768, 32_768),
+    ("contrastive", 512): (32_768, 32_768),
     ("sigmoid", 512): (32_768, 32_768),
     ("prototypes", 128): (4_096, 20_000),
     ("clusters", 128): (1_600_000, 20_000),

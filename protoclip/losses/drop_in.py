@@ -285,10 +285,10 @@ class ProtoClipLoss(ClipLoss):
         sets = self.online.sets
         labels = self.online.labels_of(features, index)
         if sets is not None and labels is not None and self.proto.weight > 0:
-            proto_scale = self.proto.logit_scale or logit_scale
+            proto_logit_scale = self.proto.logit_scale or logit_scale
             # With an index the ranks may know different numbers of their samples.
             over_ranks = self.world_size > 1 and index is not None
-            term = prototype_term(features, labels, sets, proto_scale, over_ranks=over_ranks)
+            term = prototype_term(features, labels, sets, proto_logit_scale, over_ranks=over_ranks)
             losses["proto_loss"] = self.proto.weight * term.loss
             self.online.note(term.accuracy())
         if self.training and torch.is_grad_enabled():

@@ -73,7 +73,7 @@ class ProtoLoss(nn.Module):
         projected: Encoded | None,
         index: Tensor,
         logit_scale: Tensor,
-        proto_scale: Tensor,
+        proto_logit_scale: Tensor,
         episode: Episode | None,
         ids: Tensor | None = None,
         logit_bias: Tensor | None = None,
@@ -86,7 +86,7 @@ class ProtoLoss(nn.Module):
             encoded: [B, D] each, not normalised; float32, bfloat16 or float16.
             projected: [B, Dh] each, unit rows, float32; None if there is no prototype term.
             index: int64 [B], positions in the dataset, to look up the cluster labels.
-            logit_scale, proto_scale: scalars, the multipliers (not their logarithms).
+            logit_scale, proto_logit_scale: scalars, the multipliers (not their logarithms).
             episode: prototypes; None: InfoNCE only.
             ids: int64 [B]; pairs with equal ids are not negatives of each other (with SigLIP's
                 loss they are positives); None: all differ.
@@ -120,13 +120,13 @@ class ProtoLoss(nn.Module):
                 for name, sets in sets_of_term.items():
                     if weights[name] > 0 and sets:
                         term = prototype_term(
-                            features, labels, sets, proto_scale, over_ranks=is_distributed()
+                            features, labels, sets, proto_logit_scale, over_ranks=is_distributed()
                         )
                         terms[name] = term.loss
                         hits |= term.hits
         if config.w_distill > 0 and projected is not None and self.teacher is not None:
             terms["distill_loss"] = similarity_distillation(
-                projected, self.teacher[index], proto_scale, config.distill_temperature
+                projected, self.teacher[index], proto_logit_scale, config.distill_temperature
             )
         total: Any = sum(weights[name] * term for name, term in terms.items())
         return Losses(total, terms, hits)
@@ -139,20 +139,20 @@ def caption_ids(tokens: Tensor) -> Tensor:
 
 
 def similarity_distillation(
-    projected: Encoded, teacher: Tensor, scale: Tensor, temperature: float
+    projected: Encoded, teacher: Tensor, proto_logit_scale: Tensor, temperature: float
 ) -> Tensor:
     """KL divergence of each student's similarities within the global batch from the teacher's.
 
     Row i compares sample i with the G - 1 others: teacher softmax_j(t_i . t_j / temperature),
-    student softmax_j(scale h_i . h_j). The result is the mean over this rank's rows and the two
-    students, in nats. ``projected``: [B, Dh] each, unit rows, G = W B >= 3; ``teacher``: [B, d],
-    any row length. Memory is O(B G), unlike the other losses: it is a control.
+    student softmax_j(proto_logit_scale h_i . h_j). The result is the mean over this rank's rows and
+    the two students, in nats. ``projected``: [B, Dh] each, unit rows, G = W B >= 3; ``teacher``:
+    [B, d], any row length. Memory is O(B G), unlike the other losses: it is a control.
     """
     t = F.normalize(teacher.float(), dim=1)
     target = F.log_softmax(_to_others(t) / temperature, dim=1)
     losses = []
     for h in (projected.image, projected.text):
-        student = F.log_softmax(scale * _to_others(h), dim=1)
+        student = F.log_softmax(proto_logit_scale * _to_others(h), dim=1)
         losses.append(F.kl_div(student, target.to(h), reduction="batchmean", log_target=True))
     return (losses[0] + losses[1]) / 2
 

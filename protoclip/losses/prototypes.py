@@ -35,7 +35,7 @@ def prototype_term(
     features: Mapping[str, Tensor],
     labels: Mapping[str, Tensor],
     sets: Sequence[PrototypeSet],
-    scale: Tensor | float,
+    proto_logit_scale: Tensor | float,
     *,
     over_ranks: bool = False,
 ) -> PrototypeTerm:
@@ -47,7 +47,7 @@ def prototype_term(
         features: modality -> [B, Dh], unit rows.
         labels: source -> int64 [B]; LEFT_OUT leaves a sample out.
         sets: at least one.
-        scale: the multiplier.
+        proto_logit_scale: the multiplier.
         over_ranks: scale so that the mean over ranks is the mean over all samples with a label.
     """
     losses: list[Tensor] = []
@@ -58,7 +58,7 @@ def prototype_term(
         if not banks:
             continue
         reduction = "none" if over_ranks else "mean"
-        result = prototype_losses(rows, banks, scale, reduction=reduction)
+        result = prototype_losses(rows, banks, proto_logit_scale, reduction=reduction)
         losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
         for item, bank, nearest in zip(of_student, banks, result.nearest, strict=True):
             counts = torch.stack([(nearest == bank.labels).sum(), (bank.labels != LEFT_OUT).sum()])

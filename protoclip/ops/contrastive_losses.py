@@ -1,6 +1,7 @@
 """InfoNCE, the general contrastive loss, and SigLIP's: contract, checks and dispatch.
 
-The fused computation and its gradients are in ``strips.py``, the plain one in ``reference.py``.
+The fused computation and its gradients are in ``fused_losses.py``, the plain one in
+``reference.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from torch import Tensor
 
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import resolve
+from protoclip.ops.fused_losses import (
+    COUNT,
+    contrastive_gaps,
+    fused_sigmoid_loss,
+    info_nce_loss,
+    keeps_stash,
+)
 from protoclip.ops.operators import (
     accumulator,
     reduce,
@@ -21,7 +29,6 @@ from protoclip.ops.operators import (
     without_autocast,
 )
 from protoclip.ops.pairs import Matching, SameId
-from protoclip.ops.strips import COUNT, keeps_stash, matched_statistics, sigmoid_strip, strip_loss
 from protoclip.ops.sums import log_add, logits_of_own, plain_smoothing, smoothing, with_others
 
 
@@ -100,7 +107,7 @@ def info_nce(
             losses = reference.info_nce(x, y, logit_scale, label_smoothing)
     else:
         reduces = weights is None and not label_smoothing  # then the op reduces the losses itself
-        strip = strip_loss(
+        result = info_nce_loss(
             x=x,
             y=y,
             logit_scale=logit_scale,
@@ -110,7 +117,7 @@ def info_nce(
             backend=name,
             keep_stash=keeps_stash(stash, x, y, logit_scale),
         )
-        losses = strip.loss
+        losses = result.loss
         if reduces:
             return losses
         if label_smoothing:
@@ -152,7 +159,7 @@ def _match(
         pairs.refuse_wrong(op, matched_pairs, y.shape[0])
     if name == "reference":
         with without_autocast(x.device.type):
-            rows, by_column = reference.matched(x, y, logit_scale, matched_pairs, columns)
+            rows, by_column = reference.contrastive(x, y, logit_scale, matched_pairs, columns)
         gap = rows.gap
         mean = rows.mean
         num_positives = rows.num_positives
@@ -161,7 +168,7 @@ def _match(
         differentiable = [x, y, logit_scale]
         if matched_pairs.key_bias is not None:
             differentiable.append(matched_pairs.key_bias)
-        matched = matched_statistics(
+        gaps = contrastive_gaps(
             x,
             y,
             logit_scale,
@@ -170,10 +177,10 @@ def _match(
             backend=name,
             keep_stash=keeps_stash(stash, *differentiable),
         )
-        gap = matched.gap
-        mean = matched.mean
-        num_positives = matched.row_statistics[COUNT]
-        column_gap = matched.column_gap if columns else None
+        gap = gaps.gap
+        mean = gaps.mean
+        num_positives = gaps.row_statistics[COUNT]
+        column_gap = gaps.column_gap if columns else None
     if matched_pairs.others is not None:
         gap, mean = with_others(x, y, logit_scale, matched_pairs, gap=gap, mean=mean)
     own_logits: Tensor | None = None
@@ -304,7 +311,7 @@ def one_way(
     if backend != "reference" and fits:
         # Without any of these the op reduces the losses itself.
         reduces = weights is None and average is None and not label_smoothing
-        strip = strip_loss(
+        result = info_nce_loss(
             x=x,
             y=y,
             logit_scale=logit_scale,
@@ -314,7 +321,7 @@ def one_way(
             backend=backend,
             keep_stash=keeps_stash(stash, x, y, logit_scale),
         )
-        losses = strip.loss
+        losses = result.loss
         if reduces:
             return losses
         if label_smoothing:
@@ -510,7 +517,7 @@ def sigmoid_loss(
     if name == "reference":
         with without_autocast(x.device.type):
             return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched_pairs)
-    result = sigmoid_strip(
+    result = fused_sigmoid_loss(
         x=x,
         y=y,
         logit_scale=logit_scale,

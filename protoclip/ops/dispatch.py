@@ -3,8 +3,8 @@
 A backend named by the caller never falls back. ``auto`` (which ``PROTOCLIP_BACKEND`` overrides)
 takes the first backend of ``AUTO_ORDER`` that is usable on the tensors' device.
 
-Functions such as ``cpu_strip`` and ``triton_strip`` import the functions of one backend, at its
-first use. C++ functions have the names of ``csrc/bindings.cpp``, CUDA's of
+Functions such as ``cpu_info_nce`` and ``triton_info_nce`` import the functions of one backend, at
+its first use. C++ functions have the names of ``csrc/bindings.cpp``, CUDA's of
 ``csrc/cuda_bindings.cpp``. All backends of an op take the same arguments, by keyword; the contracts
 are in the files that define the ops.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from protoclip.kernels.results import LossAndStatistics
 from protoclip.ops import native, reference
 from protoclip.ops.operators import ANY_FLOAT, FLOATS, in_transform
 
@@ -47,19 +48,19 @@ class Backend(Generic[Implementation]):
 
 # What the fused backends of each family implement.
 @dataclass(frozen=True)
-class StripFunctions:
-    """InfoNCE of a strip (ops/strips.py)."""
+class InfoNceFunctions:
+    """InfoNCE (ops/fused_losses.py)."""
 
     statistics: Callable[..., tuple[Tensor, ...]]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     # The statistics and the weighted loss at once, where a backend has kernels for that.
-    loss: Callable[..., tuple[Tensor, ...]] | None = None
+    loss: Callable[..., LossAndStatistics] | None = None
     empty_stash: Callable[[int], Tensor] | None = None  # allocates a stash, if it keeps logits
 
 
 @dataclass(frozen=True)
-class MatchedFunctions:
-    """A strip whose pairs are matched by ids and positions (ops/strips.py)."""
+class ContrastiveFunctions:
+    """The contrastive loss (ops/fused_losses.py)."""
 
     statistics: Callable[..., Pair]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -85,38 +86,40 @@ class ClusterFunctions:
     assign_coded: Callable[..., Pair] | None = None
 
 
-def cpu_strip() -> StripFunctions:
+def cpu_info_nce() -> InfoNceFunctions:
     ops = native.cpu_ops()
-    return StripFunctions(
-        statistics=ops.contrastive_fwd.default,
-        gradients=ops.contrastive_bwd.default,
-        empty_stash=ops.pooled.default,
+    return InfoNceFunctions(
+        statistics=ops.info_nce_fwd.default,
+        gradients=ops.info_nce_bwd.default,
+        empty_stash=ops.empty_stash.default,
     )
 
 
-def triton_strip() -> StripFunctions:
+def triton_info_nce() -> InfoNceFunctions:
     from protoclip.kernels import info_nce
 
-    return StripFunctions(
-        statistics=info_nce.contrastive_fwd,
-        gradients=info_nce.contrastive_bwd,
-        loss=info_nce.contrastive,
+    return InfoNceFunctions(
+        statistics=info_nce.info_nce_fwd,
+        gradients=info_nce.info_nce_bwd,
+        loss=info_nce.info_nce_loss,
     )
 
 
-def cpu_matched() -> MatchedFunctions:
+def cpu_contrastive() -> ContrastiveFunctions:
     ops = native.cpu_ops()
-    return MatchedFunctions(
-        statistics=ops.matched_fwd.default,
-        gradients=ops.matched_bwd.default,
-        empty_stash=ops.pooled.default,
+    return ContrastiveFunctions(
+        statistics=ops.contrastive_fwd.default,
+        gradients=ops.contrastive_bwd.default,
+        empty_stash=ops.empty_stash.default,
     )
 
 
-def triton_matched() -> MatchedFunctions:
-    from protoclip.kernels import matched
+def triton_contrastive() -> ContrastiveFunctions:
+    from protoclip.kernels import contrastive
 
-    return MatchedFunctions(statistics=matched.matched_fwd, gradients=matched.matched_bwd)
+    return ContrastiveFunctions(
+        statistics=contrastive.contrastive_fwd, gradients=contrastive.contrastive_bwd
+    )
 
 
 def cpu_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
@@ -231,14 +234,14 @@ def _called_directly() -> Any:
     raise NotImplementedError("the public op calls ops/reference.py: its autograd is torch's own")
 
 
-STRIP: dict[str, Backend[StripFunctions]] = {
-    "cpu": _cpu(cpu_strip),
-    "triton": _triton(triton_strip),
+INFO_NCE: dict[str, Backend[InfoNceFunctions]] = {
+    "cpu": _cpu(cpu_info_nce),
+    "triton": _triton(triton_info_nce),
     "reference": _reference(_called_directly),
 }
-MATCHED: dict[str, Backend[MatchedFunctions]] = {
-    "cpu": _cpu(cpu_matched),
-    "triton": _triton(triton_matched),
+CONTRASTIVE: dict[str, Backend[ContrastiveFunctions]] = {
+    "cpu": _cpu(cpu_contrastive),
+    "triton": _triton(triton_contrastive),
     "reference": _reference(_called_directly),
 }
 SIGLIP: dict[str, Backend[Callable[..., tuple[Tensor, ...]]]] = {
@@ -263,8 +266,8 @@ CLUSTERS: dict[str, Backend[ClusterFunctions]] = {
     "reference": _reference(reference_clusters),
 }
 TABLE: dict[str, dict[str, Backend[Any]]] = {
-    "info_nce": STRIP,
-    "contrastive": MATCHED,
+    "info_nce": INFO_NCE,
+    "contrastive": CONTRASTIVE,
     "siglip": SIGLIP,
     "prototype_cross_entropy": PROTOTYPES,
     "soft_targets": SOFT_TARGETS,

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from protoclip.kernels.results import BankLosses
 from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.dispatch import PROTOTYPES, SOFT_TARGETS, resolve
@@ -38,17 +39,6 @@ from protoclip.ops.operators import (
 )
 
 COLDEST = 1e-30  # the lowest temperature: below it fp32 logits would overflow
-
-
-class BankLosses(NamedTuple):
-    """Results for S banks; those not wanted are [S, 0], or [S, 0, D]."""
-
-    loss: Tensor  # [S, N], 0 where ignored
-    gradient: Tensor  # of the features, sum_k p_k C_k - m_y: [S, N, D], 0 where ignored
-    nearest: Tensor  # int64 [S, N], the prototype with the largest logit
-    row_max: Tensor  # [S, N], in the units of the backend's own backward
-    row_sum: Tensor  # [S, N]
-    scale_gradient: Tensor  # of logit_scale, features . gradient: [S, N]
 
 
 def _bank_losses_shapes(arguments: Any) -> BankLosses:
@@ -417,11 +407,12 @@ def soft_targets(
     op = "soft_targets"
     checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")
     checks.matrix(op, "prototypes", prototypes, "[K, D]")
-    k, num_sources = prototypes.shape[0], source_centroids.shape[0]
-    if num_sources != k or source_centroids.device != prototypes.device:
+    same_number = source_centroids.shape[0] == prototypes.shape[0]
+    if not same_number or source_centroids.device != prototypes.device:
         raise ValueError(
             f"{op}: expected one prototype per source centroid, on one device, got "
-            f"{k} on {prototypes.device} and {num_sources} on {source_centroids.device}"
+            f"{prototypes.shape[0]} on {prototypes.device} and "
+            f"{source_centroids.shape[0]} on {source_centroids.device}"
         )
     if not isinstance(temperature, (int, float)):
         kind = type(temperature).__name__

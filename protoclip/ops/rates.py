@@ -1,6 +1,6 @@
-"""Whether this processor keeps logits for the backward pass or forms them again.
+"""Whether this processor stashes logits for the backward pass or forms them again.
 
-Keeping them saves one product of the backward pass and costs writing and reading 4 bytes a logit.
+A stash saves one product of the backward pass and costs writing and reading 4 bytes a logit.
 Which is less depends on the processor: with AMX a product of bf16 rows is short. So both are
 measured, once per process, dtype and width, in about a tenth of a second at most. The bits are the
 same either way.
@@ -19,7 +19,7 @@ ROWS, COLUMNS = 512, 2048  # of the products that are timed
 WIDEST = 512  # their width; beyond it a product's time grows with the width
 REPEATS = 5
 COPIED_BYTES = 32 << 20  # more than most caches
-ALWAYS_KEPT_BYTES = 8 << 20  # a stash that stays in the caches costs little
+ALWAYS_USED_BYTES = 8 << 20  # a stash that stays in the caches costs little
 # Writing among products, then reading, takes longer than a copy: fitted on Zen 4 (docs/speed.md).
 TRAFFIC_FACTOR = 1.5
 
@@ -29,12 +29,12 @@ _lock = threading.Lock()
 _decisions: dict[tuple[torch.dtype, int], bool] = {}
 
 
-def keeping_pays(forward: Forward, x: Tensor, stash: Tensor) -> bool:
+def stash_pays(forward: Forward, x: Tensor, stash: Tensor) -> bool:
     """Whether to fill and read ``stash`` for the logits of x [N, D].
 
     A process gives one answer for a dtype and width, so the backward pass reads what was written.
     """
-    if stash.nbytes <= ALWAYS_KEPT_BYTES:
+    if stash.nbytes <= ALWAYS_USED_BYTES:
         return True
     key = (x.dtype, x.shape[1])
     with _lock:

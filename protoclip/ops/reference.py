@@ -68,7 +68,7 @@ class Gaps(NamedTuple):
     num_positives: Tensor
 
 
-def matched(
+def contrastive(
     x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, columns: bool
 ) -> tuple[Gaps, Gaps | None]:
     """[N, D], [M, D] -> those of each row, [N], and with ``columns`` those of each column, [M]."""

@@ -1,4 +1,4 @@
-"""InfoNCE whose positives and negatives are matched by ids and positions (protoclip/ops/pairs.py).
+"""The contrastive loss, whose positives and negatives follow from ids and positions (ops/pairs.py).
 
 A tile first compares its ids and positions. Most tiles contain no positive and no hidden pair:
 they run as in ``info_nce.py`` and need no masks. The others go strip by strip, and mask each logit
@@ -13,8 +13,6 @@ positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed orde
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import exact, exponential, join, pinned
+from protoclip.kernels.results import ContrastiveGradients, ContrastiveStatistics
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
@@ -113,7 +112,7 @@ def _store_side(ptr, at, mask, length, top, total, positives, count):
 
 
 @triton.jit(do_not_specialize=["n", "m", "first_row"])
-def matched_forward_kernel(
+def contrastive_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
     row_ptr, column_ptr,  # [4, column blocks, N], [4, row blocks, M]
     relation, n, m, d, first_row, strides,
@@ -177,7 +176,7 @@ SIZES = ["n", "m", "first_row", "first_col", "first_tile"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["share_ptr", "dbias_ptr"])
-def matched_gradient_kernel(
+def contrastive_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     logit_scale_ptr, lift_ptr,  # [], []
     row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: reference and weights
@@ -245,21 +244,7 @@ def matched_gradient_kernel(
         tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
 
 
-class MatchedStatistics(NamedTuple):
-    """Maximum and sum of the logits seen, sum and count of the positives' (ops/strips.py)."""
-
-    rows: Tensor  # [4, N]
-    columns: Tensor  # [4, M], or [4, 0]
-
-
-class MatchedGradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-    dkey_bias: Tensor  # fp32 [M]
-
-
-def matched_fwd(
+def contrastive_fwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -270,14 +255,14 @@ def matched_fwd(
     key_bias: Tensor | None,
     same_positive: bool,
     columns: bool,
-) -> MatchedStatistics:
-    """Statistics of a matched strip; own to same_positive as in ops/pairs.py."""
+) -> ContrastiveStatistics:
+    """Statistics of a strip; own to same_positive as in ops/pairs.py."""
     n, m = len(x), len(y)
     if not min(n, m):
-        return MatchedStatistics(
+        return ContrastiveStatistics(
             rows=_without_keys(x, n), columns=_without_keys(x, m if columns else 0)
         )
-    config = launch.choose("matched forward", x, y)
+    config = launch.choose("contrastive_forward", x, y)
     blocks_m = triton.cdiv(m, config.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
     relation = (own, exclude, id_rows(query_ids, key_ids), key_bias)
@@ -289,19 +274,19 @@ def matched_fwd(
             blocks_n = triton.cdiv(len(part), config.block_n)
             row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, m if columns else 0), dtype=torch.float32)
-            matched_forward_kernel[(blocks_n * blocks_m,)](
+            contrastive_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
                 row_ptr=row_part, column_ptr=column_part, relation=relation, first_row=first,
                 COLUMNS=columns, SAME_POSITIVE=same_positive,
             )  # fmt: skip
             by_row.append(_merged(row_part))
             by_column.append(_merged(column_part))
-    return MatchedStatistics(
+    return ContrastiveStatistics(
         rows=torch.cat(by_row, dim=1), columns=_merged(torch.stack(by_column, dim=1))
     )
 
 
-def matched_bwd(
+def contrastive_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -315,13 +300,13 @@ def matched_bwd(
     column_statistics: Tensor,
     row_weights: Tensor,
     column_weights: Tensor,
-) -> MatchedGradients:
-    """Gradients of a matched strip for the weights of LSE and mean positive, [2, N] and [2, M]."""
+) -> ContrastiveGradients:
+    """Gradients of a strip for the weights of LSE and mean positive, [2, N] and [2, M]."""
     dkey_bias = x.new_zeros(len(y), dtype=torch.float32)
     if min(len(x), len(y)) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
-        return MatchedGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
-    kernel = "matched gradient" if key_bias is None else "matched gradient with biases"
+        return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
+    kernel = "contrastive_gradient" if key_bias is None else "contrastive_gradient_with_biases"
     config = launch.choose(kernel, x, y)
     lift = torch.ones((), dtype=torch.float32, device=x.device)
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
@@ -342,7 +327,7 @@ def matched_bwd(
         if key_bias is not None:
             blocks = chunk.shape[0] // config.block_n
             sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
-        matched_gradient_kernel[(chunk.tiles,)](
+        contrastive_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, lift_ptr=lift, row_ptr=row_side, column_ptr=column_side,
             stride_row=len(x), stride_column=num_columns,
@@ -355,7 +340,7 @@ def matched_bwd(
 
     factor = logit_scale.reshape(()).float() / lift
     gradients = waves.products(x, y, factor, 0, plan, fill, shares)
-    return MatchedGradients(
+    return ContrastiveGradients(
         dx=gradients.dx,
         dy=gradients.dy,
         dlogit_scale=gradients.dlogit_scale,

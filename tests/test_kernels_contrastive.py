@@ -1,4 +1,4 @@
-"""Triton's matched strip against the sets written out, on a card or in the interpreter."""
+"""Triton's contrastive loss against the sets written out, on a card or in the interpreter."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_losses_and_gradients_are_those_of_the_sets(
 
 
 def test_waves_and_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from protoclip.kernels import matched, waves
+    from protoclip.kernels import contrastive, waves
 
     problem = random_problem("groups", 100, 150, 12, device=DEVICE)
     weights = Weights(gap=torch.rand(100), mean=torch.rand(100))
     whole = computed(problem, weights, "triton")
-    monkeypatch.setattr(matched, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(contrastive, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * 4)
     in_parts = computed(problem, weights, "triton")
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)

@@ -8,10 +8,14 @@ that a loss near zero does not cancel. The backward pass of any loss built on th
 G = row_weight * P_row + column_weight * P_column - (weights at the positives),
 dx = logit_scale * G y, dy = logit_scale * G^T x, dlogit_scale = sum G * (x.y).
 
-**Matched.** ``Pairs`` gives the positives and negatives, not the diagonal. Statistics, [4, N] and
-[4, M], are max and sum over the keys seen, then sum and count of the positives' logits. The results
-are ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE and w_m of the mean,
-G = w_l P [seen] + w_m [positive] / count and dkey_bias_j = sum_i G_ij.
+**The contrastive loss.** ``Pairs`` gives the positives and negatives, not the diagonal. Statistics,
+[4, N] and [4, M], are max and sum over the keys seen, then sum and count of the positives' logits.
+The results are ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE and w_m of
+the mean, G = w_l P [seen] + w_m [positive] / count and dkey_bias_j = sum_i G_ij.
+
+``info_nce`` runs the first where pairs have no ids, ``contrastive`` where each query has one own
+key and sees them all; ids, positions and biases lead to the second, as do ``contrastive_parts``,
+``nt_xent`` and ``sup_con``.
 
 **Sigmoid.** The gradient needs no statistics of whole rows, so the backends compute it in the
 forward pass, if it is wanted: three products instead of four. The backward pass only scales it.
@@ -29,7 +33,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protoclip.ops.dispatch import MATCHED, SIGLIP, STRIP
+from protoclip.kernels.results import (
+    ContrastiveGradients,
+    Gradients,
+    InfoNceStatistics,
+    SigmoidLoss,
+)
+from protoclip.ops.dispatch import CONTRASTIVE, INFO_NCE, SIGLIP
 from protoclip.ops.operators import (
     define_gradient,
     empty,
@@ -42,21 +52,21 @@ from protoclip.ops.operators import (
     wants_gradient,
 )
 from protoclip.ops.pairs import Pairs
-from protoclip.ops.rates import keeping_pays
+from protoclip.ops.rates import stash_pays
 
 LN2 = math.log(2.0)
-# The C++ backend keeps products by tiles of rows and columns, in fp32, within this bound.
+# The C++ backend stashes products by tiles of rows and columns, in fp32, within this bound.
 STASH_TILE_ROWS = 128
 STASH_TILE_COLUMNS = 256
 STASH_BYTES = 64 << 20  # N = 4,096
-COUNT = 3  # of the four statistics of matched pairs
+COUNT = 3  # of the four statistics of the contrastive loss
 
 
 # ---- the stash: logits that the forward pass leaves to the backward pass ----
 
 
 def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
-    """Whether a call keeps logits for its backward pass.
+    """Whether a call leaves its logits to its backward pass.
 
     An exported graph does not: it would hold only for batches whose logits fit."""
     wanted = stash is not False and wants_gradient(*inputs)
@@ -64,7 +74,7 @@ def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
 
 
 def stash_size(n: int, m: int, backend: str) -> int:
-    """How many int16 values a backend keeps for [n, m] logits; 0 if it keeps none."""
+    """How many int16 values a backend stashes for [n, m] logits; 0 if it has no stash."""
     if backend != "cpu":
         return 0
     rows = (n + STASH_TILE_ROWS - 1) // STASH_TILE_ROWS * STASH_TILE_ROWS
@@ -74,17 +84,17 @@ def stash_size(n: int, m: int, backend: str) -> int:
 
 
 def _empty_stash(
-    x: Tensor, y: Tensor, backend: str, keep: bool, allocate: Callable[[int], Tensor] | None
+    x: Tensor, y: Tensor, backend: str, keep_stash: bool, allocate: Callable[[int], Tensor] | None
 ) -> Tensor:
-    """A stash to fill, [0] if no logits are kept."""
-    size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
+    """A stash to fill; [0]: no logits go there."""
+    size = stash_size(x.shape[0], y.shape[0], backend) if keep_stash else 0
     if size and allocate is not None:
         return allocate(size)
     return x.new_empty(0, dtype=torch.int16)
 
 
-def _fake_stash(x: Tensor, y: Tensor, backend: str, keep: bool) -> Tensor:
-    size = stash_size(x.shape[0], y.shape[0], backend) if keep else 0
+def _fake_stash(x: Tensor, y: Tensor, backend: str, keep_stash: bool) -> Tensor:
+    size = stash_size(x.shape[0], y.shape[0], backend) if keep_stash else 0
     return x.new_empty(size, dtype=torch.int16)
 
 
@@ -94,7 +104,7 @@ def _with_stash(
     """The function with the stash as an argument, if there is one and using it takes less time."""
     if stash is None or not stash.numel():
         return function
-    if not keeping_pays(STRIP["cpu"].implementation.statistics, x, stash):
+    if not stash_pays(INFO_NCE["cpu"].implementation.statistics, x, stash):
         return function
     return partial(function, stash=stash)
 
@@ -102,7 +112,7 @@ def _with_stash(
 # ---- InfoNCE ----
 
 
-class StripLoss(NamedTuple):
+class InfoNceLoss(NamedTuple):
     """Results of the forward pass."""
 
     loss: Tensor  # of each pair [N], or [] for "mean" and "sum"
@@ -113,29 +123,13 @@ class StripLoss(NamedTuple):
     stash: Tensor
 
 
-class StripStatistics(NamedTuple):
-    """The statistics alone, with the base-2 logits of the positives."""
-
-    row_max: Tensor  # [N]
-    row_sum: Tensor  # [N]
-    column_max: Tensor  # [M], or [0] without columns
-    column_sum: Tensor  # [M], or [0] without columns
-    positive: Tensor  # [N]
-
-
-class StripGradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-
-
-def strip_statistics(
+def info_nce_statistics(
     x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, columns: bool, backend: str
-) -> StripStatistics:
+) -> InfoNceStatistics:
     """The statistics of a strip, for a caller that merges them over ranks; no autograd."""
-    run = STRIP[backend].implementation.statistics
+    run = INFO_NCE[backend].implementation.statistics
     results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
-    return StripStatistics(*results)
+    return InfoNceStatistics(*results)
 
 
 def direction_weight(columns: bool) -> float:
@@ -147,10 +141,10 @@ def _pair_weight(weight: float, n: int, mean: bool) -> float:
     return weight / max(n, 1) if mean else weight
 
 
-def _strip_loss_shapes(arguments: Any) -> StripLoss:
+def _info_nce_loss_shapes(arguments: Any) -> InfoNceLoss:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.columns else 0
-    return StripLoss(
+    return InfoNceLoss(
         loss=empty(x, n) if arguments.reduction == "none" else empty(x),
         row_max=empty(x, n),
         row_sum=empty(x, n),
@@ -160,8 +154,8 @@ def _strip_loss_shapes(arguments: Any) -> StripLoss:
     )
 
 
-@operator("contrastive", _strip_loss_shapes, StripLoss)
-def strip_loss(
+@operator("info_nce", _info_nce_loss_shapes, InfoNceLoss)
+def info_nce_loss(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -172,12 +166,12 @@ def strip_loss(
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of each row or, with ``columns`` (N = M), half the sum of both directions."""
-    functions = STRIP[backend].implementation
+    functions = INFO_NCE[backend].implementation
     stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
     pair_weight = _pair_weight(direction_weight(columns), x.shape[0], reduction == "mean")
     summed = reduction != "none"
     if functions.loss is not None:
-        loss, row_max, row_sum, column_max, column_sum = functions.loss(
+        loss, statistics = functions.loss(
             x=x,
             y=y,
             logit_scale=logit_scale,
@@ -186,24 +180,32 @@ def strip_loss(
             pair_weight=pair_weight,
             summed=summed,
         )
-        return StripLoss(loss, row_max, row_sum, column_max, column_sum, stash)
-    run = _with_stash(functions.statistics, stash, x)
-    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
-    strip = StripStatistics._make(results)
-    loss = strip.row_sum.log2() + (strip.row_max - strip.positive)
-    if columns:
-        loss = loss + (strip.column_sum.log2() + (strip.column_max - strip.positive))
-    loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
-    return StripLoss(loss, strip.row_max, strip.row_sum, strip.column_max, strip.column_sum, stash)
+    else:
+        run = _with_stash(functions.statistics, stash, x)
+        results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
+        statistics = InfoNceStatistics._make(results)
+        loss = statistics.row_sum.log2() + (statistics.row_max - statistics.positive)
+        if columns:
+            column_level = statistics.column_sum.log2()
+            loss = loss + (column_level + (statistics.column_max - statistics.positive))
+        loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
+    return InfoNceLoss(
+        loss=loss,
+        row_max=statistics.row_max,
+        row_sum=statistics.row_sum,
+        column_max=statistics.column_max,
+        column_sum=statistics.column_sum,
+        stash=stash,
+    )
 
 
-def _strip_gradients_shapes(arguments: Any) -> StripGradients:
+def _info_nce_gradients_shapes(arguments: Any) -> Gradients:
     x, y = arguments.x, arguments.y
-    return StripGradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
+    return Gradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
 
 
-@operator("contrastive_bwd", _strip_gradients_shapes, StripGradients)
-def strip_gradients(
+@operator("info_nce_bwd", _info_nce_gradients_shapes, Gradients)
+def info_nce_gradients(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -226,7 +228,7 @@ def strip_gradients(
     [0] without columns."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
-    run = _with_stash(STRIP[backend].implementation.gradients, stash, x)
+    run = _with_stash(INFO_NCE[backend].implementation.gradients, stash, x)
     if backend == "triton":  # its kernel multiplies the weights
         run = partial(run, pair_weight=pair_weight)
     else:
@@ -246,7 +248,7 @@ def strip_gradients(
     )
 
 
-def _save_strip_loss(ctx: Any, arguments: Any, results: StripLoss) -> None:
+def _save_info_nce_loss(ctx: Any, arguments: Any, results: InfoNceLoss) -> None:
     ctx.offset = arguments.offset
     ctx.columns = arguments.columns
     ctx.reduction = arguments.reduction
@@ -265,12 +267,12 @@ def _save_strip_loss(ctx: Any, arguments: Any, results: StripLoss) -> None:
     ctx.set_materialize_grads(False)  # the statistics have none
 
 
-def _strip_loss_backward(ctx: Any, grads: StripLoss) -> dict[str, Tensor]:
+def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
     if grads.loss is None:
         return {}
     saved = saved_tensors(ctx)
     weight = grads.loss.expand(saved.x.shape[0])
-    gradients = strip_gradients(
+    gradients = info_nce_gradients(
         x=saved.x,
         y=saved.y,
         logit_scale=saved.logit_scale,
@@ -293,14 +295,14 @@ def _strip_loss_backward(ctx: Any, grads: StripLoss) -> dict[str, Tensor]:
     }
 
 
-define_gradient(strip_loss, save=_save_strip_loss, backward=_strip_loss_backward)
-refuse_gradient(strip_gradients, "info_nce")
+define_gradient(info_nce_loss, save=_save_info_nce_loss, backward=_info_nce_loss_backward)
+refuse_gradient(info_nce_gradients, "info_nce")
 
 
-# ---- matched pairs ----
+# ---- the contrastive loss ----
 
 
-class MatchedStatistics(NamedTuple):
+class ContrastiveGaps(NamedTuple):
     """Results of the forward pass."""
 
     gap: Tensor  # of each row [N], in nats
@@ -312,19 +314,12 @@ class MatchedStatistics(NamedTuple):
     stash: Tensor
 
 
-class MatchedGradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-    dkey_bias: Tensor  # fp32 [M]
-
-
 class GapAndMean(NamedTuple):
     gap: Tensor  # LSE - mean positive, nats
     mean: Tensor  # mean logit of the positives, nats
 
 
-def matched_statistics(
+def contrastive_gaps(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -333,9 +328,9 @@ def matched_statistics(
     columns: bool,
     backend: str,
     keep_stash: bool,
-) -> MatchedStatistics:
+) -> ContrastiveGaps:
     """Gap and mean positive of each row and, with ``columns``, of each column."""
-    return _matched(
+    return _contrastive_gaps(
         x=x,
         y=y,
         logit_scale=logit_scale,
@@ -351,7 +346,7 @@ def matched_statistics(
     )
 
 
-def matched_gradients(
+def contrastive_gradients(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -363,9 +358,9 @@ def matched_gradients(
     column_weights: Tensor,
     backend: str,
     stash: Tensor | None,
-) -> MatchedGradients:
+) -> ContrastiveGradients:
     """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
-    return _matched_bwd(
+    return _contrastive_bwd(
         x=x,
         y=y,
         logit_scale=logit_scale,
@@ -399,10 +394,10 @@ def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) ->
     return torch.stack([gap, mean - gap])
 
 
-def _matched_shapes(arguments: Any) -> MatchedStatistics:
+def _contrastive_gaps_shapes(arguments: Any) -> ContrastiveGaps:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.columns else 0
-    return MatchedStatistics(
+    return ContrastiveGaps(
         gap=empty(x, n),
         mean=empty(x, n),
         column_gap=empty(x, m),
@@ -413,8 +408,8 @@ def _matched_shapes(arguments: Any) -> MatchedStatistics:
     )
 
 
-@operator("matched", _matched_shapes, MatchedStatistics)
-def _matched(
+@operator("contrastive", _contrastive_gaps_shapes, ContrastiveGaps)
+def _contrastive_gaps(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -428,7 +423,7 @@ def _matched(
     backend: str,
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    functions = MATCHED[backend].implementation
+    functions = CONTRASTIVE[backend].implementation
     stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
     run = _with_stash(functions.statistics, stash, x)
     row_statistics, column_statistics = run(
@@ -445,7 +440,7 @@ def _matched(
     )
     rows = gap_and_mean(row_statistics)
     by_column = gap_and_mean(column_statistics)
-    return MatchedStatistics(
+    return ContrastiveGaps(
         gap=rows.gap,
         mean=rows.mean,
         column_gap=by_column.gap,
@@ -456,9 +451,9 @@ def _matched(
     )
 
 
-def _matched_bwd_shapes(arguments: Any) -> MatchedGradients:
+def _contrastive_bwd_shapes(arguments: Any) -> ContrastiveGradients:
     x, y = arguments.x, arguments.y
-    return MatchedGradients(
+    return ContrastiveGradients(
         dx=x.new_empty(x.shape),
         dy=y.new_empty(y.shape),
         dlogit_scale=empty(x),
@@ -466,8 +461,8 @@ def _matched_bwd_shapes(arguments: Any) -> MatchedGradients:
     )
 
 
-@operator("matched_bwd", _matched_bwd_shapes, MatchedGradients)
-def _matched_bwd(
+@operator("contrastive_bwd", _contrastive_bwd_shapes, ContrastiveGradients)
+def _contrastive_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -484,7 +479,7 @@ def _matched_bwd(
     backend: str,
     stash: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _with_stash(MATCHED[backend].implementation.gradients, stash, x)
+    run = _with_stash(CONTRASTIVE[backend].implementation.gradients, stash, x)
     return run(
         x=x,
         y=y,
@@ -502,7 +497,7 @@ def _matched_bwd(
     )
 
 
-def _save_matched(ctx: Any, arguments: Any, results: MatchedStatistics) -> None:
+def _save_contrastive_gaps(ctx: Any, arguments: Any, results: ContrastiveGaps) -> None:
     ctx.same_positive = arguments.same_positive
     ctx.backend = arguments.backend
     save_tensors(
@@ -522,11 +517,11 @@ def _save_matched(ctx: Any, arguments: Any, results: MatchedStatistics) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _matched_backward(ctx: Any, grads: MatchedStatistics) -> dict[str, Tensor]:
+def _contrastive_gaps_backward(ctx: Any, grads: ContrastiveGaps) -> dict[str, Tensor]:
     if all(g is None for g in (grads.gap, grads.mean, grads.column_gap, grads.column_mean)):
         return {}
     saved = saved_tensors(ctx)
-    gradients = _matched_bwd(
+    gradients = _contrastive_bwd(
         x=saved.x,
         y=saved.y,
         logit_scale=saved.logit_scale,
@@ -553,21 +548,11 @@ def _matched_backward(ctx: Any, grads: MatchedStatistics) -> dict[str, Tensor]:
     return by_name
 
 
-define_gradient(_matched, save=_save_matched, backward=_matched_backward)
-refuse_gradient(_matched_bwd, "contrastive")
+define_gradient(_contrastive_gaps, save=_save_contrastive_gaps, backward=_contrastive_gaps_backward)
+refuse_gradient(_contrastive_bwd, "contrastive")
 
 
 # ---- the sigmoid loss ----
-
-
-class SigmoidLoss(NamedTuple):
-    """Results of the one pass; without ``gradients`` dx and dy are [0, D]."""
-
-    loss: Tensor  # fp32 [], the sum over the pairs
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-    dlogit_bias: Tensor  # fp32 []
 
 
 def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
@@ -583,7 +568,7 @@ def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
 
 
 @operator("sigmoid_loss", _sigmoid_shapes, SigmoidLoss)
-def sigmoid_strip(
+def fused_sigmoid_loss(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -637,4 +622,4 @@ def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
     }
 
 
-define_gradient(sigmoid_strip, save=_save_sigmoid, backward=_sigmoid_backward)
+define_gradient(fused_sigmoid_loss, save=_save_sigmoid, backward=_sigmoid_backward)

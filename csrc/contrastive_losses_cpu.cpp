@@ -1,5 +1,5 @@
-// InfoNCE and the sigmoid loss on the CPU: the statistics of a strip, and its gradients. Contract:
-// ops/strips.py.
+// InfoNCE, the contrastive loss and the sigmoid loss on the CPU: the statistics of a strip, and its
+// gradients. Contract: ops/fused_losses.py.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -33,7 +33,7 @@ struct Side {
     }
   }
 
-  // Of matched pairs: statistics [4, count] and weights [2, count], or [4, 0] and [2, 0].
+  // Of the contrastive loss: statistics [4, count] and weights [2, count], or [4, 0] and [2, 0].
   Side(const Tensor& statistics, const Tensor& weights, int64_t count) : Side(count) {
     const float *max = statistics.const_data_ptr<float>(), *sum = max + count,
                 *positives = max + 3 * count, *w = weights.const_data_ptr<float>();
@@ -44,10 +44,10 @@ struct Side {
   }
 };
 
-// Turns dot products into G = row weight P_row + column weight P_column - weights at positives, for
-// matched pairs + their weights.
+// Of InfoNCE and the contrastive loss: turns dot products into G = row weight P_row + column weight
+// P_column - weights at positives; for the contrastive loss + their weights.
 template <typename Pairs>
-struct InfoNceGradient {
+struct SoftmaxGradient {
   const Side &row_, &column_;
   bool columns_;  // whether columns have a loss too
   Base2 base2_;
@@ -143,37 +143,37 @@ struct InfoNceGradient {
   }
 };
 
-// `stash`: the room, as plain bytes, or none.
-KeptProducts kept_products(const char* op, const Optional& stash, const Inputs& in) {
-  if (!stash.has_value()) return {};
-  const int64_t size = KeptProducts::size(in.x.size(0), in.y.size(0));
-  TORCH_CHECK(stash->is_contiguous() && stash->nbytes() == size * sizeof(float), op,
-              ": expected a stash of ", size, " floats, got ", stash->nbytes(), " bytes");
-  return {static_cast<float*>(stash->mutable_data_ptr()), in.y.size(0)};
+// The stash in `memory`, plain bytes, or none.
+Stash stash_of(const char* op, const Optional& memory, const Inputs& in) {
+  if (!memory.has_value()) return {};
+  const int64_t size = Stash::size(in.x.size(0), in.y.size(0));
+  TORCH_CHECK(memory->is_contiguous() && memory->nbytes() == size * sizeof(float), op,
+              ": expected a stash of ", size, " floats, got ", memory->nbytes(), " bytes");
+  return {static_cast<float*>(memory->mutable_data_ptr()), in.y.size(0)};
 }
 
 // The statistics of rows and of columns, and the positives' logits where that is not null.
 template <typename Pairs>
 std::pair<SideStatistics, SideStatistics> forward(const Inputs& in, const Pairs& pairs,
-                                                  bool columns, KeptProducts kept,
+                                                  bool columns, Stash stash,
                                                   float* positive = nullptr) {
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
-    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.scale), pairs, columns, kept);
+    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.scale), pairs, columns, stash);
     statistics.run(positive);
     return std::make_pair(statistics.rows(), statistics.columns());
   });
 }
 
 template <typename Pairs>
-GradientSums backward(const Inputs& in, const InfoNceGradient<Pairs>& epilogue, KeptProducts kept,
+GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, Stash stash,
                       Gradients& out) {
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Pass = GradientPass<decltype(a)::value>;
     using Input = typename Operands<decltype(a)::value>::Input;
     return Pass::run(strip, epilogue, in.scale, true, out.dx.mutable_data_ptr<Input>(),
-                     out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, kept);
+                     out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, stash);
   });
 }
 
@@ -181,70 +181,72 @@ Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::k
 
 }  // namespace
 
-Tensor pooled(int64_t count) { return pooled_empty({count}, at::kShort); }
+Tensor empty_stash(int64_t count) { return pooled_empty({count}, at::kShort); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
-                                                                   const Tensor& logit_scale,
-                                                                   int64_t offset, bool columns,
-                                                                   const Optional& stash) {
-  const char* op = "contrastive_fwd";
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
+                                                                const Tensor& logit_scale,
+                                                                int64_t offset, bool columns,
+                                                                const Optional& stash) {
+  const char* op = "info_nce_fwd";
   const Inputs in(op, x, y, logit_scale, offset);
-  const KeptProducts kept = kept_products(op, stash, in);
   Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
   const auto [rows, by_column] =
-      forward(in, DiagonalPairs{offset}, columns, kept, positive.mutable_data_ptr<float>());
+      forward(in, DiagonalPairs{offset}, columns, stash_of(op, stash, in),
+              positive.mutable_data_ptr<float>());
   return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_max,
-    const Tensor& row_sum, const Tensor& column_max, const Tensor& column_sum,
-    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash) {
-  const char* op = "contrastive_bwd";
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale, const Tensor& row_max,
+                                                const Tensor& row_sum, const Tensor& column_max,
+                                                const Tensor& column_sum, const Tensor& row_weight,
+                                                const Tensor& column_weight, int64_t offset,
+                                                const Optional& stash) {
+  const char* op = "info_nce_bwd";
   const Inputs in(op, x, y, logit_scale, offset);
-  const KeptProducts kept = kept_products(op, stash, in);
   const Side row(row_max.contiguous(), row_sum.contiguous(), row_weight.to(at::kFloat).contiguous(),
                  in.x.size(0));
   const Side column(column_max.contiguous(), column_sum.contiguous(),
                     column_weight.to(at::kFloat).contiguous(), in.y.size(0));
   const DiagonalPairs pairs{offset};
-  const InfoNceGradient<DiagonalPairs> epilogue{row, column, column_max.numel() > 0,
+  const SoftmaxGradient<DiagonalPairs> epilogue{row, column, column_max.numel() > 0,
                                                 Base2(in.scale), pairs};
   Gradients out(in);
-  const GradientSums sums = backward(in, epilogue, kept, out);
+  const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
 }
 
-std::tuple<Tensor, Tensor> matched_fwd(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-                                       const Tensor& own, const Optional& exclude,
-                                       const Optional& query_ids, const Optional& key_ids,
-                                       const Optional& key_bias, bool same_positive, bool columns,
-                                       const Optional& stash) {
-  const char* op = "matched_fwd";
+std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
+                                           const Tensor& logit_scale, const Tensor& own,
+                                           const Optional& exclude, const Optional& query_ids,
+                                           const Optional& key_ids, const Optional& key_bias,
+                                           bool same_positive, bool columns,
+                                           const Optional& stash) {
+  const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
-  const auto [rows, by_column] = forward(in, pairs, columns, kept_products(op, stash, in));
+  const auto [rows, by_column] = forward(in, pairs, columns, stash_of(op, stash, in));
   const auto stacked = [](const SideStatistics& side) {
     return at::stack({side.max, side.sum, side.positives, side.count});
   };
   return {stacked(rows), stacked(by_column)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
     const Tensor& column_statistics, const Tensor& row_weights, const Tensor& column_weights,
     const Optional& stash) {
-  const char* op = "matched_bwd";
+  const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
   const Side row(row_statistics.contiguous(), row_weights.contiguous(), x.size(0));
   const Side column(column_statistics.contiguous(), column_weights.contiguous(), y.size(0));
   Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
-  const InfoNceGradient<MatchedPairs> epilogue{
+  const SoftmaxGradient<MatchedPairs> epilogue{
       row,
       column,
       column_statistics.numel() > 0,
@@ -252,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matched_bwd(
       pairs,
       pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr};
   Gradients out(in);
-  const GradientSums sums = backward(in, epilogue, kept_products(op, stash, in), out);
+  const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot), dbias};
 }
 

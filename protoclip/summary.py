@@ -1,0 +1,134 @@
+"""What a training run says: what it will do, before it; plots, table and report, after it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from protoclip import checkpoint, distributed, prototypes, schedule
+from protoclip.checks import Terms, uses_prototypes
+from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip.data import PairDataset
+from protoclip.evaluate import results, tasks
+from protoclip.evaluate.during import Evaluation
+from protoclip.evaluate.results import Outcome, Results
+from protoclip.feature_store import FeatureSource
+from protoclip.host import busy_note
+from protoclip.model import ProtoModel
+from protoclip.phases import Phases
+from protoclip.prototypes import Episode
+from protoclip.report import page, snapshot
+from protoclip.report.capture import draw_plots
+from protoclip.run_folder import NullRunFolder, sum_up
+
+
+def announce(
+    folder: NullRunFolder,
+    config: TrainConfig,
+    plan: schedule.Plan,
+    *,
+    dataset: PairDataset,
+    device: torch.device,
+    precision: str,
+    terms: Terms,
+    features: FeatureSource,
+    episode_samples: int,
+    teacher_remark: str,
+) -> None:
+    """Print what the run will do, in the user's units."""
+    ranks = distributed.world_size()
+    on_ranks = f", {ranks} ranks" if ranks > 1 else ""
+    warmup = config.optim.warmup
+    if busy := busy_note(device):
+        folder.say(busy)
+    chosen = config.run.precision == "auto" and precision == "amp_bf16"
+    by_itself = " (--precision auto: this device multiplies bf16)" if chosen else ""
+    folder.say(
+        f"run folder: {folder.path}\n"
+        f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
+        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
+        f"model: {config.model.model} on {device}, {precision}{by_itself}, "
+        f"{torch.get_num_threads()} threads{on_ranks}"
+    )
+    builtin = config.data.train_data.startswith("builtin:")
+    if config.model.model == ModelConfig().model and not builtin:
+        folder.say(
+            f"note: {config.model.model}, the default, is a small model for drawings of 48 pixels; "
+            "for photographs give an OpenCLIP model, such as --model ViT-B-32"
+        )
+    if warmup >= plan.total_steps:
+        folder.say(
+            f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
+            "run never reaches --lr; use a fraction such as 0.1"
+        )
+    if not uses_prototypes(config):
+        folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
+        return
+    episode = config.episode
+    stored = features.reuses and terms.internal
+    # Drawn with replacement, some samples come again before the second pass.
+    after_first_pass = stored and not episode.replacement
+    first = plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
+    limits = ""
+    if stored and episode.replacement:
+        limits = " at the earliest"
+    if first >= plan.total_steps:
+        limits += ", which this run does not reach"
+    num_clusters = prototypes.check_clusters(episode, episode_samples)
+    folder.say(
+        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
+        f"{num_clusters} prototypes per source\n"
+        f"features: {features.reason}; {'internal ' if terms.internal else ''}prototypes train "
+        f"from step {first + 1} on{limits}\n{teacher_remark}"
+    )
+
+
+def conclude(
+    folder: NullRunFolder,
+    config: TrainConfig,
+    model: ProtoModel,
+    *,
+    dataset: PairDataset,
+    episode: Episode | None,
+    evaluation: Evaluation,
+    phases: Phases,
+    before: Results | None,
+    after: Results | None,
+) -> None:
+    """Draw the plots; print the table, the time per phase and the peak memory; write results.json
+    and the report."""
+    with phases.measure("plots", on_host=True):
+        encoder = replace(evaluation.encoder(model), batch_size=config.optim.batch_size)
+        held_out = None
+        if evaluation.sets:
+            name = next(iter(evaluation.sets))
+            held_out = (evaluation.quick_sets[name], evaluation.sets[name])
+        draw_plots(folder.path, dataset, episode, encoder, held_out, phases.memory)
+    outcome = Outcome(
+        data=evaluation.data,
+        model=config.model.model,
+        pretrained=str(checkpoint.candidates(folder.path)[0]),
+        trained=after or {},
+        untrained=before,
+        floors=evaluation.floors(model),
+        seconds=phases.seconds(),
+        peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
+    )
+    recorded = page.recorded_baseline(to_dict(config)) if after else None
+    folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
+    if after is None:
+        folder.say("no evaluation: too few pictures could be read; give --val-data")
+    else:
+        results.write_results(folder.path / "results.json", outcome)
+        if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
+            folder.say(answer)
+    if "tensorboard" in config.run.report_to:
+        scores = {
+            f"{results_of_set.title}/{name}": value
+            for results_of_set in (after or {}).values()
+            for name, value in results_of_set.metrics.items()
+        }
+        captured = snapshot.load_snapshot(folder.path) or snapshot.Snapshot()
+        sum_up(folder.path, config, snapshot.contact_sheet(captured), scores)
+    folder.say(f"report: {page.write_report([folder.path])}\ndone: {folder.path}")
