@@ -487,8 +487,9 @@ def collapse(metrics: Mapping[str, float], first_inertia: float) -> str:
 
 def purity(labels: Tensor, classes: Tensor) -> float:
     """Share of samples in the most common class of their cluster; int64 [N] each, N > 0."""
-    num_classes = int(classes.max()) + 1
-    pairs, sizes = torch.unique(labels * num_classes + classes, return_counts=True)
+    first = int(classes.min())  # -1 where some are unknown
+    num_classes = int(classes.max()) - first + 1
+    pairs, sizes = torch.unique(labels * num_classes + (classes - first), return_counts=True)
     largest = torch.zeros(int(labels.max()) + 1, dtype=sizes.dtype, device=sizes.device)
     largest.scatter_reduce_(0, pairs // num_classes, sizes, "amax")
     return float(largest.sum()) / len(labels)
