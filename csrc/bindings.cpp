@@ -47,10 +47,10 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::sigmoid_loss));
   m.def(
-      "prototype_ce_fwd_banks(Tensor features, Tensor[] prototypes, Tensor[] targets,"
-      " Tensor[] labels, Tensor logit_scale, bool need_grad, bool need_nearest)"
+      "prototype_ce_fwd(Tensor features, Tensor prototypes, Tensor targets, Tensor labels,"
+      " Tensor logit_scale, bool need_grad, bool need_nearest)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::prototype_ce_fwd_banks));
+      cpu(&protoclip::prototype_ce_fwd));
   m.def(
       "prototype_ce_bwd_prototypes(Tensor features, Tensor prototypes, Tensor labels,"
       " Tensor logit_scale, Tensor row_max, Tensor row_sum, Tensor weight, bool hard) -> Tensor",

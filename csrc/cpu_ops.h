@@ -48,9 +48,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
     bool same_positive);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd_banks(
-    const Tensor& features, at::TensorList prototypes, at::TensorList targets,
-    at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd(
+    const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
+    const Tensor& logit_scale, bool need_grad, bool need_nearest);
 Tensor prototype_ce_bwd_prototypes(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,

@@ -135,7 +135,7 @@ def triton_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
 def cpu_prototypes() -> PrototypeFunctions:
     ops = native.cpu_ops()
     return PrototypeFunctions(
-        losses=ops.prototype_ce_fwd_banks.default,
+        losses=ops.prototype_ce_fwd.default,
         prototype_gradient=ops.prototype_ce_bwd_prototypes.default,
     )
 
@@ -144,7 +144,7 @@ def triton_prototypes() -> PrototypeFunctions:
     from protoclip.kernels import prototype_cross_entropy
 
     return PrototypeFunctions(
-        losses=prototype_cross_entropy.prototype_ce_fwd_banks,
+        losses=prototype_cross_entropy.prototype_ce_fwd,
         prototype_gradient=prototype_cross_entropy.prototype_ce_bwd_prototypes,
     )
 
