@@ -206,8 +206,8 @@ def _swept() -> list[Swept]:
     if REHEARSAL:
         swept = Swept(
             path=("INTERPRETER",),
-            kernel="sigmoid",
-            launched=Launched("sigmoid", "gradients", "bf16", 128),
+            kernel="sigmoid_loss",
+            launched=Launched("sigmoid_loss", "gradients", "bf16", 128),
             step=partial(_info_nce, 64, 16),
             assert_right=partial(assert_right, "info_nce", 64),
         )
@@ -231,9 +231,9 @@ def _swept() -> list[Swept]:
     ]
     rows.append(
         Swept(
-            path=("HALF", "sigmoid", arch),
-            kernel="sigmoid",
-            launched=Launched("sigmoid", "gradients", "bf16", 512),
+            path=("HALF", "sigmoid_loss", arch),
+            kernel="sigmoid_loss",
+            launched=Launched("sigmoid_loss", "gradients", "bf16", 512),
             step=partial(_sigmoid, n, 512),
             assert_right=partial(assert_right, "siglip", 512),
         )

@@ -300,7 +300,7 @@ CASES = {
     "siglip": Loss(
         siglip,
         _siglip_form,
-        table="siglip",
+        table="sigmoid_loss",
         peers={"open_clip": open_clip_siglip, "siglip-kernel": fused_siglip},
         roundings=32,
     ),
@@ -322,7 +322,7 @@ CASES = {
     "contrastive, two ways, ids positive": Loss(
         partial(info_nce_with_ids, "positive"), partial(_two_ways_form, same_id="positive")
     ),
-    "contrastive, sigmoid, ids": Loss(siglip_with_ids, _siglip_with_ids_form, table="siglip"),
+    "contrastive, sigmoid, ids": Loss(siglip_with_ids, _siglip_with_ids_form, table="sigmoid_loss"),
 }
 ONE_PASS = {"linear_cross_entropy", "liger"}  # their forward makes the gradients
 # Peers whose gradients are outside the budget are not timed: (variant, dtype, D) -> why.

@@ -47,14 +47,15 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::sigmoid_loss));
   m.def(
-      "prototype_ce_fwd(Tensor features, Tensor prototypes, Tensor targets, Tensor labels,"
+      "prototype_cross_entropy_fwd(Tensor features, Tensor prototypes, Tensor targets, Tensor "
+      "labels,"
       " Tensor logit_scale, bool need_grad, bool need_nearest)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::prototype_ce_fwd));
+      cpu(&protoclip::prototype_cross_entropy_fwd));
   m.def(
-      "prototype_ce_bwd_prototypes(Tensor features, Tensor prototypes, Tensor labels,"
+      "prototype_cross_entropy_bwd(Tensor features, Tensor prototypes, Tensor labels,"
       " Tensor logit_scale, Tensor row_max, Tensor row_sum, Tensor weight, bool hard) -> Tensor",
-      cpu(&protoclip::prototype_ce_bwd_prototypes));
+      cpu(&protoclip::prototype_cross_entropy_bwd));
   m.def("soft_targets(Tensor source_centroids, Tensor prototypes, float temperature) -> Tensor",
         cpu(&protoclip::soft_targets));
   m.def("kmeans_assign(Tensor points, Tensor centroids) -> (Tensor, Tensor)",

@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
     bool same_positive);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
     const Tensor& logit_scale, bool need_grad, bool need_nearest);
-Tensor prototype_ce_bwd_prototypes(const Tensor& features, const Tensor& prototypes,
+Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,
                                    const Tensor& weight, bool hard);

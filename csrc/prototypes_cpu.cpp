@@ -106,7 +106,7 @@ void forward(const Tensor& h, const Tensor& prototypes, const Tensor& targets, c
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
     const Tensor& logit_scale, bool need_grad, bool need_nearest) {
   const int64_t n = features.size(0), d = features.size(1), graded = need_grad ? n : 0;
@@ -162,7 +162,7 @@ struct PrototypeGradient {
 
 }  // namespace
 
-Tensor prototype_ce_bwd_prototypes(const Tensor& features, const Tensor& prototypes,
+Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,
                                    const Tensor& weight, bool hard) {

@@ -67,7 +67,7 @@ HALF: dict[str, dict[int, Launch]] = {
     },
     # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
     # model, one of 170 is 29 %.
-    "sigmoid": {
+    "sigmoid_loss": {
         80: _SMALL,
         89: _SMALL,
         90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
@@ -104,7 +104,7 @@ HALF_ANY: dict[str, Launch] = {
         64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32
     ),
     "info_nce_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "sigmoid": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "sigmoid_loss": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).

@@ -302,7 +302,7 @@ def weighted_values(
         multiply(weights(q[wave], keys, logit_scale, row_max[wave]), values, out[wave])
 
 
-def prototype_ce_fwd(
+def prototype_cross_entropy_fwd(
     features: Tensor,
     prototypes: Tensor,
     targets: Tensor,
@@ -364,7 +364,7 @@ def prototype_ce_fwd(
     return out
 
 
-def prototype_ce_bwd_prototypes(
+def prototype_cross_entropy_bwd(
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,

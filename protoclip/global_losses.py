@@ -227,7 +227,7 @@ def global_sigmoid_loss(
     x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     all_ids = ids_of_all_ranks(op, ids, x)
-    name = resolve("siglip", backend, x.device.type, x.dtype)
+    name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
     if name == "reference":
         return sigmoid_loss(
             x,

@@ -25,6 +25,7 @@ def test_an_unknown_op_is_refused() -> None:
 
 def test_forms_of_an_op_have_its_backends() -> None:
     assert protoclip.backends("sup_con") == protoclip.backends("contrastive")
+    assert protoclip.backends("siglip") == protoclip.backends("sigmoid_loss")
 
 
 def test_an_unknown_backend_is_refused() -> None:

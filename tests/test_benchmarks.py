@@ -189,8 +189,8 @@ def never_right() -> None:
 def swept_interpreter(assert_right: Callable[[], None]) -> gpu.Swept:
     return gpu.Swept(
         path=("INTERPRETER",),
-        kernel="sigmoid",
-        launched=gpu.Launched("sigmoid", "gradients", "bf16", 128),
+        kernel="sigmoid_loss",
+        launched=gpu.Launched("sigmoid_loss", "gradients", "bf16", 128),
         step=lambda: list,
         assert_right=assert_right,
     )
@@ -215,7 +215,7 @@ def test_a_sweep_of_which_nothing_is_right_says_why(capsys: pytest.CaptureFixtur
     assert launch.INTERPRETER is before
 
 
-@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient", "sigmoid"])
+@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient", "sigmoid_loss"])
 def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(
     monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
@@ -234,9 +234,9 @@ def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(
 def swept_sigmoid() -> gpu.Swept:
     """In a process without the interpreter, as the sweep's pool has them."""
     return gpu.Swept(
-        path=("HALF", "sigmoid", 90),
-        kernel="sigmoid",
-        launched=gpu.Launched("sigmoid", "gradients", "bf16", 512),
+        path=("HALF", "sigmoid_loss", 90),
+        kernel="sigmoid_loss",
+        launched=gpu.Launched("sigmoid_loss", "gradients", "bf16", 512),
         step=list,
         assert_right=list,
     )

@@ -1,15 +1,23 @@
 """``protoclip`` and ``protoclip cluster``: light help, groups of features and of pictures."""
 
+from __future__ import annotations
+
+import contextlib
 import csv
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from html_page import read_page
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from tqdm import tqdm
 
 import protoclip
@@ -24,136 +32,241 @@ from protoclip.prototypes import purity
 from protoclip.train import main as train
 
 
-def table(folder):
+def table(folder: Path) -> list[dict[str, str]]:
     with open(folder / "clusters.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-# The command
-
+# ---- the command ----
 
 HELP = """
 import contextlib, io, json, sys, torch
 before = {{name.split(".")[0] for name in sys.modules}}
 from protoclip.__main__ import main
 for words in {words!r}:
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         try: main(words)
         except SystemExit as end: assert end.code == 0
-    print(json.dumps([told.getvalue(), [*{{name.split(".")[0] for name in sys.modules}} - before]]))
+    loaded = {{name.split(".")[0] for name in sys.modules}} - before
+    print(json.dumps({{"words": words, "help": printed.getvalue(), "loaded": [*loaded]}}))
 """
 
 
-def test_help_loads_nothing_heavy():
-    """Of ``openclip``, the last, its params: a light module."""
+class Help(NamedTuple):
+    words: list[str]
+    text: str
+    loaded: set[str]  # packages that were loaded until then, beside torch's
+
+
+@pytest.fixture(scope="module")
+def helps() -> list[Help]:
+    """Of the program, then of each command, in one process; ``openclip`` is the last."""
     words = [[], ["--help"], ["--help-all"]]
     words += [[name, "--help"] for name in sorted(PARSERS, key="openclip".__eq__)]
     command = [sys.executable, "-c", HELP.format(words=words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for one, line in zip(words, done.stdout.splitlines(), strict=True):
-        told, loaded = json.loads(line)
-        flags = {"open_clip_train"} if "openclip" in one else set()
-        assert set(loaded) - {"protoclip"} - flags <= sys.stdlib_module_names, (one, loaded)
-        if len(one) < 2:
-            lines = told.splitlines()
-            assert len(lines) == 18 and lines[-3].startswith("More commands")
-            first = [line.split()[1] for line in lines if line.startswith("  protoclip ")]
-            assert first == ["train", "train", "report", "evaluate", "cluster", "export"]
-        else:
-            assert f"example: protoclip {one[0]} " in told
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line["words"] for line in lines] == words
+    return [Help(line["words"], line["help"], set(line["loaded"])) for line in lines]
 
 
-def test_help_has_the_everyday_flags_and_help_all_the_rest(capsys):
-    shown = {}
-    for flag in ("--help", "--help-all"):
-        with pytest.raises(SystemExit):
-            main(["train", flag])
-        shown[flag] = set(capsys.readouterr().out.replace(",", " ").replace("]", " ").split())
-    assert len(EVERYDAY.split()) == 24 and set(EVERYDAY.split()) <= shown["--help"]
-    assert "--w-proto" not in shown["--help"] and "--w-proto" in shown["--help-all"]
+def test_help_loads_nothing_heavy(helps: list[Help]) -> None:
+    for shown in helps:
+        light = {"protoclip"} | sys.stdlib_module_names
+        if "openclip" in shown.words:
+            light = light | {"open_clip_train"}  # its params: a light module
+        assert shown.loaded <= light, shown.words
 
 
-def test_commands_are_found_or_refused(capsys):
+def test_help_lists_the_commands(helps: list[Help]) -> None:
+    for shown in helps[:3]:
+        lines = shown.text.splitlines()
+        assert len(lines) == 18 and lines[-3].startswith("More commands")
+        commands = [line.split()[1] for line in lines if line.startswith("  protoclip ")]
+        assert commands == ["train", "train", "report", "evaluate", "cluster", "export"]
+
+
+def test_help_of_each_command_has_an_example(helps: list[Help]) -> None:
+    assert len(helps[3:]) == len(PARSERS) == 9
+    for shown in helps[3:]:
+        assert f"example: protoclip {shown.words[0]} " in shown.text
+
+
+def words_of_help(flag: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit):
+        main(["train", flag])
+    return set(capsys.readouterr().out.replace(",", " ").replace("]", " ").split())
+
+
+def test_help_has_the_everyday_flags_and_help_all_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    everyday = set(EVERYDAY.split())
+    assert len(everyday) == 24
+    brief = words_of_help("--help", capsys)
+    assert everyday <= brief and "--w-proto" not in brief
+    assert "--w-proto" in words_of_help("--help-all", capsys)
+
+
+def test_a_command_that_is_misspelt_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "protoclip: error: 'trian' is not a command; did you mean train?\n"
-    )
-    assert main(["report", "nowhere"]) == 2 and "found no nowhere" in capsys.readouterr().err
-    done = subprocess.run([sys.executable, "-m", "protoclip", "--version"], capture_output=True)
-    assert done.stdout.decode() == f"protoclip {protoclip.__version__}\n" and len(PARSERS) == 9
+    expected = "protoclip: error: 'trian' is not a command; did you mean train?\n"
+    assert capsys.readouterr().err == expected
 
 
-# Features
+def test_a_command_is_found_and_gives_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "nowhere"]) == 2
+    assert "found no nowhere" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages() -> None:
+    run = subprocess.run([sys.executable, "-m", "protoclip", "--version"], capture_output=True)
+    assert run.stdout.decode() == f"protoclip {protoclip.__version__}\n"
+
+
+# ---- features ----
+
+ANIMALS = ["cat", "dog", "cow", "pig", "wolf", "bear", "fox", "owl", "ant", "bee", "fly", "rat"]
+
+
+class FeatureFile(NamedTuple):
+    folder: Path
+    rows: Tensor  # [900, 16]
+    kinds: Tensor  # int64 [900], around which of 12 centres
+
+    @property
+    def rows_path(self) -> str:
+        return str(self.folder / "x.npy")
+
+    @property
+    def captions_path(self) -> str:
+        return str(self.folder / "x.txt")
 
 
 @pytest.fixture
-def features(tmp_path):
+def features(tmp_path: Path) -> FeatureFile:
     """900 rows around 12 centres, in a file, with a text each."""
     torch.manual_seed(0)
-    kind = torch.arange(900) % 12
-    rows = 3 * torch.randn(12, 16)[kind] + 0.5 * torch.randn(900, 16)
-    np.save(tmp_path / "x.npy", rows.numpy())
-    animals = ["cat", "dog", "cow", "pig", "wolf", "bear", "fox", "owl", "ant", "bee", "fly", "rat"]
-    (tmp_path / "x.txt").write_text("\n".join(f"the {animals[i]}, number {i}" for i in kind))
-    return tmp_path, rows, kind
+    kinds = torch.arange(900) % 12
+    rows = 3 * torch.randn(12, 16)[kinds] + 0.5 * torch.randn(900, 16)
+    features = FeatureFile(tmp_path, rows, kinds)
+    np.save(features.rows_path, rows.numpy())
+    texts = [f"the {ANIMALS[kind]}, number {kind}" for kind in kinds]
+    Path(features.captions_path).write_text("\n".join(texts))
+    return features
 
 
-def test_features_in_groups_by_auto(features, capsys):
-    path, rows, kind = features
-    words = [str(path / "x.npy"), "--captions", str(path / "x.txt"), "--out"]
-    assert cluster([*words, str(path / "a")]) == 0
-    said = capsys.readouterr()
-    assert "900 rows of 16 numbers into 12 groups" in said.err and "mean silhouette" in said.err
-    clusters = protoclip.Clusters.load(path / "a" / "centroids.safetensors")
-    lines = table(path / "a")
+def cluster_features(features: FeatureFile, name: str, *flags: str) -> Path:
+    """Run the command on the file; the folder of its results."""
+    out = features.folder / name
+    assert (
+        cluster(
+            [features.rows_path, "--captions", features.captions_path, "--out", str(out), *flags]
+        )
+        == 0
+    )
+    return out
+
+
+def test_auto_finds_the_number_of_groups(
+    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster_features(features, "a")
+    error = capsys.readouterr().err
+    assert "900 rows of 16 numbers into 12 groups" in error
+    assert "mean silhouette" in error
+
+
+def test_auto_gives_the_groups_of_the_number_that_it_found(features: FeatureFile) -> None:
+    by_auto = cluster_features(features, "a")
+    by_number = cluster_features(features, "b", "--k", "12")
+    assert (by_auto / "clusters.csv").read_bytes() == (by_number / "clusters.csv").read_bytes()
+
+
+def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFile) -> None:
+    out = cluster_features(features, "a", "--k", "12")
+    clusters = protoclip.Clusters.load(out / "centroids.safetensors")
+    lines = table(out)
     assert [line["file"] for line in lines] == [str(i) for i in range(900)]
     labels = torch.tensor([int(line["cluster"]) for line in lines])
-    assert torch.equal(labels, clusters.predict(rows)) and purity(labels, kind) == 1
+    assert torch.equal(labels, clusters.predict(features.rows))
+    assert purity(labels, features.kinds) == 1
     squared = torch.tensor([float(line["squared_distance"]) for line in lines])
-    torch.testing.assert_close(squared, (rows - clusters.centroids[labels]).square().sum(1))
-    rank = torch.tensor([int(line["rank"]) for line in lines])
-    for own in (labels == k for k in range(12)):
-        assert rank[own][squared[own].argsort()].tolist() == list(range(1, 76))
-    page = (path / "a" / "report.html").read_text()
-    assert page.count('"wolf, number"') == 1
-    assert 'id="map"' in page and 'id="curves"' not in page and "<img" not in page
-    assert cluster([*words, str(path / "b"), "--k", "12"]) == 0
-    assert (path / "a" / "clusters.csv").read_bytes() == (path / "b" / "clusters.csv").read_bytes()
+    apart = features.rows - clusters.centroids[labels]
+    torch.testing.assert_close(squared, apart.square().sum(1))
+    ranks = torch.tensor([int(line["rank"]) for line in lines])
+    for group in range(12):
+        members = labels == group
+        nearest_first = squared[members].argsort()
+        assert ranks[members][nearest_first].tolist() == list(range(1, 76))
 
 
-def test_the_bar_is_full_when_every_restart_comes_to_rest(features, monkeypatch, capsys):
+def test_the_page_of_features_has_the_words_of_each_group_and_a_map(features: FeatureFile) -> None:
+    page = read_page(cluster_features(features, "a", "--k", "12") / "report.html")
+    cards = json.loads(page.section("prototypes").one("script").source)
+    assert sorted(card["words"] for card in cards) == sorted(f"{a}, number" for a in ANIMALS)
+    assert "map" in page.sections and "curves" not in page.sections
+    assert page.all("img") == []
+
+
+def test_the_bar_is_full_when_every_restart_comes_to_rest(
+    features: FeatureFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of 3 x 500 iterations a few run; a bar that stops short looks like a lost run."""
-    bars = []
+    bars: list[tqdm] = []
 
-    def shown(*args, **options):
+    def shown(*args: Any, **options: Any) -> tqdm:
         bars.append(tqdm(*args, **options | {"disable": False}))
         return bars[-1]
 
     monkeypatch.setattr(cluster_module, "tqdm", shown)
-    path, _, _ = features
-    words = [str(path / "x.npy"), "--k", "4", "--iters", "500", "--out", str(path / "c")]
-    assert cluster(words) == 0
+    cluster_features(features, "c", "--k", "4", "--iters", "500")
     (bar,) = (bar for bar in bars if bar.desc == "k-means")
     assert 3 <= bar.n == bar.total < 300
     assert "iterations)" in capsys.readouterr().out
 
 
-def test_weights_and_keys(features):
-    path, rows, _ = features
+def test_rows_of_weight_0_move_no_centroid(features: FeatureFile) -> None:
     weights = torch.ones(900)
     weights[:450] = 0
-    np.savez(path / "x.npz", features=rows.half(), keys=[f"row {i}" for i in range(900)])
-    np.savetxt(path / "w.txt", weights)
-    flags = ["--weights", f"{path}/w.txt", "--k", "2", "--out", f"{path}/o"]
-    assert cluster([f"{path}/x.npz", *flags]) == 0
-    found = protoclip.Clusters.load(path / "o" / "centroids.safetensors")
-    half = rows.half().float()
-    means, _ = protoclip.segment_mean(half[450:], found.labels[450:], 2)
-    torch.testing.assert_close(found.centroids, means)
-    assert table(path / "o")[5]["file"] == "row 5"
+    np.savetxt(features.folder / "w.txt", weights)
+    out = cluster_features(features, "o", "--k", "2", "--weights", f"{features.folder}/w.txt")
+    clusters = protoclip.Clusters.load(out / "centroids.safetensors")
+    means, _ = protoclip.segment_mean(features.rows[450:], clusters.labels[450:], 2)
+    torch.testing.assert_close(clusters.centroids, means)
 
 
+def test_a_file_of_half_precision_with_keys_gives_its_keys(features: FeatureFile) -> None:
+    half = features.rows.half()
+    path = features.folder / "x.npz"
+    np.savez(path, features=half, keys=[f"row {i}" for i in range(900)])
+    out = features.folder / "o"
+    assert cluster([str(path), "--k", "2", "--out", str(out)]) == 0
+    assert [line["file"] for line in table(out)] == [f"row {i}" for i in range(900)]
+    clusters = protoclip.Clusters.load(out / "centroids.safetensors")
+    means, _ = protoclip.segment_mean(half.float(), clusters.labels, 2)
+    torch.testing.assert_close(clusters.centroids, means)
+
+
+@pytest.fixture
+def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: features, and files that do not go with them."""
+    folder = features.folder
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # weights cannot be had
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    (folder / "w.txt").write_text("1\n2\n")
+    (folder / "bad.txt").write_text("1\nx\n")
+    np.save(folder / "same.npy", np.zeros((9, 2)))
+    np.save(folder / "words.npy", np.array([["a", "b"]] * 9))
+    (folder / "nano.json").write_text(nano.read_text())
+    for name in ("empty", "pictures"):
+        (folder / name).mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "pictures" / "a.png")
+    return folder
+
+
+@pytest.mark.usefixtures("folder_of_mistakes")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -179,87 +292,182 @@ def test_weights_and_keys(features):
         (["pictures"], "--run logs/NAME, --model NAME --pretrained FILE, or a file of features"),
     ],
 )  # fmt: skip
-def test_refusals_are_one_line(features, nano, monkeypatch, capfd, caplog, flags, words):
-    path, _, _ = features
-    monkeypatch.chdir(path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # weights cannot be had
-    monkeypatch.setenv("HF_HUB_CACHE", str(path))
-    (path / "w.txt").write_text("1\n2\n")
-    (path / "bad.txt").write_text("1\nx\n")
-    np.save(path / "same.npy", np.zeros((9, 2)))
-    np.save(path / "words.npy", np.array([["a", "b"]] * 9))
-    (path / "nano.json").write_text(nano.read_text())
-    for name in ("empty", "pictures"):
-        (path / name).mkdir()
-    Image.new("RGB", (9, 9)).save(path / "pictures" / "a.png")
+def test_refusals_are_one_line(
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    flags: list[str],
+    words: str,
+) -> None:
     assert cluster(flags) == 2
     message = capfd.readouterr().err.split("MiB\n")[-1]  # after the memory, where it got so far
-    assert words in message and message.count("\n") == 1 and not caplog.records  # OpenCLIP's
+    assert words in message and message.count("\n") == 1
+    assert not caplog.records  # OpenCLIP's
 
 
-# Pictures
+# ---- pictures ----
+
+NUMBER_OF_PICTURES = 60
+
+
+def picture_name(number: int) -> str:
+    return f"{number % 3}/{number}.gif"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of drawings in folders, one of them broken."""
-    folder, shapes = tmp_path_factory.mktemp("photos"), open_dataset("builtin:shapes:60")
-    for i in range(60):
-        (folder / f"{i % 3}").mkdir(exist_ok=True)
-        shapes.image(i).save(folder / f"{i % 3}" / f"{i}.gif")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of drawings in three folders, two torn pictures and a text."""
+    folder = tmp_path_factory.mktemp("photos")
+    shapes = open_dataset(f"builtin:shapes:{NUMBER_OF_PICTURES}")
+    for number in range(NUMBER_OF_PICTURES):
+        path = folder / picture_name(number)
+        path.parent.mkdir(exist_ok=True)
+        shapes.image(number).save(path)
     (folder / "torn.jpg").write_bytes(b"no picture")
     (folder / "torn.webp").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture, and not said to be one")
     return folder
 
 
-def test_pictures_by_weights_and_by_a_run(pictures, nano, tmp_path, own_cache, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def weights(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of the tiny model, as OpenCLIP saves them."""
     model = build_model(ModelConfig(model=str(nano), add_projection_head=False))
-    torch.save(model.clip.state_dict(), "weights.pt")
-    flags = ["--model", str(nano), "--pretrained", "weights.pt", "--k", "5", "--out", "a"]
-    listed = sorted(pictures.rglob("*.[gjw]*"), key=lambda path: (str(path.parent), path.name))
-    counted = {str(path.relative_to(pictures)) for path in listed[3::12]}
-    weights = [str(int(i % 12 == 3)) for i in range(62)]  # of the torn ones too
-    (tmp_path / "w.txt").write_text("\n".join(weights))
-    assert cluster([str(pictures), *flags, "--weights", "w.txt"]) == 0
-    said = capsys.readouterr().err
-    assert "left out 2 of 62 pictures" in said and "1 .txt" in said
-    assert all(f"  {pictures}/torn.{ending}: " in said for ending in ("jpg", "webp"))
-    lines = table(tmp_path / "a")
-    assert {line["file"] for line in lines} == {f"{i % 3}/{i}.gif" for i in range(60)}
-    # Each of the five pictures that count is a centroid.
-    assert {x["file"] for x in lines if float(x["squared_distance"]) < 1e-9} == counted
-    # Encoded once: the same groups from the features that it wrote.
-    again = ["--features", "a/features.npz", "--k", "5", "--out", "c", "--weights", "w.txt"]
-    assert cluster([str(pictures), *again]) == 0
-    assert "left out 2 pictures without features" in capsys.readouterr().err
-    assert (tmp_path / "a" / "clusters.csv").read_text() == (
-        tmp_path / "c/clusters.csv"
-    ).read_text()
-    assert "60 pictures of" in (tmp_path / "c" / "report.html").read_text()
-    page = (tmp_path / "a" / "report.html").read_text()
-    assert page.count("gallery data-run") == 1 and len(page) < 500_000
-    assert "60 pictures of" in page and "is a picture, placed" in page and "caption (" not in page
-    assert "the words that set" not in page and "nano.json (weights.pt)" in page
+    path = tmp_path_factory.mktemp("weights") / "weights.pt"
+    torch.save(model.clip.state_dict(), path)
+    return str(path)
 
-    rows = [
-        f"{pictures}/{i % 3}/{i}.gif\t{'a red ball' if i % 2 else 'a blue box'}" for i in range(60)
-    ]
-    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\n" + "\n".join(rows))
-    flags = ["--train-data", "pairs.tsv", "--model", str(nano), "--batch-size", "16", "--k", "6"]
-    flags += ["--infonce-warmup-epoch", "0", "--max-steps", "2", "--name", "run"]
-    assert train(flags) == 0
-    run = tmp_path / "logs" / "run"
-    board = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert board.Tags()["images"] == ["clusters"] and board.Images("clusters")[0].width == 512
-    assert b"optim.batch_size" in board.PluginTagToContent("hparams")["_hparams_/experiment"]
-    trained = [line for line in table(run) if line["image"]]
-    assert {line["key"] for line in table(run)} == {row.split("\t")[0] for row in rows}
-    assert len(trained) >= 32 and {line["text"] for line in trained} <= set("012345")
-    assert cluster(["pairs.tsv", "--run", str(run), "--k", "4", "--out", "b"]) == 0
-    page = (tmp_path / "b" / "report.html").read_text()
-    assert f"features by {run}" in page and "the words that set each apart" in page
-    cards = json.loads(page.split('<script type="application/json">')[1].split("</script>")[0])
-    assert len(cards) == 4 and sum(card["samples"] for card in cards) == 60
+
+COUNTED = [3, 15, 27, 39, 51]  # of the pictures in order of their paths, those with weight 1
+
+
+class PictureGroups(NamedTuple):
+    out: Path
+    error: str  # what the command said
+    weights: Path  # a number for each picture, the torn ones too
+    counted: set[str]  # the files of weight 1
+
+
+@pytest.fixture(scope="module")
+def groups(
+    pictures: Path, nano: Path, weights: str, tmp_path_factory: pytest.TempPathFactory
+) -> PictureGroups:
+    """Five groups of the pictures, of which five count, by a model's weights."""
+    out = tmp_path_factory.mktemp("groups")
+    listed = sorted(pictures.rglob("*.[gjw]*"), key=lambda path: (str(path.parent), path.name))
+    counts = [int(number in COUNTED) for number in range(len(listed))]
+    weights_of_pictures = out / "w.txt"
+    weights_of_pictures.write_text("\n".join(map(str, counts)))
+    flags = ["--model", str(nano), "--pretrained", weights, "--k", "5", "--out", str(out)]
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        assert cluster([str(pictures), *flags, "--weights", str(weights_of_pictures)]) == 0
+    return PictureGroups(
+        out=out,
+        error=error.getvalue(),
+        weights=weights_of_pictures,
+        counted={str(listed[number].relative_to(pictures)) for number in COUNTED},
+    )
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_named(
+    pictures: Path, groups: PictureGroups
+) -> None:
+    assert "left out 2 of 62 pictures" in groups.error and "1 .txt" in groups.error
+    for name in ("torn.jpg", "torn.webp"):
+        assert f"  {pictures}/{name}: " in groups.error
+    names = {picture_name(number) for number in range(NUMBER_OF_PICTURES)}
+    assert {line["file"] for line in table(groups.out)} == names
+
+
+def test_weights_of_pictures_count_those_that_cannot_be_read(groups: PictureGroups) -> None:
+    """Each of the five pictures that count is a centroid."""
+    at_a_centroid = {
+        line["file"] for line in table(groups.out) if float(line["squared_distance"]) < 1e-9
+    }
+    assert at_a_centroid == groups.counted
+
+
+def test_the_page_of_pictures_shows_groups_and_a_map(groups: PictureGroups) -> None:
+    assert (groups.out / "report.html").stat().st_size < 500_000
+    page = read_page(groups.out / "report.html")
+    summary = page.section("summary").text
+    answer = page.one("p", class_="answer").text
+    assert "60 pictures of" in answer
+    assert "nano.json (" in summary and "weights.pt)" in summary
+    assert len(page.all("details", class_="gallery")) == 1
+    assert "is a picture, placed" in page.section("map").text
+    assert "caption" not in page.section("map").text
+    assert "the words that set" not in page.section("prototypes").text  # there are no words
+
+
+def test_pictures_are_encoded_once(
+    pictures: Path, groups: PictureGroups, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same groups come from the features that the command wrote."""
+    flags = ["--features", str(groups.out / "features.npz"), "--weights", str(groups.weights)]
+    assert cluster([str(pictures), *flags, "--k", "5", "--out", str(tmp_path)]) == 0
+    assert "left out 2 pictures without features" in capsys.readouterr().err
+    assert (tmp_path / "clusters.csv").read_text() == (groups.out / "clusters.csv").read_text()
+    assert "60 pictures of" in read_page(tmp_path / "report.html").text
+
+
+# ---- pictures with captions, and the run that was trained on them ----
+
+
+class CaptionedRun(NamedTuple):
+    pairs: Path  # a table of 60 pictures and captions
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def captioned_run(
+    pictures: Path, nano: Path, tmp_path_factory: pytest.TempPathFactory
+) -> CaptionedRun:
+    folder = tmp_path_factory.mktemp("captioned")
+    lines = ["filepath\ttitle"]
+    for number in range(NUMBER_OF_PICTURES):
+        caption = "a red ball" if number % 2 else "a blue box"
+        lines.append(f"{pictures}/{picture_name(number)}\t{caption}")
+    pairs = folder / "pairs.tsv"
+    pairs.write_text("\n".join(lines))
+    flags = [
+        "--train-data", str(pairs), "--model", str(nano), "--batch-size", "16", "--k", "6",
+        "--infonce-warmup-epoch", "0", "--max-steps", "2", "--logs", str(folder), "--name", "run",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(folder / "cache"))
+        assert train(flags) == 0
+    return CaptionedRun(pairs, folder / "run")
+
+
+def test_the_board_of_a_run_shows_its_groups_and_settings(captioned_run: CaptionedRun) -> None:
+    board = EventAccumulator(str(captioned_run.run / "tensorboard")).Reload()
+    assert board.Tags()["images"] == ["clusters"]
+    assert board.Images("clusters")[0].width == 512
+    settings = board.PluginTagToContent("hparams")["_hparams_/experiment"]
+    assert b"optim.batch_size" in settings
+
+
+def test_a_run_lists_the_groups_of_what_it_trained_on(
+    pictures: Path, captioned_run: CaptionedRun
+) -> None:
+    lines = table(captioned_run.run)
+    files = {f"{pictures}/{picture_name(number)}" for number in range(NUMBER_OF_PICTURES)}
+    assert {line["key"] for line in lines} == files
+    trained = [line for line in lines if line["image"]]
+    assert len(trained) >= 32
+    assert {line["text"] for line in trained} <= set("012345")
+
+
+def test_captioned_pictures_are_grouped_by_a_run_and_shown_with_words(
+    captioned_run: CaptionedRun, tmp_path: Path
+) -> None:
+    flags = ["--run", str(captioned_run.run), "--k", "4", "--out", str(tmp_path)]
+    assert cluster([str(captioned_run.pairs), *flags]) == 0
+    page = read_page(tmp_path / "report.html")
+    assert f"features by {captioned_run.run}" in page.text
+    prototypes = page.section("prototypes")
+    assert "the words that set each apart" in prototypes.text
+    cards = json.loads(prototypes.one("script", type="application/json").source)
+    assert len(cards) == 4
+    assert sum(card["samples"] for card in cards) == NUMBER_OF_PICTURES
     assert all(card["words"] and card["captions"] and card["images"] for card in cards)

@@ -42,7 +42,7 @@ def costs() -> list[Cost]:
     forms and types take minutes."""
     forms = ("large", "gradients", "ids", "all", "soft", "own", "128", "256")
     chosen = [f"sm_90 bf16 {form}" for form in forms]
-    chosen += [f"sm_{arch} sigmoid ids" for arch in (80, 89, 100)]
+    chosen += [f"sm_{arch} sigmoid_loss ids" for arch in (80, 89, 100)]
     chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
     return [from_json(line) for line in json.loads(python("-m", REPORT, "--json", *chosen))]
 
@@ -69,7 +69,7 @@ def only(costs: list[Cost], **facts: object) -> Cost:
 SPILL_NOTHING = {
     "info_nce_forward",
     "info_nce_gradient",
-    "sigmoid",
+    "sigmoid_loss",
     "contrastive_forward",
     "contrastive_gradient",
 }
@@ -155,7 +155,7 @@ class PathWithIds:
 PATHS_WITH_IDS = [
     PathWithIds("contrastive_forward", exponentials=128, most_barriers=41),
     PathWithIds("contrastive_gradient", exponentials=128, most_barriers=8),
-    PathWithIds("sigmoid", exponentials=96, most_barriers=9),  # three sums
+    PathWithIds("sigmoid_loss", exponentials=96, most_barriers=9),  # three sums
 ]
 
 
@@ -179,8 +179,8 @@ def predicted_ms(costs: list[Cost], op: str, form: str) -> float:
 def test_ids_cost_at_most_half_as_much_again(costs: list[Cost]) -> None:
     without_ids = predicted_ms(costs, "info_nce", "large")
     assert predicted_ms(costs, "contrastive", "ids") <= 1.5 * without_ids
-    without_ids = predicted_ms(costs, "sigmoid", "gradients")
-    assert predicted_ms(costs, "sigmoid", "ids") <= 1.5 * without_ids
+    without_ids = predicted_ms(costs, "sigmoid_loss", "gradients")
+    assert predicted_ms(costs, "sigmoid_loss", "ids") <= 1.5 * without_ids
 
 
 def test_a_tile_of_centroids_costs_no_reduction(costs: list[Cost]) -> None:
@@ -216,8 +216,8 @@ def test_a_row_that_breaks_its_promise_is_named() -> None:
         f"from {REPORT}.report import Case, costs\n"
         "from protoclip.kernels import launch\n"
         "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
-        "launch.HALF['sigmoid'][90] = row\n"
-        "print([c.problems for c in costs(Case(90, 'sigmoid', 'loss', 'bf16', 128))])"
+        "launch.HALF['sigmoid_loss'][90] = row\n"
+        "print([c.problems for c in costs(Case(90, 'sigmoid_loss', 'loss', 'bf16', 128))])"
     )
     problems = python("-c", code)
     assert "bytes of local memory a thread" in problems
@@ -252,7 +252,7 @@ def test_no_slice_compiles_again() -> None:
         "        info_nce.info_nce_bwd(\n"
         "            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset)\n"
         "    for _ in range(3):\n"
-        "        prototypes.prototype_ce_fwd(x[:n], x, x, y, w[0], True, False, False)\n"
+        "        prototypes.prototype_cross_entropy_fwd(x[:n], x, x, y, w[0], True, False, False)\n"
         "print(json.dumps([[kernel.name, id(kernel.code)] for kernel in recorded]))"
     )
     codes: dict[str, list[int]] = {}

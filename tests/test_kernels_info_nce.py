@@ -439,7 +439,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
             "columns": True,
             "keep_stash": False,
         },
-        "prototype_ce": {
+        "prototype_cross_entropy": {
             "features": leaf(x),
             "prototypes": leaf(y),
             "targets": y[:0],
@@ -454,7 +454,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "form", ["info_nce", "info_nce, mean", "sigmoid_loss", "contrastive", "prototype_ce"]
+    "form", ["info_nce", "info_nce, mean", "sigmoid_loss", "contrastive", "prototype_cross_entropy"]
 )
 def test_opcheck_accepts_the_ops(form: str) -> None:
     torch.library.opcheck(

@@ -903,7 +903,7 @@ def test_an_option_of_prototypes_that_is_not_used_costs_nothing(backend: str) ->
     logit_scale = torch.tensor(20.0)
     with Ops() as ops:
         protoclip.prototype_cross_entropy(x, y, labels, logit_scale, backend=backend)
-    assert ops.names.count("protoclip.prototype_ce.default") == 1
+    assert ops.names.count("protoclip.prototype_cross_entropy.default") == 1
     assert not any("double" in name or "_to_copy" in name for name in ops.names)
 
 

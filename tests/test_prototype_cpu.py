@@ -333,7 +333,7 @@ def test_opcheck_accepts_the_op(trained: Problem, gradients: bool) -> None:
         "need_scale_gradient": gradients,
         "backend": "cpu",
     }
-    torch.library.opcheck(torch.ops.protoclip.prototype_ce, (), arguments)
+    torch.library.opcheck(torch.ops.protoclip.prototype_cross_entropy, (), arguments)
 
 
 def test_opcheck_accepts_the_op_that_scales_gradients() -> None:

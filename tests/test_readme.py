@@ -126,7 +126,7 @@ def test_a_page_says_first_who_needs_it_and_headings_stand_alone(page):
 def test_readme_says_which_backends_an_op_has():
     lines = [line for line in PAGES["README.md"].splitlines() if line.startswith("| `")]
     rows = [cells for line in lines if len(cells := line.split("|")[1:-1]) == 5]
-    ops = {"SigLipLoss": "siglip"} | {op: op for op in TABLE if op != "siglip"}
+    ops = {"SigLipLoss": "sigmoid_loss"} | {op: op for op in TABLE if op != "sigmoid_loss"}
     told = {
         ops[name]: {
             b for b, cell in zip(("cpu", "triton", "cuda"), row[2:], strict=True) if cell.strip()

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from protoclip.kernels import clusters, contrastive, info_nce, launch, siglip, tiles
+from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
 from protoclip.kernels.compile_report.model import MEASURED_PRODUCTS
 
@@ -46,8 +46,8 @@ def cases() -> Iterator[Case]:
     for arch in launch.ARCHITECTURES:
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case(arch, "info_nce", "large", dtype, depth)
-            yield Case(arch, "sigmoid", "gradients", dtype, depth)
-        yield Case(arch, "sigmoid", "ids", "bf16", 512)
+            yield Case(arch, "sigmoid_loss", "gradients", dtype, depth)
+        yield Case(arch, "sigmoid_loss", "ids", "bf16", 512)
         yield Case(arch, "contrastive", "ids", "bf16", 512)
         yield Case(arch, "contrastive", "all", "bf16", 512)
         yield Case(arch, "contrastive", "all", "fp32", 512)
@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
             yield Case(arch, "clusters", "own", "fp32", depth)
     yield Case(90, "info_nce", "small", "bf16", 512)
     yield Case(90, "info_nce", "rows", "bf16", 512)
-    yield Case(90, "sigmoid", "loss", "bf16", 512)
+    yield Case(90, "sigmoid_loss", "loss", "bf16", 512)
     yield Case(90, "info_nce", "large", "fp16", 128)
     yield Case(90, "prototypes", "hard", "bf16", 128)
     for tile in MEASURED_PRODUCTS:
@@ -125,9 +125,9 @@ def _contrastive(case: Case, scale: torch.Tensor) -> None:
     )
 
 
-def _sigmoid(case: Case, scale: torch.Tensor) -> None:
+def _sigmoid_loss(case: Case, scale: torch.Tensor) -> None:
     ids = torch.zeros(2, 512, dtype=torch.int32) if case.form == "ids" else None
-    siglip.sigmoid_loss(
+    sigmoid_loss.sigmoid_loss(
         case.features(512),
         case.features(512),
         scale,
@@ -148,16 +148,16 @@ def _prototypes(case: Case, scale: torch.Tensor) -> None:
     labels = torch.zeros(256, dtype=torch.int64)
     if case.form == "all":
         for targets in (soft, hard):
-            prototypes.prototype_ce_fwd(
+            prototypes.prototype_cross_entropy_fwd(
                 features, keys, targets, labels, scale,
                 need_grad=True, need_nearest=True, need_scale_gradient=True,
             )  # fmt: skip
         return
-    forward = prototypes.prototype_ce_fwd(
+    forward = prototypes.prototype_cross_entropy_fwd(
         features, keys, hard if case.form == "hard" else soft, labels, scale,
         need_grad=True, need_nearest=False, need_scale_gradient=False,
     )  # fmt: skip
-    prototypes.prototype_ce_bwd_prototypes(
+    prototypes.prototype_cross_entropy_bwd(
         features,
         keys,
         labels,
@@ -204,7 +204,7 @@ def _gemm(case: Case, scale: torch.Tensor) -> None:
 CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
     "info_nce": _info_nce,
     "contrastive": _contrastive,
-    "sigmoid": _sigmoid,
+    "sigmoid_loss": _sigmoid_loss,
     "prototypes": _prototypes,
     "soft_targets": _soft_targets,
     "clusters": _clusters,

@@ -22,7 +22,7 @@ from protoclip.kernels.compile_report.launches import Case, Compiled, call, case
 TILED = {
     "info_nce_forward",
     "info_nce_gradient",
-    "sigmoid",
+    "sigmoid_loss",
     "contrastive_forward",
     "contrastive_gradient",
     "attention",
@@ -34,7 +34,7 @@ SHAPES = {  # of the GPU table: op, depth -> rows, columns
     ("info_nce", 128): (32_768, 32_768),
     ("info_nce", 512): (32_768, 32_768),
     ("contrastive", 512): (32_768, 32_768),
-    ("sigmoid", 512): (32_768, 32_768),
+    ("sigmoid_loss", 512): (32_768, 32_768),
     ("prototypes", 128): (4_096, 20_000),
     ("clusters", 128): (1_600_000, 20_000),
     ("gemm", 8192): (8_192, 8_192),

@@ -490,7 +490,7 @@ def sigmoid_loss(
         same_id: "positive": z_ij is 1 for all texts with the image's id; "exclude": such a pair is
             left out unless the text is the image's own.
         offset: z_ij is 1 if j = i + offset, else -1.
-        backend: "auto", or one of ``protoclip.backends("siglip")``.
+        backend: "auto", or one of ``protoclip.backends("sigmoid_loss")``.
     Returns:
         float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
     Raises:
@@ -513,7 +513,7 @@ def sigmoid_loss(
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
     matched_pairs = pairs.pairs_of(op, x, m, matching)
-    name = resolve("siglip", backend, x.device.type, x.dtype)
+    name = resolve(op, backend, x.device.type, x.dtype)
     if name == "reference":
         with without_autocast(x.device.type):
             return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched_pairs)

@@ -68,7 +68,7 @@ class ContrastiveFunctions:
 
 
 @dataclass(frozen=True)
-class PrototypeFunctions:
+class PrototypeCrossEntropyFunctions:
     """Prototype cross-entropy (ops/prototypes.py)."""
 
     losses: Callable[..., tuple[Tensor, ...]]
@@ -127,25 +127,25 @@ def cpu_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
 
 
 def triton_sigmoid_loss() -> Callable[..., tuple[Tensor, ...]]:
-    from protoclip.kernels import siglip
+    from protoclip.kernels import sigmoid_loss
 
-    return siglip.sigmoid_loss
+    return sigmoid_loss.sigmoid_loss
 
 
-def cpu_prototypes() -> PrototypeFunctions:
+def cpu_prototype_cross_entropy() -> PrototypeCrossEntropyFunctions:
     ops = native.cpu_ops()
-    return PrototypeFunctions(
-        losses=ops.prototype_ce_fwd.default,
-        prototype_gradient=ops.prototype_ce_bwd_prototypes.default,
+    return PrototypeCrossEntropyFunctions(
+        losses=ops.prototype_cross_entropy_fwd.default,
+        prototype_gradient=ops.prototype_cross_entropy_bwd.default,
     )
 
 
-def triton_prototypes() -> PrototypeFunctions:
+def triton_prototype_cross_entropy() -> PrototypeCrossEntropyFunctions:
     from protoclip.kernels import prototype_cross_entropy
 
-    return PrototypeFunctions(
-        losses=prototype_cross_entropy.prototype_ce_fwd,
-        prototype_gradient=prototype_cross_entropy.prototype_ce_bwd_prototypes,
+    return PrototypeCrossEntropyFunctions(
+        losses=prototype_cross_entropy.prototype_cross_entropy_fwd,
+        prototype_gradient=prototype_cross_entropy.prototype_cross_entropy_bwd,
     )
 
 
@@ -244,14 +244,14 @@ CONTRASTIVE: dict[str, Backend[ContrastiveFunctions]] = {
     "triton": _triton(triton_contrastive),
     "reference": _reference(_called_directly),
 }
-SIGLIP: dict[str, Backend[Callable[..., tuple[Tensor, ...]]]] = {
+SIGMOID_LOSS: dict[str, Backend[Callable[..., tuple[Tensor, ...]]]] = {
     "cpu": _cpu(cpu_sigmoid_loss),
     "triton": _triton(triton_sigmoid_loss),
     "reference": _reference(_called_directly),
 }
-PROTOTYPES: dict[str, Backend[PrototypeFunctions]] = {
-    "cpu": _cpu(cpu_prototypes),
-    "triton": _triton(triton_prototypes),
+PROTOTYPE_CROSS_ENTROPY: dict[str, Backend[PrototypeCrossEntropyFunctions]] = {
+    "cpu": _cpu(cpu_prototype_cross_entropy),
+    "triton": _triton(triton_prototype_cross_entropy),
     "reference": _reference(_called_directly),
 }
 SOFT_TARGETS: dict[str, Backend[Callable[..., Tensor]]] = {
@@ -268,17 +268,17 @@ CLUSTERS: dict[str, Backend[ClusterFunctions]] = {
 TABLE: dict[str, dict[str, Backend[Any]]] = {
     "info_nce": INFO_NCE,
     "contrastive": CONTRASTIVE,
-    "siglip": SIGLIP,
-    "prototype_cross_entropy": PROTOTYPES,
+    "sigmoid_loss": SIGMOID_LOSS,
+    "prototype_cross_entropy": PROTOTYPE_CROSS_ENTROPY,
     "soft_targets": SOFT_TARGETS,
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
-PUBLIC = {  # ops that use the table row of another op
+PUBLIC = {  # ops that use the table row of another op, and another name of one
     "nt_xent": "contrastive",
     "sup_con": "contrastive",
     "contrastive_parts": "contrastive",
-    "sigmoid_loss": "siglip",
+    "siglip": "sigmoid_loss",
     "prototype_losses": "prototype_cross_entropy",
 }
 AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # then the reference

@@ -39,7 +39,7 @@ from protoclip.kernels.results import (
     InfoNceStatistics,
     SigmoidLoss,
 )
-from protoclip.ops.dispatch import CONTRASTIVE, INFO_NCE, SIGLIP
+from protoclip.ops.dispatch import CONTRASTIVE, INFO_NCE, SIGMOID_LOSS
 from protoclip.ops.operators import (
     define_gradient,
     empty,
@@ -581,7 +581,7 @@ def fused_sigmoid_loss(
     same_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sigmoid loss of a strip, with its gradients if they are wanted."""
-    run: Callable[..., Any] = SIGLIP[backend].implementation
+    run: Callable[..., Any] = SIGMOID_LOSS[backend].implementation
     return run(
         x=x,
         y=y,

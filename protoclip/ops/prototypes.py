@@ -19,7 +19,7 @@ from torch import Tensor
 from protoclip.kernels.results import SampleLosses
 from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
-from protoclip.ops.dispatch import PROTOTYPES, SOFT_TARGETS, resolve
+from protoclip.ops.dispatch import PROTOTYPE_CROSS_ENTROPY, SOFT_TARGETS, resolve
 from protoclip.ops.operators import (
     accumulator,
     define_gradient,
@@ -55,7 +55,7 @@ def _sample_losses_shapes(arguments: Any) -> SampleLosses:
     )
 
 
-@operator("prototype_ce", _sample_losses_shapes, SampleLosses)
+@operator("prototype_cross_entropy", _sample_losses_shapes, SampleLosses)
 def sample_losses(
     features: Tensor,
     prototypes: Tensor,
@@ -70,7 +70,7 @@ def sample_losses(
     """The loss of each sample; ``targets`` is [0, D] for hard labels.
 
     Without ``need_scale_gradient`` that gradient may be rounded."""
-    run: Callable[..., Any] = PROTOTYPES[backend].implementation.losses
+    run: Callable[..., Any] = PROTOTYPE_CROSS_ENTROPY[backend].implementation.losses
     if backend == "triton":  # the others do not round it
         run = partial(run, need_scale_gradient=need_scale_gradient)
     return run(
@@ -88,7 +88,7 @@ def _prototype_gradient_shapes(arguments: Any) -> Tensor:
     return arguments.prototypes.new_empty(arguments.prototypes.shape)
 
 
-@operator("prototype_ce_bwd_prototypes", _prototype_gradient_shapes, single)
+@operator("prototype_cross_entropy_bwd", _prototype_gradient_shapes, single)
 def prototype_gradient(
     features: Tensor,
     prototypes: Tensor,
@@ -101,7 +101,7 @@ def prototype_gradient(
     backend: str,
 ) -> Tensor:
     """logit_scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
-    run = PROTOTYPES[backend].implementation.prototype_gradient
+    run = PROTOTYPE_CROSS_ENTROPY[backend].implementation.prototype_gradient
     return run(
         features=features,
         prototypes=prototypes,

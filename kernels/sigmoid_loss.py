@@ -70,7 +70,7 @@ def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.c
     do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
     do_not_specialize_on_alignment=["entry_ptr", "ids"],
 )
-def sigmoid_kernel(
+def sigmoid_loss_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
     logit_scale_ptr, logit_bias_ptr,  # [], []
     entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
@@ -136,7 +136,7 @@ def sigmoid_loss(
     same_positive: bool = True,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/fused_losses.py; ids as in ops/pairs.py."""
-    config = launch.choose("sigmoid", x, y)
+    config = launch.choose("sigmoid_loss", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk
     tiles = sum(chunk.tiles for chunk in plan)
@@ -145,7 +145,7 @@ def sigmoid_loss(
 
     def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        sigmoid_kernel[(chunk.tiles,)](
+        sigmoid_loss_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
             offset=offset + chunk.rows.start - chunk.cols.start,
