@@ -37,7 +37,7 @@ bench:  ## parity, then speed; under six minutes on two cores
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
 
-pictures:  ## the front page's pictures, from the records; with RUN=logs/NAME also what a run on icons has learnt
+pictures:  ## the front page's pictures and alt texts, from the records; RUN=logs/NAME records a run on icons first
 	$(PYTHON) -m benchmarks.pictures $(RUN)
 
 study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a few minutes

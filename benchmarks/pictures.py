@@ -1,10 +1,11 @@
-"""README's pictures, from records: speed beside peers, and what a run on icons has learnt.
+"""README's pictures, from records: speed beside peers, and what the default run has learnt.
 
-    python -m benchmarks.pictures        docs/peers.svg, from the newest record of a CPU
-    python -m benchmarks.pictures RUN    and docs/names.svg and docs/groups.svg
+    python -m benchmarks.pictures        all pictures of docs/, and README's alt texts
+    python -m benchmarks.pictures RUN    the same, after a new record of what RUN has learnt
 
-RUN is a run folder of ``protoclip train`` on the built-in icons. The pictures are vectors in the
-colours of the reader's theme, and can be read at 400 pixels. README's alt texts are their titles.
+RUN is a run folder of ``protoclip train`` on the built-in icons; its record holds no more than the
+pictures show. The pictures are vectors in the colours of the reader's theme, on a ground of their
+own, and can be read at 400 pixels. README's alt texts are their titles.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -27,32 +28,37 @@ from benchmarks.report import (
     RESULTS,
     ROOT,
     Record,
+    Row,
     digits,
     headline_cases,
     mib,
     newest_cpu,
     sizes,
 )
+from protoclip.config import parse_json
 from protoclip.data.files import write_atomic
 from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, load_snapshot
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-WIDTH = 480  # of every picture, in its own units; GitHub shrinks it on a narrow screen
-GROUPS, MEMBERS = 8, 6  # groups of icons, and icons of each
+LEARNT = RESULTS / "default_run" / "pictures.json"
+WIDTH, MARGIN = 440, 12  # of every picture in its own units; GitHub shrinks it on a narrow screen
+GROUPS, MEMBERS = 8, 5  # groups of icons, and icons of each
 NEAREST = 3  # names of an icon
-PEERS_TITLE = "Time and extra memory of protoclip and of other implementations, on a CPU"
 SHOWN = ("InfoNCE and gradient, bf16", "SigLIP", "prototype", "k-means")  # of README's cases
-LINE = 17  # between two lines of text
+LINE = 18  # between two lines of text
+LABEL = 27  # letters of a group's words
 STYLE = """
-text { font: 13px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: #1c2430; }
+.ground { fill: #ffffff; }
+text { font: 14px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: #1c2430; }
 .icon { color: #1c2430; }
-.muted { fill: #5d6875; font-size: 12px; }
+.muted { fill: #5d6875; font-size: 13px; }
 .head { font-weight: 600; }
 .right { fill: #0a7a43; font-weight: 600; }
 .ours { fill: #c8501e; }
 .peer { fill: #2a78d6; }
 @media (prefers-color-scheme: dark) {
+  .ground { fill: #0d1117; }
   text { fill: #e4e8ed; }
   .icon { color: #e4e8ed; }
   .muted { fill: #9aa5b1; }
@@ -63,12 +69,51 @@ text { font: 13px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: 
 """
 
 
+class Answer(TypedDict):
+    """One of the nearest names of a drawing."""
+
+    name: str
+    right: bool
+
+
+class NamedDrawing(TypedDict):
+    """A drawing that the model has never seen, with its own name and the nearest ones."""
+
+    drawing: str
+    name: str
+    answers: list[Answer]
+
+
+class Group(TypedDict):
+    """A group of training drawings: its size, the words in common, and those nearest its mean."""
+
+    samples: int
+    words: str
+    drawings: list[str]
+
+
+class Learnt(TypedDict):
+    """What the pictures show of a run, with the drawings themselves."""
+
+    run: dict[str, Any]  # its settings and versions, for the reader of the record
+    classes: int  # names to choose from
+    named: list[NamedDrawing]
+    clusters: int
+    groups: list[Group]  # the largest
+    drawings: dict[str, str]  # key in builtin:icons -> SVG
+
+
 def picture(title: str, height: float, parts: Sequence[str]) -> str:
-    """An SVG of ``WIDTH`` with a title for those who cannot see it."""
+    """An SVG with a title for those who cannot see it.
+
+    The ground is the page's own colour on GitHub, and keeps the text readable on any other.
+    """
+    edge, wide, high = -MARGIN, WIDTH + 2 * MARGIN, height + 2 * MARGIN
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:g}" '
-        f'viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(title)}">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high:g}" '
+        f'viewBox="{edge} {edge} {wide} {high:g}" role="img" aria-label="{escape(title)}">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
+        f'<rect x="{edge}" y="{edge}" width="{wide}" height="{high:g}" rx="8" class="ground"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
@@ -76,45 +121,75 @@ def picture(title: str, height: float, parts: Sequence[str]) -> str:
 
 def text(x: float, y: float, words: str, kind: str = "") -> str:
     """A line of text that begins at (x, y)."""
-    own = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:g}" y="{y:g}"{own}>{escape(words)}</text>'
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:g}" y="{y:g}"{style}>{escape(words)}</text>'
+
+
+def shown_peers(record: Record) -> dict[str, list[Row]]:
+    """README's cases that the picture shows, ours first, then the others from fast to slow."""
+    panels = {}
+    for name, rows in headline_cases(record).items():
+        if name.startswith(SHOWN):
+            compared = [row for row in rows[1:] if row["ratio"] is not None]
+            panels[name] = [rows[0], *sorted(compared, key=lambda row: row["ratio"])]
+    return panels
+
+
+def variant(row: Row) -> str:
+    return "protoclip" if row["ratio"] is None else str(row["variant"])
+
+
+def cost(row: Row) -> str:
+    """Time, ours in milliseconds and another's as a multiple of ours, and extra memory."""
+    ratio = row["ratio"]
+    time = f"{digits(row['median_ms'])} ms" if ratio is None else f"{digits(ratio, 2)}×"
+    return f"{time}, {mib(row)}"
+
+
+def machine(record: Record) -> str:
+    run = record["runs"][-1]
+    return f"{run['machine']}, {run['date'][:10]}"
 
 
 def draw_peers(record: Record) -> str:
     """Time and extra memory of each peer beside ours, a panel for each case."""
-    parts: list[str] = []
-    y, left, longest = 0.0, 142, 170
-    for name, rows in headline_cases(record).items():
-        if not name.startswith(SHOWN):
-            continue
-        compared = [row for row in rows[1:] if row["ratio"] is not None]
-        shown = [rows[0], *sorted(compared, key=lambda row: row["ratio"])]
-        slowest = max(row["ratio"] or 1.0 for row in shown)
-        y += 20
-        parts.append(text(0, y, f"{name}", "head"))
-        parts.append(text(0, y + 15, sizes(rows[0]), "muted"))
-        y += 21
-        for row in shown:
-            ours = row is rows[0]
-            ratio = 1.0 if ours else row["ratio"]
-            label = "protoclip" if ours else row["variant"]
-            time = f"{digits(row['median_ms'])} ms" if ours else f"{digits(ratio, 2)}×"
-            length = longest * ratio / slowest
-            parts.append(text(0, y + 13, label))
-            kind = "ours" if ours else "peer"
+    left, longest = 150, 150
+    y = 12.0
+    parts = [text(0, y, "Time, and extra memory. × : times as long as protoclip", "muted")]
+    for name, rows in shown_peers(record).items():
+        slowest = max(row["ratio"] or 1.0 for row in rows)
+        y += 28
+        parts.append(text(0, y, name, "head"))
+        parts.append(text(0, y + 16, sizes(rows[0]), "muted"))
+        y += 22
+        for row in rows:
+            length = longest * (row["ratio"] or 1.0) / slowest
+            kind = "ours" if row is rows[0] else "peer"
+            parts.append(text(0, y + 14, variant(row)))
             parts.append(
-                f'<rect x="{left}" y="{y + 2:g}" width="{length:.1f}" height="13" class="{kind}"/>'
+                f'<rect x="{left}" y="{y + 3:g}" width="{length:.1f}" height="13" class="{kind}"/>'
             )
-            parts.append(text(left + length + 6, y + 13, f"{time}, {mib(row)}"))
-            y += 19
-    run = record["runs"][-1]
-    y += 22
-    parts.append(text(0, y, f"{run['machine']}, {run['date'][:10]}", "muted"))
-    return picture(PEERS_TITLE, y + 6, parts)
+            parts.append(text(left + length + 6, y + 14, cost(row)))
+            y += 20
+    y += 20
+    parts.append(text(0, y, machine(record), "muted"))
+    return picture(peers_title(record), y + 2, parts)
+
+
+def peers_title(record: Record) -> str:
+    """The picture of peers in sentences: its alt text."""
+    panels = [
+        f"{name}, {sizes(rows[0])}: {'; '.join(f'{variant(row)} {cost(row)}' for row in rows)}"
+        for name, rows in shown_peers(record).items()
+    ]
+    return (
+        "Time and extra memory of protoclip and of other implementations on a CPU "
+        f"({machine(record)}); × is times as long as protoclip. {'. '.join(panels)}."
+    )
 
 
 class Drawings:
-    """The drawings of ``builtin:icons`` as SVG, found by what a run's page shows of them."""
+    """The drawings of ``builtin:icons`` by key, found by what a run's page shows of them."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -122,14 +197,9 @@ class Drawings:
         self.by_caption: dict[str, list[int]] = {}
         for i in range(len(self.dataset)):
             self.by_caption.setdefault(self.dataset.captions(i)[0], []).append(i)
-        self.sources = {
-            "/".join(filter(None, (icon.family, icon.style, icon.name))): icon.svg
-            for read in FAMILIES.values()
-            for icon in read()
-        }
 
-    def svg(self, item: Mapping[str, Any], x: float, y: float, side: float) -> str:
-        """The drawing of an item of the page, as a nested SVG; ValueError if there is none."""
+    def key(self, item: Mapping[str, Any]) -> str:
+        """The key of an item of the page; ValueError if it is not of these drawings."""
         stream = io.BytesIO(base64.b64decode(self.snapshot.pictures[item["picture"]]))
         with Image.open(stream) as opened:
             thumbnail = np.asarray(opened.convert("L"), dtype=np.float32)
@@ -140,8 +210,61 @@ class Drawings:
                 distances[i] = float(np.abs(drawn - thumbnail).mean())
         if not distances:
             raise ValueError(f"{item['caption']}: not a drawing of builtin:icons; name such a run")
-        best = min(distances, key=lambda i: distances[i])
-        return nested(self.sources[self.dataset.keys[best]], x, y, side)
+        return self.dataset.keys[min(distances, key=lambda i: distances[i])]
+
+
+def learnt(folder: Path) -> Learnt:
+    """What the pictures show of a run; ValueError if it is not a finished one on the icons."""
+    snapshot = load_snapshot(folder)
+    if not snapshot.named:
+        raise ValueError(f"expected a finished run on builtin:icons, found none in {folder}")
+    drawings = Drawings(snapshot)
+    block = image_groups(snapshot)
+    named: list[NamedDrawing] = [
+        {
+            "drawing": drawings.key(one["query"]),
+            "name": one["own"],
+            "answers": [
+                {"name": answer["caption"], "right": answer["hit"]}
+                for answer in one["answers"][:NEAREST]
+            ],
+        }
+        for one in snapshot.named["shown"]
+    ]
+    groups: list[Group] = [
+        {
+            "samples": card["samples"],
+            "words": card["words"],
+            "drawings": [drawings.key(item) for item in card["images"][:MEMBERS]],
+        }
+        for card in block["cards"][:GROUPS]
+    ]
+    keys = [one["drawing"] for one in named] + [
+        key for group in groups for key in group["drawings"]
+    ]
+    sources = {
+        "/".join(filter(None, (icon.family, icon.style, icon.name))): icon.svg
+        for read in FAMILIES.values()
+        for icon in read()
+    }
+    config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    facts = {name: snapshot.facts[name] for name in ("protoclip", "torch", "cpu")}
+    return {
+        "run": {"method": config["method"], "seed": config["run"]["seed"], **facts},
+        "classes": snapshot.named["classes"],
+        "named": named,
+        "clusters": block["clusters"],
+        "groups": groups,
+        "drawings": {key: sources[key] for key in sorted(keys)},
+    }
+
+
+def image_groups(snapshot: Snapshot) -> Mapping[str, Any]:
+    """The page's clusters of image features; ValueError if the run had none."""
+    for block in snapshot.clusters:
+        if block["name"] == "image":
+            return block
+    raise ValueError("expected a run with image prototypes (--method protoclip), found none")
 
 
 def nested(source: str, x: float, y: float, side: float) -> str:
@@ -150,11 +273,11 @@ def nested(source: str, x: float, y: float, side: float) -> str:
     if whole is None:
         raise ValueError(f"expected an SVG, got {source[:60]!r}")
     attributes, content = whole.groups()
-    kept = dict(re.findall(r'([\w-]+)="([^"]*)"', attributes))
+    style = dict(re.findall(r'([\w-]+)="([^"]*)"', attributes))
     for name in ("width", "height", "class", "xmlns", "x", "y", "aria-hidden", "data-slot"):
-        kept.pop(name, None)
-    kept.setdefault("fill", "currentColor")
-    words = " ".join(f'{name}="{value}"' for name, value in kept.items())
+        style.pop(name, None)
+    style.setdefault("fill", "currentColor")
+    words = " ".join(f'{name}="{value}"' for name, value in style.items())
     content = re.sub(r"<!--.*?-->", "", content, flags=re.S)
     content = re.sub(r'"(#0f172a|#000000|#000|black)"', '"currentColor"', content, flags=re.I)
     content = re.sub(r"\s*\n\s*", "", content)
@@ -164,67 +287,63 @@ def nested(source: str, x: float, y: float, side: float) -> str:
     )
 
 
-def draw_names(drawings: Drawings) -> str:
-    """The page's unseen icons, each with its nearest names, right and wrong as they come."""
-    named = drawings.snapshot.named
+def draw_names(record: Learnt) -> str:
+    """The unseen drawings, each with its nearest names, right and wrong as they come."""
     parts: list[str] = []
-    side, height, column = 52, 88, WIDTH / 2
-    for place, one in enumerate(named["shown"]):
+    side, height, column = 56, 84, WIDTH / 2
+    for place, one in enumerate(record["named"]):
         x, y = (place % 2) * column, (place // 2) * height
-        parts.append(drawings.svg(one["query"], x + 4, y + 8, side))
-        answers = one["answers"][:NEAREST]
-        for rank, answer in enumerate(answers):
-            words = f"{rank + 1}. {answer['caption']}" + (" ✓" if answer["hit"] else "")
-            kind = "right" if answer["hit"] else ""
-            parts.append(text(x + side + 18, y + 20 + rank * LINE, words, kind))
-        if not any(answer["hit"] for answer in answers):
-            words = f"(it is: {one['own']})"
-            parts.append(text(x + side + 18, y + 20 + NEAREST * LINE, words, "muted"))
-    rows = (len(named["shown"]) + 1) // 2
-    return picture(names_title(drawings.snapshot), rows * height, parts)
+        parts.append(nested(record["drawings"][one["drawing"]], x, y + 2, side))
+        for rank, answer in enumerate(one["answers"]):
+            words = f"{rank + 1}. {answer['name']}" + (" ✓" if answer["right"] else "")
+            kind = "right" if answer["right"] else ""
+            parts.append(text(x + side + 14, y + 14 + rank * LINE, words, kind))
+        if not any(answer["right"] for answer in one["answers"]):
+            words = f"(it is: {one['name']})"
+            parts.append(text(x + side + 14, y + 14 + NEAREST * LINE, words, "muted"))
+    rows = (len(record["named"]) + 1) // 2
+    return picture(names_title(record), rows * height - 10, parts)
 
 
-def names_title(snapshot: Snapshot) -> str:
+def names_title(record: Learnt) -> str:
     """The picture of names in a sentence: its alt text."""
-    shown = snapshot.named["shown"]
-    first = [one["own"] for one in shown if one["answers"][0]["hit"]]
-    others = [one["own"] for one in shown if not one["answers"][0]["hit"]]
+    named = record["named"]
+    first = [one["name"] for one in named if one["answers"][0]["right"]]
+    others = [one["name"] for one in named if not one["answers"][0]["right"]]
     sentence = (
-        f"{len(shown)} drawings of a family of icons that the model has never seen, each with its "
-        f"{NEAREST} nearest of {snapshot.named['classes']} names. Right at once: {', '.join(first)}"
+        f"{len(named)} drawings of a family of icons that the model has never seen, each with its "
+        f"{NEAREST} nearest of {record['classes']} names. Right at once: {', '.join(first)}"
     )
     return sentence + (f". Not at once: {', '.join(others)}." if others else ".")
 
 
-def draw_groups(drawings: Drawings) -> str:
+def draw_groups(record: Learnt) -> str:
     """The largest groups of the image features, with the drawings nearest to the mean of each."""
-    block = _image_groups(drawings.snapshot)
     parts: list[str] = []
-    side, height, column = 32, 66, WIDTH / 2
-    for place, card in enumerate(block["cards"][:GROUPS]):
+    side, gap, height, column = 36, 5, 76, WIDTH / 2
+    for place, group in enumerate(record["groups"]):
         x, y = (place % 2) * column, (place // 2) * height
-        words = f"{card['samples']}: {card['words']}"
-        parts.append(text(x, y + 14, words if len(words) < 36 else words[:34] + "…", "muted"))
-        for number, item in enumerate(card["images"][:MEMBERS]):
-            parts.append(drawings.svg(item, x + number * (side + 5), y + 22, side))
-    title = groups_title(drawings.snapshot)
-    return picture(title, (GROUPS + 1) // 2 * height, parts)
+        parts.append(text(x, y + 12, group_label(group), "muted"))
+        for number, key in enumerate(group["drawings"]):
+            parts.append(nested(record["drawings"][key], x + number * (side + gap), y + 22, side))
+    rows = (len(record["groups"]) + 1) // 2
+    return picture(groups_title(record), rows * height - 14, parts)
 
 
-def _image_groups(snapshot: Snapshot) -> Mapping[str, Any]:
-    for block in snapshot.clusters:
-        if block["name"] == "image":
-            return block
-    raise ValueError("expected a run with image prototypes (--method protoclip), found none")
+def group_label(group: Group) -> str:
+    """A group's size, and as many of its words as fit on a line."""
+    words = group["words"].split(", ")
+    while len(words) > 1 and len(", ".join(words)) > LABEL:
+        words.pop()
+    return f"{group['samples']}: {', '.join(words) or '(no word in common)'}"
 
 
-def groups_title(snapshot: Snapshot) -> str:
+def groups_title(record: Learnt) -> str:
     """The picture of groups in a sentence: its alt text."""
-    block = _image_groups(snapshot)
-    words = "; ".join(card["words"] for card in block["cards"][:GROUPS])
+    labels = "; ".join(group_label(group) for group in record["groups"])
     return (
-        f"The {GROUPS} largest of {block['clusters']} groups of drawings that training made, with "
-        f"their size and the words that set each apart: {words}."
+        f"The {len(record['groups'])} largest of {record['clusters']} groups of drawings that "
+        f"training made, with their size and the words that set each apart. {labels}."
     )
 
 
@@ -232,10 +351,10 @@ def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
     """A page whose pictures have their titles as alt texts."""
     for name, content in drawn.items():
         title = content.partition("<title>")[2].partition("</title>")[0]
-        own = f"](docs/{name})"
-        before, found, after = page.partition(own)
-        if found:
-            page = f"{before[: before.rindex('![')]}![{title}{own}{after}"
+        target = f"](docs/{name})"
+        before, there, after = page.partition(target)
+        if there:
+            page = f"{before[: before.rindex('![')]}![{title}{target}{after}"
     return page
 
 
@@ -243,21 +362,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pictures", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("run", nargs="?", type=Path, help="a run on builtin:icons")
+    parser.add_argument("run", nargs="?", type=Path, help="a run on builtin:icons to record")
     parser.add_argument("--out", type=Path, default=DOCS, help="the folder to write to")
+    parser.add_argument("--record", type=Path, default=LEARNT, help="of a run: read, or written")
     options = parser.parse_args(arguments)
-    drawn: dict[str, str] = {}
-    record = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
-    if record is not None:
-        drawn["peers.svg"] = draw_peers(record)
     if options.run is not None:
-        snapshot = load_snapshot(options.run)
-        if not snapshot.named:
-            parser.error(f"expected a finished run on builtin:icons, found none in {options.run}")
-        drawings = Drawings(snapshot)
-        drawn |= {"names.svg": draw_names(drawings), "groups.svg": draw_groups(drawings)}
-    for name, content in drawn.items():
-        write_atomic(options.out / name, content)
+        try:
+            content = learnt(options.run)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.record, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    record: Learnt = json.loads(options.record.read_text(encoding="utf-8"))
+    drawn = {"names.svg": draw_names(record), "groups.svg": draw_groups(record)}
+    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    if speed is not None:
+        drawn["peers.svg"] = draw_peers(speed)
+    for name, svg in drawn.items():
+        write_atomic(options.out / name, svg)
     if options.out == DOCS:
         write_atomic(README, with_alt_texts(README.read_text(encoding="utf-8"), drawn))
     return 0

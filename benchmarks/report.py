@@ -1,7 +1,7 @@
-"""Records into docs/speed.md, and README's table and figure.
+"""Records into docs/speed.md, and README's table.
 
     python -m benchmarks.report RESULTS.json …            print the tables
-    python -m benchmarks.report RESULTS.json … --write    update the pages and the figure
+    python -m benchmarks.report RESULTS.json … --write    update the pages
 
 Of each machine the newest record counts; README shows the newest of a CPU.
 """
@@ -24,7 +24,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "speed.md"
 README = ROOT / "README.md"
-FIGURE = ROOT / "docs" / "speed.svg"
 BEGIN = "<!-- record: begin (python -m benchmarks.report writes this) -->"
 END = "<!-- record: end -->"
 HEADLINES = {  # README's rows: a name, and which case it is
@@ -36,9 +35,6 @@ HEADLINES = {  # README's rows: a name, and which case it is
     "k-means, 10 iterations, fp32": "kmeans 10 iterations fp32 N=20000 K=1000 D=128",
     "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",  # older ones
 }
-COLOURS = ("#0b62a4", "#c8501e")
-STYLE = {"svg.hashsalt": "protoclip", "svg.fonttype": "none", "font.size": 9}
-STYLE |= {f"axes.spines.{side}": False for side in ("top", "right", "left")}
 
 
 def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
@@ -237,43 +233,6 @@ def _slower(groups: Iterable[list[Row]]) -> str:
     return "Slower than a peer:\n\n" + "\n".join(lines)
 
 
-def draw_headlines(record: Record, path: Path) -> None:
-    """README's figure: the time of each peer as a multiple of ours."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    groups = headline_cases(record)
-    run = record["runs"][-1]
-    ratios = [row["ratio"] for group in groups.values() for row in _compared(group)]
-    height = 1 + 0.19 * len(ratios) + 0.13 * len(groups)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, height), layout="constrained")
-        axis = figure.subplots()
-        ticks: dict[float, str] = {}
-        place = 0.0
-        for name, group in groups.items():
-            peers = _compared(group)
-            middle = place + (len(peers) - 1) / 2
-            ticks[middle] = f"{name}\n{sizes(group[0])}, ours {mib(group[0])}"
-            for row in peers:
-                axis.barh(place, row["ratio"] - 1, left=1, height=0.8, color=COLOURS[0])
-                words = f"{row['variant']}  {digits(row['ratio'])}×, {mib(row)}"
-                axis.text(max(row["ratio"], 1) * 1.05, place, words, va="center", fontsize=8)
-                place += 1
-            place += 0.7
-        axis.axvline(1, color=COLOURS[1], linewidth=2)
-        axis.set_yticks([*ticks], [*ticks.values()], fontsize=8)
-        axis.tick_params(axis="y", length=0)
-        top = max(ratios, default=1.0)
-        axis.set(xscale="log", xlim=(0.8, 6 * top), ylim=(place - 0.9, -0.7))
-        axis.set_xticks([1, 2, 5, 10, 20], ["1", "2×", "5×", "10×", "20×"])
-        axis.minorticks_off()
-        axis.set_xlabel("time, protoclip = 1")
-        title = f"Time beside protoclip's (the line), and extra memory. {run['machine']}"
-        figure.suptitle(f"{title}, {run['date'][:10]}", fontsize=9)
-        figure.savefig(path, format="svg", metadata={"Date": None})
-
-
 def stale(records: list[Record]) -> bool:
     """Whether a page says something else than the records."""
     for page, text_of in PAGES.items():
@@ -288,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("results", nargs="+", type=Path, help="records written by --record")
-    parser.add_argument("--write", action="store_true", help="update the pages and the figure")
+    parser.add_argument("--write", action="store_true", help="update the pages")
     options = parser.parse_args(arguments)
     records = [json.loads(path.read_text()) for path in options.results]
     if not options.write:
@@ -296,8 +255,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     for page, text_of in PAGES.items():
         write_between(page, BEGIN, END, text_of(records))
-    if newest := newest_cpu(records):
-        draw_headlines(newest, FIGURE)
     return 0
 
 

@@ -19,6 +19,7 @@ CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
 EXTERNAL_ONLY, INTERNAL_ONLY = "external only", "internal only"
 PRIMARY = ("zero-shot", "probe", "AMI")
 SECONDARY = ("zero-shot top 5", "k-NN", "R@5", "k-NN, new", "AMI, new")
+NO_ANSWER = "**No answer yet**: too few of the runs that are compared are finished."
 TOWERS = {"mlp": "MLP over HOG and pixels", "cnn": "default CNN"}
 Run = Mapping[str, Any]
 Runs = Mapping[str, Mapping[int, Run]]  # row -> seed -> run
@@ -153,7 +154,6 @@ def tables_of(tower: str, by_tower: Mapping[str, Runs]) -> list[str]:
         if (one := difference(runs, row, CLIP, metric)) is not None
     }
     parts = [
-        f"### {TOWERS[tower]}",
         "CLIP's values, and differences to CLIP at equal samples; p after Holm:",
         metrics_table(runs, PRIMARY, primary | equal),
         "Secondary, not corrected:",
@@ -288,6 +288,17 @@ def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[st
     return lines[:10]
 
 
+def progress(by_tower: Mapping[str, Runs], wanted: Wanted, found: Sequence[Run]) -> str:
+    """How much of the comparison is finished."""
+    total = done = 0
+    for tower, rows in wanted.items():
+        for row, seeds in rows.items():
+            total += seeds
+            done += min(seeds, len(by_tower.get(tower, {}).get(row, {})))
+    tuned = sum(run["stage"] == "tune" for run in found)
+    return f"Finished are {done} of the {total} runs that are compared, and {tuned} of tuning."
+
+
 def missing(by_tower: Mapping[str, Runs], wanted: Wanted) -> str:
     parts = [
         f"{row} ({tower}) {count - len(by_tower.get(tower, {}).get(row, {}))}"
@@ -340,12 +351,22 @@ def section(
     by_tower = {tower: by_row(found, tower, rows) for tower, rows in wanted.items()}
     by_tower = {tower: runs for tower, runs in by_tower.items() if runs}
     ratios = {run["tower"]: run["ratio"] for run in found if run["stage"] == "pairs"}
-    parts = ["\n".join(f"{i}. {line}" for i, line in enumerate(answer(by_tower, ratios), 1))]
-    parts += [missing(by_tower, wanted), origin(found), data_words(facts)]
+    answers = [f"{number}. {line}" for number, line in enumerate(answer(by_tower, ratios), 1)]
+    parts = ["\n".join(answers) or NO_ANSWER, progress(by_tower, wanted, found)]
     for tower, runs in by_tower.items():
-        parts += [*tables_of(tower, by_tower), clusters_table(runs)]
-    parts += [floors_table(found, floors), tuning_table(found)]
+        tables = [*tables_of(tower, by_tower), clusters_table(runs)]
+        parts.append(details(f"Every comparison: {TOWERS[tower]}", tables))
+    parts.append(details("What needs no training", [floors_table(found, floors)]))
+    parts.append(details("Tuning", [tuning_table(found)]))
+    words = [missing(by_tower, wanted), origin(found), data_words(facts)]
+    parts.append(details("Runs and data", words))
     return "\n\n".join(filter(None, parts))
+
+
+def details(title: str, parts: Iterable[str]) -> str:
+    """What a reader of the answer may open; "" if there is nothing."""
+    body = "\n\n".join(filter(None, parts))
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>" if body else ""
 
 
 def write_report(

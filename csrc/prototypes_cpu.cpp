@@ -1,6 +1,8 @@
-// Prototype cross-entropy on the CPU, losses and gradients of several banks and the gradient of
-// trainable prototypes, and soft targets. Contract: ops/prototypes.py.
+// Prototype cross-entropy on the CPU, its losses and gradients and the gradient of trainable
+// prototypes, and soft targets. Contract: ops/prototypes.py.
 #include <ATen/ops/empty.h>
+
+#include <vector>
 
 #include "cpu_ops.h"
 #include "prototype_attention.h"
@@ -12,33 +14,18 @@ constexpr const char* kOp = "prototype_cross_entropy";
 constexpr int64_t kLeftOut = -100;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// The results for all banks, as kernels/results.py names them.
-struct BankLosses {
-  Tensor loss, gradient, nearest, row_max, row_sum, scale_gradient;
-};
-
-// What is written for each sample of a bank; the gradients are null where not asked for, as is
-// nearest.
+// What is written for each sample; the gradients are null where not asked for, as is nearest.
 struct RowOutputs {
-  float *loss, *row_max, *row_sum, *gradient, *scale_gradient;
+  float *loss, *gradient;
   int64_t* nearest;
+  float *row_max, *row_sum, *scale_gradient;
   int64_t d;  // width of gradient
-
-  RowOutputs(const BankLosses& out, int64_t bank)
-      : loss(at_bank<float>(out.loss, bank)),
-        row_max(at_bank<float>(out.row_max, bank)),
-        row_sum(at_bank<float>(out.row_sum, bank)),
-        gradient(at_bank<float>(out.gradient, bank)),
-        scale_gradient(at_bank<float>(out.scale_gradient, bank)),
-        nearest(at_bank<int64_t>(out.nearest, bank)),
-        d(out.gradient.size(2)) {}
-
- private:
-  template <typename T>
-  static T* at_bank(const Tensor& t, int64_t bank) {
-    return t.size(1) == 0 ? nullptr : t.mutable_data_ptr<T>() + bank * t.stride(0);
-  }
 };
+
+template <typename T>
+T* data_or_null(const Tensor& t) {
+  return t.size(0) == 0 ? nullptr : t.mutable_data_ptr<T>();
+}
 
 template <typename Input>
 float dot(const Input* a, const Input* b, int64_t n) {
@@ -106,8 +93,8 @@ Tensor checked_labels(const Tensor& labels, int64_t k) {
 }
 
 template <Arithmetic A>
-void forward_bank(const Tensor& h, const Tensor& prototypes, const Tensor& targets,
-                  const Tensor& labels, bool hard, float logit_scale, const RowOutputs& out) {
+void forward(const Tensor& h, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
+             bool hard, float logit_scale, const RowOutputs& out) {
   using Input = typename Operands<A>::Input;
   const Strip<A> strip(h, prototypes);
   const int64_t* y = labels.const_data_ptr<int64_t>();
@@ -122,31 +109,31 @@ void forward_bank(const Tensor& h, const Tensor& prototypes, const Tensor& targe
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
-    const Tensor& features, at::TensorList prototypes, at::TensorList targets,
-    at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest) {
-  const int64_t banks = prototypes.size(), n = features.size(0), d = features.size(1);
+    const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
+    const Tensor& logit_scale, bool need_grad, bool need_nearest) {
+  const int64_t n = features.size(0), d = features.size(1), graded = need_grad ? n : 0;
   const auto fp32 = at::TensorOptions(at::kFloat);
-  const int64_t with_grad = need_grad ? n : 0, with_nearest = need_nearest ? n : 0;
-  BankLosses out;
-  out.loss = at::empty({banks, n}, fp32);
-  out.gradient = at::empty({banks, with_grad, d}, fp32);
-  out.nearest = at::empty({banks, with_nearest}, at::kLong);
-  out.row_max = at::empty({banks, n}, fp32);
-  out.row_sum = at::empty({banks, n}, fp32);
-  out.scale_gradient = at::empty({banks, with_grad}, fp32);
-  const float scale = logit_scale.item<float>();
-  const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
-  const Tensor rows = prepare(features, arithmetic);
-  for (int64_t b = 0; b < banks && n > 0; ++b) {
-    const Tensor y = checked_labels(labels[b], prototypes[b].size(0));
-    const Tensor c = prepare(prototypes[b], arithmetic);
-    const bool hard = targets[b].size(0) == 0;
-    const Tensor m = hard ? c : prepare(targets[b], arithmetic);
-    dispatch_arithmetic(arithmetic, [&](auto a) {
-      forward_bank<decltype(a)::value>(rows, c, m, y, hard, scale, RowOutputs(out, b));
-    });
+  const Tensor loss = at::empty({n}, fp32), gradient = at::empty({graded, d}, fp32),
+               nearest = at::empty({need_nearest ? n : 0}, at::kLong), max = at::empty({n}, fp32),
+               sum = at::empty({n}, fp32), scale_gradient = at::empty({graded}, fp32);
+  if (n > 0) {
+    const RowOutputs out{data_or_null<float>(loss),
+                         data_or_null<float>(gradient),
+                         data_or_null<int64_t>(nearest),
+                         data_or_null<float>(max),
+                         data_or_null<float>(sum),
+                         data_or_null<float>(scale_gradient),
+                         d};
+    const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
+    const Tensor h = prepare(features, arithmetic), c = prepare(prototypes, arithmetic);
+    const Tensor y = checked_labels(labels, prototypes.size(0));
+    const bool hard = targets.size(0) == 0;
+    const Tensor m = hard ? c : prepare(targets, arithmetic);
+    const float scale = logit_scale.item<float>();
+    dispatch_arithmetic(arithmetic,
+                        [&](auto a) { forward<decltype(a)::value>(h, c, m, y, hard, scale, out); });
   }
-  return {out.loss, out.gradient, out.nearest, out.row_max, out.row_sum, out.scale_gradient};
+  return {loss, gradient, nearest, max, sum, scale_gradient};
 }
 
 namespace {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +39,17 @@ SYNONYMS = {"compare": "report", "group": "cluster", "eval": "evaluate", "kmeans
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, or 2 for an unknown command."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:  # argparse exits after its help
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader is gone, as after | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
     command = words[0] if words else "--help"
     arguments = words[1:]
     if command == "help" and arguments:  # protoclip help train

@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer: Any = importlib.import_module("open_clip_train.main")
         _check(trainer, proto, dedup, words)
     except ModuleNotFoundError as error:
-        print(f"{PROG}: error: {error}; pip install 'protoclip[openclip]'", file=sys.stderr)
+        print(f"{PROG}: error: {error}; pip install -e '.[openclip]'", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from protoclip import checkpoint, distributed, prototypes, schedule
 from protoclip.checks import Terms, uses_prototypes
 from protoclip.config import ModelConfig, TrainConfig, to_dict
 from protoclip.data import PairDataset
+from protoclip.data.files import plural
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.during import Evaluation
 from protoclip.evaluate.results import Outcome, Results
@@ -49,7 +50,7 @@ def announce(
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
         f"model: {config.model.model} on {device}, {precision}{by_itself}, "
-        f"{torch.get_num_threads()} threads{on_ranks}"
+        f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )
     builtin = config.data.train_data.startswith("builtin:")
     if config.model.model == ModelConfig().model and not builtin:

@@ -217,7 +217,7 @@ def test_equal_pictures_are_said_to_be_equal(
     summary = page.section("summary").text
     assert "no variance to account for" in summary and "1 of 2 groups has members" in summary
     assert "%" not in answer + summary
-    assert "1 cluster of 20 samples" in page.section("prototypes").text
+    assert "1 cluster of 20 pictures" in page.section("prototypes").text
 
 
 @pytest.mark.parametrize("weighted", [False, True])

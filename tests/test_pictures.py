@@ -1,4 +1,4 @@
-"""The front page's pictures: made from records and from a run's page, readable as vectors."""
+"""The front page's pictures: made from records, readable as vectors, described in words."""
 
 import json
 import re
@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import pictures
-from benchmarks.report import RESULTS, newest_cpu
-from protoclip.data.icons import builtin_icons
+from benchmarks.report import RESULTS, mib, newest_cpu
+from protoclip.config import TrainConfig, to_dict
+from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, Thumbnails, save_snapshot
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -46,23 +47,38 @@ def run(tmp_path_factory):
         pictures=thumbs.made,
         clusters=[{"name": "image", "clusters": 1, "cards": [card]}],
         named={"label": "concept", "classes": 430, "shown": shown},
+        facts={"protoclip": "0.1.0", "torch": "2.13.0", "cpu": "a CPU", "python": "3.11"},
     )
     save_snapshot(folder, snapshot)
+    (folder / "config.json").write_text(json.dumps(to_dict(TrainConfig())))
     return folder, group
 
 
-def test_the_pictures_of_a_run(run, tmp_path):
-    folder, group = run
-    assert pictures.main([str(folder), "--out", str(tmp_path)]) == 0
-    names, groups = ((tmp_path / name).read_text() for name in ("names.svg", "groups.svg"))
+@pytest.fixture(scope="module")
+def drawn(run, tmp_path_factory):
+    """The pictures of that run, and its record."""
+    out = tmp_path_factory.mktemp("drawn")
+    record = out / "record" / "pictures.json"
+    assert pictures.main([str(run[0]), "--out", str(out), "--record", str(record)]) == 0
+    return out, record
+
+
+def test_the_pictures_of_a_run(run, drawn):
+    _, group = run
+    out, _ = drawn
+    names, groups = ((out / name).read_text() for name in ("names.svg", "groups.svg"))
     words = [text for _, text in texts_of(names)]
     assert words[:3] == ["1. anchor ✓"] + ["2. anchor ✓", "3. anchor ✓"]
     assert words[3:] == ["1. guitar", "2. key", "3. cloud moon rain", "(it is: bug)"]
     assert "Right at once: anchor. Not at once: bug." in names
     assert texts_of(groups) == [(0.0, "21: star, sky")]
-    drawings = pictures.Drawings(pictures.load_snapshot(folder))
+    sources = {
+        f"{icon.family}/{icon.style}/{icon.name}".replace("//", "/"): icon.svg
+        for read in FAMILIES.values()
+        for icon in read()
+    }
     for key in group[: pictures.MEMBERS]:  # the very drawing, in the colour of the text
-        path = re.search(r'<path[^>]* d="([^"]{20})', drawings.sources[key])[1]
+        path = re.search(r'<path[^>]* d="([^"]{20})', sources[key])[1]
         assert path in groups, key
     for svg in (names, groups):
         inner = list(ElementTree.fromstring(svg).iter(f"{SVG}svg"))[1:]
@@ -70,25 +86,60 @@ def test_the_pictures_of_a_run(run, tmp_path):
         assert "currentColor" in svg and "prefers-color-scheme: dark" in svg and "<image" not in svg
 
 
+def test_the_record_makes_the_same_pictures_without_the_run(drawn, tmp_path):
+    out, record = drawn
+    assert pictures.main(["--out", str(tmp_path), "--record", str(record)]) == 0
+    for name in ("names.svg", "groups.svg", "peers.svg"):
+        assert (tmp_path / name).read_text() == (out / name).read_text(), name
+
+
+def test_the_pictures_are_those_of_the_records():
+    record = json.loads(pictures.LEARNT.read_text(encoding="utf-8"))
+    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    fresh = {
+        "names.svg": pictures.draw_names(record),
+        "groups.svg": pictures.draw_groups(record),
+        "peers.svg": pictures.draw_peers(speed),
+    }
+    for name, svg in fresh.items():
+        assert svg == (pictures.DOCS / name).read_text(encoding="utf-8"), "make pictures"
+    page = pictures.README.read_text(encoding="utf-8")
+    assert pictures.with_alt_texts(page, fresh) == page, "make pictures"
+
+
 @pytest.mark.parametrize("name", ["peers.svg", "names.svg", "groups.svg"])
 def test_the_pictures_of_the_front_page_fit_and_are_described(name):
     svg = (pictures.DOCS / name).read_text(encoding="utf-8")
-    for x, words in texts_of(svg):  # a letter of 13 pixels is at most 8 wide, on average
-        assert x + 7.2 * len(words) <= pictures.WIDTH + 20, words
-    title = ElementTree.fromstring(svg).find(f"{SVG}title").text
+    for x, words in texts_of(svg):  # a letter of 14 pixels is 8 wide, on average at most
+        assert "…" not in words and x + 8 * len(words) <= pictures.WIDTH + 20, words
+    root = ElementTree.fromstring(svg)
+    assert root[2].get("class") == "ground"  # readable on a page of any colour
+    title = root.find(f"{SVG}title").text
     assert f"![{title}](docs/{name})" in pictures.README.read_text(encoding="utf-8")
 
 
-def test_the_peers_are_those_of_the_newest_record():
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    fresh = pictures.draw_peers(newest_cpu(found))
-    assert fresh == (pictures.DOCS / "peers.svg").read_text(encoding="utf-8"), "make pictures"
-    words = [text for _, text in texts_of(fresh)]
-    assert words.count("protoclip") == len(pictures.SHOWN) and "open_clip" in words
+def test_the_words_for_the_peers_have_every_number_that_is_drawn():
+    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    panels = pictures.shown_peers(speed)
+    assert len(panels) == len(pictures.SHOWN)
+    title, svg = pictures.peers_title(speed), pictures.draw_peers(speed)
+    drawn = [text for _, text in texts_of(svg)]
+    assert drawn.count("protoclip") == len(panels) and "open_clip" in drawn
+    for rows in panels.values():
+        for row in rows:
+            assert pictures.cost(row) in drawn and mib(row) in pictures.cost(row)
+            assert f"{pictures.variant(row)} {pictures.cost(row)}" in title
+
+
+def test_a_group_without_common_words_says_so_and_others_fit():
+    words = "clipping, receipt, invoice, vault, newspaper"
+    group = {"samples": 14, "words": words, "drawings": []}
+    assert pictures.group_label(group) == "14: clipping, receipt, invoice"
+    assert pictures.group_label(group | {"words": ""}) == "14: (no word in common)"
 
 
 def test_a_run_of_other_data_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        pictures.main([str(tmp_path), "--out", str(tmp_path)])
+        pictures.main([str(tmp_path), "--out", str(tmp_path), "--record", str(tmp_path / "no")])
     assert "expected a finished run on builtin:icons" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*.svg"))
+    assert not list(tmp_path.iterdir())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from html_page import Element, parse_page, read_page
 from PIL import Image
 from ranks import metrics
@@ -24,7 +27,7 @@ from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import load_snapshot
+from protoclip.report.snapshot import load_snapshot, words_of_clusters
 from protoclip.train import main as train
 
 SECTIONS = [
@@ -168,6 +171,12 @@ def test_the_curves_are_drawn_in_the_colours_of_the_page(page: Element) -> None:
     assert any("var(--c0)" in style for style in styles)
     fixed = [style for style in styles if re.search(r"#(?!000000)[0-9a-f]{6}\b", style)]
     assert fixed == []
+
+
+def test_lines_are_named_where_there_are_several(page: Element) -> None:
+    keys = {key.text for legend in page.all("div", class_="legend") for key in legend.all("span")}
+    assert {"contrastive loss", "proto loss", "matching", "drawn at random"} <= keys
+    assert "lr" not in keys
 
 
 def test_the_first_section_has_ten_images_with_their_five_nearest_names(
@@ -389,6 +398,44 @@ def test_a_seed_counts_once_in_a_baseline(two_seeds: list[Path], tmp_path: Path)
         record_baseline([run, run, "--out", str(tmp_path / "recorded")])
 
 
+# ---- words of clusters ----
+
+
+class Captioned:
+    """Samples of which only captions are known."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return (self.words[i],)
+
+
+def words_of(clusters: dict[int, list[str]]) -> dict[int, str]:
+    """The words of clusters of captions."""
+    captions = [caption for members in clusters.values() for caption in members]
+    labels = [cluster for cluster, members in clusters.items() for _ in members]
+    return words_of_clusters(Captioned(captions), torch.tensor(labels))  # type: ignore[arg-type]
+
+
+def test_a_word_of_one_caption_of_several_does_not_describe_a_cluster() -> None:
+    clusters = {
+        0: ["red dog runs", "a dog", "dog dog sleeps", "notdef"],
+        1: ["a cat", "cat cat"],
+        2: ["otter"],
+        3: ["crutch", "excel"],
+    }
+    assert words_of(clusters) == {0: "dog", 1: "cat", 2: "otter"}
+
+
+@pytest.mark.parametrize("times, words", [(3, "sign, lira"), (2, "sign")])
+def test_a_word_of_a_large_cluster_stands_in_a_tenth_of_its_captions(
+    times: int, words: str
+) -> None:
+    captions = ["sign"] * (21 - times) + ["sign lira"] * times
+    assert words_of({0: captions}) == {0: words}
+
+
 # ---- runs that went wrong ----
 
 EVIL = '</script><script>window.evil = 1</script>"><b>'
@@ -449,8 +496,9 @@ TINY = [
 
 
 def test_a_run_ends_with_its_report_and_its_path(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("protoclip.report.capture.PICTURED", 40)  # as in a larger data set
     flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4"]
     assert train([*TINY, *flags, "--val-frequency", "0.4"]) == 0
     run = tmp_path / "run"
@@ -466,6 +514,12 @@ def test_a_run_ends_with_its_report_and_its_path(
     snapshot = load_snapshot(run)
     assert snapshot is not None
     assert {"image", "text"} <= {block["name"] for block in snapshot.clusters}
+    with (run / "clusters.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) > 60
+    for block in snapshot.clusters:  # a card's number counts all of the data, pictured or not
+        sizes = Counter(row[block["name"]] for row in rows if row[block["name"]])
+        assert {str(card["cluster"]): card["samples"] for card in block["cards"]} == sizes
     assert snapshot.facts["memory_bytes"]["forward"] > 2**20
 
 

@@ -229,6 +229,22 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return Report(page.read_text())
 
 
+def test_the_answer_stands_above_and_every_table_can_be_opened(report: Report) -> None:
+    above, _, below = report.text.partition("<details>")
+    assert "1. **At equal CPU time**" in above
+    assert "Finished are 9 of the 11 runs that are compared, and 1 of tuning." in above
+    assert "|" not in above
+    assert below.count("<details>") + 1 == below.count("</details>") == below.count("<summary>")
+
+
+def test_without_two_seeds_there_is_no_answer_and_the_report_says_so() -> None:
+    runs = [made(study.CLIP, seed=0, value=0.5)]
+    wanted = {study.MLP: {study.CLIP: 3, study.PROTO: 3}}
+    text = study_report.section(runs, wanted, study.FLOORS, {})
+    assert text.startswith(study_report.NO_ANSWER)
+    assert "Finished are 1 of the 6 runs" in text
+
+
 def test_the_report_replaces_its_part_of_the_page_only(report: Report) -> None:
     assert report.text.startswith("above\n") and report.text.endswith("below\n")
     assert "\nold\n" not in report.text

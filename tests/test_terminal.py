@@ -2,6 +2,8 @@
 one."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +23,13 @@ def test_help_of_a_command(capsys, words):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 0 and "usage: protoclip report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["", "train --help"])
+def test_help_ends_quietly_when_nobody_reads_on(words):
+    command = f"{sys.executable} -m protoclip {words} | true"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_everyday_flags_exist_and_terms_are_explained():

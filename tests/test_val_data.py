@@ -154,6 +154,9 @@ def test_unreadable_pictures_are_left_out(table, tmp_path):
     bad = open_dataset(str(tmp_path / "pairs.csv"))
     assert own_layout(RunData(Subset(bad, [96, 96])), 0) is None
     assert own_layout(RunData(bad, Subset(bad, [0, 96, 1])), 0).test.keys[:] == bad.keys[:2]
+    few = Subset(bad, [0, *[96] * 200, 1])  # too few to replace the unreadable ones of a batch
+    for workers in (0, 2):
+        assert own_layout(RunData(bad, few), workers).test.keys[:] == bad.keys[:2]
 
 
 def layout_sizes(path):

@@ -55,7 +55,7 @@ def cases() -> Iterator[Case]:
         for depth in (64, 128, 256, 512):
             yield Case(arch, "prototypes", "soft", "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
-            yield Case(arch, "prototypes", "banks", dtype, depth)
+            yield Case(arch, "prototypes", "all", dtype, depth)
         yield Case(arch, "soft_targets", "own", "fp32", 512)
         yield Case(arch, "clusters", "own", "bf16", 512)
         for depth in (64, 128, 256, 512):
@@ -140,21 +140,21 @@ def _sigmoid_loss(case: Case, logit_scale: torch.Tensor) -> None:
 
 
 def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
-    """One bank; or two with all that can be asked for, the second with hard labels."""
+    """Both kinds of targets with all that can be asked for; or one kind and trained prototypes."""
     features = case.features(256)
     keys = case.features(2048)
     hard = case.features(0)
     soft = case.features(2048)
     labels = torch.zeros(256, dtype=torch.int64)
-    if case.form == "banks":
-        prototypes.prototype_cross_entropy_fwd(
-            features, [keys, keys], [soft, hard], [labels, labels], logit_scale,
-            need_grad=True, need_nearest=True, need_scale_gradient=True,
-        )  # fmt: skip
+    if case.form == "all":
+        for targets in (soft, hard):
+            prototypes.prototype_cross_entropy_fwd(
+                features, keys, targets, labels, logit_scale,
+                need_grad=True, need_nearest=True, need_scale_gradient=True,
+            )  # fmt: skip
         return
-    targets = hard if case.form == "hard" else soft
     forward = prototypes.prototype_cross_entropy_fwd(
-        features, [keys], [targets], [labels], logit_scale,
+        features, keys, hard if case.form == "hard" else soft, labels, logit_scale,
         need_grad=True, need_nearest=False, need_scale_gradient=False,
     )  # fmt: skip
     prototypes.prototype_cross_entropy_bwd(
@@ -162,9 +162,9 @@ def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
         keys,
         labels,
         logit_scale,
-        forward.row_max[0],
-        forward.row_sum[0],
-        weight=forward.loss[0],
+        forward.row_max,
+        forward.row_sum,
+        weight=forward.loss,
         hard=case.form == "hard",
     )
 

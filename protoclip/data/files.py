@@ -64,7 +64,7 @@ def local_copy(url: str) -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
             f"{url}: cannot be copied to {folder} ({reason}); check the address, the network, the "
-            "disk space (PROTOCLIP_CACHE sets another folder) and pip install protoclip[remote]"
+            "disk space (PROTOCLIP_CACHE sets another folder) and pip install -e '.[remote]'"
         ) from error
     return _copies[url]
 

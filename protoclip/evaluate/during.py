@@ -38,6 +38,7 @@ from protoclip.model import ProtoModel, autocast_for
 from protoclip.phases import Phases
 
 TRAINED = 1000  # training pairs that stand in for evaluation data
+BATCH = 64  # pairs that are tried at once
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
 
@@ -181,20 +182,35 @@ def only_readable(dataset: PairDataset, workers: int) -> PairDataset:
     own = own_slice(len(dataset))
     positions = torch.arange(own.start, own.stop)
     faults = Faults(dataset, 1.0, lambda _: None)
-    try:
-        draws = Draws(positions, seed=0)
-        stream = batches(dataset, draws, 64, _no_pixels, _no_tokens, workers=workers, faults=faults)
-        for _ in stream:
-            pass
-        unreadable = sorted(faults.positions)
-    except DataError:  # nothing in this slice can be read
-        unreadable = positions.tolist()
+    first = 0
+    while first < len(positions):
+        draws = Draws(positions, seed=0, start=first)
+        stream = batches(
+            dataset, draws, BATCH, _no_pixels, _no_tokens, workers=workers, faults=faults
+        )
+        try:
+            for _ in stream:
+                first += BATCH
+        except DataError:  # too few pairs can be read to replace the others of this batch
+            batch = positions[first : first + BATCH].tolist()
+            faults.positions.update(i for i in batch if not _is_readable(dataset, i))
+            first += BATCH
+    unreadable = sorted(faults.positions)
     bad = [position for part in gather_objects(unreadable) for position in part]
     if not bad:
         return dataset
     good = torch.ones(len(dataset), dtype=torch.bool)
     good[bad] = False
     return Subset(dataset, good.nonzero().flatten(), dataset.name)
+
+
+def _is_readable(dataset: PairDataset, i: int) -> bool:
+    try:
+        dataset.captions(i)
+        dataset.image(i)
+    except DataError:
+        return False
+    return True
 
 
 def _no_pixels(picture: Any) -> Tensor:

@@ -101,7 +101,8 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
 
 def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
     """The charts with the lines of some runs by name: finite points, or means of pieces."""
-    names = dict.fromkeys(name for series in runs.values() for name in series)
+    # A source has the same colour in all charts.
+    names = sorted(dict.fromkeys(name for series in runs.values() for name in series), key=_source)
     filled = []
     for kind in kinds:
         lines = []
@@ -116,8 +117,15 @@ def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
                 if len(points):
                     steps, values = points.T.tolist()
                     lines.append(Line(label, steps, values, number > 0))
-        filled += [kind._replace(lines=lines)] if lines else []
+        if any(len(line.steps) > 1 for line in lines):  # a single value is no curve
+            filled.append(kind._replace(lines=lines))
     return filled
+
+
+def _source(name: str) -> int:
+    """The place of a scalar's line among those of other sources of prototypes."""
+    prefixes = ("image_", "text_", "external_")
+    return next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), 0)
 
 
 def words_of(name: str) -> str:

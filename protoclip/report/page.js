@@ -14,7 +14,7 @@ function gallery(box) {
   let shown = 0;
   const card = one => {
     const head = make("p"), row = make("div", { className: "thumbs" }), words = make("ul");
-    head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} sample${one.samples === 1 ? "" : "s"}`);
+    head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} ${box.dataset.unit}${one.samples === 1 ? "" : "s"}`);
     for (const more of [one.class, one.words]) if (more) head.append(" · " + more);
     row.append(...(one.images ?? []).map(item => image(box.dataset.run, item.picture, item.caption)));
     words.append(...[...new Set(one.captions ?? one.names ?? [])].map(text => make("li", { textContent: text })));

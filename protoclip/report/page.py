@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup, escape
 
 from protoclip.config import parse_json
 from protoclip.data.files import plural, write_atomic
@@ -33,7 +34,7 @@ NAME = "report.html"
 ASSETS = Path(__file__).parent
 # Plain CLIP with the default settings, the mean over several seeds. After a change of the defaults
 # record it again: python -m benchmarks.record_baseline RUN ...
-RECORDED = ASSETS / "clip_baseline"
+RECORDED, RECORDED_NAME = ASSETS / "clip_baseline", "CLIP (recorded)"
 # Settings in which a run and its baseline may differ, besides those of the method.
 FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
@@ -77,14 +78,19 @@ class Run:
     def method(self) -> str:
         return str(self.config.get("method", ""))
 
+    @property
+    def label(self) -> str:
+        """Its name and method; the recorded baseline's name says its method."""
+        return self.name if self.name == RECORDED_NAME else f"{self.name} ({self.method})"
+
 
 def read_run(path: str | os.PathLike[str]) -> Run:
     """Read the files of a run folder, but no files they refer to; ValueError if one is damaged."""
     path = Path(path)
     file = path / "config.json"
     if not file.is_file():
-        inside = sorted(str(found.parent) for found in path.glob("*/config.json"))
-        hint = f"; did you mean {' '.join(inside[:3])}?" if inside else ""
+        folders = sorted(str(config.parent) for config in path.glob("*/config.json"))
+        hint = f"; did you mean {' '.join(folders[:3])}?" if folders else ""
         raise ValueError(f"report: expected a run folder of protoclip train, found no {file}{hint}")
     config: Any = None
     with contextlib.suppress(ValueError):
@@ -103,12 +109,14 @@ def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs differ only in the method: same data, encoder, steps and seed (any seed if
     the other is a mean over several)."""
 
-    def common(one: Mapping[str, Any]) -> Any:
-        parts = [one.get(section, {}).items() for section in ("data", "model", "optim")]
+    def common(settings: Mapping[str, Any]) -> Any:
+        parts = [settings.get(section, {}).items() for section in ("data", "model", "optim")]
         return [{key: value for key, value in part if key not in FREE} for part in parts]
 
-    seed, run = config.get("run", {}).get("seed"), other.get("run", {})
-    return common(config) == common(other) and ("seeds" in run or run.get("seed") == seed)
+    seed = config.get("run", {}).get("seed")
+    other_run = other.get("run", {})
+    same_seed = "seeds" in other_run or other_run.get("seed") == seed
+    return common(config) == common(other) and same_seed
 
 
 def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
@@ -116,7 +124,7 @@ def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
     with contextlib.suppress(ValueError, OSError):
         run = read_run(RECORDED)
         if comparable(config, run.config):
-            return replace(run, name="CLIP (recorded)")
+            return replace(run, name=RECORDED_NAME)
     return None
 
 
@@ -133,20 +141,20 @@ def find_baseline(runs: Sequence[Run]) -> Run | None:
 def answer(run: Run) -> str:
     """The run in one sentence: how many of 100 things it gets right, and how many guessing would;
     "" if it was not evaluated."""
-    for key, one in run.outcome.trained.items():
-        names = [name for name in one.metrics if name.endswith("/acc1")]
-        metric = next(iter(names), RETRIEVAL if RETRIEVAL in one.metrics else "")
-        if not metric or math.isnan(one.metrics[metric]):
+    for key, scores in run.outcome.trained.items():
+        names = [name for name in scores.metrics if name.endswith("/acc1")]
+        metric = next(iter(names), RETRIEVAL if RETRIEVAL in scores.metrics else "")
+        if not metric or math.isnan(scores.metrics[metric]):
             continue
         chance = math.nan
         if "chance" in run.outcome.floors:
             guess = run.outcome.floors["chance"].get(key, results.NOTHING)
             chance = guess.metrics.get(metric, math.nan)
         elif metric == RETRIEVAL:
-            chance = 1 / one.captions
+            chance = 1 / scores.captions
         digits = ".1g" if chance < 0.1 else ".0f"
         beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
-        right = f"{100 * one.metrics[metric]:.0f} of 100"
+        right = f"{100 * scores.metrics[metric]:.0f} of 100"
         builtin = run.outcome.data.startswith("builtin:")
         what = "drawings" if builtin else "pictures"
         if key == results.TRAIN:
@@ -157,7 +165,8 @@ def answer(run: Run) -> str:
             what += f" of {run.outcome.data}"
         if metric == RETRIEVAL:
             return (
-                f"It finds the caption of {right} {what} among {one.captions:,} captions{beside}."
+                f"It finds the caption of {right} {what} among {scores.captions:,} captions"
+                f"{beside}."
             )
         return f"It names {right} {what}{beside}."
     return ""
@@ -175,24 +184,24 @@ def best_floor(runs: Sequence[Run], key: str, metric: str) -> Floor | None:
     """The floor of a score, from the runs that have any; None where there is none."""
     if not metric.endswith(HEADLINE):
         return None
-    known: dict[str, float] = {}
+    floors: dict[str, float] = {}
     for run in reversed(runs):  # the baseline, which may have fewer, is the first
         for name, sets in run.outcome.beside.items():
             value = sets.get(key, results.NOTHING).metrics.get(metric, math.nan)
             if not math.isnan(value):
-                known.setdefault(name, value)
-    if not known:
+                floors.setdefault(name, value)
+    if not floors:
         return None
-    best = max(known, key=lambda name: known[name])
-    every = ", ".join(f"{name} {number(value)}" for name, value in known.items())
-    return Floor(known[best], best, every)
+    best = max(floors, key=lambda name: floors[name])
+    every = ", ".join(f"{name} {number(value)}" for name, value in floors.items())
+    return Floor(floors[best], best, every)
 
 
 def meaning(words: str) -> str:
     """What a row of a table says, from its words; "" if they are unknown."""
-    found = [text for term, text in MEANINGS.items() if re.search(rf"{re.escape(term)}\b", words)]
-    found += [f"{label}: {text}" for label, text in LABELS.items() if words.endswith(f" {label}")]
-    return "; ".join(found)
+    terms = [text for term, text in MEANINGS.items() if re.search(rf"{re.escape(term)}\b", words)]
+    terms += [f"{label}: {text}" for label, text in LABELS.items() if words.endswith(f" {label}")]
+    return "; ".join(terms)
 
 
 class Change(NamedTuple):
@@ -205,7 +214,7 @@ class Change(NamedTuple):
 
 def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     """The run's metric minus the other's; None where either lacks it."""
-    mine, theirs = (one.outcome.trained.get(key) for one in (run, other))
+    mine, theirs = run.outcome.trained.get(key), other.outcome.trained.get(key)
     if mine is None or theirs is None:
         return None
     value = mine.metrics.get(metric, math.nan) - theirs.metrics.get(metric, math.nan)
@@ -225,17 +234,22 @@ def verdict(run: Run, baseline: Run | None) -> str:
         clip = f"{path}-clip"
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
-            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with protoclip train "
-            f"--preset {path}/config.json --method clip --name {Path(clip).name}, then compare: "
-            f"protoclip report {clip} {path}"
+            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with `protoclip train "
+            f"--preset {path}/config.json --method clip --name {Path(clip).name}`, then compare: "
+            f"`protoclip report {clip} {path}`"
         )
-    found: dict[str, list[str]] = {"up": [], "down": [], "same": []}
-    for key, one in run.outcome.trained.items():
-        for metric, words in rows_of(one.metrics):
-            got = change(run, baseline, key, metric) if metric.endswith(HEADLINE) else None
-            if got is not None and got.half < math.inf:
-                found[got.kind].append(f"{words} ({one.title}, {number(got.value, '+')})")
-    better, worse, same = found.values()
+    better: list[str] = []
+    worse: list[str] = []
+    same: list[str] = []
+    for key, scores in run.outcome.trained.items():
+        for metric, words in rows_of(scores.metrics):
+            if not metric.endswith(HEADLINE):
+                continue
+            difference = change(run, baseline, key, metric)
+            if difference is None or difference.half == math.inf:
+                continue
+            entry = f"{words} ({scores.title}, {number(difference.value, '+')})"
+            {"up": better, "down": worse, "same": same}[difference.kind].append(entry)
     if not (better or worse or same):
         return f"{run.name} and {baseline.name} have no metric in common."
     head = "is ahead of" if better else "is behind" if worse else "cannot be told apart from"
@@ -243,7 +257,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
         head = "is better in some and worse in other numbers than"
     count = len(better + worse + same)
     text = (
-        f"{run.name} ({run.method}) {head} {baseline.name} ({baseline.method}): of {count} "
+        f"{run.label} {head} {baseline.label}: of {count} "
         f"headline numbers {len(better)} are better, {len(worse)} worse, {len(same)} within chance "
         f"(95 % intervals, one seed of the run, {baseline.outcome.seeds} of the baseline); by "
         f"chance {0.025 * count:.1f} are expected each way."
@@ -252,6 +266,19 @@ def verdict(run: Run, baseline: Run | None) -> str:
         if names:
             text += f" {word}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}."
     return text
+
+
+def as_html(words: str) -> Markup:
+    """The words of a terminal as a page shows them: with arrows, and commands in their own type."""
+    text = str(escape(words.replace("->", "→")))
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", text))
+
+
+def unit_of(run: Run) -> str:
+    """What a cluster has many of."""
+    if run.config:
+        return "sample"
+    return "picture" if run.snapshot.plane.get("pictures") or run.snapshot.pictures else "row"
 
 
 def collapse_of(run: Run) -> str:
@@ -306,19 +333,20 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     environment.filters.update(
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
         plural=plural,
+        as_html=as_html,
         chart=figures.chart_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
         pretty=lambda value: json.dumps(value, indent=2),
-        rows=lambda one: rows_of(one.metrics),
+        rows=lambda scores: rows_of(scores.metrics),
     )
     baseline = find_baseline(runs)
-    own = [run for run in runs if run is not baseline]
-    columns = [baseline, *own] if baseline else own
+    compared = [run for run in runs if run is not baseline]
+    columns = [baseline, *compared] if baseline else compared
     # Without prototypes nothing uses their scale.
     unused = {run.name: "logit_scale_proto" if run.method == "clip" else "" for run in runs}
     series = {
-        run.name: {name: x for name, x in run.series.items() if name != unused[run.name]}
+        run.name: {name: points for name, points in run.series.items() if name != unused[run.name]}
         for run in runs
     }
     floors = next((run.outcome.floors for run in runs if run.outcome.floors), {})
@@ -326,7 +354,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
     sets: dict[str, SetResults] = {}
     for run in columns:
         sets = {**run.outcome.trained, **sets}
-    rows = [words for one in sets.values() for _, words in rows_of(one.metrics)]
+    rows = [words for scores in sets.values() for _, words in rows_of(scores.metrics)]
     terms = {
         term: text
         for term, text in (MEANINGS | LABELS).items()
@@ -346,7 +374,8 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         baseline=baseline,
         recorded=baseline if baseline and baseline.path == RECORDED else None,
         columns=columns,
-        said=said or [verdict(run, baseline) for run in own] + warnings,
+        said=said or [verdict(run, baseline) for run in compared] + warnings,
+        unit=unit_of(runs[0]),
         sets=sets,
         beside=runs[0].outcome.beside if len(runs) == 1 else floors,
         floors={**results.FLOORS, "untrained": "the model before its first step"},

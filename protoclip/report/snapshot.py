@@ -28,7 +28,7 @@ from torch import Tensor
 
 from protoclip.config import parse_json
 from protoclip.data import PairDataset, Subset
-from protoclip.data.files import printable, write_atomic
+from protoclip.data.files import plural, printable, write_atomic
 from protoclip.evaluate.tasks import EvalSet
 from protoclip.lloyd import kmeans
 from protoclip.model import Encoded
@@ -41,6 +41,8 @@ CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters per source, and nearest sampl
 PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
 SHEET = 16  # clusters on the contact sheet
 WORDS, VOCABULARY = 5, 20_000  # words per cluster, and in all captions
+COMMON = 0.1  # of a cluster's captions have each of its words; rarer ones do not describe it
+MOSTLY = 0.25  # of a cluster: a class with a smaller share does not describe it
 ASKED, SHOWN = 400, 4  # queries that are evaluated, and shown of each kind
 CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
 LANDMARKS = 300
@@ -61,6 +63,8 @@ class Samples:
     encoded: Encoded  # u, [N, D] each, for the map
     projected: Encoded  # h, [N, Dh] each, the space of the prototypes
     clusters: Mapping[str, Tensor]  # source -> int64 [N], negative: no prototype
+    # source -> int64 [K], the clusters' sizes, where the N samples are a part of the data
+    sizes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,9 +180,10 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
     for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
         labels = samples.clusters[name].cpu()
         if bool((labels >= 0).any()):
-            near = {kind: nearness(own, labels) for kind, own in rows.items()}
+            near = {kind: nearness(features, labels) for kind, features in rows.items()}
             about = {"name": name, "of": SOURCES.get(name, "the external teacher's features")}
-            blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs))
+            sizes = samples.sizes.get(name)
+            blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs, sizes))
     return blocks
 
 
@@ -190,7 +195,11 @@ def nearness(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def cluster_block(
-    dataset: PairDataset, labels: Tensor, near: Mapping[str, Tensor], thumbs: Thumbnails
+    dataset: PairDataset,
+    labels: Tensor,
+    near: Mapping[str, Tensor],
+    thumbs: Thumbnails,
+    sizes: Tensor | None = None,
 ) -> dict[str, Any]:
     """Numbers of a clustering, and a card for each cluster, from the largest to the smallest.
 
@@ -199,11 +208,15 @@ def cluster_block(
         labels: int64 [N], negative: in no cluster.
         near: what to show ("images", "captions", "names") -> [N], larger is nearer.
         thumbs: collects the pictures.
+        sizes: int64 [K], samples of each cluster in all of the data; None: as in ``labels``.
     """
-    kept = labels >= 0
-    counts = torch.bincount(labels[kept])
-    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
-    first = len(labels) - int(kept.sum()) + counts.cumsum(0) - counts  # row in the sorted samples
+    clustered = labels >= 0
+    if sizes is None:
+        sizes = torch.bincount(labels[clustered])
+    counts = torch.bincount(labels[clustered], minlength=len(sizes))  # those that can be shown
+    order = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
+    before = len(labels) - int(clustered.sum())  # rows without a cluster are sorted to the front
+    first = before + counts.cumsum(0) - counts
     ranked = {kind: np.lexsort((-x.numpy(), labels.numpy())) for kind, x in near.items()}
     words = words_of_clusters(dataset, labels) if "captions" in near else {}
     images = min(IMAGES, max(1, PICTURES // len(order)))
@@ -213,25 +226,29 @@ def cluster_block(
         "captions": partial(caption_of, dataset),
         "names": lambda i: printable(dataset.keys[i]),
     }
-    known = next(iter(dataset.labels.values()), None)
+    classes = next(iter(dataset.labels.values()), None)
     cards = []
     for number, cluster in enumerate(order[:CARDS].tolist()):
         if (number + 1) * images > PICTURES:
             most["images"] = 0
-        own = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
-        card: dict[str, Any] = {"cluster": cluster, "samples": int(counts[cluster])}
+        members = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
+        card: dict[str, Any] = {"cluster": cluster, "samples": int(sizes[cluster])}
         card["words"] = words.get(cluster, "")
-        if known is not None:
-            times = torch.bincount(known.ids[next(iter(ranked.values()))[own]])
-            card["class"] = f"{times.max() / times.sum():.0%} {known.names[int(times.argmax())]}"
+        if classes is not None and counts[cluster] > 0:
+            times = torch.bincount(classes.ids[next(iter(ranked.values()))[members]])
+            if (share := float(times.max() / times.sum())) >= MOSTLY:
+                card["class"] = f"{share:.0%} are {classes.names[int(times.argmax())]}"
         for kind, rows in ranked.items():
-            card[kind] = [show[kind](i) for i in rows[own][: most[kind]].tolist()]
+            card[kind] = [show[kind](i) for i in rows[members][: most[kind]].tolist()]
         cards.append(card)
     return {
         "clusters": len(order),
-        "smallest": int(counts[order[-1]]),
-        "largest": int(counts[order[0]]),
-        "purity": {key: purity(labels[kept], own.ids[kept]) for key, own in dataset.labels.items()},
+        "smallest": int(sizes[order[-1]]),
+        "largest": int(sizes[order[0]]),
+        "purity": {
+            name: purity(labels[clustered], classes.ids[clustered])
+            for name, classes in dataset.labels.items()
+        },
         "cards": cards,
     }
 
@@ -250,28 +267,41 @@ def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
 
 
 def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
-    """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere."""
+    """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere.
+
+    A word of a single caption says nothing of the others: each stands in ``COMMON`` of them and,
+    unless the cluster has but one, in two. A cluster without such a word has no entry.
+    """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(
-        stop_words="english", token_pattern=r"[^\W\d_]{2,}", max_features=VOCABULARY
+        stop_words="english",
+        token_pattern=r"[^\W\d_]{2,}",
+        max_features=VOCABULARY,
+        binary=True,
     )
-    kept = (labels >= 0).nonzero().flatten().numpy()
+    clustered = (labels >= 0).nonzero().flatten().numpy()
     try:
-        times = counter.fit_transform(dataset.captions(i)[0] for i in kept.tolist())
+        times = counter.fit_transform(dataset.captions(i)[0] for i in clustered.tolist())
     except ValueError:  # stop words only
         return {}
-    member = csr_matrix((np.ones(len(kept)), (labels.numpy()[kept], np.arange(len(kept)))))
-    own = (member @ times).tocsr()  # [K, words]
-    rarity = np.log1p(own.sum() / own.shape[0] / np.asarray(own.sum(axis=0)).ravel())
-    names, found = counter.get_feature_names_out(), {}
-    for cluster in np.flatnonzero(np.diff(own.indptr)).tolist():
-        row = slice(own.indptr[cluster], own.indptr[cluster + 1])
-        score = own.data[row] * rarity[own.indices[row]]
-        best = own.indices[row][np.argsort(-score, kind="stable")[:WORDS]]
-        found[cluster] = ", ".join(names[best])
-    return found
+    count = len(clustered)
+    member = csr_matrix((np.ones(count), (labels.numpy()[clustered], np.arange(count))))
+    sizes = np.asarray(member.sum(axis=1)).ravel()
+    captions = (member @ times).tocsr()  # [K, words]: captions of the cluster with the word
+    rarity = np.log1p(captions.sum() / len(sizes) / np.asarray(captions.sum(axis=0)).ravel())
+    names = counter.get_feature_names_out()
+    words: dict[int, str] = {}
+    for cluster in np.flatnonzero(np.diff(captions.indptr)).tolist():
+        row = slice(captions.indptr[cluster], captions.indptr[cluster + 1])
+        having, column = captions.data[row], captions.indices[row]
+        common = having >= max(min(2, sizes[cluster]), COMMON * sizes[cluster])
+        score = having[common] * rarity[column[common]]
+        best = column[common][np.argsort(-score, kind="stable")[:WORDS]]
+        if len(best):
+            words[cluster] = ", ".join(names[best])
+    return words
 
 
 def plane(
@@ -285,12 +315,11 @@ def plane(
     if sum(map(len, parts)) < 15:
         return {}
     places = lay_out(torch.cat([part - part.mean(0) for part in parts]))  # [N or 2N, 2]
-    labels = {key: (own.ids, list(own.names)) for key, own in samples.dataset.labels.items()}
-    labels |= {f"cluster ({key})": (ids, []) for key, ids in samples.clusters.items()}
     colours = {
-        key: {"ids": _base64(ids.cpu().numpy().astype("<i4")), "names": names}
-        for key, (ids, names) in labels.items()
+        name: _colours(classes.ids, classes.names)
+        for name, classes in samples.dataset.labels.items()
     }
+    colours |= {f"cluster ({name})": _colours(ids) for name, ids in samples.clusters.items()}
     words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
     pictures: list[int] = []
     if thumbs and reads:
@@ -299,6 +328,11 @@ def plane(
         pictures = [thumbs.number(samples.dataset, i) for i in range(n)]
     xy = _base64((places * 65535).round().numpy().astype("<u2"))
     return {"n": n, "xy": xy, "by": colours, "words": words, "pictures": pictures}
+
+
+def _colours(ids: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What the dots of the map are coloured by."""
+    return {"ids": _base64(ids.cpu().numpy().astype("<i4")), "names": list(names)}
 
 
 def lay_out(points: Tensor, seed: int = 0) -> Tensor:
@@ -321,10 +355,10 @@ def lay_out(points: Tensor, seed: int = 0) -> Tensor:
     return (places - low) / (high - low).clamp_min(1e-9)
 
 
-def geometry(one: EvalSet) -> dict[str, Any]:
+def geometry(judged: EvalSet) -> dict[str, Any]:
     """The modality gap and two histograms: cosines, and features along the gap."""
-    image, text = _unit(one.image), _unit(one.text)
-    matching = image[one.owner.cpu()]
+    image, text = _unit(judged.image), _unit(judged.text)
+    matching = image[judged.owner.cpu()]
     others = text.roll(max(1, len(text) // 3), 0)
     gap = image.mean(0) - text.mean(0)
     direction = F.normalize(gap, dim=0)
@@ -342,14 +376,14 @@ def _histogram(*parts: Tensor) -> dict[str, Any]:
     return {"edges": edges.tolist(), "shares": shares}
 
 
-def confusions(one: EvalSet) -> list[dict[str, Any]]:
+def confusions(judged: EvalSet) -> list[dict[str, Any]]:
     """Zero-shot confusions of the classes, for every label with class vectors."""
-    found = []
-    for label, vectors in one.class_vectors.items():
-        rows, known = one.among(label)
-        ids, names = known.ids.cpu(), list(known.names)
+    entries = []
+    for label, vectors in judged.class_vectors.items():
+        rows, classes = judged.among(label)
+        ids, names = classes.ids.cpu(), list(classes.names)
         count = len(names)
-        images = _unit(one.image[rows])
+        images = _unit(judged.image[rows])
         guesses = torch.cat([(x @ _unit(vectors).T).argmax(1) for x in images.split(4096)])
         table = torch.bincount(ids * count + guesses, minlength=count**2).view(count, count)
         entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
@@ -359,60 +393,65 @@ def confusions(one: EvalSet) -> list[dict[str, Any]]:
             times, places = table.fill_diagonal_(0).flatten().topk(WORST)
             pairs = zip(times.tolist(), places.tolist(), strict=True)
             entry["worst"] = [(*divmod(place, count), n) for n, place in pairs if n]
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
-def named(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> dict[str, Any]:
+def named(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> dict[str, Any]:
     """Ten images of an evaluation set, each with the nearest names of its first label's classes;
     {} without at least as many classes. Built-in icons have a fixed list, other data every n-th."""
-    for label, vectors in one.class_vectors.items():
+    for label, vectors in judged.class_vectors.items():
         if len(vectors) < NAMES:
             continue
-        rows, known = one.among(label)
-        ids = dict(zip(rows.tolist(), known.ids.tolist(), strict=True))
+        rows, classes = judged.among(label)
+        ids = dict(zip(rows.tolist(), classes.ids.tolist(), strict=True))
         unseen = {f"lucide/{name}" for name in UNSEEN}
         chosen = [i for i, key in enumerate(dataset.keys) if key in unseen and i in ids]
         if not chosen:
             chosen = every(rows, len(UNSEEN)).tolist()
-        scores = _unit(one.image[chosen]) @ _unit(vectors).T
+        scores = _unit(judged.image[chosen]) @ _unit(vectors).T
         shown = []
         for i, best in zip(chosen, scores.topk(NAMES, dim=1).indices.tolist(), strict=True):
-            answers = [{"caption": known.names[k], "hit": k == ids[i]} for k in best]
-            own = known.names[ids[i]]
+            answers = [{"caption": classes.names[k], "hit": k == ids[i]} for k in best]
             query = thumbs.item(dataset, i, side=LARGE)
-            shown.append({"query": query, "answers": answers, "own": own})
+            shown.append({"query": query, "answers": answers, "own": classes.names[ids[i]]})
         return {"label": label, "classes": len(vectors), "shown": shown}
     return {}
 
 
-def retrieval(dataset: PairDataset, one: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
+def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """Right and wrong answers in both directions, spread evenly over the evaluation set."""
-    owner, image, text = one.owner.cpu(), _unit(one.image), _unit(one.text)
+    owner, image, text = judged.owner.cpu(), _unit(judged.image), _unit(judged.text)
 
-    def caption(j: int, asked: int) -> dict[str, Any]:
-        """Text row ``j``; the k-th row of a picture is its k-th caption."""
-        i = int(owner[j])
-        return {"caption": caption_of(dataset, i, int((owner[:j] == i).sum())), "hit": i == asked}
+    def caption(row: int, right: int) -> dict[str, Any]:
+        """The k-th text row of a picture is its k-th caption."""
+        i = int(owner[row])
+        k = int((owner[:row] == i).sum())
+        return {"caption": caption_of(dataset, i, k), "hit": i == right}
 
-    def picture(i: int, asked: int) -> dict[str, Any]:
-        return thumbs.item(dataset, i, i == asked)
+    def picture(row: int, right: int) -> dict[str, Any]:
+        return thumbs.item(dataset, row, row == right)
 
     groups = []
     for to, queries, answers in (("caption", image, text), ("image", text, image)):
         asked = every(torch.arange(len(queries)), ASKED)
         best = (queries[asked] @ answers.T).topk(min(5, len(answers)), dim=1).indices  # [Q, 5]
-        wanted, found = (asked, owner[best]) if to == "caption" else (owner[asked], best)
-        ask, answer = (picture, caption) if to == "caption" else (caption, picture)
+        if to == "caption":
+            show_query, show_answer = picture, caption
+            right, answered = asked, owner[best]  # pictures: the right one, and those answered
+        else:
+            show_query, show_answer = caption, picture
+            right, answered = owner[asked], best
         for correct in (True, False):
-            rows = ((found[:, 0] == wanted) == correct).nonzero().flatten()
+            rows = ((answered[:, 0] == right) == correct).nonzero().flatten()
             shown = []
             for row in every(rows, SHOWN).tolist():
-                own = int(wanted[row])
-                answered = [answer(j, own) for j in best[row].tolist()]
-                missed = not any(item["hit"] for item in answered)
-                query, pair = ask(int(asked[row]), own), picture(own, own) if missed else None
-                shown.append({"query": query, "answers": answered, "right": pair})
+                pair = int(right[row])
+                query = show_query(int(asked[row]), pair)
+                items = [show_answer(j, pair) for j in best[row].tolist()]
+                missed = not any(item["hit"] for item in items)
+                own_picture = picture(pair, pair) if missed else None
+                shown.append({"query": query, "answers": items, "right": own_picture})
             numbers = {"share": len(rows) / len(asked), "asked": len(asked)}
             groups.append({"to": to, "correct": correct, **numbers, "queries": shown})
     return groups
@@ -424,12 +463,12 @@ def environment() -> dict[str, Any]:
 
     cpu = platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = found[1] if found else cpu
+        named_model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = named_model[1] if named_model else cpu
     return {
         "protoclip": protoclip.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": f"{cpu}, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu}, {plural(torch.get_num_threads(), 'thread')}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
