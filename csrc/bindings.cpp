@@ -47,8 +47,9 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::sigmoid_loss));
   m.def(
-      "prototype_cross_entropy_fwd(Tensor features, Tensor[] prototypes, Tensor[] targets,"
-      " Tensor[] labels, Tensor logit_scale, bool need_grad, bool need_nearest)"
+      "prototype_cross_entropy_fwd(Tensor features, Tensor prototypes, Tensor targets, Tensor "
+      "labels,"
+      " Tensor logit_scale, bool need_grad, bool need_nearest)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::prototype_cross_entropy_fwd));
   m.def(

@@ -159,7 +159,8 @@ std::pair<SideStatistics, SideStatistics> forward(const Inputs& in, const Pairs&
                                                   float* positive = nullptr) {
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
-    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.scale), pairs, columns, stash);
+    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.logit_scale), pairs, columns,
+                                                     stash);
     statistics.run(positive);
     return std::make_pair(statistics.rows(), statistics.columns());
   });
@@ -172,7 +173,7 @@ GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, 
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Pass = GradientPass<decltype(a)::value>;
     using Input = typename Operands<decltype(a)::value>::Input;
-    return Pass::run(strip, epilogue, in.scale, true, out.dx.mutable_data_ptr<Input>(),
+    return Pass::run(strip, epilogue, in.logit_scale, true, out.dx.mutable_data_ptr<Input>(),
                      out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, stash);
   });
 }
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
                     column_weight.to(at::kFloat).contiguous(), in.y.size(0));
   const DiagonalPairs pairs{offset};
   const SoftmaxGradient<DiagonalPairs> epilogue{row, column, column_max.numel() > 0,
-                                                Base2(in.scale), pairs};
+                                                Base2(in.logit_scale), pairs};
   Gradients out(in);
   const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
@@ -250,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
       row,
       column,
       column_statistics.numel() > 0,
-      Base2(in.scale),
+      Base2(in.logit_scale),
       pairs,
       pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr};
   Gradients out(in);
@@ -260,8 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
 
 namespace {
 
-// ---- the sigmoid loss: sum of softplus(-z (scale x.y + bias)), z = 1 at positives, else -1 ----
-// No row or column statistics, so loss and gradients come from one pass: 3 products, not 4.
+// ---- the sigmoid loss: sum of softplus(-z (logit_scale x.y + bias)), z = 1 at positives, else -1
+// ---- No row or column statistics, so loss and gradients come from one pass: 3 products, not 4.
 
 // log(1 + u) for u in [0, 1], as 2 atanh(z): relative error below 1e-7.
 inline Floats log1p(Floats u) {
@@ -273,7 +274,7 @@ inline Floats log1p(Floats u) {
 
 template <typename Pairs>
 struct SigmoidGradient {
-  float scale_, bias_;
+  float logit_scale_, bias_;
   const Pairs& pairs_;
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
@@ -292,7 +293,7 @@ struct SigmoidGradient {
           if (0 <= positive && positive < kLanes) sign[positive] = -1.f;
         }
         for (int64_t lane = range.columns - j; lane < kLanes; ++lane) dot[lane] = used[lane] = 0.f;
-        const Floats v = sign * (dot * scale_ + bias_);  // a logit that should be low
+        const Floats v = sign * (dot * logit_scale_ + bias_);  // a logit that should be low
         const Floats size = v < 0.f ? -v : v;
         const Floats u = exp2(size * -kLog2E), inverse = 1.f / (1.f + u);
         const Floats g = sign * used * (v < 0.f ? u * inverse : inverse);
@@ -310,11 +311,11 @@ struct SigmoidGradient {
 template <typename Pairs>
 GradientSums sigmoid(const Inputs& in, float bias, const Pairs& pairs, bool gradients,
                      Gradients& out) {
-  const SigmoidGradient<Pairs> epilogue{in.scale, bias, pairs};
+  const SigmoidGradient<Pairs> epilogue{in.logit_scale, bias, pairs};
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Input = typename Operands<decltype(a)::value>::Input;
-    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.scale, gradients,
+    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.logit_scale, gradients,
                                                  out.dx.mutable_data_ptr<Input>(),
                                                  out.dy.mutable_data_ptr<Input>());
   });

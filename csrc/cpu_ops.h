@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     bool same_positive);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
-    const Tensor& features, at::TensorList prototypes, at::TensorList targets,
-    at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest);
+    const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
+    const Tensor& logit_scale, bool need_grad, bool need_nearest);
 Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,

@@ -1,5 +1,5 @@
-// Prototype cross-entropy on the CPU, losses and gradients of several banks and the gradient of
-// trainable prototypes, and soft targets. Contract: ops/prototypes.py.
+// Prototype cross-entropy on the CPU, its losses and gradients and the gradient of trainable
+// prototypes, and soft targets. Contract: ops/prototypes.py.
 #include <ATen/ops/empty.h>
 
 #include <vector>
@@ -14,27 +14,18 @@ constexpr const char* kOp = "prototype_cross_entropy";
 constexpr int64_t kLeftOut = -100;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// What is written for each sample; gradient and scale are null where not asked for, as is nearest.
+// What is written for each sample; the gradients are null where not asked for, as is nearest.
 struct RowOutputs {
-  float *loss, *max, *sum, *gradient, *scale;
+  float *loss, *gradient;
   int64_t* nearest;
+  float *row_max, *row_sum, *scale_gradient;
   int64_t d;  // width of gradient
-
-  RowOutputs(const std::vector<Tensor>& out, int64_t bank)
-      : loss(at_bank(out[0], bank)),
-        max(at_bank(out[3], bank)),
-        sum(at_bank(out[4], bank)),
-        gradient(at_bank(out[1], bank)),
-        scale(at_bank(out[5], bank)),
-        nearest(out[2].size(1) == 0 ? nullptr
-                                    : out[2].mutable_data_ptr<int64_t>() + bank * out[2].size(1)),
-        d(out[1].size(2)) {}
-
- private:
-  static float* at_bank(const Tensor& t, int64_t bank) {
-    return t.size(1) == 0 ? nullptr : t.mutable_data_ptr<float>() + bank * t.stride(0);
-  }
 };
+
+template <typename T>
+T* data_or_null(const Tensor& t) {
+  return t.size(0) == 0 ? nullptr : t.mutable_data_ptr<T>();
+}
 
 template <typename Input>
 float dot(const Input* a, const Input* b, int64_t n) {
@@ -57,22 +48,22 @@ struct FinishRow {
   const Input* targets;
   int64_t ld_targets;
   bool hard;
-  float scale;
+  float logit_scale;
   RowOutputs out;
 
   void operator()(int64_t row, const RowState& state, float positive, const float* acc) const {
-    out.max[row] = state.max;
-    out.sum[row] = static_cast<float>(state.sum);
+    out.row_max[row] = state.max;
+    out.row_sum[row] = static_cast<float>(state.sum);
     if (out.nearest != nullptr) out.nearest[row] = state.best;
     float* gradient = out.gradient == nullptr ? nullptr : out.gradient + row * out.d;
     if (labels[row] == kLeftOut) {
       out.loss[row] = 0.f;
-      if (out.scale != nullptr) out.scale[row] = 0.f;
+      if (out.scale_gradient != nullptr) out.scale_gradient[row] = 0.f;
       if (gradient != nullptr) std::fill_n(gradient, out.d, 0.f);
       return;
     }
     const Input *h = features + row * ld, *target = targets + labels[row] * ld_targets;
-    if (!hard) positive = Base2(scale)(broadcast(dot(h, target, out.d)))[0];
+    if (!hard) positive = Base2(logit_scale)(broadcast(dot(h, target, out.d)))[0];
     // A logit of -inf weighs nothing, but 0 * -inf in `logits` keeps it visible.
     out.loss[row] = static_cast<float>(kLn2 * (std::log2(state.sum) + (state.max - positive)) +
                                        0. * state.logits);
@@ -85,8 +76,9 @@ struct FinishRow {
     }
     // From the logits, which no rounding of the weights touches; a scale of 0 leaves none.
     const double difference = state.logits / state.sum - positive;
-    out.scale[row] =
-        std::abs(scale) < 1e-30f ? product : static_cast<float>(difference / (scale * kLog2E));
+    out.scale_gradient[row] = std::abs(logit_scale) < 1e-30f
+                                  ? product
+                                  : static_cast<float>(difference / (logit_scale * kLog2E));
   }
 };
 
@@ -101,45 +93,47 @@ Tensor checked_labels(const Tensor& labels, int64_t k) {
 }
 
 template <Arithmetic A>
-void forward_bank(const Tensor& h, const Tensor& prototypes, const Tensor& targets,
-                  const Tensor& labels, bool hard, float scale, const RowOutputs& out) {
+void forward(const Tensor& h, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
+             bool hard, float logit_scale, const RowOutputs& out) {
   using Input = typename Operands<A>::Input;
   const Strip<A> strip(h, prototypes);
   const int64_t* y = labels.const_data_ptr<int64_t>();
   const Input* values = out.gradient == nullptr ? nullptr : strip.y;
-  Attention<A> attention(strip, values, strip.d, strip.ld_y, hard ? y : nullptr, Base2(scale));
+  Attention<A> attention(strip, values, strip.d, strip.ld_y, hard ? y : nullptr,
+                         Base2(logit_scale));
   const int64_t ld_targets = std::max<int64_t>(targets.stride(0), strip.d);
   attention.run(FinishRow<Input>{strip.x, strip.ld_x, y, targets.const_data_ptr<Input>(),
-                                 ld_targets, hard, scale, out});
+                                 ld_targets, hard, logit_scale, out});
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
-    const Tensor& features, at::TensorList prototypes, at::TensorList targets,
-    at::TensorList labels, const Tensor& logit_scale, bool need_grad, bool need_nearest) {
-  const int64_t banks = prototypes.size(), n = features.size(0), d = features.size(1);
+    const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
+    const Tensor& logit_scale, bool need_grad, bool need_nearest) {
+  const int64_t n = features.size(0), d = features.size(1), graded = need_grad ? n : 0;
   const auto fp32 = at::TensorOptions(at::kFloat);
-  const int64_t with_grad = need_grad ? n : 0, with_nearest = need_nearest ? n : 0;
-  const std::vector<Tensor> out{at::empty({banks, n}, fp32),
-                                at::empty({banks, with_grad, d}, fp32),
-                                at::empty({banks, with_nearest}, at::kLong),
-                                at::empty({banks, n}, fp32),
-                                at::empty({banks, n}, fp32),
-                                at::empty({banks, with_grad}, fp32)};
-  const float s = logit_scale.item<float>();
-  const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
-  const Tensor rows = prepare(features, arithmetic);
-  for (int64_t b = 0; b < banks && n > 0; ++b) {
-    const Tensor y = checked_labels(labels[b], prototypes[b].size(0));
-    const Tensor c = prepare(prototypes[b], arithmetic);
-    const bool hard = targets[b].size(0) == 0;
-    const Tensor m = hard ? c : prepare(targets[b], arithmetic);
-    dispatch_arithmetic(arithmetic, [&](auto a) {
-      forward_bank<decltype(a)::value>(rows, c, m, y, hard, s, RowOutputs(out, b));
-    });
+  const Tensor loss = at::empty({n}, fp32), gradient = at::empty({graded, d}, fp32),
+               nearest = at::empty({need_nearest ? n : 0}, at::kLong), max = at::empty({n}, fp32),
+               sum = at::empty({n}, fp32), scale_gradient = at::empty({graded}, fp32);
+  if (n > 0) {
+    const RowOutputs out{data_or_null<float>(loss),
+                         data_or_null<float>(gradient),
+                         data_or_null<int64_t>(nearest),
+                         data_or_null<float>(max),
+                         data_or_null<float>(sum),
+                         data_or_null<float>(scale_gradient),
+                         d};
+    const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
+    const Tensor h = prepare(features, arithmetic), c = prepare(prototypes, arithmetic);
+    const Tensor y = checked_labels(labels, prototypes.size(0));
+    const bool hard = targets.size(0) == 0;
+    const Tensor m = hard ? c : prepare(targets, arithmetic);
+    const float scale = logit_scale.item<float>();
+    dispatch_arithmetic(arithmetic,
+                        [&](auto a) { forward<decltype(a)::value>(h, c, m, y, hard, scale, out); });
   }
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+  return {loss, gradient, nearest, max, sum, scale_gradient};
 }
 
 namespace {

@@ -1,5 +1,5 @@
 // One pass over the logits of a strip, x [N, D] against y [M, D], tile by tile, that forms
-// G = dloss/dlogits and multiplies it on: dx = scale G y, dy = scale G^T x.
+// G = dloss/dlogits and multiplies it on: dx = logit_scale G y, dy = logit_scale G^T x.
 //
 // Rows go in waves. Within a wave the columns are split into groups, the parallel tasks: a group
 // owns its rows of dy and adds up its own part of the wave's dx; the parts are summed in order
@@ -48,12 +48,12 @@ auto dispatch_arithmetic(Arithmetic arithmetic, const F& f) {
 
 struct Inputs {
   at::Tensor x, y;
-  float scale;
+  float logit_scale;
   Arithmetic arithmetic;
 
   // With an offset row i belongs to column i + offset.
-  Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& scale_in,
-         std::optional<int64_t> row_offset = {}) {
+  Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in,
+         const at::Tensor& logit_scale_in, std::optional<int64_t> row_offset = {}) {
     const int64_t offset = row_offset.value_or(0);
     TORCH_CHECK(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1), op,
                 ": expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ", y_in.sizes());
@@ -66,7 +66,7 @@ struct Inputs {
     arithmetic = arithmetic_of(x_in.scalar_type());
     x = prepare(x_in, arithmetic);
     y = prepare(y_in, arithmetic);
-    scale = scale_in.item<float>();
+    logit_scale = logit_scale_in.item<float>();
   }
 
   template <typename F>
@@ -160,10 +160,10 @@ class GradientPass {
   // statistics of the logits, `chain` is that of the products behind them. Products in the `stash`
   // are read, not formed.
   template <typename Epilogue>
-  static GradientSums run(const Strip<A>& strip, const Epilogue& epilogue, float scale,
+  static GradientSums run(const Strip<A>& strip, const Epilogue& epilogue, float logit_scale,
                           bool gradients, Input* dx, Input* dy, int64_t chain = kDefaultChain,
                           Stash stash = {}) {
-    GradientPass pass(strip, scale, gradients, dx, dy, chain, stash);
+    GradientPass pass(strip, logit_scale, gradients, dx, dy, chain, stash);
     GradientSums total;
     for (int64_t row = 0; row < strip.n; row += pass.wave_)
       total += pass.wave(row, std::min(pass.wave_, strip.n - row), epilogue);
@@ -184,10 +184,10 @@ class GradientPass {
           s_t(kRows * kColumns) {}
   };
 
-  GradientPass(const Strip<A>& strip, float scale, bool gradients, Input* dx, Input* dy,
+  GradientPass(const Strip<A>& strip, float logit_scale, bool gradients, Input* dx, Input* dy,
                int64_t chain, Stash stash)
       : strip_(strip),
-        scale_(scale),
+        logit_scale_(logit_scale),
         gradients_(gradients),
         dx_(dx),
         dy_(dy),
@@ -328,20 +328,20 @@ class GradientPass {
     });
   }
 
-  // out = scale * (the sum of `parts` arrays, `stride` apart); out may be the first of them.
+  // out = logit_scale * (the sum of `parts` arrays, `stride` apart); out may be the first of them.
   void add_parts(const float* in, int64_t stride, int64_t parts, int64_t count, Input* out) const {
     int64_t e = 0;
     for (; e + kLanes <= count; e += kLanes) {
       Floats total = load(in + e);
       for (int64_t p = 1; p < parts; ++p) total += load(in + p * stride + e);
       alignas(64) float scaled[kLanes];
-      store(scaled, total * scale_);
+      store(scaled, total * logit_scale_);
       narrow(scaled, kLanes, out + e);
     }
     for (; e < count; ++e) {
       float total = in[e];
       for (int64_t p = 1; p < parts; ++p) total += in[p * stride + e];
-      out[e] = static_cast<Input>(scale_ * total);
+      out[e] = static_cast<Input>(logit_scale_ * total);
     }
   }
 
@@ -349,7 +349,7 @@ class GradientPass {
   static void narrow(const float* in, int64_t count, BFloat16* out) { to_bf16(in, count, out); }
 
   const Strip<A>& strip_;
-  float scale_;
+  float logit_scale_;
   bool gradients_;
   Input *dx_, *dy_;
   int64_t chain_;

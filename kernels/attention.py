@@ -1,7 +1,7 @@
 """Attention form of the prototype loss: streaming softmax over keys, values summed as we go.
 
-For each query row q_i: products s_ik = sign(scale) q_i.k_k, step = |scale| log2(e), and over a
-slice of the keys
+For each query row q_i: products s_ik = sign(logit_scale) q_i.k_k, step = |logit_scale| log2(e), and
+over a slice of the keys
     max_i = max_k s_ik, w_ik = 2^(step (s_ik - max_i)), sum_i = sum_k w_ik, acc_i = sum_k w_ik v_k
 Differences are taken before they are scaled: the largest weight is exactly 1, so a loss near zero
 does not drown in the rounding of a logit (7e-6 at scale 100), and no compiler can fuse it away.
@@ -22,10 +22,10 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def split_scale(logit_scale_ptr):
-    """-> sign, step; scale 0 makes all products equal, whatever the step."""
-    scale = tl.load(logit_scale_ptr).to(tl.float32)
-    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-    return sign, tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2E
+    """-> sign, step; a logit_scale of 0 makes all products equal, whatever the step."""
+    logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
+    sign = tl.where(logit_scale > 0, 1.0, tl.where(logit_scale < 0, -1.0, 0.0))
+    return sign, tl.where(logit_scale == 0, 1.0, tl.abs(logit_scale)) * LOG2E
 
 
 @triton.jit

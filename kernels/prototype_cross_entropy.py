@@ -6,8 +6,8 @@ the statistics, then weights W_ik = 2^(step (s_ik - max_i)), recomputed for one 
 the other into a bounded scratch, and a GEMM W V for each: 3 products. The gradient of the keys is
 G^T q by waves of keys, G_ik = w_i (W_ik / sum_i - [y_i = k]). No sum crosses waves: no atomics.
 Logits are exact to fp32. Weights are rounded to the inputs' dtype before they are multiplied with
-the values; for fp32 ``torch.backends.cuda.matmul`` decides. Each bank has two launches of its own;
-the scale is read on the device.
+the values; for fp32 ``torch.backends.cuda.matmul`` decides. The scale is read
+on the device.
 
 The finish joins the slices of attention.py:
     loss_i = ln 2 (log2 sum_i + step (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y,
@@ -20,7 +20,6 @@ attention.py). Label -100 gives zeros, any other label outside [0, K) a NaN loss
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
-from protoclip.kernels.results import BankLosses
+from protoclip.kernels.results import SampleLosses
 from protoclip.kernels.tiles import LEFT_OUT, products, tile_options
 from protoclip.kernels.waves import multiply
 
@@ -41,10 +40,10 @@ G_UNIT = 4096.0
 
 
 # Rows of [S, N] begin anywhere; another alignment would compile the kernel again.
-BANK_ROWS = ["labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr"]
+ROW_VECTORS = ["labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr"]
 
 
-@triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=BANK_ROWS)
+@triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=ROW_VECTORS)
 def join_slices_kernel(
     q_ptr, logit_scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
@@ -223,13 +222,13 @@ def finish(
     targets: Tensor,
     labels: Tensor,
     parts: Slices,
-    out: BankLosses,
+    out: SampleLosses,
     *,
     hard: bool,
     gradient: bool = False,
     joined: bool = False,
 ) -> None:
-    """Join the parts, whose acc may be ``joined`` already, into the results of one bank; the
+    """Join the parts, whose acc may be ``joined`` already, into the results; the
     gradients with ``gradient`` only."""
     slices, n = parts.row_max.shape
     config = launch.JOIN_SLICES
@@ -305,27 +304,26 @@ def weighted_values(
 
 def prototype_cross_entropy_fwd(
     features: Tensor,
-    prototypes: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    labels: Sequence[Tensor],
+    prototypes: Tensor,
+    targets: Tensor,
+    labels: Tensor,
     logit_scale: Tensor,
     need_grad: bool,
     need_nearest: bool,
     need_scale_gradient: bool = True,
-) -> BankLosses:
-    """The losses of S banks, as in ops/prototypes.py; without ``need_scale_gradient`` the scale's
-    gradient comes from rounded weights."""
+) -> SampleLosses:
+    """The losses, as in ops/prototypes.py; without ``need_scale_gradient`` the scale's gradient
+    comes from rounded weights."""
     n, d = features.shape
-    banks = len(prototypes)
-    loss = features.new_empty((banks, n), dtype=torch.float32)
+    loss = features.new_empty(n, dtype=torch.float32)
     graded = n if need_grad else 0
-    out = BankLosses(
+    out = SampleLosses(
         loss=loss,
-        gradient=loss.new_empty((banks, graded, d)),
-        nearest=loss.new_empty((banks, n if need_nearest else 0), dtype=torch.int64),
+        gradient=loss.new_empty((graded, d)),
+        nearest=loss.new_empty(n if need_nearest else 0, dtype=torch.int64),
         row_max=torch.empty_like(loss),
         row_sum=torch.empty_like(loss),
-        scale_gradient=loss.new_empty((banks, graded)),
+        scale_gradient=loss.new_empty(graded),
     )
     if not n:
         return out
@@ -335,46 +333,34 @@ def prototype_cross_entropy_fwd(
     # fp32 weights are not rounded, so the gradient gives that of the scale.
     expect = need_grad and need_scale_gradient and half
     features = features.contiguous()
-    for bank in range(banks):
-        keys = prototypes[bank].contiguous()
-        bank_labels = labels[bank].contiguous()
-        hard = len(targets[bank]) == 0
-        bank_targets = keys if hard else targets[bank]
-        bank_out = BankLosses._make(result[bank] for result in out)
-        parts = attend(
-            features,
-            keys,
-            bank_labels,
-            logit_scale,
-            values=one_pass,
-            hard=hard,
-            best=need_nearest,
-            expect=expect,
-        )
+    keys = prototypes.contiguous()
+    labels = labels.contiguous()
+    hard = len(targets) == 0
+    targets = keys if hard else targets
+    parts = attend(
+        features,
+        keys,
+        labels,
+        logit_scale,
+        values=one_pass,
+        hard=hard,
+        best=need_nearest,
+        expect=expect,
+    )
+    finish(features, logit_scale, targets, labels, parts, out, hard=hard, gradient=one_pass)
+    if need_grad and not one_pass:
+        weighted_values(features, keys, keys, logit_scale, out.row_max, out.gradient)
         finish(
             features,
             logit_scale,
-            bank_targets,
-            bank_labels,
-            parts,
-            bank_out,
+            targets,
+            labels,
+            parts._replace(acc=out.gradient),
+            out,
             hard=hard,
-            gradient=one_pass,
+            gradient=True,
+            joined=True,
         )
-        if need_grad and not one_pass:
-            acc = bank_out.gradient
-            weighted_values(features, keys, keys, logit_scale, bank_out.row_max, acc)
-            finish(
-                features,
-                logit_scale,
-                bank_targets,
-                bank_labels,
-                parts._replace(acc=acc),
-                bank_out,
-                hard=hard,
-                gradient=True,
-                joined=True,
-            )
     return out
 
 

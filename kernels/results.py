@@ -55,13 +55,12 @@ class SigmoidLoss(NamedTuple):
     dlogit_bias: Tensor  # fp32 []
 
 
-class BankLosses(NamedTuple):
-    """Of S banks, or of one bank without the first dimension; those not wanted are [S, 0], or
-    [S, 0, D]."""
+class SampleLosses(NamedTuple):
+    """Of every sample against prototypes; what is not wanted is [0], or [0, D]."""
 
-    loss: Tensor  # [S, N], 0 where ignored
-    gradient: Tensor  # of the features, sum_k p_k C_k - m_y: [S, N, D], 0 where ignored
-    nearest: Tensor  # int64 [S, N], the prototype with the largest logit
-    row_max: Tensor  # [S, N], in the units of the backend's own backward
-    row_sum: Tensor  # [S, N]
-    scale_gradient: Tensor  # of logit_scale, features . gradient: [S, N]
+    loss: Tensor  # [N], 0 where ignored
+    gradient: Tensor  # of the features, sum_k p_k C_k - m_y: [N, D], 0 where ignored
+    nearest: Tensor  # int64 [N], the prototype with the largest logit
+    row_max: Tensor  # [N], in the units of the backend's own backward
+    row_sum: Tensor  # [N]
+    scale_gradient: Tensor  # of logit_scale, features . gradient: [N]

@@ -267,7 +267,7 @@ class LossConfig:
 class OptimConfig:
     """Optimisation"""
 
-    epochs: float = option(40.0, "passes over the data")
+    epochs: float = option(28.0, "passes over the data")
     max_steps: int = option(0, "shorten the run and its schedule to N steps; 0: no limit")
     batch_size: int = option(256, "pairs per forward pass of a process", low=2)
     accum_freq: int = option(1, "passes per step; global batch = batch size x this x ranks", low=1)

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -377,27 +377,39 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
         return clip.encode_text(tokens)
     tracing = type(tokens) is not Tensor or torch.compiler.is_compiling()
     if not len(tokens) or tokens.device.type != "cpu" or tracing:
-        return _encode(clip, tokens)
+        return _encode(clip, [tokens])[0]
     lengths, order = ((_ends(tokens, _end_id(clip)) // STEP + 1) * STEP).sort(stable=True)
     # Token positions to encode if the shortest 1, 2, ... captions are encoded separately.
     num_short = torch.arange(1, len(order) + 1)
     positions = num_short * lengths + (len(order) - num_short) * lengths[-1]
     best = int(positions.argmin())
     split = best + 1 if positions[best] < 0.9 * positions[-1] else 0
-    parts = []
+    parts = [tokens[order[split:], : int(lengths[-1])]]
     if split:
-        parts.append(_encode(clip, tokens[order[:split], : int(lengths[split - 1])]))
-    parts.append(_encode(clip, tokens[order[split:], : int(lengths[-1])]))
-    return torch.cat(parts)[order.argsort()]
+        parts.insert(0, tokens[order[:split], : int(lengths[split - 1])])
+    return torch.cat(_encode(clip, parts))[order.argsort()]
 
 
-def _encode(clip: Any, tokens: Tensor) -> Tensor:
-    """OpenCLIP 3's ``CLIP.encode_text`` with only as many positions as there are tokens."""
+def _encode(clip: Any, parts: Sequence[Tensor]) -> list[Tensor]:
+    """OpenCLIP 3's ``CLIP.encode_text`` of each part, with only as many positions as it has tokens.
+
+    All parts are looked up at once: each lookup's gradient has the size of the vocabulary.
+    """
+    if len(parts) == 1 and parts[0].shape[1] == clip.positional_embedding.shape[0]:
+        return [clip.encode_text(parts[0])]
+    ids = torch.cat([tokens.flatten() for tokens in parts])
+    embedded = clip.token_embedding(ids).split([tokens.numel() for tokens in parts])
+    return [
+        _encode_embedded(clip, tokens, rows.view(*tokens.shape, -1))
+        for tokens, rows in zip(parts, embedded, strict=True)
+    ]
+
+
+def _encode_embedded(clip: Any, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """The features of tokens [B, L] with their embeddings [B, L, width]."""
     length = tokens.shape[1]
-    if length == clip.positional_embedding.shape[0]:
-        return clip.encode_text(tokens)
     dtype = clip.transformer.get_cast_dtype()
-    x = clip.token_embedding(tokens).to(dtype) + clip.positional_embedding[:length].to(dtype)
+    x = embedded.to(dtype) + clip.positional_embedding[:length].to(dtype)
     x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
     x = clip.ln_final(x)
     x = x[torch.arange(len(x), device=x.device), _ends(tokens, _end_id(clip))]

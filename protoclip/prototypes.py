@@ -402,8 +402,9 @@ def target_entropy(clusters: Clusters, temperature: float) -> float:
     for rows, counts in zip(
         centroids.split(rows_at_once), clusters.counts.split(rows_at_once), strict=True
     ):
-        logits = torch.log_softmax(rows @ centroids.T / temperature, dim=1)
-        entropies = -(logits.exp() * logits).sum(dim=1)
+        logits = rows @ centroids.T / temperature
+        # Two passes over the logits: exp of a tensor is slow where its results underflow.
+        entropies = -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
         total += float((entropies * counts).sum())
     return total / float(clusters.counts.sum())
 
@@ -486,9 +487,11 @@ def collapse(metrics: Mapping[str, float], first_inertia: float) -> str:
 
 def purity(labels: Tensor, classes: Tensor) -> float:
     """Share of samples in the most common class of their cluster; int64 [N] each, N > 0."""
-    pairs, sizes = torch.unique(torch.stack([labels, classes]), dim=1, return_counts=True)
+    first = int(classes.min())  # -1 where some are unknown
+    num_classes = int(classes.max()) - first + 1
+    pairs, sizes = torch.unique(labels * num_classes + (classes - first), return_counts=True)
     largest = torch.zeros(int(labels.max()) + 1, dtype=sizes.dtype, device=sizes.device)
-    largest.scatter_reduce_(0, pairs[0], sizes, "amax")
+    largest.scatter_reduce_(0, pairs // num_classes, sizes, "amax")
     return float(largest.sum()) / len(labels)
 
 

@@ -165,8 +165,9 @@ def _run_command(
     faulthandler.dump_traceback_later(60, repeat=True)  # in the log of a rank that hangs
     os.environ |= environment
     if bare:
-        module.draw_plots = module.Evaluation.full = lambda *_: None
-        module.page.write_report = lambda runs: runs[0]
+        summary = importlib.import_module("protoclip.summary")
+        module.Evaluation.full = summary.draw_plots = lambda *_: None
+        summary.page.write_report = lambda runs: runs[0]
     if fault:
         fault()
     sys.exit(module.main(argv))

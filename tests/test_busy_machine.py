@@ -10,7 +10,8 @@ import pytest
 import torch
 from ranks import bare_run
 
-from protoclip.train import busy_note, main
+from protoclip.host import busy_note
+from protoclip.train import main
 
 FAULTS = """
 import resource, sys, torch

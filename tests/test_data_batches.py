@@ -64,6 +64,19 @@ def test_no_augmentation_is_what_torchvision_does() -> None:
     torch.testing.assert_close(transform(picture), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_a_batch_has_the_values_of_its_pictures_channels_last_in_memory() -> None:
+    transform = build_transform(24, MEAN, STD, "clip")
+    picture = gradient_picture()
+    torch.manual_seed(0)
+    pixels = [transform.pixels(picture) for _ in range(3)]
+    batch = transform.batch(pixels)
+    torch.manual_seed(0)
+    assert torch.equal(batch, torch.stack([transform(picture) for _ in range(3)]))
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    assert torch.equal(batch, torch.stack([normalise(row) for row in pixels]))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_augmentations_differ_in_strength() -> None:
     picture = gradient_picture(60, 60)
     spread = {}

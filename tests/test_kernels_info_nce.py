@@ -441,9 +441,9 @@ def op_arguments() -> dict[str, dict[str, Any]]:
         },
         "prototype_cross_entropy": {
             "features": leaf(x),
-            "prototypes": [leaf(y)],
-            "targets": [y[:0]],
-            "labels": [rows],
+            "prototypes": leaf(y),
+            "targets": y[:0],
+            "labels": rows,
             "logit_scale": logit_scale,
             "need_grad": True,
             "need_nearest": True,

@@ -892,7 +892,7 @@ def test_an_option_that_is_not_used_costs_nothing(
     logit_scale = torch.tensor(20.0)
     with Ops() as ops:
         function(x, y, logit_scale, backend=backend)
-    assert ops.names == [*shares_of_a_mean, "protoclip.contrastive.default"]
+    assert ops.names == [*shares_of_a_mean, "protoclip.info_nce.default"]
 
 
 @each_fused

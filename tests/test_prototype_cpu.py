@@ -324,9 +324,9 @@ def test_opcheck_accepts_the_op(trained: Problem, gradients: bool) -> None:
 
     arguments = {
         "features": argument(trained.features),
-        "prototypes": [argument(trained.prototypes)],
-        "targets": [trained.prototypes.detach()[:0]],  # hard labels
-        "labels": [trained.labels],
+        "prototypes": argument(trained.prototypes),
+        "targets": trained.prototypes.detach()[:0],  # hard labels
+        "labels": trained.labels,
         "logit_scale": argument(trained.logit_scale),
         "need_grad": gradients,
         "need_nearest": gradients,

@@ -158,6 +158,8 @@ class TestEpisode:
         labels = torch.tensor([0, 0, 0, 1, 1])
         classes = torch.tensor([4, 4, 2, 2, 2])
         assert purity(labels, classes) == pytest.approx(4 / 5)
+        unknown = torch.tensor([-1, -1, 2, -1, 4])
+        assert purity(labels, unknown) == pytest.approx(3 / 5)
 
     def test_an_episode_measures_the_purity_of_known_classes(self, features: Features) -> None:
         group = torch.arange(DATASET) % 2

@@ -131,6 +131,8 @@ class TestEncoders:
         assert first.shape == (8, 384)
         texts = [teacher_text(dataset.captions(i)) for i in range(8)]
         torch.testing.assert_close(first, minilm("cpu").encode(texts))
+        exact = SentenceEncoder(minilm("cpu").model.name_or_path, "cpu").encode(texts)
+        assert torch.nn.functional.cosine_similarity(first, exact).min() > 0.999
         write(path, first[:5].numpy(), list(dataset.keys[:5]))
         assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
 

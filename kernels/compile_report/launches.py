@@ -55,7 +55,7 @@ def cases() -> Iterator[Case]:
         for depth in (64, 128, 256, 512):
             yield Case(arch, "prototypes", "soft", "bf16", depth)
         for dtype, depth in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 512)):
-            yield Case(arch, "prototypes", "banks", dtype, depth)
+            yield Case(arch, "prototypes", "all", dtype, depth)
         yield Case(arch, "soft_targets", "own", "fp32", 512)
         yield Case(arch, "clusters", "own", "bf16", 512)
         for depth in (64, 128, 256, 512):
@@ -74,19 +74,19 @@ def call(case: Case) -> None:
     CALLS[case.op](case, torch.ones(()))
 
 
-def _info_nce(case: Case, scale: torch.Tensor) -> None:
+def _info_nce(case: Case, logit_scale: torch.Tensor) -> None:
     n = 512 if case.form == "small" else 2048
     x = case.features(n)
     y = case.features(n)
     has_columns = case.form != "rows"
     _, statistics = info_nce.info_nce_loss(
-        x, y, scale, offset=0, columns=has_columns, pair_weight=1.0, summed=True
+        x, y, logit_scale, offset=0, columns=has_columns, pair_weight=1.0, summed=True
     )
     weight = torch.ones(()).expand(n)
     info_nce.info_nce_bwd(
         x,
         y,
-        scale,
+        logit_scale,
         statistics.row_max,
         statistics.row_sum,
         statistics.column_max,
@@ -97,7 +97,7 @@ def _info_nce(case: Case, scale: torch.Tensor) -> None:
     )
 
 
-def _contrastive(case: Case, scale: torch.Tensor) -> None:
+def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
     n = 512
     position = torch.zeros(n, dtype=torch.int32)
@@ -112,11 +112,11 @@ def _contrastive(case: Case, scale: torch.Tensor) -> None:
     }
     x = case.features(n)
     y = case.features(n)
-    forward = contrastive.contrastive_fwd(x, y, scale, **relation, columns=case.form != "own")
+    forward = contrastive.contrastive_fwd(x, y, logit_scale, **relation, columns=case.form != "own")
     contrastive.contrastive_bwd(
         x,
         y,
-        scale,
+        logit_scale,
         **relation,
         row_statistics=forward.rows,
         column_statistics=forward.columns,
@@ -125,13 +125,13 @@ def _contrastive(case: Case, scale: torch.Tensor) -> None:
     )
 
 
-def _sigmoid_loss(case: Case, scale: torch.Tensor) -> None:
+def _sigmoid_loss(case: Case, logit_scale: torch.Tensor) -> None:
     ids = torch.zeros(2, 512, dtype=torch.int32) if case.form == "ids" else None
     sigmoid_loss.sigmoid_loss(
         case.features(512),
         case.features(512),
-        scale,
-        logit_bias=scale,
+        logit_scale,
+        logit_bias=logit_scale,
         offset=0,
         gradients=case.form != "loss",
         query_ids=ids,
@@ -139,41 +139,41 @@ def _sigmoid_loss(case: Case, scale: torch.Tensor) -> None:
     )
 
 
-def _prototypes(case: Case, scale: torch.Tensor) -> None:
-    """One bank; or two with all that can be asked for, the second with hard labels."""
+def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
+    """Both kinds of targets with all that can be asked for; or one kind and trained prototypes."""
     features = case.features(256)
     keys = case.features(2048)
     hard = case.features(0)
     soft = case.features(2048)
     labels = torch.zeros(256, dtype=torch.int64)
-    if case.form == "banks":
-        prototypes.prototype_cross_entropy_fwd(
-            features, [keys, keys], [soft, hard], [labels, labels], scale,
-            need_grad=True, need_nearest=True, need_scale_gradient=True,
-        )  # fmt: skip
+    if case.form == "all":
+        for targets in (soft, hard):
+            prototypes.prototype_cross_entropy_fwd(
+                features, keys, targets, labels, logit_scale,
+                need_grad=True, need_nearest=True, need_scale_gradient=True,
+            )  # fmt: skip
         return
-    targets = hard if case.form == "hard" else soft
     forward = prototypes.prototype_cross_entropy_fwd(
-        features, [keys], [targets], [labels], scale,
+        features, keys, hard if case.form == "hard" else soft, labels, logit_scale,
         need_grad=True, need_nearest=False, need_scale_gradient=False,
     )  # fmt: skip
     prototypes.prototype_cross_entropy_bwd(
         features,
         keys,
         labels,
-        scale,
-        forward.row_max[0],
-        forward.row_sum[0],
-        weight=forward.loss[0],
+        logit_scale,
+        forward.row_max,
+        forward.row_sum,
+        weight=forward.loss,
         hard=case.form == "hard",
     )
 
 
-def _soft_targets(case: Case, scale: torch.Tensor) -> None:
+def _soft_targets(case: Case, logit_scale: torch.Tensor) -> None:
     prototypes.soft_targets(case.features(2048), case.features(2048), temperature=0.1)
 
 
-def _clusters(case: Case, scale: torch.Tensor) -> None:
+def _clusters(case: Case, logit_scale: torch.Tensor) -> None:
     points = case.features(512)
     centroids = case.features(256)
     labels, _ = clusters.kmeans_assign(points, centroids)
@@ -191,7 +191,7 @@ def gemm_kernel(
     out.store([row0, col0], acc.to(out.dtype))
 
 
-def _gemm(case: Case, scale: torch.Tensor) -> None:
+def _gemm(case: Case, logit_scale: torch.Tensor) -> None:
     x = case.features(512)
     y = case.features(512)
     row = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)

@@ -176,11 +176,28 @@ def hog(picture: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarra
 class Transform:
     """Picture -> float32 [3, H, W], normalised; see :func:`build_transform`."""
 
-    pixels: Callable[[Image.Image], Tensor]  # the random part: -> uint8 [3, H, W]
-    normalise: Callable[[Tensor], Tensor]  # a picture or a batch -> mean 0, deviation 1
+    crop: Callable[[Image.Image], Image.Image]  # the random part: a square RGB picture
+    mean: Tensor  # [3] of each channel, in 0 ... 1
+    std: Tensor  # [3]
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        return self.normalise(self.pixels(picture))
+        return self.batch([self.pixels(picture)])[0]
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """The random part alone: uint8 [H, W, 3]."""
+        return np.array(self.crop(picture))
+
+    def batch(self, pixels: Sequence[np.ndarray]) -> Tensor:
+        """B results of ``pixels`` -> float32 [B, 3, H, W], channels-last in memory as they are.
+
+        The values are those of torchvision's ConvertImageDtype and Normalize.
+        """
+        stacked = torch.from_numpy(np.stack(pixels))
+        rows = stacked.flatten(1).float()
+        # Long rows instead of three channels, which would be the innermost loop.
+        repeats = rows.shape[1] // len(self.mean)
+        rows.div_(255).sub_(self.mean.repeat(repeats)).div_(self.std.repeat(repeats))
+        return rows.view(stacked.shape).movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -242,5 +259,4 @@ def build_transform(
             t.RandomGrayscale(p=0.2),
             t.RandomApply([t.GaussianBlur(kernel, sigma=(0.1, 2.0))], p=0.2),
         ]
-    floats = [t.ConvertImageDtype(torch.float32), t.Normalize(mean, std, inplace=True)]
-    return Transform(t.Compose([*steps, t.PILToTensor()]), t.Compose(floats))
+    return Transform(t.Compose(steps), torch.tensor(mean), torch.tensor(std))

@@ -162,11 +162,11 @@ class _Source:
         else:
             draws = self.draws.numbers[first : first + len(index)].numpy()
         texts: list[str] = []
-        pictures: list[Tensor] = []
+        pictures: list[Any] = []
         bad: list[tuple[int, str]] = []
-        of_picture = self.transform
-        if isinstance(of_picture, Transform):  # normalises the batch, below
-            of_picture = of_picture.pixels
+        transform = self.transform
+        # The larger part of a Transform takes the whole batch at once, below.
+        of_picture = transform.pixels if isinstance(transform, Transform) else transform
         with torch.random.fork_rng(devices=[]):
             dice = mix(self.draws.seed, draws)
             choices = mix(0, dice).tolist()
@@ -182,9 +182,10 @@ class _Source:
                             raise
                         bad.append((int(index[row]), str(error)))
                         index[row] = self._another(die, len(bad), index)
-        images = torch.stack(pictures)
-        if isinstance(self.transform, Transform):
-            images = self.transform.normalise(images)
+        if isinstance(transform, Transform):
+            images = transform.batch(pictures)
+        else:
+            images = torch.stack(pictures)
         return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
 
     def _choose(self, captions: Sequence[str], choice: int) -> str:

@@ -7,7 +7,7 @@ more.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import SimpleNamespace
@@ -40,8 +40,8 @@ def operator(
 ) -> Callable[[Callable[Parameters, Any]], Callable[Parameters, Named]]:
     """Make a function the body of the op ``torch.ops.protoclip.<name>``, which it then calls.
 
-    Its annotations are the op's schema: tensors, optional tensors, lists of tensors, numbers and
-    strings in; a tensor or a tuple of tensors out. Parameters have no defaults.
+    Its annotations are the op's schema: tensors, optional tensors, numbers and strings in; a tensor
+    or a tuple of tensors out. Parameters have no defaults.
 
     Args:
         shapes: the results for given arguments (by name), as empty tensors. Under torch.compile
@@ -103,28 +103,15 @@ def define_gradient(
     )
 
 
-def save_tensors(ctx: Any, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+def save_tensors(ctx: Any, **tensors: Tensor | None) -> None:
     """``ctx.save_for_backward`` by name, for ``saved_tensors``."""
-    flat: list[Tensor | None] = []
-    ctx.lengths_of_saved = {}  # of the lists; None: a tensor
-    for name, value in tensors.items():
-        if value is None or isinstance(value, Tensor):
-            ctx.lengths_of_saved[name] = None
-            flat.append(value)
-        else:
-            ctx.lengths_of_saved[name] = len(value)
-            flat.extend(value)
-    ctx.save_for_backward(*flat)
+    ctx.names_of_saved = tuple(tensors)
+    ctx.save_for_backward(*tensors.values())
 
 
 def saved_tensors(ctx: Any) -> Any:
     """What ``save_tensors`` saved, by name."""
-    flat = iter(ctx.saved_tensors)
-    saved = SimpleNamespace()
-    for name, length in ctx.lengths_of_saved.items():
-        value = next(flat) if length is None else [next(flat) for _ in range(length)]
-        setattr(saved, name, value)
-    return saved
+    return SimpleNamespace(**dict(zip(ctx.names_of_saved, ctx.saved_tensors, strict=True)))
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:

@@ -3,7 +3,7 @@
 L_i = LSE_k(s h_i.C_k) - s h_i.m_y: soft and hard targets share one kernel, because the target
 depends only on the sample's cluster (m is computed once per episode). With frozen prototypes one
 pass gives loss and gradient, dL_i/dh_i = s (sum_k p_ik C_k - m_y), an attention output with
-key = value = C; the backward pass only multiplies. Several prototype sets (banks) share one call.
+key = value = C; the backward pass only multiplies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.kernels.results import BankLosses
+from protoclip.kernels.results import SampleLosses
 from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.dispatch import PROTOTYPE_CROSS_ENTROPY, SOFT_TARGETS, resolve
@@ -41,34 +41,33 @@ from protoclip.ops.operators import (
 COLDEST = 1e-30  # the lowest temperature: below it fp32 logits would overflow
 
 
-def _bank_losses_shapes(arguments: Any) -> BankLosses:
+def _sample_losses_shapes(arguments: Any) -> SampleLosses:
     features = arguments.features
     n, d = features.shape
-    banks = len(arguments.prototypes)
     graded = n if arguments.need_grad else 0
-    return BankLosses(
-        loss=empty(features, banks, n),
-        gradient=empty(features, banks, graded, d),
-        nearest=features.new_empty((banks, n if arguments.need_nearest else 0), dtype=torch.int64),
-        row_max=empty(features, banks, n),
-        row_sum=empty(features, banks, n),
-        scale_gradient=empty(features, banks, graded),
+    return SampleLosses(
+        loss=empty(features, n),
+        gradient=empty(features, graded, d),
+        nearest=features.new_empty(n if arguments.need_nearest else 0, dtype=torch.int64),
+        row_max=empty(features, n),
+        row_sum=empty(features, n),
+        scale_gradient=empty(features, graded),
     )
 
 
-@operator("prototype_cross_entropy", _bank_losses_shapes, BankLosses)
-def bank_losses(
+@operator("prototype_cross_entropy", _sample_losses_shapes, SampleLosses)
+def sample_losses(
     features: Tensor,
-    prototypes: list[Tensor],
-    targets: list[Tensor],
-    labels: list[Tensor],
+    prototypes: Tensor,
+    targets: Tensor,
+    labels: Tensor,
     logit_scale: Tensor,
     need_grad: bool,
     need_nearest: bool,
     need_scale_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses of S banks, ``targets[b]`` [0, D] for hard labels.
+    """The loss of each sample; ``targets`` is [0, D] for hard labels.
 
     Without ``need_scale_gradient`` that gradient may be rounded."""
     run: Callable[..., Any] = PROTOTYPE_CROSS_ENTROPY[backend].implementation.losses
@@ -115,10 +114,10 @@ def prototype_gradient(
     )
 
 
-def _save_bank_losses(ctx: Any, arguments: Any, results: BankLosses) -> None:
-    ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [S, N, D]
+def _save_sample_losses(ctx: Any, arguments: Any, results: SampleLosses) -> None:
+    ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [N, D]
     ctx.backend = arguments.backend
-    ctx.hard = [targets.shape[0] == 0 for targets in arguments.targets]
+    ctx.hard = arguments.targets.shape[0] == 0
     save_tensors(
         ctx,
         features=arguments.features,
@@ -132,41 +131,35 @@ def _save_bank_losses(ctx: Any, arguments: Any, results: BankLosses) -> None:
     )
 
 
-def _bank_losses_backward(ctx: Any, grads: BankLosses) -> dict[str, Any]:
-    banks = len(ctx.hard)
-    by_name: dict[str, Any] = {
-        "prototypes": [None] * banks,
-        "targets": [None] * banks,
-        "labels": [None] * banks,
-    }
+def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
     if grads.loss is None:
-        return by_name
-    wanted = wanted_gradients(ctx, bank_losses)
+        return {}
+    by_name: dict[str, Any] = {}
+    wanted = wanted_gradients(ctx, sample_losses)
     saved = saved_tensors(ctx)
     if wanted.features:  # weight the gradient from the forward pass
-        weight = (saved.logit_scale.reshape(()) * grads.loss)[:, :, None]
-        by_bank = scaled(grad=weight, saved=saved.gradient)
-        by_name["features"] = by_bank.sum(dim=0).to(saved.features.dtype)
+        weight = (saved.logit_scale.reshape(()) * grads.loss)[:, None]
+        gradient = scaled(grad=weight, saved=saved.gradient)
+        by_name["features"] = gradient.to(saved.features.dtype)
     if wanted.logit_scale:
         terms = scaled(grad=grads.loss, saved=saved.scale_gradient)
         by_name["logit_scale"] = gradient_like(terms.sum(), saved.logit_scale)
-    for bank in range(banks):
-        if wanted.prototypes[bank]:
-            by_name["prototypes"][bank] = prototype_gradient(
-                features=saved.features,
-                prototypes=saved.prototypes[bank],
-                labels=saved.labels[bank],
-                logit_scale=saved.logit_scale,
-                row_max=saved.row_max[bank],
-                row_sum=saved.row_sum[bank],
-                weight=grads.loss[bank],
-                hard=ctx.hard[bank],
-                backend=ctx.backend,
-            )
+    if wanted.prototypes:
+        by_name["prototypes"] = prototype_gradient(
+            features=saved.features,
+            prototypes=saved.prototypes,
+            labels=saved.labels,
+            logit_scale=saved.logit_scale,
+            row_max=saved.row_max,
+            row_sum=saved.row_sum,
+            weight=grads.loss,
+            hard=ctx.hard,
+            backend=ctx.backend,
+        )
     return by_name
 
 
-define_gradient(bank_losses, save=_save_bank_losses, backward=_bank_losses_backward)
+define_gradient(sample_losses, save=_save_sample_losses, backward=_sample_losses_backward)
 refuse_gradient(prototype_gradient, "prototype_cross_entropy")
 
 
@@ -230,19 +223,16 @@ def prototype_cross_entropy(
     op = "prototype_cross_entropy"
     checks.label_smoothing(op, label_smoothing)
     bank = Bank(prototypes, labels, targets)
-    if weights is None and not label_smoothing:
-        results = _losses(features, [bank], logit_scale, reduction, backend, need_nearest=False)
-        return results.loss[0]
-    checks.matrix(op, "features", features, "[N, D]")
-    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
-    _check_bank(op, features, bank)
+    _check_inputs(op, features, [bank], reduction)
     logit_scale = checks.scalar(
         op, "logit_scale", logit_scale, features.device, accumulator(features)
     )
     if weights is not None:
         name = resolve(op, backend, features.device.type, features.dtype)
         checks.weights(op, weights, features, name)
-    losses = _losses(features, [bank], logit_scale, "none", backend, need_nearest=False).loss[0]
+    losses, _ = _sample_losses(op, features, bank, logit_scale, backend, need_nearest=False)
+    if weights is None and not label_smoothing:
+        return _reduced(losses, labels, reduction)
     if label_smoothing:
         spread = _mean_below_target(features, bank, logit_scale).to(losses.dtype)
         losses = losses + label_smoothing * spread
@@ -274,7 +264,7 @@ def prototype_losses(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> PrototypeLosses:
-    """``prototype_cross_entropy`` against several banks of prototypes, in one call.
+    """``prototype_cross_entropy`` against several banks of prototypes.
 
     Args:
         features: [N, D], as in ``prototype_cross_entropy``.
@@ -285,62 +275,68 @@ def prototype_losses(
     Raises:
         ValueError, TypeError: as in ``prototype_cross_entropy``.
     """
-    return _losses(features, banks, logit_scale, reduction, backend, need_nearest=True)
-
-
-def _losses(
-    features: Tensor,
-    banks: Sequence[Bank],
-    logit_scale: Tensor | float,
-    reduction: str,
-    backend: str,
-    need_nearest: bool,
-) -> PrototypeLosses:
     op = "prototype_cross_entropy"
-    checks.matrix(op, "features", features, "[N, D]")
-    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    if not banks:
+        raise ValueError(f"{op}: expected at least one bank, got none")
+    _check_inputs(op, features, banks, reduction)
+    matrices = [matrix for bank in banks for matrix in (bank.prototypes, bank.targets)]
+    dtype = checks.common_dtype([features, *(m for m in matrices if m is not None)])
+    features = features.to(dtype)
     logit_scale = checks.scalar(
         op, "logit_scale", logit_scale, features.device, accumulator(features)
     )
-    if not banks:
-        raise ValueError(f"{op}: expected at least one bank, got none")
+    losses = []
+    nearest = []
     for bank in banks:
-        _check_bank(op, features, bank)
-    labels = [bank.labels for bank in banks]
+        of_samples, index = _sample_losses(op, features, bank, logit_scale, backend, True)
+        losses.append(_reduced(of_samples, bank.labels, reduction))
+        nearest.append(index)
+    return PrototypeLosses(torch.stack(losses), torch.stack(nearest))
+
+
+def _sample_losses(
+    op: str,
+    features: Tensor,
+    bank: Bank,
+    logit_scale: Tensor,
+    backend: str,
+    need_nearest: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses [N] and, where asked for, the nearest prototypes int64 [N]."""
     hard = features.new_empty((0, features.shape[1]))
-    targets = [hard if bank.targets is None else bank.targets for bank in banks]
-    prototypes = [bank.prototypes for bank in banks]
-    dtype = checks.common_dtype([features, *prototypes, *targets])
+    targets = hard if bank.targets is None else bank.targets
+    dtype = checks.common_dtype([features, bank.prototypes, targets])
     features = features.to(dtype)
-    prototypes = [matrix.to(dtype) for matrix in prototypes]
-    targets = [matrix.to(dtype) for matrix in targets]
+    prototypes = bank.prototypes.to(dtype)
+    targets = targets.to(dtype)
     name = resolve(op, backend, features.device.type, features.dtype)
     if name == "reference":
         with without_autocast(features.device.type):
-            results = [
-                _reference(op, features, prototypes[b], targets[b], labels[b], logit_scale)
-                for b in range(len(banks))
-            ]
-        losses = torch.stack([loss for loss, _ in results])
-        nearest = torch.stack([index for _, index in results])
-    else:
-        fused = bank_losses(
-            features,
-            prototypes,
-            targets,
-            labels,
-            logit_scale,
-            need_grad=wants_gradient(features, logit_scale),
-            need_nearest=need_nearest,
-            need_scale_gradient=wants_gradient(logit_scale),
-            backend=name,
-        )
-        losses = fused.loss
-        nearest = fused.nearest
-    reduced = [
-        reduce(losses[b], reduction, count=(labels[b] != LEFT_OUT).sum()) for b in range(len(banks))
-    ]
-    return PrototypeLosses(torch.stack(reduced), nearest)
+            return _reference(op, features, prototypes, targets, bank.labels, logit_scale)
+    results = sample_losses(
+        features,
+        prototypes,
+        targets,
+        bank.labels,
+        logit_scale,
+        need_grad=wants_gradient(features, logit_scale),
+        need_nearest=need_nearest,
+        need_scale_gradient=wants_gradient(logit_scale),
+        backend=name,
+    )
+    return results.loss, results.nearest
+
+
+def _reduced(losses: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    count = (labels != LEFT_OUT).sum() if reduction == "mean" else 0
+    return reduce(losses, reduction, count)
+
+
+def _check_inputs(op: str, features: Tensor, banks: Sequence[Bank], reduction: str) -> None:
+    checks.matrix(op, "features", features, "[N, D]")
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    for bank in banks:
+        _check_bank(op, features, bank)
 
 
 def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
