@@ -222,7 +222,8 @@ class GradientPass {
       }
       release_matrix_unit();
     });
-    if (gradients_ && dx_ != nullptr) finish_dx(first, rows);
+    // Without columns there are no parts to add, and dx is zero already.
+    if (gradients_ && dx_ != nullptr && groups_ > 0) finish_dx(first, rows);
     GradientSums total;
     for (const GradientSums& part : sums) total += part;
     return total;

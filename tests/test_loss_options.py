@@ -754,6 +754,20 @@ def test_options_where_there_is_nothing_give_no_nan(sizes: Sizes, backend: str) 
 
 
 @each_backend
+def test_queries_without_keys_have_a_gradient_of_zero_whatever_memory_held(backend: str) -> None:
+    queries = leaf(unit(5, 4))
+    for _ in range(50):
+        freed = [
+            torch.full((size,), torch.nan) for size in (4, 8, 16, 20, 24, 32) for _ in range(8)
+        ]
+        del freed  # the next small blocks of memory hold these numbers
+        positives = torch.full((5,), -100)
+        loss = protoclip.contrastive(queries, unit(0, 4), 3.0, positives=positives, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, queries)
+        assert torch.equal(gradient, torch.zeros(5, 4))
+
+
+@each_backend
 @pytest.mark.parametrize("function", [protoclip.info_nce, protoclip.nt_xent])
 def test_no_pairs_with_ids_have_a_loss_of_zero(
     function: Callable[..., Tensor], backend: str
