@@ -95,9 +95,9 @@ def _column_slice(
     if pairs.exclude_ptr is not None:
         seen = seen & (tl.load(pairs.exclude_ptr + row)[:, None] != col[None, :])
     if pairs.key_bias_ptr is not None:
-        bias = tl.load(pairs.key_bias_ptr + col)
-        s += (bias * LOG2E)[None, :]
-        seen = seen & (bias != -float("inf"))[None, :]
+        key_bias = tl.load(pairs.key_bias_ptr + col)
+        s += (key_bias * LOG2E)[None, :]
+        seen = seen & (key_bias != -float("inf"))[None, :]
     return col, acc, s, seen, positive & seen
 
 

@@ -341,7 +341,7 @@ class _GlobalContrastive(torch.autograd.Function):
 
 def _columns_of_all_ranks(columns: Tensor) -> Tensor:
     """The columns' statistics over all ranks' rows, from those over this rank's rows: [2, G] or
-    [4, G], the maximum, then sums."""
+    [4, G], the reference or maximum, then sums."""
     column_reference = columns[0].clone()
     dist.all_reduce(column_reference, dist.ReduceOp.MAX)
     sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - column_reference), columns[2:]])
