@@ -8,7 +8,6 @@
 #include <limits>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "launchers.h"
 
