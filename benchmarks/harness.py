@@ -173,7 +173,7 @@ class Bench:
             "min_ms": min(times),
         }
         row |= asdict(case.work)
-        row["rate"] = case.work.amount / min(times)
+        row["rate"] = case.work.rate_numerator / min(times)
         ceiling = self.session.ceilings["copy" if case.work.bound == "copy" else case.dtype]
         row["share"] = row["rate"] / ceiling
         row["peak_mib"] = None if math.isnan(memory) else memory

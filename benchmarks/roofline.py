@@ -1,6 +1,6 @@
 """What each op has to do, counted by hand.
 
-A GEMM-equivalent is one N x M x D product, 2 N M D flop. Counts are the *useful* work of a form
+A GEMM-equivalent is one N x M x D product, 2 N M D FLOPs. Counts are the *useful* work of a form
 that stores no logits; every variant of a case is rated against the same count, so rates compare as
 times do. Bytes are the least traffic: each input read once, each result written once.
 """
@@ -14,14 +14,14 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Work:
-    """flop of the products, bytes to and from memory, and which of the two is the ceiling."""
+    """FLOPs of the products, bytes to and from memory, and which of the two is the ceiling."""
 
     flop: float
     bytes: float
     bound: str = "gemm"  # "gemm" | "copy"
 
     @property
-    def amount(self) -> float:
+    def rate_numerator(self) -> float:
         """What a rate counts, so that it is TFLOP/s, or GB/s of a copy, over milliseconds."""
         return self.flop * 1e-9 if self.bound == "gemm" else self.bytes * 1e-6
 

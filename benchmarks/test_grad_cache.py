@@ -109,7 +109,12 @@ def test_grad_cache(bench: Bench, variant: str) -> None:
     for gradient, of_one_graph in zip(gradients, expected, strict=True):
         assert (gradient - of_one_graph).abs().max() <= 1e-4 * largest
     layer = 12 * WIDTH**2 + 2 * TOKENS * WIDTH  # multiply-adds of a token
-    flop = 6.0 * LAYERS * layer * TOKENS * 2 * rows + 8.0 * rows**2 * WIDTH
-    case = Case("grad_cache", {"N": rows, "chunk": chunk, "D": WIDTH}, "fp32", Work(flop, 0.0))
+    # 2 FLOPs forward and 4 backward for each multiply-add of the 2 N texts, and the loss's four
+    # products of [N, N, D], 2 FLOPs each (roofline.info_nce).
+    encoders = 6.0 * LAYERS * layer * TOKENS * 2 * rows
+    loss = 8.0 * rows**2 * WIDTH
+    case = Case(
+        "grad_cache", {"N": rows, "chunk": chunk, "D": WIDTH}, "fp32", Work(encoders + loss, 0.0)
+    )
     rival = None if peers.is_ours(variant) else partial(step, _ours)
     bench.time(case, variant, partial(step, VARIANTS[variant]), rival=rival)

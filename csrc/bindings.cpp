@@ -8,7 +8,7 @@
 namespace protoclip {
 namespace {
 
-int64_t kept_memory() { return MemoryPool::instance().kept(); }  // bytes that nothing uses
+int64_t idle_memory() { return MemoryPool::instance().idle_bytes(); }
 
 void release_memory() { MemoryPool::instance().clear(); }
 
@@ -17,22 +17,22 @@ void release_memory() { MemoryPool::instance().clear(); }
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   const auto cpu = [](auto* op) { return torch::dispatch(c10::DispatchKey::CPU, op); };
-  m.def("empty_stash(int count) -> Tensor", &protoclip::empty_stash);
-  m.def("kept_memory() -> int", &protoclip::kept_memory);
+  m.def("empty_stash(int num_bytes) -> Tensor", &protoclip::empty_stash);
+  m.def("idle_memory() -> int", &protoclip::idle_memory);
   m.def("release_memory() -> ()", &protoclip::release_memory);
   m.def(
-      "info_nce_fwd(Tensor x, Tensor y, Tensor logit_scale, int offset, bool columns,"
+      "info_nce_fwd(Tensor x, Tensor y, Tensor logit_scale, int offset, bool both_directions,"
       " Tensor(a!)? stash=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::info_nce_fwd));
   m.def(
-      "info_nce_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor row_max, Tensor row_sum,"
-      " Tensor column_max, Tensor column_sum, Tensor row_weight, Tensor column_weight, int offset,"
-      " Tensor? stash=None) -> (Tensor, Tensor, Tensor)",
+      "info_nce_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor row_reference,"
+      " Tensor row_sum, Tensor column_reference, Tensor column_sum, Tensor row_weight,"
+      " Tensor column_weight, int offset, Tensor? stash=None) -> (Tensor, Tensor, Tensor)",
       cpu(&protoclip::info_nce_bwd));
   m.def(
       "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
-      " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive, bool columns,"
-      " Tensor(a!)? stash=None) -> (Tensor, Tensor)",
+      " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
+      " bool both_directions, Tensor(a!)? stash=None) -> (Tensor, Tensor)",
       cpu(&protoclip::contrastive_fwd));
   m.def(
       "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
@@ -63,8 +63,8 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("kmeans_encode(Tensor points) -> (Tensor, Tensor, Tensor, bool)",
         cpu(&protoclip::kmeans_encode));
   m.def(
-      "kmeans_assign_coded(Tensor points, Tensor centroids, Tensor codes, Tensor known, "
-      "Tensor centre, bool rotated) -> (Tensor, Tensor)",
+      "kmeans_assign_coded(Tensor points, Tensor centroids, Tensor codes, "
+      "Tensor code_bounds, Tensor centre, bool rotated) -> (Tensor, Tensor)",
       cpu(&protoclip::kmeans_assign_coded));
   m.def("segment_mean(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
         cpu(&protoclip::segment_mean));

@@ -3,7 +3,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <vector>
@@ -16,30 +15,40 @@ namespace protoclip {
 namespace {
 
 // What the rows or the columns bring into G: their references, their weights over their sums, and
-// the weights of their positives. Without `max` there are none: zeros.
-struct Side {
-  Buffer<float> reference, weight, positive;
-  explicit Side(int64_t count)
-      : reference(round_up(count, kLanes), 0.f),
-        weight(round_up(count, kLanes), 0.f),
-        positive(round_up(count, kLanes), 0.f) {}
+// the weights of their positives. One without a loss brings zeros.
+struct GradientSide {
+  Buffer<float> reference, probability_weight, positive_weight;
+  explicit GradientSide(int64_t length)
+      : reference(round_up(length, kLanes), 0.f),
+        probability_weight(round_up(length, kLanes), 0.f),
+        positive_weight(round_up(length, kLanes), 0.f) {}
 
-  // fp32 and contiguous, [count] each.
-  Side(const Tensor& max, const Tensor& sum, const Tensor& weights, int64_t count) : Side(count) {
-    for (int64_t i = 0; i < max.numel(); ++i) {
-      reference.get()[i] = max.const_data_ptr<float>()[i];
-      positive.get()[i] = weights.const_data_ptr<float>()[i];
-      weight.get()[i] = positive.get()[i] / sum.const_data_ptr<float>()[i];
+  // Of InfoNCE: fp32 and contiguous, [length] each, or [0].
+  GradientSide(const Tensor& references, const Tensor& sums, const Tensor& weights, int64_t length)
+      : GradientSide(length) {
+    for (int64_t i = 0; i < references.numel(); ++i) {
+      const float weight = weights.const_data_ptr<float>()[i];
+      reference.get()[i] = references.const_data_ptr<float>()[i];
+      positive_weight.get()[i] = weight;
+      probability_weight.get()[i] = weight / sums.const_data_ptr<float>()[i];
     }
   }
 
-  // Of the contrastive loss: statistics [4, count] and weights [2, count], or [4, 0] and [2, 0].
-  Side(const Tensor& statistics, const Tensor& weights, int64_t count) : Side(count) {
-    const float *max = statistics.const_data_ptr<float>(), *sum = max + count,
-                *positives = max + 3 * count, *w = weights.const_data_ptr<float>();
+  // Of the contrastive loss: statistics [4, length], and the weights of the LSE and of the mean
+  // positive, [2, length]; or [4, 0] and [2, 0].
+  GradientSide(const Tensor& statistics, const Tensor& weights, int64_t length)
+      : GradientSide(length) {
+    const float* rows = statistics.const_data_ptr<float>();
+    const float *max = rows + kMaxRow * length, *sum = rows + kSumRow * length,
+                *num_positives = rows + kNumPositivesRow * length;
+    const float* lse_weight = weights.const_data_ptr<float>();
+    const float* mean_weight = lse_weight + length;
     for (int64_t i = 0; i < statistics.size(1); ++i) {
-      if (sum[i] != 0.f) reference.get()[i] = max[i], weight.get()[i] = w[i] / sum[i];
-      positive.get()[i] = w[count + i] / std::max(positives[i], 1.f);
+      if (sum[i] != 0.f) {
+        reference.get()[i] = max[i];
+        probability_weight.get()[i] = lse_weight[i] / sum[i];
+      }
+      positive_weight.get()[i] = mean_weight[i] / std::max(num_positives[i], 1.f);
     }
   }
 };
@@ -48,18 +57,18 @@ struct Side {
 // P_column - weights at positives; for the contrastive loss + their weights.
 template <typename Pairs>
 struct SoftmaxGradient {
-  const Side &row_, &column_;
-  bool columns_;  // whether columns have a loss too
+  const GradientSide &row_, &column_;
+  bool both_directions_;  // whether columns have a loss too
   Base2 base2_;
   const Pairs& pairs_;
-  float* dbias_ = nullptr;  // [M], to which the column sums of G are added, or null
+  float* dkey_bias_ = nullptr;  // [M], to which the column sums of G are added, or null
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
     if (pairs_.has_own(range)) return exact(range, s, ld);
     const float* row = row_.reference.get() + range.row;
     const auto rows = std::minmax_element(row, row + range.rows);
     float low = *rows.first, high = *rows.second;
-    if (columns_) {
+    if (both_directions_) {
       const float* column = column_.reference.get() + range.column;
       const auto columns = std::minmax_element(column, column + range.columns);
       low = std::min(low, *columns.first), high = std::max(high, *columns.second);
@@ -72,11 +81,11 @@ struct SoftmaxGradient {
   GradientSums each(const TileRange& range, float* s, int64_t ld, const Weigh& weigh) const {
     GradientSums sums;
     alignas(64) float by_column[256];
-    if (Pairs::kMatched && dbias_ != nullptr) std::fill_n(by_column, 256, 0.f);
+    if (Pairs::kMatched && dkey_bias_ != nullptr) std::fill_n(by_column, 256, 0.f);
     for (int64_t i = 0; i < range.rows; ++i, s += ld) {
       Floats row{};
       const auto pairs = pairs_.row(range.row + i);
-      const float row_positive = Pairs::kMatched ? row_.positive.get()[range.row + i] : 0.f;
+      const float row_positive = Pairs::kMatched ? row_.positive_weight.get()[range.row + i] : 0.f;
       for (int64_t j = 0; j < range.columns; j += kLanes) {
         Floats dot = load(s + j);
         const int64_t used = range.columns - j;
@@ -85,7 +94,8 @@ struct SoftmaxGradient {
         if constexpr (Pairs::kMatched) {
           g = weigh(i, j, pairs.biased(base2_(dot), range.column + j));
           const Lanes lanes = pairs.at(range.column + j);
-          const Floats positive = row_positive + load(column_.positive.get() + range.column + j);
+          const Floats positive =
+              row_positive + load(column_.positive_weight.get() + range.column + j);
           g = (lanes.unseen ? Floats{} : g) + (lanes.positive ? positive : Floats{});
         } else {
           g = weigh(i, j, base2_(dot));
@@ -93,13 +103,13 @@ struct SoftmaxGradient {
         for (int64_t lane = used; lane < kLanes; ++lane) g[lane] = 0.f;
         row += g * dot;
         store(s + j, g);
-        if (Pairs::kMatched && dbias_ != nullptr) store(by_column + j, load(by_column + j) + g);
+        if (Pairs::kMatched && dkey_bias_ != nullptr) store(by_column + j, load(by_column + j) + g);
       }
       sums.g_dot += sum(row);
     }
     // A column belongs to one thread, and its rows come in order.
-    for (int64_t j = 0; Pairs::kMatched && dbias_ != nullptr && j < range.columns; ++j)
-      dbias_[range.column + j] += by_column[j];
+    for (int64_t j = 0; Pairs::kMatched && dkey_bias_ != nullptr && j < range.columns; ++j)
+      dkey_bias_[range.column + j] += by_column[j];
     return sums;
   }
 
@@ -107,7 +117,7 @@ struct SoftmaxGradient {
     const Floats reference = broadcast(low);
     alignas(64) float rows[256], columns[256];
     factors(row_, range.row, range.rows, reference, rows);
-    if (columns_)  // without, 0 times what may be infinite
+    if (both_directions_)  // without, 0 times what may be infinite
       factors(column_, range.column, range.columns, reference, columns);
     else
       std::fill_n(columns, 256, 0.f);
@@ -116,26 +126,27 @@ struct SoftmaxGradient {
     });
   }
 
-  static void factors(const Side& side, int64_t first, int64_t count, Floats reference,
+  static void factors(const GradientSide& side, int64_t first, int64_t count, Floats reference,
                       float* out) {
     for (int64_t i = 0; i < count; i += kLanes)
-      store(out + i, load(side.weight.get() + first + i) *
+      store(out + i, load(side.probability_weight.get() + first + i) *
                          exp2(reference - load(side.reference.get() + first + i)));
   }
 
   GradientSums exact(const TileRange& range, float* s, int64_t ld) const {
     const float *row_reference = row_.reference.get() + range.row,
-                *row_factor = row_.weight.get() + range.row,
+                *row_factor = row_.probability_weight.get() + range.row,
                 *column_reference = column_.reference.get() + range.column,
-                *column_factor = column_.weight.get() + range.column;
+                *column_factor = column_.probability_weight.get() + range.column;
     return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
       Floats g = exp2(v - row_reference[i]) * row_factor[i];
-      if (columns_) g += exp2(v - load(column_reference + j)) * load(column_factor + j);
+      if (both_directions_) g += exp2(v - load(column_reference + j)) * load(column_factor + j);
       if constexpr (!Pairs::kMatched) {
         const int64_t p = range.row + i + pairs_.offset - range.column - j;  // the positive's lane
         if (0 <= p && p < kLanes) {
           const int64_t own = range.row + i;
-          g[p] -= row_.positive.get()[own] + column_.positive.get()[own + pairs_.offset];
+          g[p] -=
+              row_.positive_weight.get()[own] + column_.positive_weight.get()[own + pairs_.offset];
         }
       }
       return g;
@@ -146,21 +157,21 @@ struct SoftmaxGradient {
 // The stash in `memory`, plain bytes, or none.
 Stash stash_of(const char* op, const Optional& memory, const Inputs& in) {
   if (!memory.has_value()) return {};
-  const int64_t size = Stash::size(in.x.size(0), in.y.size(0));
-  TORCH_CHECK(memory->is_contiguous() && memory->nbytes() == size * sizeof(float), op,
-              ": expected a stash of ", size, " floats, got ", memory->nbytes(), " bytes");
+  const int64_t num_bytes = Stash::num_bytes(in.x.size(0), in.y.size(0));
+  TORCH_CHECK(memory->is_contiguous() && static_cast<int64_t>(memory->nbytes()) == num_bytes, op,
+              ": expected a stash of ", num_bytes, " bytes, got ", memory->nbytes());
   return {static_cast<float*>(memory->mutable_data_ptr()), in.y.size(0)};
 }
 
 // The statistics of rows and of columns, and the positives' logits where that is not null.
 template <typename Pairs>
 std::pair<SideStatistics, SideStatistics> forward(const Inputs& in, const Pairs& pairs,
-                                                  bool columns, Stash stash,
+                                                  bool both_directions, Stash stash,
                                                   float* positive = nullptr) {
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
-    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.logit_scale), pairs, columns,
-                                                     stash);
+    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.logit_scale), pairs,
+                                                     both_directions, stash);
     statistics.run(positive);
     return std::make_pair(statistics.rows(), statistics.columns());
   });
@@ -182,35 +193,34 @@ Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::k
 
 }  // namespace
 
-Tensor empty_stash(int64_t count) { return pooled_empty({count}, at::kShort); }
+Tensor empty_stash(int64_t num_bytes) { return pooled_empty({num_bytes}, at::kByte); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
                                                                 const Tensor& logit_scale,
-                                                                int64_t offset, bool columns,
+                                                                int64_t offset,
+                                                                bool both_directions,
                                                                 const Optional& stash) {
   const char* op = "info_nce_fwd";
   const Inputs in(op, x, y, logit_scale, offset);
   Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
   const auto [rows, by_column] =
-      forward(in, DiagonalPairs{offset}, columns, stash_of(op, stash, in),
+      forward(in, DiagonalPairs{offset}, both_directions, stash_of(op, stash, in),
               positive.mutable_data_ptr<float>());
   return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
-                                                const Tensor& logit_scale, const Tensor& row_max,
-                                                const Tensor& row_sum, const Tensor& column_max,
-                                                const Tensor& column_sum, const Tensor& row_weight,
-                                                const Tensor& column_weight, int64_t offset,
-                                                const Optional& stash) {
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_reference,
+    const Tensor& row_sum, const Tensor& column_reference, const Tensor& column_sum,
+    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash) {
   const char* op = "info_nce_bwd";
   const Inputs in(op, x, y, logit_scale, offset);
-  const Side row(row_max.contiguous(), row_sum.contiguous(), row_weight.to(at::kFloat).contiguous(),
-                 in.x.size(0));
-  const Side column(column_max.contiguous(), column_sum.contiguous(),
-                    column_weight.to(at::kFloat).contiguous(), in.y.size(0));
+  const GradientSide row(row_reference.contiguous(), row_sum.contiguous(),
+                         row_weight.to(at::kFloat).contiguous(), in.x.size(0));
+  const GradientSide column(column_reference.contiguous(), column_sum.contiguous(),
+                            column_weight.to(at::kFloat).contiguous(), in.y.size(0));
   const DiagonalPairs pairs{offset};
-  const SoftmaxGradient<DiagonalPairs> epilogue{row, column, column_max.numel() > 0,
+  const SoftmaxGradient<DiagonalPairs> epilogue{row, column, column_reference.numel() > 0,
                                                 Base2(in.logit_scale), pairs};
   Gradients out(in);
   const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
@@ -221,16 +231,13 @@ std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
                                            const Tensor& logit_scale, const Tensor& own,
                                            const Optional& exclude, const Optional& query_ids,
                                            const Optional& key_ids, const Optional& key_bias,
-                                           bool same_positive, bool columns,
+                                           bool same_positive, bool both_directions,
                                            const Optional& stash) {
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
-  const auto [rows, by_column] = forward(in, pairs, columns, stash_of(op, stash, in));
-  const auto stacked = [](const SideStatistics& side) {
-    return at::stack({side.max, side.sum, side.positives, side.count});
-  };
+  const auto [rows, by_column] = forward(in, pairs, both_directions, stash_of(op, stash, in));
   return {stacked(rows), stacked(by_column)};
 }
 
@@ -244,25 +251,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
   const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
                            same_positive);
-  const Side row(row_statistics.contiguous(), row_weights.contiguous(), x.size(0));
-  const Side column(column_statistics.contiguous(), column_weights.contiguous(), y.size(0));
-  Tensor dbias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
+  const GradientSide row(row_statistics.contiguous(), row_weights.contiguous(), x.size(0));
+  const GradientSide column(column_statistics.contiguous(), column_weights.contiguous(), y.size(0));
+  Tensor dkey_bias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
   const SoftmaxGradient<MatchedPairs> epilogue{
       row,
       column,
       column_statistics.numel() > 0,
       Base2(in.logit_scale),
       pairs,
-      pairs.has_bias() ? dbias.mutable_data_ptr<float>() : nullptr};
+      pairs.has_key_bias() ? dkey_bias.mutable_data_ptr<float>() : nullptr};
   Gradients out(in);
   const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
-  return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot), dbias};
+  return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot), dkey_bias};
 }
 
 namespace {
 
-// ---- the sigmoid loss: sum of softplus(-z (logit_scale x.y + bias)), z = 1 at positives, else -1
-// ---- No row or column statistics, so loss and gradients come from one pass: 3 products, not 4.
+// ---- the sigmoid loss: sum of softplus(-z l), l = logit_scale x.y + logit_bias, z = 1 at
+// ---- positives, else -1. No row or column statistics, so loss and gradients come from one pass: 3
+// ---- products, not 4.
 
 // log(1 + u) for u in [0, 1], as 2 atanh(z): relative error below 1e-7.
 inline Floats log1p(Floats u) {
@@ -274,7 +282,7 @@ inline Floats log1p(Floats u) {
 
 template <typename Pairs>
 struct SigmoidGradient {
-  float logit_scale_, bias_;
+  float logit_scale_, logit_bias_;
   const Pairs& pairs_;
 
   GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
@@ -293,7 +301,7 @@ struct SigmoidGradient {
           if (0 <= positive && positive < kLanes) sign[positive] = -1.f;
         }
         for (int64_t lane = range.columns - j; lane < kLanes; ++lane) dot[lane] = used[lane] = 0.f;
-        const Floats v = sign * (dot * logit_scale_ + bias_);  // a logit that should be low
+        const Floats v = sign * (dot * logit_scale_ + logit_bias_);  // a logit that should be low
         const Floats size = v < 0.f ? -v : v;
         const Floats u = exp2(size * -kLog2E), inverse = 1.f / (1.f + u);
         const Floats g = sign * used * (v < 0.f ? u * inverse : inverse);
@@ -309,9 +317,9 @@ struct SigmoidGradient {
 };
 
 template <typename Pairs>
-GradientSums sigmoid(const Inputs& in, float bias, const Pairs& pairs, bool gradients,
+GradientSums sigmoid(const Inputs& in, float logit_bias, const Pairs& pairs, bool gradients,
                      Gradients& out) {
-  const SigmoidGradient<Pairs> epilogue{in.logit_scale, bias, pairs};
+  const SigmoidGradient<Pairs> epilogue{in.logit_scale, logit_bias, pairs};
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Input = typename Operands<decltype(a)::value>::Input;

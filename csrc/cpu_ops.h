@@ -20,23 +20,23 @@ void with_dtype(at::ScalarType dtype, const F& f) {
   f(at::Half{});
 }
 
-// int16 [count], uninitialised, in memory that the next step gets again (memory_pool.h).
-Tensor empty_stash(int64_t count);
+// uint8 [num_bytes], uninitialised, in memory that the next step gets again (memory_pool.h).
+Tensor empty_stash(int64_t num_bytes);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
                                                                 const Tensor& logit_scale,
-                                                                int64_t offset, bool columns,
+                                                                int64_t offset,
+                                                                bool both_directions,
                                                                 const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
-                                                const Tensor& logit_scale, const Tensor& row_max,
-                                                const Tensor& row_sum, const Tensor& column_max,
-                                                const Tensor& column_sum, const Tensor& row_weight,
-                                                const Tensor& column_weight, int64_t offset,
-                                                const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_reference,
+    const Tensor& row_sum, const Tensor& column_reference, const Tensor& column_sum,
+    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash);
 std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
                                            const Tensor& logit_scale, const Tensor& own,
                                            const Optional& exclude, const Optional& query_ids,
                                            const Optional& key_ids, const Optional& key_bias,
-                                           bool same_positive, bool columns, const Optional& stash);
+                                           bool same_positive, bool both_directions,
+                                           const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
@@ -60,7 +60,7 @@ Tensor soft_targets(const Tensor& source_centroids, const Tensor& prototypes, do
 std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids);
 std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points);
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
-                                               const Tensor& codes, const Tensor& known,
+                                               const Tensor& codes, const Tensor& code_bounds,
                                                const Tensor& centre, bool rotated);
 std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
                                         int64_t num_segments);

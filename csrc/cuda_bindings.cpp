@@ -8,7 +8,6 @@
 #include <limits>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "launchers.h"
 
@@ -61,9 +60,9 @@ at::Tensor packed_for(KmeansAssign call, const at::Tensor& points) {
 }
 
 // What kmeans_assign_coded takes of N >= 1 points, for centroids that are means of them.
-std::vector<at::Tensor> kmeans_encode_cuda(const at::Tensor& points) {
+at::Tensor kmeans_encode_cuda(const at::Tensor& points) {
   const c10::cuda::CUDAGuard guard(points.device());
-  return {packed_for(kmeans_call(points, points), points)};
+  return packed_for(kmeans_call(points, points), points);
 }
 
 std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
@@ -140,7 +139,7 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       "kmeans_assign_coded_cuda(Tensor points, Tensor centroids, Tensor? packed)"
       " -> (Tensor, Tensor)",
       cuda(&protoclip::kmeans_assign_cuda));
-  m.def("kmeans_encode_cuda(Tensor points) -> Tensor[]", cuda(&protoclip::kmeans_encode_cuda));
+  m.def("kmeans_encode_cuda(Tensor points) -> Tensor", cuda(&protoclip::kmeans_encode_cuda));
   m.def("segment_mean_cuda(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
         cuda(&protoclip::segment_mean_cuda));
 }

@@ -23,9 +23,9 @@ void prefetch(const T* row, int64_t d) {
   for (int64_t j = 0; j < d; j += LINE) __builtin_prefetch(row + j, 0, 2);
 }
 
-// `codes`: of the points, or null.
+// `coded`: the points' codes, or null.
 template <class T>
-void assign(const Tensor& points, const Centroids& c, const Codes* codes, int64_t* labels,
+void assign(const Tensor& points, const Centroids& c, const CodedPoints* coded, int64_t* labels,
             float* distances) {
   const int64_t n = points.size(0), row_stride = points.stride(0), stride = points.stride(1);
   const T* data = points.const_data_ptr<T>();
@@ -38,7 +38,7 @@ void assign(const Tensor& points, const Centroids& c, const Codes* codes, int64_
       const int64_t base = b * BLOCK_ROWS, rows = std::min(BLOCK_ROWS, n - base);
       for (int64_t r = 0; r < rows; ++r) {
         block.read(r, data + (base + r) * row_stride, stride);
-        codes ? block.take(r, *codes, base + r) : block.encode(r);
+        coded ? block.take(r, *coded, base + r) : block.encode(r);
       }
       for (int64_t panel = 0; panel < c.panels; panel += chunk) {
         const int64_t count = std::min(chunk, c.panels - panel);
@@ -58,7 +58,8 @@ void assign(const Tensor& points, const Centroids& c, const Codes* codes, int64_
 }
 
 std::tuple<Tensor, Tensor> assign_in(const Frame& frame, const Tensor& points,
-                                     const Tensor& centroids, bool finite, const Codes* codes) {
+                                     const Tensor& centroids, bool finite,
+                                     const CodedPoints* coded) {
   const int64_t n = points.size(0);
   auto labels = at::full({n}, -1, points.options().dtype(at::kLong));
   auto distances =
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor> assign_in(const Frame& frame, const Tensor& points,
   if (n == 0 || !finite) return {labels, distances};
   const Centroids prepared(centroids, frame);
   const auto run = [&](auto type) {
-    assign<decltype(type)>(points, prepared, codes, labels.mutable_data_ptr<int64_t>(),
+    assign<decltype(type)>(points, prepared, coded, labels.mutable_data_ptr<int64_t>(),
                            distances.mutable_data_ptr<float>());
   };
   with_dtype(points.scalar_type(), run);
@@ -88,15 +89,15 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
   return assign_in(frame, points, rows, finite, nullptr);
 }
 
-// For kmeans_assign_coded: codes [N, depth], what is known of them [N, KNOWN], the frame's centre
-// and whether it is rotated. Points: fp32 and contiguous.
+// For kmeans_assign_coded: codes [N, depth], their bounds [N, CodedRow::SIZE], the frame's
+// centre and whether it is rotated. Points: fp32 and contiguous.
 std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points) {
   const int64_t n = points.size(0), d = points.size(1), depth = round_up(d, 4);
   const Tensor some = sample(points), centre = mean_row(some);
   Frame frame(centre);
   frame.rotated = frame.peaky(some);
   auto codes = at::full({n, depth}, screen::OFFSET, points.options().dtype(at::kByte));
-  auto known = at::empty({n, KNOWN}, points.options());
+  auto code_bounds = at::empty({n, CodedRow::SIZE}, points.options());
   const float* data = points.const_data_ptr<float>();
   at::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
     Buffer<float> row(d);
@@ -105,22 +106,22 @@ std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points) {
       if (frame.rotated) frame.rotation(row.get());
       const auto coded = screen::encode(row.get(), d, int8::LEFT_MAX, screen::OFFSET, 1e-30f,
                                         codes.mutable_data_ptr<uint8_t>() + i * depth);
-      const float all[KNOWN] = {coded.scale, coded.norm, coded.error, static_cast<float>(square)};
-      std::copy_n(all, KNOWN, known.mutable_data_ptr<float>() + i * KNOWN);
+      const CodedRow bounds{coded, static_cast<float>(square)};
+      bounds.store(code_bounds.mutable_data_ptr<float>() + i * CodedRow::SIZE);
     }
   });
-  return {codes, known, centre, frame.rotated};
+  return {codes, code_bounds, centre, frame.rotated};
 }
 
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
-                                               const Tensor& codes, const Tensor& known,
+                                               const Tensor& codes, const Tensor& code_bounds,
                                                const Tensor& centre, bool rotated) {
   const Tensor rows = centroids.contiguous();
   const bool finite = Frame(mean_row(rows)).finite();
   Frame frame(centre);
   frame.rotated = rotated;
-  const Codes kept{codes, known};
-  return assign_in(frame, points, rows, finite, &kept);
+  const CodedPoints coded{codes, code_bounds};
+  return assign_in(frame, points, rows, finite, &coded);
 }
 
 }  // namespace protoclip

@@ -27,12 +27,25 @@ struct Hit {
   float bound;
 };
 
-constexpr int64_t KNOWN = 4;
+// What the bounds of a point need beside its code: a row of CodedPoints::code_bounds.
+struct CodedRow {
+  static constexpr int64_t SIZE = 4;
+  screen::Coded coded;
+  float square;  // |x'|^2
+
+  static CodedRow load(const float* row) { return {{row[0], row[1], row[2]}, row[3]}; }
+  void store(float* row) const {
+    row[0] = coded.scale;
+    row[1] = coded.norm;
+    row[2] = coded.error;
+    row[3] = square;
+  }
+};
 
 // Of points that meet many sets of centroids, in one frame.
-struct Codes {
-  at::Tensor codes;  // uint8 [N, depth]
-  at::Tensor known;  // fp32 [N, KNOWN]: scale, |s q|, |e|, |x'|^2
+struct CodedPoints {
+  at::Tensor codes;        // uint8 [N, depth]
+  at::Tensor code_bounds;  // fp32 [N, CodedRow::SIZE]
 };
 
 // A block of points, their codes, and the best centroid so far of each.
@@ -67,7 +80,7 @@ struct Block {
   template <class T>
   void read(int64_t row, const T* x, int64_t stride);
   void encode(int64_t row);
-  void take(int64_t row, const Codes& codes, int64_t from);
+  void take(int64_t row, const CodedPoints& points, int64_t from);
   bool begin(int64_t row, double square);
   void finish(int64_t row, const screen::Coded& coded);
   void screen_chunk(int64_t group, int64_t panel, int64_t panels);
@@ -99,13 +112,14 @@ inline void Block::encode(int64_t row) {
   std::fill(code + c.d, code + c.depth, screen::OFFSET);
 }
 
-// Codes that were kept.
-inline void Block::take(int64_t row, const Codes& kept, int64_t from) {
-  const float* known = kept.known.const_data_ptr<float>() + from * KNOWN;
-  if (known[0] < min_scale) return encode(row);
-  std::copy_n(kept.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
+// The code of point `from`, instead of encoding it again.
+inline void Block::take(int64_t row, const CodedPoints& points, int64_t from) {
+  const CodedRow point =
+      CodedRow::load(points.code_bounds.const_data_ptr<float>() + from * CodedRow::SIZE);
+  if (point.coded.scale < min_scale) return encode(row);
+  std::copy_n(points.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
               codes.get() + row * c.depth);
-  if (begin(row, known[3])) finish(row, {known[0], known[1], known[2]});
+  if (begin(row, point.square)) finish(row, point.coded);
 }
 
 // False where the point is done already: its squares would leave fp32, or are not finite.

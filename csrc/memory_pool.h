@@ -23,7 +23,7 @@ namespace protoclip {
 class MemoryPool {
  public:
   static constexpr int64_t kSmallest = 1 << 20;  // below, malloc's own lists serve
-  static constexpr int64_t kAtMost = 128 << 20;  // unused bytes that are kept
+  static constexpr int64_t kAtMost = 128 << 20;  // idle bytes, kept for the next call
 
   static MemoryPool& instance() {
     static MemoryPool* pool = new MemoryPool;  // never destroyed: tensors may outlive statics
@@ -38,7 +38,7 @@ class MemoryPool {
       for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
         if (block->size == size) {
           void* data = block->data;
-          kept_ -= size;
+          idle_bytes_ -= size;
           blocks_.erase(block);
           return data;
         }
@@ -55,13 +55,13 @@ class MemoryPool {
     const int64_t size = whole_pages(bytes);
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks_.push_back({data, size});
-    kept_ += size;
-    while (kept_ > kAtMost) drop_oldest();
+    idle_bytes_ += size;
+    while (idle_bytes_ > kAtMost) drop_oldest();
   }
 
-  int64_t kept() {
+  int64_t idle_bytes() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return kept_;
+    return idle_bytes_;
   }
 
   void clear() {
@@ -80,13 +80,13 @@ class MemoryPool {
 
   void drop_oldest() {
     std::free(blocks_.front().data);
-    kept_ -= blocks_.front().size;
+    idle_bytes_ -= blocks_.front().size;
     blocks_.pop_front();
   }
 
   std::mutex mutex_;
   std::deque<Block> blocks_;  // the oldest first
-  int64_t kept_ = 0;
+  int64_t idle_bytes_ = 0;
 };
 
 // Memory on cache lines, with a vector's width to spare at the end; uninitialised without a value.

@@ -36,11 +36,11 @@ class MatchedPairs {
   struct Row {
     Ints ids[2], own, exclude, same_unseen;  // the last: -1 where columns of its ids are unseen
     const int32_t* keys[2];                  // [M]; the second is null where there is one id
-    const float* bias;                       // [M] in base 2, or null
+    const float* key_bias;                   // [M] in base 2, or null
 
     // Base-2 logits of the kLanes columns from `column` on, with their biases.
     Floats biased(Floats v, int64_t column) const {
-      return bias == nullptr ? v : v + load(bias + column);
+      return key_bias == nullptr ? v : v + load(key_bias + column);
     }
 
     Lanes at(int64_t column) const {
@@ -49,7 +49,7 @@ class MatchedPairs {
       if (keys[1] != nullptr) same |= load(keys[1] + column) == ids[1];
       const Ints is_own = lanes == own;
       Ints unseen = (same & same_unseen & ~is_own) | (lanes == exclude);
-      if (bias != nullptr) unseen |= load(bias + column) == broadcast(-kInfinity);
+      if (key_bias != nullptr) unseen |= load(key_bias + column) == broadcast(-kInfinity);
       return {unseen, ((same & ~same_unseen) | is_own) & ~unseen};
     }
   };
@@ -59,7 +59,7 @@ class MatchedPairs {
                const std::optional<at::Tensor>& key_ids, const std::optional<at::Tensor>& key_bias,
                bool same_positive)
       : same_positive_(same_positive),
-        has_bias_(key_bias.has_value()),
+        has_key_bias_(key_bias.has_value()),
         ids_(key_ids.has_value() ? key_ids->size(0) : 0),
         stride_(round_up(m, kLanes)),
         queries_(n),
@@ -67,7 +67,7 @@ class MatchedPairs {
         exclude_(n, -1),
         query_ids_(2 * n, -1),
         key_ids_(2 * stride_, -2),  // no query's; also past the last
-        bias_(stride_, 0.f) {
+        key_bias_(stride_, 0.f) {
     TORCH_CHECK(own.numel() == n && ids_ <= 2 &&
                     (ids_ == 0 || (query_ids->numel() == ids_ * n && key_ids->numel() == ids_ * m)),
                 op, ": expected own [N] and ids [R, N] and [R, M], R <= 2");
@@ -77,13 +77,13 @@ class MatchedPairs {
       copy<int32_t>((*query_ids)[r], query_ids_.get() + r * n, n);
       copy<int32_t>((*key_ids)[r], key_ids_.get() + r * stride_, m);
     }
-    if (has_bias_) {
-      copy<float>(*key_bias, bias_.get(), m);
-      for (int64_t j = 0; j < m; ++j) bias_.get()[j] *= kLog2E;
+    if (has_key_bias_) {
+      copy<float>(*key_bias, key_bias_.get(), m);
+      for (int64_t j = 0; j < m; ++j) key_bias_.get()[j] *= kLog2E;
     }
   }
 
-  bool has_bias() const { return has_bias_; }
+  bool has_key_bias() const { return has_key_bias_; }
 
   Row row(int64_t i) const {
     const int32_t *ids = query_ids_.get() + i, *keys = key_ids_.get();
@@ -92,7 +92,7 @@ class MatchedPairs {
             broadcast(exclude_.get()[i]),
             broadcast(same_positive_ ? 0 : -1),
             {keys, ids_ == 2 ? keys + stride_ : nullptr},
-            has_bias_ ? bias_.get() : nullptr};
+            has_key_bias_ ? key_bias_.get() : nullptr};
   }
 
   // Whether the tile holds a row's own column.
@@ -110,10 +110,10 @@ class MatchedPairs {
     std::copy_n(from.contiguous().const_data_ptr<T>(), count, to);
   }
 
-  bool same_positive_, has_bias_;
+  bool same_positive_, has_key_bias_;
   int64_t ids_, stride_, queries_;
   Buffer<int32_t> own_, exclude_, query_ids_, key_ids_;
-  Buffer<float> bias_;
+  Buffer<float> key_bias_;
 };
 
 }  // namespace protoclip

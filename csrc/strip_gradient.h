@@ -112,15 +112,17 @@ struct TileRange {
   }
 };
 
-// Room for the dot products of all tiles, which a forward pass leaves to its backward pass; empty
-// where none is given. Tile after tile, each contiguous.
+// Room for the fp32 dot products of all tiles, which a forward pass leaves to its backward pass;
+// null where none is given. Tile after tile, each contiguous.
 class Stash {
  public:
   static constexpr int64_t kRows = 128, kColumns = 256;  // of a tile: 128 KB
 
   Stash() = default;
   Stash(float* data, int64_t columns) : data_(data), tiles_(blocks(columns, kColumns)) {}
-  static int64_t size(int64_t n, int64_t m) { return round_up(n, kRows) * round_up(m, kColumns); }
+  static int64_t num_bytes(int64_t n, int64_t m) {
+    return round_up(n, kRows) * round_up(m, kColumns) * int64_t{sizeof(float)};
+  }
 
   explicit operator bool() const { return data_ != nullptr; }
   // The product at (row, column), `row` a multiple of kRows; rows are kColumns apart.

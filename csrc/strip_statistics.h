@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <vector>
@@ -33,10 +34,23 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
   }
 }
 
-// [count] each; the positives' of MatchedPairs only.
+// [N] or [M] each; the positives' of MatchedPairs only.
 struct SideStatistics {
-  at::Tensor max, sum, positives, count;
+  at::Tensor max, sum, positive_sum, num_positives;
 };
+
+// The rows of one tensor of these, as the contrastive ops return and take them: in the order of
+// PairStatistics (kernels/results.py).
+enum StatisticsRow : int64_t { kMaxRow, kSumRow, kPositiveSumRow, kNumPositivesRow };
+
+inline at::Tensor stacked(const SideStatistics& side) {
+  at::Tensor rows[4];
+  rows[kMaxRow] = side.max;
+  rows[kSumRow] = side.sum;
+  rows[kPositiveSumRow] = side.positive_sum;
+  rows[kNumPositivesRow] = side.num_positives;
+  return at::stack(rows);
+}
 
 template <Arithmetic A, typename Pairs>
 class Statistics {
@@ -48,11 +62,12 @@ class Statistics {
 
  public:
   // Where there is a `stash`, the dot products stay there for the backward pass.
-  Statistics(const Strip<A>& strip, Base2 base2, const Pairs& pairs, bool columns, Stash stash)
+  Statistics(const Strip<A>& strip, Base2 base2, const Pairs& pairs, bool both_directions,
+             Stash stash)
       : strip_(strip),
         base2_(base2),
         pairs_(pairs),
-        columns_(columns),
+        both_directions_(both_directions),
         stash_(stash),
         row_chunk_(kRows * blocks(strip.n, kRows * kRowChunks)),
         column_chunk_(kColumns * blocks(strip.m, kColumns * kColumnChunks)),
@@ -74,22 +89,22 @@ class Statistics {
   }
 
   SideStatistics rows() const { return rows_.total(strip_.n); }
-  SideStatistics columns() const { return by_column_.total(columns_ ? strip_.m : 0); }
+  SideStatistics columns() const { return by_column_.total(both_directions_ ? strip_.m : 0); }
 
  private:
-  struct Side {  // rows or columns
-    Buffer<float> max, sum, positives, count;
-    explicit Side(int64_t size)
+  struct SideBuffers {  // of rows or columns
+    Buffer<float> max, sum, positive_sum, num_positives;
+    explicit SideBuffers(int64_t size)
         : max(size),
           sum(size),
-          positives(Pairs::kMatched ? size : 0),
-          count(Pairs::kMatched ? size : 0) {}
+          positive_sum(Pairs::kMatched ? size : 0),
+          num_positives(Pairs::kMatched ? size : 0) {}
   };
 
   struct Scratch {  // of one thread and tile
     Buffer<Input> right;
     Buffer<float> s, group_sum;
-    Side row, column;
+    SideBuffers row, column;
     explicit Scratch(int64_t d)
         : right(Ops::depth(d) * kColumns),
           s(kRows * kColumns),
@@ -99,18 +114,18 @@ class Statistics {
   };
 
   // Partial statistics, [chunks, stride].
-  struct Partials : Side {
-    using Side::count, Side::max, Side::positives, Side::sum;
+  struct Partials : SideBuffers {
+    using SideBuffers::max, SideBuffers::num_positives, SideBuffers::positive_sum, SideBuffers::sum;
     int64_t chunks, stride;
     Partials(int64_t chunks, int64_t stride)
-        : Side(chunks * stride), chunks(chunks), stride(stride) {}
+        : SideBuffers(chunks * stride), chunks(chunks), stride(stride) {}
 
     // Merges those of a tile into the `size` from `at` on.
-    void add(int64_t at, const Side& tile, int64_t size) const {
+    void add(int64_t at, const SideBuffers& tile, int64_t size) const {
       merge(max.get() + at, sum.get() + at, tile.max.get(), tile.sum.get(), size);
       for (int64_t i = 0; Pairs::kMatched && i < size; ++i) {
-        positives.get()[at + i] += tile.positives.get()[i];
-        count.get()[at + i] += tile.count.get()[i];
+        positive_sum.get()[at + i] += tile.positive_sum.get()[i];
+        num_positives.get()[at + i] += tile.num_positives.get()[i];
       }
     }
 
@@ -119,8 +134,8 @@ class Statistics {
       std::fill_n(max.get() + at, size, -kInfinity);
       std::fill_n(sum.get() + at, size, 0.f);
       if constexpr (Pairs::kMatched) {
-        std::fill_n(positives.get() + at, size, 0.f);
-        std::fill_n(count.get() + at, size, 0.f);
+        std::fill_n(positive_sum.get() + at, size, 0.f);
+        std::fill_n(num_positives.get() + at, size, 0.f);
       }
     }
 
@@ -128,8 +143,8 @@ class Statistics {
       const auto options = at::TensorOptions(at::kFloat);
       SideStatistics out{at::full({size}, -kInfinity, options), at::zeros({size}, options)};
       if constexpr (Pairs::kMatched) {
-        out.positives = sum_of(positives, size);
-        out.count = sum_of(count, size);
+        out.positive_sum = sum_of(positive_sum, size);
+        out.num_positives = sum_of(num_positives, size);
       }
       if (chunks == 0) return out;
       for (int64_t c = 1; c < chunks; ++c)
@@ -166,7 +181,7 @@ class Statistics {
         const TileRange range{row, std::min(kRows, row_end - row), column, columns};
         tile(range, positive, scratch);
         rows_.add(rows + row, scratch.row, range.rows);
-        if (columns_) by_column_.add(by_column + column, scratch.column, range.columns);
+        if (both_directions_) by_column_.add(by_column + column, scratch.column, range.columns);
       }
     }
   }
@@ -202,13 +217,13 @@ class Statistics {
     const int64_t width = round_up(range.columns, kLanes);
     const Floats lowest = broadcast(-kInfinity);
     if (Pairs::kMatched) {
-      std::fill_n(scratch.column.positives.get(), width, 0.f);
-      std::fill_n(scratch.column.count.get(), width, 0.f);
+      std::fill_n(scratch.column.positive_sum.get(), width, 0.f);
+      std::fill_n(scratch.column.num_positives.get(), width, 0.f);
     }
     for (int64_t j = 0; j < width; j += kLanes) store(scratch.column.max.get() + j, lowest);
     for (int64_t i = 0; i < range.rows; ++i) {
       float* s = scratch.s.get() + i * kColumns;
-      Floats row = lowest, positives{}, count{};
+      Floats row = lowest, positive_sum{}, num_positives{};
       const auto pairs = pairs_.row(range.row + i);
       for (int64_t j = 0; j < width; j += kLanes) {
         Floats v = base2_(load(dots + i * kColumns + j));
@@ -219,11 +234,11 @@ class Statistics {
           if (any(lanes.positive)) {
             const Floats positive = lanes.positive ? v : Floats{};
             const Floats one = lanes.positive ? broadcast(1.f) : Floats{};
-            float* by_column = scratch.column.positives.get() + j;
-            float* column_count = scratch.column.count.get() + j;
-            store(by_column, load(by_column) + positive);
+            float* column_sum = scratch.column.positive_sum.get() + j;
+            float* column_count = scratch.column.num_positives.get() + j;
+            store(column_sum, load(column_sum) + positive);
             store(column_count, load(column_count) + one);
-            positives += positive, count += one;
+            positive_sum += positive, num_positives += one;
           }
         }
         if (j + kLanes > range.columns)
@@ -235,8 +250,8 @@ class Statistics {
       }
       scratch.row.max.get()[i] = maximum(row);
       if (Pairs::kMatched) {
-        scratch.row.positives.get()[i] = sum(positives);
-        scratch.row.count.get()[i] = sum(count);
+        scratch.row.positive_sum.get()[i] = sum(positive_sum);
+        scratch.row.num_positives.get()[i] = sum(num_positives);
       }
     }
   }
@@ -297,7 +312,7 @@ class Statistics {
   const Strip<A>& strip_;
   Base2 base2_;
   const Pairs& pairs_;
-  bool columns_;
+  bool both_directions_;
   Stash stash_;
   int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;
   Partials rows_, by_column_;

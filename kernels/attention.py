@@ -44,25 +44,25 @@ def load_tile(
 
 @triton.jit
 def _products(
-    q, q_ptr, rows, k_ptr, keys, used, d, strides,
+    q, q_ptr, rows, key_ptr, keys, used, d, strides,
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """-> s [rows, keys], and the keys where they are VALUES too: then rows fit one tile."""
     if VALUES:
         depth = tl.arange(0, BLOCK_D)
-        k = load_tile(k_ptr, keys, used, depth, d, strides[2], strides[3], EVEN_D, MASK)
-        return dot(q, tl.trans(k)), k
+        key = load_tile(key_ptr, keys, used, depth, d, strides[2], strides[3], EVEN_D, MASK)
+        return dot(q, tl.trans(key)), key
     else:
         keys = tl.where(used, keys, 0)
-        return products_at(q_ptr, k_ptr, rows, keys, d, strides, BLOCK_D, EVEN_D), q
+        return products_at(q_ptr, key_ptr, rows, keys, d, strides, BLOCK_D, EVEN_D), q
 
 
 @triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=["labels_ptr"])
 def attention_kernel(
-    q_ptr, logit_scale_ptr, k_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
+    q_ptr, logit_scale_ptr, key_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]
-    n, k_count, d, slices, strides,
+    n, k, d, slices, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     VALUES: tl.constexpr, BEST: tl.constexpr, EXPECT: tl.constexpr, HARD: tl.constexpr,
     PEEL: tl.constexpr,
@@ -84,23 +84,23 @@ def attention_kernel(
     best = tl.zeros([BLOCK_N], tl.int64)
     expected = tl.zeros([BLOCK_N], tl.float32)
     acc = tl.zeros([BLOCK_N, BLOCK_D if VALUES else 1], tl.float32)
-    per_slice = tl.cdiv(tl.cdiv(k_count, BLOCK_M), slices) * BLOCK_M
+    per_slice = tl.cdiv(tl.cdiv(k, BLOCK_M), slices) * BLOCK_M
     begin = slice_index * per_slice
-    end = tl.minimum(begin + per_slice, k_count)
+    end = tl.minimum(begin + per_slice, k)
     whole = end
     if PEEL:
         whole = tl.maximum(begin, begin + (end - begin) // BLOCK_M * BLOCK_M)
     for part in tl.static_range(1 + PEEL):
         for start in range(begin if part == 0 else whole, whole if part == 0 else end, BLOCK_M):
             first_key = tl.cast(start, tl.int64)
-            k_used = j < k_count - start
-            s, k = _products(
-                q, q_ptr, rows, k_ptr + first_key * strides[2], j, k_used, d, strides,
+            key_used = j < k - start
+            s, key = _products(
+                q, q_ptr, rows, key_ptr + first_key * strides[2], j, key_used, d, strides,
                 BLOCK_D, EVEN_D, VALUES, part == PEEL,
             )  # fmt: skip
             s *= sign
             if part == PEEL:
-                s = tl.where(k_used[None, :], s, -float("inf"))
+                s = tl.where(key_used[None, :], s, -float("inf"))
             tile_max = tl.max(s, 1)
             if BEST:
                 first = tl.min(tl.where(s == tile_max[:, None], j[None, :], BLOCK_M), 1)
@@ -115,7 +115,7 @@ def attention_kernel(
                 finite = tl.maximum(s, LOWEST) if part == PEEL else s
                 expected = expected * factor + tl.sum(p * finite, 1)
             if VALUES:
-                acc = acc * factor[:, None] + dot(p.to(k.dtype), k)
+                acc = acc * factor[:, None] + dot(p.to(key.dtype), key)
             row_max = new_max
 
     tl.store(max_ptr + at + i, row_max, mask=used)
@@ -132,9 +132,9 @@ def attention_kernel(
             # The label's product is the diagonal of one more tile of the same dot: the same bits as
             # in the sum, so that a loss near zero does not cancel.
             label = tl.load(labels_ptr + first_row + i, mask=used, other=LEFT_OUT)
-            known = (label >= 0) & (label < k_count)
+            known = (label >= 0) & (label < k)
             s, _ = _products(
-                q, q_ptr, rows, k_ptr, label, known, d, strides, BLOCK_D, EVEN_D, VALUES, True
+                q, q_ptr, rows, key_ptr, label, known, d, strides, BLOCK_D, EVEN_D, VALUES, True
             )
             diagonal = sign * tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
             tl.store(positive_ptr + first_row + i, diagonal, mask=used)

@@ -85,12 +85,12 @@ def _three_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["n", "k_count"])
+@triton.jit(do_not_specialize=["n", "k"])
 def screen_kernel(
     x_ptr, c_ptr, c_low_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D] x 2, [K], [N]: of rounding
     rows_ptr, count_ptr,  # [N], []: which rows, with THREE; all without
     label_ptr, open_ptr,  # [N], [N]: 1 where the margin is within reach
-    n, k_count, d, strides,
+    n, k, d, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     THREE: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +113,10 @@ def screen_kernel(
             high = x.to(c_ptr.dtype.element_ty)
             if THREE:
                 low = (x - high.to(tl.float32)).to(high.dtype)
-        for start in range(0, k_count, BLOCK_M):
-            inside = start + keys < k_count
+        for start in range(0, k, BLOCK_M):
+            inside = start + keys < k
             half_norm = tl.load(half_norm_ptr + start + keys, mask=inside, other=float("inf"))
-            centroids = tl.minimum(start + keys, k_count - 1).to(tl.int64)
+            centroids = tl.minimum(start + keys, k - 1).to(tl.int64)
             if HELD:
                 c = load_tile(
                     c_ptr, centroids, inside, depth, d, stride_c_k, stride_c_d, EVEN_D, False
@@ -134,7 +134,7 @@ def screen_kernel(
                 )
             else:
                 s = products(
-                    x_ptr, c_ptr, tl.program_id(0) * BLOCK_N, start, n, k_count, d, strides,
+                    x_ptr, c_ptr, tl.program_id(0) * BLOCK_N, start, n, k, d, strides,
                     BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D,
                 )  # fmt: skip
             s -= half_norm[None, :]  # infinite past the end
@@ -168,10 +168,10 @@ def _widest(x_ptr, c_ptr, rows, label, used, d, strides, BLOCK_D: tl.constexpr):
     return widest
 
 
-@triton.jit(do_not_specialize=["k_count"])
+@triton.jit(do_not_specialize=["k"])
 def exact_kernel(
     x_ptr, c_ptr, rows_ptr, count_ptr, label_ptr,  # [N, D], [K, D], [N], [], [N]
-    k_count, d, strides,
+    k, d, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Nearest centroid of a tile of the rows listed by |x - c|^2 itself, in units of the distance
@@ -188,9 +188,9 @@ def exact_kernel(
         usual = (widest > 1e-10) & (widest < 1e10)
         unit = tl.where(usual, 1.0, 1.0 / tl.maximum(widest, 1e-37))[None, :, None]
         best, second, tile = _none_yet(BLOCK_N, BLOCK_M)
-        for start in range(0, k_count, BLOCK_M):
+        for start in range(0, k, BLOCK_M):
             keys = start + tl.arange(0, BLOCK_M)
-            inside = keys < k_count
+            inside = keys < k
             s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for first in range(0, d, BLOCK_D):  # sums of sums round less
                 depth = first + tl.arange(0, BLOCK_D)
@@ -244,33 +244,33 @@ def kmeans_assign_coded(
     wide = points.dtype == torch.float32
     c = centroids.to(half.dtype)
     is_open = torch.zeros(n, dtype=torch.int32, device=points.device)
-    config = launch.assign_row(half)
+    config = launch.assign_config(half)
     with torch.cuda.device_of(points):
         screen_kernel[(triton.cdiv(n, config.block_n),)](
             x_ptr=half, c_ptr=c, c_low_ptr=None, half_norm_ptr=half_norms,
             reach_ptr=reach(2 * HALF_ULP if wide else 0.0, d), rows_ptr=None, count_ptr=None,
             label_ptr=labels, open_ptr=is_open,
-            n=n, k_count=k, d=d, strides=(*half.stride(), *c.stride()),
+            n=n, k=k, d=d, strides=(*half.stride(), *c.stride()),
             THREE=False, HELD=d <= config.block_d, **tile_options(d, config),
         )  # fmt: skip
         open_rows, count = _listed(is_open)
         if wide:
             c_low = (centroids - c.float()).to(c.dtype)
-            config = launch.assign_row(points)
+            config = launch.assign_config(points)
             is_open.zero_()
             # Left out: the product of both low parts, and what these were rounded by.
             screen_kernel[(triton.cdiv(n, config.block_n),)](
                 x_ptr=points, c_ptr=c, c_low_ptr=c_low, half_norm_ptr=half_norms,
                 reach_ptr=reach(3 * HALF_ULP**2, 3 * d), rows_ptr=open_rows, count_ptr=count,
                 label_ptr=labels, open_ptr=is_open,
-                n=n, k_count=k, d=d, strides=(*points.stride(), *c.stride()),
+                n=n, k=k, d=d, strides=(*points.stride(), *c.stride()),
                 THREE=True, HELD=d <= config.block_d, **tile_options(d, config),
             )  # fmt: skip
             open_rows, count = _listed(is_open)
         config = launch.ASSIGN_EXACT
         exact_kernel[(triton.cdiv(n, config.block_n),)](
             x_ptr=points, c_ptr=centroids, rows_ptr=open_rows, count_ptr=count, label_ptr=labels,
-            k_count=k, d=d, strides=(*points.stride(), *centroids.stride()),
+            k=k, d=d, strides=(*points.stride(), *centroids.stride()),
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
             **config.options,
         )  # fmt: skip

@@ -102,11 +102,11 @@ def _eight_columns(acc):
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
 def info_nce_forward_kernel(
-    x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for strips, []
+    x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for slices, []
     row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
     n, m, d, offset, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    STRIP: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+    SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
@@ -127,31 +127,31 @@ def info_nce_forward_kernel(
         tl.store(pointers, tl.join(row_top, row_sum))
         least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
         least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
-        if COLUMNS:
+        if BOTH_DIRECTIONS:
             e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
             total = _store_columns(column_ptr, block, col0, m, top[:, None], e, PARTS, False)
             least = tl.minimum(least, tl.min(total, 1))
         general = tl.min(least) < tl.exp2(-SPREAD)
     if general:
-        row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+        row_reference = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
-        for strip in range(0, BLOCK_M, STRIP):
-            cols = col0 + strip + tl.arange(0, STRIP)
+        for column_slice in range(0, BLOCK_M, SLICE_M):
+            first = col0 + column_slice
+            cols = first + tl.arange(0, SLICE_M)
             s = base2_scale * products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+                x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
             )
             positive = cols[None, :] == rows[:, None] + offset
-            at = col0 + strip
-            store_entries(s, rows, positive, offset - at, n, m - at, positive_ptr)
+            store_entries(s, rows, positive, offset - first, n, m - first, positive_ptr)
             negative = (rows[:, None] < n) & (cols[None, :] < m) & (positive == 0)
             s = tl.where(negative, s, -float("inf"))
             top, e = exact(s, 1)
-            row_max, row_sum = join(row_max, row_sum, top, tl.sum(e, 1))
-            if COLUMNS:
+            row_reference, row_sum = join(row_reference, row_sum, top, tl.sum(e, 1))
+            if BOTH_DIRECTIONS:
                 top, e = exact(s, 0)
-                e = e.reshape(REPEATS, PARTS, PART, STRIP)
-                _store_columns(column_ptr, block, col0 + strip, m, top[None, :], e, PARTS, True)
-        tl.store(row_ptr + 2 * at_row, row_max, mask=rows < n)
+                e = e.reshape(REPEATS, PARTS, PART, SLICE_M)
+                _store_columns(column_ptr, block, first, m, top[None, :], e, PARTS, True)
+        tl.store(row_ptr + 2 * at_row, row_reference, mask=rows < n)
         tl.store(row_ptr + 2 * at_row + 1, row_sum, mask=rows < n)
 
 
@@ -159,9 +159,9 @@ def info_nce_forward_kernel(
 def _add_positive(reference, total, positive):
     """Add the positive to a sum of negatives. The new reference is the positive where that is the
     largest term, so that it counts exactly 1; elsewhere a whole number near the log of the sum."""
-    level = reference + tl.log2(total)
-    leads = positive >= level
-    base = tl.where(leads, positive, tl.floor(level))
+    log_sum = reference + tl.log2(total)
+    leads = positive >= log_sum
+    base = tl.where(leads, positive, tl.floor(log_sum))
     negatives = total * tl.exp2(reference - base)
     negatives = tl.where(total == 0, total, negatives)
     return base, negatives + tl.where(leads, 1.0, tl.exp2(positive - base))
@@ -189,11 +189,11 @@ def _merge_blocks(
 def info_nce_merge_kernel(
     row_part_ptr, blocks_m, height,  # [blocks_m, height, 2] of this wave's rows
     column_part_ptr, blocks_n, m,  # [blocks_n, M, 2]
-    positive_ptr, row_max_ptr, row_sum_ptr,  # [N]
-    column_max_ptr, column_sum_ptr,  # [M]
-    loss_ptr, share_ptr,  # [N], [programs]
+    positive_ptr, row_reference_ptr, row_sum_ptr,  # [N]
+    column_reference_ptr, column_sum_ptr,  # [M]
+    loss_ptr, partial_sum_ptr,  # [N], [programs]
     n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
-    COLUMNS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
+    BOTH_DIRECTIONS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
@@ -202,9 +202,9 @@ def info_nce_merge_kernel(
     which completes the pairs' losses and sums those of each program.
     """
     # Without columns the positions are those that rows have their positives at.
-    shift = offset if COLUMNS else 0
-    length = m if COLUMNS else n
-    share = tl.zeros((BLOCK,), tl.float32)
+    shift = offset if BOTH_DIRECTIONS else 0
+    length = m if BOTH_DIRECTIONS else n
+    partial_sum = tl.zeros((BLOCK,), tl.float32)
     empty = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -219,16 +219,16 @@ def info_nce_merge_kernel(
             empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
         )  # fmt: skip
         reference, total = _add_positive(reference, total, positive)
-        tl.store(row_max_ptr + row, reference, mask=here)
+        tl.store(row_reference_ptr + row, reference, mask=here)
         tl.store(row_sum_ptr + row, total, mask=here)
         loss = pair_weight_ln2 * (tl.log2(total) + (reference - positive))
         if HAS_BEFORE:
             loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
-        if COLUMNS:
+        if BOTH_DIRECTIONS:
             inside = column < m
             reference, total = empty, tl.zeros((BLOCK,), tl.float32)
             if HAS_BEFORE:
-                reference = tl.load(column_max_ptr + column, mask=inside, other=0.0)
+                reference = tl.load(column_reference_ptr + column, mask=inside, other=0.0)
                 total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
             reference, total = _merge_blocks(
                 column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH
@@ -236,12 +236,12 @@ def info_nce_merge_kernel(
             if IS_LAST:
                 reference, total = _add_positive(reference, total, positive)
                 loss += pair_weight_ln2 * (tl.log2(total) + (reference - positive))
-            tl.store(column_max_ptr + column, reference, mask=inside)
+            tl.store(column_reference_ptr + column, reference, mask=inside)
             tl.store(column_sum_ptr + column, total, mask=inside)
         tl.store(loss_ptr + row, loss, mask=paired & (row < first + height))
-        share += tl.where(paired, loss, 0.0)
+        partial_sum += tl.where(paired, loss, 0.0)
     if IS_LAST:
-        tl.store(share_ptr + tl.program_id(0), tl.sum(share))
+        tl.store(partial_sum_ptr + tl.program_id(0), tl.sum(partial_sum))
 
 
 @triton.jit
@@ -260,14 +260,24 @@ def exponential(s, reference, positive):
     return tl.exp2(tl.where(snap, 0.0, exponent))
 
 
+class Side(NamedTuple):
+    """What the rows or the columns of a chunk of G bring into it, [length] each."""
+
+    reference_ptr: Tensor
+    sum_ptr: Tensor
+    weight_ptr: Tensor
+    stride_weight: int  # 0: one weight for all
+
+
 @triton.jit
-def _side(side, position, length, unit):
+def _load_side(side, position, length, unit):
     """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
-    max_ptr, sum_ptr, weight_ptr, stride_weight = side
     inside = position < length
-    weight = tl.load(weight_ptr + position * stride_weight, mask=inside, other=0.0) * unit
-    total = tl.load(sum_ptr + position, mask=inside, other=1.0)
-    return tl.load(max_ptr + position, mask=inside, other=0.0), total, weight / total
+    weight_at = side.weight_ptr + position * side.stride_weight
+    weight = tl.load(weight_at, mask=inside, other=0.0) * unit
+    total = tl.load(side.sum_ptr + position, mask=inside, other=1.0)
+    reference = tl.load(side.reference_ptr + position, mask=inside, other=0.0)
+    return reference, total, weight / total
 
 
 @triton.jit
@@ -278,15 +288,15 @@ def pinned(v):
 
 
 @triton.jit
-def _extremes(max_ptr, position, length):
+def _extremes(reference_ptr, position, length):
     """-> the smallest and the largest reference of a block."""
-    reference = tl.load(max_ptr + tl.minimum(position, length - 1))
+    reference = tl.load(reference_ptr + tl.minimum(position, length - 1))
     return tl.min(reference), tl.max(reference)
 
 
 @triton.jit(do_not_specialize=["n", "m"])
 def info_nce_extremes_kernel(
-    row_max_ptr, column_max_ptr, n, m, out_ptr,  # [N], [M], [row and column blocks, 2]
+    row_reference_ptr, column_reference_ptr, n, m, out_ptr,  # [N], [M], [row and column blocks, 2]
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The extremes of the references of each block of rows and of columns of G."""
@@ -294,10 +304,10 @@ def info_nce_extremes_kernel(
     blocks_n = tl.cdiv(n, BLOCK_N)
     if program < blocks_n:
         rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
-        low, high = _extremes(row_max_ptr, rows, n)
+        low, high = _extremes(row_reference_ptr, rows, n)
     else:
         cols = (program - blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-        low, high = _extremes(column_max_ptr, cols, m)
+        low, high = _extremes(column_reference_ptr, cols, m)
     tl.store(out_ptr + 2 * program, low)
     tl.store(out_ptr + 2 * program + 1, high)
 
@@ -314,80 +324,83 @@ CHANGING = [
     "column_block",
 ]
 # Slices of vectors begin anywhere; another alignment would compile the kernel again.
-SLICED = ["entry_ptr", "share_ptr", "row_peak_ptr", "column_peak_ptr"]
+SLICED = ["entry_ptr", "partial_sum_ptr", "row_peak_ptr", "column_peak_ptr"]
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
 def info_nce_gradient_kernel(
-    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
+    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
     row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
     extremes_ptr, row_block, column_block,  # [blocks, 2], or None; the first of them
-    row_side, column_side,  # max, sum and weight [N], its stride; [M] with COLUMNS
-    entry_ptr, share_ptr, first_tile,  # [N], [tiles]
+    row_side, column_side,  # Side: [N]; [M] with BOTH_DIRECTIONS
+    entry_ptr, partial_sum_ptr, first_tile,  # [N], [tiles]
     n, m, d, offset, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    STRIP: tl.constexpr, COLUMNS: tl.constexpr, LIFT: tl.constexpr,
+    SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """G of one tile, and its share of sum G x.y / scale before G is rounded."""
+    """G of one tile, and its part of sum G x.y / logit_scale before G is rounded."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     base2_scale = logit_scale * LOG2E
     lift = tl.full((), 1.0, tl.float32)
     if LIFT:
         peak = tl.abs(tl.load(row_peak_ptr))
-        if COLUMNS:
+        if BOTH_DIRECTIONS:
             peak += tl.abs(tl.load(column_peak_ptr))
         lift = _lift(peak * pair_weight)
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_max, row_sum, row_coef = _side(row_side, rows, n, unit)
+    row_reference, row_sum, row_coef = _load_side(row_side, rows, n, unit)
     # All loads come before any use of one: their latencies pass together.
     cols = col0 + tl.arange(0, BLOCK_M)
-    if COLUMNS:
-        column_max, _, column_coef = _side(column_side, cols, m, unit)
+    if BOTH_DIRECTIONS:
+        column_reference, _, column_coef = _load_side(column_side, cols, m, unit)
     if extremes_ptr is None:
-        low, high = tl.min(row_max), tl.max(row_max)
-        if COLUMNS:
-            low, high = tl.minimum(low, tl.min(column_max)), tl.maximum(high, tl.max(column_max))
+        low, high = tl.min(row_reference), tl.max(row_reference)
+        if BOTH_DIRECTIONS:
+            low = tl.minimum(low, tl.min(column_reference))
+            high = tl.maximum(high, tl.max(column_reference))
     else:
         at = extremes_ptr + 2 * (row_block + row0 // BLOCK_N)
         low, high = tl.load(at), tl.load(at + 1)
-        if COLUMNS:
+        if BOTH_DIRECTIONS:
             at = extremes_ptr + 2 * (column_block + col0 // BLOCK_M)
             low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
     general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     fast = (general == 0) & (high - low < SPREAD)
     if fast:
-        factor = (row_coef * tl.exp2(high - row_max))[:, None]
-        if COLUMNS:
-            column_factor = column_coef * tl.exp2(high - column_max)
+        factor = (row_coef * tl.exp2(high - row_reference))[:, None]
+        if BOTH_DIRECTIONS:
+            column_factor = column_coef * tl.exp2(high - column_reference)
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        if COLUMNS:
+        if BOTH_DIRECTIONS:
             factor += pinned(column_factor)[None, :]
         p = tl.exp2(acc * base2_scale - high) * factor
-        tl.store(share_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
+        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         store_gradient(p, row0, col0, g, stride_g)
     else:
-        share = 0.0
-        for strip in range(0, BLOCK_M, STRIP):
-            strip_cols = col0 + strip + tl.arange(0, STRIP)
+        partial_sum = 0.0
+        for column_slice in range(0, BLOCK_M, SLICE_M):
+            first = col0 + column_slice
+            slice_cols = first + tl.arange(0, SLICE_M)
             acc = products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+                x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
             )
-            positive = strip_cols[None, :] == rows[:, None] + offset
-            e = exponential(acc * base2_scale, row_max[:, None], positive)
+            positive = slice_cols[None, :] == rows[:, None] + offset
+            e = exponential(acc * base2_scale, row_reference[:, None], positive)
             p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
-            if COLUMNS:
-                top, total, coef = _side(column_side, strip_cols, m, unit)
-                e = exponential(acc * base2_scale, top[None, :], positive)
+            if BOTH_DIRECTIONS:
+                reference, total, coef = _load_side(column_side, slice_cols, m, unit)
+                e = exponential(acc * base2_scale, reference[None, :], positive)
                 p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
-            p = tl.where((rows[:, None] < n) & (strip_cols[None, :] < m), p, 0.0)
-            share += tl.sum(p * acc)
-            store_entries(p, rows, positive, offset - col0 - strip, n, m - col0 - strip, entry_ptr)
+            p = tl.where((rows[:, None] < n) & (slice_cols[None, :] < m), p, 0.0)
+            partial_sum += tl.sum(p * acc)
+            shift = offset - col0 - column_slice
+            store_entries(p, rows, positive, shift, n, m - col0 - column_slice, entry_ptr)
             p = tl.where(positive, 0.0, p)
-            store_gradient(p, row0, col0 + strip, g_ptr, stride_g)
-        tl.store(share_ptr + first_tile + tl.program_id(0), share / lift)
+            store_gradient(p, row0, first, g_ptr, stride_g)
+        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, logit_scale / lift)
 
@@ -395,14 +408,16 @@ def info_nce_gradient_kernel(
 class _ForwardPass(NamedTuple):
     statistics: InfoNceStatistics
     losses: Tensor  # [N], times ``pair_weight`` in each direction
-    shares: Tensor  # parts of their sum [programs]
+    partial_sums: Tensor  # parts of their sum [programs]
 
 
 def info_nce_fwd(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, columns: bool
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, both_directions: bool
 ) -> InfoNceStatistics:
     """Statistics of the strip x [N, D] against y [M, D], as in ops/fused_losses.py."""
-    forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=1.0)
+    forward = _forward(
+        x, y, logit_scale, offset=offset, both_directions=both_directions, pair_weight=1.0
+    )
     return forward.statistics
 
 
@@ -411,40 +426,48 @@ def info_nce_loss(
     y: Tensor,
     logit_scale: Tensor,
     offset: int,
-    columns: bool,
+    both_directions: bool,
     pair_weight: float,
     summed: bool,
 ) -> LossAndStatistics:
     """The losses [N], or their sum [], and the statistics that their gradient needs."""
-    forward = _forward(x, y, logit_scale, offset=offset, columns=columns, pair_weight=pair_weight)
+    forward = _forward(
+        x, y, logit_scale, offset=offset, both_directions=both_directions, pair_weight=pair_weight
+    )
     if not summed:
         loss = forward.losses
-    elif len(forward.shares) > 1:
-        loss = forward.shares.sum()
+    elif len(forward.partial_sums) > 1:
+        loss = forward.partial_sums.sum()
     else:
-        loss = forward.shares.view(())
+        loss = forward.partial_sums.view(())
     return LossAndStatistics(loss, forward.statistics)
 
 
 def _forward(
-    x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, columns: bool, pair_weight: float
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    *,
+    offset: int,
+    both_directions: bool,
+    pair_weight: float,
 ) -> _ForwardPass:
     n, m = len(x), len(y)
-    num_columns = m if columns else 0
-    length = m if columns else n
+    num_columns = m if both_directions else 0
+    length = m if both_directions else n
     merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
     programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, merge.block_n)
-    row_max = x.new_empty(n, dtype=torch.float32)
-    row_sum = torch.empty_like(row_max)
-    column_max = x.new_empty(num_columns, dtype=torch.float32)
-    column_sum = torch.empty_like(column_max)
-    positive = torch.empty_like(row_max)
-    losses = torch.empty_like(row_max)
-    shares = x.new_empty(programs, dtype=torch.float32)
+    row_reference = x.new_empty(n, dtype=torch.float32)
+    row_sum = torch.empty_like(row_reference)
+    column_reference = x.new_empty(num_columns, dtype=torch.float32)
+    column_sum = torch.empty_like(column_reference)
+    positive = torch.empty_like(row_reference)
+    losses = torch.empty_like(row_reference)
+    partial_sums = x.new_empty(programs, dtype=torch.float32)
     if n == 0:
-        column_max.fill_(-torch.inf)
+        column_reference.fill_(-torch.inf)
         column_sum.zero_()
-        shares.zero_()
+        partial_sums.zero_()
     config = launch.choose("info_nce_forward", x, y)
     parts = min(config.warps, config.block_n // config.part)
     blocks_m = triton.cdiv(m, config.block_m)
@@ -464,29 +487,29 @@ def _forward(
             info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
                 row_ptr=row_part, column_ptr=column_part, positive_ptr=positive[first:last],
-                COLUMNS=columns, PARTS=parts, PART=config.part,
+                BOTH_DIRECTIONS=both_directions, PARTS=parts, PART=config.part,
             )  # fmt: skip
             info_nce_merge_kernel[(programs,)](
                 row_part_ptr=row_part, blocks_m=blocks_m, height=len(part),
                 column_part_ptr=column_part, blocks_n=blocks_n * parts, m=m,
-                positive_ptr=positive, row_max_ptr=row_max, row_sum_ptr=row_sum,
-                column_max_ptr=column_max, column_sum_ptr=column_sum,
-                loss_ptr=losses, share_ptr=shares,
+                positive_ptr=positive, row_reference_ptr=row_reference, row_sum_ptr=row_sum,
+                column_reference_ptr=column_reference, column_sum_ptr=column_sum,
+                loss_ptr=losses, partial_sum_ptr=partial_sums,
                 n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2,
-                COLUMNS=columns, HAS_BEFORE=first > 0, IS_LAST=last == n,
+                BOTH_DIRECTIONS=both_directions, HAS_BEFORE=first > 0, IS_LAST=last == n,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
-    statistics = InfoNceStatistics(row_max, row_sum, column_max, column_sum, positive)
-    return _ForwardPass(statistics, losses, shares)
+    statistics = InfoNceStatistics(row_reference, row_sum, column_reference, column_sum, positive)
+    return _ForwardPass(statistics, losses, partial_sums)
 
 
 def info_nce_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    row_max: Tensor,
+    row_reference: Tensor,
     row_sum: Tensor,
-    column_max: Tensor,
+    column_reference: Tensor,
     column_sum: Tensor,
     row_weight: Tensor,
     column_weight: Tensor,
@@ -501,7 +524,7 @@ def info_nce_bwd(
         zero = x.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
     n = len(x)
-    num_columns = len(column_max)  # 0 without columns
+    num_columns = len(column_reference)  # 0 of one direction
     config = launch.choose("info_nce_gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
@@ -514,20 +537,28 @@ def info_nce_bwd(
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):
             info_nce_extremes_kernel[(blocks,)](
-                row_max_ptr=row_max, column_max_ptr=column_max,
+                row_reference_ptr=row_reference, column_reference_ptr=column_reference,
                 n=n, m=num_columns, out_ptr=extremes,
                 BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
             )  # fmt: skip
     plan = waves.chunks(x, y, config)
-    shares = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
+    partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
         rows, cols = chunk.rows, chunk.cols
         part_x, part_y = x[rows], y[cols]
-        row_side = (row_max[rows], row_sum[rows], row_weight[rows], row_weight.stride(0))
-        column_side = (
-            column_max[cols], column_sum[cols], column_weight[cols], column_weight.stride(0)
-        )  # fmt: skip
+        row_side = Side(
+            reference_ptr=row_reference[rows],
+            sum_ptr=row_sum[rows],
+            weight_ptr=row_weight[rows],
+            stride_weight=row_weight.stride(0),
+        )
+        column_side = Side(
+            reference_ptr=column_reference[cols],
+            sum_ptr=column_sum[cols],
+            weight_ptr=column_weight[cols],
+            stride_weight=column_weight.stride(0),
+        )
         info_nce_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, factor_ptr=factor, offset=offset + rows.start - cols.start,
@@ -535,11 +566,11 @@ def info_nce_bwd(
             extremes_ptr=extremes, row_block=rows.start // config.block_n,
             column_block=blocks_n + cols.start // config.block_m,
             row_side=row_side, column_side=column_side,
-            entry_ptr=entries[rows], share_ptr=shares, first_tile=chunk.first_tile,
-            COLUMNS=num_columns > 0, LIFT=lifted,
+            entry_ptr=entries[rows], partial_sum_ptr=partial_sums, first_tile=chunk.first_tile,
+            BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
         )  # fmt: skip
 
-    return waves.products(x, y, factor, offset, plan, fill, shares)
+    return waves.gradients_by_chunks(x, y, factor, offset, plan, fill, partial_sums)
 
 
 def _peak(weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Launch:
     warps: int
     stages: int
     ctas_per_sm: int = 1  # promised: registers and shared memory must leave room for so many
-    strip: int = 64  # columns at a time in tiles on the edge or the diagonal
+    slice_m: int = 64  # columns at a time in tiles on the edge or the diagonal
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
     part: int = 16  # consecutive rows of a product that are one warp's
     max_registers: int | None = None  # asked of the assembler, so that ``ctas_per_sm`` fit
@@ -47,14 +47,14 @@ ARCHITECTURES = (80, 89, 90, 100)  # with rows of their own
 # take 89's: mma.sync, the least shared memory.
 SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
 
-_MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, strip=32)
+_MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, slice_m=32)
 _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
-_SMALL_STRIPS = replace(_SMALL, strip=16)
-_HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, strip=32, descriptors=True)
-# Masks and both exponentials need registers that a wider tile or strip does not leave.
-_CONTRASTIVE = replace(_HOPPER, block_m=64, strip=16)
-_NARROW = Launch(128, 64, 64, warps=8, stages=3, strip=32, descriptors=True)
+_SMALL_SLICES = replace(_SMALL, slice_m=16)
+_HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, slice_m=32, descriptors=True)
+# Masks and both exponentials need registers that a wider tile or slice does not leave.
+_CONTRASTIVE = replace(_HOPPER, block_m=64, slice_m=16)
+_NARROW = Launch(128, 64, 64, warps=8, stages=3, slice_m=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
 HALF: dict[str, dict[int, Launch]] = {
@@ -74,17 +74,17 @@ HALF: dict[str, dict[int, Launch]] = {
         100: _NARROW,
     },
     "contrastive_forward": {
-        80: _SMALL_STRIPS,
-        89: _SMALL_STRIPS,
+        80: _SMALL_SLICES,
+        89: _SMALL_SLICES,
         90: _CONTRASTIVE,
-        100: _SMALL_STRIPS,
+        100: _SMALL_SLICES,
     },
-    "contrastive_gradient": {80: _SMALL_STRIPS, 89: _SMALL_STRIPS, 90: _HOPPER, 100: _SMALL_STRIPS},
+    "contrastive_gradient": {80: _SMALL_SLICES, 89: _SMALL_SLICES, 90: _HOPPER, 100: _SMALL_SLICES},
     "contrastive_gradient_with_biases": {
-        80: _SMALL_STRIPS,
-        89: _SMALL_STRIPS,
+        80: _SMALL_SLICES,
+        89: _SMALL_SLICES,
         90: _CONTRASTIVE,
-        100: replace(_SMALL, strip=32),  # strips of 16 spill
+        100: replace(_SMALL, slice_m=32),  # slices of 16 spill
     },
 }
 # From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
@@ -93,24 +93,26 @@ HALF: dict[str, dict[int, Launch]] = {
 # on was found; the sweep times the row there.
 DEEP = 512
 HALF_DEEP: dict[str, dict[int, Launch]] = {
-    "info_nce_gradient": {90: Launch(128, 256, 64, warps=8, stages=3, strip=32, descriptors=True)},
+    "info_nce_gradient": {
+        90: Launch(128, 256, 64, warps=8, stages=3, slice_m=32, descriptors=True)
+    },
 }
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
     "info_nce_forward": _PLAIN,
     "contrastive_forward": _PLAIN,
-    "contrastive_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "contrastive_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32),
     "contrastive_gradient_with_biases": Launch(
-        64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32
+        64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32
     ),
-    "info_nce_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
-    "sigmoid_loss": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, strip=32),
+    "info_nce_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32),
+    "sigmoid_loss": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32),
 }
 # fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
 # their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
 FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
 FLOAT_CONTRASTIVE = replace(FLOAT_ANY, ctas_per_sm=1)
-INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, strip=32)
+INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, slice_m=32)
 
 # Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
 # two CTAs of four warps share an SM, so that the softmax of one runs under the products of the
@@ -203,39 +205,40 @@ def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -
 
 
 def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
-    """The row for a kernel, the features' device, width and alignment."""
+    """The configuration for a kernel, the features' device, width and alignment."""
     arch = architecture(x.device)
     if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
         return FLOAT_CONTRASTIVE if kernel.startswith("contrastive") else FLOAT_ANY
-    row = HALF[kernel][arch]
+    config = HALF[kernel][arch]
     if x.shape[1] >= DEEP:
-        row = HALF_DEEP.get(kernel, {}).get(arch, row)
-    if x.shape[1] % row.block_d == 0 and aligned(x) and aligned(y):
-        return row
+        config = HALF_DEEP.get(kernel, {}).get(arch, config)
+    if x.shape[1] % config.block_d == 0 and aligned(x) and aligned(y):
+        return config
     return HALF_ANY[kernel]
 
 
-def prototype_row(x: Tensor, *, full: bool = False, values: bool = False) -> Launch:
-    """The row for x [N, D] against keys: of the one-pass form with ``values``, where D is at most
-    WIDEST_ATTENTION, ``full`` with the nearest key and the gradient of the scale."""
+def prototype_config(x: Tensor, *, full: bool = False, values: bool = False) -> Launch:
+    """The configuration for x [N, D] against keys: of the one-pass form with ``values``, where D is
+    at most WIDEST_ATTENTION, ``full`` with the nearest key and the gradient of the scale."""
     arch = architecture(x.device)
     width = min(w for w in ATTENTION[80] if w >= x.shape[1]) if values else 64
     if arch is None:
         return Launch(32, 32, width, warps=4, stages=1)
     if values:
-        row = ATTENTION[arch][width]
-        return ATTENTION_FULL.get((arch, width), row) if full else row
+        config = ATTENTION[arch][width]
+        return ATTENTION_FULL.get((arch, width), config) if full else config
     return CHUNKED_FLOAT if x.dtype == torch.float32 else CHUNKED[arch]
 
 
-def assign_row(x: Tensor) -> Launch:
-    """The row for points x [N, D] against centroids: in one term, or of fp32 points in three."""
-    rows, wide = ASSIGN, ASSIGN_WIDE
+def assign_config(x: Tensor) -> Launch:
+    """The configuration for points x [N, D] against centroids: in one term, or of fp32 points in
+    three."""
+    configs, wide = ASSIGN, ASSIGN_WIDE
     if x.dtype == torch.float32:
-        rows, wide = ASSIGN_OPEN[architecture(x.device) or 90], ASSIGN_OPEN_WIDE
-    return next((row for width, row in rows.items() if x.shape[1] <= width), wide)
+        configs, wide = ASSIGN_OPEN[architecture(x.device) or 90], ASSIGN_OPEN_WIDE
+    return next((config for width, config in configs.items() if x.shape[1] <= width), wide)
 
 
 def aligned(x: Tensor) -> bool:

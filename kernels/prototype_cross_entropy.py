@@ -49,7 +49,7 @@ def join_slices_kernel(
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]; joined, acc may be the gradient
     loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # [N], [N, D], ...
-    n, d, slices, k_count,
+    n, d, slices, k,
     stride_q_n, stride_q_d, stride_t_k, stride_t_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HARD: tl.constexpr,
     BEST: tl.constexpr, EXPECT: tl.constexpr, GRADIENT: tl.constexpr, JOINED: tl.constexpr,
@@ -80,7 +80,7 @@ def join_slices_kernel(
     tl.store(row_max_ptr + rows, row_max, mask=used)
     tl.store(row_sum_ptr + rows, row_sum, mask=used)
     label = tl.load(labels_ptr + rows, mask=used, other=LEFT_OUT)
-    labelled = (label >= 0) & (label < k_count)
+    labelled = (label >= 0) & (label < k)
     if HARD:
         positive = tl.load(positive_ptr + rows, mask=used, other=0.0)
     else:
@@ -120,14 +120,14 @@ def join_slices_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["n", "k_count", "first_key"],
+    do_not_specialize=["n", "k", "first_key"],
     do_not_specialize_on_alignment=["labels_ptr", "max_ptr", "sum_ptr", "weight_ptr"],
 )
 def weights_kernel(
-    q_ptr, logit_scale_ptr, k_ptr,  # [N, D], [], [K, D]
+    q_ptr, logit_scale_ptr, key_ptr,  # [N, D], [], [K, D]
     labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]
     out_ptr,  # [N, K], contiguous
-    n, k_count, d, first_key, strides,
+    n, k, d, first_key, strides,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, GRADIENT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def weights_kernel(
     used = rows < n
     sign, step = split_scale(logit_scale_ptr)
     s = sign * products(
-        q_ptr, k_ptr, row0, col0, n, k_count, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
+        q_ptr, key_ptr, row0, col0, n, k, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
     )
     w = tl.exp2((s - tl.load(max_ptr + rows, mask=used, other=0.0)[:, None]) * step)
     if GRADIENT:
@@ -147,8 +147,8 @@ def weights_kernel(
             w = tl.where(label[:, None] == (first_key + cols)[None, :], w - 1.0, w)
         weight = tl.load(weight_ptr + rows, mask=used, other=0.0)
         w = tl.where((label >= 0)[:, None], w * (weight * UNIT)[:, None], 0.0)
-    pointers = out_ptr + rows.to(tl.int64)[:, None] * k_count + cols[None, :]
-    mask = used[:, None] & (cols < k_count)[None, :]
+    pointers = out_ptr + rows.to(tl.int64)[:, None] * k + cols[None, :]
+    mask = used[:, None] & (cols < k)[None, :]
     tl.store(pointers, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -186,7 +186,7 @@ def attend(
     """One pass over the keys, which are the values too; labels are read where they are hard."""
     n, d = q.shape
     k = len(keys)
-    config = launch.prototype_row(q, full=best and expect, values=values)
+    config = launch.prototype_config(q, full=best and expect, values=values)
     row_tiles = triton.cdiv(n, config.block_n)
     # A separate tail takes registers, which only Hopper's one-pass configurations can spare.
     peel = values and launch.architecture(q.device) in (None, 90)
@@ -205,11 +205,11 @@ def attend(
     )
     with torch.cuda.device_of(q):
         attention_kernel[(row_tiles, slices)](
-            q_ptr=q, logit_scale_ptr=logit_scale, k_ptr=keys, labels_ptr=labels,
+            q_ptr=q, logit_scale_ptr=logit_scale, key_ptr=keys, labels_ptr=labels,
             max_ptr=parts.row_max, sum_ptr=parts.row_sum,
             best_ptr=parts.best, expected_ptr=parts.expected,
             positive_ptr=parts.positive, acc_ptr=parts.acc,
-            n=n, k_count=k, d=d, slices=slices, strides=(*q.stride(), *keys.stride()),
+            n=n, k=k, d=d, slices=slices, strides=(*q.stride(), *keys.stride()),
             VALUES=values, BEST=best, EXPECT=expect, HARD=hard, PEEL=int(peel),
             **tile_options(d, config),
         )  # fmt: skip
@@ -240,7 +240,7 @@ def finish(
             positive_ptr=parts.positive, acc_ptr=parts.acc,
             loss_ptr=out.loss, gradient_ptr=out.gradient, nearest_ptr=out.nearest,
             row_max_ptr=out.row_max, row_sum_ptr=out.row_sum, dscale_ptr=out.scale_gradient,
-            n=n, d=targets.shape[1], slices=slices, k_count=len(targets),
+            n=n, d=targets.shape[1], slices=slices, k=len(targets),
             stride_q_n=q.stride(0), stride_q_d=q.stride(1),
             stride_t_k=targets.stride(0), stride_t_d=targets.stride(1),
             HARD=hard, BEST=parts.best.numel() > 0, EXPECT=parts.expected.numel() > 0,
@@ -276,12 +276,12 @@ def weights(
     out = q.new_empty((n, k))
     unread = KeyGradient(labels=row_max, row_sum=row_max, weight=row_max, hard=False)
     side = gradient or unread
-    config = launch.prototype_row(q)
+    config = launch.prototype_config(q)
     with torch.cuda.device_of(q):
         weights_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_m))](
-            q_ptr=q, logit_scale_ptr=logit_scale, k_ptr=keys, labels_ptr=side.labels,
+            q_ptr=q, logit_scale_ptr=logit_scale, key_ptr=keys, labels_ptr=side.labels,
             max_ptr=row_max, sum_ptr=side.row_sum, weight_ptr=side.weight, out_ptr=out,
-            n=n, k_count=k, d=d, first_key=first_key, strides=(*q.stride(), *keys.stride()),
+            n=n, k=k, d=d, first_key=first_key, strides=(*q.stride(), *keys.stride()),
             UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=side.hard, **tile_options(d, config),
         )  # fmt: skip
     return out

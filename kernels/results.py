@@ -1,5 +1,5 @@
 """What the kernels' launchers return, by name. The C++ backend returns the same values in the same
-order, so ``protoclip.ops`` names those of every backend by these classes. No Triton here."""
+order, so ``protoclip.ops`` wraps every backend's results in these classes. No Triton here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 class InfoNceStatistics(NamedTuple):
-    """Of the rows and columns of a strip, and the base-2 logits of its positives."""
+    """Of the rows and columns of a strip: references near the largest base-2 logit, the sums of
+    2^(logit - reference), and the positives' base-2 logits."""
 
-    row_max: Tensor  # [N]
+    row_reference: Tensor  # [N]
     row_sum: Tensor  # [N]
-    column_max: Tensor  # [M], or [0] without columns
-    column_sum: Tensor  # [M], or [0] without columns
+    column_reference: Tensor  # [M], or [0] of one direction
+    column_sum: Tensor  # [M], or [0] of one direction
     positive: Tensor  # [N]
 
 
@@ -31,11 +32,21 @@ class Gradients(NamedTuple):
     dlogit_scale: Tensor  # fp32 []
 
 
+class PairStatistics(NamedTuple):
+    """The rows of a tensor [4, N] or [4, M] of the contrastive loss's statistics, in their order
+    (C++: StatisticsRow). Logits are base-2."""
+
+    max: Tensor  # of the logits seen
+    sum: Tensor  # of 2^(logit - max) over the logits seen
+    positive_sum: Tensor  # of the positives' logits
+    num_positives: Tensor
+
+
 class ContrastiveStatistics(NamedTuple):
-    """Maximum and sum of the logits seen, sum and count of the positives'."""
+    """Each in the rows of ``PairStatistics``."""
 
     rows: Tensor  # [4, N]
-    columns: Tensor  # [4, M], or [4, 0] without columns
+    columns: Tensor  # [4, M], or [4, 0] of one direction
 
 
 class ContrastiveGradients(NamedTuple):

@@ -1,11 +1,11 @@
 """The sigmoid loss over tiles of the logits: what ops/fused_losses.py calls.
 
-z_ij = scale x_i.y_j + bias. A pair's loss is softplus(z), or softplus(-z) if it is positive
-(j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics of whole
-rows are needed, so one pass over the tiles gives the loss and, chunk by chunk, G for the products
-of ``waves.py``, which adds the entries of the row's own pair separately. With ids, pairs of the
-same id are either further positives, whose entries stay in G, or left out: a tile compares its ids
-first, and goes strip by strip, with masks, only where it holds such a pair.
+z_ij = logit_scale x_i.y_j + logit_bias. A pair's loss is softplus(z), or softplus(-z) if it is
+positive (j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics
+of whole rows are needed, so one pass over the tiles gives the loss and, chunk by chunk, G for the
+products of ``waves.py``, which adds the entries of the row's own pair separately. With ids, pairs
+of the same id are either further positives, whose entries stay in G, or left out: a tile compares
+its ids first, and goes slice by slice, with masks, only where it holds such a pair.
 
 With u = e^-|z|: sigmoid is 1 / (1 + u) or u / (1 + u), and log(1 + u) = 2 artanh(u / (2 + u)), a
 short series, because the card's logarithm has an absolute error of 2^-22 and softplus(-10) is
@@ -71,12 +71,13 @@ def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.c
     do_not_specialize_on_alignment=["entry_ptr", "ids"],
 )
 def sigmoid_loss_kernel(
-    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for strips
+    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, logit_bias_ptr,  # [], []
-    entry_ptr, share_ptr, tiles, first_tile,  # [N], [3, tiles]: dscale, loss, dbias
+    entry_ptr,  # [N]
+    partial_sum_ptr, tiles, first_tile,  # [3, tiles]: dlogit_scale, loss, dlogit_bias
     n, m, d, offset, stride_g, strides, ids,  # [N] and [M] for each column of ids, or None
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    STRIP: tl.constexpr, GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
+    SLICE_M: tl.constexpr, GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Loss and, with GRADIENTS, lifted G and entries of one tile."""
@@ -91,18 +92,19 @@ def sigmoid_loss_kernel(
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         pair_loss, p = _softplus_sigmoid(acc * logit_scale + logit_bias)
         loss = tl.sum(pair_loss)
-        dscale = tl.sum(p * acc)
-        dbias = tl.sum(p)
+        dlogit_scale = tl.sum(p * acc)
+        dlogit_bias = tl.sum(p)
         if GRADIENTS:
             store_gradient(p * LIFTED, row0, col0, g, stride_g)
     else:
         loss = 0.0
-        dscale = 0.0
-        dbias = 0.0
-        for strip in range(0, BLOCK_M, STRIP):
-            cols = col0 + strip + tl.arange(0, STRIP)
+        dlogit_scale = 0.0
+        dlogit_bias = 0.0
+        for column_slice in range(0, BLOCK_M, SLICE_M):
+            first = col0 + column_slice
+            cols = first + tl.arange(0, SLICE_M)
             acc = products(
-                x_ptr, y_ptr, row0, col0 + strip, n, m, d, strides, BLOCK_N, STRIP, BLOCK_D, EVEN_D
+                x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
             )
             is_own = cols[None, :] == rows[:, None] + offset
             inside = (rows[:, None] < n) & (cols[None, :] < m)
@@ -110,18 +112,17 @@ def sigmoid_loss_kernel(
             positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
             pair_loss, p = _losses(acc * logit_scale + logit_bias, positive, seen)
             loss += tl.sum(pair_loss)
-            dscale += tl.sum(p * acc)
-            dbias += tl.sum(p)
+            dlogit_scale += tl.sum(p * acc)
+            dlogit_bias += tl.sum(p)
             if GRADIENTS:
                 g_part = p * LIFTED
-                first = col0 + strip
                 store_entries(g_part, rows, is_own, offset - first, n, m - first, entry_ptr)
                 g_part = tl.where(is_own, 0.0, g_part)
                 store_gradient(g_part, row0, first, g_ptr, stride_g)
-    at = share_ptr + first_tile + tl.program_id(0)
-    tl.store(at, dscale)
+    at = partial_sum_ptr + first_tile + tl.program_id(0)
+    tl.store(at, dlogit_scale)
     tl.store(at + tiles, loss)
-    tl.store(at + 2 * tl.cast(tiles, tl.int64), dbias)
+    tl.store(at + 2 * tl.cast(tiles, tl.int64), dlogit_bias)
 
 
 def sigmoid_loss(
@@ -140,7 +141,7 @@ def sigmoid_loss(
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk
     tiles = sum(chunk.tiles for chunk in plan)
-    shares = x.new_empty((3, tiles), dtype=torch.float32)
+    partial_sums = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
     def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
@@ -149,7 +150,7 @@ def sigmoid_loss(
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
             offset=offset + chunk.rows.start - chunk.cols.start,
-            entry_ptr=entries[chunk.rows], share_ptr=shares, tiles=tiles,
+            entry_ptr=entries[chunk.rows], partial_sum_ptr=partial_sums, tiles=tiles,
             first_tile=chunk.first_tile, ids=id_rows(query_ids, key_ids, chunk.rows, chunk.cols),
             GRADIENTS=writes_g, LIFTED=lift, SAME_POSITIVE=same_positive,
         )  # fmt: skip
@@ -158,13 +159,13 @@ def sigmoid_loss(
         factor = logit_scale.reshape(())
         if lift != 1.0:
             factor = factor.float() / lift
-        dx, dy, _ = waves.products(x, y, factor, offset, plan, fill, shares[0])
+        dx, dy, _ = waves.gradients_by_chunks(x, y, factor, offset, plan, fill, partial_sums[0])
     else:
         dx = x.new_zeros(x.shape if gradients else (0, x.shape[1]))
         dy = y.new_zeros(y.shape if gradients else (0, y.shape[1]))
         with torch.cuda.device_of(x):
             for chunk in plan:
-                fill(chunk, None, shares[0])
+                fill(chunk, None, partial_sums[0])
     # Sums of their own: an op's outputs must not alias.
-    dlogit_scale, loss, dlogit_bias = (share.sum() for share in shares)
+    dlogit_scale, loss, dlogit_bias = (sums.sum() for sums in partial_sums)
     return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)

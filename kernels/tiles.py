@@ -4,8 +4,8 @@ A tile is BLOCK_N rows of x [N, D] against BLOCK_M rows of y [M, D]. Operands co
 strides (any D, any strides, any card) or by TMA descriptor (row strides of 16-byte multiples).
 
 A kernel has two paths. Whole tiles off the diagonal take the fast one, with no masks. The others go
-strip by strip, STRIP columns at a time: the general path needs more values an element, and held for
-a whole tile they would double the registers and halve the CTAs on an SM for every tile.
+slice by slice, SLICE_M columns at a time: the general path needs more values an element, and held
+for a whole tile they would double the registers and halve the CTAs on an SM for every tile.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def products_at(
     depth = tl.arange(0, BLOCK_D)
     x_ptrs = x + rows[:, None] * stride_x_n + depth[None, :].to(tl.int64) * stride_x_d
     y_ptrs = y + cols[None, :] * stride_y_m + depth[:, None].to(tl.int64) * stride_y_d
-    for k in range(0, d, BLOCK_D):
+    for start_d in range(0, d, BLOCK_D):
         if EVEN_D:
             a, b = tl.load(x_ptrs), tl.load(y_ptrs)
         else:
-            a = tl.load(x_ptrs, mask=depth[None, :] < d - k, other=0.0)
-            b = tl.load(y_ptrs, mask=depth[:, None] < d - k, other=0.0)
+            a = tl.load(x_ptrs, mask=depth[None, :] < d - start_d, other=0.0)
+            b = tl.load(y_ptrs, mask=depth[:, None] < d - start_d, other=0.0)
         acc = dot(a, b, acc)
         x_ptrs += tl.cast(stride_x_d, tl.int64) * BLOCK_D
         y_ptrs += tl.cast(stride_y_d, tl.int64) * BLOCK_D
@@ -83,8 +83,8 @@ def products(
     """-> x y^T of one tile, fp32 [BLOCK_N, BLOCK_M]; values past n or m are arbitrary."""
     if isinstance(x, tl.tensor_descriptor):
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for k in range(0, d, BLOCK_D):
-            acc = dot(x.load([row0, k]), y.load([col0, k]).T, acc)
+        for start_d in range(0, d, BLOCK_D):
+            acc = dot(x.load([row0, start_d]), y.load([col0, start_d]).T, acc)
         return acc
     else:
         # Rows past the end read the last row again: no mask, and the caller masks the logits.
@@ -125,26 +125,26 @@ def id_rows(
     return tuple(t for pair in pairs for t in pair)
 
 
-def tile_options(depth: int, row: Launch) -> dict[str, Any]:
+def tile_options(depth: int, config: Launch) -> dict[str, Any]:
     """What a kernel is compiled for that goes over tiles of features so deep."""
-    return row.options | {
-        "BLOCK_N": row.block_n,
-        "BLOCK_M": row.block_m,
-        "BLOCK_D": row.block_d,
-        "EVEN_D": depth > 0 and depth % row.block_d == 0,
+    return config.options | {
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "BLOCK_D": config.block_d,
+        "EVEN_D": depth > 0 and depth % config.block_d == 0,
     }
 
 
-def operands(x: Tensor, y: Tensor, row: Launch) -> dict[str, Any]:
+def operands(x: Tensor, y: Tensor, config: Launch) -> dict[str, Any]:
     """Arguments of a kernel over tiles of x y^T: the features for whole tiles, by descriptor where
-    the row says so, and by pointer for strips; their sizes; what it is compiled for."""
+    the configuration says so, and by pointer for slices; their sizes; what it is compiled for."""
     n, d = x.shape
     m = len(y)
     x_tile, y_tile = x, y
-    if row.descriptors:  # ``launch.choose`` gives such rows to aligned features only
-        x_tile = TensorDescriptor.from_tensor(x, [row.block_n, row.block_d])
-        y_tile = TensorDescriptor.from_tensor(y, [row.block_m, row.block_d])
-    return tile_options(d, row) | {
+    if config.descriptors:  # ``launch.choose`` gives those to aligned features only
+        x_tile = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])
+        y_tile = TensorDescriptor.from_tensor(y, [config.block_m, config.block_d])
+    return tile_options(d, config) | {
         "x": x_tile,
         "y": y_tile,
         "x_ptr": x,
@@ -153,15 +153,15 @@ def operands(x: Tensor, y: Tensor, row: Launch) -> dict[str, Any]:
         "m": m,
         "d": d,
         "strides": (*x.stride(), *y.stride()),
-        "STRIP": row.strip,
+        "SLICE_M": config.slice_m,
     }
 
 
-def gradient_chunk(g: Tensor | None, row: Launch) -> dict[str, Any]:
+def gradient_chunk(g: Tensor | None, config: Launch) -> dict[str, Any]:
     """Arguments of such a kernel that writes a chunk of G, in whole tiles, or None."""
     if g is None:
         return {"g": None, "g_ptr": None, "stride_g": 0}
     g_tile = g
-    if row.descriptors:
-        g_tile = TensorDescriptor.from_tensor(g, [row.block_n, row.block_m])
+    if config.descriptors:
+        g_tile = TensorDescriptor.from_tensor(g, [config.block_n, config.block_m])
     return {"g": g_tile, "g_ptr": g, "stride_g": g.stride(0)}

@@ -37,10 +37,10 @@ class Chunk:
     tiles: int
 
 
-def chunks(x: Tensor, y: Tensor, launch: Launch, *, bounded: bool = True) -> list[Chunk]:
+def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> list[Chunk]:
     """Row by row, chunks whose G fits ``SCRATCH_BYTES`` (but one tile always may); one chunk where
     no G is kept."""
-    n, m, block_n, block_m = len(x), len(y), launch.block_n, launch.block_m
+    n, m, block_n, block_m = len(x), len(y), config.block_n, config.block_m
     rows, cols = triton.cdiv(n, block_n), triton.cdiv(m, block_m)  # in tiles
     if bounded:
         budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)  # tiles
@@ -85,21 +85,23 @@ def store_entries(g, rows, positive, shift, n, width, entry_ptr):
     tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
 
 
-def products(
+def gradients_by_chunks(
     x: Tensor,
     y: Tensor,
     factor: Tensor,
     offset: int,
     plan: list[Chunk],
     fill: Callable[[Chunk, Tensor, Tensor], None],
-    shares: Tensor,
+    partial_sums: Tensor,
 ) -> Gradients:
-    """dx [N, D], dy [M, D] in the features' dtype, neither empty, and the sum of the shares, fp32.
+    """dx [N, D], dy [M, D] in the features' dtype, neither empty, and the total of the partial
+    sums, fp32.
 
     ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0 past the
     end and at the positives), the entries [N] of the positives it holds, row i's at column
-    i + offset, and ``shares`` [tiles]. ``factor`` [] is applied to the fp32 sums. Where one chunk
-    holds all of G this is four launches: ``fill``, two products, the finish.
+    i + offset, and ``partial_sums`` [tiles]. ``factor`` [] is applied to the fp32 sums of the
+    products. Where one chunk holds all of G this is four launches: ``fill``, two products, the
+    finish.
     """
     (n, d), m = x.shape, len(y)
     dx = x.new_empty(x.shape)  # contiguous, whatever the strides of x
@@ -127,7 +129,7 @@ def products(
                 sum_x_ptr=sum_x, dx_ptr=dx[rows], rows=height,
                 sum_y_ptr=sum_y, dy_ptr=dy, cols=m,
                 x_ptr=x, y_ptr=y, factor_ptr=factor, entry_ptr=entries,
-                share_ptr=shares, tiles=len(shares), total_ptr=total,
+                partial_sum_ptr=partial_sums, tiles=len(partial_sums), total_ptr=total,
                 n=n, d=d, first=rows.start, offset=offset,
                 stride_x_n=x.stride(0), stride_x_d=x.stride(1),
                 stride_y_m=y.stride(0), stride_y_d=y.stride(1),
@@ -179,12 +181,13 @@ def finish_kernel(
     sum_x_ptr, dx_ptr, rows,  # [rows, D]
     sum_y_ptr, dy_ptr, cols,  # [M, D]
     x_ptr, y_ptr, factor_ptr, entry_ptr,  # [N, D], [M, D], [], [N]
-    share_ptr, tiles, total_ptr,  # [tiles], []
+    partial_sum_ptr, tiles, total_ptr,  # [tiles], []
     n, d, first, offset,  # row i of dx is row first + i of x
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grad = factor (sum + entry * the partner's features), rounded once; total = sum of shares.
+    """grad = factor (sum + entry * the partner's features), rounded once; total = the sum of the
+    partial sums.
 
     The grid says how much of it: rows of dx, then of dy, then the total, by tiles of D.
     """
@@ -205,5 +208,5 @@ def finish_kernel(
         total = tl.zeros((1024,), tl.float32)
         for start in range(0, tiles, 1024):
             at = start + tl.arange(0, 1024)
-            total += tl.load(share_ptr + at, mask=at < tiles, other=0.0)
+            total += tl.load(partial_sum_ptr + at, mask=at < tiles, other=0.0)
         tl.store(total_ptr, tl.sum(total))

@@ -40,6 +40,7 @@ from protoclip.ops.fused_losses import (
     gap_and_mean,
     info_nce_gradients,
     info_nce_statistics,
+    no_stash,
     side_weights,
 )
 from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
@@ -68,21 +69,21 @@ def global_info_nce(
         )
     op = "global_info_nce"
     first = rank() * len(image_features)
-    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
+    x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     checks.one_of(op, "same_id", same_id, SAME_ID)
     all_ids = ids_of_all_ranks(op, ids, x)
     table_row = "info_nce" if ids is None else "contrastive"
-    name = resolve(table_row, backend, x.device.type, x.dtype)
+    backend_name = resolve(table_row, backend, x.device.type, x.dtype)
     matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
-    if name == "reference":
-        images = one_way(op, x, gathered_rows(y), logit_scale, matching, backend=name)
-        texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=name)
+    if backend_name == "reference":
+        images = one_way(op, x, gathered_rows(y), logit_scale, matching, backend=backend_name)
+        texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=backend_name)
         return (images + texts) / 2
     if all_ids is None:
-        image_losses, text_losses = _GlobalInfoNce.apply(x, y, logit_scale, name)
+        image_losses, text_losses = _GlobalInfoNce.apply(x, y, logit_scale, backend_name)
     else:
         pairs = pairs_of(op, x, len(all_ids), matching)
-        image_losses, text_losses = _GlobalContrastive.apply(x, y, logit_scale, pairs, name)
+        image_losses, text_losses = _GlobalContrastive.apply(x, y, logit_scale, pairs, backend_name)
     return (image_losses + text_losses).mean() / 2
 
 
@@ -224,11 +225,11 @@ def global_sigmoid_loss(
         )
     op = "global_sigmoid_loss"
     first = rank() * len(image_features)
-    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
+    x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
     all_ids = ids_of_all_ranks(op, ids, x)
-    name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
-    if name == "reference":
+    backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
+    if backend_name == "reference":
         return sigmoid_loss(
             x,
             gathered_rows(y),
@@ -237,12 +238,12 @@ def global_sigmoid_loss(
             ids=all_ids,
             same_id=same_id,
             offset=first,
-            backend=name,
+            backend=backend_name,
         )
     matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
     pairs = pairs_of(op, x, len(x) * world_size(), matching)
     gradients = wants_gradient(x, y, logit_scale, logit_bias)
-    return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, name)
+    return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, backend_name)
 
 
 class _GlobalInfoNce(torch.autograd.Function):
@@ -256,32 +257,36 @@ class _GlobalInfoNce(torch.autograd.Function):
         all_y = gather_rows(y)
         offset = rank() * len(x)
         strip = info_nce_statistics(
-            x, all_y, logit_scale, offset=offset, columns=True, backend=backend
+            x, all_y, logit_scale, offset=offset, both_directions=True, backend=backend
         )
-        column_max, column_sum = _columns_of_all_ranks(
-            torch.stack([strip.column_max, strip.column_sum])
+        column_reference, column_sum = _columns_of_all_ranks(
+            torch.stack([strip.column_reference, strip.column_sum])
         )
         ctx.save_for_backward(
-            x, all_y, logit_scale, strip.row_max, strip.row_sum, column_max, column_sum
+            x, all_y, logit_scale, strip.row_reference, strip.row_sum, column_reference, column_sum
         )
         ctx.offset = offset
         ctx.backend = backend
         of_this_rank = slice(offset, offset + len(x))
-        row_gap = strip.row_sum.log2() + (strip.row_max - strip.positive)
-        column_gap = column_sum[of_this_rank].log2() + (column_max[of_this_rank] - strip.positive)
+        row_gap = strip.row_sum.log2() + (strip.row_reference - strip.positive)
+        column_gap = column_sum[of_this_rank].log2() + (
+            column_reference[of_this_rank] - strip.positive
+        )
         return LN2 * row_gap, LN2 * column_gap
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, all_y, logit_scale, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
+        x, all_y, logit_scale, row_reference, row_sum, column_reference, column_sum = (
+            ctx.saved_tensors
+        )
         gradients = info_nce_gradients(
             x=x,
             y=all_y,
             logit_scale=logit_scale,
-            row_max=row_max,
+            row_reference=row_reference,
             row_sum=row_sum,
-            column_max=column_max,
+            column_reference=column_reference,
             column_sum=column_sum,
             row_weight=row_grad,
             column_weight=gather_rows(column_grad),
@@ -289,7 +294,7 @@ class _GlobalInfoNce(torch.autograd.Function):
             direction_weight=1.0,
             mean=False,
             backend=ctx.backend,
-            stash=None,
+            stash=no_stash(x),
         )
         dlogit_scale = gradient_like(gradients.dlogit_scale, logit_scale)
         return gradients.dx, scatter_sums(gradients.dy), dlogit_scale, None
@@ -305,7 +310,7 @@ class _GlobalContrastive(torch.autograd.Function):
         all_y = gather_rows(y)
         offset = rank() * len(x)
         strip = contrastive_gaps(
-            x, all_y, logit_scale, pairs, columns=True, backend=backend, keep_stash=False
+            x, all_y, logit_scale, pairs, both_directions=True, backend=backend, keep_stash=False
         )
         column_statistics = _columns_of_all_ranks(strip.column_statistics)
         ctx.save_for_backward(x, all_y, logit_scale, strip.row_statistics, column_statistics)
@@ -328,7 +333,7 @@ class _GlobalContrastive(torch.autograd.Function):
             row_weights=side_weights(row_grad, None, row_statistics),
             column_weights=side_weights(gather_rows(column_grad), None, column_statistics),
             backend=ctx.backend,
-            stash=None,
+            stash=no_stash(x),
         )
         dlogit_scale = gradient_like(gradients.dlogit_scale, logit_scale)
         return gradients.dx, scatter_sums(gradients.dy), dlogit_scale, None, None
@@ -336,12 +341,12 @@ class _GlobalContrastive(torch.autograd.Function):
 
 def _columns_of_all_ranks(columns: Tensor) -> Tensor:
     """The columns' statistics over all ranks' rows, from those over this rank's rows: [2, G] or
-    [4, G], the maximum, then sums."""
-    column_max = columns[0].clone()
-    dist.all_reduce(column_max, dist.ReduceOp.MAX)
-    sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - column_max), columns[2:]])
+    [4, G], the reference or maximum, then sums."""
+    column_reference = columns[0].clone()
+    dist.all_reduce(column_reference, dist.ReduceOp.MAX)
+    sums = torch.cat([columns[1:2] * torch.exp2(columns[0] - column_reference), columns[2:]])
     dist.all_reduce(sums)
-    return torch.cat([column_max[None], sums])
+    return torch.cat([column_reference[None], sums])
 
 
 class _Ring(torch.autograd.Function):

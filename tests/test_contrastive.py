@@ -471,9 +471,9 @@ def whole_tiles(dtype: torch.dtype) -> Problem:
 
 @each_fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("columns, keep_stash", [(False, True), (True, False)])
+@pytest.mark.parametrize("both_directions, keep_stash", [(False, True), (True, False)])
 def test_opcheck_accepts_the_op(
-    backend: str, dtype: torch.dtype, columns: bool, keep_stash: bool
+    backend: str, dtype: torch.dtype, both_directions: bool, keep_stash: bool
 ) -> None:
     problem = whole_tiles(dtype)
     assert problem.key_bias is not None
@@ -489,7 +489,7 @@ def test_opcheck_accepts_the_op(
         "key_ids": ids,
         "key_bias": leaf(problem.key_bias),
         "same_positive": True,
-        "columns": columns,
+        "both_directions": both_directions,
         "backend": backend,
         "keep_stash": keep_stash,
     }

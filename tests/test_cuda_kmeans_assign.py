@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -263,8 +264,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         segment_mean=lambda values, labels, num_segments: segment_mean(
             values, labels, num_segments
         ),
-        encode=lambda points: [kmeans_encode(points)],
-        assign_coded=assign,
+        coded_assignment=lambda points: partial(assign, points, packed=kmeans_encode(points)),
     )
     row = Backend(lambda: functions, ("cpu",), FLOATS, lambda: None)
     monkeypatch.setitem(TABLE["kmeans_assign"], "cuda", row)

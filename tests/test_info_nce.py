@@ -178,45 +178,50 @@ def test_cpus_without_bf16_products_are_within_budget(cpu: str) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("logit_scale", [40.0, 100.0])
-@pytest.mark.parametrize("columns", [True, False], ids=["both ways", "rows only"])
+@pytest.mark.parametrize("both_directions", [True, False], ids=["both ways", "rows only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
-    columns: bool, dtype: torch.dtype, logit_scale: float
+    both_directions: bool, dtype: torch.dtype, logit_scale: float
 ) -> None:
     """As local_loss asks for."""
     offset = 300
     features, y = clustered(700, 48, dtype)
     x = features[offset:431]
     row_weight = torch.rand(131)
-    column_weight = torch.rand(700) if columns else torch.empty(0)
+    column_weight = torch.rand(700) if both_directions else torch.empty(0)
     strip = fused_losses.info_nce_statistics(
-        x, y, torch.tensor(logit_scale), offset=offset, columns=columns, backend="cpu"
+        x,
+        y,
+        torch.tensor(logit_scale),
+        offset=offset,
+        both_directions=both_directions,
+        backend="cpu",
     )
     gradients = fused_losses.info_nce_gradients(
         x,
         y,
         torch.tensor(logit_scale),
-        row_max=strip.row_max,
+        row_reference=strip.row_reference,
         row_sum=strip.row_sum,
-        column_max=strip.column_max,
+        column_reference=strip.column_reference,
         column_sum=strip.column_sum,
         row_weight=row_weight,
         column_weight=column_weight,
         direction_weight=1.0,
         mean=False,
-        stash=None,
+        stash=fused_losses.no_stash(x),
         offset=offset,
         backend="cpu",
     )
     got = {
-        "row level": LN2 * (strip.row_sum.log2() + strip.row_max),
+        "row level": LN2 * (strip.row_sum.log2() + strip.row_reference),
         "positive": LN2 * strip.positive,
         "dx": gradients.dx,
         "dy": gradients.dy,
         "dlogit_scale": gradients.dlogit_scale,
     }
-    if columns:
-        got["column level"] = LN2 * (strip.column_sum.log2() + strip.column_max)
+    if both_directions:
+        got["column level"] = LN2 * (strip.column_sum.log2() + strip.column_reference)
 
     def formula(wide: torch.dtype) -> PlainResults:
         return strip_gradients(
@@ -341,15 +346,15 @@ class Strip:
 
     rows: int
     offset: int
-    columns: bool
+    both_directions: bool
     reduction: str
     keep_stash: bool
 
 
 STRIPS = [
-    Strip(rows=256, offset=0, columns=True, reduction="mean", keep_stash=True),
-    Strip(rows=256, offset=0, columns=True, reduction="none", keep_stash=False),
-    Strip(rows=128, offset=3, columns=False, reduction="none", keep_stash=True),
+    Strip(rows=256, offset=0, both_directions=True, reduction="mean", keep_stash=True),
+    Strip(rows=256, offset=0, both_directions=True, reduction="none", keep_stash=False),
+    Strip(rows=128, offset=3, both_directions=False, reduction="none", keep_stash=True),
 ]
 
 
@@ -363,7 +368,7 @@ def test_opcheck_accepts_the_op(form: Strip, dtype: torch.dtype) -> None:
         "y": leaf(y),
         "logit_scale": leaf(30.0),
         "offset": form.offset,
-        "columns": form.columns,
+        "both_directions": form.both_directions,
         "reduction": form.reduction,
         "backend": "cpu",
         "keep_stash": form.keep_stash,

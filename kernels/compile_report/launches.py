@@ -78,21 +78,21 @@ def _info_nce(case: Case, logit_scale: torch.Tensor) -> None:
     n = 512 if case.form == "small" else 2048
     x = case.features(n)
     y = case.features(n)
-    has_columns = case.form != "rows"
+    both_directions = case.form != "rows"
     _, statistics = info_nce.info_nce_loss(
-        x, y, logit_scale, offset=0, columns=has_columns, pair_weight=1.0, summed=True
+        x, y, logit_scale, offset=0, both_directions=both_directions, pair_weight=1.0, summed=True
     )
     weight = torch.ones(()).expand(n)
     info_nce.info_nce_bwd(
         x,
         y,
         logit_scale,
-        statistics.row_max,
+        statistics.row_reference,
         statistics.row_sum,
-        statistics.column_max,
+        statistics.column_reference,
         statistics.column_sum,
         row_weight=weight,
-        column_weight=weight if has_columns else weight[:0],
+        column_weight=weight if both_directions else weight[:0],
         offset=0,
     )
 
@@ -102,7 +102,7 @@ def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
     n = 512
     position = torch.zeros(n, dtype=torch.int32)
     ids = None if case.form == "own" else torch.zeros(2, n, dtype=torch.int32)
-    relation: dict[str, Any] = {
+    pairs: dict[str, Any] = {
         "own": position,
         "exclude": position if case.form == "all" else None,
         "query_ids": ids,
@@ -112,12 +112,14 @@ def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
     }
     x = case.features(n)
     y = case.features(n)
-    forward = contrastive.contrastive_fwd(x, y, logit_scale, **relation, columns=case.form != "own")
+    forward = contrastive.contrastive_fwd(
+        x, y, logit_scale, **pairs, both_directions=case.form != "own"
+    )
     contrastive.contrastive_bwd(
         x,
         y,
         logit_scale,
-        **relation,
+        **pairs,
         row_statistics=forward.rows,
         column_statistics=forward.columns,
         row_weights=torch.ones(2, forward.rows.shape[1]),
@@ -194,10 +196,10 @@ def gemm_kernel(
 def _gemm(case: Case, logit_scale: torch.Tensor) -> None:
     x = case.features(512)
     y = case.features(512)
-    row = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
-    operands = tiles.operands(x, y, row)
-    del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["STRIP"]
-    out = tiles.gradient_chunk(x.new_empty(512, 512), row)["g"]
+    config = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
+    operands = tiles.operands(x, y, config)
+    del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["SLICE_M"]
+    out = tiles.gradient_chunk(x.new_empty(512, 512), config)["g"]
     gemm_kernel[(1, 1)](**operands, out=out)
 
 
@@ -218,7 +220,7 @@ class Compiled(NamedTuple):
     name: str
     code: Any  # Triton's
     constants: dict[str, int]  # sizes and switches, but no tensors: a session of tests keeps these
-    row: launch.Launch
+    config: launch.Launch
 
 
 @contextmanager
@@ -228,17 +230,17 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
     run = JITFunction.run
     options = launch.Launch.options
-    row = launch.INTERPRETER
+    config = launch.INTERPRETER
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
         code = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
         constants = {name: value for name, value in keywords.items() if isinstance(value, int)}
-        compiled.append(Compiled(kernel.__name__, code, constants, row))
+        compiled.append(Compiled(kernel.__name__, code, constants, config))
         return code
 
     def remembered(chosen: launch.Launch) -> dict[str, Any]:
-        nonlocal row
-        row = chosen
+        nonlocal config
+        config = chosen
         return options.__get__(chosen)
 
     if arch is not None:

@@ -98,7 +98,7 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         expected = "fma" if multiplied == "fp32" else TENSOR_CORE[case.arch]
         if instruction != expected:
             problems.append(f"{instruction} where {expected} was expected")
-        promised = compiled.row.ctas_per_sm
+        promised = compiled.config.ctas_per_sm
         if ctas < promised:
             problems.append(f"{ctas} CTAs an SM, the row promises {promised}")
     path = model.hot_path(

@@ -12,7 +12,7 @@ from protoclip.global_losses import (
 )
 from protoclip.losses.drop_in import DIST_IMPLS, ClipLoss, ProtoClipLoss, SigLipLoss
 from protoclip.losses.objective import Losses, ProtoLoss, caption_ids, similarity_distillation
-from protoclip.losses.prototypes import PrototypeTerm, prototype_term, share
+from protoclip.losses.prototypes import PrototypeTerm, hit_rate, prototype_term
 
 __all__ = [
     "DIST_IMPLS",
@@ -27,7 +27,7 @@ __all__ = [
     "global_contrastive_parts",
     "global_info_nce",
     "global_sigmoid_loss",
+    "hit_rate",
     "prototype_term",
-    "share",
     "similarity_distillation",
 ]

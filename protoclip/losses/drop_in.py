@@ -180,7 +180,9 @@ class SigLipLoss(_EqualBatches):
         Args: those of ``ClipLoss.forward``, except that a ``logit_bias`` of None is zero, and pairs
         of the same id are positives too, or are left out if ``same_id`` is "exclude".
         """
-        x, y, logit_scale = checks.pairs("SigLipLoss", image_features, text_features, logit_scale)
+        x, y, logit_scale = checks.equal_rows(
+            "SigLipLoss", image_features, text_features, logit_scale
+        )
         bias = 0.0 if logit_bias is None else logit_bias
         self._compare_once(x)
         summed_loss = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from protoclip.config import LossConfig
 from protoclip.distributed import gathered_rows, is_distributed, rank
 from protoclip.global_losses import global_info_nce, global_sigmoid_loss
-from protoclip.losses.prototypes import prototype_term, share
+from protoclip.losses.prototypes import hit_rate, prototype_term
 from protoclip.prototypes import EXTERNAL, Episode
 from protoclip.seeds import mix
 
@@ -37,11 +37,11 @@ class Losses:
     def accuracy(self) -> dict[str, Tensor]:
         """Share of samples whose nearest prototype is their own: mean over the internal sources,
         and of the teacher."""
-        internal = [share(counts) for source, counts in self.hits.items() if source != EXTERNAL]
-        shares = {"proto_accuracy": torch.stack(internal).mean()} if internal else {}
+        internal = [hit_rate(counts) for source, counts in self.hits.items() if source != EXTERNAL]
+        accuracy = {"proto_accuracy": torch.stack(internal).mean()} if internal else {}
         if EXTERNAL in self.hits:
-            shares["external_accuracy"] = share(self.hits[EXTERNAL])
-        return shares
+            accuracy["external_accuracy"] = hit_rate(self.hits[EXTERNAL])
+        return accuracy
 
 
 class ProtoLoss(nn.Module):

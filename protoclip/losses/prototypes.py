@@ -23,10 +23,10 @@ class PrototypeTerm:
 
     def accuracy(self) -> dict[str, Tensor]:
         """Share of the labelled samples whose nearest prototype is their own, by source."""
-        return {source: share(counts) for source, counts in self.hits.items()}
+        return {source: hit_rate(counts) for source, counts in self.hits.items()}
 
 
-def share(counts: Tensor) -> Tensor:
+def hit_rate(counts: Tensor) -> Tensor:
     """hits / samples of [2]; NaN without samples."""
     return counts[0] / counts[1]
 

@@ -62,7 +62,7 @@ def strip(
     return x, y, scalar(op, "logit_scale", logit_scale, x.device, accumulator(x))
 
 
-def pairs(
+def equal_rows(
     op: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``strip`` for as many texts as images."""

@@ -64,9 +64,9 @@ def kmeans_assign(
     if n and not k:
         raise ValueError(f"{op}: expected K >= 1 centroids for N = {n} points, got 0")
     points, centroids = checks.promoted(points, centroids)
-    name = resolve(op, backend, points.device.type, points.dtype)
+    backend_name = resolve(op, backend, points.device.type, points.dtype)
     with without_autocast(points.device.type):
-        return _kmeans_assign(points=points, centroids=centroids, backend=name)
+        return _kmeans_assign(points=points, centroids=centroids, backend=backend_name)
 
 
 def assignment(
@@ -79,17 +79,15 @@ def assignment(
     N (D + 16) bytes, where coding takes 4 % of an assignment or more. CUDA: two bfloat16 parts,
     4 N D bytes; Triton: one, 2 N D. A GPU always keeps them: a single assignment takes as much.
     """
-    name = "reference"
-    if points.dtype == torch.float32:
-        name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
-    if not len(points) or name == "reference" or (name == "cpu" and num_clusters > 1024):
-        return partial(kmeans_assign, points, backend=backend)
-    points = points.contiguous() if name == "cpu" else points
-    functions = CLUSTERS[name].implementation
-    assert functions.encode is not None and functions.assign_coded is not None
-    assign_coded = functions.assign_coded
-    codes = functions.encode(points)
-    return lambda centroids: assign_coded(points, centroids, *codes)
+    plain = partial(kmeans_assign, points, backend=backend)
+    if points.dtype != torch.float32 or not len(points):
+        return plain
+    backend_name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
+    functions = CLUSTERS[backend_name].implementation
+    most = functions.most_coded_clusters
+    if functions.coded_assignment is None or (most is not None and num_clusters > most):
+        return plain
+    return functions.coded_assignment(points)
 
 
 class SegmentMeans(NamedTuple):
@@ -141,8 +139,10 @@ def segment_mean(
     checks.labels(op, labels, values)
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"{op}: expected num_segments as an int >= 0, got {num_segments!r}")
-    name = resolve(op, backend, values.device.type, values.dtype)
+    backend_name = resolve(op, backend, values.device.type, values.dtype)
     with without_autocast(values.device.type):
         if in_transform():
             return reference.segment_mean(values, labels, num_segments)
-        return _segment_mean(values=values, labels=labels, num_segments=num_segments, backend=name)
+        return _segment_mean(
+            values=values, labels=labels, num_segments=num_segments, backend=backend_name
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import resolve
 from protoclip.ops.fused_losses import (
-    COUNT,
+    NUM_POSITIVES,
     contrastive_gaps,
     fused_sigmoid_loss,
     info_nce_loss,
@@ -29,7 +29,13 @@ from protoclip.ops.operators import (
     without_autocast,
 )
 from protoclip.ops.pairs import Matching, SameId
-from protoclip.ops.sums import log_add, logits_of_own, plain_smoothing, smoothing, with_others
+from protoclip.ops.sums import (
+    log_add,
+    logits_of_negatives,
+    plain_smoothing,
+    smoothing,
+    with_others,
+)
 
 
 def info_nce(
@@ -78,31 +84,32 @@ def info_nce(
         Radford et al. 2021 (CLIP), figure 3.
     """
     op = "info_nce"
-    x, y, logit_scale = checks.pairs(op, image_features, text_features, logit_scale)
+    x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
     checks.label_smoothing(op, label_smoothing)
     n = x.shape[0]
-    name = resolve(op if ids is None else "contrastive", backend, x.device.type, x.dtype)
+    table_row = op if ids is None else "contrastive"
+    backend_name = resolve(table_row, backend, x.device.type, x.dtype)
     if weights is not None:
-        checks.weights(op, weights, x, name)
+        checks.weights(op, weights, x, backend_name)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, n, x.device)
         matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
-        matches = _match(
+        query_losses = _query_losses(
             op,
             x,
             y,
             logit_scale,
             matching,
             label_smoothing=label_smoothing,
-            backend=name,
+            backend=backend_name,
             stash=stash,
-            columns=True,
+            both_directions=True,
         )
-        assert matches.column_gap is not None
-        losses = (matches.gap + matches.column_gap) / 2
-    elif name == "reference":
+        assert query_losses.column_gap is not None
+        losses = (query_losses.gap + query_losses.column_gap) / 2
+    elif backend_name == "reference":
         with without_autocast(x.device.type):
             losses = reference.info_nce(x, y, logit_scale, label_smoothing)
     else:
@@ -112,9 +119,9 @@ def info_nce(
             y=y,
             logit_scale=logit_scale,
             offset=0,
-            columns=True,
+            both_directions=True,
             reduction=reduction if reduces else "none",
-            backend=name,
+            backend=backend_name,
             keep_stash=keeps_stash(stash, x, y, logit_scale),
         )
         losses = result.loss
@@ -129,7 +136,7 @@ def info_nce(
     return reduce_weighted(losses, torch.ones_like(losses), weights, reduction)
 
 
-class Matches(NamedTuple):
+class QueryLosses(NamedTuple):
     """The loss of each query, in nats."""
 
     gap: Tensor  # log-sum-exp - mean positive, [N]
@@ -138,7 +145,7 @@ class Matches(NamedTuple):
     column_gap: Tensor | None = None  # that of each key, [M], if it was asked for
 
 
-def _match(
+def _query_losses(
     op: str,
     x: Tensor,
     y: Tensor,
@@ -149,17 +156,19 @@ def _match(
     label_smoothing: float = 0,
     backend: str,
     stash: bool | None,
-    columns: bool = False,
-) -> Matches:
-    """Queries x against keys y; ``matching`` says which are positives and negatives. ``columns``:
-    also keys against queries, of which both have the same ids."""
+    both_directions: bool = False,
+) -> QueryLosses:
+    """Queries x against keys y; ``matching`` says which are positives and negatives.
+    ``both_directions``: also keys against queries, of which both have the same ids."""
     matched_pairs = pairs.pairs_of(op, x, y.shape[0], matching)
-    name = resolve("contrastive", backend, x.device.type, x.dtype)
-    if name == "reference" or x.device.type == "cpu":
+    backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
+    if backend_name == "reference" or x.device.type == "cpu":
         pairs.refuse_wrong(op, matched_pairs, y.shape[0])
-    if name == "reference":
+    if backend_name == "reference":
         with without_autocast(x.device.type):
-            rows, by_column = reference.contrastive(x, y, logit_scale, matched_pairs, columns)
+            rows, by_column = reference.contrastive(
+                x, y, logit_scale, matched_pairs, both_directions
+            )
         gap = rows.gap
         mean = rows.mean
         num_positives = rows.num_positives
@@ -173,22 +182,22 @@ def _match(
             y,
             logit_scale,
             matched_pairs,
-            columns=columns,
-            backend=name,
+            both_directions=both_directions,
+            backend=backend_name,
             keep_stash=keeps_stash(stash, *differentiable),
         )
         gap = gaps.gap
         mean = gaps.mean
-        num_positives = gaps.row_statistics[COUNT]
-        column_gap = gaps.column_gap if columns else None
+        num_positives = gaps.row_statistics[NUM_POSITIVES]
+        column_gap = gaps.column_gap if both_directions else None
     if matched_pairs.others is not None:
         gap, mean = with_others(x, y, logit_scale, matched_pairs, gap=gap, mean=mean)
-    own_logits: Tensor | None = None
+    negative_logits: Tensor | None = None
     if negatives is not None and negatives.shape[1]:
-        own_logits = logits_of_own(x, negatives, logit_scale)
-        gap = log_add(gap, own_logits.logsumexp(dim=1) - mean)
+        negative_logits = logits_of_negatives(x, negatives, logit_scale)
+        gap = log_add(gap, negative_logits.logsumexp(dim=1) - mean)
     if label_smoothing:
-        spread = smoothing(x, y, logit_scale, matched_pairs, own_logits)
+        spread = smoothing(x, y, logit_scale, matched_pairs, negative_logits)
         gap = gap + label_smoothing * spread
         if column_gap is not None:
             by_key = smoothing(y, x, logit_scale, matched_pairs)
@@ -199,7 +208,7 @@ def _match(
     if matched_pairs.wrong is not None:  # multiply, so that the gradient is NaN too
         gap = gap * torch.ones_like(gap).masked_fill(matched_pairs.wrong, torch.nan)
         counted = counted | matched_pairs.wrong
-    return Matches(gap, mean, counted, column_gap)
+    return QueryLosses(gap, mean, counted, column_gap)
 
 
 def contrastive(
@@ -302,13 +311,12 @@ def one_way(
         checks.negatives(op, negatives, x)
         x, y, negatives = checks.promoted(x, y, negatives)
     n, m = x.shape[0], y.shape[0]
-    backend = resolve("contrastive", backend, x.device.type, x.dtype)
+    backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
     if weights is not None:
-        checks.weights(op, weights, x, backend)
-    # Each query's share of the mean.
-    shares = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
+        checks.weights(op, weights, x, backend_name)
+    counted = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
     fits = matching.plain and negatives is None and matching.first + n <= m
-    if backend != "reference" and fits:
+    if backend_name != "reference" and fits:
         # Without any of these the op reduces the losses itself.
         reduces = weights is None and average is None and not label_smoothing
         result = info_nce_loss(
@@ -316,9 +324,9 @@ def one_way(
             y=y,
             logit_scale=logit_scale,
             offset=matching.first,
-            columns=False,
+            both_directions=False,
             reduction=reduction if reduces else "none",
-            backend=backend,
+            backend=backend_name,
             keep_stash=keeps_stash(stash, x, y, logit_scale),
         )
         losses = result.loss
@@ -328,7 +336,7 @@ def one_way(
             spread = plain_smoothing(x, y, logit_scale, matching.first)
             losses = losses + label_smoothing * spread
     else:
-        matches = _match(
+        query_losses = _query_losses(
             op,
             x,
             y,
@@ -336,12 +344,12 @@ def one_way(
             matching,
             negatives=negatives,
             label_smoothing=label_smoothing,
-            backend=backend,
+            backend=backend_name,
             stash=stash,
         )
-        losses = matches.gap.where(matches.counted, 0)
-        shares = matches.counted.to(losses.dtype)
-    return reduce_weighted(losses, shares, weights, reduction, average)
+        losses = query_losses.gap.where(query_losses.counted, 0)
+        counted = query_losses.counted.to(losses.dtype)
+    return reduce_weighted(losses, counted, weights, reduction, average)
 
 
 def contrastive_parts(
@@ -397,8 +405,8 @@ def one_way_parts(
 ) -> tuple[Tensor, Tensor]:
     """``contrastive_parts``."""
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
-    matches = _match(op, x, y, logit_scale, matching, backend=backend, stash=stash)
-    return matches.gap + matches.mean, matches.mean
+    query_losses = _query_losses(op, x, y, logit_scale, matching, backend=backend, stash=stash)
+    return query_losses.gap + query_losses.mean, query_losses.mean
 
 
 def nt_xent(
@@ -425,7 +433,7 @@ def nt_xent(
         Chen et al. 2020 (SimCLR), equation 1.
     """
     op = "nt_xent"
-    x, y, logit_scale = checks.pairs(op, views_a, views_b, logit_scale)
+    x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
         ids = torch.cat([ids, ids])
@@ -513,8 +521,8 @@ def sigmoid_loss(
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
     matched_pairs = pairs.pairs_of(op, x, m, matching)
-    name = resolve(op, backend, x.device.type, x.dtype)
-    if name == "reference":
+    backend_name = resolve(op, backend, x.device.type, x.dtype)
+    if backend_name == "reference":
         with without_autocast(x.device.type):
             return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched_pairs)
     result = fused_sigmoid_loss(
@@ -524,7 +532,7 @@ def sigmoid_loss(
         logit_bias=logit_bias,
         offset=offset,
         gradients=wants_gradient(x, y, logit_scale, logit_bias),
-        backend=name,
+        backend=backend_name,
         query_ids=matched_pairs.query_ids,
         key_ids=matched_pairs.key_ids,
         same_positive=matched_pairs.same_positive,

@@ -26,6 +26,7 @@ from torch.torch_version import TorchVersion
 from protoclip.kernels.results import LossAndStatistics
 from protoclip.ops import native, reference
 from protoclip.ops.operators import ANY_FLOAT, FLOATS, in_transform
+from protoclip.ops.rates import stash_bytes
 
 Implementation = TypeVar("Implementation")
 Pair = tuple[Tensor, Tensor]
@@ -46,6 +47,15 @@ class Backend(Generic[Implementation]):
         return self.load()
 
 
+@dataclass(frozen=True)
+class StashFunctions:
+    """How a backend leaves the dot products of its forward pass to its backward pass."""
+
+    num_bytes: Callable[[int, int], int]  # for N rows and M columns; 0: they are not stashed
+    empty: Callable[[int], Tensor]  # allocates uint8 [num_bytes]
+    timed_forward: Callable[..., object]  # tells ops/rates.py what a product costs here
+
+
 # What the fused backends of each family implement.
 @dataclass(frozen=True)
 class InfoNceFunctions:
@@ -55,7 +65,8 @@ class InfoNceFunctions:
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     # The statistics and the weighted loss at once, where a backend has kernels for that.
     loss: Callable[..., LossAndStatistics] | None = None
-    empty_stash: Callable[[int], Tensor] | None = None  # allocates a stash, if it keeps logits
+    takes_pair_weight: bool = False  # whether ``gradients`` multiply the weights by pair_weight
+    stashing: StashFunctions | None = None  # None: products are formed again
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class ContrastiveFunctions:
 
     statistics: Callable[..., Pair]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    empty_stash: Callable[[int], Tensor] | None = None
+    stashing: StashFunctions | None = None  # None: products are formed again
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,19 @@ class ClusterFunctions:
 
     assign: Callable[..., Pair]
     segment_mean: Callable[..., Pair]
-    # points -> codes, and ``assign`` of points, centroids and codes, if the backend codes points.
-    encode: Callable[[Tensor], Any] | None = None
-    assign_coded: Callable[..., Pair] | None = None
+    # Points -> ``assign`` of them to any centroids, if the backend codes points; that is worth it
+    # for up to so many centroids (None: any number).
+    coded_assignment: Callable[[Tensor], Callable[[Tensor], Pair]] | None = None
+    most_coded_clusters: int | None = None
+
+
+def cpu_stashing() -> StashFunctions:
+    ops = native.cpu_ops()
+    return StashFunctions(
+        num_bytes=stash_bytes,
+        empty=ops.empty_stash.default,
+        timed_forward=ops.info_nce_fwd.default,
+    )
 
 
 def cpu_info_nce() -> InfoNceFunctions:
@@ -91,7 +112,7 @@ def cpu_info_nce() -> InfoNceFunctions:
     return InfoNceFunctions(
         statistics=ops.info_nce_fwd.default,
         gradients=ops.info_nce_bwd.default,
-        empty_stash=ops.empty_stash.default,
+        stashing=cpu_stashing(),
     )
 
 
@@ -102,6 +123,7 @@ def triton_info_nce() -> InfoNceFunctions:
         statistics=info_nce.info_nce_fwd,
         gradients=info_nce.info_nce_bwd,
         loss=info_nce.info_nce_loss,
+        takes_pair_weight=True,
     )
 
 
@@ -110,7 +132,7 @@ def cpu_contrastive() -> ContrastiveFunctions:
     return ContrastiveFunctions(
         statistics=ops.contrastive_fwd.default,
         gradients=ops.contrastive_bwd.default,
-        empty_stash=ops.empty_stash.default,
+        stashing=cpu_stashing(),
     )
 
 
@@ -161,32 +183,56 @@ def triton_soft_targets() -> Callable[..., Tensor]:
 
 def cpu_clusters() -> ClusterFunctions:
     ops = native.cpu_ops()
+
+    def coded_assignment(points: Tensor) -> Callable[[Tensor], Pair]:
+        points = points.contiguous()
+        codes, code_bounds, centre, rotated = ops.kmeans_encode.default(points)
+        return lambda centroids: ops.kmeans_assign_coded.default(
+            points=points,
+            centroids=centroids,
+            codes=codes,
+            code_bounds=code_bounds,
+            centre=centre,
+            rotated=rotated,
+        )
+
     return ClusterFunctions(
         assign=ops.kmeans_assign.default,
         segment_mean=ops.segment_mean.default,
-        encode=ops.kmeans_encode.default,
-        assign_coded=ops.kmeans_assign_coded.default,
+        coded_assignment=coded_assignment,
+        most_coded_clusters=1024,  # beyond, coding is less than 4 % of an assignment
     )
 
 
 def cuda_clusters() -> ClusterFunctions:
     ops = native.cuda_ops()
+
+    def coded_assignment(points: Tensor) -> Callable[[Tensor], Pair]:
+        packed = ops.kmeans_encode_cuda.default(points)
+        return lambda centroids: ops.kmeans_assign_coded_cuda.default(
+            points=points, centroids=centroids, packed=packed
+        )
+
     return ClusterFunctions(
         assign=ops.kmeans_assign_cuda.default,
         segment_mean=ops.segment_mean_cuda.default,
-        encode=ops.kmeans_encode_cuda.default,
-        assign_coded=ops.kmeans_assign_coded_cuda.default,
+        coded_assignment=coded_assignment,
     )
 
 
 def triton_clusters() -> ClusterFunctions:
     from protoclip.kernels import clusters
 
+    def coded_assignment(points: Tensor) -> Callable[[Tensor], Pair]:
+        half, norms = clusters.kmeans_encode(points)
+        return lambda centroids: clusters.kmeans_assign_coded(
+            points=points, centroids=centroids, half=half, norms=norms
+        )
+
     return ClusterFunctions(
         assign=clusters.kmeans_assign,
         segment_mean=clusters.segment_mean,
-        encode=clusters.kmeans_encode,
-        assign_coded=clusters.kmeans_assign_coded,
+        coded_assignment=coded_assignment,
     )
 
 

@@ -3,13 +3,14 @@
 All work on a strip: rows x [N, D] against columns y [M, D].
 
 **InfoNCE.** Row i belongs to column i + offset. Statistics are in base-2 logits
-(s2 = logit_scale * log2(e) * x.y): a reference value ``max`` and the ``sum`` of 2^(s2 - max), so
-that a loss near zero does not cancel. The backward pass of any loss built on the strip is
+(s2 = logit_scale * log2(e) * x.y): a ``reference`` and the ``sum`` of 2^(s2 - reference), so that a
+loss near zero does not cancel. The reference is the maximum (C++), or the positive or a whole
+number near the log of the sum (Triton). The backward pass of any loss built on the strip is
 G = row_weight * P_row + column_weight * P_column - (weights at the positives),
 dx = logit_scale * G y, dy = logit_scale * G^T x, dlogit_scale = sum G * (x.y).
 
 **The contrastive loss.** ``Pairs`` gives the positives and negatives, not the diagonal. Statistics,
-[4, N] and [4, M], are max and sum over the keys seen, then sum and count of the positives' logits.
+[4, N] and [4, M], have the rows of ``PairStatistics``.
 The results are ``gap`` = LSE - mean positive, and ``mean``; with weights w_l of the LSE and w_m of
 the mean, G = w_l P [seen] + w_m [positive] / count and dkey_bias_j = sum_i G_ij.
 
@@ -37,9 +38,10 @@ from protoclip.kernels.results import (
     ContrastiveGradients,
     Gradients,
     InfoNceStatistics,
+    PairStatistics,
     SigmoidLoss,
 )
-from protoclip.ops.dispatch import CONTRASTIVE, INFO_NCE, SIGMOID_LOSS
+from protoclip.ops.dispatch import CONTRASTIVE, INFO_NCE, SIGMOID_LOSS, StashFunctions
 from protoclip.ops.operators import (
     define_gradient,
     empty,
@@ -55,56 +57,51 @@ from protoclip.ops.pairs import Pairs
 from protoclip.ops.rates import stash_pays
 
 LN2 = math.log(2.0)
-# The C++ backend stashes products by tiles of rows and columns, in fp32, within this bound.
-STASH_TILE_ROWS = 128
-STASH_TILE_COLUMNS = 256
-STASH_BYTES = 64 << 20  # N = 4,096
-COUNT = 3  # of the four statistics of the contrastive loss
+NUM_POSITIVES = PairStatistics._fields.index("num_positives")  # a row of the statistics
 
 
-# ---- the stash: logits that the forward pass leaves to the backward pass ----
+# ---- the stash: dot products that the forward pass leaves to the backward pass ----
+# Bytes, an integer dtype, so that autograd takes it for no result with a gradient. An op returns
+# tensors only: where nothing is stashed it is [0].
 
 
 def keeps_stash(stash: bool | None, *inputs: Tensor) -> bool:
-    """Whether a call leaves its logits to its backward pass.
+    """Whether a call leaves its dot products to its backward pass.
 
-    An exported graph does not: it would hold only for batches whose logits fit."""
+    An exported graph does not: it would hold only for batches whose products fit."""
     wanted = stash is not False and wants_gradient(*inputs)
     return wanted and not torch.compiler.is_exporting()
 
 
-def stash_size(n: int, m: int, backend: str) -> int:
-    """How many int16 values a backend stashes for [n, m] logits; 0 if it has no stash."""
-    if backend != "cpu":
+def no_stash(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _stash_bytes(x: Tensor, y: Tensor, stashing: StashFunctions | None, keep_stash: bool) -> int:
+    if stashing is None or not keep_stash:
         return 0
-    rows = (n + STASH_TILE_ROWS - 1) // STASH_TILE_ROWS * STASH_TILE_ROWS
-    columns = (m + STASH_TILE_COLUMNS - 1) // STASH_TILE_COLUMNS * STASH_TILE_COLUMNS
-    num_bytes = 4 * rows * columns
-    return num_bytes // 2 if num_bytes <= STASH_BYTES else 0
+    return stashing.num_bytes(x.shape[0], y.shape[0])
 
 
-def _empty_stash(
-    x: Tensor, y: Tensor, backend: str, keep_stash: bool, allocate: Callable[[int], Tensor] | None
-) -> Tensor:
-    """A stash to fill; [0]: no logits go there."""
-    size = stash_size(x.shape[0], y.shape[0], backend) if keep_stash else 0
-    if size and allocate is not None:
-        return allocate(size)
-    return x.new_empty(0, dtype=torch.int16)
+def _empty_stash(x: Tensor, y: Tensor, stashing: StashFunctions | None, keep_stash: bool) -> Tensor:
+    """A stash to fill, if the products of x and y are to go there."""
+    num_bytes = _stash_bytes(x, y, stashing, keep_stash)
+    if stashing is None or not num_bytes:
+        return no_stash(x)
+    return stashing.empty(num_bytes)
 
 
-def _fake_stash(x: Tensor, y: Tensor, backend: str, keep_stash: bool) -> Tensor:
-    size = stash_size(x.shape[0], y.shape[0], backend) if keep_stash else 0
-    return x.new_empty(size, dtype=torch.int16)
+def _fake_stash(x: Tensor, y: Tensor, stashing: StashFunctions | None, keep_stash: bool) -> Tensor:
+    return x.new_empty(_stash_bytes(x, y, stashing, keep_stash), dtype=torch.uint8)
 
 
 def _with_stash(
-    function: Callable[..., Any], stash: Tensor | None, x: Tensor
+    function: Callable[..., Any], stashing: StashFunctions | None, stash: Tensor, x: Tensor
 ) -> Callable[..., Any]:
     """The function with the stash as an argument, if there is one and using it takes less time."""
-    if stash is None or not stash.numel():
+    if stashing is None or not stash.numel():
         return function
-    if not stash_pays(INFO_NCE["cpu"].implementation.statistics, x, stash):
+    if not stash_pays(stashing.timed_forward, x, stash):
         return function
     return partial(function, stash=stash)
 
@@ -116,25 +113,25 @@ class InfoNceLoss(NamedTuple):
     """Results of the forward pass."""
 
     loss: Tensor  # of each pair [N], or [] for "mean" and "sum"
-    row_max: Tensor  # [N]
+    row_reference: Tensor  # [N]
     row_sum: Tensor  # [N]
-    column_max: Tensor  # [M], or [0] without columns
-    column_sum: Tensor  # [M], or [0] without columns
+    column_reference: Tensor  # [M], or [0] of one direction
+    column_sum: Tensor  # [M], or [0] of one direction
     stash: Tensor
 
 
 def info_nce_statistics(
-    x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, columns: bool, backend: str
+    x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, both_directions: bool, backend: str
 ) -> InfoNceStatistics:
     """The statistics of a strip, for a caller that merges them over ranks; no autograd."""
     run = INFO_NCE[backend].implementation.statistics
-    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
+    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, both_directions=both_directions)
     return InfoNceStatistics(*results)
 
 
-def direction_weight(columns: bool) -> float:
+def weight_of_direction(both_directions: bool) -> float:
     """What one direction counts in the loss of a pair."""
-    return 0.5 if columns else 1.0
+    return 0.5 if both_directions else 1.0
 
 
 def _pair_weight(weight: float, n: int, mean: bool) -> float:
@@ -143,14 +140,15 @@ def _pair_weight(weight: float, n: int, mean: bool) -> float:
 
 def _info_nce_loss_shapes(arguments: Any) -> InfoNceLoss:
     x, y = arguments.x, arguments.y
-    n, m = x.shape[0], y.shape[0] if arguments.columns else 0
+    n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
+    stashing = INFO_NCE[arguments.backend].implementation.stashing
     return InfoNceLoss(
         loss=empty(x, n) if arguments.reduction == "none" else empty(x),
-        row_max=empty(x, n),
+        row_reference=empty(x, n),
         row_sum=empty(x, n),
-        column_max=empty(x, m),
+        column_reference=empty(x, m),
         column_sum=empty(x, m),
-        stash=_fake_stash(x, y, arguments.backend, arguments.keep_stash),
+        stash=_fake_stash(x, y, stashing, arguments.keep_stash),
     )
 
 
@@ -160,15 +158,17 @@ def info_nce_loss(
     y: Tensor,
     logit_scale: Tensor,
     offset: int,
-    columns: bool,
+    both_directions: bool,
     reduction: str,
     backend: str,
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss of each row or, with ``columns`` (N = M), half the sum of both directions."""
+    """The loss of each row or, with ``both_directions`` (N = M), half the sum of both."""
     functions = INFO_NCE[backend].implementation
-    stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
-    pair_weight = _pair_weight(direction_weight(columns), x.shape[0], reduction == "mean")
+    stash = _empty_stash(x, y, functions.stashing, keep_stash)
+    pair_weight = _pair_weight(
+        weight_of_direction(both_directions), x.shape[0], reduction == "mean"
+    )
     summed = reduction != "none"
     if functions.loss is not None:
         loss, statistics = functions.loss(
@@ -176,24 +176,26 @@ def info_nce_loss(
             y=y,
             logit_scale=logit_scale,
             offset=offset,
-            columns=columns,
+            both_directions=both_directions,
             pair_weight=pair_weight,
             summed=summed,
         )
     else:
-        run = _with_stash(functions.statistics, stash, x)
-        results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, columns=columns)
+        run = _with_stash(functions.statistics, functions.stashing, stash, x)
+        results = run(
+            x=x, y=y, logit_scale=logit_scale, offset=offset, both_directions=both_directions
+        )
         statistics = InfoNceStatistics._make(results)
-        loss = statistics.row_sum.log2() + (statistics.row_max - statistics.positive)
-        if columns:
-            column_level = statistics.column_sum.log2()
-            loss = loss + (column_level + (statistics.column_max - statistics.positive))
+        loss = statistics.row_sum.log2() + (statistics.row_reference - statistics.positive)
+        if both_directions:
+            column_log_sum = statistics.column_sum.log2()
+            loss = loss + (column_log_sum + (statistics.column_reference - statistics.positive))
         loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
     return InfoNceLoss(
         loss=loss,
-        row_max=statistics.row_max,
+        row_reference=statistics.row_reference,
         row_sum=statistics.row_sum,
-        column_max=statistics.column_max,
+        column_reference=statistics.column_reference,
         column_sum=statistics.column_sum,
         stash=stash,
     )
@@ -209,9 +211,9 @@ def info_nce_gradients(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    row_max: Tensor,
+    row_reference: Tensor,
     row_sum: Tensor,
-    column_max: Tensor,
+    column_reference: Tensor,
     column_sum: Tensor,
     row_weight: Tensor,
     column_weight: Tensor,
@@ -219,17 +221,18 @@ def info_nce_gradients(
     direction_weight: float,
     mean: bool,
     backend: str,
-    stash: Tensor | None,
+    stash: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for upstream gradients ``row_weight`` [N] and ``column_weight`` [M] of any
     stride, even 0, which are multiplied by ``direction_weight`` and, with ``mean``, by 1 / N.
 
     The positive's weight is row_weight[i] + column_weight[i + offset] (if given). ``column_*`` are
-    [0] without columns."""
+    [0] of one direction."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
-    run = _with_stash(INFO_NCE[backend].implementation.gradients, stash, x)
-    if backend == "triton":  # its kernel multiplies the weights
+    functions = INFO_NCE[backend].implementation
+    run = _with_stash(functions.gradients, functions.stashing, stash, x)
+    if functions.takes_pair_weight:
         run = partial(run, pair_weight=pair_weight)
     else:
         row_weight = row_weight * pair_weight
@@ -238,9 +241,9 @@ def info_nce_gradients(
         x=x,
         y=y,
         logit_scale=logit_scale,
-        row_max=row_max,
+        row_reference=row_reference,
         row_sum=row_sum,
-        column_max=column_max,
+        column_reference=column_reference,
         column_sum=column_sum,
         row_weight=row_weight,
         column_weight=column_weight,
@@ -250,7 +253,7 @@ def info_nce_gradients(
 
 def _save_info_nce_loss(ctx: Any, arguments: Any, results: InfoNceLoss) -> None:
     ctx.offset = arguments.offset
-    ctx.columns = arguments.columns
+    ctx.both_directions = arguments.both_directions
     ctx.reduction = arguments.reduction
     ctx.backend = arguments.backend
     save_tensors(
@@ -258,9 +261,9 @@ def _save_info_nce_loss(ctx: Any, arguments: Any, results: InfoNceLoss) -> None:
         x=arguments.x,
         y=arguments.y,
         logit_scale=arguments.logit_scale,
-        row_max=results.row_max,
+        row_reference=results.row_reference,
         row_sum=results.row_sum,
-        column_max=results.column_max,
+        column_reference=results.column_reference,
         column_sum=results.column_sum,
         stash=results.stash,
     )
@@ -276,14 +279,14 @@ def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
         x=saved.x,
         y=saved.y,
         logit_scale=saved.logit_scale,
-        row_max=saved.row_max,
+        row_reference=saved.row_reference,
         row_sum=saved.row_sum,
-        column_max=saved.column_max,
+        column_reference=saved.column_reference,
         column_sum=saved.column_sum,
         row_weight=weight,
-        column_weight=weight if ctx.columns else weight[:0],
+        column_weight=weight if ctx.both_directions else weight[:0],
         offset=ctx.offset,
-        direction_weight=direction_weight(ctx.columns),
+        direction_weight=weight_of_direction(ctx.both_directions),
         mean=ctx.reduction == "mean",
         backend=ctx.backend,
         stash=saved.stash,
@@ -307,9 +310,9 @@ class ContrastiveGaps(NamedTuple):
 
     gap: Tensor  # of each row [N], in nats
     mean: Tensor  # [N]
-    column_gap: Tensor  # [M], or [0] without columns
+    column_gap: Tensor  # [M], or [0] of one direction
     column_mean: Tensor
-    row_statistics: Tensor  # [4, N]: max, sum, positives, count
+    row_statistics: Tensor  # [4, N], in the rows of PairStatistics
     column_statistics: Tensor  # [4, M], or [4, 0]
     stash: Tensor
 
@@ -325,11 +328,11 @@ def contrastive_gaps(
     logit_scale: Tensor,
     pairs: Pairs,
     *,
-    columns: bool,
+    both_directions: bool,
     backend: str,
     keep_stash: bool,
 ) -> ContrastiveGaps:
-    """Gap and mean positive of each row and, with ``columns``, of each column."""
+    """Gap and mean positive of each row and, with ``both_directions``, of each column."""
     return _contrastive_gaps(
         x=x,
         y=y,
@@ -340,7 +343,7 @@ def contrastive_gaps(
         key_ids=pairs.key_ids,
         key_bias=pairs.key_bias,
         same_positive=pairs.same_positive,
-        columns=columns,
+        both_directions=both_directions,
         backend=backend,
         keep_stash=keep_stash,
     )
@@ -357,7 +360,7 @@ def contrastive_gradients(
     row_weights: Tensor,
     column_weights: Tensor,
     backend: str,
-    stash: Tensor | None,
+    stash: Tensor,
 ) -> ContrastiveGradients:
     """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
     return _contrastive_bwd(
@@ -381,9 +384,9 @@ def contrastive_gradients(
 
 def gap_and_mean(statistics: Tensor) -> GapAndMean:
     """[4, N] of base-2 logits -> [N] each."""
-    top, total, positives, count = statistics
-    mean = positives / count.clamp_min(1)
-    return GapAndMean(gap=LN2 * (total.log2() + (top - mean)), mean=LN2 * mean)
+    rows = PairStatistics._make(statistics.unbind())
+    mean = rows.positive_sum / rows.num_positives.clamp_min(1)
+    return GapAndMean(gap=LN2 * (rows.sum.log2() + (rows.max - mean)), mean=LN2 * mean)
 
 
 def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
@@ -396,7 +399,8 @@ def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) ->
 
 def _contrastive_gaps_shapes(arguments: Any) -> ContrastiveGaps:
     x, y = arguments.x, arguments.y
-    n, m = x.shape[0], y.shape[0] if arguments.columns else 0
+    n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
+    stashing = CONTRASTIVE[arguments.backend].implementation.stashing
     return ContrastiveGaps(
         gap=empty(x, n),
         mean=empty(x, n),
@@ -404,7 +408,7 @@ def _contrastive_gaps_shapes(arguments: Any) -> ContrastiveGaps:
         column_mean=empty(x, m),
         row_statistics=empty(x, 4, n),
         column_statistics=empty(x, 4, m),
-        stash=_fake_stash(x, y, arguments.backend, arguments.keep_stash),
+        stash=_fake_stash(x, y, stashing, arguments.keep_stash),
     )
 
 
@@ -419,13 +423,13 @@ def _contrastive_gaps(
     key_ids: Tensor | None,
     key_bias: Tensor | None,
     same_positive: bool,
-    columns: bool,
+    both_directions: bool,
     backend: str,
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     functions = CONTRASTIVE[backend].implementation
-    stash = _empty_stash(x, y, backend, keep_stash, functions.empty_stash)
-    run = _with_stash(functions.statistics, stash, x)
+    stash = _empty_stash(x, y, functions.stashing, keep_stash)
+    run = _with_stash(functions.statistics, functions.stashing, stash, x)
     row_statistics, column_statistics = run(
         x=x,
         y=y,
@@ -436,7 +440,7 @@ def _contrastive_gaps(
         key_ids=key_ids,
         key_bias=key_bias,
         same_positive=same_positive,
-        columns=columns,
+        both_directions=both_directions,
     )
     rows = gap_and_mean(row_statistics)
     by_column = gap_and_mean(column_statistics)
@@ -477,9 +481,10 @@ def _contrastive_bwd(
     row_weights: Tensor,
     column_weights: Tensor,
     backend: str,
-    stash: Tensor | None,
+    stash: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _with_stash(CONTRASTIVE[backend].implementation.gradients, stash, x)
+    functions = CONTRASTIVE[backend].implementation
+    run = _with_stash(functions.gradients, functions.stashing, stash, x)
     return run(
         x=x,
         y=y,

@@ -165,20 +165,22 @@ def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
 
 def reduce_weighted(
     losses: Tensor,
-    shares: Tensor,
+    counted: Tensor,
     weights: Tensor | None,
     reduction: str,
     average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Weighted losses [N]: their mean, over the total weight of ``shares`` (1: the row counts, 0:
-    it does not), their sum, or themselves. ``average`` averages the total over ranks."""
+    """Weighted losses [N]: their mean, over the total weight of the rows that are ``counted`` (1: a
+    row has a loss, 0: it has none), their sum, or themselves. ``average`` averages the total over
+    ranks."""
+    row_weights = counted
     if weights is not None:
         weights = weights.to(losses.dtype)
         losses = losses * weights
-        shares = shares * weights
+        row_weights = counted * weights
     if reduction != "mean":
         return reduce(losses, reduction, 0)
-    total = shares.sum() if average is None else average(shares.sum())
+    total = row_weights.sum() if average is None else average(row_weights.sum())
     return losses.sum() / total.where(total > 0, 1)
 
 

@@ -228,8 +228,8 @@ def prototype_cross_entropy(
         op, "logit_scale", logit_scale, features.device, accumulator(features)
     )
     if weights is not None:
-        name = resolve(op, backend, features.device.type, features.dtype)
-        checks.weights(op, weights, features, name)
+        backend_name = resolve(op, backend, features.device.type, features.dtype)
+        checks.weights(op, weights, features, backend_name)
     losses, _ = _sample_losses(op, features, bank, logit_scale, backend, need_nearest=False)
     if weights is None and not label_smoothing:
         return _reduced(losses, labels, reduction)
@@ -309,8 +309,8 @@ def _sample_losses(
     features = features.to(dtype)
     prototypes = bank.prototypes.to(dtype)
     targets = targets.to(dtype)
-    name = resolve(op, backend, features.device.type, features.dtype)
-    if name == "reference":
+    backend_name = resolve(op, backend, features.device.type, features.dtype)
+    if backend_name == "reference":
         with without_autocast(features.device.type):
             return _reference(op, features, prototypes, targets, bank.labels, logit_scale)
     results = sample_losses(
@@ -322,7 +322,7 @@ def _sample_losses(
         need_grad=wants_gradient(features, logit_scale),
         need_nearest=need_nearest,
         need_scale_gradient=wants_gradient(logit_scale),
-        backend=name,
+        backend=backend_name,
     )
     return results.loss, results.nearest
 
@@ -416,9 +416,9 @@ def soft_targets(
     if temperature <= 0:
         return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
     source_centroids, prototypes = checks.promoted(source_centroids, prototypes)
-    name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
+    backend_name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
     with without_autocast(prototypes.device.type):
-        return SOFT_TARGETS[name].implementation(
+        return SOFT_TARGETS[backend_name].implementation(
             source_centroids=source_centroids,
             prototypes=prototypes,
             temperature=max(float(temperature), COLDEST),

@@ -1,4 +1,5 @@
-"""Whether this processor stashes logits for the backward pass or forms them again.
+"""How large the stash of the C++ backend is, and whether this processor gains by it: dot products
+that the forward pass leaves to the backward pass, which else forms them again.
 
 A stash saves one product of the backward pass and costs writing and reading 4 bytes a logit.
 Which is less depends on the processor: with AMX a product of bf16 rows is short. So both are
@@ -15,6 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# The C++ backend stashes fp32 products by tiles of rows and columns, within this bound.
+STASH_TILE_ROWS = 128
+STASH_TILE_COLUMNS = 256
+STASH_BYTES = 64 << 20  # N = 4,096
+
 ROWS, COLUMNS = 512, 2048  # of the products that are timed
 WIDEST = 512  # their width; beyond it a product's time grows with the width
 REPEATS = 5
@@ -23,10 +29,19 @@ ALWAYS_USED_BYTES = 8 << 20  # a stash that stays in the caches costs little
 # Writing among products, then reading, takes longer than a copy: fitted on Zen 4 (docs/speed.md).
 TRAFFIC_FACTOR = 1.5
 
-Forward = Callable[..., object]  # a backend's forward pass: x, y, logit_scale, offset, columns
+# A backend's forward pass: x, y, logit_scale, offset, both_directions.
+Forward = Callable[..., object]
 
 _lock = threading.Lock()
 _decisions: dict[tuple[torch.dtype, int], bool] = {}
+
+
+def stash_bytes(n: int, m: int) -> int:
+    """Bytes of the stash for the products of [n, m]; 0: they are not stashed."""
+    rows = (n + STASH_TILE_ROWS - 1) // STASH_TILE_ROWS * STASH_TILE_ROWS
+    columns = (m + STASH_TILE_COLUMNS - 1) // STASH_TILE_COLUMNS * STASH_TILE_COLUMNS
+    num_bytes = 4 * rows * columns
+    return num_bytes if num_bytes <= STASH_BYTES else 0
 
 
 def stash_pays(forward: Forward, x: Tensor, stash: Tensor) -> bool:
@@ -52,7 +67,9 @@ def seconds_of_a_product(forward: Forward, dtype: torch.dtype, width: int) -> fl
         x = torch.ones(ROWS, columns, dtype=dtype, device="cpu")
         y = torch.ones(COLUMNS, columns, dtype=dtype, device="cpu")
         logit_scale = torch.ones((), dtype=torch.float32, device="cpu")
-        return _fastest(lambda: forward(x=x, y=y, logit_scale=logit_scale, offset=0, columns=False))
+        return _fastest(
+            lambda: forward(x=x, y=y, logit_scale=logit_scale, offset=0, both_directions=False)
+        )
 
     added = max(seconds(2 * timed_width) - seconds(timed_width), 0.0)
     return added * width / timed_width / (ROWS * COLUMNS)

@@ -69,15 +69,16 @@ class Gaps(NamedTuple):
 
 
 def contrastive(
-    x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, columns: bool
+    x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, both_directions: bool
 ) -> tuple[Gaps, Gaps | None]:
-    """[N, D], [M, D] -> those of each row, [N], and with ``columns`` those of each column, [M]."""
+    """[N, D], [M, D] -> those of each row, [N], and with ``both_directions`` those of each column,
+    [M]."""
     logits = _wide(logit_scale).reshape(()) * (_wide(x) @ _wide(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
     seen, positive = relations(pairs, y.shape[0])
     rows = _gaps(logits, seen, positive)
-    return rows, _gaps(logits.T, seen.T, positive.T) if columns else None
+    return rows, _gaps(logits.T, seen.T, positive.T) if both_directions else None
 
 
 def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> Gaps:
@@ -89,8 +90,8 @@ def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> Gaps:
     top = visible.detach().amax(dim=1)
     top = top.where(top != -torch.inf, 0)
     total = (visible - top[:, None]).exp().sum(dim=1)
-    level = total.where(total != 0, 1).log() + (top - mean)
-    return Gaps(level.where(total != 0, -torch.inf), mean, count)
+    gap = total.where(total != 0, 1).log() + (top - mean)
+    return Gaps(gap.where(total != 0, -torch.inf), mean, count)
 
 
 def sigmoid_loss(

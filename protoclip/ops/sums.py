@@ -22,16 +22,17 @@ def smoothing(
     keys: Tensor,
     logit_scale: Tensor,
     pairs: Pairs,
-    extra_logits: Tensor | None = None,
+    negative_logits: Tensor | None = None,
 ) -> Tensor:
     """Mean logit of each query's positives minus that of all it sees, [N]: label smoothing adds
-    it, times epsilon, to the loss. ``extra_logits`` [N, H]: of keys that only this query sees."""
+    it, times epsilon, to the loss. ``negative_logits`` [N, H]: of keys that only this query
+    sees."""
     sums = KeySums(keys, pairs)
     positive, num_positives = _logits(queries, logit_scale, sums.positive())
     seen, num_seen = _logits(queries, logit_scale, sums.seen())
-    if extra_logits is not None:
-        seen = seen + extra_logits.sum(dim=1)
-        num_seen = num_seen + extra_logits.shape[1]
+    if negative_logits is not None:
+        seen = seen + negative_logits.sum(dim=1)
+        num_seen = num_seen + negative_logits.shape[1]
     gap = positive / num_positives.clamp_min(1) - seen / num_seen.clamp_min(1)
     return gap.to(accumulator(queries))
 
@@ -69,24 +70,24 @@ def with_others(
     logits = logit_scale.double().reshape(()) * dots + rows[:, :, -2]
     adds = hidden >= 0
     # Finite where there is nothing to add: a gradient of -inf - -inf is NaN, even times 0.
-    level = logits.where(adds, -1e30).logsumexp(dim=1) - all_mean
+    added_gap = logits.where(adds, -1e30).logsumexp(dim=1) - all_mean
     any_adds = adds.any(dim=1)
-    level = level.where(any_adds, 0).to(gap.dtype)
-    return log_add(gap, level).where(any_adds, gap), all_mean
+    added_gap = added_gap.where(any_adds, 0).to(gap.dtype)
+    return log_add(gap, added_gap).where(any_adds, gap), all_mean
 
 
-def log_add(gap: Tensor, level: Tensor) -> Tensor:
+def log_add(gap: Tensor, added_gap: Tensor) -> Tensor:
     """``logaddexp``, with second derivatives even where the two are far apart. A query that sees
     no keys, with a gap of -inf, has no loss; here it counts as 0, for the sake of the gradient."""
     gap = gap.where(gap != -torch.inf, 0)
-    return gap - F.logsigmoid(gap - level)
+    return gap - F.logsigmoid(gap - added_gap)
 
 
-def logits_of_own(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
+def logits_of_negatives(queries: Tensor, negatives: Tensor, logit_scale: Tensor) -> Tensor:
     """Logits [N, H] of queries [N, D] and of keys [N, H, D] that only they see."""
     wide = accumulator(queries)
     with without_autocast(queries.device.type):
-        dots = torch.bmm(keys.to(wide), queries.to(wide)[:, :, None])[:, :, 0]
+        dots = torch.bmm(negatives.to(wide), queries.to(wide)[:, :, None])[:, :, 0]
     return logit_scale.to(wide).reshape(()) * dots
 
 
