@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +42,19 @@ BATCH = 64  # pairs that are tried at once
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
 
+class PeriodicEvaluation(NamedTuple):
+    """An evaluation that training repeats."""
+
+    evaluate: Evaluate  # model -> scalars by name
+    interval_epochs: float
+
+
 class Evaluation:
     """The evaluation data of a run, and the scores of its model on it.
 
     Attributes:
         remark: a line for the log about the data, or "".
-        during: pairs of a function, model -> scalars by name, and its interval in epochs.
+        during: the evaluations between the steps of training.
         sets: the encoded sets of the last full evaluation, by name.
     """
 
@@ -85,10 +92,10 @@ class Evaluation:
             else:
                 split = "heldout" if self.data.startswith("builtin:") else "all"
                 self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
-        epochs = config.run.val_frequency
-        self.during: list[tuple[Evaluate, float]] = []
-        if self.quick_sets and epochs:
-            self.during.append((self.quick, epochs))
+        interval_epochs = config.run.val_frequency
+        self.during: list[PeriodicEvaluation] = []
+        if self.quick_sets and interval_epochs:
+            self.during.append(PeriodicEvaluation(self.quick, interval_epochs))
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """An encoder that uses the current weights, on all ranks."""
