@@ -15,10 +15,10 @@ import torch
 from ranks import (
     TINY,
     bare_run,
-    ended,
+    exit_codes,
     losses,
     metrics,
-    said,
+    output_of,
     start_command,
     steps_of,
     tiny_run,
@@ -59,9 +59,9 @@ def test_kill_minus_nine_changes_no_bit(tmp_path: Path, ranks: int) -> None:
             time.sleep(0.1 * dice.random())
         for process in processes:
             process.kill()
-        ended(processes)
+        exit_codes(processes)
     for name in ("killed", "whole"):
-        assert ended(start(name)) == [0] * ranks, said(tmp_path)
+        assert exit_codes(start(name)) == [0] * ranks, output_of(tmp_path)
     whole = losses(tmp_path / "logs" / "whole")
     assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == num_steps
 
@@ -182,8 +182,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
             "--episode-features", "reuse",  # five steps alone are too few for "auto"
             "--batch-size", str(24 // ranks), "--max-steps", str(steps), *(resume or []),
         )  # fmt: skip
-        codes = ended(start_command(tmp_path, argv, ranks, bare=True))
-        assert codes == [0] * ranks, said(tmp_path)
+        codes = exit_codes(start_command(tmp_path, argv, ranks, bare=True))
+        assert codes == [0] * ranks, output_of(tmp_path)
 
     run("whole", ranks=1, steps=10)
     whole = dict(losses(tmp_path / "logs" / "whole"))
@@ -193,7 +193,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
         run(name, ranks=after, steps=10, resume=["--resume", f"logs/{name}"])
         moved = dict(losses(tmp_path / "logs" / name))
         assert list(moved) == list(range(1, 11))
-        assert "number of ranks or passes" not in said(tmp_path)[0]
+        assert "number of ranks or passes" not in output_of(tmp_path)[0]
         assert moved == pytest.approx(whole, rel=3e-4), name
 
 
