@@ -509,10 +509,10 @@ class Trainer:
         self._loss = record.get("loss", math.nan)
         total = self.plan.total_steps
         per_step = (now - self._began_time) / (self.step - self._began_step)
-        left = round((total - self.step) * per_step)
+        seconds_left = round((total - self.step) * per_step)
         self.folder.note(
             f"step {self.step}/{total}, loss {self._loss:.4f}, {record['samples_per_second']:,.0f} "
-            f"samples/s, ETA {datetime.timedelta(seconds=left)}"
+            f"samples/s, ETA {datetime.timedelta(seconds=seconds_left)}"
         )
 
     def _means(self, outcome: Step) -> dict[str, float]:

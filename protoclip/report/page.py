@@ -157,19 +157,19 @@ def answer(run: Run) -> str:
         beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
         right = f"{100 * scores.metrics[metric]:.0f} of 100"
         builtin = run.outcome.data.startswith("builtin:")
-        what = "drawings" if builtin else "pictures"
+        subject = "drawings" if builtin else "pictures"
         if key == results.TRAIN:
-            what += " that it was trained on"
+            subject += " that it was trained on"
         elif builtin or key == "HO":
-            what += " that it has never seen"
+            subject += " that it has never seen"
         else:
-            what += f" of {run.outcome.data}"
+            subject += f" of {run.outcome.data}"
         if metric == RETRIEVAL:
             return (
-                f"It finds the caption of {right} {what} among {scores.captions:,} captions"
+                f"It finds the caption of {right} {subject} among {scores.captions:,} captions"
                 f"{beside}."
             )
-        return f"It names {right} {what}{beside}."
+        return f"It names {right} {subject}{beside}."
     return ""
 
 

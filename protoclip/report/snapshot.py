@@ -161,10 +161,10 @@ class Thumbnails:
         source, place = _origin(dataset, i)
         key = (id(source), place, side)
         if key not in self._numbers:
-            picture = dataset.image(i).convert("RGB")
-            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+            image = dataset.image(i).convert("RGB")
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
             stream = io.BytesIO()
-            picture.save(stream, "webp", quality=78)
+            image.save(stream, "webp", quality=78)
             self._numbers[key] = len(self.made)
             self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
         return {"picture": self._numbers[key], "caption": caption_of(dataset, i), "hit": hit}
