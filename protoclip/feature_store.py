@@ -299,11 +299,11 @@ class FeatureStore:
             return (shape[0], shape[1] * world_size(), *shape[2:])
         return (self.samples, *shape[1:])
 
-    def _share_of(self, whole: Tensor, name: str, number: int) -> Tensor:
-        """The part of rank ``number`` in the rows of all ranks."""
+    def _share_of(self, whole: Tensor, name: str, owner: int) -> Tensor:
+        """The part of rank ``owner`` in the rows of all ranks."""
         if name in BY_DRAW:
-            return whole[:, number * self.batch_share : (number + 1) * self.batch_share]
-        first = min(number * self.table_share, self.samples)
+            return whole[:, owner * self.batch_share : (owner + 1) * self.batch_share]
+        first = min(owner * self.table_share, self.samples)
         return whole[first : first + self.table_share]
 
     def _checked_sizes(self, state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -47,8 +47,8 @@ class Stepper:
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
         seed: the run's seed; dropout follows from it, the step and the rank.
     Attributes:
-        skipped_steps: int64 scalar on the device, as the next one.
-        consecutive_skips: skipped steps since the last one that was taken.
+        skipped_steps: all of them, int64 scalar on the device.
+        consecutive_skips: those since the last step that was taken, likewise.
     """
 
     def __init__(

@@ -167,9 +167,9 @@ def test_a_resumed_run_says_if_auto_means_another_precision_here(
     monkeypatch.setattr("protoclip.model.processor_multiplies_bf16", lambda: True)
     capsys.readouterr()
     assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     note = "until now the run computed in fp32, and --precision auto means amp_bf16 here"
-    assert note in said.out + said.err
+    assert note in printed.out + printed.err
 
 
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
