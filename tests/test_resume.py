@@ -135,11 +135,11 @@ def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
     original_step = Stepper.step
 
     def poisoned(
-        stepper: Stepper, number: int, batches: Any, *arguments: Any, **options: Any
+        stepper: Stepper, step_number: int, batches: Any, *arguments: Any, **options: Any
     ) -> Any:
-        if number in (6, 7):
+        if step_number in (6, 7):
             batches[0].image[3] = float("nan")
-        return original_step(stepper, number, batches, *arguments, **options)
+        return original_step(stepper, step_number, batches, *arguments, **options)
 
     monkeypatch.setattr(Stepper, "step", poisoned)
     flags = [*flags, "--logs", str(tmp_path), "--val-frequency", "0"]

@@ -29,11 +29,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     original_step = Stepper.step
 
     def poisoned(
-        stepper: Stepper, number: int, batches: Any, *arguments: Any, **options: Any
+        stepper: Stepper, step_number: int, batches: Any, *arguments: Any, **options: Any
     ) -> Any:
-        if number in steps:
+        if step_number in steps:
             batches[0].image[3] = float("nan")
-        return original_step(stepper, number, batches, *arguments, **options)
+        return original_step(stepper, step_number, batches, *arguments, **options)
 
     monkeypatch.setattr(Stepper, "step", poisoned)
 
