@@ -61,6 +61,7 @@ from protoclip import train
 from protoclip.commands import train_parser
 from protoclip.config import ModelConfig, TrainConfig
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
+from protoclip.evaluate.during import PeriodicEvaluation
 from protoclip.evaluate.tasks import Encoder, EvalSet, evaluate_features
 from protoclip.flags import parse
 from protoclip.model import (
@@ -366,9 +367,10 @@ class Run:
         setup = train.Setup(config, plan, pairs, order, CPU, "fp32", teacher)
         self.folder, self.entropies = Recorder(), []
         self.outside = 0.0  # CPU seconds of measuring
-        hooks = [(self._measure, plan.steps_per_episode / plan.steps_per_epoch)]
+        interval_epochs = plan.steps_per_episode / plan.steps_per_epoch
+        evaluations = [PeriodicEvaluation(self._measure, interval_epochs)]
         kind = FeatureTrainer if task.tower == MLP else train.Trainer
-        self.trainer = kind(setup, self.model, self.folder, evaluations=hooks)
+        self.trainer = kind(setup, self.model, self.folder, evaluations=evaluations)
         if isinstance(self.trainer, FeatureTrainer):
             own = data.features[torch.from_numpy(rows)]
             self.trainer.source = FeatureBatches(own, pairs, self.model.short_tokenizer)
@@ -397,7 +399,7 @@ class Run:
             "metrics": scores,
             "cpu_seconds": round(seconds, 2),
             "judging_seconds": round(time.process_time() - judging, 1),
-            "samples": self.trainer.plan.total_steps * self.trainer.plan.batch_size,
+            "samples": self.trainer.plan.total_steps * self.trainer.plan.global_batch_size,
             "pairs": len(self.trainer.dataset),
             "parameters": sum(one.numel() for one in self.model.clip.parameters()),
             "episodes": self.folder.by_episode(),

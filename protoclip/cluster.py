@@ -40,11 +40,15 @@ from protoclip.paths import check_above
 from protoclip.report import page, snapshot
 from protoclip.teacher import SUFFIXES, read_rows, write_rows
 
-PROG, FEATURES = "protoclip cluster", "features.npz"
-MODEL, WEIGHTS = "ViT-B-32", "laion2b_s34b_b79k"  # OpenCLIP's own example
+PROG = "protoclip cluster"
+FEATURES = "features.npz"
+# OpenCLIP's own example.
+MODEL = "ViT-B-32"
+WEIGHTS = "laion2b_s34b_b79k"
 MAPPED = 2000  # samples on the page's map
 FACES = 400  # samples of which the map shows pictures at once (page.js); of more it shows dots
-JUDGED, LARGEST = 3000, 300  # --k auto: rows of the silhouette, and the largest K
+SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
+LARGEST_K = 300  # --k auto
 BLOCK = 65_536  # rows whose distances are computed at once
 NAMED = 10  # unreadable pictures that are listed
 ROUNDING = 32 * 2**-23  # relative deviations that fp32 makes of equal pictures
@@ -55,7 +59,9 @@ class FeatureRows:
     """Rows of a file of features, as a data set without pictures."""
 
     def __init__(self, name: str, keys: Sequence[str], captions: Sequence[str]) -> None:
-        self.name, self.keys, self._captions = name, keys, captions or keys
+        self.name = name
+        self.keys = keys
+        self._captions = captions or keys
         self.labels: Mapping[str, Labels] = {}
 
     def __len__(self) -> int:
@@ -103,7 +109,8 @@ class Groups:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
-    out, began = Path(args.out), time.perf_counter()
+    out = Path(args.out)
+    began_at = time.perf_counter()
     check_above(out / "clusters.csv", "--out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -113,39 +120,55 @@ def run(args: argparse.Namespace) -> None:
     points = read_features(args) if is_file else encode_pictures(args)
     if not (is_file or args.features):
         write_rows(out / FEATURES, points.rows.cpu().numpy(), points.dataset.keys)
-    rows, encoded = points.rows.to(choose_device(args.device)), time.perf_counter()
+    rows = points.rows.to(choose_device(args.device))
+    features_done_at = time.perf_counter()
     k, why = choose_k(args.k, rows, args.seed)
-    size = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
+    kmeans_bytes = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
     print(
         f"{plural(len(rows), 'row')} of {plural(rows.shape[1], 'number')} into {k:,} groups{why}; "
-        f"k-means needs {math.ceil(size / 2**20):,} MiB",
+        f"k-means needs {math.ceil(kmeans_bytes / 2**20):,} MiB",
         file=sys.stderr,
     )
-    restarts, init = (3, "k-means++") if k <= PLUS_PLUS else (1, "random")
-    options: dict[str, Any] = {"num_iters": args.iters, "num_restarts": restarts, "init": init}
-    options |= {"seed": args.seed, "weights": points.weights}
-    with tqdm(total=restarts * args.iters, desc="k-means", unit=" iterations", disable=None) as bar:
-        left = restarts
+    few_groups = k <= PLUS_PLUS
+    num_restarts = 3 if few_groups else 1
+    max_iterations = num_restarts * args.iters
+    with tqdm(total=max_iterations, desc="k-means", unit=" iterations", disable=None) as bar:
+        restarts_left = num_restarts
 
         def progress(iteration: int, inertia: Tensor) -> None:
-            nonlocal left
+            nonlocal restarts_left
             if iteration == 0:  # the run before may have come to rest early
-                bar.total = bar.n + left * args.iters
-                left -= 1
+                bar.total = bar.n + restarts_left * args.iters
+                restarts_left -= 1
             bar.update()
             bar.set_postfix_str(f"inertia {float(inertia):.6g}")
 
-        clusters = kmeans(rows, k, progress=progress, **options)
+        clusters = kmeans(
+            rows,
+            k,
+            num_iters=args.iters,
+            num_restarts=num_restarts,
+            init="k-means++" if few_groups else "random",
+            seed=args.seed,
+            weights=points.weights,
+            progress=progress,
+        )
         bar.total = bar.n
-    parts = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
-    squared = torch.cat([(x - clusters.centroids[own]).square().sum(1) for x, own in parts]).cpu()
+    blocks = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
+    squared_distances = [
+        (block_rows - clusters.centroids[block_labels]).square().sum(1)
+        for block_rows, block_labels in blocks
+    ]
     labels = clusters.labels.cpu()
-    if fell := fewer_groups(labels, k):
-        print(f"note: {fell}", file=sys.stderr)
-    groups = Groups.of(labels, squared)
+    if empty_groups := fewer_groups(labels, k):
+        print(f"note: {empty_groups}", file=sys.stderr)
+    groups = Groups.of(labels, torch.cat(squared_distances).cpu())
     write_table(out / "clusters.csv", points.dataset.keys, groups)
     clusters.save(out / "centroids.safetensors")
-    seconds = {"features": encoded - began, "k-means": time.perf_counter() - encoded}
+    seconds = {
+        "features": features_done_at - began_at,
+        "k-means": time.perf_counter() - features_done_at,
+    }
     if args.link_to or args.copy_to:
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
@@ -159,36 +182,49 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     if args.captions or args.normalize:
         expected = f"expected a file of features ({', '.join(SUFFIXES)})"
         raise ValueError(f"--captions, --normalize: {expected}, got {args.data}")
-    given = {"--run": args.run, "--model, --pretrained": args.model + args.pretrained}
-    ways = [flag for flag, value in (given | {"--features": args.features}).items() if value]
-    if len(ways) > 1:
-        raise ValueError(f"{ways[0]}: expected one source of features; leave out {ways[1]}")
+    sources = {
+        "--run": args.run,
+        "--model, --pretrained": args.model + args.pretrained,
+        "--features": args.features,
+    }
+    source_flags = [flag for flag, value in sources.items() if value]
+    if len(source_flags) > 1:
+        raise ValueError(
+            f"{source_flags[0]}: expected one source of features; leave out {source_flags[1]}"
+        )
     path = Path(args.data)
-    folder = path.is_dir() and not any(path.glob("*.tar"))
-    known = args.data.startswith("builtin:") or args.data.lower().endswith((".csv", ".tsv"))
-    if not (folder or known or is_sharded(args.data)):
+    is_image_folder = path.is_dir() and not any(path.glob("*.tar"))
+    is_builtin = args.data.startswith("builtin:")
+    is_table = args.data.lower().endswith((".csv", ".tsv"))
+    if not (is_image_folder or is_builtin or is_table or is_sharded(args.data)):
         raise ValueError(
             "DATA: expected a folder of pictures, a .csv or .tsv, shards, builtin:NAME or "
             f"features ({', '.join(SUFFIXES)}), got {args.data}"
         )
-    columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
     dataset: PairDataset
-    if folder:
+    if is_image_folder:
         dataset = ImageFolder(path, [""], ())
         if others := ", ".join(f"{n:,} {kind}" for kind, n in dataset.others.most_common()):
             print(f"left out files that Pillow cannot open: {others}", file=sys.stderr)
         if odd := ", ".join(plural(n, reason) for reason, n in dataset.odd.most_common()):
             print(f"left out {odd}: regular files are read, each once", file=sys.stderr)
     else:
+        columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
         dataset = open_dataset(args.data, **columns)
     open_group_folder(args, dataset)
     weights = read_weights(args.weights, len(dataset))
-    shown = ("images",) if folder else ("images", "captions")
+    shown = ("images",) if is_image_folder else ("images", "captions")
     if args.features:
-        good, rows = _known_features(Path(args.features), dataset)
-        weights = None if weights is None else weights[good]
-        return Points(Subset(dataset, good), rows, f"the rows of {args.features}", shown, weights)
-    name, pretrained = args.run or args.model or MODEL, args.pretrained
+        positions, rows = _features_from_file(Path(args.features), dataset)
+        return Points(
+            dataset=Subset(dataset, positions),
+            rows=rows,
+            of=f"the rows of {args.features}",
+            shown=shown,
+            weights=None if weights is None else weights[positions],
+        )
+    name = args.run or args.model or MODEL
+    pretrained = args.pretrained
     if name == MODEL and not pretrained:
         pretrained = WEIGHTS
     try:
@@ -204,42 +240,49 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         try:
             rows = encoder.images(dataset)
         except DataError as error:
-            good = _readable(dataset, error)
-            weights = None if weights is None else weights[good]
-            dataset = Subset(dataset, good)
+            readable = _readable(dataset, error)
+            weights = None if weights is None else weights[readable]
+            dataset = Subset(dataset, readable)
             rows = encoder.images(dataset)
-    of = f"the pictures' features by {args.run or f'{name} ({pretrained})'}"
-    return Points(dataset, F.normalize(rows, dim=1), of, shown, weights)
+    return Points(
+        dataset=dataset,
+        rows=F.normalize(rows, dim=1),
+        of=f"the pictures' features by {args.run or f'{name} ({pretrained})'}",
+        shown=shown,
+        weights=weights,
+    )
 
 
-def _known_features(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor]:
-    """The pictures whose keys have features in a file, and these features."""
+def _features_from_file(path: Path, dataset: PairDataset) -> tuple[list[int], Tensor]:
+    """The positions of the pictures whose keys have features in a file, and these features."""
     array, keys = read_rows(path, "--features")
     row_of = {key: row for row, key in enumerate(keys or ())}
-    good = [i for i, key in enumerate(dataset.keys) if key in row_of]
-    if len(good) < 2 or len(row_of) != len(array):
+    positions = [i for i, key in enumerate(dataset.keys) if key in row_of]
+    if len(positions) < 2 or len(row_of) != len(array):
         raise ValueError(f"--features: expected {FEATURES} of these pictures, got {path}")
-    if left := len(dataset) - len(good):
-        print(f"left out {plural(left, 'picture')} without features in {path}", file=sys.stderr)
-    rows = array[[row_of[dataset.keys[i]] for i in good]]
-    return good, torch.from_numpy(rows.astype(np.float32, copy=False))
+    if missing := len(dataset) - len(positions):
+        print(f"left out {plural(missing, 'picture')} without features in {path}", file=sys.stderr)
+    rows = array[[row_of[dataset.keys[i]] for i in positions]]
+    return positions, torch.from_numpy(rows.astype(np.float32, copy=False))
 
 
 def _readable(dataset: PairDataset, error: DataError) -> list[int]:
-    """The pictures that can be read; raises ``error`` if all or fewer than two can."""
-    good, bad = [], []
+    """The positions of pictures that can be read; raises ``error`` if all or fewer than two can."""
+    readable: list[int] = []
+    faults: list[str] = []
     for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
         try:
             dataset.image(i)
-            good.append(i)
+            readable.append(i)
         except DataError as reason:
-            bad.append(str(reason))
-    if len(good) < 2 or not bad:
+            faults.append(str(reason))
+    if len(readable) < 2 or not faults:
         raise error
-    lines = [f"left out {len(bad):,} of {plural(len(dataset), 'picture')}:", *bad[:NAMED]]
-    lines += [f"and {len(bad) - NAMED:,} more"] * (len(bad) > NAMED)
-    print(*lines, sep="\n  ", file=sys.stderr)
-    return good
+    lines = [f"left out {len(faults):,} of {plural(len(dataset), 'picture')}:", *faults[:NAMED]]
+    if len(faults) > NAMED:
+        lines.append(f"and {len(faults) - NAMED:,} more")
+    print("\n  ".join(lines), file=sys.stderr)
+    return readable
 
 
 def read_features(args: argparse.Namespace) -> Points:
@@ -255,20 +298,25 @@ def read_features(args: argparse.Namespace) -> Points:
             captions = lines_of(Path(args.captions).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--captions: expected a text file in UTF-8, got {error}") from error
-    for name, found in (("captions", captions), ("keys", keys or ())):
-        if found and len(found) != len(array):
+    for name, texts in (("captions", captions), ("keys", keys or ())):
+        if texts and len(texts) != len(array):
             raise ValueError(
                 f"--{name}: expected one for each of the {len(array):,} rows of {args.data}, got "
-                f"{len(found):,}"
+                f"{len(texts):,}"
             )
     rows = torch.from_numpy(array.astype(np.float32, copy=False))
-    rows = F.normalize(rows, dim=1) if args.normalize else rows
+    if args.normalize:
+        rows = F.normalize(rows, dim=1)
     keys = keys or [str(i) for i in range(len(rows))]
     dataset = FeatureRows(args.data, keys, captions)
     open_group_folder(args, dataset)
-    shown = "captions" if captions else "names"
-    weights = read_weights(args.weights, len(rows))
-    return Points(dataset, rows, f"the rows of {args.data}", (shown,), weights)
+    return Points(
+        dataset=dataset,
+        rows=rows,
+        of=f"the rows of {args.data}",
+        shown=("captions",) if captions else ("names",),
+        weights=read_weights(args.weights, len(rows)),
+    )
 
 
 def read_weights(path: str, n: int) -> Tensor | None:
@@ -321,16 +369,16 @@ def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool
     numbers = groups.labels.unique().tolist()
     width = len(str(numbers[-1]))
     for group in tqdm(numbers, "groups as folders", leave=False, disable=None):
-        own = folder / f"{group:0{width}}"
-        own.mkdir()
+        group_folder = folder / f"{group:0{width}}"
+        group_folder.mkdir()
         files = list(dict.fromkeys(_file_of(dataset, i) for i in groups.members(group)))
         for file, name in zip(files, different_names(files), strict=True):
             if copy:
-                shutil.copyfile(file, own / name)
+                shutil.copyfile(file, group_folder / name)
                 with contextlib.suppress(OSError):  # a disk without such times or permissions
-                    shutil.copystat(file, own / name)
+                    shutil.copystat(file, group_folder / name)
             else:
-                (own / name).symlink_to(os.path.abspath(file))
+                (group_folder / name).symlink_to(os.path.abspath(file))
 
 
 def _file_of(dataset: Any, i: int) -> str:
@@ -343,41 +391,46 @@ def _file_of(dataset: Any, i: int) -> str:
 def different_names(files: Sequence[str]) -> list[str]:
     """The names of files, numbered where one has come before: x.png, x (2).png. Upper and lower
     case are not told apart, as on the disks of cameras."""
-    taken: set[str] = set()
-    numbers: Counter[str] = Counter()  # how often each name has come before
+    used_names: set[str] = set()
+    repeats: Counter[str] = Counter()  # how often each name has come before
     names = []
     for file in files:
-        first = name = os.path.basename(file)
-        stem, ending = os.path.splitext(first)
-        while name.casefold() in taken:
-            numbers[first.casefold()] += 1
-            name = f"{stem} ({numbers[first.casefold()] + 1}){ending}"
-        taken.add(name.casefold())
+        base_name = os.path.basename(file)
+        stem, ending = os.path.splitext(base_name)
+        name = base_name
+        while name.casefold() in used_names:
+            repeats[base_name.casefold()] += 1
+            name = f"{stem} ({repeats[base_name.casefold()] + 1}){ending}"
+        used_names.add(name.casefold())
         names.append(name)
     return names
 
 
-def choose_k(given: str, rows: Tensor, seed: int) -> tuple[int, str]:
+def choose_k(k_text: str, rows: Tensor, seed: int) -> tuple[int, str]:
     """K, and the reason for it; "auto": by ``choose_num_clusters``."""
-    if given.isdecimal() and 2 <= int(given) <= len(rows):
-        return int(given), ""
-    if given != "auto" or len(rows) < 6:
-        raise ValueError(f"--k: expected auto or 2 to N = {len(rows):,} groups, got {given}")
-    numbers = numbers_to_try(min(JUDGED, len(rows)), LARGEST)
-    with tqdm(total=len(numbers), desc="choosing K", leave=False, disable=None) as bar:
+    if k_text.isdecimal() and 2 <= int(k_text) <= len(rows):
+        return int(k_text), ""
+    if k_text != "auto" or len(rows) < 6:
+        raise ValueError(f"--k: expected auto or 2 to N = {len(rows):,} groups, got {k_text}")
+    candidates = numbers_to_try(min(SILHOUETTE_ROWS, len(rows)), LARGEST_K)
+    with tqdm(total=len(candidates), desc="choosing K", leave=False, disable=None) as bar:
 
         def progress(number: int, silhouette: float) -> None:
             bar.update()
 
         try:
             k, silhouettes = choose_num_clusters(
-                rows, max_clusters=LARGEST, max_points=JUDGED, seed=seed, progress=progress
+                rows,
+                max_clusters=LARGEST_K,
+                max_points=SILHOUETTE_ROWS,
+                seed=seed,
+                progress=progress,
             )
         except ValueError as error:
             reason = str(error).partition(": ")[2].replace("points", "rows")
             raise ValueError(f"--k auto: {reason}") from error
-    tried = f"of 2 to {numbers[-1]}, the number with the largest mean silhouette"
-    return k, f" ({tried}, {silhouettes[k]:.3f})"
+    choice = f"of 2 to {candidates[-1]}, the number with the largest mean silhouette"
+    return k, f" ({choice}, {silhouettes[k]:.3f})"
 
 
 def write_table(path: Path, keys: Sequence[str], groups: Groups) -> None:
@@ -392,12 +445,12 @@ def write_table(path: Path, keys: Sequence[str], groups: Groups) -> None:
 
 def fewer_groups(labels: Tensor, k: int) -> str:
     """A sentence about groups that stayed empty; "" if none did."""
-    found = len(labels.unique())
-    if found == k:
+    nonempty = len(labels.unique())
+    if nonempty == k:
         return ""
     return (
-        f"{found:,} of {plural(k, 'group')} {'has' if found == 1 else 'have'} members; the others "
-        "stayed empty, as they do where there are fewer different rows than groups"
+        f"{nonempty:,} of {plural(k, 'group')} {'has' if nonempty == 1 else 'have'} members; the "
+        "others stayed empty, as they do where there are fewer different rows than groups"
     )
 
 
@@ -424,9 +477,8 @@ def write_page(
     points: Points, groups: Groups, k: int, seconds: Mapping[str, float], why: str
 ) -> str:
     """The report page: a summary, every group, and the map."""
-    labels, squared = groups.labels, groups.squared
+    labels = groups.labels
     counts = labels.bincount()
-    fell = fewer_groups(labels, k)
     counts = counts[counts > 0]
     noun = "picture" if "images" in points.shown else "row"
     text = [
@@ -434,29 +486,36 @@ def write_page(
         f"{plural(len(counts), 'group')}{why}; "
         f"the smallest has {int(counts.min()):,}, the largest {int(counts.max()):,}, the median "
         f"{int(counts.median()):,}.",
-        f"Grouped by k-means on {points.of}. {explained(points, squared)}",
+        f"Grouped by k-means on {points.of}. {explained(points, groups.squared)}",
     ]
-    if fell:
-        text.append(f"{fell[0].upper()}{fell[1:]}.")
-    thumbs, dataset = snapshot.Thumbnails(), points.dataset
-    block = snapshot.cluster_block(dataset, labels, dict.fromkeys(points.shown, -squared), thumbs)
+    if empty_groups := fewer_groups(labels, k):
+        text.append(f"{empty_groups[0].upper()}{empty_groups[1:]}.")
+    thumbs = snapshot.Thumbnails()
+    dataset = points.dataset
+    nearness = dict.fromkeys(points.shown, -groups.squared)
+    block = snapshot.cluster_block(dataset, labels, nearness, thumbs)
     for card in block["cards"]:
         card["members"] = [printable(dataset.keys[i]) for i in groups.members(card["cluster"])]
-    some = snapshot.every(torch.arange(len(labels)), MAPPED)
-    rows = points.rows[some.to(points.rows.device)].cpu()
-    both = Encoded(rows, rows[:0])
-    samples = snapshot.Samples(Subset(dataset, some), both, both, {"k-means": labels[some]})
-    taken = snapshot.Snapshot(
+    mapped = snapshot.every(torch.arange(len(labels)), MAPPED)
+    mapped_rows = points.rows[mapped.to(points.rows.device)].cpu()
+    encoded = Encoded(image=mapped_rows, text=mapped_rows[:0])
+    samples = snapshot.Samples(
+        dataset=Subset(dataset, mapped),
+        encoded=encoded,
+        projected=encoded,
+        clusters={"k-means": labels[mapped]},
+    )
+    page_content = snapshot.Snapshot(
         pictures=thumbs.made,
         clusters=[{"name": "k-means", "of": points.of, **block}],
         plane=snapshot.plane(
-            samples, thumbs if "images" in points.shown else None, reads=len(some) <= FACES
+            samples, thumbs if "images" in points.shown else None, reads=len(mapped) <= FACES
         ),
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
     name = Path(dataset.name).name or dataset.name
     outcome = Outcome(dataset.name, "", "", {}, seconds=seconds)
-    return page.render([page.Run(name, None, {}, outcome, snapshot=taken)], text)
+    return page.render([page.Run(name, None, {}, outcome, snapshot=page_content)], text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

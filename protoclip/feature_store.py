@@ -74,28 +74,28 @@ class FeatureSource:
     table_device: torch.device | None = None  # where the stored rows are, buffer and table
 
 
-def wants_to_reuse(config: EpisodeConfig, passes: float) -> bool:
-    """Whether features are stored from training, if they fit. In a run of fewer than two ``passes``
-    over its data, hardly any sample is seen again."""
+def wants_to_reuse(config: EpisodeConfig, epochs: float) -> bool:
+    """Whether features are stored from training, if they fit. In a run of fewer than two
+    epochs, hardly any sample is seen again."""
     if config.features == "auto":
-        return config.infonce_warmup >= 1 and passes >= 2
+        return config.infonce_warmup >= 1 and epochs >= 2
     return config.features == "reuse"
 
 
 def choose_features(
-    config: EpisodeConfig, passes: float, bytes_of_rank: int, device: torch.device
+    config: EpisodeConfig, epochs: float, bytes_of_rank: int, device: torch.device
 ) -> FeatureSource:
     """Decide between "reuse" and "extract". A collective call; all ranks get the same answer.
 
     Args:
-        passes: over the data, of the whole run.
+        epochs: passes over the data, of the whole run.
         bytes_of_rank: of a rank's table and buffer.
         device: where the model is.
     """
-    if not wants_to_reuse(config, passes):
+    if not wants_to_reuse(config, epochs):
         why = ""
         if config.features == "auto" and config.infonce_warmup >= 1:
-            why = f", as the run makes fewer than two passes over the data ({passes:.3g})"
+            why = f", as the run makes fewer than two passes over the data ({epochs:.3g})"
         return FeatureSource(False, "extracted" + why)
     size = f"{bytes_of_rank / 2**20:,.1f} MiB on each rank"
     place = _place_for_table(bytes_of_rank, device)
@@ -148,7 +148,7 @@ class FeatureStore:
     Args:
         samples: N, of the dataset.
         steps: of the longest episode.
-        batch_size: of a step, over all ranks.
+        global_batch_size: of a step, over all ranks.
         device: where features are computed and clustered.
         table_device: where table and buffer are kept; default: ``device``.
     """
@@ -157,14 +157,14 @@ class FeatureStore:
         self,
         samples: int,
         steps: int,
-        batch_size: int,
+        global_batch_size: int,
         device: torch.device,
         table_device: torch.device | None = None,
     ) -> None:
         self.samples = samples
         self.device = device
         self.table_device = table_device or device
-        self.batch_share = batch_size // world_size()  # rows of a step on each rank
+        self.batch_share = global_batch_size // world_size()  # rows of a step on each rank
         self.table_share = math.ceil(samples / world_size())  # positions that a rank owns
         self.first = min(rank() * self.table_share, samples)  # position of this rank's first row
         owned = min(self.table_share, samples - self.first)
@@ -299,11 +299,11 @@ class FeatureStore:
             return (shape[0], shape[1] * world_size(), *shape[2:])
         return (self.samples, *shape[1:])
 
-    def _share_of(self, whole: Tensor, name: str, number: int) -> Tensor:
-        """The part of rank ``number`` in the rows of all ranks."""
+    def _share_of(self, whole: Tensor, name: str, owner: int) -> Tensor:
+        """The part of rank ``owner`` in the rows of all ranks."""
         if name in BY_DRAW:
-            return whole[:, number * self.batch_share : (number + 1) * self.batch_share]
-        first = min(number * self.table_share, self.samples)
+            return whole[:, owner * self.batch_share : (owner + 1) * self.batch_share]
+        first = min(owner * self.table_share, self.samples)
         return whole[first : first + self.table_share]
 
     def _checked_sizes(self, state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -146,16 +146,16 @@ def refuse_changes(resume: Resume, config: TrainConfig) -> None:
 
 
 def check_resume(
-    resume: Resume, config: TrainConfig, batch_size: int, keys: Sequence[str]
+    resume: Resume, config: TrainConfig, global_batch_size: int, keys: Sequence[str]
 ) -> list[str]:
     """Notes on settings that differ from the resumed run; ValueError for those that must not.
 
-    ``batch_size``: of a step, over all ranks. ``keys``: of the training data.
+    ``keys``: of the training data.
     """
     changes = changes_since(resume, config)
     wrong = list(changes.forbidden)
     for what, name, value in (
-        ("the global batch_size (all ranks and passes)", "batch_size", batch_size),
+        ("the global batch_size (all ranks and passes)", "batch_size", global_batch_size),
         ("the training data", "data", checkpoint.fingerprint(keys)),
     ):
         before = resume.training.get(name)

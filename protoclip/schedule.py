@@ -13,14 +13,15 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from protoclip.config import OptimConfig, TrainConfig
-from protoclip.distributed import own_slice, world_size
+from protoclip.distributed import max_later, own_slice, world_size
 from protoclip.seeds import generator
 
 # Streams of random numbers: samples, and an episode's draws.
@@ -38,7 +39,7 @@ class Plan:
     """How a data set is cut into steps; batches are full, an epoch sees every sample."""
 
     samples: int
-    batch_size: int  # of a step, over all ranks
+    global_batch_size: int  # of a step, over all ranks and forward passes
     steps_per_epoch: int
     steps_per_episode: int
     total_steps: int
@@ -48,9 +49,9 @@ class Plan:
         return math.ceil(self.total_steps / self.steps_per_episode)
 
     @property
-    def passes(self) -> float:
+    def epochs(self) -> float:
         """Passes over the data, of the whole run."""
-        return self.total_steps * self.batch_size / self.samples
+        return self.total_steps * self.global_batch_size / self.samples
 
     def first_step_with_prototypes(self, warmup: int, second_pass: bool) -> int:
         """The step that trains prototypes first: after ``warmup`` episodes and, with
@@ -73,26 +74,34 @@ def make_plan(config: TrainConfig, samples: int) -> Plan:
         ValueError: fewer samples than a batch, an episode shorter than a batch, or no steps at all.
     """
     parts = config.optim.accum_freq * world_size()  # passes and ranks
-    batch = config.optim.batch_size * parts
-    episode = config.episode.size
-    if samples < batch:
+    global_batch_size = config.optim.batch_size * parts
+    episode_size = config.episode.size
+    if samples < global_batch_size:
         raise ValueError(
             f"--batch-size: expected at most {samples} in all, got {config.optim.batch_size} x "
             f"{parts} passes and ranks; use --batch-size {max(2, samples // (4 * parts))}"
         )
-    if episode and episode < batch:
+    if episode_size and episode_size < global_batch_size:
         raise ValueError(
-            f"--episode-size: expected at least one batch of {batch}, got {episode}; "
-            "use 0 for one epoch, or a smaller --batch-size"
+            f"--episode-size: expected at least one batch of {global_batch_size}, got "
+            f"{episode_size}; use 0 for one epoch, or a smaller --batch-size"
         )
-    per_epoch = math.ceil(samples / batch)
-    total = math.ceil(config.optim.epochs * samples / batch)
+    steps_per_epoch = math.ceil(samples / global_batch_size)
+    total_steps = math.ceil(config.optim.epochs * samples / global_batch_size)
     if config.optim.max_steps:
-        total = min(total, config.optim.max_steps)
-    if total == 0:
+        total_steps = min(total_steps, config.optim.max_steps)
+    if total_steps == 0:
         raise ValueError("--epochs: expected more than 0, got 0")
-    per_episode = math.ceil(min(episode, samples) / batch) if episode else per_epoch
-    return Plan(samples, batch, per_epoch, per_episode, total)
+    steps_per_episode = steps_per_epoch
+    if episode_size:
+        steps_per_episode = math.ceil(min(episode_size, samples) / global_batch_size)
+    return Plan(
+        samples=samples,
+        global_batch_size=global_batch_size,
+        steps_per_epoch=steps_per_epoch,
+        steps_per_episode=steps_per_episode,
+        total_steps=total_steps,
+    )
 
 
 def draw(
@@ -103,25 +112,25 @@ def draw(
     replacement: bool = False,
     order: Callable[[torch.Generator], Tensor] | None = None,
 ) -> Tensor:
-    """Positions of the samples of ``steps``, int64 [len(steps) * batch_size].
+    """Positions of the samples of ``steps``, int64 [len(steps) * global_batch_size].
 
     Without replacement each epoch is one permutation; its last batch is filled up from the start
     of the epoch, so that no batch holds a sample twice. ``order``, if given, makes the permutation
     of an epoch, int64 [plan.samples].
     """
     parts = []
-    first = steps.start // plan.steps_per_epoch
-    last = (steps.stop - 1) // plan.steps_per_epoch
-    per_epoch = plan.steps_per_epoch * plan.batch_size
-    for epoch in range(first, last + 1):
+    first_epoch = steps.start // plan.steps_per_epoch
+    last_epoch = (steps.stop - 1) // plan.steps_per_epoch
+    draws_per_epoch = plan.steps_per_epoch * plan.global_batch_size
+    for epoch in range(first_epoch, last_epoch + 1):
         random = generator(seed, DRAWS, epoch)
         if replacement:
-            parts.append(torch.randint(plan.samples, (per_epoch,), generator=random))
+            parts.append(torch.randint(plan.samples, (draws_per_epoch,), generator=random))
         else:
             permutation = order(random) if order else torch.randperm(plan.samples, generator=random)
-            parts.append(torch.cat([permutation, permutation[: per_epoch - plan.samples]]))
-    start = (steps.start - first * plan.steps_per_epoch) * plan.batch_size
-    return torch.cat(parts)[start : start + len(steps) * plan.batch_size]
+            parts.append(torch.cat([permutation, permutation[: draws_per_epoch - plan.samples]]))
+    start = (steps.start - first_epoch * plan.steps_per_epoch) * plan.global_batch_size
+    return torch.cat(parts)[start : start + len(steps) * plan.global_batch_size]
 
 
 def learning_rate(
@@ -153,13 +162,15 @@ def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
 
     The ranks' shares of a step are contiguous and, by ``make_plan``, equal.
     """
-    numbers = torch.arange(len(draws)).view(-1, plan.batch_size)[:, own_slice(plan.batch_size)]
-    return draws[numbers.flatten()], numbers.flatten()
+    numbers_by_step = torch.arange(len(draws)).view(-1, plan.global_batch_size)
+    draw_numbers = numbers_by_step[:, own_slice(plan.global_batch_size)].flatten()
+    return draws[draw_numbers], draw_numbers
 
 
-def episode_seed(seed: int, number: int, purpose: int) -> int:
-    """The seed for one purpose, TRAINING or FEATURES, in episode ``number``."""
-    return int(torch.randint(2**31, (), generator=generator(seed, EPISODES, number, purpose)))
+def episode_seed(seed: int, episode_number: int, purpose: int) -> int:
+    """The seed for one purpose, TRAINING or FEATURES, in an episode."""
+    random = generator(seed, EPISODES, episode_number, purpose)
+    return int(torch.randint(2**31, (), generator=random))
 
 
 class Stopped(Exception):
@@ -171,11 +182,18 @@ class Stopped(Exception):
         self.code = code
 
 
-def parse_interval(text: str) -> tuple[int, float]:
-    """Parse --save-every: "500steps", "90s", "10m" or "2h" -> steps and seconds, one of them 0.
+class SaveInterval(NamedTuple):
+    """How often to save: every so many steps, or seconds, or (both 0) not at all."""
+
+    steps: int
+    seconds: float
+
+
+def parse_interval(text: str) -> SaveInterval:
+    """Parse --save-every: "500steps", "90s", "10m", "2h", or "" for never.
 
     Raises:
-        ValueError: any other text except "", which gives 0 for both.
+        ValueError: any other text.
     """
     match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|", text.strip())
     if match is None:
@@ -185,8 +203,34 @@ def parse_interval(text: str) -> tuple[int, float]:
     number = int(match[1] or 0)
     seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}
     if match[2] in seconds_per_unit:
-        return 0, number * seconds_per_unit[match[2]]
-    return number, 0.0
+        return SaveInterval(steps=0, seconds=number * seconds_per_unit[match[2]])
+    return SaveInterval(steps=number, seconds=0.0)
+
+
+class StopRequest(IntEnum):
+    """Whether a rank wants to stop, and why; of several ranks the largest counts."""
+
+    NONE = 0
+    SIGNAL = 1
+    CTRL_C = 2
+
+
+class Requests(NamedTuple):
+    """What should happen between two steps."""
+
+    save: bool
+    stop: StopRequest
+
+
+def agree_later(requests: Requests) -> Callable[[], Requests]:
+    """Start to tell all ranks; call the result to wait for what they request together."""
+    pending = max_later(torch.tensor([float(requests.save), float(requests.stop)]))
+
+    def wait() -> Requests:
+        save, stop = pending().tolist()
+        return Requests(save=bool(save), stop=StopRequest(int(stop)))
+
+    return wait
 
 
 class StopSignals:
@@ -217,6 +261,8 @@ class StopSignals:
                 os.write(2, FIRST_CTRL_C)
 
     @property
-    def level(self) -> int:
-        """0: go on; 1: stop; 2: stop after Ctrl-C."""
-        return 2 if self.asked == "SIGINT" else int(bool(self.asked))
+    def request(self) -> StopRequest:
+        """What this rank wants."""
+        if self.asked == "SIGINT":
+            return StopRequest.CTRL_C
+        return StopRequest.SIGNAL if self.asked else StopRequest.NONE

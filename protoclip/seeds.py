@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, purpose, position), never of what was drawn before.
 
 ``generator`` gives draws of torch for one purpose; ``mix`` one number for each of many positions,
-the same in every worker. They hash differently because they came to be so: one hash would do, but
-it would draw other samples and clusters, and the results on record would have to be measured again.
+the same in every worker. They hash differently for historical reasons: one hash would do, but it
+would draw other samples and clusters, and the results on record would have to be measured again.
 """
 
 from __future__ import annotations

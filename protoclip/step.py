@@ -47,7 +47,8 @@ class Stepper:
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
         seed: the run's seed; dropout follows from it, the step and the rank.
     Attributes:
-        bad: skipped steps, in total and in a row until now: int64 [2], on the device.
+        skipped_steps: all of them, int64 scalar on the device.
+        consecutive_skips: those since the last step that was taken, likewise.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Stepper:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
-        self.bad = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.consecutive_skips = torch.zeros_like(self.skipped_steps)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         by_rank = [norm for norm in norms if not isinstance(norm, GlobalBatchNorm1d)]
@@ -85,7 +87,7 @@ class Stepper:
 
     def step(
         self,
-        number: int,
+        step_number: int,
         batches: Sequence[Batch],
         episode: Episode | None,
         *,
@@ -96,7 +98,7 @@ class Stepper:
         """One update from this rank's batches.
 
         Args:
-            number: the step's number, from 0.
+            step_number: from 0.
             batches: batches of equal size, on the host.
             project: whether the heads run.
             image_lr: the image tower's learning rate, if it differs.
@@ -110,8 +112,9 @@ class Stepper:
         statistics = [buffer.clone() for buffer in self._statistics]
 
         def forward() -> tuple[Losses, Encoded | None]:
+            # Through DDP's forward, which arms its hooks.
             return self.replica(
-                lambda: self._forward(number, batches, index, ids, episode, project)
+                lambda: self._forward(step_number, batches, index, ids, episode, project)
             )
 
         if self._replicate(heads=episode is not None or self.loss.config.w_distill > 0):
@@ -136,7 +139,7 @@ class Stepper:
 
     def _forward(
         self,
-        number: int,
+        step_number: int,
         batches: Sequence[Batch],
         index: Tensor,
         ids: Tensor | None,
@@ -146,11 +149,11 @@ class Stepper:
         """The losses, and projections without a graph."""
         model = self.model
         if len(batches) == 1:
-            image, text = self._encode(number, 0, batches[0])
+            image, text = self._encode(step_number, 0, batches[0])
             encoded = Encoded(image, text)
         else:  # GradCache: backward encodes each batch again
             parts = [
-                checkpoint(self._encode, number, part, batch, use_reentrant=False)
+                checkpoint(self._encode, step_number, part, batch, use_reentrant=False)
                 for part, batch in enumerate(batches)
             ]
             encoded = Encoded(
@@ -173,8 +176,8 @@ class Stepper:
             projected = Encoded(projected.image.detach(), projected.text.detach())
         return losses, projected
 
-    def _encode(self, number: int, part: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        seed_everything(self.seed, number, rank(), part)
+    def _encode(self, step_number: int, part: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        seed_everything(self.seed, step_number, rank(), part)
         with self.autocast():
             encoded = self.model.encode(batch.image, batch.tokens)
         return encoded.image, encoded.text
@@ -204,7 +207,8 @@ class Stepper:
             torch.where(finite, buffer, before, out=buffer)
         broadcast(*self._statistics_of_rank)  # evaluation then reads the same values on all ranks
         skipped = (~finite).long()
-        self.bad = torch.stack([self.bad[0] + skipped, (self.bad[1] + 1) * skipped])
+        self.skipped_steps = self.skipped_steps + skipped
+        self.consecutive_skips = (self.consecutive_skips + 1) * skipped
 
     def _replicate(self, heads: bool) -> bool:
         """Over ranks, let DDP average the gradients of what trains now; returns whether that has
@@ -282,7 +286,7 @@ def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
     ]
 
 
-def depends_on_passes(model: nn.Module) -> bool:
+def depends_on_split(model: nn.Module) -> bool:
     """Whether dropout or batch norm makes a step depend on how its batch is split."""
     for module in model.modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -48,7 +48,7 @@ def announce(
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
-        f"{plan.batch_size}, {plan.steps_per_epoch} a pass over the data\n"
+        f"{plan.global_batch_size}, {plan.steps_per_epoch} a pass over the data\n"
         f"model: {config.model.model} on {device}, {precision}{by_itself}, "
         f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )

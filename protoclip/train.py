@@ -14,7 +14,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
@@ -32,7 +32,7 @@ from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import progress_hidden
-from protoclip.evaluate.during import Evaluate, Evaluation
+from protoclip.evaluate.during import Evaluation, PeriodicEvaluation
 from protoclip.feature_store import (
     Features,
     FeatureSource,
@@ -57,7 +57,7 @@ from protoclip.prototypes import Episode
 from protoclip.resume import check_resume, open_resume, refuse_changes, with_saved_config
 from protoclip.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.seeds import generator, seed_everything
-from protoclip.step import Step, Stepper, depends_on_passes
+from protoclip.step import Step, Stepper, depends_on_split
 from protoclip.summary import announce, conclude
 from protoclip.teacher import open_teacher
 
@@ -119,7 +119,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
     notes = []
     if resume:  # check everything before touching the folder
         notes.append(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
-        notes += check_resume(resume, config, plan.batch_size, dataset.keys)
+        notes += check_resume(resume, config, plan.global_batch_size, dataset.keys)
         notes += trainer.restore(resume.payload)
     if distributed.is_main():
         step = resume.step if resume else 0 if path.exists() else None
@@ -193,13 +193,14 @@ class Setup:
     @property
     def episode_samples(self) -> int:
         """Samples per episode, at most; the last episode may be shorter."""
-        return min(len(self.dataset), self.plan.steps_per_episode * self.plan.batch_size)
+        return min(len(self.dataset), self.plan.steps_per_episode * self.plan.global_batch_size)
 
 
 class Trainer:
-    """Trains a model on the setup's device, episode by episode; alone owns the mutable state.
+    """Trains a model on the setup's device, episode by episode.
 
-    ``evaluations`` holds pairs: a function, model -> scalars by name, and its interval in epochs.
+    Its ``Stepper`` holds the optimiser and counts the skipped steps; the trainer holds everything
+    else that changes. ``evaluations`` are repeated between the steps.
     ``reuses``: whether a resumed run stores training's own features, whatever "auto" would choose.
     """
 
@@ -209,7 +210,7 @@ class Trainer:
         model: ProtoModel,
         folder: NullRunFolder,
         phases: Phases | None = None,
-        evaluations: Sequence[tuple[Evaluate, float]] = (),
+        evaluations: Sequence[PeriodicEvaluation] = (),
         reuses: bool | None = None,
     ) -> None:
         self.setup = setup
@@ -249,7 +250,7 @@ class Trainer:
             self.store = FeatureStore(
                 len(self.dataset),
                 self.plan.steps_per_episode,
-                self.plan.batch_size,
+                self.plan.global_batch_size,
                 setup.device,
                 self.features.table_device,
             )
@@ -260,15 +261,16 @@ class Trainer:
         self.episode: Episode | None = None
         self.step = 0
         self.signals = schedule.StopSignals()
-        # How a step's batch is split: ranks, and passes of each.
+        # How a step's batch is split: ranks, and forward passes of each.
         self._split = [distributed.world_size(), self.config.optim.accum_freq]
         self._episode_metrics: Mapping[str, float] = {}  # of a new episode, until the next log
-        self._skipped = 0  # steps, as last read from the device
+        self._reported_skips = 0  # skipped steps, as last read from the device
         self._loss = math.nan  # as last logged
-        self._every_steps, self._every_seconds = schedule.parse_interval(self.config.run.save_every)
+        self._save_every = schedule.parse_interval(self.config.run.save_every)
         self._saved_time = time.monotonic()
         self._saved_step = -1
-        self._agreed = lambda: torch.zeros(2)  # whether to save, and to stop
+        nothing = schedule.Requests(save=False, stop=schedule.StopRequest.NONE)
+        self._agreed_requests: Callable[[], schedule.Requests] = lambda: nothing
         self._begin_clock()
 
     def _choose_features(self, reuses: bool | None) -> FeatureSource:
@@ -277,12 +279,12 @@ class Trainer:
             return FeatureSource(False, "none")
         ranks = distributed.world_size()
         dim = self.model.projection_dim
-        drawn = self.plan.steps_per_episode * self.plan.batch_size
+        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
         size = table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
         episode = self.config.episode
         if reuses is not None:
             episode = replace(episode, features="reuse" if reuses else "extract")
-        return choose_features(episode, self.plan.passes, size, self.setup.device)
+        return choose_features(episode, self.plan.epochs, size, self.setup.device)
 
     def _begin_clock(self) -> None:
         self._began_time = self._logged_time = time.perf_counter()
@@ -299,67 +301,73 @@ class Trainer:
         with (
             self.signals,
             tqdm(
-                initial=self.step * plan.batch_size,
-                total=plan.total_steps * plan.batch_size,
+                initial=self.step * plan.global_batch_size,
+                total=plan.total_steps * plan.global_batch_size,
                 unit=" samples",
                 unit_scale=True,
                 smoothing=0.1,
                 disable=progress_hidden(),
             ) as bar,
         ):
-            for number in range(self.step // plan.steps_per_episode, plan.episodes):
-                self.run_episode(number, bar)
+            first_episode = self.step // plan.steps_per_episode
+            for episode_number in range(first_episode, plan.episodes):
+                self.run_episode(episode_number, bar)
             if self._saved_step != self.step:
                 self.save(None)
 
-    def run_episode(self, number: int, bar: tqdm) -> None:
+    def run_episode(self, episode_number: int, bar: tqdm) -> None:
         """Build the episode's prototypes, if it has any, then run its steps."""
         config = self.config
         plan = self.plan
-        steps = plan.steps_of(number)
-        bar.set_description(f"episode {number + 1}/{plan.episodes}")
-        stream = self._begin_episode(number)
-        for step in steps[self.step - steps.start :]:  # an interrupted run has done some
+        steps = plan.steps_of(episode_number)
+        bar.set_description(f"episode {episode_number + 1}/{plan.episodes}")
+        stream = self._begin_episode(episode_number)
+        for step_number in steps[self.step - steps.start :]:  # an interrupted run has done some
             with self.phases.measure("data", on_host=True):
-                passes = [next(stream) for _ in range(config.optim.accum_freq)]
-            lr = schedule.learning_rate(config.optim, plan.total_steps, step)
+                step_batches = [next(stream) for _ in range(config.optim.accum_freq)]
+            lr = schedule.learning_rate(config.optim, plan.total_steps, step_number)
             outcome = self.stepper.step(
-                step,
-                passes,
+                step_number,
+                step_batches,
                 self.episode,
                 project=self.terms.projects,
                 lr=lr,
-                image_lr=schedule.image_learning_rate(config, plan, step),
+                image_lr=schedule.image_learning_rate(config, plan, step_number),
             )
-            self._store_features(step, number, passes, outcome)
+            self._store_features(step_number, episode_number, step_batches, outcome)
             self.watch.count(outcome.losses.hits)
             self.step += 1
-            self._log_or_check(outcome, passes, lr, number)
+            self._log_or_check(outcome, step_batches, lr, episode_number)
             bar.set_postfix(loss=f"{self._loss:.3f}", refresh=False)
-            bar.update(plan.batch_size)
+            bar.update(plan.global_batch_size)
             self._between_steps()
 
-    def _begin_episode(self, number: int) -> Iterator[Batch]:
+    def _begin_episode(self, episode_number: int) -> Iterator[Batch]:
         """Build the episode's prototypes, if it has any; returns the batches of its steps from the
         current one on."""
         config = self.config
         plan = self.plan
-        steps = plan.steps_of(number)
+        steps = plan.steps_of(episode_number)
         draws = self._draw(steps)
         done = self.step - steps.start  # steps of this episode before an interruption
-        if 0 < config.episode.lit_start <= number:  # LiT: the image tower is frozen, InfoNCE only
-            self.episode = None
+        warmed_up = episode_number >= config.episode.infonce_warmup
+        if 0 < config.episode.lit_start <= episode_number:
+            self.episode = None  # LiT: the image tower is frozen, InfoNCE only
             self.model.lock_image()
-        elif done == 0 and number >= config.episode.infonce_warmup and self.terms.prototypes:
+        elif done == 0 and warmed_up and self.terms.prototypes:
             samples = draws
             if self.store is not None:  # also of steps that only a resume with more steps would do
                 samples = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
-            self.episode = self._build_episode(number, samples.unique())
+            self.episode = self._build_episode(episode_number, samples.unique())
         self.model.train()
-        positions, numbers = schedule.own_draws(plan, draws)
-        first = done * plan.batch_size // distributed.world_size()
-        episode_seed = schedule.episode_seed(config.run.seed, number, schedule.TRAINING)
-        return self._batches(Draws(positions, episode_seed, first, numbers))
+        positions, draw_numbers = schedule.own_draws(plan, draws)
+        own_draws = Draws(
+            positions=positions,
+            seed=schedule.episode_seed(config.run.seed, episode_number, schedule.TRAINING),
+            start=done * plan.global_batch_size // distributed.world_size(),
+            numbers=draw_numbers,
+        )
+        return self._batches(own_draws)
 
     def _draw(self, steps: range) -> Tensor:
         """The positions that these steps train on, over all ranks."""
@@ -384,20 +392,20 @@ class Trainer:
         )
         return iter(stream)
 
-    def _build_episode(self, number: int, samples: Tensor) -> Episode | None:
+    def _build_episode(self, episode_number: int, samples: Tensor) -> Episode | None:
         """Build the prototypes of an episode that trains on ``samples``, int64 [M] sorted
         positions; None while too few of them have stored features."""
         seed = self.config.run.seed
         with self.phases.measure("features"):
             recent = None
             if self.store is None:
-                features = self._extract_features(number, samples)
+                features = self._extract_features(episode_number, samples)
             else:
                 features = self.store.of_positions(samples)
                 if self.builder.teacher is not None:
-                    recent = self.store.of_episode(number - 1)
+                    recent = self.store.of_episode(episode_number - 1)
         with self.phases.measure("clusters"):
-            random = generator(seed, schedule.EPISODES, number, schedule.CLUSTERS)
+            random = generator(seed, schedule.EPISODES, episode_number, schedule.CLUSTERS)
             episode = self.builder.build(samples, features, random, recent, self.episode)
         if episode is None:
             return None
@@ -407,11 +415,15 @@ class Trainer:
             self.folder.say(f"step {self.step}: {warning}")
         return episode
 
-    def _extract_features(self, number: int, samples: Tensor) -> Features:
+    def _extract_features(self, episode_number: int, samples: Tensor) -> Features:
         """A forward pass over this rank's share of the samples."""
-        numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
-        seed = schedule.episode_seed(self.config.run.seed, number, schedule.FEATURES)
-        stream = self._batches(Draws(samples[numbers], seed, 0, numbers))
+        draw_numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
+        draws = Draws(
+            positions=samples[draw_numbers],
+            seed=schedule.episode_seed(self.config.run.seed, episode_number, schedule.FEATURES),
+            numbers=draw_numbers,
+        )
+        stream = self._batches(draws)
         return prototypes.extract(
             self.model,
             self._stoppable(stream),
@@ -428,36 +440,39 @@ class Trainer:
                 self._save_or_stop()  # nothing has changed since the last step
 
     def _store_features(
-        self, step: int, episode: int, passes: Sequence[Batch], outcome: Step
+        self, step_number: int, episode_number: int, step_batches: Sequence[Batch], outcome: Step
     ) -> None:
         """Put the step's projections into the buffer, which moves to the table after the episode's
         last step; those of a skipped step belong to no sample."""
         if self.store is None or outcome.projected is None:
             return
-        positions = torch.cat([batch.index for batch in passes]).to(self.setup.device)
+        positions = torch.cat([batch.index for batch in step_batches]).to(self.setup.device)
         positions = positions.where(outcome.finite, -1)
-        steps = self.plan.steps_of(episode)
+        steps = self.plan.steps_of(episode_number)
         projected = outcome.projected
-        self.store.put(step - steps.start, positions, projected.image, projected.text)
-        if step == steps[-1]:  # before anything can save
-            self.store.end_episode(episode)
+        self.store.put(step_number - steps.start, positions, projected.image, projected.text)
+        if step_number == steps[-1]:  # before anything can save
+            self.store.end_episode(episode_number)
 
-    def _log_or_check(self, outcome: Step, passes: Sequence[Batch], lr: float, number: int) -> None:
+    def _log_or_check(
+        self, outcome: Step, step_batches: Sequence[Batch], lr: float, episode_number: int
+    ) -> None:
         """After a step: log if it is time, and look for skipped steps if that costs no waiting."""
         last = self.step == self.plan.total_steps
         logs = last or self.step % self.config.run.log_every_n_steps == 0
         if logs:
-            self._log(outcome, lr, number)
+            self._log(outcome, lr, episode_number)
         if logs or self.setup.device.type == "cpu":  # on a CPU reading a number is free
-            self._check_skipped(passes)
+            self._check_skipped(step_batches)
 
-    def _check_skipped(self, passes: Sequence[Batch]) -> None:
+    def _check_skipped(self, step_batches: Sequence[Batch]) -> None:
         """Log skipped steps; after --max-bad-steps in a row, save and stop."""
-        total, in_a_row = self.stepper.bad.tolist()
-        if total == self._skipped:
+        total = int(self.stepper.skipped_steps)
+        if total == self._reported_skips:
             return
-        self._skipped = total
-        keys = [self.dataset.keys[i] for batch in passes for i in batch.index.tolist()]
+        self._reported_skips = total
+        in_a_row = int(self.stepper.consecutive_skips)
+        keys = [self.dataset.keys[i] for batch in step_batches for i in batch.index.tolist()]
         self.folder.note(f"step {self.step} skipped: not finite, {total} so far; samples: {keys}")
         if in_a_row >= self.config.run.max_bad_steps:
             self.save(None)
@@ -468,14 +483,14 @@ class Trainer:
                 f"set_detect_anomaly(True); the last finite weights are in {self.folder.path}"
             )
 
-    def _log(self, outcome: Step, lr: float, number: int) -> None:
+    def _log(self, outcome: Step, lr: float, episode_number: int) -> None:
         """Read the device once; write one line of metrics and one line of progress."""
         now = time.perf_counter()
-        samples = (self.step - self._logged_step) * self.plan.batch_size
+        samples = (self.step - self._logged_step) * self.plan.global_batch_size
         record = self._means(outcome) | {
             "lr": lr,
             "epoch": self.step / self.plan.steps_per_epoch,
-            "episode": number,
+            "episode": episode_number,
             "samples_per_second": samples / (now - self._logged_time),
         }
         self._logged_time = now
@@ -484,9 +499,9 @@ class Trainer:
             record[f"seconds_{phase}"] = seconds
         record |= self._episode_metrics
         self._episode_metrics = {}
-        self.folder.metrics(self.step, self.step * self.plan.batch_size, record)
+        self.folder.metrics(self.step, self.step * self.plan.global_batch_size, record)
         if "same_caption" in record and self.step == self.config.run.log_every_n_steps:
-            pairs = self.plan.batch_size // distributed.world_size()
+            pairs = self.plan.global_batch_size // distributed.world_size()
             self.folder.note(
                 f"--dedup {self.config.loss.dedup}: in a batch of {pairs} pairs, "
                 f"{record['same_caption']:g} share their caption with another one"
@@ -494,10 +509,10 @@ class Trainer:
         self._loss = record.get("loss", math.nan)
         total = self.plan.total_steps
         per_step = (now - self._began_time) / (self.step - self._began_step)
-        left = round((total - self.step) * per_step)
+        seconds_left = round((total - self.step) * per_step)
         self.folder.note(
             f"step {self.step}/{total}, loss {self._loss:.4f}, {record['samples_per_second']:,.0f} "
-            f"samples/s, ETA {datetime.timedelta(seconds=left)}"
+            f"samples/s, ETA {datetime.timedelta(seconds=seconds_left)}"
         )
 
     def _means(self, outcome: Step) -> dict[str, float]:
@@ -513,7 +528,7 @@ class Trainer:
             "logit_scale": self.model.logit_scale,
             "logit_scale_proto": self.model.proto_logit_scale,
             "grad_norm": outcome.norm,
-            "bad_steps": self.stepper.bad[0],
+            "bad_steps": self.stepper.skipped_steps,
             "bad_samples": (faults + self.faults.known).to(self.setup.device),
         }
         if outcome.same_caption is not None:
@@ -532,11 +547,12 @@ class Trainer:
         """Evaluate and save at the end of an epoch that asks for it, or after a signal."""
         per_epoch = self.plan.steps_per_epoch
         last = self.step == self.plan.total_steps
-        for evaluate, frequency in self.evaluations:
-            if last or self.step % max(1, round(frequency * per_epoch)) == 0:
+        for evaluation in self.evaluations:
+            interval_steps = max(1, round(evaluation.interval_epochs * per_epoch))
+            if last or self.step % interval_steps == 0:
                 with self.phases.measure("evaluation", on_host=True):
-                    scalars = evaluate(self.model)
-                self.folder.metrics(self.step, self.step * self.plan.batch_size, scalars)
+                    scalars = evaluation.evaluate(self.model)
+                self.folder.metrics(self.step, self.step * self.plan.global_batch_size, scalars)
                 self._logged_time = time.perf_counter()
                 self._logged_step = self.step
         epochs = self.config.run.save_frequency
@@ -546,16 +562,22 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Save if --save-every asks for it; save and stop if a signal does."""
-        timed, stop = self._agreed().tolist()  # what the ranks asked for one step ago
-        if stop or timed or (self._every_steps and self.step % self._every_steps == 0):
+        requests = self._agreed_requests()  # of one step ago
+        every = self._save_every
+        if requests.stop or requests.save or (every.steps and self.step % every.steps == 0):
             self.save(None)
-        if stop:
-            signal = "Ctrl-C" if stop > 1 else self.signals.asked or "a signal to another rank"
-            words = f"stopped by {signal} after step {self.step}; continue with --resume"
-            code = 130 if stop > 1 else 0
-            raise schedule.Stopped(f"{words} {self.folder.path}", code)
-        due = 0 < self._every_seconds <= time.monotonic() - self._saved_time  # by its own clock
-        self._agreed = distributed.max_later(torch.tensor([float(due), self.signals.level]))
+        if requests.stop:
+            by_ctrl_c = requests.stop == schedule.StopRequest.CTRL_C
+            signal = "Ctrl-C" if by_ctrl_c else self.signals.asked or "a signal to another rank"
+            raise schedule.Stopped(
+                f"stopped by {signal} after step {self.step}; continue with --resume "
+                f"{self.folder.path}",
+                code=130 if by_ctrl_c else 0,
+            )
+        due = 0 < every.seconds <= time.monotonic() - self._saved_time  # by this rank's clock
+        self._agreed_requests = schedule.agree_later(
+            schedule.Requests(save=due, stop=self.signals.request)
+        )
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
@@ -582,14 +604,17 @@ class Trainer:
                 "config": to_dict(self.config),
                 "step": self.step,
                 "training": {
-                    "batch_size": self.plan.batch_size,
+                    "batch_size": self.plan.global_batch_size,
                     "passes": self._split,
                     "precision": self.setup.precision,
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": None if self.episode is None else self.episode.state_dict(),
                     "watch": self.watch.state_dict(),
                     "features": stored,
-                    "skipped": self.stepper.bad.tolist(),
+                    "skipped": [
+                        int(self.stepper.skipped_steps),
+                        int(self.stepper.consecutive_skips),
+                    ],
                     "faults": sorted({fault for faults in faults_by_rank for fault in faults}),
                     "seconds": self.phases.seconds(),
                     "data": checkpoint.fingerprint(self.dataset.keys),
@@ -609,8 +634,10 @@ class Trainer:
             self.stepper.load_state(payload["optimizer"], training["scaler"])
             match_layout(self.stepper.adamw)
             skipped = torch.tensor([*map(index, training["skipped"])]).reshape(2)
-            self.stepper.bad = skipped.to(self.setup.device)
-            self._skipped = int(skipped[0])
+            total, in_a_row = skipped.to(self.setup.device).unbind()
+            self.stepper.skipped_steps = total
+            self.stepper.consecutive_skips = in_a_row
+            self._reported_skips = int(total)
             self.episode = None
             if training["episode"] is not None:
                 self.episode = Episode.from_state(training["episode"], self.setup.device)
@@ -634,7 +661,7 @@ class Trainer:
                 f"({type(error).__name__}: {str(error)[:300]}); use an older checkpoint"
             ) from error
         notes = []
-        if not same_split and depends_on_passes(self.model):
+        if not same_split and depends_on_split(self.model):
             notes.append(
                 "note: the number of ranks or passes has changed; this model has dropout or batch "
                 "norm by rank or pass, so the losses differ from those of an uninterrupted run"

@@ -224,8 +224,8 @@ def torchrun(folder: Path, argv: list[str], *flags: str) -> subprocess.Popen[str
     )
 
 
-def ended(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
-    """The exit codes; None of a process that is still there after the limit."""
+def exit_codes(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
+    """Wait for the processes; their exit codes, None for one that outlives the limit."""
     deadline = time.monotonic() + limit
     try:
         for process in processes:
@@ -240,8 +240,8 @@ def wait_until(condition: Callable[[], Any], processes: list[Any], folder: Path)
     """Wait for a condition that one of the processes makes true."""
     deadline = time.monotonic() + LIMIT
     while not condition():
-        assert all(map(_alive, processes)), said(folder)
-        assert time.monotonic() < deadline, said(folder)
+        assert all(map(_alive, processes)), output_of(folder)
+        assert time.monotonic() < deadline, output_of(folder)
         time.sleep(0.005)
 
 
@@ -276,6 +276,6 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in metrics(run) if "loss" in line]
 
 
-def said(folder: Path) -> list[str]:
+def output_of(folder: Path) -> list[str]:
     """What each rank has printed."""
     return [path.read_text() for path in sorted(folder.glob("rank*.log"))]

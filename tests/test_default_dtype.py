@@ -50,13 +50,13 @@ def inputs_of(dtype: torch.dtype) -> Inputs:
     )
 
 
-def differentiable(inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    """What each loss gives, for x among others."""
+def loss_values(inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """The value of each loss, differentiable in x."""
     x = inputs.x
     y = inputs.y
     ids = inputs.ids
     weights = inputs.weights
-    level, mean = protoclip.contrastive_parts(
+    log_sum_exp, mean_positive = protoclip.contrastive_parts(
         x,
         y,
         14.3,
@@ -93,8 +93,8 @@ def differentiable(inputs: Inputs, backend: str) -> dict[str, Tensor]:
             label_smoothing=0.1,
             backend=backend,
         ),
-        "parts, log-sum-exp": level,
-        "parts, mean positive": mean,
+        "parts, log-sum-exp": log_sum_exp,
+        "parts, mean positive": mean_positive,
         "nt_xent": protoclip.nt_xent(x, y, 14.3, backend=backend),
         "nt_xent, ids": protoclip.nt_xent(x, y, 14.3, ids=ids, backend=backend),
         "sup_con": protoclip.sup_con(x, ids, 14.3, backend=backend),
@@ -130,7 +130,7 @@ def of_clusters(inputs: Inputs, backend: str) -> dict[str, Tensor]:
 def results(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What each function gives for features of ``dtype``, and the gradient of the first ones."""
     inputs = inputs_of(dtype)
-    values = differentiable(inputs, backend)
+    values = loss_values(inputs, backend)
     gradients = {
         f"gradient of {name}": torch.autograd.grad(value.sum(), inputs.x, retain_graph=True)[0]
         for name, value in values.items()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from ranks import (
     bare_run,
-    ended,
+    exit_codes,
     free_port,
     metrics,
-    said,
+    output_of,
     start_command,
     steps_of,
     tiny_run,
@@ -35,15 +35,15 @@ def test_a_lost_rank_ends_the_others(tmp_path: Path, victim: int, sent: signal.S
     processes = start_command(tmp_path, argv)
     wait_until(lambda: steps_of(tmp_path, "run") >= 2, processes, tmp_path)
     os.kill(processes[victim].pid, sent)
-    codes = ended([processes[1 - victim]])
+    codes = exit_codes([processes[1 - victim]])
     processes[victim].kill()
-    assert codes == [1], said(tmp_path)
+    assert codes == [1], output_of(tmp_path)
 
 
-def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
     processes = start_command(tmp_path, tiny_run(tmp_path, "bad", "--k", "1000"))
-    assert ended(processes) == [2, 2]
-    together = "".join(said(tmp_path))
+    assert exit_codes(processes) == [2, 2]
+    together = "".join(output_of(tmp_path))
     assert together.count("--k: expected") == 1 and "Traceback" not in together
 
 
@@ -76,23 +76,23 @@ def lose_the_pictures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "words"),
+    ("fault", "code", "tracebacks", "words"),
     [
-        (break_the_third_step, 1, "KeyError: 'a mistake of the program'"),
-        (lose_the_pictures, 2, "the picture is gone"),
+        (break_the_third_step, 1, 1, "KeyError: 'a mistake of the program'"),
+        (lose_the_pictures, 2, 0, "the picture is gone"),
     ],
     ids=["exception", "bad data"],
 )
 def test_a_rank_that_fails_ends_the_others(
-    tmp_path: Path, fault: Callable[[], None], code: int, words: str
+    tmp_path: Path, fault: Callable[[], None], code: int, tracebacks: int, words: str
 ) -> None:
     argv = tiny_run(
         tmp_path, "fails", "--max-steps", "1000", "--epochs", "1000", "--dist-timeout", "60"
     )
-    first_code, second_code = ended(start_command(tmp_path, argv, fault=fault))
-    printed = said(tmp_path)
+    first_code, second_code = exit_codes(start_command(tmp_path, argv, fault=fault))
+    printed = output_of(tmp_path)
     assert second_code == code and first_code not in (0, None), printed
-    assert words in printed[1] and printed[1].count("Traceback") == (code == 1)
+    assert words in printed[1] and printed[1].count("Traceback") == tracebacks
 
 
 def die_at_a_picture() -> None:
@@ -113,24 +113,26 @@ def evaluate_on_ranks(
     tiny_run(folder, "")  # writes the model
     argv = ["tiny.json", "--pretrained", "random", "--data", data, "--output", output]
     command = "protoclip.evaluate.__main__"
-    return ended(start_command(folder, argv, ranks, fault=fault, command=command))
+    return exit_codes(start_command(folder, argv, ranks, fault=fault, command=command))
 
 
 def test_evaluation_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
     codes = evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json", fault=die_at_a_picture)
-    assert codes == [1, -signal.SIGKILL], said(tmp_path)
-    assert "".join(said(tmp_path)).count("error:") == 0
+    assert codes == [1, -signal.SIGKILL], output_of(tmp_path)
+    assert "".join(output_of(tmp_path)).count("error:") == 0
 
 
-def test_evaluation_says_a_mistake_once(tmp_path: Path) -> None:
-    assert evaluate_on_ranks(tmp_path, "builtin:cats", "two.json") == [2, 2], said(tmp_path)
-    together = "".join(said(tmp_path))
+def test_evaluation_reports_a_mistake_once(tmp_path: Path) -> None:
+    assert evaluate_on_ranks(tmp_path, "builtin:cats", "two.json") == [2, 2], output_of(tmp_path)
+    together = "".join(output_of(tmp_path))
     assert "expected one of builtin:icons" in together and together.count("error:") <= 1
 
 
 def test_evaluation_on_two_ranks_has_the_numbers_of_one(tmp_path: Path) -> None:
-    assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json") == [0, 0], said(tmp_path)
-    together = "".join(said(tmp_path))
+    assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json") == [0, 0], output_of(
+        tmp_path
+    )
+    together = "".join(output_of(tmp_path))
     assert "Evaluated in" in together and together.count("error:") == 0
     assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "one.json", ranks=1) == [0]
     on_two = json.loads((tmp_path / "two.json").read_text())["trained"]
@@ -156,8 +158,8 @@ LAUNCHERS = {
 def test_other_launchers_variables_are_enough(tmp_path: Path, launcher: str) -> None:
     argv = tiny_run(tmp_path, "run", "--max-steps", "2")
     processes = start_command(tmp_path, argv, variables=LAUNCHERS[launcher])
-    assert ended(processes) == [0, 0], said(tmp_path)
-    printed = said(tmp_path)
+    assert exit_codes(processes) == [0, 0], output_of(tmp_path)
+    printed = output_of(tmp_path)
     assert "2 steps of 24" in printed[0] and "2 ranks" in printed[0] and "done: " not in printed[1]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TINY, ended, metrics, on_ranks, said, start_command, tiny_run
+from ranks import TINY, exit_codes, metrics, on_ranks, output_of, start_command, tiny_run
 from torch import Tensor
 
 from protoclip import distributed
@@ -43,8 +43,8 @@ def metrics_of_run(
         "--lr", "1e-3", "--external-teacher", "teacher.npy", "--external-teacher-dim", "0",
         "--episode-size", str(2 * BATCH), "--max-steps", str(STEPS),
     )  # fmt: skip
-    codes = ended(start_command(folder, argv + flags, ranks, bare=True))
-    assert codes == [0] * ranks, said(folder)
+    codes = exit_codes(start_command(folder, argv + flags, ranks, bare=True))
+    assert codes == [0] * ranks, output_of(folder)
     return [line for line in metrics(folder / "logs" / name) if "loss" in line]
 
 

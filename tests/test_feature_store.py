@@ -43,8 +43,8 @@ def projections(step: int) -> Projections:
 
 def put_step(store: FeatureStore, step: int, index: Tensor, rows: Projections) -> None:
     """This rank's share of a step's rows."""
-    mine = distributed.own_slice(BATCH)
-    store.put(step, index[mine], rows.image[mine], rows.text[mine])
+    share = distributed.own_slice(BATCH)
+    store.put(step, index[share], rows.image[share], rows.text[share])
 
 
 def empty_store(samples: int = SAMPLES, steps: int = STEPS) -> FeatureStore:

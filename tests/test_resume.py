@@ -15,10 +15,10 @@ import torch
 from ranks import (
     TINY,
     bare_run,
-    ended,
+    exit_codes,
     losses,
     metrics,
-    said,
+    output_of,
     start_command,
     steps_of,
     tiny_run,
@@ -59,9 +59,9 @@ def test_kill_minus_nine_changes_no_bit(tmp_path: Path, ranks: int) -> None:
             time.sleep(0.1 * dice.random())
         for process in processes:
             process.kill()
-        ended(processes)
+        exit_codes(processes)
     for name in ("killed", "whole"):
-        assert ended(start(name)) == [0] * ranks, said(tmp_path)
+        assert exit_codes(start(name)) == [0] * ranks, output_of(tmp_path)
     whole = losses(tmp_path / "logs" / "whole")
     assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == num_steps
 
@@ -135,11 +135,11 @@ def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
     original_step = Stepper.step
 
     def poisoned(
-        stepper: Stepper, number: int, batches: Any, *arguments: Any, **options: Any
+        stepper: Stepper, step_number: int, batches: Any, *arguments: Any, **options: Any
     ) -> Any:
-        if number in (6, 7):
+        if step_number in (6, 7):
             batches[0].image[3] = float("nan")
-        return original_step(stepper, number, batches, *arguments, **options)
+        return original_step(stepper, step_number, batches, *arguments, **options)
 
     monkeypatch.setattr(Stepper, "step", poisoned)
     flags = [*flags, "--logs", str(tmp_path), "--val-frequency", "0"]
@@ -167,9 +167,9 @@ def test_a_resumed_run_says_if_auto_means_another_precision_here(
     monkeypatch.setattr("protoclip.model.processor_multiplies_bf16", lambda: True)
     capsys.readouterr()
     assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     note = "until now the run computed in fp32, and --precision auto means amp_bf16 here"
-    assert note in said.out + said.err
+    assert note in printed.out + printed.err
 
 
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
             "--episode-features", "reuse",  # five steps alone are too few for "auto"
             "--batch-size", str(24 // ranks), "--max-steps", str(steps), *(resume or []),
         )  # fmt: skip
-        codes = ended(start_command(tmp_path, argv, ranks, bare=True))
-        assert codes == [0] * ranks, said(tmp_path)
+        codes = exit_codes(start_command(tmp_path, argv, ranks, bare=True))
+        assert codes == [0] * ranks, output_of(tmp_path)
 
     run("whole", ranks=1, steps=10)
     whole = dict(losses(tmp_path / "logs" / "whole"))
@@ -193,7 +193,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
         run(name, ranks=after, steps=10, resume=["--resume", f"logs/{name}"])
         moved = dict(losses(tmp_path / "logs" / name))
         assert list(moved) == list(range(1, 11))
-        assert "number of ranks or passes" not in said(tmp_path)[0]
+        assert "number of ranks or passes" not in output_of(tmp_path)[0]
         assert moved == pytest.approx(whole, rel=3e-4), name
 
 

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from ranks import (
     bare_run,
-    ended,
+    exit_codes,
     free_port,
     losses,
-    said,
+    output_of,
     start_command,
     steps_of,
     torchrun,
@@ -46,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, argv: list[str], ranks: int) -> None:
     """To the end."""
-    codes = ended(start_command(folder, argv, ranks, bare=True))
-    assert codes == [0] * ranks, said(folder)
+    codes = exit_codes(start_command(folder, argv, ranks, bare=True))
+    assert codes == [0] * ranks, output_of(folder)
 
 
 def whole_run(folder: Path, ranks: int, steps: int) -> list[tuple[int, float]]:
@@ -62,7 +62,7 @@ def whole_run(folder: Path, ranks: int, steps: int) -> list[tuple[int, float]]:
 def kill_a_worker(folder: Path, name: str, process: Any) -> None:
     """The run goes on, with a warning; a worker that has loaded its last batch is not missed."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while "worker died" not in said(folder)[0]:
+    while "worker died" not in output_of(folder)[0]:
         for worker in children.read_text().split()[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(worker), signal.SIGKILL)
@@ -75,15 +75,17 @@ def wait_for_steps(
 ) -> None:
     steps = steps_of(folder, name) + more
     wait_until(
-        lambda: or_until in said(folder)[0] or steps_of(folder, name) >= steps, [process], folder
+        lambda: or_until in output_of(folder)[0] or steps_of(folder, name) >= steps,
+        [process],
+        folder,
     )
 
 
 def assert_saved_and_resumed(folder: Path, name: str, processes: list[Any], exit_code: int) -> None:
     """Processes that were told to stop end well, and the run goes on bit for bit."""
     ranks = len(processes)
-    codes = ended(processes)
-    printed = said(folder)
+    codes = exit_codes(processes)
+    printed = output_of(folder)
     assert codes == [exit_code] * ranks, printed
     assert "continue with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
     run = folder / "logs" / name
@@ -155,9 +157,9 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     wait_until(lambda: "press it again to end at once" in log.read_text(), [process], folder)
     os.kill(process.pid, signal.SIGINT)
-    codes = ended([process])
+    codes = exit_codes([process])
     (folder / "wait").unlink()
-    assert codes == [130], said(folder)
+    assert codes == [130], output_of(folder)
     assert "interrupted" in log.read_text() and "Traceback" not in log.read_text()
     assert not list((folder / "logs" / "twice" / "checkpoints").iterdir())
 
@@ -178,14 +180,14 @@ def test_torchrun_hands_sigterm_on_and_the_ranks_save(folder: Path) -> None:
 def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder: Path) -> None:
     (folder / "rank0.log").unlink(missing_ok=True)
     argv = flags(folder, "log", "--max-steps", "6", "--log-every-n-steps", "2")
-    assert ended(start_command(folder, argv, 1, bare=True)) == [0]
+    assert exit_codes(start_command(folder, argv, 1, bare=True)) == [0]
     lines = (folder / "logs" / "log" / "out.log").read_text().splitlines()
     line_of_a_step = (
         r"\d{4}-\d\d-\d\d [\d:,]+ step (\d+)/6, loss \d\.\d{4}, [\d,]+ samples/s, ETA [\d:]+"
     )
     matches = [re.fullmatch(line_of_a_step, line) for line in lines]
     assert [match[1] for match in matches if match] == ["2", "4", "6"]
-    printed = said(folder)[0]
+    printed = output_of(folder)[0]
     assert "\r" not in printed and "%|" not in printed and "it/s" not in printed
 
 

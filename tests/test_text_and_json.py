@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ranks import config_of
 
 from protoclip.__main__ import main
-from protoclip.config import PRECISIONS
 from protoclip.data.files import lines_of, printable
 from protoclip.data.shards import parse_captions
 from protoclip.evaluate.datasets import open_layout, read_templates
@@ -66,22 +67,44 @@ def test_the_depth_of_json_is_limited() -> None:
             parse_json(deep)
 
 
-@pytest.mark.parametrize("name", ["config.json", "results.json", "report.json", "metrics.jsonl"])
-@pytest.mark.parametrize("text", [DEEP, "[" * 900 + "]" * 900], ids=["torn", "whole"])
-def test_deep_json_in_a_run_is_a_sentence(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text
-) -> None:
-    run = shutil.copytree(trained, tmp_path / "run")
+DEEP_TEXTS = pytest.mark.parametrize("text", [DEEP, "[" * 900 + "]" * 900], ids=["torn", "whole"])
+
+
+def run_with(trained: Path, folder: Path, name: str, text: str) -> Path:
+    """A copy of a run with another content of one of its files."""
+    run = shutil.copytree(trained, folder / "run")
     (run / name).write_text(text)
-    damaged = name in ("config.json", "results.json")  # the others are as if they were missing
-    assert main(["report", str(run)]) == (2 if damaged else 0)
-    said = capsys.readouterr()
-    if damaged:
-        assert str(run / name) in said.err and said.err.count("\n") == 1
-    if name == "config.json":
-        assert main(["train", "--resume", str(run)]) == 2
-        said = capsys.readouterr().err
-        assert f"{run}/config.json cannot be used" in said and said.count("\n") == 1
+    return run
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+@DEEP_TEXTS
+def test_a_report_of_deep_settings_or_results_is_refused_in_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    run = run_with(trained, tmp_path, name, text)
+    assert main(["report", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert str(run / name) in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["report.json", "metrics.jsonl"])
+@DEEP_TEXTS
+def test_deep_optional_files_do_not_stop_a_report(
+    trained: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    run = run_with(trained, tmp_path, name, text)
+    assert main(["report", str(run)]) == 0
+
+
+@DEEP_TEXTS
+def test_a_run_with_deep_settings_is_not_resumed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    run = run_with(trained, tmp_path, "config.json", text)
+    assert main(["train", "--resume", str(run)]) == 2
+    message = capsys.readouterr().err
+    assert f"{run}/config.json cannot be used" in message and message.count("\n") == 1
 
 
 def test_deep_json_in_a_preset_or_model_is_a_sentence(
@@ -90,9 +113,10 @@ def test_deep_json_in_a_preset_or_model_is_a_sentence(
     (tmp_path / "deep.json").write_text('{"optim": ' + DEEP)
     for flag in ("--preset", "--model"):
         assert main(["train", flag, str(tmp_path / "deep.json")]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"protoclip train: error: {flag}: ") and said.count("\n") == 1
-        assert "deep.json" in said and "100 levels" in said
+        message = capsys.readouterr().err
+        assert message.startswith(f"protoclip train: error: {flag}: ")
+        assert message.count("\n") == 1
+        assert "deep.json" in message and "100 levels" in message
 
 
 @pytest.mark.parametrize(
@@ -100,43 +124,70 @@ def test_deep_json_in_a_preset_or_model_is_a_sentence(
     [
         ({"caption": 3}, 'expected a string in "caption", got 3'),
         ({"caption": False}, 'expected a string in "caption", got False'),
-        ({"captions": "x", "caption": 3}, None),
         ({"captions": {"a": 1}}, "expected a list of strings in \"captions\", got {'a': 1}"),
         ({"captions": ["a", 3]}, "expected a list of strings in \"captions\", got ['a', 3]"),
         ({"caption": None}, "all captions are empty"),
         ({}, "all captions are empty"),
     ],
 )
-def test_a_caption_that_is_no_text_is_named(content, words: str) -> None:
-    data = json.dumps(content).encode()
-    if words is None:
-        assert parse_captions(data, True) == ("x",)
-        return
+def test_a_caption_that_is_not_text_is_named(content: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError) as raised:
-        parse_captions(data, True)
+        parse_captions(json.dumps(content).encode(), True)
     assert str(raised.value) == words
 
 
-def test_every_precision_of_openclip_works_or_is_answered(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_caption_beside_captions_is_not_read() -> None:
+    assert parse_captions(b'{"captions": "x", "caption": 3}', True) == ("x",)
+
+
+# OpenCLIP's names of precisions, and ours.
+TRAINABLE = {
+    "amp": "amp",
+    "amp_bf16": "amp_bf16",
+    "amp_bfloat16": "amp_bf16",
+    "fp32": "fp32",
+}
+# Weights in 16 bits: refused, with what to use instead.
+REFUSED = {
+    "bf16": "amp_bf16",
+    "fp16": "amp",
+    "pure_bf16": "amp_bf16",
+    "pure_fp16": "amp",
+}
+
+
+def test_every_precision_of_openclip_has_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = pytest.importorskip("open_clip_train.params")
+    parsers: list[argparse.ArgumentParser] = []
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def noting(parser: argparse.ArgumentParser, *arguments: Any) -> argparse.Namespace:
+        parsers.append(parser)
+        return parse_args(parser, *arguments)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", noting)
+    params.parse_args(["--precision", "fp32"])
+    choices = parsers[0]._option_string_actions["--precision"].choices
+    assert choices is not None and set(choices) <= TRAINABLE.keys() | REFUSED.keys()
+
+
+@pytest.mark.parametrize(("name", "precision"), TRAINABLE.items())
+def test_precisions_that_keep_fp32_weights_are_taken(
+    tmp_path: Path, name: str, precision: str
 ) -> None:
-    action = pytest.importorskip("open_clip_train.params")
-    with pytest.raises(SystemExit):
-        action.parse_args(["--precision", "none"])
-    theirs = capsys.readouterr().err.rpartition("choose from ")[2].strip(" )\n").split(", ")
-    theirs = {name.strip("'") for name in theirs}
-    assert {"amp_bfloat16", "pure_bf16", "fp16", "fp32"} <= theirs
-    for name in theirs:
-        if "pure" in name or name in ("bf16", "fp16"):
-            for command in (["train"], ["evaluate", "x"], ["cluster", "x"]):
-                with pytest.raises(SystemExit) as ended:
-                    main([*command, "--precision", name])
-                said = capsys.readouterr().err
-                assert ended.value.code == 2 and said.count("\n") == 1
-                assert f"--precision: expected fp32 weights, got {name}" in said
-                assert f"use amp{'_bf16' if 'bf16' in name else ''}," in said
-        else:
-            assert config_of("--precision", name).run.precision in PRECISIONS
-    assert config_of("--precision", "amp_bfloat16").run.precision == "amp_bf16"
-    (tmp_path / "p.json").write_text('{"run": {"precision": "amp_bfloat16"}}')
-    assert config_of("--preset", str(tmp_path / "p.json")).run.precision == "amp_bf16"
+    assert config_of("--precision", name).run.precision == precision
+    (tmp_path / "preset.json").write_text(json.dumps({"run": {"precision": name}}))
+    assert config_of("--preset", str(tmp_path / "preset.json")).run.precision == precision
+
+
+@pytest.mark.parametrize(("name", "remedy"), REFUSED.items())
+@pytest.mark.parametrize("command", [["train"], ["evaluate", "x"], ["cluster", "x"]])
+def test_precisions_of_16_bit_weights_are_refused_with_a_remedy(
+    capsys: pytest.CaptureFixture[str], command: list[str], name: str, remedy: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--precision", name])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1
+    assert f"--precision: expected fp32 weights, got {name}" in message
+    assert f"use {remedy}," in message

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from ranks import config_of, losses, on_ranks
 
 from protoclip import checkpoint, distributed
@@ -22,7 +23,8 @@ PAIRS = 80
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """Pairs of picture and caption; every fifth picture has a second row at the end."""
-    folder, shapes = tmp_path_factory.mktemp("table"), open_dataset(f"builtin:shapes:{PAIRS}")
+    folder = tmp_path_factory.mktemp("table")
+    shapes = open_dataset(f"builtin:shapes:{PAIRS}")
     rows = [(f"{i}.png", shapes.captions(i)[0]) for i in range(PAIRS)]
     for i, (file, _) in enumerate(rows):
         shapes.image(i).save(folder / file)
@@ -56,24 +58,26 @@ def test_who_is_held_out_depends_on_seed_and_number_only():
 
 def test_the_rows_of_a_picture_stay_together(table):
     data = open_run_data(config_of("--train-data", str(table), "--val-fraction", "0.3"))
-    trained, held_out = ({key.split("#")[0] for key in part.keys} for part in vars(data).values())
+    trained = {key.split("#")[0] for key in data.training.keys}
+    held_out = {key.split("#")[0] for key in data.held_out.keys}
     assert not trained & held_out and len(trained | held_out) == PAIRS and len(held_out) > 10
     captions = [data.held_out.captions(i) for i in range(len(data.held_out))]
     assert len(data.training) + sum(map(len, captions)) == PAIRS + PAIRS // 5
-    assert any(len(own) == 2 and own[1] == f"also {own[0]}" for own in captions)
+    captions_of_two_rows = [texts for texts in captions if len(texts) == 2]
+    assert captions_of_two_rows
+    assert all(second == f"also {first}" for first, second in captions_of_two_rows)
 
 
 def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys):
     folder = run("whole")
-    said = capsys.readouterr().err
-    assert "evaluation: on 80 pairs of the training data" in said
-    one = json.loads((folder / "results.json").read_text())
-    assert list(one["trained"]) == ["TRAIN"]
-    assert one["trained"]["TRAIN"]["title"] == "80 of the pairs that it was trained on"
-    chance = one["floors"]["chance"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
+    assert "evaluation: on 80 pairs of the training data" in capsys.readouterr().err
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["trained"]) == ["TRAIN"]
+    assert results["trained"]["TRAIN"]["title"] == "80 of the pairs that it was trained on"
+    chance = results["floors"]["chance"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
     assert chance == pytest.approx(1 / 80)
     page = (folder / "report.html").read_text()
-    hits = 100 * one["trained"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
+    hits = 100 * results["trained"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
     assert (
         f"It finds the caption of {hits:.0f} of 100 pictures that it was trained on among 80 "
         "captions (chance 1)." in page
@@ -97,16 +101,16 @@ def test_held_out_pairs_are_never_trained_on(run, table, capsys):
     assert trained == set(data.training.keys) and not trained & set(data.held_out.keys)
     saved = checkpoint.load(checkpoint.candidates(folder)[0])["protoclip"]["training"]
     assert saved["data"] == checkpoint.fingerprint(data.training.keys)
-    found = json.loads((folder / "results.json").read_text())
-    assert list(found["trained"]) == ["HO"] and found["data"].endswith("[held out]")
-    assert found["trained"]["HO"]["samples"] == len(data.held_out)
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["trained"]) == ["HO"] and results["data"].endswith("[held out]")
+    assert results["trained"]["HO"]["samples"] == len(data.held_out)
     page = (folder / "report.html").read_text()
     assert "pictures that it has never seen" in page and "trained on" not in page
     capsys.readouterr()
     assert evaluate([str(folder), "--output", str(folder / "again.json")]) == 0
     assert "Held-out pairs (HO)" in capsys.readouterr().out
     again = json.loads((folder / "again.json").read_text())["trained"]["HO"]["metrics"]
-    first = found["trained"]["HO"]["metrics"]
+    first = results["trained"]["HO"]["metrics"]
     assert again["text_retrieval_recall@1"] == first["text_retrieval_recall@1"]
 
 
@@ -140,8 +144,8 @@ def test_what_cannot_be_held_out(run, capsys, monkeypatch, flags, words):
         monkeypatch.setattr("protoclip.data.settings.index_together", lambda data: None)
         monkeypatch.setattr("protoclip.data.settings.open_dataset", lambda *a, **k: shards)
     folder = run("refused", "--val-fraction", "0.2", *flags, code=2)
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1 and not folder.exists()
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and not folder.exists()
 
 
 def test_unreadable_pictures_are_left_out(table, tmp_path):
@@ -151,17 +155,20 @@ def test_unreadable_pictures_are_left_out(table, tmp_path):
     (tmp_path / "pairs.csv").write_text(f"{text}\n{tmp_path}/bad.png,bad\n")
     layouts = on_ranks(2, layout_sizes, str(tmp_path / "pairs.csv"))
     assert layouts == [("TRAIN", 80, "80 of the pairs that it was trained on")] * 2
-    bad = open_dataset(str(tmp_path / "pairs.csv"))
-    assert own_layout(RunData(Subset(bad, [96, 96])), 0) is None
-    assert own_layout(RunData(bad, Subset(bad, [0, 96, 1])), 0).test.keys[:] == bad.keys[:2]
-    few = Subset(bad, [0, *[96] * 200, 1])  # too few to replace the unreadable ones of a batch
+    dataset = open_dataset(str(tmp_path / "pairs.csv"))
+    unreadable = 96  # its position
+    assert own_layout(RunData(Subset(dataset, [unreadable, unreadable])), 0) is None
+    held_out = Subset(dataset, [0, unreadable, 1])
+    assert own_layout(RunData(dataset, held_out), 0).test.keys[:] == dataset.keys[:2]
+    # Too few can be read to replace the others of a batch.
+    held_out = Subset(dataset, [0, *[unreadable] * 200, 1])
     for workers in (0, 2):
-        assert own_layout(RunData(bad, few), workers).test.keys[:] == bad.keys[:2]
+        assert own_layout(RunData(dataset, held_out), workers).test.keys[:] == dataset.keys[:2]
 
 
 def layout_sizes(path):
     info = distributed.find_rank()
-    distributed.start(info, __import__("torch").device("cpu"), 60)
+    distributed.start(info, torch.device("cpu"), 60)
     layout = own_layout(RunData(open_dataset(path)), 0)
     distributed.stop()
     return layout.key, len(layout.test), layout.title

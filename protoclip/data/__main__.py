@@ -117,15 +117,15 @@ def _members_of(dataset: PairDataset, i: int, kind: str) -> dict[str, str | byte
     """A pair in the form that webdataset's writer takes."""
     captions = dataset.captions(i)
     key = dataset.keys[i]
-    picture = io.BytesIO()
-    dataset.image(i).save(picture, FORMATS[kind], quality=95)
+    stream = io.BytesIO()
+    dataset.image(i).save(stream, FORMATS[kind], quality=95)
     about: dict[str, Any] = {"caption": captions[0], "captions": list(captions), "key": key}
     for name, labels in dataset.labels.items():
         if labels.ids[i] >= 0:
             about[name] = labels.names[int(labels.ids[i])]
     return {
         "__key__": key if PLAIN_KEY.fullmatch(key) else f"{i:09d}",
-        kind: picture.getvalue(),
+        kind: stream.getvalue(),
         "txt": captions[0].encode("utf-8", "surrogateescape"),
         "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogateescape"),
     }

@@ -92,9 +92,10 @@ class IconDataset:
     ) -> None:
         """``pictures``, uint8 [P, S, S, 3], has the picture of icon i at ``rows[i]``."""
         self.name = name
-        self.pictures, self.rows = pictures, np.asarray(rows, dtype=np.int64)
+        self.pictures = pictures
+        self.rows = np.asarray(rows, dtype=np.int64)
         self.keys: Sequence[str] = StringTable(keys)
-        self._captions = StringTable("\n".join(own) for own in captions)
+        self._captions = StringTable("\n".join(icon_captions) for icon_captions in captions)
         self.families = families
         self.labels: Mapping[str, Labels] = labels
 
@@ -141,22 +142,28 @@ def load_icons(name: str, state: str, read: Callable[[], Sequence[Icon]]) -> Ico
             icons = read()
             pictures = draw_svgs([icon.svg for icon in icons], drawn, SIDE)
             write_atomic(table, json.dumps(_describe(icons, pictures), ensure_ascii=False))
-    found = json.loads(table.read_text(encoding="utf-8"))
+    description = json.loads(table.read_text(encoding="utf-8"))
     labels = {
-        label: Labels(torch.tensor(found[label]["ids"]), tuple(found[label]["names"]))
+        label: Labels(torch.tensor(description[label]["ids"]), tuple(description[label]["names"]))
         for label in ("family", "concept", "category")
     }
     families = labels.pop("family")
     pictures = np.load(drawn, mmap_mode="r")
     return IconDataset(
-        name, pictures, found["rows"], found["keys"], found["captions"], families, labels
+        name=name,
+        pictures=pictures,
+        rows=description["rows"],
+        keys=description["keys"],
+        captions=description["captions"],
+        families=families,
+        labels=labels,
     )
 
 
 def _describe(icons: Sequence[Icon], pictures: np.ndarray) -> dict[str, object]:
     """The table of the icons that are kept, for JSON."""
     concepts = concepts_of(icons)
-    kept: list[int] = []
+    chosen: list[int] = []
     seen: set[bytes] = set()
     times: Counter[tuple[str, str]] = Counter()
     for i, (icon, concept) in enumerate(zip(icons, concepts, strict=True)):
@@ -165,7 +172,7 @@ def _describe(icons: Sequence[Icon], pictures: np.ndarray) -> dict[str, object]:
         weights = times[icon.family, concept]
         if is_brand(icon.name) or blank or content in seen or weights == WEIGHTS:
             continue
-        kept.append(i)
+        chosen.append(i)
         seen.add(content)
         times[icon.family, concept] += 1
     tags: dict[str, dict[str, None]] = {}
@@ -174,17 +181,19 @@ def _describe(icons: Sequence[Icon], pictures: np.ndarray) -> dict[str, object]:
         tags.setdefault(concept, {}).update(dict.fromkeys(icon.tags))
         category[concept] = category.get(concept) or icon.category
     names = sorted({name for name in category.values() if name})
-    own = [concepts[i] for i in kept]
-    families = labels_of([icons[i].family for i in kept])
-    words = labels_of(own)
+    chosen_concepts = [concepts[i] for i in chosen]
+    families = labels_of([icons[i].family for i in chosen])
+    concept_labels = labels_of(chosen_concepts)
     return {
-        "rows": kept,
-        "keys": ["/".join(filter(None, _key(icons[i]))) for i in kept],
-        "captions": [captions_of(concept, tags[concept], category[concept]) for concept in own],
+        "rows": chosen,
+        "keys": ["/".join(filter(None, _key(icons[i]))) for i in chosen],
+        "captions": [
+            captions_of(concept, tags[concept], category[concept]) for concept in chosen_concepts
+        ],
         "family": {"ids": families.ids.tolist(), "names": families.names},
-        "concept": {"ids": words.ids.tolist(), "names": words.names},
+        "concept": {"ids": concept_labels.ids.tolist(), "names": concept_labels.names},
         "category": {
-            "ids": [names.index(category[c]) if category[c] else -1 for c in own],
+            "ids": [names.index(category[c]) if category[c] else -1 for c in chosen_concepts],
             "names": names,
         },
     }
@@ -204,10 +213,10 @@ def captions_of(concept: str, tags: Sequence[str] | Mapping[str, None], category
 
 def concepts_of(icons: Sequence[Icon]) -> list[str]:
     """What each icon shows: its name in words, without style words and numbers of a variant."""
-    known: dict[str, set[str]] = {}
+    names_of_family: dict[str, set[str]] = {}
     for icon in icons:
-        known.setdefault(icon.family, set()).add(icon.name)
-    return [_concept(icon.name, known[icon.family]) for icon in icons]
+        names_of_family.setdefault(icon.family, set()).add(icon.name)
+    return [_concept(icon.name, names_of_family[icon.family]) for icon in icons]
 
 
 def _concept(name: str, names: set[str]) -> str:
@@ -316,7 +325,7 @@ def builtin_icons() -> IconDataset:
     """All icons of the installed packages; drawn once per machine."""
     for package in PACKAGES:
         _folder(package)
-    state = ";".join(f"{own}={importlib.metadata.version(own)}" for own in PACKAGES.values())
+    state = ";".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES.values())
     return load_icons(
         "builtin:icons", state, lambda: [icon for read in FAMILIES.values() for icon in read()]
     )

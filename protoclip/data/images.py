@@ -28,7 +28,9 @@ from tqdm import tqdm
 from protoclip.data.files import whole_file
 from protoclip.data.types import DataError
 
-CROP_ATTEMPTS, WIDEST_CROP = 10, 4 / 3  # torchvision's defaults; width over height at most
+# torchvision's defaults.
+CROP_ATTEMPTS = 10
+WIDEST_CROP = 4 / 3  # the largest width over height
 DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
 
 logger = logging.getLogger(__name__)
@@ -51,15 +53,15 @@ def decode(data: bytes, where: str) -> Image.Image:
         DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
     """
     try:
-        with _opened(data) as picture:
+        with _opened(data) as image:
             limit = Image.MAX_IMAGE_PIXELS
-            if limit and picture.width * picture.height > limit:
-                size = f"{picture.width:,} x {picture.height:,} pixels"
+            if limit and image.width * image.height > limit:
+                size = f"{image.width:,} x {image.height:,} pixels"
                 _warn("%s", f"{where}: {size} take long to read; a smaller copy would do")
-            picture.load()
+            image.load()
             with contextlib.suppress(Exception):  # damaged EXIF does not matter
-                ImageOps.exif_transpose(picture, in_place=True)
-            return to_rgb(picture)
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: {error}; resize it or raise Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
@@ -76,18 +78,18 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB copy of a picture on a white background; 16-bit greys are scaled."""
     # Pillow would clip them at 255. Older versions open a 16-bit PNG as "I".
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        greys = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        picture = white
-    return picture.convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        greys = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
 
 
 def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
@@ -143,13 +145,13 @@ def _draw_part(start: int) -> None:
         pictures[i] = ImageOps.pad(decode(data, f"SVG {i}"), (side, side), color="white")
 
 
-def hog(picture: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarray:
+def hog(image: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarray:
     """Histograms of oriented gradients, float32 [(S/8 - 1)² * 36] for a square of side S.
 
     The grey picture's gradients vote for two of nine directions without sign; a block of 2 x 2
     cells is normalised, clipped at 0.2 and normalised again. Source: Dalal and Triggs 2005.
     """
-    grey = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    grey = np.asarray(image.convert("L"), dtype=np.float32) / 255
     down, right = np.gradient(grey)  # central differences
     strength = np.hypot(down, right)
     place = np.arctan2(down, right) % np.pi * (orientations / np.pi) - 0.5
@@ -180,12 +182,12 @@ class Transform:
     mean: Tensor  # [3] of each channel, in 0 ... 1
     std: Tensor  # [3]
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.batch([self.pixels(picture)])[0]
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.batch([self.pixels(image)])[0]
 
-    def pixels(self, picture: Image.Image) -> np.ndarray:
+    def pixels(self, image: Image.Image) -> np.ndarray:
         """The random part alone: uint8 [H, W, 3]."""
-        return np.array(self.crop(picture))
+        return np.array(self.crop(image))
 
     def batch(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """B results of ``pixels`` -> float32 [B, 3, H, W], channels-last in memory as they are.
@@ -210,8 +212,8 @@ class RandomCrop:
     side: int  # of the result, in pixels
     smallest: float  # share of the picture's area; the largest is 1
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        crop = picture.crop(self.box(*picture.size))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        crop = image.crop(self.box(*image.size))
         return crop.resize((self.side, self.side), Image.Resampling.BICUBIC)
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
@@ -230,7 +232,8 @@ class RandomCrop:
         # A long picture: as much of its middle as the aspect allows.
         crop_width = min(width, round(height * WIDEST_CROP))
         crop_height = min(height, round(width * WIDEST_CROP))
-        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        left = (width - crop_width) // 2
+        top = (height - crop_height) // 2
         return left, top, left + crop_width, top + crop_height
 
 

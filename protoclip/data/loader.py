@@ -158,45 +158,55 @@ class _Source:
         if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
             prefetch(positions[first : first + AHEAD * self.batch_size])
         if self.draws.numbers is None:
-            draws = np.arange(first, first + len(index))
+            draw_numbers = np.arange(first, first + len(index))
         else:
-            draws = self.draws.numbers[first : first + len(index)].numpy()
+            draw_numbers = self.draws.numbers[first : first + len(index)].numpy()
         texts: list[str] = []
-        pictures: list[Any] = []
+        images: list[Any] = []
         bad: list[tuple[int, str]] = []
         transform = self.transform
         # The larger part of a Transform takes the whole batch at once, below.
-        of_picture = transform.pixels if isinstance(transform, Transform) else transform
+        transform_one = transform.pixels if isinstance(transform, Transform) else transform
         with torch.random.fork_rng(devices=[]):
-            dice = mix(self.draws.seed, draws)
-            choices = mix(0, dice).tolist()
-            for row, (die, choice) in enumerate(zip(dice.tolist(), choices, strict=True)):
-                while len(pictures) == row:
+            draw_seeds = mix(self.draws.seed, draw_numbers)
+            caption_seeds = mix(0, draw_seeds).tolist()
+            seeds = zip(draw_seeds.tolist(), caption_seeds, strict=True)
+            for row, (draw_seed, caption_seed) in enumerate(seeds):
+                while len(images) == row:
                     try:
                         captions = self.dataset.captions(int(index[row]))
-                        torch.default_generator.manual_seed(die)
-                        pictures.append(of_picture(self.dataset.image(int(index[row]))))
-                        texts.append(self._choose(captions, choice))
+                        torch.default_generator.manual_seed(draw_seed)
+                        images.append(transform_one(self.dataset.image(int(index[row]))))
+                        texts.append(self._choose(captions, caption_seed))
                     except DataError as error:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
                         bad.append((int(index[row]), str(error)))
-                        index[row] = self._another(die, len(bad), index)
+                        index[row] = self._another(draw_seed, len(bad), index)
         if isinstance(transform, Transform):
-            images = transform.batch(pictures)
+            stacked = transform.batch(images)
         else:
-            images = torch.stack(pictures)
-        return Batch(torch.from_numpy(index), images, self.tokenizer(texts), tuple(bad))
+            stacked = torch.stack(images)
+        return Batch(
+            index=torch.from_numpy(index),
+            image=stacked,
+            tokens=self.tokenizer(texts),
+            bad=tuple(bad),
+        )
 
-    def _choose(self, captions: Sequence[str], choice: int) -> str:
+    def _choose(self, captions: Sequence[str], caption_seed: int) -> str:
         """Choose one of the captions with a random number below 2**64."""
-        first = self.captions == "first" or (self.captions == "canonical" and choice >> 40 & 1)
-        return captions[0 if first else choice % len(captions)]
+        coin = caption_seed >> 40 & 1
+        if self.captions == "first" or (self.captions == "canonical" and coin):
+            return captions[0]
+        return captions[caption_seed % len(captions)]
 
-    def _another(self, die: int, attempt: int, batch: np.ndarray) -> int:
+    def _another(self, draw_seed: int, attempt: int, batch: np.ndarray) -> int:
         """A pair to replace a bad one, preferably not in the batch already."""
         positions = self.draws.positions.numpy()
-        candidates = positions[(mix(die, attempt, np.arange(64)) % len(positions)).astype(int)]
+        candidates = positions[
+            (mix(draw_seed, attempt, np.arange(64)) % len(positions)).astype(int)
+        ]
         return int(candidates[np.isin(candidates, batch).argmin()])
 
     # torch's DataLoader calls this.

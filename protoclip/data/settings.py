@@ -59,7 +59,7 @@ def _hold_out(dataset: Any, fraction: float, seed: int) -> tuple[PairDataset, Pa
     """The pairs to train on and those to hold out; rows of the same picture stay together."""
     if getattr(dataset, "remote", False):
         raise DataError(
-            f"--val-fraction: expected data on a disk, got the url {dataset.name}, all of whose "
+            f"--val-fraction: expected data on a disk, got the URL {dataset.name}, all of whose "
             "shards would be fetched before the first step; give one of the shards as --val-data"
         )
     pictures = picture_numbers(dataset)

@@ -35,9 +35,25 @@ TEXT_KINDS = ("txt", "json")
 FORMAT = 5  # format of the cached index
 MAX_CAPTION_BYTES = 1 << 22  # a larger file is not a caption; img2dataset's JSON has about 1 kB
 NAMED = 5  # skipped samples named in the warning; the rest are counted
-Place = tuple[int, int]  # offset and size in bytes
+# Where a pair's files are in their tar, in bytes; a row of the cached index.
+PAIR_PLACES = np.dtype(
+    [
+        ("image_offset", np.int64),
+        ("image_size", np.int64),
+        ("captions_offset", np.int64),
+        ("captions_size", np.int64),
+        ("captions_are_json", np.int64),  # 1: JSON, 0: plain lines
+    ]
+)
 logger = logging.getLogger(__name__)
 _warn = functools.lru_cache(logger.warning)  # only once, although evaluation opens the shards again
+
+
+class Place(NamedTuple):
+    """Where a file is in its tar, in bytes."""
+
+    offset: int
+    size: int
 
 
 class ShardDataset:
@@ -91,21 +107,24 @@ class ShardDataset:
             fetch_ahead(shard)
 
     def image(self, i: int) -> Image.Image:
-        return decode(self._read(i, 0), f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}")
+        places = self._places[i]
+        data = self._read(i, Place(int(places["image_offset"]), int(places["image_size"])))
+        return decode(data, f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}")
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return parse_captions(self._read(i, 2), bool(self._places[i, 4]))
+        places = self._places[i]
+        data = self._read(i, Place(int(places["captions_offset"]), int(places["captions_size"])))
+        return parse_captions(data, bool(places["captions_are_json"]))
 
-    def _read(self, i: int, column: int) -> bytes:
-        """Read the file whose offset and size are in ``column`` and the next one."""
+    def _read(self, i: int, place: Place) -> bytes:
+        """Read a file of pair ``i``."""
         shard = self.shards[self.shard_of[i]]
-        offset, size = self._places[i, column : column + 2].tolist()
         try:
             file = _open(local_copy(shard) if is_remote(shard) else shard)
-            data = os.pread(file.fileno(), size, offset)
+            data = os.pread(file.fileno(), place.size, place.offset)
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check the disk") from error
-        if len(data) != size:
+        if len(data) != place.size:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
@@ -177,9 +196,7 @@ class ShardIndex(NamedTuple):
 
     size: int  # bytes of the tar
     keys: list[str]  # for each pair, the name of its files without the extension
-    # For each pair, offset and size in bytes of the picture and of the captions, and whether the
-    # captions are JSON rather than plain lines: int64 [N, 5].
-    places: np.ndarray
+    places: np.ndarray  # PAIR_PLACES [N]
     skipped: list[tuple[str, str]]  # (key, reason) of each sample that is not a usable pair
 
 
@@ -218,8 +235,9 @@ def shard_index(shard: str) -> ShardIndex:
     """
     with contextlib.suppress(OSError, ValueError, TypeError):  # never written, or damaged
         size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
-        table = np.array(places, dtype=np.int64).reshape(len(keys), 5)
-        return ShardIndex(size, keys, table, skipped)
+        columns = len(PAIR_PLACES.fields or ())
+        table = np.array(places, dtype=np.int64).reshape(len(keys), columns)
+        return ShardIndex(size, keys, table.view(PAIR_PLACES).reshape(len(keys)), skipped)
     index = _scan(local_copy(shard) if is_remote(shard) else shard, shard)
     _store(shard, index)
     return index
@@ -244,41 +262,59 @@ def _store(shard: str, index: ShardIndex) -> None:
 
 def _scan(path: str, name: str) -> ShardIndex:
     """Read the headers and captions of a tar, but no pictures. ``name`` is for errors."""
-    pairs: dict[str, tuple[int, ...]] = {}
+    pairs: dict[str, PairPlaces] = {}
     skipped: list[tuple[str, str]] = []
-    last = ""
+    last_key = ""
     with open(path, "rb") as file:
-        for key, members in itertools.groupby(_members(file, name), lambda member: member.key):
+        reader = _TarReader(file, name)
+        for key, members in itertools.groupby(reader, lambda member: member.key):
             places = {member.extension: member.place for member in members}
-            if not key:
-                skipped.append((f"everything after {last}", next(iter(places))))
-                continue
-            pair = "the key occurs twice" if key in pairs else _pair(file, places)
-            if isinstance(pair, str):
-                skipped.append((key, pair))
-            else:
-                pairs[key] = pair
-            last = key
-    table = np.array(list(pairs.values()), dtype=np.int64).reshape(-1, 5)
-    return ShardIndex(os.path.getsize(path), list(pairs), table, skipped)
+            try:
+                if key in pairs:
+                    raise NotAPair("the key occurs twice")
+                pairs[key] = _find_pair(file, places)
+            except NotAPair as reason:
+                skipped.append((key, str(reason)))
+            last_key = key
+    if reader.damage:
+        skipped.append((f"everything after {last_key}", reader.damage))
+    rows = [
+        (*places.image, *places.captions, int(places.captions_are_json))
+        for places in pairs.values()
+    ]
+    return ShardIndex(os.path.getsize(path), list(pairs), np.array(rows, PAIR_PLACES), skipped)
 
 
-def _pair(file: io.BufferedReader, places: Mapping[str, Place]) -> tuple[int, ...] | str:
-    """The place of picture and captions, as in ``ShardIndex``; or why this is not a pair.
+class NotAPair(Exception):
+    """Why a sample is not a usable pair."""
 
-    ``places``: of the sample's files, by extension."""
-    usable = {extension: place for extension, place in places.items() if place[1] > 0}
+
+class PairPlaces(NamedTuple):
+    """Where a pair's files are."""
+
+    image: Place
+    captions: Place
+    captions_are_json: bool  # rather than plain lines
+
+
+def _find_pair(file: io.BufferedReader, places: Mapping[str, Place]) -> PairPlaces:
+    """The picture and the captions among a sample's files, which ``places`` has by extension.
+
+    Raises:
+        NotAPair: one of them is missing or unusable.
+    """
+    usable = {extension: place for extension, place in places.items() if place.size > 0}
     for what, extensions in (("picture", IMAGE_KINDS), ("caption", TEXT_KINDS)):
         if not set(usable) & set(extensions):
             state = "is empty (0 bytes)" if set(extensions) & set(places) else "is missing"
-            return f"the {what} {state} ({', '.join(extensions)})"
+            raise NotAPair(f"the {what} {state} ({', '.join(extensions)})")
     image = next(usable[extension] for extension in IMAGE_KINDS if extension in usable)
     reason = ""
     chosen = ""
     for extension in filter(usable.get, TEXT_KINDS):
-        offset, size = usable[extension]
-        file.seek(offset)
-        data = file.read(min(size, MAX_CAPTION_BYTES + 1))
+        place = usable[extension]
+        file.seek(place.offset)
+        data = file.read(min(place.size, MAX_CAPTION_BYTES + 1))
         try:
             parse_captions(data, extension == "json")
             if not chosen or b'"captions"' in data:  # a list is preferred to the txt
@@ -286,8 +322,8 @@ def _pair(file: io.BufferedReader, places: Mapping[str, Place]) -> tuple[int, ..
         except ValueError as error:
             reason = reason or f"its {extension}: {error}"
     if not chosen:
-        return reason
-    return (*image, *usable[chosen], int(chosen == "json"))
+        raise NotAPair(reason)
+    return PairPlaces(image, usable[chosen], captions_are_json=chosen == "json")
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
@@ -322,40 +358,58 @@ def _captions_of_json(text: str) -> list[str]:
 
 
 class Member(NamedTuple):
-    """A file in a tar; at damage, no key and a description for an extension."""
+    """A file in a tar."""
 
     key: str  # its name without the extension
     extension: str
     place: Place
 
 
-def _members(file: io.BufferedReader, name: str) -> Iterator[Member]:
-    """Yield each complete file, then the damage if there is any."""
-    size = os.path.getsize(file.name)
-    offset = 0
-    try:
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
-        while (member := tar.next()) is not None:
-            cut = member.isreg() and member.offset_data + member.size > size
-            if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
-                break
-            offset = tar.offset
-            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all members
-            folder, _, base = member.name.removeprefix("./").rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if stem and dot and member.isreg() and not member.issparse():
-                key = f"{folder}/{stem}" if folder else stem
-                yield Member(key, extension.lower(), (member.offset_data, member.size))
-        else:
-            file.seek(offset)
-            if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
-                return
-    # Damaged headers make tarfile raise all of these.
-    except (tarfile.TarError, ValueError, ArithmeticError, MemoryError, RecursionError) as error:
-        if offset == 0:
-            raise DataError(
-                f"{name}: not an uncompressed tar ({error}); unpack .gz files, and check that the "
-                "copy is complete"
-            ) from error
-    damage = f"the shard is cut off or damaged at byte {offset}; copy it again"
-    yield Member("", damage, (0, 0))
+class _TarReader:
+    """The complete files of a tar, in its order.
+
+    Attributes:
+        damage: what ended the reading before the end of the tar, or "".
+    """
+
+    def __init__(self, file: io.BufferedReader, name: str) -> None:
+        self.file = file
+        self.name = name  # for errors
+        self.damage = ""
+
+    def __iter__(self) -> Iterator[Member]:
+        file = self.file
+        size = os.path.getsize(file.name)
+        offset = 0
+        try:
+            tar = tarfile.TarFile(fileobj=file, encoding="utf-8")
+            while (member := tar.next()) is not None:
+                cut = member.isreg() and member.offset_data + member.size > size
+                if cut or not offset < tar.offset < size + tarfile.BLOCKSIZE:  # damaged sizes
+                    break
+                offset = tar.offset
+                tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all members
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if stem and dot and member.isreg() and not member.issparse():
+                    key = f"{folder}/{stem}" if folder else stem
+                    place = Place(member.offset_data, member.size)
+                    yield Member(key, extension.lower(), place)
+            else:
+                file.seek(offset)
+                if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+                    return
+        # Damaged headers make tarfile raise all of these.
+        except (
+            tarfile.TarError,
+            ValueError,
+            ArithmeticError,
+            MemoryError,
+            RecursionError,
+        ) as error:
+            if offset == 0:
+                raise DataError(
+                    f"{self.name}: not an uncompressed tar ({error}); unpack .gz files, and check "
+                    "that the copy is complete"
+                ) from error
+        self.damage = f"the shard is cut off or damaged at byte {offset}; copy it again"

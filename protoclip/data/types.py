@@ -143,7 +143,8 @@ class Pictures:
         rows_of: dict[int, list[int]] = {}
         for row, number in enumerate(numbers.tolist()):
             rows_of.setdefault(number, []).append(row)
-        self.dataset, self.rows = dataset, list(rows_of.values())
+        self.dataset = dataset
+        self.rows = list(rows_of.values())
         self.name = dataset.name
         self.keys: Sequence[str] = StringTable(dataset.keys[rows[0]] for rows in self.rows)
 

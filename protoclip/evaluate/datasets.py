@@ -182,33 +182,36 @@ class ImageFolder:
         self.others: Counter[str] = Counter()  # regular files that are not pictures, by ending
         self.odd: Counter[str] = Counter()  # everything else that was left out, by reason
         formats = Image.registered_extensions()
-        self._found: list[tuple[str, int]] = []  # path and class
+        self._paths: list[str] = []
+        classes: list[int] = []
         for label, folder in enumerate(folders):
             for path in _regular_files(os.path.join(root, folder), self.odd):
                 ending = Path(path).suffix.lower()
                 # Pillow also lists documents, videos and tables, which it cannot open by itself.
                 if Image.MIME.get(formats.get(ending, ""), "").startswith("image/"):
-                    self._found.append((path, label))
+                    self._paths.append(path)
+                    classes.append(label)
                 elif not Path(path).name.startswith("."):
                     self.others[ending or "without an ending"] += 1
-        if not self._found:
+        if not self._paths:
             where = "as CLASS/picture.png" if names else "in it, or in folders in it"
             got = f"among {plural(self.others.total(), 'file')}"
             raise DataError(f"{root}: expected pictures {where}, found none {got}")
-        self.keys: Sequence[str] = [os.path.relpath(path, root) for path, _ in self._found]
-        labels = Labels(torch.tensor([label for _, label in self._found]), tuple(names))
-        self.labels: Mapping[str, Labels] = {LABEL: labels} if names else {}
+        self.keys: Sequence[str] = [os.path.relpath(path, root) for path in self._paths]
+        self._classes = Labels(torch.tensor(classes), tuple(names))
+        self.labels: Mapping[str, Labels] = {LABEL: self._classes} if names else {}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._paths)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        classes = self.labels.get(LABEL)
-        return (classes.names[self._found[i][1]] if classes else printable(self.keys[i]),)
+        if self._classes.names:
+            return (self._classes.names[int(self._classes.ids[i])],)
+        return (printable(self.keys[i]),)
 
     def path(self, i: int) -> str:
         """The path of picture ``i``."""
-        return self._found[i][0]
+        return self._paths[i]
 
     def image(self, i: int) -> Image.Image:
         try:
@@ -277,11 +280,11 @@ def read_templates(source: str) -> tuple[str, ...]:
     if not os.path.isfile(source):
         raise DataError(f"--templates: expected openai, simple or a file, found no file {source!r}")
     lines = lines_of(Path(source).read_text(encoding="utf-8"))
-    words = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
-    bad = [word for word in words if word.count("{}") != 1]
-    if bad or not words:
-        raise DataError(f"{source}: expected one template a line with {{c}}, got {bad[:1]}")
-    return tuple(words)
+    templates = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
+    faulty = [template for template in templates if template.count("{}") != 1]
+    if faulty or not templates:
+        raise DataError(f"{source}: expected one template a line with {{c}}, got {faulty[:1]}")
+    return tuple(templates)
 
 
 def class_prompts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +42,19 @@ BATCH = 64  # pairs that are tried at once
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
 
+class PeriodicEvaluation(NamedTuple):
+    """An evaluation that training repeats."""
+
+    evaluate: Evaluate  # model -> scalars by name
+    interval_epochs: float
+
+
 class Evaluation:
     """The evaluation data of a run, and the scores of its model on it.
 
     Attributes:
         remark: a line for the log about the data, or "".
-        during: pairs of a function, model -> scalars by name, and its interval in epochs.
+        during: the evaluations between the steps of training.
         sets: the encoded sets of the last full evaluation, by name.
     """
 
@@ -66,18 +73,19 @@ class Evaluation:
         self.arguments = open_arguments(config)
         builtin = config.data.train_data.startswith("builtin:")
         self.data = config.data.val_data or (config.data.train_data if builtin else "")
-        self._own: Layout | None = None  # pairs of the training data
+        self._training_layout: Layout | None = None  # pairs of the training data
         self.quick_sets: dict[str, PairDataset] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
         self._probe_train: tasks.EvalSet | None = None
         self.remark = ""  # for the log: what stands in for --val-data
         if not self.data:
             with phases.measure("evaluation", on_host=True):
-                self._own = own_layout(run_data, self.workers)
-            if self._own is not None:
-                self.data = self._own.test.name
-                self.quick_sets[self._own.key] = self._own.test
-                self.remark = _remark(run_data, len(self._own.test))
+                layout = own_layout(run_data, self.workers)
+            self._training_layout = layout
+            if layout is not None:
+                self.data = layout.test.name
+                self.quick_sets[layout.key] = layout.test
+                self.remark = _remark(run_data, len(layout.test))
         else:
             if self.data == "builtin:icons":
                 parts = open_layout(self.data, **self.arguments).parts
@@ -85,10 +93,10 @@ class Evaluation:
             else:
                 split = "heldout" if self.data.startswith("builtin:") else "all"
                 self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
-        epochs = config.run.val_frequency
-        self.during: list[tuple[Evaluate, float]] = []
-        if self.quick_sets and epochs:
-            self.during.append((self.quick, epochs))
+        interval_epochs = config.run.val_frequency
+        self.during: list[PeriodicEvaluation] = []
+        if self.quick_sets and interval_epochs:
+            self.during.append(PeriodicEvaluation(self.quick, interval_epochs))
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """An encoder that uses the current weights, on all ranks."""
@@ -121,7 +129,7 @@ class Evaluation:
             return tasks.evaluate_features(self.sets, self._probe_train)
 
     def _layout(self) -> Layout:
-        return self._own or open_layout(self.data, **self.arguments)
+        return self._training_layout or open_layout(self.data, **self.arguments)
 
     def floors(self, model: ProtoModel) -> dict[str, Results]:
         """The scores that need no training: of guesses, and for built-in data also of simple
@@ -179,8 +187,8 @@ def _remark(run_data: RunData, count: int) -> str:
 def only_readable(dataset: PairDataset, workers: int) -> PairDataset:
     """The pairs whose pictures can be read, as training leaves the others out too. A collective
     call: each rank tries a slice."""
-    own = own_slice(len(dataset))
-    positions = torch.arange(own.start, own.stop)
+    share = own_slice(len(dataset))
+    positions = torch.arange(share.start, share.stop)
     faults = Faults(dataset, 1.0, lambda _: None)
     first = 0
     while first < len(positions):
@@ -195,13 +203,13 @@ def only_readable(dataset: PairDataset, workers: int) -> PairDataset:
             batch = positions[first : first + BATCH].tolist()
             faults.positions.update(i for i in batch if not _is_readable(dataset, i))
             first += BATCH
-    unreadable = sorted(faults.positions)
-    bad = [position for part in gather_objects(unreadable) for position in part]
-    if not bad:
+    faults_by_rank = gather_objects(sorted(faults.positions))
+    unreadable = [position for rank_faults in faults_by_rank for position in rank_faults]
+    if not unreadable:
         return dataset
-    good = torch.ones(len(dataset), dtype=torch.bool)
-    good[bad] = False
-    return Subset(dataset, good.nonzero().flatten(), dataset.name)
+    readable = torch.ones(len(dataset), dtype=torch.bool)
+    readable[unreadable] = False
+    return Subset(dataset, readable.nonzero().flatten(), dataset.name)
 
 
 def _is_readable(dataset: PairDataset, i: int) -> bool:
@@ -213,7 +221,7 @@ def _is_readable(dataset: PairDataset, i: int) -> bool:
     return True
 
 
-def _no_pixels(picture: Any) -> Tensor:
+def _no_pixels(image: Any) -> Tensor:
     return torch.empty(0)
 
 

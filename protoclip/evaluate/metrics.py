@@ -47,7 +47,8 @@ def retrieval(
     """
     images = torch.arange(len(image), device=image.device)
     owner = images if caption_image is None else caption_image.to(image.device)
-    z_image, z_text = unit(image), unit(text)
+    z_image = unit(image)
+    z_text = unit(text)
     return (
         _ranks(z_image, lambda rows: rows @ z_text.T, images, owner),
         _ranks(z_text, lambda rows: rows @ z_image.T, owner, images),

@@ -142,12 +142,14 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
     return "\n\n".join(blocks)
 
 
-def half_width(mine: SetResults, theirs: SetResults, metric: str, baseline: Outcome) -> float:
+def half_width(
+    scores: SetResults, baseline_scores: SetResults, metric: str, baseline: Outcome
+) -> float:
     """Half the 95 % interval of a difference to a baseline; infinity if an interval is missing.
 
     With one seed each, as for independent samples; with several, that of one more baseline run.
     """
-    sets = [theirs] if baseline.seeds > 1 else [mine, theirs]
+    sets = [baseline_scores] if baseline.seeds > 1 else [scores, baseline_scores]
     bounds = [results.intervals.get(metric, (0.0, math.inf)) for results in sets]
     return math.hypot(*(high - low for low, high in bounds)) / 2
 

@@ -143,9 +143,9 @@ class FixedEncoder(Encoder):
         return torch.zeros(len(texts), 1, device=self.device)
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
+def pixels(image: Image.Image) -> np.ndarray:
     """A picture's 12 x 12 pixels, float32 [12, 12, 3] in -0.5 ... 0.5."""
-    return np.asarray(picture.resize((12, 12)), dtype=np.float32) / 255 - 0.5
+    return np.asarray(image.resize((12, 12)), dtype=np.float32) / 255 - 0.5
 
 
 FEATURES: Mapping[str, Callable[[Image.Image], np.ndarray]] = {"pixels": pixels, "HOG": hog}

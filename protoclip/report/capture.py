@@ -60,7 +60,8 @@ def _encode_samples(
     encoder: Encoder,
 ) -> snapshot.Samples:
     """The samples at these positions as they are evaluated; a bad one is replaced."""
-    model, device = encoder.model.eval(), encoder.device
+    model = encoder.model.eval()
+    device = encoder.device
     stream = batches(
         dataset,
         Draws(positions, seed=0),

@@ -19,7 +19,9 @@ from protoclip.data.files import lines_of
 # The page's colours in the light theme; an SVG uses their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")
 COLOURS = dict(reversed(re.findall(r"--(ink|muted|line|c\d): (#\w{6})", CSS)))
-INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
+INK = COLOURS["ink"]
+MUTED = COLOURS["muted"]
+LINE = COLOURS["line"]
 CYCLE = [COLOURS[f"c{i}"] for i in range(8)]
 STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "protoclip", "text.parse_math": False,
@@ -30,7 +32,8 @@ STYLE: Any = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.formatter.limits": (-5, 5),
     "lines.linewidth": 1.6, "lines.markersize": 3,
 }  # fmt: skip
-SIZE, PANEL = (4.6, 2.3), (0.12, 0.12, 0.86, 0.84)  # inches; the axes: left, bottom, ...
+SIZE = (4.6, 2.3)  # inches
+PANEL = (0.12, 0.12, 0.86, 0.84)  # the axes: left, bottom, width, height
 POINTS = 240  # a longer series is drawn as the means of this many pieces
 LEGEND = (
     ("text_retrieval_recall@5", "image → text"),
@@ -99,14 +102,14 @@ def read_series(path: str | os.PathLike[str]) -> dict[str, tuple[list[float], li
     return series
 
 
-def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
+def charts(empty_charts: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
     """The charts with the lines of some runs by name: finite points, or means of pieces."""
     # A source has the same colour in all charts.
     names = sorted(dict.fromkeys(name for series in runs.values() for name in series), key=_source)
     filled = []
-    for kind in kinds:
+    for chart in empty_charts:
         lines = []
-        for name in (name for name in names if re.fullmatch(kind.pattern, name)):
+        for name in (name for name in names if re.fullmatch(chart.pattern, name)):
             for number, (run, series) in enumerate(runs.items()):
                 points = np.array(series.get(name, ([], []))).T  # [P, 2]
                 points = points[np.isfinite(points).all(axis=1)]
@@ -118,7 +121,7 @@ def charts(kinds: Sequence[Chart], runs: Mapping[str, Series]) -> list[Chart]:
                     steps, values = points.T.tolist()
                     lines.append(Line(label, steps, values, number > 0))
         if any(len(line.steps) > 1 for line in lines):  # a single value is no curve
-            filled.append(kind._replace(lines=lines))
+            filled.append(chart._replace(lines=lines))
     return filled
 
 

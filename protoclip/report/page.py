@@ -34,7 +34,8 @@ NAME = "report.html"
 ASSETS = Path(__file__).parent
 # Plain CLIP with the default settings, the mean over several seeds. After a change of the defaults
 # record it again: python -m benchmarks.record_baseline RUN ...
-RECORDED, RECORDED_NAME = ASSETS / "clip_baseline", "CLIP (recorded)"
+RECORDED = ASSETS / "clip_baseline"
+RECORDED_NAME = "CLIP (recorded)"
 # Settings in which a run and its baseline may differ, besides those of the method.
 FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
@@ -156,19 +157,19 @@ def answer(run: Run) -> str:
         beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
         right = f"{100 * scores.metrics[metric]:.0f} of 100"
         builtin = run.outcome.data.startswith("builtin:")
-        what = "drawings" if builtin else "pictures"
+        subject = "drawings" if builtin else "pictures"
         if key == results.TRAIN:
-            what += " that it was trained on"
+            subject += " that it was trained on"
         elif builtin or key == "HO":
-            what += " that it has never seen"
+            subject += " that it has never seen"
         else:
-            what += f" of {run.outcome.data}"
+            subject += f" of {run.outcome.data}"
         if metric == RETRIEVAL:
             return (
-                f"It finds the caption of {right} {what} among {scores.captions:,} captions"
+                f"It finds the caption of {right} {subject} among {scores.captions:,} captions"
                 f"{beside}."
             )
-        return f"It names {right} {what}{beside}."
+        return f"It names {right} {subject}{beside}."
     return ""
 
 
@@ -214,13 +215,14 @@ class Change(NamedTuple):
 
 def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     """The run's metric minus the other's; None where either lacks it."""
-    mine, theirs = run.outcome.trained.get(key), other.outcome.trained.get(key)
-    if mine is None or theirs is None:
+    run_scores = run.outcome.trained.get(key)
+    other_scores = other.outcome.trained.get(key)
+    if run_scores is None or other_scores is None:
         return None
-    value = mine.metrics.get(metric, math.nan) - theirs.metrics.get(metric, math.nan)
+    value = run_scores.metrics.get(metric, math.nan) - other_scores.metrics.get(metric, math.nan)
     if math.isnan(value):
         return None
-    half = results.half_width(mine, theirs, metric, other.outcome)
+    half = results.half_width(run_scores, other_scores, metric, other.outcome)
     kind = "same"
     if abs(value) > half:
         kind = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
@@ -324,8 +326,8 @@ def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
     return answers + [verdict(run, baseline) for run in runs if run is not baseline]
 
 
-def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
-    """Render the page; ``said``: its first paragraphs if no run was trained."""
+def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
+    """Render the page; ``opening``: its first paragraphs if no run was trained."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -374,7 +376,7 @@ def render(runs: Sequence[Run], said: Sequence[str] = ()) -> str:
         baseline=baseline,
         recorded=baseline if baseline and baseline.path == RECORDED else None,
         columns=columns,
-        said=said or [verdict(run, baseline) for run in compared] + warnings,
+        opening=opening or [verdict(run, baseline) for run in compared] + warnings,
         unit=unit_of(runs[0]),
         sets=sets,
         beside=runs[0].outcome.beside if len(runs) == 1 else floors,

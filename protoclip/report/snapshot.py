@@ -35,16 +35,23 @@ from protoclip.model import Encoded
 from protoclip.ops import segment_mean
 from protoclip.prototypes import purity
 
-NAME, FORMAT = "report.json", 6
-SIDE, LARGE = 64, 128  # pixels of a thumbnail, and of a picture that stands alone
-CARDS, IMAGES, CAPTIONS = 20_000, 8, 5  # clusters per source, and nearest samples per cluster
+NAME = "report.json"
+FORMAT = 6
+SIDE = 64  # pixels of a thumbnail
+LARGE = 128  # pixels of a picture that stands alone
+CARDS = 20_000  # clusters per source
+IMAGES = 8  # images nearest to a cluster's mean
+CAPTIONS = 5  # captions nearest to it
 PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
 SHEET = 16  # clusters on the contact sheet
-WORDS, VOCABULARY = 5, 20_000  # words per cluster, and in all captions
+WORDS = 5  # per cluster
+VOCABULARY = 20_000  # words in all captions
 COMMON = 0.1  # of a cluster's captions have each of its words; rarer ones do not describe it
 MOSTLY = 0.25  # of a cluster: a class with a smaller share does not describe it
-ASKED, SHOWN = 400, 4  # queries that are evaluated, and shown of each kind
-CELLS, WORST = 14, 12  # classes of a full confusion table; else its largest entries
+ASKED = 400  # queries that are evaluated
+SHOWN = 4  # queries of each kind that are shown
+CELLS = 14  # classes of a full confusion table, at most
+WORST = 12  # largest entries that stand in for a larger table
 LANDMARKS = 300
 NAMES = 5  # nearest names of an image
 # Lucide's icons of the page's first screen, chosen before any model saw them.
@@ -146,26 +153,26 @@ class Thumbnails:
 
     def __init__(self) -> None:
         self.made: list[str] = []
-        self._known: dict[tuple[int, int, int], int] = {}  # data set, place, side -> number
+        self._numbers: dict[tuple[int, int, int], int] = {}  # data set, place, side -> number
 
     def item(
         self, dataset: PairDataset, i: int, hit: bool = False, side: int = SIDE
     ) -> dict[str, Any]:
         source, place = _origin(dataset, i)
         key = (id(source), place, side)
-        if key not in self._known:
-            picture = dataset.image(i).convert("RGB")
-            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if key not in self._numbers:
+            image = dataset.image(i).convert("RGB")
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
             stream = io.BytesIO()
-            picture.save(stream, "webp", quality=78)
-            self._known[key] = len(self.made)
+            image.save(stream, "webp", quality=78)
+            self._numbers[key] = len(self.made)
             self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
-        return {"picture": self._known[key], "caption": caption_of(dataset, i), "hit": hit}
+        return {"picture": self._numbers[key], "caption": caption_of(dataset, i), "hit": hit}
 
     def number(self, dataset: PairDataset, i: int) -> int:
         """The number of sample ``i``'s picture among those made so far; -1: it is not there."""
         source, place = _origin(dataset, i)
-        return self._known.get((id(source), place, SIDE), -1)
+        return self._numbers.get((id(source), place, SIDE), -1)
 
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
@@ -181,9 +188,11 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
         labels = samples.clusters[name].cpu()
         if bool((labels >= 0).any()):
             near = {kind: nearness(features, labels) for kind, features in rows.items()}
-            about = {"name": name, "of": SOURCES.get(name, "the external teacher's features")}
-            sizes = samples.sizes.get(name)
-            blocks.append(about | cluster_block(samples.dataset, labels, near, thumbs, sizes))
+            block = cluster_block(
+                samples.dataset, labels, near, thumbs, sizes=samples.sizes.get(name)
+            )
+            source = SOURCES.get(name, "the external teacher's features")
+            blocks.append({"name": name, "of": source, **block})
     return blocks
 
 
@@ -261,8 +270,8 @@ def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
     sheet = Image.new("RGB", (IMAGES * SIDE, len(rows) * SIDE), "white")
     for row, items in enumerate(rows):
         for column, item in enumerate(items):
-            held = io.BytesIO(base64.b64decode(snapshot.pictures[item["picture"]]))
-            sheet.paste(Image.open(held), (column * SIDE, row * SIDE))
+            webp = io.BytesIO(base64.b64decode(snapshot.pictures[item["picture"]]))
+            sheet.paste(Image.open(webp), (column * SIDE, row * SIDE))
     return np.asarray(sheet)
 
 
@@ -295,10 +304,11 @@ def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
     words: dict[int, str] = {}
     for cluster in np.flatnonzero(np.diff(captions.indptr)).tolist():
         row = slice(captions.indptr[cluster], captions.indptr[cluster + 1])
-        having, column = captions.data[row], captions.indices[row]
-        common = having >= max(min(2, sizes[cluster]), COMMON * sizes[cluster])
-        score = having[common] * rarity[column[common]]
-        best = column[common][np.argsort(-score, kind="stable")[:WORDS]]
+        counts = captions.data[row]
+        word_ids = captions.indices[row]
+        common = counts >= max(min(2, sizes[cluster]), COMMON * sizes[cluster])
+        score = counts[common] * rarity[word_ids[common]]
+        best = word_ids[common][np.argsort(-score, kind="stable")[:WORDS]]
         if len(best):
             words[cluster] = ", ".join(names[best])
     return words
@@ -344,20 +354,23 @@ def lay_out(points: Tensor, seed: int = 0) -> Tensor:
     landmarks = kmeans(points, count, num_iters=8, seed=seed).centroids.float()  # [L, P]
     # If all points were equal, t-SNE's start would have no scale.
     landmarks += 1e-6 * torch.randn(landmarks.shape, generator=torch.Generator().manual_seed(seed))
-    options: dict[str, Any] = {"method": "exact", "max_iter": 500, "random_state": seed}
-    tsne = TSNE(perplexity=min(12.0, (count - 1) / 3), **options)
+    tsne = TSNE(
+        perplexity=min(12.0, (count - 1) / 3), method="exact", max_iter=500, random_state=seed
+    )
     fixed = torch.from_numpy(tsne.fit_transform(landmarks.numpy())).float()  # [L, 2]
     squared, near = torch.cdist(points, landmarks).square().topk(4, dim=1, largest=False)
     # The farthest of the four has little weight.
     weight = torch.softmax(-3 * squared / squared[:, -1:].clamp_min(1e-12), dim=1)
     places = (weight[:, :, None] * fixed[near]).sum(1)
-    low, high = places.amin(0), places.amax(0)
+    low = places.amin(0)
+    high = places.amax(0)
     return (places - low) / (high - low).clamp_min(1e-9)
 
 
 def geometry(judged: EvalSet) -> dict[str, Any]:
     """The modality gap and two histograms: cosines, and features along the gap."""
-    image, text = _unit(judged.image), _unit(judged.text)
+    image = _unit(judged.image)
+    text = _unit(judged.text)
     matching = image[judged.owner.cpu()]
     others = text.roll(max(1, len(text) // 3), 0)
     gap = image.mean(0) - text.mean(0)
@@ -381,7 +394,8 @@ def confusions(judged: EvalSet) -> list[dict[str, Any]]:
     entries = []
     for label, vectors in judged.class_vectors.items():
         rows, classes = judged.among(label)
-        ids, names = classes.ids.cpu(), list(classes.names)
+        ids = classes.ids.cpu()
+        names = list(classes.names)
         count = len(names)
         images = _unit(judged.image[rows])
         guesses = torch.cat([(x @ _unit(vectors).T).argmax(1) for x in images.split(4096)])
@@ -421,7 +435,9 @@ def named(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> dict[str
 
 def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """Right and wrong answers in both directions, spread evenly over the evaluation set."""
-    owner, image, text = judged.owner.cpu(), _unit(judged.image), _unit(judged.text)
+    owner = judged.owner.cpu()
+    image = _unit(judged.image)
+    text = _unit(judged.text)
 
     def caption(row: int, right: int) -> dict[str, Any]:
         """The k-th text row of a picture is its k-th caption."""
@@ -436,12 +452,17 @@ def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list
     for to, queries, answers in (("caption", image, text), ("image", text, image)):
         asked = every(torch.arange(len(queries)), ASKED)
         best = (queries[asked] @ answers.T).topk(min(5, len(answers)), dim=1).indices  # [Q, 5]
+        # ``right``: the picture of each query; ``answered``: the pictures of its answers.
         if to == "caption":
-            show_query, show_answer = picture, caption
-            right, answered = asked, owner[best]  # pictures: the right one, and those answered
+            show_query = picture
+            show_answer = caption
+            right = asked
+            answered = owner[best]
         else:
-            show_query, show_answer = caption, picture
-            right, answered = owner[asked], best
+            show_query = caption
+            show_answer = picture
+            right = owner[asked]
+            answered = best
         for correct in (True, False):
             rows = ((answered[:, 0] == right) == correct).nonzero().flatten()
             shown = []
@@ -450,10 +471,17 @@ def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list
                 query = show_query(int(asked[row]), pair)
                 items = [show_answer(j, pair) for j in best[row].tolist()]
                 missed = not any(item["hit"] for item in items)
-                own_picture = picture(pair, pair) if missed else None
-                shown.append({"query": query, "answers": items, "right": own_picture})
-            numbers = {"share": len(rows) / len(asked), "asked": len(asked)}
-            groups.append({"to": to, "correct": correct, **numbers, "queries": shown})
+                right_picture = picture(pair, pair) if missed else None
+                shown.append({"query": query, "answers": items, "right": right_picture})
+            groups.append(
+                {
+                    "to": to,
+                    "correct": correct,
+                    "share": len(rows) / len(asked),
+                    "asked": len(asked),
+                    "queries": shown,
+                }
+            )
     return groups
 
 
