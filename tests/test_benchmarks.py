@@ -190,10 +190,9 @@ def test_a_sweep_of_which_nothing_is_right_says_why(capsys: pytest.CaptureFixtur
     from protoclip.kernels import launch
 
     before = launch.INTERPRETER
-    candidates = [before, replace(before, warps=8)]
-    gpu.sweep_row(swept_interpreter(never_right), candidates, 0.0)
+    gpu.sweep_row(swept_interpreter(never_right), [replace(before, warps=8)], 0.0)
     output = capsys.readouterr()
-    assert "no candidate of 2 compiled" in output.out and "paste" not in output.out
+    assert "no candidate of 1 compiled" in output.out and "paste" not in output.out
     assert "dx: wrong" in output.err
     assert launch.INTERPRETER is before
 

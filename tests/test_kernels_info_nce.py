@@ -415,7 +415,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
     strip = {"x": leaf(x), "y": leaf(y), "logit_scale": logit_scale, "backend": "triton"}
     rows = torch.arange(5, device=DEVICE)
     ids = torch.zeros(2, 5, device=DEVICE, dtype=torch.int32)
-    whole = {"offset": 0, "columns": True, "keep_stash": False}
+    whole = {"offset": 0, "both_directions": True, "keep_stash": False}
     return {
         "info_nce": strip | whole | {"reduction": "none"},
         "info_nce, mean": strip | whole | {"reduction": "mean"},
@@ -436,7 +436,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
             "key_ids": ids,
             "key_bias": logit_scale.expand(5),
             "same_positive": True,
-            "columns": True,
+            "both_directions": True,
             "keep_stash": False,
         },
         "prototype_cross_entropy": {
