@@ -27,6 +27,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# They take minutes: begun last, one of them would keep a single core busy in the end.
+LONG_FILES = (
+    "test_kernels_compile.py",
+    "test_kernels_hot_paths.py",
+    "test_benchmarks.py",
+    "test_openclip_trainer.py",
+    "test_distributed_launch.py",
+    "test_stop.py",
+)
+
 MAY_MISS = {
     "PIL", "hypothesis", "matplotlib", "open_clip", "safetensors", "tensorboard", "torchvision",
     "tqdm", "webdataset",
@@ -41,6 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist: files in the order of the tests
+        config.option.loadscopereorder = False
     if config.getoption("--nan-empties"):  # in C++ too: at::empty fills in this mode
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
@@ -53,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if share := config.getoption("--compile-share"):
         first, step = map(int, share.split("/"))
         items[:] = items[first::step]
