@@ -189,8 +189,8 @@ class WordTokens:
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         parts = [tokenizer(list(texts[i : i + 4096])) for i in range(0, len(texts), 4096)]
         tokens = torch.cat(parts)
-        known, place = tokens.unique(return_inverse=True)  # ascending: 0 pads, the largest ends
-        self.size = len(known)
+        token_ids, place = tokens.unique(return_inverse=True)  # ascending: 0 pads, the largest ends
+        self.size = len(token_ids)
         self.table = place  # int64 [texts, context]
         self.row = {text: i for i, text in enumerate(texts)}
 
@@ -321,17 +321,19 @@ class Recorder(NullRunFolder):
 
     def by_episode(self) -> list[dict[str, float]]:
         """Prototype accuracy (means), loss (last) and the clusters' inertia and sizes."""
-        found: dict[int, list[dict[str, float]]] = {}
+        records_by_episode: dict[int, list[dict[str, float]]] = {}
         for record in self.records:
             if "episode" in record:
-                found.setdefault(int(record["episode"]), []).append(record)
+                records_by_episode.setdefault(int(record["episode"]), []).append(record)
         out = []
-        for number, own in sorted(found.items()):
-            values = {"episode": float(number), "loss": own[-1]["loss"]}
-            for name in own[-1]:
+        for number, records in sorted(records_by_episode.items()):
+            values = {"episode": float(number), "loss": records[-1]["loss"]}
+            for name in records[-1]:
                 if "accuracy" in name:
-                    values[name] = statistics.fmean(one[name] for one in own if name in one)
-            for name, value in own[0].items():
+                    values[name] = statistics.fmean(
+                        record[name] for record in records if name in record
+                    )
+            for name, value in records[0].items():
                 own_metric = not name.startswith("seconds_")
                 if own_metric and name.endswith(("_inertia", "_clusters", "_size_max", "_churn")):
                     values[name] = value
@@ -369,11 +371,11 @@ class Run:
         self.outside = 0.0  # CPU seconds of measuring
         interval_epochs = plan.steps_per_episode / plan.steps_per_epoch
         evaluations = [PeriodicEvaluation(self._measure, interval_epochs)]
-        kind = FeatureTrainer if task.tower == MLP else train.Trainer
-        self.trainer = kind(setup, self.model, self.folder, evaluations=evaluations)
+        trainer_class = FeatureTrainer if task.tower == MLP else train.Trainer
+        self.trainer = trainer_class(setup, self.model, self.folder, evaluations=evaluations)
         if isinstance(self.trainer, FeatureTrainer):
-            own = data.features[torch.from_numpy(rows)]
-            self.trainer.source = FeatureBatches(own, pairs, self.model.short_tokenizer)
+            features = data.features[torch.from_numpy(rows)]
+            self.trainer.source = FeatureBatches(features, pairs, self.model.short_tokenizer)
 
     def _measure(self, model: Any) -> dict[str, float]:
         """The entropy of an episode's soft targets, after it and off the clock."""
@@ -401,7 +403,7 @@ class Run:
             "judging_seconds": round(time.process_time() - judging, 1),
             "samples": self.trainer.plan.total_steps * self.trainer.plan.global_batch_size,
             "pairs": len(self.trainer.dataset),
-            "parameters": sum(one.numel() for one in self.model.clip.parameters()),
+            "parameters": sum(parameter.numel() for parameter in self.model.clip.parameters()),
             "episodes": self.folder.by_episode(),
             "entropies": self.entropies,
         }
@@ -409,16 +411,17 @@ class Run:
 
 def entropy(trainer: train.Trainer) -> dict[str, float]:
     """Mean entropy of the internal soft targets by source, and the most it can be, in nats."""
-    found, episode = {}, trainer.episode
+    entropies: dict[str, float] = {}
+    episode = trainer.episode
     assert episode is not None
-    for one in episode.sets:
-        if one.source in INTERNAL and one.targets is not None:
-            centroids = episode.centroids[one.source]
+    for prototypes in episode.sets:
+        if prototypes.source in INTERNAL and prototypes.targets is not None:
+            centroids = episode.centroids[prototypes.source]
             temperature = trainer.config.episode.target_temperature
             logs = (centroids @ centroids.T / temperature).log_softmax(1)
-            found[one.source] = round(float(-(logs.exp() * logs).sum(1).mean()), 4)
-            found["most"] = round(float(np.log(len(centroids))), 4)
-    return found
+            entropies[prototypes.source] = round(float(-(logs.exp() * logs).sum(1).mean()), 4)
+            entropies["most"] = round(float(np.log(len(centroids))), 4)
+    return entropies
 
 
 def labelled(icons: Icons, rows: np.ndarray, names: Sequence[str], title: str) -> IconPairs:
@@ -441,27 +444,29 @@ def judge(encoder: Encoder, split: Split, icons: Icons, *, texts: bool = True) -
         return EvalSet(image, image[:0], labels=pairs.labels, class_vectors=vectors, title=title)
 
     seen = features(split.judged_seen, split.seen, "seen")
-    known = features(split.labelled_seen, split.seen, "known")
+    labelled_set = features(split.labelled_seen, split.seen, "known")
     tasks = ("zeroshot", "linear_probe", "knn", "grouping")
-    found = dict(evaluate_features({"seen": seen}, known, tasks=tasks)["seen"].metrics)
+    metrics = dict(evaluate_features({"seen": seen}, labelled_set, tasks=tasks)["seen"].metrics)
     scores = {
-        "zero-shot": found.get(f"{CONCEPT}/acc1"),
-        "zero-shot top 5": found.get(f"{CONCEPT}/acc5"),
-        "probe": found[f"{CONCEPT}/lp_acc1"],
-        "AMI": found[f"{CONCEPT}/ami"],
-        "k-NN": found[f"{CONCEPT}/knn_acc1"],
+        "zero-shot": metrics.get(f"{CONCEPT}/acc1"),
+        "zero-shot top 5": metrics.get(f"{CONCEPT}/acc5"),
+        "probe": metrics[f"{CONCEPT}/lp_acc1"],
+        "AMI": metrics[f"{CONCEPT}/ami"],
+        "k-NN": metrics[f"{CONCEPT}/knn_acc1"],
     }
     new = features(split.judged_new, split.new, "new")
-    known = features(split.labelled_new, split.new, "known")
-    found = dict(evaluate_features({"new": new}, known, tasks=("knn", "grouping"))["new"].metrics)
-    scores["k-NN, new"] = found[f"{CONCEPT}/knn_acc1"]
-    scores["AMI, new"] = found[f"{CONCEPT}/ami"]
+    labelled_set = features(split.labelled_new, split.new, "known")
+    metrics = dict(
+        evaluate_features({"new": new}, labelled_set, tasks=("knn", "grouping"))["new"].metrics
+    )
+    scores["k-NN, new"] = metrics[f"{CONCEPT}/knn_acc1"]
+    scores["AMI, new"] = metrics[f"{CONCEPT}/ami"]
     if texts:
         pairs = IconPairs(icons, split.queries, "queries")
         image, text = encoder.images(pairs), words(icons.words[split.queries].tolist())
         asked = EvalSet(image, text, torch.arange(len(image)))
-        found = dict(evaluate_features({"q": asked}, tasks=("retrieval",))["q"].metrics)
-        scores["R@5"] = found["text_retrieval_recall@5"]
+        metrics = dict(evaluate_features({"q": asked}, tasks=("retrieval",))["q"].metrics)
+        scores["R@5"] = metrics["text_retrieval_recall@5"]
     return {name: round(value, 5) for name, value in scores.items() if value is not None}
 
 
@@ -471,7 +476,7 @@ def floor(task: Task, data: Data, towers: Towers) -> dict[str, Any]:
     if task.row in ("chance", "most frequent"):
         ids = labelled(icons, split.judged_seen, split.seen, "").labels[CONCEPT].ids
         new = labelled(icons, split.judged_new, split.new, "").labels[CONCEPT].ids
-        most = [float(own.bincount().max()) / len(own) for own in (ids, new)]
+        most = [float(class_ids.bincount().max()) / len(class_ids) for class_ids in (ids, new)]
         chance = [1 / len(split.seen), 1 / len(split.new)]
         first, second = chance if task.row == "chance" else most
         scores = {"zero-shot": first, "probe": first, "AMI": 0.0, "k-NN": first}
@@ -548,7 +553,7 @@ def tasks(size: Size, done: Done) -> Iterator[Task]:
     for row in OTHERS:
         yield from lists[row]
     yield from (Task("floor", "", name, 0) for name in FLOORS)
-    if any(task.key not in done for own in lists.values() for task in own):
+    if any(task.key not in done for tasks in lists.values() for task in tasks):
         return
     for tower in (MLP, CNN):
         yield pair_of(tower, size, done)
@@ -579,8 +584,8 @@ def finished(path: Path) -> Done:
     done: Done = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
-            one = json.loads(line)
-            done[Task(**{name: one[name] for name in Task.__dataclass_fields__}).key] = one
+            record = json.loads(line)
+            done[Task(**{name: record[name] for name in Task.__dataclass_fields__}).key] = record
     return done
 
 
@@ -631,20 +636,20 @@ def one_run(
     """Do a run and write its line."""
     start = time.monotonic()
     try:
-        found = run(task, size, data, towers, finished(path))
+        record = run(task, size, data, towers, finished(path))
     except ValueError as error:
         if not str(error).startswith(("training:", "episode:", "prototypes:")):
             raise
-        found = {"metrics": {}, "error": str(error)}  # it diverged: no scores
-    found = asdict(task) | found
-    found |= {name: about[name] for name in ("machine", "commit", "date")}
-    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    found["seconds"] = round(time.monotonic() - start, 1)
-    append(path, found)
-    primary = {name: found["metrics"].get(name) for name in ("zero-shot", "probe", "AMI")}
+        record = {"metrics": {}, "error": str(error)}  # it diverged: no scores
+    record = asdict(task) | record
+    record |= {name: about[name] for name in ("machine", "commit", "date")}
+    record |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    record["seconds"] = round(time.monotonic() - start, 1)
+    append(path, record)
+    primary = {name: record["metrics"].get(name) for name in ("zero-shot", "probe", "AMI")}
     print(
         f"{task.stage} {task.tower} {task.row}, seed {task.seed}, {task.lr:g}, {task.epochs:g}: "
-        f"{found['seconds']:.0f} s, CPU {found.get('cpu_seconds')} s, {primary}",
+        f"{record['seconds']:.0f} s, CPU {record.get('cpu_seconds')} s, {primary}",
         flush=True,
     )
 
@@ -680,12 +685,12 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         arguments = (size, out, args.hours, folder)
         if not args.report and args.workers > 1:
             context = multiprocessing.get_context("spawn")
-            others = [context.Process(target=work, args=arguments) for _ in range(args.workers)]
-            for process in others:
+            processes = [context.Process(target=work, args=arguments) for _ in range(args.workers)]
+            for process in processes:
                 process.start()
-            for process in others:
+            for process in processes:
                 process.join()
-            code = max(abs(process.exitcode or 0) for process in others)
+            code = max(abs(process.exitcode or 0) for process in processes)
         elif not args.report:
             work(*arguments)
     except (Stopped, KeyboardInterrupt):

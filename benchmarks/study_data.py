@@ -126,8 +126,10 @@ def download(folder: Path) -> Path:
         raise DataError(f"npm pack {PACKAGE} in {folder}: {error}; npm comes with Node") from error
     archive = folder / done.stdout.split()[-1]
     with tarfile.open(archive) as file:
-        parts = [one for one in file if one.name.endswith(".json")]
-        parts.sort(key=lambda one: one.name.endswith("collections.json"))  # the last marks the end
+        parts = [member for member in file if member.name.endswith(".json")]
+        parts.sort(
+            key=lambda member: member.name.endswith("collections.json")
+        )  # the last marks the end
         file.extractall(folder, parts, filter="data")
     archive.unlink()
     return package
@@ -154,10 +156,10 @@ def brands(package: Path) -> set[str]:
 
 def icons_of(package: Path) -> Iterator[Icon]:
     """One icon of each name and set, a style and size of it by lot; sets in alphabetic order."""
-    known = json.loads((package / "collections.json").read_text())
+    collections = json.loads((package / "collections.json").read_text())
     without = brands(package)
     for path in sorted((package / "json").glob("*.json")):
-        category = known.get(path.stem, {}).get("category")
+        category = collections.get(path.stem, {}).get("category")
         if path.stem in LEFT_OUT_SETS or (category in LEFT_OUT and path.stem not in BUT):
             continue
         content = json.loads(path.read_text())
@@ -166,8 +168,8 @@ def icons_of(package: Path) -> Iterator[Icon]:
             if not icon.get("hidden"):
                 by_words.setdefault(strip(name), []).append(name)
         for words, names in by_words.items():
-            first, *others = words.split(" ")
-            brand = words in without or (first in ("logo", "brand") and others)
+            first, *rest = words.split(" ")
+            brand = words in without or (first in ("logo", "brand") and rest)
             if brand or words.replace(" ", "").isdecimal() or words.endswith(" logo"):
                 continue
             lot = int(mix(*f"{path.stem}:{words}".encode())) % len(names)
@@ -207,9 +209,9 @@ class Described:
 
 def describe(pictures: np.ndarray) -> Described:
     """Features and hashes of drawings, uint8 [n, SIDE, SIDE, 3]."""
-    drawn = [Image.fromarray(one) for one in pictures]
-    greys = [np.asarray(one.convert("L")) for one in drawn]
-    rows = [np.concatenate([hog(one), pixels(one).ravel()], axis=None) for one in drawn]
+    drawn = [Image.fromarray(drawing) for drawing in pictures]
+    greys = [np.asarray(drawing.convert("L")) for drawing in drawn]
+    rows = [np.concatenate([hog(drawing), pixels(drawing).ravel()], axis=None) for drawing in drawn]
     return Described(
         np.stack(rows).astype(np.float16),
         np.packbits(np.stack([fingerprint(grey) for grey in greys]), axis=1),
@@ -219,7 +221,7 @@ def describe(pictures: np.ndarray) -> Described:
 
 def write(folder: Path, icons: Sequence[Icon], workers: int) -> None:
     """Draw icons on all cores, describe them in ``workers`` processes; the table comes last."""
-    pictures = draw_svgs([one.svg for one in icons], folder / "pictures.npy", SIDE)
+    pictures = draw_svgs([icon.svg for icon in icons], folder / "pictures.npy", SIDE)
     chunks = (pictures[i : i + CHUNK] for i in range(0, len(icons), CHUNK))
     with contextlib.ExitStack() as stack:
         parts: Iterable[Described] = map(describe, chunks)
@@ -227,20 +229,20 @@ def write(folder: Path, icons: Sequence[Icon], workers: int) -> None:
             pool = stack.enter_context(get_context("fork").Pool(workers))
             parts = pool.imap(describe, chunks)
         count = -(-len(icons) // CHUNK)
-        found = list(tqdm(parts, "features", count, leave=False, disable=None))
-    rows = np.flatnonzero(np.concatenate([part.shown for part in found]))
-    kept = [icons[i] for i in rows.tolist()]
+        described = list(tqdm(parts, "features", count, leave=False, disable=None))
+    rows = np.flatnonzero(np.concatenate([part.shown for part in described]))
+    shown_icons = [icons[i] for i in rows.tolist()]
     arrays = {
         "row": rows,
-        "set": np.array([one.set for one in kept]),
-        "name": np.array([one.name for one in kept]),
-        "words": np.array([one.words for one in kept]),
-        "features": np.concatenate([part.features for part in found])[rows],
-        "hashes": np.concatenate([part.hashes for part in found])[rows],
+        "set": np.array([icon.set for icon in shown_icons]),
+        "name": np.array([icon.name for icon in shown_icons]),
+        "words": np.array([icon.words for icon in shown_icons]),
+        "features": np.concatenate([part.features for part in described])[rows],
+        "hashes": np.concatenate([part.hashes for part in described])[rows],
     }
     with whole_file(folder / "table.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
-    print(f"{folder}: {len(kept):,} icons of {len(set(arrays['set'])):,} sets")
+    print(f"{folder}: {len(shown_icons):,} icons of {len(set(arrays['set'])):,} sets")
 
 
 def write_teacher(folder: Path, icons: Icons) -> None:
@@ -329,9 +331,9 @@ def near(hashes: np.ndarray, others: np.ndarray, most: int) -> Iterator[tuple[in
         distance = part.sum(1, keepdim=True) + size - 2 * part @ theirs.T
         rows, columns = (distance <= limits[start : start + 1024, None]).nonzero(as_tuple=True)
         ends = torch.bincount(rows, minlength=len(part)).cumsum(0)[:-1].tolist()
-        for i, own in enumerate(np.split(columns.numpy(), ends)):
-            if len(own):
-                yield start + i, own
+        for i, near_columns in enumerate(np.split(columns.numpy(), ends)):
+            if len(near_columns):
+                yield start + i, near_columns
 
 
 # Drawings made up here
@@ -363,8 +365,10 @@ def toy_icons(folder: Path) -> Icons:
             icons.append(Icon(part, name.replace(" ", "-"), name, svg))
     write(folder, icons, workers=1)
     drawn = read(folder)
-    known = {word: np.random.default_rng(list(word.encode())).normal(size=32) for word in TOY_WORDS}
-    rows = [sum(known[word] for word in str(words).split()) for words in drawn.words]
+    directions = {
+        word: np.random.default_rng(list(word.encode())).normal(size=32) for word in TOY_WORDS
+    }
+    rows = [sum(directions[word] for word in str(words).split()) for words in drawn.words]
     write_rows(folder / "teacher.npz", np.array(rows, dtype=np.float32), drawn.keys)
     return drawn
 

@@ -59,16 +59,16 @@ def difference(runs: Runs, row: str, other: str, metric: str) -> Difference | No
     seeds = sorted(mine.keys() & theirs.keys())
     if row == other or len(seeds) < 2:
         return None
-    found = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    low, high = found.confidence_interval(0.95)
-    return Difference((low + high) / 2, (high - low) / 2, float(found.pvalue), len(seeds))
+    test = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    low, high = test.confidence_interval(0.95)
+    return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue), len(seeds))
 
 
-def holm(found: Mapping[Any, Difference]) -> dict[Any, float]:
+def holm(differences: Mapping[Any, Difference]) -> dict[Any, float]:
     """p of each test, corrected for there being several."""
     corrected, least = {}, 0.0
-    for rank, key in enumerate(sorted(found, key=lambda key: found[key].p)):
-        least = max(least, min(1.0, (len(found) - rank) * found[key].p))
+    for rank, key in enumerate(sorted(differences, key=lambda key: differences[key].p)):
+        least = max(least, min(1.0, (len(differences) - rank) * differences[key].p))
         corrected[key] = least
     return corrected
 
@@ -83,13 +83,13 @@ def tests(by_tower: Mapping[str, Runs]) -> dict[Comparison, tuple[Difference, fl
     ]
     out: dict[Comparison, tuple[Difference, float]] = {}
     for family in families:
-        known = {
-            (tower, row, other, metric): found
+        differences = {
+            (tower, row, other, metric): of_metric
             for tower, row, other in family
             for metric in PRIMARY
-            if (found := difference(by_tower[tower], row, other, metric)) is not None
+            if (of_metric := difference(by_tower[tower], row, other, metric)) is not None
         }
-        out |= {key: (known[key], p) for key, p in holm(known).items()}
+        out |= {key: (differences[key], p) for key, p in holm(differences).items()}
     return out
 
 
@@ -100,8 +100,8 @@ def score(run: Run) -> float:
 
 
 def mean(numbers: Iterable[float], form: str = ".3f") -> str:
-    known = list(numbers)
-    return format(statistics.fmean(known), form) if known else "–"
+    present = list(numbers)
+    return format(statistics.fmean(present), form) if present else "–"
 
 
 def time_beside_clip(runs: Runs, row: str) -> str:
@@ -111,10 +111,10 @@ def time_beside_clip(runs: Runs, row: str) -> str:
     return mean((mine[s]["cpu_seconds"] / plain[s]["cpu_seconds"] for s in seeds), ".2f")
 
 
-def by_row(found: Sequence[Run], tower: str, order: Iterable[str]) -> Runs:
+def by_row(finished: Sequence[Run], tower: str, order: Iterable[str]) -> Runs:
     """The finished main runs of a tower."""
     runs: dict[str, dict[int, Run]] = {row: {} for row in order}
-    for run in found:
+    for run in finished:
         if run["stage"] == "main" and run["tower"] == tower and run["row"] in runs:
             runs[run["row"]][run["seed"]] = run
     return {row: seeds for row, seeds in runs.items() if seeds}
@@ -136,22 +136,23 @@ def metrics_table(runs: Runs, metrics: Sequence[str], words: Mapping[tuple[str, 
 
 def tables_of(tower: str, by_tower: Mapping[str, Runs]) -> list[str]:
     """Against CLIP at equal samples, then at equal time."""
-    runs, found = by_tower[tower], tests(by_tower)
+    runs = by_tower[tower]
+    comparisons = tests(by_tower)
     primary = {
-        (row, metric): one.text(p)
-        for (where, row, other, metric), (one, p) in found.items()
+        (row, metric): delta.text(p)
+        for (where, row, other, metric), (delta, p) in comparisons.items()
         if where == tower and other == CLIP
     }
     equal = {
-        (EQUAL_TIME, metric): one.text()
+        (EQUAL_TIME, metric): delta.text()
         for metric in PRIMARY
-        if (one := difference(runs, EQUAL_TIME, CLIP, metric)) is not None
+        if (delta := difference(runs, EQUAL_TIME, CLIP, metric)) is not None
     }
     secondary = {
-        (row, metric): one.text()
+        (row, metric): delta.text()
         for row in runs
         for metric in SECONDARY
-        if (one := difference(runs, row, CLIP, metric)) is not None
+        if (delta := difference(runs, row, CLIP, metric)) is not None
     }
     parts = [
         "CLIP's values, and differences to CLIP at equal samples; p after Holm:",
@@ -189,22 +190,24 @@ def floors_table(found: Sequence[Run], floors: Sequence[str]) -> str:
     return table(["floor", *names], lines) if lines else ""
 
 
-def tuning_table(found: Sequence[Run]) -> str:
+def tuning_table(finished: Sequence[Run]) -> str:
     """What was tried on the sets for tuning, and how it scored."""
     tried = {
         (run["row"], f"{run['lr']:g}, {run['epochs']:g}"): score(run)
-        for run in found
+        for run in finished
         if run["stage"] == "tune"
     }
     rows, settings = (list(dict.fromkeys(key[i] for key in tried)) for i in (0, 1))
     lines = []
     for row in rows:
-        own = [tried.get((row, one)) for one in settings]
-        best = max((one for one in own if one is not None), default=None)
-        words = ["–" if one is None else f"{one:.3f}" for one in own]
-        lines.append(
-            [row] + [f"**{w}**" if one == best else w for w, one in zip(words, own, strict=True)]
-        )
+        scores = [tried.get((row, setting)) for setting in settings]
+        best = max((value for value in scores if value is not None), default=None)
+        cells = ["–" if value is None else f"{value:.3f}" for value in scores]
+        cells = [
+            f"**{cell}**" if value == best else cell
+            for cell, value in zip(cells, scores, strict=True)
+        ]
+        lines.append([row, *cells])
     head = ["tuning: mean of the primary metrics at lr, epochs", *settings]
     return table(head, lines) if lines else ""
 
@@ -220,36 +223,38 @@ def clusters_table(runs: Runs) -> str:
     }
     lines = []
     for row, by_seed in runs.items():
-        last = [run["episodes"][-1] for run in by_seed.values() if run["episodes"]]
+        last_episodes = [run["episodes"][-1] for run in by_seed.values() if run["episodes"]]
         accuracy = [
-            statistics.fmean(value for name, value in one.items() if "accuracy" in name)
-            for one in last
-            if any("accuracy" in name for name in one)
+            statistics.fmean(value for name, value in episode.items() if "accuracy" in name)
+            for episode in last_episodes
+            if any("accuracy" in name for name in episode)
         ]
-        nats = [run["entropies"][-1] for run in by_seed.values() if run["entropies"]]
-        if not any(name in one for one in last for name in names):
+        entropies = [run["entropies"][-1] for run in by_seed.values() if run["entropies"]]
+        if not any(name in episode for episode in last_episodes for name in names):
             continue
         line = [row, mean(accuracy)]
-        line += [mean((one[name] for one in last if name in one), ".3g") for name in names]
+        for name in names:
+            line.append(mean((each[name] for each in last_episodes if name in each), ".3g"))
         for source in ("image", "text", "most"):
-            line.append(mean((one[source] for one in nats if source in one), ".2f"))
+            line.append(mean((each[source] for each in entropies if source in each), ".2f"))
         lines.append(line)
     head = ["last episode", "prototype accuracy", *names.values()]
     head += ["entropy of targets, nats: images", "texts", "at most"]
     return table(head, lines) if lines else ""
 
 
-def verdict(found: Difference, p: float) -> str:
-    return "undecided" if p >= 0.05 else "better" if found.mean > 0 else "worse"
+def verdict(delta: Difference, p: float) -> str:
+    return "undecided" if p >= 0.05 else "better" if delta.mean > 0 else "worse"
 
 
 def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[str]:
     """The answer in at most ten lines, from what is there."""
-    found, lines = tests(by_tower), []
+    comparisons = tests(by_tower)
+    lines = []
     for tower in by_tower:
         parts = [
-            f"{metric} {one.text(p)}: {verdict(one, p)}"
-            for (where, _, other, metric), (one, p) in found.items()
+            f"{metric} {delta.text(p)}: {verdict(delta, p)}"
+            for (where, _, other, metric), (delta, p) in comparisons.items()
             if where == tower and other == EQUAL_TIME
         ]
         if parts:
@@ -259,8 +264,8 @@ def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[st
             )
     for tower in by_tower:
         parts = [
-            f"{metric} {one.text(p)}"
-            for (where, row, other, metric), (one, p) in found.items()
+            f"{metric} {delta.text(p)}"
+            for (where, row, other, metric), (delta, p) in comparisons.items()
             if (where, row, other) == (tower, PROTO, CLIP)
         ]
         if parts:
@@ -268,9 +273,9 @@ def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[st
     runs = by_tower.get("mlp", {})
     for row in (INTERNAL_ONLY, EXTERNAL_ONLY):
         parts = [
-            f"{metric} {one.text()}"
+            f"{metric} {delta.text()}"
             for metric in PRIMARY
-            if (one := difference(runs, row, EQUAL_TIME, metric)) is not None
+            if (delta := difference(runs, row, EQUAL_TIME, metric)) is not None
         ]
         if parts:
             lines.append(

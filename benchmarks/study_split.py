@@ -157,14 +157,14 @@ def choose_new(groups: Groups, rules: Rules, taken: frozenset[str]) -> tuple[str
 def related_rows(words: np.ndarray, names: Iterable[str]) -> dict[str, set[int]]:
     """For each of ``names`` the positions in ``words`` that contain all its words."""
     by_word: dict[str, set[int]] = {}
-    for i, own in enumerate(words.tolist()):
-        for word in own.split(" "):
+    for i, icon_words in enumerate(words.tolist()):
+        for word in icon_words.split(" "):
             by_word.setdefault(word, set()).add(i)
-    found = {}
+    rows_by_name = {}
     for name in names:
         parts = [by_word.get(word, set()) for word in name.split(" ")]
-        found[name] = parts[0].intersection(*parts[1:])
-    return found
+        rows_by_name[name] = parts[0].intersection(*parts[1:])
+    return rows_by_name
 
 
 def contains(words: np.ndarray, names: Iterable[str]) -> np.ndarray:
@@ -184,23 +184,23 @@ def copies(icons: Icons, rows: np.ndarray) -> np.ndarray:
     first: dict[tuple[str, bytes], int] = {}
     for row, key in zip(rows.tolist(), keys, strict=True):
         first.setdefault(key, row)
-    kept = np.fromiter(first.values(), dtype=np.int64)
-    return np.setdiff1d(rows, kept)
+    first_rows = np.fromiter(first.values(), dtype=np.int64)
+    return np.setdiff1d(rows, first_rows)
 
 
 def near_rows(icons: Icons, judged: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray:
     """Those of ``rows`` that are drawn like one of ``judged``."""
-    found = [own for _, own in near(icons.hashes[judged], icons.hashes[rows], bits)]
-    return rows[np.unique(np.concatenate(found))] if found else rows[:0]
+    near_places = [places for _, places in near(icons.hashes[judged], icons.hashes[rows], bits)]
+    return rows[np.unique(np.concatenate(near_places))] if near_places else rows[:0]
 
 
 def few_each(icons: Icons, rows: np.ndarray, most: int) -> np.ndarray:
     """At most so many rows of each name, by lot."""
     count: dict[str, int] = {}
-    kept = []
+    chosen = []
     for row in by_lot(rows, 2).tolist():
         name = str(icons.words[row])
         count[name] = count.get(name, 0) + 1
         if count[name] <= most:
-            kept.append(row)
-    return np.sort(np.array(kept, dtype=np.int64))
+            chosen.append(row)
+    return np.sort(np.array(chosen, dtype=np.int64))
