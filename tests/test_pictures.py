@@ -2,16 +2,18 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import pictures
-from benchmarks.report import RESULTS, mib, newest_cpu
+from benchmarks import default_run, pictures
+from benchmarks.report import RESULTS, between, mib, newest_cpu
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, Thumbnails, save_snapshot
 
+ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -143,3 +145,27 @@ def test_a_run_of_other_data_is_refused(tmp_path, capsys):
         pictures.main([str(tmp_path), "--out", str(tmp_path), "--record", str(tmp_path / "no")])
     assert "expected a finished run on builtin:icons" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_tables_of_the_default_run_are_those_of_the_record():
+    recorded = json.loads(default_run.RECORD.read_text(encoding="utf-8"))
+    assert all(len(seeds) >= 5 for seeds in recorded["seeds"].values())
+    tables = {
+        "README.md": default_run.readme_table(recorded),
+        "docs/evidence.md": default_run.evidence_table(recorded),
+    }
+    for page, expected in tables.items():
+        _, written, _ = between(ROOT / page, default_run.BEGIN, default_run.END)
+        assert written.strip() == expected.strip()
+
+
+def test_a_difference_of_seeds_is_welch_s():
+    title = "NEW: zero-shot, 430 names"
+    seeds = {
+        "protoclip": {"0": {title: 0.5}, "1": {title: 0.6}},
+        "clip": {"0": {title: 0.3}, "1": {title: 0.4}},
+    }
+    delta = default_run.difference({"seeds": seeds}, title)
+    # Two degrees of freedom: t = 4.303; the standard error is the root of 0.005 / 2 + 0.005 / 2.
+    assert delta.mean == pytest.approx(0.2)
+    assert delta.half_width == pytest.approx(4.3027 * 0.005**0.5, rel=1e-4)
