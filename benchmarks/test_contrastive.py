@@ -32,8 +32,9 @@ class Shape(NamedTuple):
 SIZES = {
     "cpu": {
         "tiny": [Shape(48, 16)],
-        "quick": [Shape(1024, 512), Shape(4096, 128), Shape(4096, 512)],
+        "quick": [Shape(256, 512), Shape(1024, 512), Shape(4096, 128), Shape(4096, 512)],
         "full": [
+            Shape(256, 512),
             Shape(1024, 512),
             Shape(4096, 128),
             Shape(4096, 512),
