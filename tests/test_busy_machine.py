@@ -15,7 +15,7 @@ from protoclip.train import main
 
 FAULTS = """
 import resource, sys, torch
-from protoclip.train import keep_freed_memory
+from protoclip.host import keep_freed_memory
 torch.set_num_threads(1)
 if "keep" in sys.argv:
     keep_freed_memory()
