@@ -1,6 +1,7 @@
 """The default run over seeds: ``python -m benchmarks.default_run RUN ...`` records it.
 
-RUN are the folders of ``protoclip train --seed N`` and of ``--method clip --seed N``. Without RUN
+RUN are the folders of ``protoclip train --seed N``, of ``--method clip --seed N`` and of that with
+as many more ``--epochs`` as a step with prototypes takes longer: CLIP at equal time. Without RUN
 only the tables of docs/evidence.md and README.md are written again, from the record.
 """
 
@@ -24,7 +25,7 @@ END = "<!-- seeds: end -->"
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "default_run" / "seeds.json"
-METHODS = ("protoclip", "clip")
+PROTO, CLIP, EQUAL_TIME = ROWS = ("protoclip", "clip", "clip at equal time")
 FLOORS = ("chance", "frequent", "pixels", "HOG")
 
 
@@ -62,7 +63,7 @@ FLOOR_WORDS = {
 
 
 class Difference(NamedTuple):
-    """ProtoCLIP minus CLIP, with half of the 95 % interval (Welch)."""
+    """ProtoCLIP minus a row of CLIP, with half of the 95 % interval (Welch)."""
 
     mean: float
     half_width: float
@@ -75,17 +76,32 @@ def record(runs: Sequence[Path], commit: str) -> dict[str, Any]:
     """What the tables need of finished runs; "untrained" is the mean over them.
 
     Raises:
-        ValueError: a run is of another method.
+        ValueError: a run is of another method, or of CLIP with fewer epochs than ProtoCLIP's.
     """
-    seeds: dict[str, dict[str, dict[str, float]]] = {method: {} for method in METHODS}
+    configs = {run: json.loads((run / "config.json").read_text()) for run in sorted(runs)}
+    epochs_of_proto = {
+        config["optim"]["epochs"] for config in configs.values() if config["method"] == PROTO
+    }
+    if len(epochs_of_proto) != 1:
+        raise ValueError(f"expected runs of ProtoCLIP of one length, got {epochs_of_proto} epochs")
+    (same_samples,) = epochs_of_proto
+    seeds: dict[str, dict[str, dict[str, float]]] = {row: {} for row in ROWS}
+    epochs: dict[str, float] = {}
     floors: dict[str, dict[str, float]] = {}
     untrained: list[dict[str, float]] = []
-    for run in sorted(runs):
-        config = json.loads((run / "config.json").read_text())
+    for run, config in configs.items():
+        row = config["method"]
+        if row not in (PROTO, CLIP):
+            raise ValueError(f"{run}: expected --method protoclip or clip, got {row}")
+        length = config["optim"]["epochs"]
+        if length < same_samples:
+            raise ValueError(f"{run}: expected {same_samples:g} epochs or more, got {length:g}")
+        if length > same_samples:
+            row = EQUAL_TIME
+        if epochs.setdefault(row, length) != length:
+            raise ValueError(f"{run}: expected {epochs[row]:g} epochs ({row}), got {length:g}")
         results = json.loads((run / "results.json").read_text())
-        if config["method"] not in METHODS:
-            raise ValueError(f"{run}: expected --method protoclip or clip, got {config['method']}")
-        seeds[config["method"]][str(config["run"]["seed"])] = {
+        seeds[row][str(config["run"]["seed"])] = {
             metric.title: value_of(results["trained"], metric) for metric in METRICS
         }
         floors = {name: values_of(results["floors"][name]) for name in FLOORS}
@@ -96,7 +112,7 @@ def record(runs: Sequence[Path], commit: str) -> dict[str, Any]:
     chance = floors["chance"]
     names = round(1 / chance["NEW: zero-shot, 430 names"])
     chance["NEW: zero-shot, top 5"] = 5 / names
-    return {"commit": commit, "floors": floors, "seeds": seeds}
+    return {"commit": commit, "epochs": epochs, "floors": floors, "seeds": seeds}
 
 
 def value_of(parts: dict[str, Any], metric: Metric) -> float:
@@ -111,54 +127,59 @@ def values_of(parts: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def of_seeds(recorded: dict[str, Any], method: str, title: str) -> list[float]:
-    return [values[title] for values in recorded["seeds"][method].values()]
+def of_seeds(recorded: dict[str, Any], row: str, title: str) -> list[float]:
+    return [values[title] for values in recorded["seeds"][row].values()]
 
 
-def difference(recorded: dict[str, Any], title: str) -> Difference:
-    ours, clip = (of_seeds(recorded, method, title) for method in METHODS)
+def difference(recorded: dict[str, Any], title: str, row: str = EQUAL_TIME) -> Difference:
+    """ProtoCLIP minus a row of CLIP."""
+    ours, clip = (of_seeds(recorded, which, title) for which in (PROTO, row))
     interval = stats.ttest_ind(ours, clip, equal_var=False).confidence_interval(0.95)
     middle = (interval.low + interval.high) / 2
     return Difference(middle, interval.high - middle)
 
 
 def evidence_table(recorded: dict[str, Any]) -> str:
-    """Floors, both methods with their lowest and highest seed, and the difference."""
+    """Floors, each row's mean with its lowest and highest seed, and the differences."""
+    epochs = {row: f"{number:g} epochs" for row, number in recorded["epochs"].items()}
     lines = []
     for metric in METRICS:
         floors = [
             recorded["floors"][name].get(metric.title, math.nan) for name in (*FLOORS, "untrained")
         ]
         cells = ["–" if math.isnan(floor) or not floor else f"{floor:.3f}" for floor in floors]
-        for method in METHODS:
-            values = of_seeds(recorded, method, metric.title)
+        for row in (PROTO, EQUAL_TIME, CLIP):
+            values = of_seeds(recorded, row, metric.title)
             cells.append(f"{statistics.fmean(values):.3f} ({min(values):.3f} … {max(values):.3f})")
-        lines.append([metric.title, *cells, str(difference(recorded, metric.title))])
-    head = ["", "chance", "frequent", "pixels", "HOG", "untrained", "ProtoCLIP", "CLIP"]
-    return table([*head, "difference"], lines)
+        cells += [str(difference(recorded, metric.title, row)) for row in (EQUAL_TIME, CLIP)]
+        lines.append([metric.title, *cells])
+    head = ["", "chance", "frequent", "pixels", "HOG", "untrained"]
+    head += [f"ProtoCLIP, {epochs[PROTO]}", f"CLIP for as long, {epochs[EQUAL_TIME]}"]
+    head += [f"CLIP, {epochs[CLIP]}", "difference at equal time", "at equal samples"]
+    return table(head, lines)
 
 
 def readme_table(recorded: dict[str, Any]) -> str:
     """The means of four rows, the best of a row in bold, and two differences."""
     lines = []
     for title, words in README_ROWS.items():
-        means = [statistics.fmean(of_seeds(recorded, method, title)) for method in METHODS]
+        means = [statistics.fmean(of_seeds(recorded, row, title)) for row in (PROTO, EQUAL_TIME)]
         floors = {name: values.get(title, 0.0) for name, values in recorded["floors"].items()}
         name = max(floors, key=lambda floor: floors[floor])
         best = max(*means, floors[name])
         cells = [f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in (*means, floors[name])]
         cells[-1] += f" ({FLOOR_WORDS[name]})"
         lines.append([words, *cells])
-    first, third = (
-        difference(recorded, f"NEW: {title}")
-        for title in ("zero-shot, 430 names", "1-NN, 2,429 concepts")
-    )
-    sides = [f"{abs(d.mean):.3f} ± {d.half_width:.3f}" for d in (first, third)]
-    where = ["behind" if d.mean < 0 else "ahead of" for d in (first, third)]
+    sentences = [
+        f"{abs(delta.mean):.3f} ± {delta.half_width:.3f} "
+        f"{'behind' if delta.mean < 0 else 'ahead of'} CLIP in the {place} row"
+        for place, title in (("first", "zero-shot, 430 names"), ("third", "1-NN, 2,429 concepts"))
+        for delta in [difference(recorded, f"NEW: {title}")]
+    ]
     text = (
-        f"After the same number of samples ProtoCLIP is {sides[0]} {where[0]} CLIP in the first row"
-        f" and {sides[1]} {where[1]} it\nin the third ([evidence](docs/evidence.md#the-default-run)"
-        "); equal time, which costs it 5 to 9 % of its samples, is not\nmeasured here."
+        f"CLIP may train as long as ProtoCLIP here, {recorded['epochs'][EQUAL_TIME]:g} epochs "
+        f"instead of {recorded['epochs'][PROTO]:g}. ProtoCLIP is {sentences[0]}\n"
+        f"and {sentences[1]} ([evidence](docs/evidence.md#the-default-run))."
     )
     return table(["", "ProtoCLIP", "CLIP", "best floor"], lines) + "\n\n" + text
 
@@ -169,7 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="that made the runs")
     args = parser.parse_args(argv)
     if args.runs:
-        text = json.dumps(record(args.runs, args.commit), indent=1)
+        try:
+            text = json.dumps(record(args.runs, args.commit), indent=1)
+        except ValueError as error:
+            parser.error(str(error))
         RECORD.write_text(text + "\n", encoding="utf-8")
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     write_between(ROOT / "docs" / "evidence.md", BEGIN, END, evidence_table(recorded))

@@ -1,7 +1,9 @@
 """Record plain CLIP for the report: ``python -m benchmarks.record_baseline RUN ...``.
 
 The runs are of ``protoclip train --method clip --seed N``, one a seed, five or more. Of each metric
-the mean over them is kept, and where 95 % of further runs fall (a t prediction interval).
+the mean over them is kept, and where 95 % of further runs fall (a t prediction interval). CLIP at
+equal time is trained with more ``--epochs`` than the runs that it stands beside; their number is
+``--beside-epochs``.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scipy import stats
 
 from benchmarks import machine
 from protoclip.evaluate.results import Outcome, SetResults, write_results
-from protoclip.report.page import RECORDED, Run, comparable, read_run
+from protoclip.report.page import BESIDE_EPOCHS, RECORDED, Run, comparable, read_run
 
 
 def mean_of(sets: Sequence[SetResults]) -> SetResults:
@@ -39,8 +42,13 @@ def mean_of(sets: Sequence[SetResults]) -> SetResults:
     return dataclasses.replace(sets[0], metrics=metrics, intervals=intervals)
 
 
-def record(runs: Sequence[Run], folder: Path, commit: str) -> Outcome:
+def record(
+    runs: Sequence[Run], folder: Path, commit: str, beside_epochs: float | None = None
+) -> Outcome:
     """Write config.json and results.json of the mean of runs of a commit.
+
+    Args:
+        beside_epochs: length of the runs to compare with; None: as long as these.
 
     Raises:
         ValueError: the runs are not of plain CLIP, of one setting, of one seed each.
@@ -59,8 +67,13 @@ def record(runs: Sequence[Run], folder: Path, commit: str) -> Outcome:
         outcome, trained=sets, seeds=len(runs), pretrained="", untrained=None
     )
     date = time.strftime("%Y-%m-%d")
-    words = f"plain CLIP, {len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
-    config = first | {"run": {"name": words, "seeds": seeds}}
+    about = f"{len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
+    run_config: dict[str, Any] = {"name": f"plain CLIP, {about}", "seeds": seeds}
+    epochs = first["optim"]["epochs"]
+    if beside_epochs not in (None, epochs):
+        run_config["name"] = f"plain CLIP, {epochs:g} epochs, {about}"
+        run_config[BESIDE_EPOCHS] = beside_epochs
+    config = first | {"run": run_config}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_results(folder / "results.json", outcome)
@@ -71,11 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.record_baseline", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of --method clip")
     parser.add_argument("--out", type=Path, default=RECORDED, help="default: %(default)s")
+    words = "epochs of the run that takes as long; default: those of RUN"
+    parser.add_argument("--beside-epochs", type=float, help=words)
     words = "that made the runs; default: this tree's (%(default)s)"
     parser.add_argument("--commit", default=machine.describe()["commit"], help=words)
     args = parser.parse_args(argv)
     try:
-        record([read_run(path) for path in args.runs], args.out, args.commit)
+        record([read_run(path) for path in args.runs], args.out, args.commit, args.beside_epochs)
     except ValueError as error:
         parser.error(str(error))
     print(f"{args.out}: {len(args.runs)} seeds")

@@ -163,9 +163,47 @@ def test_a_difference_of_seeds_is_welch_s():
     title = "NEW: zero-shot, 430 names"
     seeds = {
         "protoclip": {"0": {title: 0.5}, "1": {title: 0.6}},
-        "clip": {"0": {title: 0.3}, "1": {title: 0.4}},
+        "clip at equal time": {"0": {title: 0.3}, "1": {title: 0.4}},
     }
     delta = default_run.difference({"seeds": seeds}, title)
     # Two degrees of freedom: t = 4.303; the standard error is the root of 0.005 / 2 + 0.005 / 2.
     assert delta.mean == pytest.approx(0.2)
     assert delta.half_width == pytest.approx(4.3027 * 0.005**0.5, rel=1e-4)
+
+
+def default_run_folder(folder, method, seed, epochs, score):
+    """A folder with what the record needs of a run; every metric is ``score``."""
+    metrics = {part: {"metrics": {}} for part in ("NEW", "HO")}
+    for metric in default_run.METRICS:
+        metrics[metric.part]["metrics"][metric.name] = score
+    floors = dict.fromkeys(default_run.FLOORS, metrics)
+    folder.mkdir()
+    config = {"method": method, "run": {"seed": seed}, "optim": {"epochs": epochs}}
+    (folder / "config.json").write_text(json.dumps(config))
+    results = {"trained": metrics, "untrained": metrics, "floors": floors}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_clip_with_more_epochs_is_the_row_of_equal_time(tmp_path):
+    runs = [
+        default_run_folder(tmp_path / f"{method}-{epochs}-{seed}", method, seed, epochs, score)
+        for method, epochs, score in (("clip", 30, 0.5), ("clip", 28, 0.3), ("protoclip", 28, 0.4))
+        for seed in range(2)
+    ]
+    recorded = default_run.record(runs, "abc")
+    assert recorded["epochs"] == {"protoclip": 28, "clip": 28, "clip at equal time": 30}
+    title = default_run.METRICS[0].title
+    assert default_run.of_seeds(recorded, "clip", title) == [0.3, 0.3]
+    assert default_run.of_seeds(recorded, "clip at equal time", title) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("siglip", 28), ("clip", 27), ("clip", 31)])
+def test_a_run_that_stands_in_no_row_is_refused(tmp_path, method, epochs):
+    runs = [
+        default_run_folder(tmp_path / "0", "protoclip", 0, 28, 0.4),
+        default_run_folder(tmp_path / "1", "clip", 0, 30, 0.5),
+        default_run_folder(tmp_path / "2", method, 1, epochs, 0.5),
+    ]
+    with pytest.raises(ValueError, match="expected"):
+        default_run.record(runs, "abc")

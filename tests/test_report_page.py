@@ -392,6 +392,24 @@ def test_recorded_seeds_are_a_baseline_of_any_seed(
     assert high - mean == pytest.approx(half_width, rel=1e-3)
 
 
+def test_a_baseline_of_equal_time_has_more_epochs(
+    two_seeds: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands beside the shorter run that takes as long, and the page says so."""
+    config = read_json(two_seeds[0] / "config.json")
+    shorter = config["optim"]["epochs"] - 1
+    recorded = tmp_path / "recorded"
+    flags = ["--out", str(recorded), "--beside-epochs", str(shorter)]
+    assert record_baseline([*map(str, two_seeds), *flags]) == 0
+    monkeypatch.setattr(reading, "RECORDED", recorded)
+    assert reading.recorded_baseline(config) is None
+    config["optim"]["epochs"] = shorter
+    assert reading.recorded_baseline(config) is not None
+    config["method"] = "protoclip"
+    summary = parse_page(reading.render([reading.Run("run", None, config)])).section("summary")
+    assert "as much CPU time" in summary.text and f"{shorter + 1:g} epochs" in summary.text
+
+
 def test_a_seed_counts_once_in_a_baseline(two_seeds: list[Path], tmp_path: Path) -> None:
     run = str(two_seeds[0])
     with pytest.raises(SystemExit):
