@@ -213,13 +213,17 @@ class Drawings:
         return self.dataset.keys[min(distances, key=lambda i: distances[i])]
 
 
-def learnt(folder: Path) -> Learnt:
-    """What the pictures show of a run; ValueError if it is not a finished one on the icons."""
+def learnt(folder: Path, earlier: Learnt | None = None) -> Learnt:
+    """What the pictures show of a run; the groups of a run without image prototypes are those of
+    ``earlier``.
+
+    Raises:
+        ValueError: not a finished run on the icons, or without groups where ``earlier`` has none.
+    """
     snapshot = load_snapshot(folder)
     if not snapshot.named:
         raise ValueError(f"expected a finished run on builtin:icons, found none in {folder}")
     drawings = Drawings(snapshot)
-    block = image_groups(snapshot)
     named: list[NamedDrawing] = [
         {
             "drawing": drawings.key(shown["query"]),
@@ -231,14 +235,14 @@ def learnt(folder: Path) -> Learnt:
         }
         for shown in snapshot.named["shown"]
     ]
-    groups: list[Group] = [
-        {
-            "samples": card["samples"],
-            "words": card["words"],
-            "drawings": [drawings.key(item) for item in card["images"][:MEMBERS]],
-        }
-        for card in block["cards"][:GROUPS]
-    ]
+    block = image_groups(snapshot)
+    if block is not None:
+        clusters = block["clusters"]
+        groups = [recorded_group(card, drawings) for card in block["cards"][:GROUPS]]
+    elif earlier is not None:
+        clusters, groups = earlier["clusters"], earlier["groups"]
+    else:
+        raise ValueError("expected a run with image prototypes (--w-proto 1), found none")
     keys = {drawing["drawing"] for drawing in named}
     keys.update(*(group["drawings"] for group in groups))
     sources = {
@@ -252,18 +256,24 @@ def learnt(folder: Path) -> Learnt:
         "run": {"method": config["method"], "seed": config["run"]["seed"], **facts},
         "classes": snapshot.named["classes"],
         "named": named,
-        "clusters": block["clusters"],
+        "clusters": clusters,
         "groups": groups,
         "drawings": {key: sources[key] for key in sorted(keys)},
     }
 
 
-def image_groups(snapshot: Snapshot) -> Mapping[str, Any]:
-    """The page's clusters of image features; ValueError if the run had none."""
-    for block in snapshot.clusters:
-        if block["name"] == "image":
-            return block
-    raise ValueError("expected a run with image prototypes (--method protoclip), found none")
+def image_groups(snapshot: Snapshot) -> Mapping[str, Any] | None:
+    """The page's clusters of image features; None if the run had none."""
+    return next((block for block in snapshot.clusters if block["name"] == "image"), None)
+
+
+def recorded_group(card: Mapping[str, Any], drawings: Drawings) -> Group:
+    """A group of the page, with its drawings by name."""
+    return {
+        "samples": card["samples"],
+        "words": card["words"],
+        "drawings": [drawings.key(item) for item in card["images"][:MEMBERS]],
+    }
 
 
 def nested(source: str, x: float, y: float, side: float) -> str:
@@ -366,8 +376,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=LEARNT, help="of a run: read, or written")
     options = parser.parse_args(arguments)
     if options.run is not None:
+        earlier: Learnt | None = None
+        if options.record.is_file():
+            earlier = json.loads(options.record.read_text(encoding="utf-8"))
         try:
-            content = learnt(options.run)
+            content = learnt(options.run, earlier)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         options.record.parent.mkdir(parents=True, exist_ok=True)

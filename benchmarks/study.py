@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.study_data import HOG, IconPairs, Icons, default_folder, read, toy_icons
-from benchmarks.study_report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
+from benchmarks.study_report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score, write_report
 from benchmarks.study_split import Rules, Split, by_lot, make_split
 from protoclip import train
 from protoclip.commands import train_parser
@@ -85,10 +85,11 @@ CONCEPT = "concept"
 TUNING_SEED = 1000
 
 PLAIN = ("--method", "clip")
-STORED = ("--episode-features", "reuse")
+BOTH = ("--w-proto", "1", "--w-proto-external", "1")
+STORED = ("--episode-features", "reuse", *BOTH)
 MAIN: dict[str, tuple[str, ...]] = {CLIP: PLAIN, EQUAL_TIME: PLAIN, PROTO: STORED}
 OTHERS: dict[str, tuple[str, ...]] = {
-    "features extracted": ("--episode-features", "extract"),
+    "features extracted": ("--episode-features", "extract", *BOTH),
     "external only": (*STORED, "--w-proto", "0"),
     "internal only": (*STORED, "--w-proto-external", "0"),
     "K = N / 20": (*STORED, "--k", "{episode/20}"),
@@ -708,7 +709,8 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         if teacher.is_file():
             spent = json.loads(teacher.read_text())
             facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
-    write_report(done, wanted(size), FLOORS, facts, PAGE if out == RESULTS else None)
+    pages = (PAGE, FRONT) if out == RESULTS else ()
+    write_report(done, wanted(size), FLOORS, facts, *pages)
     return code
 
 

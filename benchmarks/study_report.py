@@ -1,4 +1,5 @@
-"""From finished runs of the study to docs/evidence.md; what is missing is said so."""
+"""From finished runs of the study to docs/evidence.md, and the answer to README.md; what is missing
+is said so."""
 
 from __future__ import annotations
 
@@ -13,12 +14,19 @@ from scipy import stats
 
 from benchmarks.report import table, write_between
 
-PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
+ROOT = Path(__file__).parent.parent
+PAGE, FRONT = ROOT / "docs" / "evidence.md", ROOT / "README.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
 CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
 EXTERNAL_ONLY, INTERNAL_ONLY = "external only", "internal only"
 PRIMARY = ("zero-shot", "probe", "AMI")
 SECONDARY = ("zero-shot top 5", "k-NN", "R@5", "k-NN, new", "AMI, new")
+HEADLINE = (  # tower, row, README's words
+    ("cnn", PROTO, "ProtoCLIP (both kinds), the default CNN"),
+    ("mlp", PROTO, "ProtoCLIP (both kinds), an MLP over HOG and pixels"),
+    ("mlp", EXTERNAL_ONLY, "a teacher's prototypes alone, MLP"),
+    ("mlp", INTERNAL_ONLY, "prototypes of its own features alone, MLP"),
+)
 NO_ANSWER = "**No answer yet**: too few of the runs that are compared are finished."
 TOWERS = {"mlp": "MLP over HOG and pixels", "cnn": "default CNN"}
 Run = Mapping[str, Any]
@@ -293,6 +301,23 @@ def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[st
     return lines[:10]
 
 
+def headline(by_tower: Mapping[str, Runs]) -> str:
+    """README's table: the primary metrics beside CLIP with ProtoCLIP's time."""
+    comparisons = tests(by_tower)
+    lines = []
+    for tower, row, words in HEADLINE:
+        runs = by_tower.get(tower, {})
+        cells = []
+        for metric in PRIMARY:
+            planned = comparisons.get((tower, row, EQUAL_TIME, metric))
+            delta = difference(runs, row, EQUAL_TIME, metric)
+            cells.append(planned[0].text(planned[1]) if planned else text_of(delta))
+        if set(cells) != {"–"}:
+            lines.append([words, str(len(runs[row])), *cells])
+    head = ["CLIP at equal CPU time, and", "seeds", *PRIMARY]
+    return table(head, lines) if lines else NO_ANSWER
+
+
 def progress(by_tower: Mapping[str, Runs], wanted: Wanted, found: Sequence[Run]) -> str:
     """How much of the comparison is finished."""
     total = done = 0
@@ -347,14 +372,19 @@ def data_words(facts: Mapping[str, Any]) -> str:
     return words
 
 
+def main_runs(found: Sequence[Run], wanted: Wanted) -> dict[str, Runs]:
+    """The finished main runs by tower."""
+    by_tower = {tower: by_row(found, tower, rows) for tower, rows in wanted.items()}
+    return {tower: runs for tower, runs in by_tower.items() if runs}
+
+
 def section(
     found: Sequence[Run], wanted: Wanted, floors: Sequence[str], facts: Mapping[str, Any]
 ) -> str:
     """What the page shows."""
     if not found:
         return "No run is finished yet."
-    by_tower = {tower: by_row(found, tower, rows) for tower, rows in wanted.items()}
-    by_tower = {tower: runs for tower, runs in by_tower.items() if runs}
+    by_tower = main_runs(found, wanted)
     ratios = {run["tower"]: run["ratio"] for run in found if run["stage"] == "pairs"}
     answers = [f"{number}. {line}" for number, line in enumerate(answer(by_tower, ratios), 1)]
     parts = ["\n".join(answers) or NO_ANSWER, progress(by_tower, wanted, found)]
@@ -379,10 +409,13 @@ def write_report(
     wanted: Wanted,
     floors: Sequence[str],
     facts: Mapping[str, Any],
-    page: Path | None,
+    page: Path | None = None,
+    front: Path | None = None,
 ) -> None:
-    """Print the section, and put it into ``page``."""
+    """Print the section, put it into ``page`` and the headline into ``front``."""
     text = section(found, wanted, floors, facts)
     print(text)
     if page is not None:
         write_between(page, BEGIN, END, text)
+    if front is not None:
+        write_between(front, BEGIN, END, headline(main_runs(found, wanted)))

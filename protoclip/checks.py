@@ -6,11 +6,11 @@ A run checks all of this before it creates its folder.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from protoclip.config import TrainConfig
+from protoclip.config import LossConfig, TrainConfig
 from protoclip.distributed import is_distributed
 from protoclip.lloyd import load_faiss
 from protoclip.model import check_model
@@ -38,9 +38,19 @@ class Terms:
         return self.prototypes or self.distillation
 
 
+def loss_weights(config: TrainConfig, *, teacher: bool) -> LossConfig:
+    """The weights that a run trains with: ``w_proto`` as it stands, or if it is below 0 (automatic)
+    0 where prototypes of a teacher are trained and 1 where not."""
+    weights = config.loss
+    if weights.w_proto >= 0:
+        return weights
+    external = teacher and weights.w_proto_external > 0
+    return replace(weights, w_proto=0.0 if external else 1.0)
+
+
 def active_terms(config: TrainConfig, *, teacher: bool) -> Terms:
     """The terms with a positive weight; ``teacher``: whether the run has one."""
-    weights = config.loss
+    weights = loss_weights(config, teacher=teacher)
     proto = config.method == "protoclip"
     return Terms(
         internal=proto and weights.w_proto > 0,

@@ -251,7 +251,12 @@ class LossConfig:
     """Losses"""
 
     w_clip: float = option(1.0, "weight of InfoNCE")
-    w_proto: float = option(1.0, "weight of the internal prototype loss")
+    w_proto: float = option(
+        -1.0,
+        "weight of the internal prototype loss; -1: 0 beside an external one, which brings what "
+        "prototypes bring, else 1",
+        low=-1,
+    )
     w_proto_external: float = option(1.0, "weight of the external prototype loss")
     w_distill: float = option(0.0, "weight of distilling the teacher's similarities (control)")
     distill_temperature: float = option(0.1, "temperature of --w-distill", low=1e-6)

@@ -77,6 +77,8 @@ def announce(
     if first >= plan.total_steps:
         limits += ", which this run does not reach"
     num_clusters = prototypes.check_clusters(episode, episode_samples)
+    if config.loss.w_proto < 0 and terms.external:
+        teacher_remark += "; no internal prototypes beside it (--w-proto 1 adds them)"
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
         f"{num_clusters} prototypes per source\n"

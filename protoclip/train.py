@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, prototypes, schedule
-from protoclip.checks import active_terms, check_settings, uses_prototypes
+from protoclip.checks import active_terms, check_settings, loss_weights, uses_prototypes
 from protoclip.commands import train_parser
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
@@ -221,13 +221,16 @@ class Trainer:
         self.folder = folder
         self.phases = phases or Phases(setup.device)
         self.evaluations = evaluations
-        self.terms = active_terms(self.config, teacher=setup.teacher is not None)
+        teacher = setup.teacher is not None
+        self.terms = active_terms(self.config, teacher=teacher)
         self.transform = build_transform(
             model.image_size, model.mean, model.std, self.config.data.augmentation
         )
         self.stepper = Stepper(
             model,
-            ProtoLoss(self.config.loss, setup.teacher, self.phases.measure),
+            ProtoLoss(
+                loss_weights(self.config, teacher=teacher), setup.teacher, self.phases.measure
+            ),
             self.config.optim,
             setup.precision,
             self.phases,

@@ -40,7 +40,8 @@ def metrics_of_run(
     name = f"{ranks}-{passes}{''.join(flags)}"
     argv = tiny_run(
         folder, name, "--batch-size", str(BATCH // ranks // passes), "--accum-freq", str(passes),
-        "--lr", "1e-3", "--external-teacher", "teacher.npy", "--external-teacher-dim", "0",
+        "--lr", "1e-3", "--w-proto", "1",
+        "--external-teacher", "teacher.npy", "--external-teacher-dim", "0",
         "--episode-size", str(2 * BATCH), "--max-steps", str(STEPS),
     )  # fmt: skip
     codes = exit_codes(start_command(folder, argv + flags, ranks, bare=True))

@@ -65,12 +65,13 @@ def noise_like(rows: Tensor) -> Tensor:
 
 
 def tiny_trainer(folder: Path, flags: list[str]) -> Trainer:
-    """With a teacher of random features."""
+    """With prototypes of its own and of a teacher of random features."""
     model_file = folder / f"model-{distributed.rank()}.json"
     model_file.write_text(json.dumps(TINY))
     config = config_of(
         "--model", str(model_file), "--batch-size", str(BATCH // distributed.world_size()),
-        "--max-steps", str(STEPS), "--infonce-warmup-epoch", "1", "--k", "4", *flags,
+        "--max-steps", str(STEPS), "--infonce-warmup-epoch", "1", "--k", "4",
+        "--w-proto", "1", *flags,
     )  # fmt: skip
     dataset = open_dataset(f"builtin:shapes:{SAMPLES}")
     torch.manual_seed(0)

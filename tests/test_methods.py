@@ -67,6 +67,31 @@ def test_a_switch_trains_with_prototypes(train: Train, flags: str) -> None:
     assert "image_inertia" in last_values(lines) and "proto_loss" in lines[-1]
 
 
+class Sources(NamedTuple):
+    """Flags, whether there is a teacher, and whose prototypes train."""
+
+    flags: str
+    teacher: bool
+    internal: bool
+    external: bool
+
+
+SOURCES = [
+    Sources("", teacher=False, internal=True, external=False),
+    Sources("", teacher=True, internal=False, external=True),
+    Sources("--w-proto 1", teacher=True, internal=True, external=True),
+    Sources("--w-proto 0", teacher=True, internal=False, external=True),
+    Sources("--w-proto-external 0", teacher=True, internal=True, external=False),
+]
+
+
+@pytest.mark.parametrize("case", SOURCES, ids=str)
+def test_internal_prototypes_stand_in_for_external_ones(train: Train, case: Sources) -> None:
+    values = last_values(train(case.flags.split(), teacher=TEACHER if case.teacher else None))
+    assert ("proto_loss" in values) == ("image_inertia" in values) == case.internal
+    assert ("external_loss" in values) == ("external_inertia" in values) == case.external
+
+
 def test_the_control_does_without_prototypes(train: Train) -> None:
     flags = ["--w-proto", "0", "--w-proto-external", "0", "--w-distill", "1"]
     values = last_values(train(flags, teacher=TEACHER))
@@ -116,7 +141,7 @@ def test_the_image_towers_rate_ends_where_it_is_locked(
 
 
 def test_an_episode_reports_its_clusters_and_times(train: Train) -> None:
-    values = last_values(train(["--grad-clip-norm", "0.01"], teacher=TEACHER))
+    values = last_values(train(["--grad-clip-norm", "0.01", "--w-proto", "1"], teacher=TEACHER))
     for source in ("image", "text", "external"):
         sizes = [values[f"{source}_size_{name}"] for name in ("min", "median", "max")]
         assert sizes == sorted(sizes) and values[f"{source}_empty"] == 0

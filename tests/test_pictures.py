@@ -1,5 +1,6 @@
 """The front page's pictures: made from records, readable as vectors, described in words."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from benchmarks import default_run, pictures
 from benchmarks.report import RESULTS, between, mib, newest_cpu
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data.icons import FAMILIES, builtin_icons
-from protoclip.report.snapshot import Snapshot, Thumbnails, save_snapshot
+from protoclip.report.snapshot import Snapshot, Thumbnails, load_snapshot, save_snapshot
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -86,6 +87,19 @@ def test_the_pictures_of_a_run(run, drawn):
         inner = list(ElementTree.fromstring(svg).iter(f"{SVG}svg"))[1:]
         assert inner and all(one.get("class") == "icon" for one in inner)
         assert "currentColor" in svg and "prefers-color-scheme: dark" in svg and "<image" not in svg
+
+
+def test_a_run_without_image_prototypes_keeps_the_recorded_groups(run, drawn, tmp_path):
+    snapshot = load_snapshot(run[0])
+    without = [{**block, "name": "external"} for block in snapshot.clusters]
+    save_snapshot(tmp_path, dataclasses.replace(snapshot, clusters=without))
+    (tmp_path / "config.json").write_text((run[0] / "config.json").read_text())
+    flags = [str(tmp_path), "--out", str(tmp_path), "--record", str(tmp_path / "pictures.json")]
+    with pytest.raises(SystemExit):
+        pictures.main(flags)
+    (tmp_path / "pictures.json").write_text(drawn[1].read_text())
+    assert pictures.main(flags) == 0
+    assert (tmp_path / "groups.svg").read_text() == (drawn[0] / "groups.svg").read_text()
 
 
 def test_the_record_makes_the_same_pictures_without_the_run(drawn, tmp_path):

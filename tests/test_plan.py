@@ -48,7 +48,7 @@ def steps(batch_size: int) -> None:
     from protoclip.step import Stepper
 
     model = build_model(ModelConfig())
-    stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig())
+    stepper = Stepper(model, ProtoLoss(LossConfig(w_proto=1.0)), OptimConfig())
     dim = model.image_head[-1].out_features
     held = [torch.randn(SAMPLES, TEACHER_DIM)]
     rows = SAMPLES // distributed.world_size()
@@ -86,6 +86,7 @@ def test_memory_is_within_15_percent(ranks: int, batch: int) -> None:
         "--device", "cpu", "--precision", "fp32",
         "--batch-size", batch, "--ranks", ranks, "--samples", SAMPLES,
         "--k", CLUSTERS, "--external-teacher", "f.npy", "--external-teacher-dim", TEACHER_DIM,
+        "--w-proto", "1",
     )  # fmt: skip
     parts = memory(measure_shape(run), run)
     predicted = sum(parts.values())

@@ -51,7 +51,7 @@ class ProtoLoss(nn.Module):
     A term is not computed if its weight is 0 or its prototypes are missing (warm-up, no teacher).
 
     Args:
-        config: the weights.
+        config: the weights, none below 0.
         teacher: [dataset, d] on the features' device; only distillation reads it.
         measure: times a named phase, here "prototypes".
     """
