@@ -40,7 +40,7 @@ def test_the_same_seed_repeats_bit_for_bit(tmp_path: Path, nano: Path, no_page: 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six epochs with evaluation, plots and report."""
-    flags = ["--epochs", "6", "--infonce-warmup-epoch", "1"]
+    flags = ["--epochs", "6", "--infonce-warmup-epoch", "1", "--w-proto", "1"]
     return run(tmp_path_factory.mktemp("logs"), "learns", flags)
 
 
