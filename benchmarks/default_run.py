@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,10 +179,11 @@ def readme_table(recorded: dict[str, Any]) -> str:
     ]
     text = (
         f"CLIP may train as long as ProtoCLIP here, {recorded['epochs'][EQUAL_TIME]:g} epochs "
-        f"instead of {recorded['epochs'][PROTO]:g}. ProtoCLIP is {sentences[0]}\n"
-        f"and {sentences[1]} ([evidence](docs/evidence.md#the-default-run))."
+        f"instead of {recorded['epochs'][PROTO]:g}. ProtoCLIP is {sentences[0]} and {sentences[1]} "
+        "([evidence](docs/evidence.md#the-default-run))."
     )
-    return table(["", "ProtoCLIP", "CLIP", "best floor"], lines) + "\n\n" + text
+    head = ["", "ProtoCLIP", "CLIP for as long", "best floor"]
+    return table(head, lines) + "\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -517,7 +517,7 @@ def test_a_run_ends_with_its_report_and_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("protoclip.report.capture.PICTURED", 40)  # as in a larger data set
-    flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4"]
+    flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4", "--w-proto", "1"]
     assert train([*TINY, *flags, "--val-frequency", "0.4"]) == 0
     run = tmp_path / "run"
     assert f"report: {run / 'report.html'}" in capsys.readouterr().err
