@@ -107,6 +107,9 @@ def record(runs: Sequence[Path], commit: str) -> dict[str, Any]:
         }
         floors = {name: values_of(results["floors"][name]) for name in FLOORS}
         untrained.append(values_of(results["untrained"]))
+    for row, of_row in seeds.items():
+        if len(of_row) < 2:
+            raise ValueError(f"expected two seeds or more of {row}, got {len(of_row)}")
     floors["untrained"] = {
         title: statistics.fmean(values[title] for values in untrained) for title in untrained[0]
     }
@@ -173,7 +176,8 @@ def readme_table(recorded: dict[str, Any]) -> str:
         lines.append([words, *cells])
     sentences = [
         f"{abs(delta.mean):.3f} ± {delta.half_width:.3f} "
-        f"{'behind' if delta.mean < 0 else 'ahead of'} CLIP in the {place} row"
+        f"{'behind' if delta.mean < 0 else 'ahead of'} CLIP in the {place} row "
+        f"({'sure' if abs(delta.mean) > delta.half_width else 'within chance'})"
         for place, title in (("first", "zero-shot, 430 names"), ("third", "1-NN, 2,429 concepts"))
         for delta in [difference(recorded, f"NEW: {title}")]
     ]

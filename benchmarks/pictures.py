@@ -100,6 +100,7 @@ class Learnt(TypedDict):
     named: list[NamedDrawing]
     clusters: int
     groups: list[Group]  # the largest
+    groups_run: dict[str, Any]  # the run that they are of, as in ``run``
     drawings: dict[str, str]  # key in builtin:icons -> SVG
 
 
@@ -235,12 +236,18 @@ def learnt(folder: Path, earlier: Learnt | None = None) -> Learnt:
         }
         for shown in snapshot.named["shown"]
     ]
+    config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    facts = {name: snapshot.facts[name] for name in ("protoclip", "torch", "cpu")}
+    weight = config["loss"]["w_proto"]
+    run = {"method": config["method"], "w_proto": weight, "seed": config["run"]["seed"], **facts}
     block = image_groups(snapshot)
+    groups_run = run
     if block is not None:
         clusters = block["clusters"]
         groups = [recorded_group(card, drawings) for card in block["cards"][:GROUPS]]
     elif earlier is not None:
         clusters, groups = earlier["clusters"], earlier["groups"]
+        groups_run = earlier["groups_run"]
     else:
         raise ValueError("expected a run with image prototypes (--w-proto 1), found none")
     keys = {drawing["drawing"] for drawing in named}
@@ -250,14 +257,13 @@ def learnt(folder: Path, earlier: Learnt | None = None) -> Learnt:
         for read in FAMILIES.values()
         for icon in read()
     }
-    config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-    facts = {name: snapshot.facts[name] for name in ("protoclip", "torch", "cpu")}
     return {
-        "run": {"method": config["method"], "seed": config["run"]["seed"], **facts},
+        "run": run,
         "classes": snapshot.named["classes"],
         "named": named,
         "clusters": clusters,
         "groups": groups,
+        "groups_run": groups_run,
         "drawings": {key: sources[key] for key in sorted(keys)},
     }
 

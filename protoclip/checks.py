@@ -37,6 +37,15 @@ class Terms:
         """Whether the heads run; from step 0, so that their running statistics are ready."""
         return self.prototypes or self.distillation
 
+    def words(self) -> str:
+        """What is trained, in words."""
+        names = {
+            "internal prototypes": self.internal,
+            "a teacher's prototypes": self.external,
+            "distillation": self.distillation,
+        }
+        return " and ".join(name for name, there in names.items() if there) or "InfoNCE alone"
+
 
 def loss_weights(config: TrainConfig, *, teacher: bool) -> LossConfig:
     """The weights that a run trains with: ``w_proto`` as it stands, or if it is below 0 (automatic)
@@ -71,6 +80,10 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
     _check_val_fraction(config)
     if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError("--report-to wandb: wandb is not installed; pip install wandb")
+    if -1 < config.loss.w_proto < 0:
+        raise ValueError(
+            f"--w-proto: expected -1 (automatic), or 0 and more, got {config.loss.w_proto:g}"
+        )
     _check_every_step_has_a_loss(config)
     _check_kmeans(config.episode.kmeans_backend, device)
 
@@ -98,7 +111,7 @@ def _check_every_step_has_a_loss(config: TrainConfig) -> None:
         raise ValueError(
             f"--w-clip 0 leaves some steps without a loss, with --method {config.method} and "
             f"{'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
-            "a positive --w-proto with --infonce-warmup-epoch 0 and --lit-start 0"
+            "prototypes from the first step on: --infonce-warmup-epoch 0 and --lit-start 0"
         )
 
 

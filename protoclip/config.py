@@ -215,8 +215,9 @@ class EpisodeConfig:
     features: str = option(
         "auto",
         "features that give clusters and labels: 'extract' runs a forward pass over the episode's "
-        "samples (paper); 'reuse' stores training's own projections, so prototypes begin with the "
-        "second pass over the data; 'auto': reuse where the run makes two passes and memory allows",
+        "samples (paper); 'reuse' stores training's own projections, so internal prototypes begin "
+        "with the second pass over the data; 'auto': reuse where the run makes two passes and "
+        "memory allows",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
         fixed=True,
@@ -253,8 +254,8 @@ class LossConfig:
     w_clip: float = option(1.0, "weight of InfoNCE")
     w_proto: float = option(
         -1.0,
-        "weight of the internal prototype loss; -1: 0 beside an external one, which brings what "
-        "prototypes bring, else 1",
+        "weight of the internal prototype loss; -1: 1 without a teacher's prototypes, 0 beside "
+        "them",
         low=-1,
     )
     w_proto_external: float = option(1.0, "weight of the external prototype loss")

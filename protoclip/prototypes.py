@@ -480,8 +480,8 @@ def collapse(metrics: Mapping[str, float], first_inertia: float) -> str:
     else:
         return ""
     return (
-        f"the image prototypes are collapsing: {sign}; lower --w-proto or --lr, add an "
-        "--external-teacher, or use --episode-features extract"
+        f"the image prototypes are collapsing: {sign}; lower --lr or the weight of "
+        "--w-proto (1 unless given), add an --external-teacher, or use --episode-features extract"
     )
 
 

@@ -119,7 +119,10 @@ def conclude(
         peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
     )
     recorded = page.recorded_baseline(to_dict(config)) if after else None
-    folder.say("\n" + results.format_table(outcome, recorded.outcome if recorded else None))
+    table = results.format_table(outcome)
+    if recorded:
+        table = results.format_table(outcome, recorded.outcome, page.length_of(recorded))
+    folder.say("\n" + table)
     if after is None:
         folder.say("no evaluation: too few pictures could be read; give --val-data")
     else:

@@ -45,10 +45,12 @@ def teacher_spec(config: TrainConfig) -> tuple[str, str]:
         return "", "external teacher: none"
     if spec != "auto":
         return spec, ""
+    alone = ", internal prototypes only" if config.loss.w_proto else ""
     if not config.data.train_data.startswith("builtin:"):
-        return "", f"external teacher: none; --external-teacher {MINILM} or a file adds one"
+        how = f"--external-teacher {MINILM} or a file gives one"
+        return "", f"external teacher: none{alone}; {how}"
     if reason := minilm_missing():
-        return "", f"external teacher: none, internal prototypes only: {reason}"
+        return "", f"external teacher: none{alone}: {reason}"
     return MINILM, ""
 
 

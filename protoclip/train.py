@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import checkpoint, distributed, prototypes, schedule
-from protoclip.checks import active_terms, check_settings, loss_weights, uses_prototypes
+from protoclip.checks import Terms, active_terms, check_settings, loss_weights, uses_prototypes
 from protoclip.commands import train_parser
 from protoclip.config import TrainConfig, to_dict
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
@@ -610,6 +610,7 @@ class Trainer:
                     "batch_size": self.plan.global_batch_size,
                     "passes": self._split,
                     "precision": self.setup.precision,
+                    "terms": asdict(self.terms),
                     "scaler": self.stepper.scaler.state_dict(),
                     "episode": None if self.episode is None else self.episode.state_dict(),
                     "watch": self.watch.state_dict(),
@@ -658,6 +659,7 @@ class Trainer:
                 self._episode_metrics = self.episode.metrics  # no line has held them yet
             same_split = training["passes"] == self._split
             precision = training["precision"]
+            terms = Terms(**training["terms"])
         except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 "--resume: the checkpoint does not hold the state of this run "
@@ -674,6 +676,11 @@ class Trainer:
                 f"note: until now the run computed in {precision}, and --precision auto means "
                 f"{self.setup.precision} here, so the losses differ from those of an uninterrupted "
                 f"run; --precision {precision} goes on as before"
+            )
+        if terms != self.terms:
+            notes.append(
+                f"note: until now the run trained {terms.words()}, and from here on "
+                f"{self.terms.words()}, so the losses differ from those of an uninterrupted run"
             )
         return notes
 

@@ -212,12 +212,20 @@ def test_clip_with_more_epochs_is_the_row_of_equal_time(tmp_path):
     assert default_run.of_seeds(recorded, "clip at equal time", title) == [0.5, 0.5]
 
 
-@pytest.mark.parametrize(("method", "epochs"), [("siglip", 28), ("clip", 27), ("clip", 31)])
-def test_a_run_that_stands_in_no_row_is_refused(tmp_path, method, epochs):
+REFUSED = [
+    ("siglip", 28, "expected --method protoclip or clip, got siglip"),
+    ("clip", 27, "expected 28 epochs or more, got 27"),
+    ("clip", 31, "expected 30 epochs .*, got 31"),
+    ("clip", 28, "expected two seeds or more of protoclip, got 1"),
+]
+
+
+@pytest.mark.parametrize(("method", "epochs", "words"), REFUSED)
+def test_a_run_that_stands_in_no_row_is_refused(tmp_path, method, epochs, words):
     runs = [
         default_run_folder(tmp_path / "0", "protoclip", 0, 28, 0.4),
         default_run_folder(tmp_path / "1", "clip", 0, 30, 0.5),
         default_run_folder(tmp_path / "2", method, 1, epochs, 0.5),
     ]
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=words):
         default_run.record(runs, "abc")

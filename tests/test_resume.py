@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import (
@@ -169,6 +170,21 @@ def test_a_resumed_run_says_if_auto_means_another_precision_here(
     assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr()
     note = "until now the run computed in fp32, and --precision auto means amp_bf16 here"
+    assert note in printed.out + printed.err
+
+
+def test_a_resumed_run_says_if_other_prototypes_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Automatic weights, and a teacher that is gone."""
+    teacher = tmp_path / "teacher.npy"
+    np.save(teacher, np.random.default_rng(0).standard_normal((52, 4), dtype=np.float32))
+    flags = [*tiny_run(tmp_path, "run"), "--logs", str(tmp_path)]
+    assert main([*flags, "--max-steps", "3", "--external-teacher", str(teacher)]) == 0
+    capsys.readouterr()
+    assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr()
+    note = "until now the run trained a teacher's prototypes, and from here on internal prototypes"
     assert note in printed.out + printed.err
 
 

@@ -83,6 +83,7 @@ def test_a_run_leaves_a_whole_folder(whole_run: Path) -> None:
         ([*CLIP, "--w-clip", "0"], "leaves some steps without a loss"),
         (["--w-clip", "0", "--w-proto", "0", "--w-proto-external", "0"], "use --w-clip 1"),
         (["--w-clip", "0", "--w-proto", "0", "--external-teacher", "none"], "no external teacher"),
+        (["--w-proto", "-0.5"], "--w-proto: expected -1 (automatic), or 0 and more, got -0.5"),
         (["--w-clip", "0"], "--infonce-warmup-epoch 0"),
         (["--w-clip", "0", "--infonce-warmup-epoch", "0", "--lit-start", "1"], "--lit-start 0"),
     ],

@@ -87,10 +87,11 @@ class Outcome:
         return {name: results for name, results in columns.items() if results}
 
 
-def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
+def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str = "") -> str:
     """The table at the end of a run: one block per set, one row per metric.
 
-    Other columns show the floors, the untrained model and the baseline, if known.
+    Other columns show the floors, the untrained model and the baseline, if known; ``length``: how
+    long that trained, in words.
     """
     columns = dict(outcome.beside)
     if baseline is not None:
@@ -130,7 +131,9 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None) -> str:
         footer += textwrap.wrap("; ".join(meanings), 98, subsequent_indent="  ")
     if baseline is not None:
         seeds = f"mean of {baseline.seeds} seeds" if baseline.seeds > 1 else "one seed"
-        footer.append(f"CLIP: recorded, {seeds}; in brackets: within chance (95 %)")
+        trained_for = f", {length}" if length else ""
+        text = f"CLIP: recorded, {seeds}{trained_for}; in brackets: within chance (95 %)"
+        footer += textwrap.wrap(text, 98, subsequent_indent="  ")
     if outcome.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in outcome.seconds.items())
         text = f"Time: {phases}; together {sum(outcome.seconds.values()):.1f} s"

@@ -32,8 +32,9 @@ from protoclip.report.snapshot import Snapshot, load_snapshot
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent
-# Plain CLIP with the default settings, the mean over several seeds. After a change of the defaults
-# record it again: python -m benchmarks.record_baseline RUN ...
+# Plain CLIP with the default settings but more epochs, for as long as the default run takes, the
+# mean over several seeds. After a change of the defaults record it again:
+# python -m benchmarks.record_baseline RUN ... --beside-epochs 28
 RECORDED = ASSETS / "clip_baseline"
 RECORDED_NAME = "CLIP (recorded)"
 # In the record's run settings: epochs of the run that takes as long, where CLIP has more of them.
@@ -132,6 +133,15 @@ def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
         if comparable(config, beside):
             return replace(run, name=RECORDED_NAME)
     return None
+
+
+def length_of(recorded: Run) -> str:
+    """How long the recorded baseline trained, in words."""
+    beside = recorded.config["run"].get(BESIDE_EPOCHS)
+    if beside is None:
+        return "the same number of steps"
+    epochs = recorded.config["optim"]["epochs"]
+    return f"{epochs:g} epochs, as long as the default run of {beside:g} takes"
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
@@ -380,6 +390,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         runs=runs,
         baseline=baseline,
         recorded=baseline if baseline and baseline.path == RECORDED else None,
+        length=length_of(baseline) if baseline and baseline.path == RECORDED else "",
         columns=columns,
         opening=opening or [verdict(run, baseline) for run in compared] + warnings,
         unit=unit_of(runs[0]),
