@@ -26,7 +26,10 @@ END = "<!-- seeds: end -->"
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "default_run" / "seeds.json"
-PROTO, CLIP, EQUAL_TIME = ROWS = ("protoclip", "clip", "clip at equal time")
+PROTO = "protoclip"
+CLIP = "clip"
+EQUAL_TIME = "clip at equal time"
+ROWS = (PROTO, CLIP, EQUAL_TIME)
 FLOORS = ("chance", "frequent", "pixels", "HOG")
 
 
@@ -77,7 +80,8 @@ def record(runs: Sequence[Path], commit: str) -> dict[str, Any]:
     """What the tables need of finished runs; "untrained" is the mean over them.
 
     Raises:
-        ValueError: a run is of another method, or of CLIP with fewer epochs than ProtoCLIP's.
+        ValueError: a run is of another method or of CLIP with fewer epochs than ProtoCLIP's, the
+            runs of a row differ in length, or a row has fewer than two seeds.
     """
     configs = {run: json.loads((run / "config.json").read_text()) for run in sorted(runs)}
     epochs_of_proto = {
@@ -174,20 +178,23 @@ def readme_table(recorded: dict[str, Any]) -> str:
         cells = [f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in (*means, floors[name])]
         cells[-1] += f" ({FLOOR_WORDS[name]})"
         lines.append([words, *cells])
-    sentences = [
-        f"{abs(delta.mean):.3f} ± {delta.half_width:.3f} "
-        f"{'behind' if delta.mean < 0 else 'ahead of'} CLIP in the {place} row "
-        f"({'sure' if abs(delta.mean) > delta.half_width else 'within chance'})"
-        for place, title in (("first", "zero-shot, 430 names"), ("third", "1-NN, 2,429 concepts"))
-        for delta in [difference(recorded, f"NEW: {title}")]
-    ]
+    names = beside_clip(difference(recorded, "NEW: zero-shot, 430 names"), "first")
+    neighbours = beside_clip(difference(recorded, "NEW: 1-NN, 2,429 concepts"), "third")
     text = (
         f"CLIP may train as long as ProtoCLIP here, {recorded['epochs'][EQUAL_TIME]:g} epochs "
-        f"instead of {recorded['epochs'][PROTO]:g}. ProtoCLIP is {sentences[0]} and {sentences[1]} "
+        f"instead of {recorded['epochs'][PROTO]:g}. ProtoCLIP is {names} and {neighbours} "
         "([evidence](docs/evidence.md#the-default-run))."
     )
     head = ["", "ProtoCLIP", "CLIP for as long", "best floor"]
     return table(head, lines) + "\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def beside_clip(delta: Difference, place: str) -> str:
+    """A difference in words, and whether the seeds can tell it from zero."""
+    side = "behind" if delta.mean < 0 else "ahead of"
+    sure = "sure" if abs(delta.mean) > delta.half_width else "within chance"
+    size = f"{abs(delta.mean):.3f} ± {delta.half_width:.3f}"
+    return f"{size} {side} CLIP in the {place} row ({sure})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -709,8 +709,10 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         if teacher.is_file():
             spent = json.loads(teacher.read_text())
             facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
-    pages = (PAGE, FRONT) if out == RESULTS else ()
-    write_report(done, wanted(size), FLOORS, facts, *pages)
+    if out == RESULTS:
+        write_report(done, wanted(size), FLOORS, facts, page=PAGE, front=FRONT)
+    else:
+        write_report(done, wanted(size), FLOORS, facts)
     return code
 
 

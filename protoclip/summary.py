@@ -119,8 +119,9 @@ def conclude(
         peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
     )
     recorded = page.recorded_baseline(to_dict(config)) if after else None
-    table = results.format_table(outcome)
-    if recorded:
+    if recorded is None:
+        table = results.format_table(outcome)
+    else:
         table = results.format_table(outcome, recorded.outcome, page.length_of(recorded))
     folder.say("\n" + table)
     if after is None:
