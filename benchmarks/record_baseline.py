@@ -69,9 +69,7 @@ def record(
     date = time.strftime("%Y-%m-%d")
     about = f"{len(runs)} seeds, {date}, {machine.name()}, commit {commit}"
     run_config: dict[str, Any] = {"name": f"plain CLIP, {about}", "seeds": seeds}
-    epochs = first["optim"]["epochs"]
-    if beside_epochs not in (None, epochs):
-        run_config["name"] = f"plain CLIP, {epochs:g} epochs, {about}"
+    if beside_epochs not in (None, first["optim"]["epochs"]):
         run_config[BESIDE_EPOCHS] = beside_epochs
     config = first | {"run": run_config}
     folder.mkdir(parents=True, exist_ok=True)
