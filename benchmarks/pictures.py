@@ -35,10 +35,10 @@ from benchmarks.report import (
     newest_cpu,
     sizes,
 )
-from protoclip.config import parse_json
-from protoclip.data.files import write_atomic
+from protoclip.common.files import write_atomic
 from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, load_snapshot
+from protoclip.settings.config import parse_json
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 LEARNT = RESULTS / "default_run" / "pictures.json"

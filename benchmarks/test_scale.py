@@ -84,12 +84,12 @@ def index(spec: str) -> None:
 
 
 def test_evaluation_of_50_000_pictures(bench: Bench) -> None:
-    from protoclip.commands import TASKS
-    from protoclip.config import ModelConfig
     from protoclip.data import open_dataset
     from protoclip.evaluate.datasets import Layout
     from protoclip.evaluate.tasks import Encoder, encode_sets, evaluate_features
     from protoclip.model import build_model
+    from protoclip.settings.commands import TASKS
+    from protoclip.settings.config import ModelConfig
 
     count = PICTURES.get(bench.sizes, 200)
     layout = Layout(open_dataset(f"builtin:shapes:{count}"), captions=1)

@@ -16,12 +16,12 @@ from typing import Any
 
 from protoclip import cached_gradients, lloyd
 from protoclip.cached_gradients import grad_cache
-from protoclip.config import ProtoConfig
-from protoclip.global_losses import global_contrastive, global_contrastive_parts
 from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
 from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
+from protoclip.losses.global_losses import global_contrastive, global_contrastive_parts
 from protoclip.ops import *  # noqa: F403
 from protoclip.ops import __all__ as _ops
+from protoclip.settings.config import ProtoConfig
 
 __version__ = "0.1.0"
 

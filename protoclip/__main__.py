@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from protoclip import __version__
-from protoclip.commands import PARSERS
+from protoclip.settings.commands import PARSERS
 
 PACKAGES = ("data", "evaluate", "report")
 HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictures.

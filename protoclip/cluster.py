@@ -27,18 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.commands import cluster_parser
+from protoclip.common.files import lines_of, plural, printable, write_atomic, write_csv
+from protoclip.common.paths import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, is_sharded, open_dataset
-from protoclip.data.files import lines_of, plural, printable, write_atomic, write_csv
 from protoclip.distributed import run_command
+from protoclip.episodes.teacher import SUFFIXES, read_rows, write_rows
 from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.load import load_model, open_encoder
 from protoclip.evaluate.results import Outcome
 from protoclip.lloyd import choose_num_clusters, kmeans, numbers_to_try
 from protoclip.model import Encoded, choose_device
-from protoclip.paths import check_above
 from protoclip.report import page, snapshot
-from protoclip.teacher import SUFFIXES, read_rows, write_rows
+from protoclip.settings.commands import cluster_parser
 
 PROG = "protoclip cluster"
 FEATURES = "features.npz"

@@ -18,14 +18,14 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from protoclip import checkpoint
-from protoclip.commands import export_parser
-from protoclip.config import ModelConfig, TrainConfig, flat, from_dict
-from protoclip.data.files import write_atomic, write_safetensors
+from protoclip.common.files import write_atomic, write_safetensors
+from protoclip.common.paths import check_above
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import TRAIN, format_table, read_results
 from protoclip.model import build_model, register_configs
-from protoclip.paths import check_above
+from protoclip.runs import checkpoint
+from protoclip.settings.commands import export_parser
+from protoclip.settings.config import ModelConfig, TrainConfig, flat, from_dict
 
 PROG = "protoclip export"
 TASK = "zero-shot-image-classification"  # as the hub calls it

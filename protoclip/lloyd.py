@@ -67,7 +67,7 @@ class Clusters:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file: centroids, labels, counts and history. OSError if the folder
         is missing or the disk is full; then no file is left."""
-        from protoclip.data.files import write_safetensors
+        from protoclip.common.files import write_safetensors
 
         tensors = vars(self) | {"history": torch.tensor(self.history, dtype=torch.float64)}
         write_safetensors(Path(path), tensors)

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from open_clip.transformer import lock_text_tower
 from torch import Tensor, nn
 
-from protoclip.config import ModelConfig
+from protoclip.common.json_text import parse_json
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
-from protoclip.json_text import parse_json
+from protoclip.settings.config import ModelConfig
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)

@@ -22,11 +22,11 @@ import torch
 from open_clip import loss as theirs
 from torch import nn
 
-from protoclip.commands import openclip_parser
-from protoclip.config import ProtoConfig
-from protoclip.flags import refusal
 from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
 from protoclip.model import register_configs
+from protoclip.settings.commands import openclip_parser
+from protoclip.settings.config import ProtoConfig
+from protoclip.settings.flags import refusal
 
 PROG = "protoclip openclip"
 LOGGER = logging.getLogger(__name__)

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip import checkpoint, distributed, prototypes, schedule
-from protoclip.checks import Terms, active_terms, check_settings, loss_weights, uses_prototypes
-from protoclip.commands import train_parser
-from protoclip.config import TrainConfig, to_dict
+from protoclip import distributed
+from protoclip.common.host import keep_freed_memory
+from protoclip.common.phases import Phases
+from protoclip.common.seeds import generator, seed_everything
 from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import progress_hidden
-from protoclip.evaluate.during import Evaluation, PeriodicEvaluation
-from protoclip.feature_store import (
+from protoclip.episodes import prototypes
+from protoclip.episodes.feature_store import (
     Features,
     FeatureSource,
     FeatureStore,
@@ -41,8 +41,9 @@ from protoclip.feature_store import (
     choose_features,
     table_bytes,
 )
-from protoclip.flags import parse
-from protoclip.host import keep_freed_memory
+from protoclip.episodes.prototypes import Episode
+from protoclip.episodes.teacher import open_teacher
+from protoclip.evaluate.during import Evaluation, PeriodicEvaluation
 from protoclip.losses import ProtoLoss
 from protoclip.model import (
     ProtoModel,
@@ -52,14 +53,22 @@ from protoclip.model import (
     match_layout,
     put_channels_last,
 )
-from protoclip.phases import Phases
-from protoclip.prototypes import Episode
-from protoclip.resume import check_resume, open_resume, refuse_changes, with_saved_config
-from protoclip.run_folder import NullRunFolder, RunFolder, choose_folder
-from protoclip.seeds import generator, seed_everything
-from protoclip.step import Step, Stepper, depends_on_split
-from protoclip.summary import announce, conclude
-from protoclip.teacher import open_teacher
+from protoclip.runs import checkpoint
+from protoclip.runs.resume import check_resume, open_resume, refuse_changes, with_saved_config
+from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
+from protoclip.settings.commands import train_parser
+from protoclip.settings.config import TrainConfig, to_dict
+from protoclip.settings.flags import parse
+from protoclip.training import schedule
+from protoclip.training.checks import (
+    Terms,
+    active_terms,
+    check_settings,
+    loss_weights,
+    uses_prototypes,
+)
+from protoclip.training.step import Step, Stepper, depends_on_split
+from protoclip.training.summary import announce, conclude
 
 PROG = "protoclip train"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -106,8 +106,8 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training ends without pictures and report, which take longer than a tiny run."""
-    monkeypatch.setattr("protoclip.summary.draw_plots", lambda *_: None)
-    monkeypatch.setattr("protoclip.summary.page.write_report", lambda runs: runs[0])
+    monkeypatch.setattr("protoclip.training.summary.draw_plots", lambda *_: None)
+    monkeypatch.setattr("protoclip.training.summary.page.write_report", lambda runs: runs[0])
 
 
 @pytest.fixture(scope="session")

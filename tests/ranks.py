@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from protoclip.config import TrainConfig
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
-from protoclip.flags import build_parser, parse
+from protoclip.settings.config import TrainConfig
+from protoclip.settings.flags import build_parser, parse
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -165,7 +165,7 @@ def _run_command(
     faulthandler.dump_traceback_later(60, repeat=True)  # in the log of a rank that hangs
     os.environ |= environment
     if bare:
-        summary = importlib.import_module("protoclip.summary")
+        summary = importlib.import_module("protoclip.training.summary")
         module.Evaluation.full = summary.draw_plots = lambda *_: None
         summary.page.write_report = lambda runs: runs[0]
     if fault:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from protoclip.config import DataConfig, TrainConfig, to_dict
 from protoclip.data import Subset, open_dataset
 from protoclip.evaluate.results import Outcome, write_results
 from protoclip.evaluate.tasks import EvalSet, evaluate_features
 from protoclip.model import Encoded
 from protoclip.report.snapshot import Samples, save_snapshot, take_snapshot
+from protoclip.settings.config import DataConfig, TrainConfig, to_dict
 
 
 def make_run(path: Path, method="protoclip", noise=1.0):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from ranks import bare_run
 
-from protoclip.host import busy_note
+from protoclip.common.host import busy_note
 from protoclip.train import main
 
 FAULTS = """
 import resource, sys, torch
-from protoclip.host import keep_freed_memory
+from protoclip.common.host import keep_freed_memory
 torch.set_num_threads(1)
 if "keep" in sys.argv:
     keep_freed_memory()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from protoclip import checkpoint
+from protoclip.runs import checkpoint
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "comment", "empty", "text"])

@@ -24,11 +24,11 @@ import protoclip
 from protoclip import cluster as cluster_module
 from protoclip.__main__ import main
 from protoclip.cluster import main as cluster
-from protoclip.commands import EVERYDAY, PARSERS
-from protoclip.config import ModelConfig
 from protoclip.data import open_dataset
+from protoclip.episodes.prototypes import purity
 from protoclip.model import build_model
-from protoclip.prototypes import purity
+from protoclip.settings.commands import EVERYDAY, PARSERS
+from protoclip.settings.config import ModelConfig
 from protoclip.train import main as train
 
 

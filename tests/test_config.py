@@ -11,7 +11,7 @@ import pytest
 from ranks import config_of
 
 from protoclip.__main__ import main
-from protoclip.config import TrainConfig, from_dict, preset_names, to_dict
+from protoclip.settings.config import TrainConfig, from_dict, preset_names, to_dict
 
 
 def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:

@@ -49,7 +49,7 @@ def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
 
 def break_the_third_step() -> None:
     """It raises what nobody expects."""
-    from protoclip.step import Stepper
+    from protoclip.training.step import Stepper
 
     original_step = Stepper.step
     calls = 0

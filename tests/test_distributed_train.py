@@ -14,12 +14,12 @@ from ranks import TINY, exit_codes, metrics, on_ranks, output_of, start_command,
 from torch import Tensor
 
 from protoclip import distributed
-from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
+from protoclip.episodes.prototypes import Episode, PrototypeSet
 from protoclip.losses import Losses, global_info_nce, prototype_term
 from protoclip.model import Encoded, ProtoModel, build_model
-from protoclip.prototypes import Episode, PrototypeSet
-from protoclip.step import Stepper
+from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
+from protoclip.training.step import Stepper
 
 STEPS = 5
 BATCH = 24

@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip import checkpoint
-from protoclip.config import ModelConfig
 from protoclip.data import Labels, Subset
 from protoclip.data.images import hog
 from protoclip.evaluate import metrics
@@ -32,6 +30,8 @@ from protoclip.evaluate.results import (
 )
 from protoclip.evaluate.tasks import Encoder, EvalSet, encode_sets, evaluate_features, floors, take
 from protoclip.model import build_model
+from protoclip.runs import checkpoint
+from protoclip.settings.config import ModelConfig
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("own_cache")

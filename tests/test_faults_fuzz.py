@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pairs import encoded, picture, write_tar
 
-from protoclip.config import TrainConfig, check, from_dict, to_dict
 from protoclip.data import DataError
 from protoclip.data.shards import ShardDataset
+from protoclip.settings.config import TrainConfig, check, from_dict, to_dict
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

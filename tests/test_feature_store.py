@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from ranks import full_disk, on_ranks
 from torch import Tensor
 
-from protoclip import distributed, feature_store
-from protoclip.config import EpisodeConfig
-from protoclip.feature_store import FeatureStore, choose_features, wants_to_reuse
-from protoclip.prototypes import EpisodeBuilder
-from protoclip.seeds import generator
+from protoclip import distributed
+from protoclip.common.seeds import generator
+from protoclip.episodes import feature_store
+from protoclip.episodes.feature_store import FeatureStore, choose_features, wants_to_reuse
+from protoclip.episodes.prototypes import EpisodeBuilder
+from protoclip.settings.config import EpisodeConfig
 
 CPU = torch.device("cpu")
 SAMPLES = 23

@@ -13,11 +13,9 @@ ROOT = Path(protoclip.__file__).parent
 
 # A room imports from itself and from the rooms before it. The order is the data flow.
 ROOMS = [
-    "paths", "json_text", "seeds", "host", "phases", "ops", "distributed", "global_losses",
-    "config", "flags", "commands", "data", "model", "lloyd", "feature_store", "prototypes",
-    "losses", "teacher", "checkpoint", "cached_gradients", "step", "evaluate", "report", "cluster",
-    "run_folder", "resume", "schedule", "checks", "summary", "train", "openclip", "export", "plan",
-    "sentence_transformers", "__main__",
+    "common", "settings", "ops", "distributed", "data", "model", "lloyd", "episodes", "losses",
+    "runs", "cached_gradients", "evaluate", "report", "cluster", "training", "train", "openclip",
+    "export", "teacher", "plan", "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

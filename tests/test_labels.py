@@ -16,18 +16,19 @@ from PIL import Image
 from ranks import TINY, config_of, metrics, on_ranks
 from torch import Tensor
 
-from protoclip import checkpoint, distributed, train
-from protoclip.config import ProtoConfig
+from protoclip import distributed, train
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
-from protoclip.feature_store import NEVER
+from protoclip.episodes.feature_store import NEVER
 from protoclip.losses import ProtoClipLoss, prototypes
+from protoclip.losses.online import balanced_labels
 from protoclip.model import Encoded, build_model
 from protoclip.ops.checks import LEFT_OUT
-from protoclip.prototypes import balanced_labels
-from protoclip.run_folder import NullRunFolder
-from protoclip.schedule import make_plan
+from protoclip.runs import checkpoint
+from protoclip.runs.run_folder import NullRunFolder
+from protoclip.settings.config import ProtoConfig
 from protoclip.train import Setup, Trainer
+from protoclip.training.schedule import make_plan
 
 SAMPLES = 48
 BATCH = 12

@@ -12,14 +12,14 @@ import torch
 from ranks import config_of, metrics
 from torch import Tensor
 
-from protoclip import checkpoint
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.model import build_model
-from protoclip.run_folder import RunFolder
-from protoclip.schedule import make_plan
-from protoclip.step import Stepper
+from protoclip.runs import checkpoint
+from protoclip.runs.run_folder import RunFolder
 from protoclip.train import Setup, Trainer
+from protoclip.training.schedule import make_plan
+from protoclip.training.step import Stepper
 
 DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8)

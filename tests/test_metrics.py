@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from protoclip.config import ModelConfig
 from protoclip.data import Labels
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import class_prompts, read_templates
 from protoclip.evaluate.tasks import Encoder, EvalSet, class_features, evaluate_features
 from protoclip.model import build_model
+from protoclip.settings.config import ModelConfig
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 # To CLIP_benchmark's code "pictures" and "tokens" are features already, of any length.

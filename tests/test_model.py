@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip import checkpoint
-from protoclip.config import ModelConfig
 from protoclip.model import (
     ProtoModel,
     ShortTokenizer,
@@ -25,6 +23,8 @@ from protoclip.model import (
     put_channels_last,
     register_configs,
 )
+from protoclip.runs import checkpoint
+from protoclip.settings.config import ModelConfig
 
 SHORT = ["a cat", "", "red square on a blue one", "né"]
 LONG = " ".join(["far too many words"] * 12)

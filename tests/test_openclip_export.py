@@ -13,11 +13,12 @@ from PIL import Image
 from ranks import metrics
 from torch import Tensor
 
-from protoclip import checkpoint, export
-from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip import export
 from protoclip.evaluate.__main__ import load_model
 from protoclip.evaluate.tasks import eval_transform
 from protoclip.model import build_model, register_configs
+from protoclip.runs import checkpoint
+from protoclip.settings.config import ModelConfig, TrainConfig, to_dict
 from protoclip.train import main as train
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from ranks import losses
 
-from protoclip import checkpoint
 from protoclip.__main__ import main
+from protoclip.runs import checkpoint
 
 
 def code_of(argv: list[str]) -> Any:

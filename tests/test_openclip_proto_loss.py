@@ -13,8 +13,8 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 import protoclip
-from protoclip.config import ProtoConfig
 from protoclip.losses import ProtoClipLoss
+from protoclip.settings.config import ProtoConfig
 
 SCALE = 14.3
 

@@ -13,11 +13,12 @@ import open_clip
 import pytest
 import torch
 
-from protoclip import checkpoint, export
+from protoclip import export
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
 from protoclip.data.types import Subset
 from protoclip.evaluate.__main__ import main as evaluate
+from protoclip.runs import checkpoint
 
 pytest.importorskip("open_clip_train.main")
 

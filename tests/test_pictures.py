@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import default_run, pictures
 from benchmarks.report import RESULTS, between, mib, newest_cpu
-from protoclip.config import TrainConfig, to_dict
 from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, Thumbnails, load_snapshot, save_snapshot
+from protoclip.settings.config import TrainConfig, to_dict
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,7 +13,8 @@ from ranks import on_ranks
 
 from protoclip import distributed
 from protoclip.distributed import find_rank
-from protoclip.plan import build_run, main, measure_shape, memory
+from protoclip.plan import main
+from protoclip.training.memory_plan import build_run, measure_shape, memory
 
 CLUSTERS = 2000
 SAMPLES = 100_000
@@ -40,12 +41,12 @@ def peak_of_steps(batch_size: int) -> int:
 
 def steps(batch_size: int) -> None:
     """Build a model and an episode's tensors, and take two steps."""
-    from protoclip.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.data import Batch
+    from protoclip.episodes.prototypes import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
     from protoclip.model import build_model
-    from protoclip.prototypes import Episode, PrototypeSet
-    from protoclip.step import Stepper
+    from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
+    from protoclip.training.step import Stepper
 
     model = build_model(ModelConfig())
     stepper = Stepper(model, ProtoLoss(LossConfig(w_proto=1.0)), OptimConfig())

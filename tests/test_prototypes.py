@@ -10,14 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip.config import EpisodeConfig, LossConfig, ModelConfig
 from protoclip.data import Draws, batches, build_transform, open_dataset
-from protoclip.feature_store import Features
-from protoclip.kmeans import kmeans
-from protoclip.losses import ProtoLoss, similarity_distillation
-from protoclip.model import Encoded, build_model
-from protoclip.ops.checks import LEFT_OUT
-from protoclip.prototypes import (
+from protoclip.episodes.feature_store import Features
+from protoclip.episodes.prototypes import (
     EpisodeBuilder,
     Watch,
     collapse,
@@ -26,6 +21,11 @@ from protoclip.prototypes import (
     purity,
     target_entropy,
 )
+from protoclip.kmeans import kmeans
+from protoclip.losses import ProtoLoss, similarity_distillation
+from protoclip.model import Encoded, build_model
+from protoclip.ops.checks import LEFT_OUT
+from protoclip.settings.config import EpisodeConfig, LossConfig, ModelConfig
 
 N = 60  # samples of the episode
 DATASET = 80

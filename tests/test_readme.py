@@ -14,9 +14,9 @@ import torch
 import protoclip
 from protoclip import plan
 from protoclip.__main__ import main
-from protoclip.commands import PARSERS
 from protoclip.model import register_configs
 from protoclip.ops.dispatch import TABLE
+from protoclip.settings.commands import PARSERS
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"

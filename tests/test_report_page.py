@@ -21,13 +21,13 @@ from ranks import metrics
 from report_run import make_run
 
 from benchmarks.record_baseline import main as record_baseline
-from protoclip.config import TrainConfig, to_dict
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
 from protoclip.report.snapshot import load_snapshot, words_of_clusters
+from protoclip.settings.config import TrainConfig, to_dict
 from protoclip.train import main as train
 
 SECTIONS = [

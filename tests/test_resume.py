@@ -27,9 +27,9 @@ from ranks import (
 )
 from torch import Tensor
 
-from protoclip import checkpoint
-from protoclip.step import Stepper
+from protoclip.runs import checkpoint
 from protoclip.train import main
+from protoclip.training.step import Stepper
 
 KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
 

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from ranks import losses
 
-from protoclip import checkpoint
+from protoclip.runs import checkpoint
 from protoclip.train import main
 
 

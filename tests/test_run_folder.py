@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ranks import bare_run, full_disk, metrics
 
-from protoclip import checkpoint
-from protoclip.config import RunConfig, TrainConfig
-from protoclip.run_folder import RunFolder
+from protoclip.runs import checkpoint
+from protoclip.runs.run_folder import RunFolder
+from protoclip.settings.config import RunConfig, TrainConfig
 from protoclip.train import Trainer, main
 
 WANDB = importlib.util.find_spec("wandb") is not None

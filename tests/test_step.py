@@ -9,13 +9,13 @@ import pytest
 import torch
 from ranks import bare_run, metrics
 
-from protoclip import checkpoint
-from protoclip.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.data import Batch
 from protoclip.losses import Losses
 from protoclip.model import build_model
-from protoclip.step import Stepper, parameter_groups
+from protoclip.runs import checkpoint
+from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
+from protoclip.training.step import Stepper, parameter_groups
 
 
 @pytest.fixture

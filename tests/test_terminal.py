@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from protoclip.__main__ import HELP, main
-from protoclip.commands import EVERYDAY, PARSERS, train_parser
+from protoclip.settings.commands import EVERYDAY, PARSERS, train_parser
 
 
 def test_the_first_screen_names_every_command_and_fits_a_terminal(capsys):

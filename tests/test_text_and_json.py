@@ -14,10 +14,10 @@ import pytest
 from ranks import config_of
 
 from protoclip.__main__ import main
-from protoclip.data.files import lines_of, printable
+from protoclip.common.files import lines_of, printable
+from protoclip.common.json_text import JSON_LEVELS, parse_json
 from protoclip.data.shards import parse_captions
 from protoclip.evaluate.datasets import open_layout, read_templates
-from protoclip.json_text import JSON_LEVELS, parse_json
 
 ODD = "one\u2028line\x0cwith\x85odd\x1cbreaks"  # str.splitlines makes five of it
 

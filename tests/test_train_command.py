@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from ranks import losses, metrics
 
-from protoclip import checkpoint
-from protoclip.config import ModelConfig
 from protoclip.model import build_model
+from protoclip.runs import checkpoint
+from protoclip.settings.config import ModelConfig
 from protoclip.train import main
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]

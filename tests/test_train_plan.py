@@ -8,9 +8,9 @@ import pytest
 import torch
 from ranks import config_of
 
-from protoclip.config import OptimConfig
-from protoclip.prototypes import check_clusters
-from protoclip.schedule import draw, learning_rate, make_plan, parse_interval
+from protoclip.episodes.prototypes import check_clusters
+from protoclip.settings.config import OptimConfig
+from protoclip.training.schedule import draw, learning_rate, make_plan, parse_interval
 
 
 class TestDraws:

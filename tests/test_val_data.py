@@ -9,12 +9,13 @@ import pytest
 import torch
 from ranks import config_of, losses, on_ranks
 
-from protoclip import checkpoint, distributed
+from protoclip import distributed
 from protoclip.data import Subset, heldout_pictures, open_dataset
 from protoclip.data.settings import RunData, open_run_data
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.evaluate.during import TRAINED, own_layout
 from protoclip.export import main as export
+from protoclip.runs import checkpoint
 from protoclip.train import main as train
 
 PAIRS = 80

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from protoclip.common.files import DataError
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
@@ -14,7 +15,6 @@ from protoclip.data.shards import ShardDataset, index_together, is_sharded
 from protoclip.data.tables import CsvDataset
 from protoclip.data.types import (
     Batch,
-    DataError,
     Labels,
     PairDataset,
     Pictures,

@@ -14,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from protoclip.commands import data_parser
-from protoclip.config import TABLE
+from protoclip.common.files import whole_file, write_atomic
 from protoclip.data import DataError, PairDataset, open_dataset
-from protoclip.data.files import whole_file, write_atomic
 from protoclip.distributed import run_command
+from protoclip.settings.commands import data_parser
+from protoclip.settings.config import TABLE
 
 PROG = "protoclip data"
 FORMATS = {"png": "PNG", "jpg": "JPEG"}

@@ -26,10 +26,10 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from protoclip.data.files import write_atomic
+from protoclip.common.files import DataError, write_atomic
+from protoclip.common.paths import cache_dir
 from protoclip.data.images import draw_svgs
-from protoclip.data.types import DataError, Labels, StringTable, labels_of
-from protoclip.paths import cache_dir
+from protoclip.data.types import Labels, StringTable, labels_of
 
 SIDE = 48  # pixels
 WEIGHTS = 4  # most drawings of one name in one family

@@ -25,8 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.data.files import whole_file
-from protoclip.data.types import DataError
+from protoclip.common.files import DataError, whole_file
 
 # torchvision's defaults.
 CROP_ATTEMPTS = 10

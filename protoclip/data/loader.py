@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from protoclip.common.files import DataError
+from protoclip.common.seeds import mix
 from protoclip.data.images import Transform
-from protoclip.data.types import Batch, DataError, PairDataset
-from protoclip.seeds import mix
+from protoclip.data.types import Batch, PairDataset
 
 STREAM_BUFFER = 10_000  # samples; the default window of remote shards (--shuffle-buffer)
 AHEAD = 16  # batches whose shards are fetched in advance

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from protoclip.config import TABLE, TrainConfig
 from protoclip.data import (
     DataError,
     PairDataset,
@@ -19,6 +18,7 @@ from protoclip.data import (
     open_dataset,
     picture_numbers,
 )
+from protoclip.settings.config import TABLE, TrainConfig
 
 
 @dataclass(frozen=True)

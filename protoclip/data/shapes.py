@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw
 
-from protoclip.data.types import DataError, Labels, StringTable
-from protoclip.seeds import mix
+from protoclip.common.files import DataError
+from protoclip.common.seeds import mix
+from protoclip.data.types import Labels, StringTable
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 BACKGROUNDS = ("white", "black", "grey", "beige")

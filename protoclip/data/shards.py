@@ -22,13 +22,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.files import fetch_ahead, is_remote, lines_of, local_copy, write_atomic
+from protoclip.common.files import (
+    DataError,
+    fetch_ahead,
+    is_remote,
+    lines_of,
+    local_copy,
+    write_atomic,
+)
+from protoclip.common.json_text import parse_json
+from protoclip.common.paths import cache_dir
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
-from protoclip.data.types import DataError, Labels, StringTable
+from protoclip.data.types import Labels, StringTable
 from protoclip.distributed import gather_objects, is_distributed, rank, world_size
-from protoclip.json_text import parse_json
-from protoclip.paths import cache_dir
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")

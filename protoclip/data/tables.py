@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from protoclip.common.files import DataError
 from protoclip.data.images import decode
-from protoclip.data.types import DataError, Labels, StringTable
+from protoclip.data.types import Labels, StringTable
 
 CHECKED = 10_000  # files checked at the start; later ones are checked when they are read
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred

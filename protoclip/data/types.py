@@ -1,4 +1,4 @@
-"""The types of the data layer: pairs, labels, batches and its error."""
+"""The types of the data layer: pairs, labels and batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.seeds import mix
-
-
-class DataError(ValueError):
-    """A fault of the data: the message names the file, row or key and says what to do."""
+from protoclip.common.seeds import mix
 
 
 @dataclass(frozen=True, eq=False)

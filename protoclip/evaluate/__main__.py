@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protoclip import distributed
-from protoclip.commands import PROTOCOLS, TASKS, evaluate_parser
-from protoclip.config import TABLE, TrainConfig
+from protoclip.common.paths import output_file
 from protoclip.data import PairDataset
 from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import held_out_layout, open_layout
 from protoclip.evaluate.load import load_model, open_encoder
 from protoclip.model import choose_device
-from protoclip.paths import output_file
+from protoclip.settings.commands import PROTOCOLS, TASKS, evaluate_parser
+from protoclip.settings.config import TABLE, TrainConfig
 
 PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from protoclip import data as sources
+from protoclip.common.files import lines_of, plural, printable
 from protoclip.data import DataError, Labels, PairDataset, Subset, open_dataset
-from protoclip.data.files import lines_of, plural, printable
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import decode
 from protoclip.data.tables import read_table

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.config import TrainConfig
+from protoclip.common.files import plural
+from protoclip.common.phases import Phases
 from protoclip.data import (
     DataError,
     Draws,
@@ -26,7 +27,6 @@ from protoclip.data import (
     open_dataset,
     picture_numbers,
 )
-from protoclip.data.files import plural
 from protoclip.data.loader import Faults
 from protoclip.data.settings import RunData, open_arguments
 from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
@@ -35,7 +35,7 @@ from protoclip.evaluate.datasets import Layout, held_out_layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.model import ProtoModel, autocast_for
-from protoclip.phases import Phases
+from protoclip.settings.config import TrainConfig
 
 TRAINED = 1000  # training pairs that stand in for evaluation data
 BATCH = 64  # pairs that are tried at once

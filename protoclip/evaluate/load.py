@@ -13,8 +13,6 @@ import open_clip
 import torch
 from tqdm import tqdm
 
-from protoclip import checkpoint
-from protoclip.config import ModelConfig, TrainConfig, from_dict
 from protoclip.distributed import progress_hidden
 from protoclip.evaluate.tasks import Encoder
 from protoclip.model import (
@@ -26,6 +24,8 @@ from protoclip.model import (
     choose_precision,
     put_channels_last,
 )
+from protoclip.runs import checkpoint
+from protoclip.settings.config import ModelConfig, TrainConfig, from_dict
 
 RANDOM = "random"
 WEIGHTS = ("local-dir:", "hf-hub:")  # prefixes of names that include weights

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protoclip.data.files import write_atomic
-from protoclip.json_text import parse_json
+from protoclip.common.files import write_atomic
+from protoclip.common.json_text import parse_json
 
 ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
     "text_retrieval_recall@1": "image -> text R@1",

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.commands import TASKS
 from protoclip.data import Draws, Labels, PairDataset, batches
 from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask
@@ -26,6 +25,7 @@ from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import ProtoModel
+from protoclip.settings.commands import TASKS
 
 PROBES = frozenset(("linear_probe", "knn"))
 PROBE_TASKS = {"lp_": "linear_probe", "knn_": "knn", "nn_": "knn"}  # by their metrics' prefix

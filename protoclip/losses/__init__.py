@@ -4,13 +4,13 @@ None of them forms a matrix of logits. What happens over ranks is in ``protoclip
 the computation on one process in ``protoclip.ops``.
 """
 
-from protoclip.global_losses import (
+from protoclip.losses.drop_in import DIST_IMPLS, ClipLoss, ProtoClipLoss, SigLipLoss
+from protoclip.losses.global_losses import (
     global_contrastive,
     global_contrastive_parts,
     global_info_nce,
     global_sigmoid_loss,
 )
-from protoclip.losses.drop_in import DIST_IMPLS, ClipLoss, ProtoClipLoss, SigLipLoss
 from protoclip.losses.objective import Losses, ProtoLoss, caption_ids, similarity_distillation
 from protoclip.losses.prototypes import PrototypeTerm, hit_rate, prototype_term
 

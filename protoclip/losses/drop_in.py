@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from protoclip.config import EpisodeConfig, ProtoConfig
 from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows
-from protoclip.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
+from protoclip.episodes.prototypes import PrototypeBuilder
+from protoclip.losses.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
+from protoclip.losses.online import OnlinePrototypes
 from protoclip.losses.prototypes import prototype_term
 from protoclip.ops import checks, info_nce, sigmoid_loss
 from protoclip.ops.contrastive_losses import one_way
 from protoclip.ops.pairs import Matching, SameId
-from protoclip.prototypes import OnlinePrototypes, PrototypeBuilder
+from protoclip.settings.config import EpisodeConfig, ProtoConfig
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchange texts
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip.config import LossConfig
+from protoclip.common.seeds import mix
 from protoclip.distributed import gathered_rows, is_distributed, rank
-from protoclip.global_losses import global_info_nce, global_sigmoid_loss
+from protoclip.episodes.prototypes import EXTERNAL, Episode
+from protoclip.losses.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.losses.prototypes import hit_rate, prototype_term
-from protoclip.prototypes import EXTERNAL, Episode
-from protoclip.seeds import mix
+from protoclip.settings.config import LossConfig
 
 if TYPE_CHECKING:  # loads open_clip, which a loss alone does not need
     from protoclip.model import Encoded

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from protoclip.distributed import mean_over_ranks
+from protoclip.episodes.prototypes import PrototypeSet
 from protoclip.ops import Bank, prototype_losses
 from protoclip.ops.checks import LEFT_OUT
-from protoclip.prototypes import PrototypeSet
 
 
 @dataclass(frozen=True)

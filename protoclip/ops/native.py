@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from protoclip.paths import cache_dir
+from protoclip.common.paths import cache_dir
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from protoclip.commands import report_parser
 from protoclip.distributed import run_command
 from protoclip.report.page import summary, write_report
+from protoclip.settings.commands import report_parser
 
 PROG = "protoclip report"
 

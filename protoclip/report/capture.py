@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from protoclip.common.files import write_csv
 from protoclip.data import Draws, PairDataset, Subset, batches
-from protoclip.data.files import write_csv
 from protoclip.data.loader import Faults
+from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate.tasks import Encoder, EvalSet, eval_transform
 from protoclip.model import Encoded
-from protoclip.prototypes import Episode
 from protoclip.report import snapshot
 
 PICTURED = 4096  # training samples from which the report's pictures are chosen

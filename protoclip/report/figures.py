@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protoclip.config import parse_json
-from protoclip.data.files import lines_of
+from protoclip.common.files import lines_of
+from protoclip.settings.config import parse_json
 
 # The page's colours in the light theme; an SVG uses their names as CSS variables.
 CSS = resources.files("protoclip.report").joinpath("page.css").read_text(encoding="utf-8")

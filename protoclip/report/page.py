@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from protoclip.config import parse_json
-from protoclip.data.files import plural, write_atomic
+from protoclip.common.files import plural, write_atomic
+from protoclip.common.paths import output_file
+from protoclip.episodes.prototypes import collapse
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
-from protoclip.paths import output_file
-from protoclip.prototypes import collapse
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
+from protoclip.settings.config import parse_json
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent

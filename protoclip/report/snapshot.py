@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import parse_json
+from protoclip.common.files import plural, printable, write_atomic
 from protoclip.data import PairDataset, Subset
-from protoclip.data.files import plural, printable, write_atomic
+from protoclip.episodes.prototypes import purity
 from protoclip.evaluate.tasks import EvalSet
 from protoclip.lloyd import kmeans
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
-from protoclip.prototypes import purity
+from protoclip.settings.config import parse_json
 
 NAME = "report.json"
 FORMAT = 6

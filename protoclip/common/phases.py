@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from protoclip.host import memory_in_use
+from protoclip.common.host import memory_in_use
 
 
 class Phases:

@@ -1,6 +1,6 @@
 """``--resume``: the run to continue, and which of its settings must stay the same.
 
-A setting marked ``fixed`` in ``protoclip.config`` must stay. Other settings of training may change
+A setting marked ``fixed`` in ``settings.config`` must stay. Other settings of training may change
 with a note, because the run is then no longer the same; the rest may change without one.
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from protoclip import checkpoint, distributed
-from protoclip.config import TrainConfig, flat, to_dict
-from protoclip.run_folder import choose_folder
+from protoclip import distributed
+from protoclip.runs import checkpoint
+from protoclip.runs.run_folder import choose_folder
+from protoclip.settings.config import TrainConfig, flat, to_dict
 
 NOTED = ("episode.", "loss.", "optim.")  # sections whose other settings change training too
 # These two and the number of ranks are compared as their product, the global batch.

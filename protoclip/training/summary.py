@@ -6,22 +6,25 @@ from dataclasses import replace
 
 import torch
 
-from protoclip import checkpoint, distributed, prototypes, schedule
-from protoclip.checks import Terms, uses_prototypes
-from protoclip.config import ModelConfig, TrainConfig, to_dict
+from protoclip import distributed
+from protoclip.common.files import plural
+from protoclip.common.host import busy_note
+from protoclip.common.phases import Phases
 from protoclip.data import PairDataset
-from protoclip.data.files import plural
+from protoclip.episodes import prototypes
+from protoclip.episodes.feature_store import FeatureSource
+from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.during import Evaluation
 from protoclip.evaluate.results import Outcome, Results
-from protoclip.feature_store import FeatureSource
-from protoclip.host import busy_note
 from protoclip.model import ProtoModel
-from protoclip.phases import Phases
-from protoclip.prototypes import Episode
 from protoclip.report import page, snapshot
 from protoclip.report.capture import draw_plots
-from protoclip.run_folder import NullRunFolder, sum_up
+from protoclip.runs import checkpoint
+from protoclip.runs.run_folder import NullRunFolder, sum_up
+from protoclip.settings.config import ModelConfig, TrainConfig, to_dict
+from protoclip.training import schedule
+from protoclip.training.checks import Terms, uses_prototypes
 
 
 def announce(

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from protoclip.config import LossConfig, TrainConfig
 from protoclip.distributed import is_distributed
+from protoclip.episodes.teacher import teacher_spec
 from protoclip.lloyd import load_faiss
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
-from protoclip.schedule import parse_interval
-from protoclip.teacher import teacher_spec
+from protoclip.settings.config import LossConfig, TrainConfig
+from protoclip.training.schedule import parse_interval
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.data.files import whole_file
+from protoclip.common.files import whole_file
+from protoclip.common.paths import cache_dir
+from protoclip.common.seeds import mix
 from protoclip.data.icons import IconDataset
 from protoclip.data.images import draw_svgs, hog
 from protoclip.data.types import DataError, labels_of
+from protoclip.episodes.teacher import MINILM, minilm, write_rows
 from protoclip.evaluate.tasks import pixels
-from protoclip.paths import cache_dir
-from protoclip.seeds import mix
-from protoclip.teacher import MINILM, minilm, write_rows
 
 PACKAGE = "@iconify/json@2.2.535"
 SIDE = 48  # pixels of a drawing

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from protoclip.json_text import parse_json
+from protoclip.common.json_text import parse_json
 
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
 BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")

@@ -19,8 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from protoclip.data.types import DataError
-from protoclip.paths import cache_dir
+from protoclip.common.paths import cache_dir
 
 # A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
@@ -28,6 +27,10 @@ STALL = 60.0  # seconds without a byte before a download fails
 _copies: dict[str, str] = {}  # URL -> path of the copies that this process has used
 _coming: set[str] = set()
 os.register_at_fork(after_in_child=_coming.clear)  # threads do not survive a fork
+
+
+class DataError(ValueError):
+    """A fault of the data: the message names the file, row or key and says what to do."""
 
 
 def is_remote(shard: str) -> bool:

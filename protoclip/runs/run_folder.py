@@ -16,11 +16,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from protoclip import checkpoint
-from protoclip.config import TrainConfig, flat, to_dict
-from protoclip.data.files import lines_of, write_atomic
-from protoclip.json_text import parse_json
-from protoclip.paths import check_above
+from protoclip.common.files import lines_of, write_atomic
+from protoclip.common.json_text import parse_json
+from protoclip.common.paths import check_above
+from protoclip.runs import checkpoint
+from protoclip.settings.config import TrainConfig, flat, to_dict
 
 
 def choose_folder(config: TrainConfig) -> Path:

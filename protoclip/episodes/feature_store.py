@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.config import EpisodeConfig
 from protoclip.distributed import (
     exchange_rows,
     from_main,
@@ -35,6 +34,7 @@ from protoclip.distributed import (
     send,
     world_size,
 )
+from protoclip.settings.config import EpisodeConfig
 
 DTYPE = torch.bfloat16  # of stored features; clustering reads them as fp32
 NEVER = -1  # the episode of a sample that has no row yet

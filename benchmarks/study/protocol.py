@@ -58,12 +58,11 @@ from benchmarks.study_data import HOG, IconPairs, Icons, default_folder, read, t
 from benchmarks.study_report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score, write_report
 from benchmarks.study_split import Rules, Split, by_lot, make_split
 from protoclip import train
-from protoclip.commands import train_parser
-from protoclip.config import ModelConfig, TrainConfig
+from protoclip.common.paths import cache_dir
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
+from protoclip.episodes.prototypes import INTERNAL
 from protoclip.evaluate.during import PeriodicEvaluation
 from protoclip.evaluate.tasks import Encoder, EvalSet, evaluate_features
-from protoclip.flags import parse
 from protoclip.model import (
     CONFIG_FOLDER,
     ProtoModel,
@@ -71,11 +70,12 @@ from protoclip.model import (
     build_model,
     put_channels_last,
 )
-from protoclip.paths import cache_dir
-from protoclip.prototypes import INTERNAL
-from protoclip.run_folder import NullRunFolder
-from protoclip.schedule import Stopped, make_plan
-from protoclip.step import seed_everything
+from protoclip.runs.run_folder import NullRunFolder
+from protoclip.settings.commands import train_parser
+from protoclip.settings.config import ModelConfig, TrainConfig
+from protoclip.settings.flags import parse
+from protoclip.training.schedule import Stopped, make_plan
+from protoclip.training.step import seed_everything
 
 RESULTS = Path(__file__).parent / "results" / "study"
 CPU = torch.device("cpu")

@@ -3,16 +3,13 @@
 A source (image, text, or an external teacher) says which samples belong together. A student (image
 or text) gets one prototype per cluster: the mean of its own features of that cluster's samples
 (back translation, PBT; docs/algorithm.md §2-3). ``EpisodeBuilder`` makes prototypes for an episode
-of known samples, ``OnlinePrototypes`` from a queue, for loops of others; both use
-``PrototypeBuilder``. The losses that read prototypes are in ``protoclip.losses``.
+of known samples; ``losses.online`` from a queue, for loops of others. Both use
+``PrototypeBuilder``.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,22 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.config import EpisodeConfig, default_clusters
 from protoclip.distributed import (
     Group,
     broadcast,
-    gather_rows,
     is_distributed,
     is_main,
     max_over_ranks,
     own_slice,
     sum_over_ranks,
 )
-from protoclip.feature_store import Features
+from protoclip.episodes.feature_store import Features
 from protoclip.lloyd import Clusters, global_segment_mean, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
 from protoclip.ops.checks import LEFT_OUT
-from protoclip.seeds import generator
+from protoclip.settings.config import EpisodeConfig, default_clusters
 
 if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
     from protoclip.data import Batch
@@ -45,12 +40,8 @@ if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
 
 INTERNAL = {"image": "text", "text": "image"}  # source -> its student
 EXTERNAL = "external"  # the source that is a teacher
-BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
-BALANCED_TEMPERATURE = 0.05  # SwAV's
-BALANCED_ITERATIONS = 3  # SwAV's
 MORE_LABELLED = 0.1  # a share of samples by which a later episode replaces the first to compare
 LARGEST_SHARE = 0.2  # of the samples in one image cluster, more is a collapse
-LOGGER = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -493,198 +484,3 @@ def purity(labels: Tensor, classes: Tensor) -> float:
     largest = torch.zeros(int(labels.max()) + 1, dtype=sizes.dtype, device=sizes.device)
     largest.scatter_reduce_(0, pairs // num_classes, sizes, "amax")
     return float(largest.sum()) / len(labels)
-
-
-@dataclass(frozen=True)
-class StoredLabels:
-    """Labels of stored samples by key, over all ranks."""
-
-    keys: Tensor  # int64 [R], sorted, distinct
-    labels: Mapping[str, Tensor]  # source -> int64 [R]
-
-    def labels_of(self, index: Tensor) -> dict[str, Tensor]:
-        """The labels of a batch from each source, int64 [B]; LEFT_OUT for keys not stored."""
-        place = torch.searchsorted(self.keys, index).clamp_max(len(self.keys) - 1)
-        stored = self.keys[place] == index
-        return {
-            source: labels[place].masked_fill(~stored, LEFT_OUT)
-            for source, labels in self.labels.items()
-        }
-
-
-@dataclass(frozen=True)
-class StoredStep:
-    """The features that this rank kept of one step."""
-
-    number: int
-    rows: Mapping[str, Tensor]  # modality -> [N, D]
-    keys: Tensor | None  # int64 [N], of the samples; None in a loop that does not know them
-
-    def __len__(self) -> int:
-        return len(self.rows["image"])
-
-
-@dataclass(eq=False)
-class OnlinePrototypes:
-    """The newest features of each rank, prototypes over all ranks, and the labels of a batch.
-
-    With keys of the samples (``index``), labels are those of features that were stored when the
-    sample was last seen. Without keys, a batch is assigned so that all prototypes are used alike:
-    the nearest prototype would let the model choose its own labels, and it would choose only one.
-    """
-
-    builder: PrototypeBuilder  # with the group of the ranks
-    queue: int  # newest pairs of this rank to cluster
-    num_clusters: int  # K of k-means, over all ranks
-    capacity: int = 0  # pairs of this rank that keep a label, with keys; 0: as the queue
-    every: int = 0  # steps between clusterings; 0: as many as renew the queue
-    warmup: int = 0  # minimum number of steps before the first clustering
-    seed: int = 0  # for the first centroids; later clusterings start from the last ones
-    calls_per_step: int = 1  # calls of ``observe`` with the rows of the same step
-    sets: list[PrototypeSet] | None = field(default=None, init=False)
-    centroids: dict[str, Tensor] = field(default_factory=dict, init=False)
-    stored_labels: StoredLabels | None = field(default=None, init=False)
-    steps: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self._calls = 0
-        self._clusterings = 0
-        self._next = 0  # the step of the next clustering
-        self._recent: deque[StoredStep] = deque()
-        self._filled = 0  # pairs in ``_recent``
-        self._clustered: dict[str, Tensor] = {}  # modality -> the rows that were clustered last
-        self._sizes: dict[str, float] = {}
-        self._accuracy: dict[str, Tensor] = {}
-
-    def first_step(self, rows: int) -> int:
-        """Steps of ``rows`` pairs on this rank before the first clustering."""
-        return max(self.warmup, -(-self.queue // rows))
-
-    @torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
-    def note(self, accuracy: Mapping[str, Tensor]) -> None:
-        """Keep the step's prototype accuracy of each source, scalars on the device."""
-        self._accuracy = {source: value.detach() for source, value in accuracy.items()}
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def labels_of(
-        self, features: Mapping[str, Tensor], index: Tensor | None
-    ) -> dict[str, Tensor] | None:
-        """Source -> int64 [B], the labels of a batch; None if there are no prototypes, or no keys
-        were stored. ``features``: modality -> [B, D], read only without ``index``."""
-        if self.sets is None:
-            return None
-        if index is not None:
-            stored = self.stored_labels
-            return None if stored is None else stored.labels_of(index.to(stored.keys.device))
-        labels_by_source = {}
-        for source, centroids in self.centroids.items():
-            points = features[source].detach().to(centroids)
-            queue = self._clustered[source][-BALANCED_ROWS:].to(centroids)
-            labels_by_source[source] = balanced_labels(points, queue, centroids, self.builder.group)
-        return labels_by_source
-
-    @torch._disable_dynamo
-    @torch.no_grad()
-    def observe(self, image: Tensor, text: Tensor, index: Tensor | None = None) -> None:
-        """Add the step's features [N, D] to the queue; cluster when it is time. Only the last call
-        of a step does so, so that all calls of the step see the same prototypes."""
-        self._calls += 1
-        if self._calls % self.calls_per_step:
-            return
-        if not self.steps:
-            self._next = self.first_step(len(image))
-        self.steps += 1
-        if index is None:
-            rows = {"image": image.clone(), "text": text.clone()}
-            capacity = self.queue
-        else:
-            rows = {
-                "image": image.to(torch.bfloat16, copy=True),
-                "text": text.to(torch.bfloat16, copy=True),
-            }
-            index = index.clone()
-            capacity = max(self.queue, self.capacity)
-        self._recent.append(StoredStep(self.steps, rows, index))
-        self._filled += len(image)
-        while self._filled - len(self._recent[0]) >= capacity:
-            self._filled -= len(self._recent.popleft())
-        if self.steps >= self._next:
-            self._build()
-            self._next = self.steps + (self.every or -(-self.queue // len(image)))
-
-    def _build(self) -> None:
-        started = time.perf_counter()
-        stored = {
-            name: torch.cat([step.rows[name] for step in self._recent]).float() for name in INTERNAL
-        }
-        points = {name: rows[-self.queue :] for name, rows in stored.items()}
-        random = generator(self.seed, self._clusterings)
-        sets: list[PrototypeSet] = []
-        for source in INTERNAL:
-            clusters = self.builder.cluster(
-                source, points[source], self.num_clusters, random, self.centroids.get(source)
-            )
-            sets += self.builder.translate(source, clusters, points)
-            self.centroids[source] = clusters.centroids
-            self._sizes[f"{source}_clusters"] = float(len(clusters.counts))
-            self._sizes[f"{source}_size_max"] = float(clusters.counts.max())
-        self._clustered = points
-        self.stored_labels = self._label_stored(stored)
-        self.sets = sets
-        self._clusterings += 1
-        if self.builder.group is None or is_main():
-            seconds = time.perf_counter() - started
-            LOGGER.info(
-                "protoclip: prototypes of step %d in %.2f s: %s", self.steps, seconds, self._sizes
-            )
-
-    def _label_stored(self, stored: Mapping[str, Tensor]) -> StoredLabels | None:
-        """The labels of all stored rows [R, D] that have a key, over all ranks; the newest row of a
-        key counts."""
-        keys = [step.keys for step in self._recent if step.keys is not None]
-        if len(keys) < len(self._recent):
-            return None
-        device = stored["image"].device
-        steps = [torch.full((len(step),), step.number, device=device) for step in self._recent]
-        columns = {"key": torch.cat(keys).to(device), "step": torch.cat(steps)}
-        for source in INTERNAL:
-            columns[source], _ = kmeans_assign(stored[source], self.centroids[source])
-        if self.builder.group is not None:
-            of_all_ranks = gather_rows(torch.stack(list(columns.values()), dim=1))
-            columns = dict(zip(columns, of_all_ranks.unbind(dim=1), strict=True))
-        by_step = columns["step"].argsort(stable=True)
-        by_key = by_step[columns["key"][by_step].argsort(stable=True)]  # each key's newest last
-        ordered = columns["key"][by_key]
-        is_newest = torch.ones(len(ordered), dtype=torch.bool, device=device)
-        is_newest[:-1] = ordered[1:] != ordered[:-1]
-        newest = by_key[is_newest]
-        return StoredLabels(
-            keys=columns["key"][newest],
-            labels={source: columns[source][newest] for source in INTERNAL},
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics as plain numbers; waits for the device."""
-        accuracy = {f"{name}_proto_accuracy": float(hit) for name, hit in self._accuracy.items()}
-        counts = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
-        return counts | self._sizes | accuracy
-
-
-def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Group) -> Tensor:
-    """Labels of a batch [B, D] under an assignment of batch and queue [Q, D] that gives every
-    centroid [K, D] the same share of the rows of all ranks: int64 [B].
-
-    Source: Caron et al. 2020 (SwAV), Sinkhorn's iterations in the log domain.
-    """
-    scores = torch.cat([batch, queue]) @ centroids.T / BALANCED_TEMPERATURE  # [B + Q, K]
-    prices = scores.new_zeros(len(centroids))
-    for _ in range(BALANCED_ITERATIONS):
-        by_row = torch.logsumexp(scores + prices, dim=1, keepdim=True)
-        demand = torch.logsumexp(scores - by_row, dim=0)
-        if group is not None:
-            top = max_over_ranks(demand.max())
-            demand = sum_over_ranks((demand - top).exp()).log() + top
-        prices = -demand
-    labels = (scores[: len(batch)] + prices).argmax(dim=1)
-    return labels.masked_fill(~batch.isfinite().all(dim=1), LEFT_OUT)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from protoclip.config import OptimConfig
+from protoclip.common.phases import Phases
+from protoclip.common.seeds import seed_everything
 from protoclip.data import Batch
 from protoclip.distributed import GlobalBatchNorm1d, broadcast, is_distributed, rank
+from protoclip.episodes.prototypes import Episode
 from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
-from protoclip.phases import Phases
-from protoclip.prototypes import Episode
-from protoclip.seeds import seed_everything
+from protoclip.settings.config import OptimConfig
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from protoclip.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
-from protoclip.flags import Parser, add_flag, add_options, build_parser, open_clips_help
+from protoclip.settings.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
+from protoclip.settings.flags import Parser, add_flag, add_options, build_parser, open_clips_help
 
 EVERYDAY = """
     --preset --method --train-data --val-data --val-fraction --csv-img-key --csv-caption-key

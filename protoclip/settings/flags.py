@@ -1,6 +1,6 @@
 """Command lines: parsers built from the settings, and settings from what was parsed.
 
-``protoclip.commands`` says which flags each command has, ``protoclip.config`` what a setting means.
+``settings.commands`` says which flags each command has, ``settings.config`` what a setting means.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from protoclip.config import (
+from protoclip.settings.config import (
     PRECISIONS,
     TrainConfig,
     check,

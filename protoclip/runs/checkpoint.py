@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from protoclip.data.files import whole_file
+from protoclip.common.files import whole_file
 
 FORMAT = 3  # of the entries under the key "protoclip"
 LATEST = "epoch_latest.pt"

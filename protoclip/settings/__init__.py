@@ -1,0 +1,1 @@
+"""Every setting and flag of the commands. It knows neither torch nor what a setting does."""

@@ -1,0 +1,233 @@
+"""The memory of a run before it starts: bytes of a rank, by part.
+
+Shapes are exact: the model's forward pass runs on tensors
+without data, which shows what autograd keeps. Time is not predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from protoclip.episodes.feature_store import buffer_bytes, table_bytes, wants_to_reuse
+from protoclip.episodes.prototypes import check_clusters
+from protoclip.episodes.teacher import teacher_spec
+from protoclip.model import ProtoModel, build_model, processor_multiplies_bf16
+from protoclip.settings.commands import plan_parser
+from protoclip.settings.config import TrainConfig
+from protoclip.settings.flags import parse_more
+from protoclip.training.checks import active_terms
+
+# Bytes of a number.
+FP32 = 4
+INT32 = 4
+INT64 = 8
+# The most that the fused kernels use.
+GPU_SCRATCH = 256 << 20
+CPU_SCRATCH = 64 << 20
+MINILM_DIM = 384  # width of MiniLM's features without reduction
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The settings of a run, and what else its memory depends on."""
+
+    config: TrainConfig
+    ranks: int = 1
+    samples: int = 3_000_000  # of the dataset
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.config.run.device == "cpu"
+
+    @property
+    def amp(self) -> bool:
+        precision = self.config.run.precision
+        if self.on_cpu:
+            return precision == "amp_bf16" or (precision == "auto" and processor_multiplies_bf16())
+        return precision != "fp32"
+
+    @property
+    def local_batch(self) -> int:
+        return self.config.optim.batch_size * self.config.optim.accum_freq
+
+    @property
+    def global_batch(self) -> int:
+        return self.local_batch * self.ranks
+
+    @property
+    def episode(self) -> int:
+        """Samples per episode."""
+        return self.config.episode.size or self.samples
+
+    @property
+    def reuses(self) -> bool:
+        """Whether features are stored from training, if memory allows."""
+        optim = self.config.optim
+        passes = optim.epochs
+        if optim.max_steps:
+            passes = min(passes, optim.max_steps * self.global_batch / self.samples)
+        return wants_to_reuse(self.config.episode, passes)
+
+    @property
+    def teacher_dim(self) -> int:
+        """Width of the external teacher's features; 0 without a teacher."""
+        spec, _ = teacher_spec(self.config)
+        return (self.config.episode.external_teacher_dim or MINILM_DIM) if spec else 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one pass of the model over a batch."""
+
+    weights: int  # parameters
+    trained: int  # of them, those with a gradient
+    embed_dim: int
+    projection_dim: int
+    buffers_bytes: int
+    batch_bytes: int  # pixels and tokens, per sample
+    saved_bytes: float  # kept for the backward pass, per sample
+    saved_fixed_bytes: float  # the same, for any batch: the weights' copies under autocast
+
+
+def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
+    """Run the forward pass at two batch sizes, without data.
+
+    Raises:
+        ValueError: no such model.
+    """
+    with torch.device("meta"):
+        model = build_model(run.config.model, "meta")
+    small = _forward(model, run.amp, batch)
+    large = _forward(model, run.amp, 2 * batch)
+    per_sample = (large.saved_bytes - small.saved_bytes) / batch
+    sizes = [p.numel() for p in model.parameters()]
+    return Shape(
+        weights=sum(sizes),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        embed_dim=small.embed_dim,
+        projection_dim=small.projection_dim,
+        buffers_bytes=sum(b.nbytes for b in model.buffers()),
+        batch_bytes=3 * model.image_size**2 * FP32 + model.clip.context_length * INT64,
+        saved_bytes=per_sample,
+        saved_fixed_bytes=small.saved_bytes - per_sample * batch,
+    )
+
+
+class _Forward(NamedTuple):
+    """What a forward pass leaves."""
+
+    saved_bytes: float  # that autograd keeps besides the weights
+    embed_dim: int
+    projection_dim: int
+
+
+def _forward(model: ProtoModel, amp: bool, batch: int) -> _Forward:
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        saved[storage._cdata] = storage
+        return x
+
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for name, p in [*model.named_parameters(), *model.named_buffers()]
+        }
+        of_weights = {weight.untyped_storage()._cdata for weight in weights.values()}
+        image = torch.empty(batch, 3, model.image_size, model.image_size)
+        tokens = torch.zeros(batch, model.clip.context_length, dtype=torch.int64)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            encoded, projected = functional_call(model, weights, (image, tokens))
+        total = sum(storage.nbytes() for key, storage in saved.items() if key not in of_weights)
+    return _Forward(float(total), encoded.image.shape[1], projected.image.shape[1])
+
+
+def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
+    """Bytes of a rank at the peak of a training step, by part, without the process itself.
+
+    Raises:
+        ValueError: more clusters than samples in an episode.
+    """
+    rows = run.global_batch
+    d = shape.embed_dim
+    dh = shape.projection_dim
+    saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
+    parts = {
+        "weights": shape.weights * FP32 + shape.buffers_bytes,
+        # On one process they replace the saved activations during backward; DDP holds both.
+        "gradients": max(0.0, shape.trained * FP32 - (saved if run.ranks == 1 else 0)),
+        "optimiser (AdamW)": 2 * shape.trained * FP32,
+        "saved for backward": saved,
+        "batch": run.local_batch * shape.batch_bytes,
+    }
+    if run.config.optim.accum_freq > 1:
+        parts["features of the step"] = 4 * run.local_batch * d * FP32
+    if run.ranks > 1:
+        # The gathered texts, and their gradient in fp32 before it is scattered.
+        parts["gathered features"] = rows * d * ((2 if run.amp else FP32) + FP32)
+    parts["InfoNCE scratch"] = GPU_SCRATCH
+    if run.on_cpu:
+        parts["InfoNCE scratch"] = rows * d * FP32 + min(8192 * d * FP32, CPU_SCRATCH)
+    terms = active_terms(run.config, teacher=run.teacher_dim > 0)
+    if terms.prototypes:
+        widths = []  # of the sources
+        sets = 0
+        if terms.internal:  # image and text each teach the other
+            widths += [dh, dh]
+            sets += 2
+        if terms.external:  # a teacher teaches both
+            widths.append(run.teacher_dim)
+            sets += 2
+        num_clusters = check_clusters(run.config.episode, run.episode)
+        parts["prototypes and targets"] = num_clusters * (2 * sets * dh + sum(widths)) * FP32
+        parts["prototype gradients"] = sets * run.local_batch * dh * FP32
+        parts["labels"] = run.episode * (len(widths) * INT32 + INT64)
+        if run.reuses:
+            parts["stored features (host if the GPU is full)"] = table_bytes(
+                run.samples, run.ranks, dh
+            ) + buffer_bytes(run.episode, run.ranks, dh)
+        else:
+            parts["features of the episode"] = math.ceil(run.episode / run.ranks) * 2 * dh * FP32
+    parts["teacher"] = run.samples * run.teacher_dim * FP32
+    return {name: float(size) for name, size in parts.items() if size}
+
+
+def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
+    """The plan as text."""
+    optim = run.config.optim
+    lines = [
+        f"{run.config.model.model}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks; "
+        f"batch {run.global_batch:,}",
+        f"= {optim.batch_size:,} x {optim.accum_freq} passes x {run.ranks:,} ranks; "
+        f"{math.ceil(run.episode / run.global_batch):,} steps per episode of {run.episode:,}",
+        "",
+        f"Memory per rank at the peak of a step: {_bytes(sum(parts.values()))}",
+    ]
+    return "\n".join(lines + [f"  {name:<42}{_bytes(size):>14}" for name, size in parts.items()])
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
+    """The run that a command line describes, and whether to print JSON.
+
+    Raises:
+        ValueError: settings that no run can have.
+    """
+    config, flags = parse_more(plan_parser(), argv)
+    for name in ("ranks", "samples"):
+        if flags[name] < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {flags[name]}")
+    return PlannedRun(config, flags["ranks"], flags["samples"]), flags["json"]
