@@ -41,7 +41,7 @@ pictures:  ## the front page's pictures and alt texts, from the records; RUN=log
 	$(PYTHON) -m benchmarks.pictures $(RUN)
 
 study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a few minutes
-	$(PYTHON) -m benchmarks.study_data
+	$(PYTHON) -m benchmarks.study.data
 
 study:  ## what prototypes are worth, over seeds; about five hours of one core in any number of calls (HOURS=2 WORKERS=2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
@@ -50,7 +50,7 @@ study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
-	env -u TRITON_INTERPRET $(PYTHON) -m protoclip.kernels.compile_report
+	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.compile_report
 
 gpu:  ## on a card: the kernels' tests, then the benchmarks; results under OUT, else benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

@@ -57,13 +57,11 @@ setup(
         "protoclip.settings",
         "protoclip.training",
         "protoclip.kernels",
-        "protoclip.kernels.compile_report",
         "protoclip.csrc",
     ],
     package_dir={
         "protoclip": "protoclip",
         "protoclip.kernels": "kernels",
-        "protoclip.kernels.compile_report": "kernels/compile_report",
         "protoclip.csrc": "csrc",
     },
     package_data={

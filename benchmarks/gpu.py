@@ -163,7 +163,7 @@ def graph(seconds: float) -> None:
 
 
 class Launched(NamedTuple):
-    """The call that compiles a kernel: a Case of protoclip.kernels.compile_report, but for the
+    """The call that compiles a kernel: a Case of benchmarks.compile_report, but for the
     architecture."""
 
     op: str
@@ -295,7 +295,7 @@ def _candidates(row: launch.Launch) -> Iterator[launch.Launch]:
 def compiled(swept: Swept, arch: int, row: launch.Launch) -> list[str]:
     """Compile a candidate for an architecture, into the compiler's cache: why it is no use, or
     nothing. Runs in a process of its own, which needs no card."""
-    from protoclip.kernels.compile_report import report
+    from benchmarks.compile_report import report
 
     if len(swept.path) > 1:  # a rehearsal compiles Hopper's row, as it is
         swept.row = row

@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
     if config.getoption("--compile-share") and torch.cuda.is_available():
-        from protoclip.kernels.compile_report.launches import recording
+        from benchmarks.compile_report.launches import recording
 
         stack = ExitStack()
         stack.enter_context(recording())  # the outputs are garbage, the compiler's cache is full

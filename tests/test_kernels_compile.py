@@ -14,13 +14,13 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+from benchmarks.compile_report.model import Bound, Clk  # noqa: E402
+from benchmarks.compile_report.report import Cost  # noqa: E402
 from protoclip.kernels import launch  # noqa: E402
-from protoclip.kernels.compile_report.model import Bound, Clk  # noqa: E402
-from protoclip.kernels.compile_report.report import Cost  # noqa: E402
 
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-REPORT = "protoclip.kernels.compile_report"
+REPORT = "benchmarks.compile_report"
 counts_of_triton_3_9 = pytest.mark.skipif(
     not triton.__version__.startswith("3.9"),
     reason=f"the counts are those of Triton 3.9, this is {triton.__version__}",

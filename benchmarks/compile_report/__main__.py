@@ -1,8 +1,8 @@
-"""``python -m protoclip.kernels.compile_report``."""
+"""``python -m benchmarks.compile_report``."""
 
 import sys
 
-from protoclip.kernels.compile_report.report import main
+from benchmarks.compile_report.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.compile_report.model import MEASURED_PRODUCTS
 from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles
 from protoclip.kernels import prototype_cross_entropy as prototypes
-from protoclip.kernels.compile_report.model import MEASURED_PRODUCTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

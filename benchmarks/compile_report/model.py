@@ -10,7 +10,7 @@ import collections
 import re
 from typing import NamedTuple
 
-from protoclip.kernels.compile_report.disassembly import Block
+from benchmarks.compile_report.disassembly import Block
 
 SMS = 132
 CLOCK = 1.70e9  # Hz, under load

@@ -9,14 +9,14 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
-from protoclip.kernels.compile_report import model
-from protoclip.kernels.compile_report.disassembly import (
+from benchmarks.compile_report import model
+from benchmarks.compile_report.disassembly import (
     Block,
     disassemble,
     local_accesses_in_loops,
     resources,
 )
-from protoclip.kernels.compile_report.launches import Case, Compiled, call, cases, recording
+from benchmarks.compile_report.launches import Case, Compiled, call, cases, recording
 
 # Kernels over tiles of products, whose row of the launch table makes promises.
 TILED = {
@@ -180,7 +180,7 @@ def _lines(cost: Cost) -> str:
 def main() -> int:
     """Print the table; the exit status says whether every row keeps its promise."""
     parser = argparse.ArgumentParser(
-        prog="python -m protoclip.kernels.compile_report",
+        prog="python -m benchmarks.compile_report",
         description="Compile every kernel without a GPU and read from its machine code what it "
         "costs.",
     )

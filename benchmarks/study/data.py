@@ -2,7 +2,7 @@
 
 ``make study-data`` downloads the package (104 MB), keeps one picture of each name and set, draws
 it, and writes one memory-mapped file of pictures and a table beside it. The protocol (what trains,
-what is judged) is in ``study.py``; here it says only what an icon is. Nothing is redistributed.
+what is judged) is in ``protocol.py``; here it says only what an icon is. Nothing is redistributed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from protoclip.common.files import whole_file
+from protoclip.common.files import DataError, whole_file
 from protoclip.common.paths import cache_dir
 from protoclip.common.seeds import mix
 from protoclip.data.icons import IconDataset
 from protoclip.data.images import draw_svgs, hog
-from protoclip.data.types import DataError, labels_of
+from protoclip.data.types import labels_of
 from protoclip.episodes.teacher import MINILM, minilm, write_rows
 from protoclip.evaluate.tasks import pixels
 
@@ -379,7 +379,7 @@ def default_folder() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.study_data", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.study.data", description=__doc__)
     parser.add_argument("--folder", type=Path, default=default_folder())
     parser.add_argument("--workers", type=int, default=2, help="processes for the features")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The default run over seeds: ``python -m benchmarks.default_run RUN ...`` records it.
+"""The default run over seeds: ``python -m benchmarks.study.default_run RUN ...`` records it.
 
 RUN are the folders of ``protoclip train --seed N``, of ``--method clip --seed N`` and of that with
 as many more ``--epochs`` as a step with prototypes takes longer: CLIP at equal time. Without RUN
@@ -21,10 +21,10 @@ from scipy import stats
 
 from benchmarks.report import table, write_between
 
-BEGIN = "<!-- seeds: begin (python -m benchmarks.default_run writes this) -->"
+BEGIN = "<!-- seeds: begin (python -m benchmarks.study.default_run writes this) -->"
 END = "<!-- seeds: end -->"
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "default_run" / "seeds.json"
 PROTO = "protoclip"
 CLIP = "clip"
@@ -198,7 +198,7 @@ def beside_clip(delta: Difference, place: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.default_run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.study.default_run", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders to record")
     parser.add_argument("--commit", default="", help="that made the runs")
     args = parser.parse_args(argv)

@@ -2,10 +2,10 @@
 
 Said before any run:
 
-Data: npm's @iconify/json (``study_data.py``), one picture of each name and set, no brands, flags or
+Data: npm's @iconify/json (``data.py``), one picture of each name and set, no brands, flags or
 emoji. Twenty sets of different looks are held out with everything of their families, and 70
 concepts with every name that contains their words; near-duplicates of held-out drawings do not
-train (``study_split.py``). A run trains on 60,000 of the other icons, drawn by its seed, for 4
+train (``split.py``). A run trains on 60,000 of the other icons, drawn by its seed, for 4
 epochs in batches of 256 with one thread; episodes of N = 15,000 samples, K = N / 10 = 1,500.
 Tuning: every row on the same four learning rates and epochs (``GRID``), one seed, MLP tower, on
 twelve other sets and 70 other concepts, with the test families and concepts out as well. The
@@ -54,9 +54,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.study_data import HOG, IconPairs, Icons, default_folder, read, toy_icons
-from benchmarks.study_report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score, write_report
-from benchmarks.study_split import Rules, Split, by_lot, make_split
+from benchmarks.study.data import HOG, IconPairs, Icons, default_folder, read, toy_icons
+from benchmarks.study.report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score, write_report
+from benchmarks.study.split import Rules, Split, by_lot, make_split
 from protoclip import train
 from protoclip.common.paths import cache_dir
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
@@ -77,7 +77,7 @@ from protoclip.settings.flags import parse
 from protoclip.training.schedule import Stopped, make_plan
 from protoclip.training.step import seed_everything
 
-RESULTS = Path(__file__).parent / "results" / "study"
+RESULTS = Path(__file__).parents[1] / "results" / "study"
 CPU = torch.device("cpu")
 MLP, CNN = "mlp", "cnn"
 HIDDEN = 512  # of the MLP tower

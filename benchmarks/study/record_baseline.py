@@ -1,4 +1,4 @@
-"""Record plain CLIP for the report: ``python -m benchmarks.record_baseline RUN ...``.
+"""Record plain CLIP for the report: ``python -m benchmarks.study.record_baseline RUN ...``.
 
 The runs are of ``protoclip train --method clip --seed N``, one a seed, five or more. Of each metric
 the mean over them is kept, and where 95 % of further runs fall (a t prediction interval). CLIP at
@@ -79,7 +79,9 @@ def record(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.record_baseline", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.study.record_baseline", description=__doc__
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of --method clip")
     parser.add_argument("--out", type=Path, default=RECORDED, help="default: %(default)s")
     words = "epochs of the run that takes as long; default: those of RUN"

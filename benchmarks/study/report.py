@@ -14,7 +14,7 @@ from scipy import stats
 
 from benchmarks.report import table, write_between
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE, FRONT = ROOT / "docs" / "evidence.md", ROOT / "README.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
 CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"

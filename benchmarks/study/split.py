@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from benchmarks.study_data import Icons, family_of, near
+from benchmarks.study.data import Icons, family_of, near
 from protoclip.common.seeds import mix
 
 # Sets of different looks, one of a family, chosen by hand before any run.

@@ -34,7 +34,7 @@ NAME = "report.html"
 ASSETS = Path(__file__).parent
 # Plain CLIP with the default settings but more epochs, for as long as the default run takes, the
 # mean over several seeds. After a change of the defaults record it again:
-# python -m benchmarks.record_baseline RUN ... --beside-epochs 28
+# python -m benchmarks.study.record_baseline RUN ... --beside-epochs 28
 RECORDED = ASSETS / "clip_baseline"
 RECORDED_NAME = "CLIP (recorded)"
 # In the record's run settings: epochs of the run that takes as long, where CLIP has more of them.
