@@ -35,7 +35,7 @@ if REHEARSAL:  # before anything imports triton
 import protoclip  # noqa: E402
 from benchmarks import parity  # noqa: E402
 from benchmarks.machine import DEVICE, best_seconds, name  # noqa: E402
-from protoclip.ops.contrastive_losses import sigmoid_loss  # noqa: E402
+from protoclip.ops import sigmoid_loss  # noqa: E402
 
 with contextlib.suppress(ImportError):  # of Triton: main says so
     from protoclip.kernels import launch

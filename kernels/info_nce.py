@@ -1,4 +1,4 @@
-"""InfoNCE over tiles of the logits, which never reach memory: what ops/fused_losses.py calls.
+"""InfoNCE over tiles of the logits, which never reach memory: what ops/info_nce_loss.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 keeps O(N) statistics and the backward pass recomputes the logits: four matrix products in all. Up
@@ -414,7 +414,7 @@ class _ForwardPass(NamedTuple):
 def info_nce_fwd(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, both_directions: bool
 ) -> InfoNceStatistics:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/fused_losses.py."""
+    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce_loss.py."""
     forward = _forward(
         x, y, logit_scale, offset=offset, both_directions=both_directions, pair_weight=1.0
     )
@@ -516,7 +516,7 @@ def info_nce_bwd(
     offset: int,
     pair_weight: float = 1.0,
 ) -> Gradients:
-    """Gradients of the strip, as in ops/fused_losses.py, from what the forward pass kept.
+    """Gradients of the strip, as in ops/info_nce_loss.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """

@@ -1,4 +1,4 @@
-"""The sigmoid loss over tiles of the logits: what ops/fused_losses.py calls.
+"""The sigmoid loss over tiles of the logits: what ops/siglip_loss.py calls.
 
 z_ij = logit_scale x_i.y_j + logit_bias. A pair's loss is softplus(z), or softplus(-z) if it is
 positive (j = i + offset); its gradient is G = sigmoid(z), minus 1 if it is positive. No statistics
@@ -136,7 +136,7 @@ def sigmoid_loss(
     key_ids: Tensor | None = None,
     same_positive: bool = True,
 ) -> SigmoidLoss:
-    """The strip x [N, D] against y [M, D], as in ops/fused_losses.py; ids as in ops/pairs.py."""
+    """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ids as in ops/pairs.py."""
     config = launch.choose("sigmoid_loss", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk

@@ -12,7 +12,7 @@ from test_contrastive import Problem, Weights, computed, written_out
 from torch import Tensor
 
 import protoclip
-from protoclip.ops.contrastive_losses import sigmoid_loss
+from protoclip.ops import sigmoid_loss
 
 quick = settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -32,8 +32,9 @@ from room import run_in_room
 from torch import Tensor
 
 import protoclip
-from protoclip.ops import fused_losses, reference
-from protoclip.ops.fused_losses import LN2
+from protoclip.ops import info_nce_loss, reference
+from protoclip.ops.stash import no_stash
+from protoclip.ops.sums import LN2
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
@@ -189,7 +190,7 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
     x = features[offset:431]
     row_weight = torch.rand(131)
     column_weight = torch.rand(700) if both_directions else torch.empty(0)
-    strip = fused_losses.info_nce_statistics(
+    strip = info_nce_loss.info_nce_statistics(
         x,
         y,
         torch.tensor(logit_scale),
@@ -197,7 +198,7 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
         both_directions=both_directions,
         backend="cpu",
     )
-    gradients = fused_losses.info_nce_gradients(
+    gradients = info_nce_loss.info_nce_gradients(
         x,
         y,
         torch.tensor(logit_scale),
@@ -209,7 +210,7 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
         column_weight=column_weight,
         direction_weight=1.0,
         mean=False,
-        stash=fused_losses.no_stash(x),
+        stash=no_stash(x),
         offset=offset,
         backend="cpu",
     )

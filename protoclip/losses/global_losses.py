@@ -30,21 +30,21 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import checks
-from protoclip.ops.contrastive_losses import info_nce, one_way, one_way_parts, sigmoid_loss
+from protoclip.ops.contrastive_losses import one_way
 from protoclip.ops.dispatch import resolve
-from protoclip.ops.fused_losses import (
-    LN2,
-    contrastive_gaps,
-    contrastive_gradients,
-    fused_sigmoid_loss,
-    gap_and_mean,
-    info_nce_gradients,
-    info_nce_statistics,
-    no_stash,
-    side_weights,
-)
+from protoclip.ops.info_nce_loss import info_nce, info_nce_gradients, info_nce_statistics
 from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
 from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.query_losses import (
+    contrastive_gaps,
+    contrastive_gradients,
+    gaps_of,
+    one_way_parts,
+    side_weights,
+)
+from protoclip.ops.siglip_loss import fused_sigmoid_loss, sigmoid_loss
+from protoclip.ops.stash import no_stash
+from protoclip.ops.sums import LN2
 
 
 def global_info_nce(
@@ -310,24 +310,30 @@ class _GlobalContrastive(torch.autograd.Function):
         all_y = gather_rows(y)
         offset = rank() * len(x)
         strip = contrastive_gaps(
-            x, all_y, logit_scale, pairs, both_directions=True, backend=backend, keep_stash=False
+            x=x,
+            y=all_y,
+            logit_scale=logit_scale,
+            **pairs.tensors(),
+            both_directions=True,
+            backend=backend,
+            keep_stash=False,
         )
         column_statistics = _columns_of_all_ranks(strip.column_statistics)
         ctx.save_for_backward(x, all_y, logit_scale, strip.row_statistics, column_statistics)
         ctx.pairs = pairs
         ctx.backend = backend
         columns_of_this_rank = column_statistics[:, offset : offset + len(x)]
-        return strip.gap, gap_and_mean(columns_of_this_rank).gap
+        return strip.gap, gaps_of(columns_of_this_rank).gap
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, column_grad: Tensor) -> tuple[Tensor | None, ...]:
         x, all_y, logit_scale, row_statistics, column_statistics = ctx.saved_tensors
         gradients = contrastive_gradients(
-            x,
-            all_y,
-            logit_scale,
-            ctx.pairs,
+            x=x,
+            y=all_y,
+            logit_scale=logit_scale,
+            **ctx.pairs.tensors(),
             row_statistics=row_statistics,
             column_statistics=column_statistics,
             row_weights=side_weights(row_grad, None, row_statistics),
@@ -370,10 +376,11 @@ class _Ring(torch.autograd.Function):
         text_gradient = torch.zeros_like(y)
         for hop in range(world_size()):
             receive = _pass_on(texts) if hop + 1 < world_size() else None
-            key_ids = pairs.key_ids
-            if key_ids is not None:
+            pairs_of_hop = pairs
+            if pairs.key_ids is not None:
                 start = (rank() + hop) % world_size() * len(y)
-                key_ids = key_ids[:, start : start + len(y)]
+                key_ids = pairs.key_ids[:, start : start + len(y)]
+                pairs_of_hop = replace(pairs, key_ids=key_ids)
             strip = fused_sigmoid_loss(
                 x=x,
                 y=texts,
@@ -383,9 +390,7 @@ class _Ring(torch.autograd.Function):
                 offset=0 if hop == 0 else len(y),
                 gradients=gradients,
                 backend=backend,
-                query_ids=pairs.query_ids,
-                key_ids=key_ids,
-                same_positive=pairs.same_positive,
+                **pairs_of_hop.ids(),
             )
             wide = strip.loss.dtype
             if hop == 0:

@@ -27,6 +27,7 @@ from protoclip.kernels.results import LossAndStatistics
 from protoclip.ops import native, reference
 from protoclip.ops.operators import ANY_FLOAT, FLOATS, in_transform
 from protoclip.ops.rates import stash_bytes
+from protoclip.ops.stash import StashFunctions
 
 Implementation = TypeVar("Implementation")
 Pair = tuple[Tensor, Tensor]
@@ -47,19 +48,10 @@ class Backend(Generic[Implementation]):
         return self.load()
 
 
-@dataclass(frozen=True)
-class StashFunctions:
-    """How a backend leaves the dot products of its forward pass to its backward pass."""
-
-    num_bytes: Callable[[int, int], int]  # for N rows and M columns; 0: they are not stashed
-    empty: Callable[[int], Tensor]  # allocates uint8 [num_bytes]
-    timed_forward: Callable[..., object]  # tells ops/rates.py what a product costs here
-
-
 # What the fused backends of each family implement.
 @dataclass(frozen=True)
 class InfoNceFunctions:
-    """InfoNCE (ops/fused_losses.py)."""
+    """InfoNCE (ops/info_nce_loss.py)."""
 
     statistics: Callable[..., tuple[Tensor, ...]]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -71,7 +63,7 @@ class InfoNceFunctions:
 
 @dataclass(frozen=True)
 class ContrastiveFunctions:
-    """The contrastive loss (ops/fused_losses.py)."""
+    """The contrastive loss (ops/query_losses.py)."""
 
     statistics: Callable[..., Pair]
     gradients: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]

@@ -103,15 +103,18 @@ def define_gradient(
     )
 
 
-def save_tensors(ctx: Any, **tensors: Tensor | None) -> None:
-    """``ctx.save_for_backward`` by name, for ``saved_tensors``."""
-    ctx.names_of_saved = tuple(tensors)
+def save(ctx: Any, **values: Any) -> None:
+    """Keep values for the backward pass, which ``saved_values`` finds by name."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    ctx.names_of_tensors = tuple(tensors)
     ctx.save_for_backward(*tensors.values())
+    ctx.other_values = {name: value for name, value in values.items() if name not in tensors}
 
 
-def saved_tensors(ctx: Any) -> Any:
-    """What ``save_tensors`` saved, by name."""
-    return SimpleNamespace(**dict(zip(ctx.names_of_saved, ctx.saved_tensors, strict=True)))
+def saved_values(ctx: Any) -> Any:
+    """What ``save`` has kept, by name."""
+    tensors = dict(zip(ctx.names_of_tensors, ctx.saved_tensors, strict=True))
+    return SimpleNamespace(**tensors, **ctx.other_values)
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:

@@ -68,6 +68,29 @@ class Pairs:
     left_out: Tensor | None = None  # bool [N], queries that have no loss
     wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
+    def tensors(self) -> dict[str, Any]:
+        """Those that an op and its backends take, by name."""
+        return pair_tensors(self)
+
+    def ids(self) -> dict[str, Any]:
+        """Those of them that SigLIP's op takes, by name."""
+        names = ("query_ids", "key_ids", "same_positive")
+        return {name: getattr(self, name) for name in names}
+
+
+def pair_tensors(values: Any) -> dict[str, Any]:
+    """What an op of the contrastive loss takes as its pairs, from the attributes of ``values``."""
+    names = ("own", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
+    return {name: getattr(values, name) for name in names}
+
+
+class Gaps(NamedTuple):
+    """The loss of each query in two parts, in nats, [N] each."""
+
+    gap: Tensor  # LSE over the keys seen - mean positive
+    mean: Tensor  # mean logit of the positives, 0 without any
+    num_positives: Tensor
+
 
 def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     """Check the arguments for queries [N, D] and M keys, and convert them for the backends."""

@@ -29,8 +29,8 @@ from protoclip.ops.operators import (
     reduce,
     reduce_weighted,
     refuse_gradient,
-    save_tensors,
-    saved_tensors,
+    save,
+    saved_values,
     scaled,
     single,
     wanted_gradients,
@@ -116,18 +116,18 @@ def prototype_gradient(
 
 def _save_sample_losses(ctx: Any, arguments: Any, results: SampleLosses) -> None:
     ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [N, D]
-    ctx.backend = arguments.backend
-    ctx.hard = arguments.targets.shape[0] == 0
-    save_tensors(
+    save(
         ctx,
         features=arguments.features,
+        prototypes=arguments.prototypes,
+        labels=arguments.labels,
         logit_scale=arguments.logit_scale,
+        hard=arguments.targets.shape[0] == 0,
+        backend=arguments.backend,
         gradient=results.gradient,
         row_max=results.row_max,
         row_sum=results.row_sum,
         scale_gradient=results.scale_gradient,
-        prototypes=arguments.prototypes,
-        labels=arguments.labels,
     )
 
 
@@ -136,7 +136,7 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
         return {}
     by_name: dict[str, Any] = {}
     wanted = wanted_gradients(ctx, sample_losses)
-    saved = saved_tensors(ctx)
+    saved = saved_values(ctx)
     if wanted.features:  # weight the gradient from the forward pass
         weight = (saved.logit_scale.reshape(()) * grads.loss)[:, None]
         gradient = scaled(grad=weight, saved=saved.gradient)
@@ -153,8 +153,8 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
             row_max=saved.row_max,
             row_sum=saved.row_sum,
             weight=grads.loss,
-            hard=ctx.hard,
-            backend=ctx.backend,
+            hard=saved.hard,
+            backend=saved.backend,
         )
     return by_name
 

@@ -5,8 +5,6 @@ Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); auto
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.operators import accumulator, in_transform
-from protoclip.ops.pairs import Pairs
+from protoclip.ops.pairs import Gaps, Pairs
 
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
 
@@ -60,19 +58,11 @@ def relations(pairs: Pairs, num_keys: int) -> tuple[Tensor, Tensor]:
     return seen, positive & seen
 
 
-class Gaps(NamedTuple):
-    """Of each query."""
-
-    gap: Tensor  # LSE over the keys seen - mean positive
-    mean: Tensor  # mean logit of the positives, 0 without any
-    num_positives: Tensor
-
-
 def contrastive(
     x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, both_directions: bool
 ) -> tuple[Gaps, Gaps | None]:
-    """[N, D], [M, D] -> those of each row, [N], and with ``both_directions`` those of each column,
-    [M]."""
+    """[N, D], [M, D] -> the gaps of the rows, [N], and with ``both_directions`` those of the
+    columns, [M]."""
     logits = _wide(logit_scale).reshape(()) * (_wide(x) @ _wide(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias

@@ -9,12 +9,16 @@ are fp64: nothing is lost where they cancel, and indexed sums of fp64 have one o
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.ops.operators import accumulator, without_autocast
 from protoclip.ops.pairs import Pairs
+
+LN2 = math.log(2.0)  # kernels count in base-2 logits, losses in nats
 
 
 def smoothing(

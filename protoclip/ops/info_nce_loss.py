@@ -1,0 +1,353 @@
+"""InfoNCE: contract, registered op and gradient.
+
+The op works on a strip, rows x [N, D] against columns y [M, D], where row i belongs to column
+i + offset. Statistics are in base-2 logits (s2 = logit_scale * log2(e) * x.y): a ``reference`` and
+the ``sum`` of 2^(s2 - reference), so that a loss near zero does not cancel. The reference is the
+maximum (C++), or the positive or a whole number near the log of the sum (Triton). The backward pass
+of any loss built on the strip is
+G = row_weight * P_row + column_weight * P_column - (weights at the positives),
+dx = logit_scale * G y, dy = logit_scale * G^T x, dlogit_scale = sum G * (x.y).
+
+Pairs with ids are compared by the op of ``query_losses.py``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from protoclip.kernels.results import Gradients, InfoNceStatistics
+from protoclip.ops import checks, pairs, reference
+from protoclip.ops.dispatch import INFO_NCE, resolve
+from protoclip.ops.operators import (
+    define_gradient,
+    empty,
+    gradient_like,
+    operator,
+    reduce,
+    reduce_weighted,
+    refuse_gradient,
+    save,
+    saved_values,
+    without_autocast,
+)
+from protoclip.ops.pairs import Matching, SameId
+from protoclip.ops.query_losses import query_losses
+from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
+from protoclip.ops.sums import LN2, plain_smoothing
+
+
+class InfoNceLoss(NamedTuple):
+    """Results of the forward pass."""
+
+    loss: Tensor  # of each pair [N], or [] for "mean" and "sum"
+    row_reference: Tensor  # [N]
+    row_sum: Tensor  # [N]
+    column_reference: Tensor  # [M], or [0] of one direction
+    column_sum: Tensor  # [M], or [0] of one direction
+    stash: Tensor
+
+
+def info_nce_statistics(
+    x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, both_directions: bool, backend: str
+) -> InfoNceStatistics:
+    """The statistics of a strip, for a caller that merges them over ranks; no autograd."""
+    run = INFO_NCE[backend].implementation.statistics
+    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, both_directions=both_directions)
+    return InfoNceStatistics(*results)
+
+
+def weight_of_direction(both_directions: bool) -> float:
+    """What one direction counts in the loss of a pair."""
+    return 0.5 if both_directions else 1.0
+
+
+def _pair_weight(weight: float, n: int, mean: bool) -> float:
+    return weight / max(n, 1) if mean else weight
+
+
+def _info_nce_loss_shapes(arguments: Any) -> InfoNceLoss:
+    x, y = arguments.x, arguments.y
+    n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
+    stashing = INFO_NCE[arguments.backend].implementation.stashing
+    return InfoNceLoss(
+        loss=empty(x, n) if arguments.reduction == "none" else empty(x),
+        row_reference=empty(x, n),
+        row_sum=empty(x, n),
+        column_reference=empty(x, m),
+        column_sum=empty(x, m),
+        stash=fake_stash(x, y, stashing, arguments.keep_stash),
+    )
+
+
+@operator("info_nce", _info_nce_loss_shapes, InfoNceLoss)
+def info_nce_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    both_directions: bool,
+    reduction: str,
+    backend: str,
+    keep_stash: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each row or, with ``both_directions`` (N = M), half the sum of both."""
+    functions = INFO_NCE[backend].implementation
+    stash = empty_stash(x, y, functions.stashing, keep_stash)
+    pair_weight = _pair_weight(
+        weight_of_direction(both_directions), x.shape[0], reduction == "mean"
+    )
+    summed = reduction != "none"
+    if functions.loss is not None:
+        loss, statistics = functions.loss(
+            x=x,
+            y=y,
+            logit_scale=logit_scale,
+            offset=offset,
+            both_directions=both_directions,
+            pair_weight=pair_weight,
+            summed=summed,
+        )
+    else:
+        run = with_stash(functions.statistics, functions.stashing, stash, x)
+        results = run(
+            x=x, y=y, logit_scale=logit_scale, offset=offset, both_directions=both_directions
+        )
+        statistics = InfoNceStatistics._make(results)
+        loss = statistics.row_sum.log2() + (statistics.row_reference - statistics.positive)
+        if both_directions:
+            column_log_sum = statistics.column_sum.log2()
+            loss = loss + (column_log_sum + (statistics.column_reference - statistics.positive))
+        loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
+    return InfoNceLoss(
+        loss=loss,
+        row_reference=statistics.row_reference,
+        row_sum=statistics.row_sum,
+        column_reference=statistics.column_reference,
+        column_sum=statistics.column_sum,
+        stash=stash,
+    )
+
+
+def _info_nce_gradients_shapes(arguments: Any) -> Gradients:
+    x, y = arguments.x, arguments.y
+    return Gradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
+
+
+@operator("info_nce_bwd", _info_nce_gradients_shapes, Gradients)
+def info_nce_gradients(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    row_reference: Tensor,
+    row_sum: Tensor,
+    column_reference: Tensor,
+    column_sum: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    offset: int,
+    direction_weight: float,
+    mean: bool,
+    backend: str,
+    stash: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for upstream gradients ``row_weight`` [N] and ``column_weight`` [M] of any
+    stride, even 0, which are multiplied by ``direction_weight`` and, with ``mean``, by 1 / N.
+
+    The positive's weight is row_weight[i] + column_weight[i + offset] (if given). ``column_*`` are
+    [0] of one direction."""
+    # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
+    pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
+    functions = INFO_NCE[backend].implementation
+    run = with_stash(functions.gradients, functions.stashing, stash, x)
+    if functions.takes_pair_weight:
+        run = partial(run, pair_weight=pair_weight)
+    else:
+        row_weight = row_weight * pair_weight
+        column_weight = column_weight * pair_weight
+    return run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        row_reference=row_reference,
+        row_sum=row_sum,
+        column_reference=column_reference,
+        column_sum=column_sum,
+        row_weight=row_weight,
+        column_weight=column_weight,
+        offset=offset,
+    )
+
+
+def _save_info_nce_loss(ctx: Any, arguments: Any, results: InfoNceLoss) -> None:
+    save(
+        ctx,
+        **arguments._asdict(),
+        row_reference=results.row_reference,
+        row_sum=results.row_sum,
+        column_reference=results.column_reference,
+        column_sum=results.column_sum,
+        stash=results.stash,
+    )
+    ctx.set_materialize_grads(False)  # the statistics have none
+
+
+def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
+    if grads.loss is None:
+        return {}
+    saved = saved_values(ctx)
+    weight = grads.loss.expand(saved.x.shape[0])
+    gradients = info_nce_gradients(
+        x=saved.x,
+        y=saved.y,
+        logit_scale=saved.logit_scale,
+        row_reference=saved.row_reference,
+        row_sum=saved.row_sum,
+        column_reference=saved.column_reference,
+        column_sum=saved.column_sum,
+        row_weight=weight,
+        column_weight=weight if saved.both_directions else weight[:0],
+        offset=saved.offset,
+        direction_weight=weight_of_direction(saved.both_directions),
+        mean=saved.reduction == "mean",
+        backend=saved.backend,
+        stash=saved.stash,
+    )
+    return {
+        "x": gradients.dx,
+        "y": gradients.dy,
+        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
+    }
+
+
+define_gradient(info_nce_loss, save=_save_info_nce_loss, backward=_info_nce_loss_backward)
+refuse_gradient(info_nce_gradients, "info_nce")
+
+
+def diagonal_losses(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    *,
+    first: int,
+    both_directions: bool,
+    label_smoothing: float,
+    reduction: str,
+    backend: str,
+    stash: bool | None,
+) -> Tensor:
+    """Losses where row i belongs to column first + i and every pair differs from all others, by a
+    fused backend. The op reduces them itself; with ``label_smoothing`` the reduction is "none"."""
+    losses = info_nce_loss(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        offset=first,
+        both_directions=both_directions,
+        reduction=reduction,
+        backend=backend,
+        keep_stash=keeps_stash(stash, x, y, logit_scale),
+    ).loss
+    if not label_smoothing:
+        return losses
+    spread = plain_smoothing(x, y, logit_scale, first)
+    if both_directions:
+        spread = (spread + plain_smoothing(y, x, logit_scale, first)) / 2
+    return losses + label_smoothing * spread
+
+
+def info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    stash: bool | None = None,
+) -> Tensor:
+    """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
+
+    The fused backends save O(N) values and, apart from the ``stash``, recompute the logits in the
+    backward pass. Sums are fp32; under autocast the features keep their dtype.
+
+    Args:
+        image_features, text_features: [N, D], usually unit rows, row i of each a pair; float32,
+            bfloat16, float16 (float64: reference), mixed ones are promoted.
+        logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
+        ids: int64 [N] or [N, R], R <= 2: pairs with an equal id in any column are the same thing,
+            such as images with one caption. Pairs without an id need unique ones. None: all differ.
+        same_id: "exclude": pairs of the same id are not negatives of each other; "positive": they
+            are positives of each other, and the loss is against the mean of their logits.
+        weights: float32 [N] >= 0, one per pair, without a gradient.
+        label_smoothing: epsilon in [0, 1], a share of the target spread evenly over the keys that
+            a query sees, as in torch's cross-entropy; a number.
+        reduction: "mean": the sum of weighted losses over the total weight; "sum"; or "none" for
+            one weighted value per pair.
+        backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
+            ``protoclip.backends("contrastive")``); a named one never falls back.
+        stash: False: keep no logits for the backward pass. True or None: "cpu" keeps them, up to
+            64 MiB (N = 4,096), where this processor gains by it (``ops/rates.py``): 3 matrix
+            products instead of 4, and the same bits.
+    Returns:
+        float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
+        directions. N = 0 gives 0.
+    Raises:
+        ValueError: shapes or devices disagree, or the named backend cannot run.
+        TypeError: dtypes are not floating point.
+    Source:
+        Radford et al. 2021 (CLIP), figure 3.
+    """
+    op = "info_nce"
+    x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
+    checks.label_smoothing(op, label_smoothing)
+    n = x.shape[0]
+    table_row = op if ids is None else "contrastive"
+    backend_name = resolve(table_row, backend, x.device.type, x.dtype)
+    if weights is not None:
+        checks.weights(op, weights, x, backend_name)
+    if ids is not None:
+        pairs.check_ids(op, "ids", ids, n, x.device)
+        matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
+        by_query = query_losses(
+            op,
+            x,
+            y,
+            logit_scale,
+            matching,
+            label_smoothing=label_smoothing,
+            backend=backend_name,
+            stash=stash,
+            both_directions=True,
+        )
+        assert by_query.column_gap is not None
+        losses = (by_query.gap + by_query.column_gap) / 2
+    elif backend_name == "reference":
+        with without_autocast(x.device.type):
+            losses = reference.info_nce(x, y, logit_scale, label_smoothing)
+    else:
+        reduces = weights is None and not label_smoothing
+        losses = diagonal_losses(
+            x,
+            y,
+            logit_scale,
+            first=0,
+            both_directions=True,
+            label_smoothing=label_smoothing,
+            reduction=reduction if reduces else "none",
+            backend=backend_name,
+            stash=stash,
+        )
+        if reduces:
+            return losses
+    if weights is None:
+        return reduce(losses, reduction, n)
+    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction)

@@ -1,0 +1,328 @@
+"""The loss of each query against keys that ``Pairs`` tells apart: contract, registered op and
+gradient of ``contrastive_parts``, which every loss with ids, positions or biases is made of.
+
+The op works on a strip, rows x [N, D] against columns y [M, D]. Statistics, [4, N] and [4, M], have
+the rows of ``PairStatistics``. The results are ``gap`` = LSE - mean positive, and ``mean``; with
+weights w_l of the LSE and w_m of the mean, G = w_l P [seen] + w_m [positive] / count and
+dkey_bias_j = sum_i G_ij.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from protoclip.kernels.results import ContrastiveGradients, PairStatistics
+from protoclip.ops import checks, pairs, reference
+from protoclip.ops.dispatch import CONTRASTIVE, resolve
+from protoclip.ops.operators import (
+    define_gradient,
+    empty,
+    gradient_like,
+    operator,
+    refuse_gradient,
+    save,
+    saved_values,
+    without_autocast,
+)
+from protoclip.ops.pairs import Gaps, Matching, Pairs, SameId, pair_tensors
+from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
+from protoclip.ops.sums import LN2, log_add, logits_of_negatives, smoothing, with_others
+
+
+class ContrastiveForward(NamedTuple):
+    """Results of the forward pass."""
+
+    gap: Tensor  # of each row [N], in nats
+    mean: Tensor  # [N]
+    column_gap: Tensor  # [M], or [0] of one direction
+    column_mean: Tensor
+    row_statistics: Tensor  # [4, N], in the rows of PairStatistics
+    column_statistics: Tensor  # [4, M], or [4, 0]
+    stash: Tensor
+
+
+def gaps_of(statistics: Tensor) -> Gaps:
+    """[4, N] of base-2 logits -> [N] each."""
+    rows = PairStatistics._make(statistics.unbind())
+    mean = rows.positive_sum / rows.num_positives.clamp_min(1)
+    gap = LN2 * (rows.sum.log2() + (rows.max - mean))
+    return Gaps(gap=gap, mean=LN2 * mean, num_positives=rows.num_positives)
+
+
+def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
+    """Gradients of gap and mean -> gradients of the LSE and of the mean positive, [2, N]."""
+    zero = statistics.new_zeros(statistics.shape[1])
+    gap = zero if gap is None else gap
+    mean = zero if mean is None else mean
+    return torch.stack([gap, mean - gap])
+
+
+def _contrastive_shapes(arguments: Any) -> ContrastiveForward:
+    x, y = arguments.x, arguments.y
+    n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
+    stashing = CONTRASTIVE[arguments.backend].implementation.stashing
+    return ContrastiveForward(
+        gap=empty(x, n),
+        mean=empty(x, n),
+        column_gap=empty(x, m),
+        column_mean=empty(x, m),
+        row_statistics=empty(x, 4, n),
+        column_statistics=empty(x, 4, m),
+        stash=fake_stash(x, y, stashing, arguments.keep_stash),
+    )
+
+
+@operator("contrastive", _contrastive_shapes, ContrastiveForward)
+def contrastive_gaps(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    both_directions: bool,
+    backend: str,
+    keep_stash: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gap and mean positive of each row and, with ``both_directions``, of each column; ``own`` to
+    ``same_positive`` are ``Pairs.tensors()``."""
+    functions = CONTRASTIVE[backend].implementation
+    stash = empty_stash(x, y, functions.stashing, keep_stash)
+    run = with_stash(functions.statistics, functions.stashing, stash, x)
+    pairs = Pairs(own, exclude, query_ids, key_ids, key_bias, same_positive)
+    row_statistics, column_statistics = run(
+        x=x, y=y, logit_scale=logit_scale, **pairs.tensors(), both_directions=both_directions
+    )
+    rows = gaps_of(row_statistics)
+    columns = gaps_of(column_statistics)
+    return ContrastiveForward(
+        gap=rows.gap,
+        mean=rows.mean,
+        column_gap=columns.gap,
+        column_mean=columns.mean,
+        row_statistics=row_statistics,
+        column_statistics=column_statistics,
+        stash=stash,
+    )
+
+
+def _contrastive_gradients_shapes(arguments: Any) -> ContrastiveGradients:
+    x, y = arguments.x, arguments.y
+    return ContrastiveGradients(
+        dx=x.new_empty(x.shape),
+        dy=y.new_empty(y.shape),
+        dlogit_scale=empty(x),
+        dkey_bias=empty(x, y.shape[0]),
+    )
+
+
+@operator("contrastive_bwd", _contrastive_gradients_shapes, ContrastiveGradients)
+def contrastive_gradients(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    own: Tensor,
+    exclude: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    key_bias: Tensor | None,
+    same_positive: bool,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    backend: str,
+    stash: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
+    functions = CONTRASTIVE[backend].implementation
+    run = with_stash(functions.gradients, functions.stashing, stash, x)
+    pairs = Pairs(own, exclude, query_ids, key_ids, key_bias, same_positive)
+    return run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        **pairs.tensors(),
+        row_statistics=row_statistics,
+        column_statistics=column_statistics,
+        row_weights=row_weights,
+        column_weights=column_weights,
+    )
+
+
+def _save_contrastive(ctx: Any, arguments: Any, results: ContrastiveForward) -> None:
+    save(
+        ctx,
+        **arguments._asdict(),
+        row_statistics=results.row_statistics,
+        column_statistics=results.column_statistics,
+        stash=results.stash,
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _contrastive_backward(ctx: Any, grads: ContrastiveForward) -> dict[str, Tensor]:
+    if all(g is None for g in (grads.gap, grads.mean, grads.column_gap, grads.column_mean)):
+        return {}
+    saved = saved_values(ctx)
+    gradients = contrastive_gradients(
+        x=saved.x,
+        y=saved.y,
+        logit_scale=saved.logit_scale,
+        **pair_tensors(saved),
+        row_statistics=saved.row_statistics,
+        column_statistics=saved.column_statistics,
+        row_weights=side_weights(grads.gap, grads.mean, saved.row_statistics),
+        column_weights=side_weights(grads.column_gap, grads.column_mean, saved.column_statistics),
+        backend=saved.backend,
+        stash=saved.stash,
+    )
+    by_name = {
+        "x": gradients.dx,
+        "y": gradients.dy,
+        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
+    }
+    if saved.key_bias is not None:
+        by_name["key_bias"] = gradients.dkey_bias.to(saved.key_bias.dtype)
+    return by_name
+
+
+define_gradient(contrastive_gaps, save=_save_contrastive, backward=_contrastive_backward)
+refuse_gradient(contrastive_gradients, "contrastive")
+
+
+class QueryLosses(NamedTuple):
+    """The loss of each query, in nats."""
+
+    gap: Tensor  # log-sum-exp - mean positive, [N]
+    mean: Tensor  # mean logit of the positives, [N]
+    counted: Tensor  # bool [N], whether the query has a loss
+    column_gap: Tensor | None = None  # that of each key, [M], if it was asked for
+
+
+def query_losses(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    matching: Matching,
+    *,
+    negatives: Tensor | None = None,
+    label_smoothing: float = 0,
+    backend: str,
+    stash: bool | None,
+    both_directions: bool = False,
+) -> QueryLosses:
+    """Queries x against keys y; ``matching`` says which are positives and negatives.
+    ``both_directions``: keys are compared with queries too, for which N = M and ids are equal."""
+    matched = pairs.pairs_of(op, x, y.shape[0], matching)
+    backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
+    if backend_name == "reference" or x.device.type == "cpu":
+        pairs.refuse_wrong(op, matched, y.shape[0])
+    column_gap: Tensor | None = None
+    if backend_name == "reference":
+        with without_autocast(x.device.type):
+            rows, columns = reference.contrastive(x, y, logit_scale, matched, both_directions)
+        if columns is not None:
+            column_gap = columns.gap
+    else:
+        differentiable = [x, y, logit_scale]
+        if matched.key_bias is not None:
+            differentiable.append(matched.key_bias)
+        forward = contrastive_gaps(
+            x=x,
+            y=y,
+            logit_scale=logit_scale,
+            **matched.tensors(),
+            both_directions=both_directions,
+            backend=backend_name,
+            keep_stash=keeps_stash(stash, *differentiable),
+        )
+        statistics = PairStatistics._make(forward.row_statistics.unbind())
+        rows = Gaps(forward.gap, forward.mean, statistics.num_positives)
+        if both_directions:
+            column_gap = forward.column_gap
+    gap = rows.gap
+    mean = rows.mean
+    if matched.others is not None:
+        gap, mean = with_others(x, y, logit_scale, matched, gap=gap, mean=mean)
+    negative_logits: Tensor | None = None
+    if negatives is not None and negatives.shape[1]:
+        negative_logits = logits_of_negatives(x, negatives, logit_scale)
+        gap = log_add(gap, negative_logits.logsumexp(dim=1) - mean)
+    if label_smoothing:
+        spread = smoothing(x, y, logit_scale, matched, negative_logits)
+        gap = gap + label_smoothing * spread
+        if column_gap is not None:
+            by_key = smoothing(y, x, logit_scale, matched)
+            column_gap = column_gap + label_smoothing * by_key
+    counted = rows.num_positives > 0
+    if matched.left_out is not None:
+        counted = counted & ~matched.left_out
+    if matched.wrong is not None:  # multiply, so that the gradient is NaN too
+        gap = gap * torch.ones_like(gap).masked_fill(matched.wrong, torch.nan)
+        counted = counted | matched.wrong
+    return QueryLosses(gap, mean, counted, column_gap)
+
+
+def contrastive_parts(
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    backend: str = "auto",
+    stash: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two parts of ``contrastive``, to compose your own loss.
+
+    To join several sets of keys, such as the batch and each query's own negatives, take the
+    ``logaddexp`` of their log-sum-exps.
+
+    Args: those of ``contrastive``.
+
+    Returns:
+        Log-sum-exp over the keys that each query sees (-inf: none), even if positives is -100,
+        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
+        are as exact as fp32 at the size of the mean: a positive's bias of -1e6 costs 0.1 nats.
+    Raises:
+        ValueError, TypeError: as in ``contrastive``.
+    """
+    matching = Matching(
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_id=same_id,
+        exclude=exclude,
+        key_bias=key_bias,
+    )
+    return one_way_parts(
+        "contrastive_parts", queries, keys, logit_scale, matching, backend=backend, stash=stash
+    )
+
+
+def one_way_parts(
+    op: str,
+    queries: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    matching: Matching,
+    *,
+    backend: str,
+    stash: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``contrastive_parts``."""
+    x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
+    losses = query_losses(op, x, y, logit_scale, matching, backend=backend, stash=stash)
+    return losses.gap + losses.mean, losses.mean
