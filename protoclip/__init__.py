@@ -33,6 +33,7 @@ sys.modules["protoclip.grad_cache"] = cached_gradients
 _LAZY = {  # name -> module, loaded at first use
     "create_loss": "protoclip.openclip",
     "create_task": "protoclip.openclip",
+    "open_dataset": "protoclip.data",
     "sentence_transformers": "protoclip.sentence_transformers",  # the module itself
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "global_contrastive_parts",
     "grad_cache",
     "kmeans",
+    "open_dataset",  # noqa: F405
 ]
 
 

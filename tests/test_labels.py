@@ -27,8 +27,8 @@ from protoclip.ops.checks import LEFT_OUT
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import ProtoConfig
-from protoclip.train import Setup, Trainer
 from protoclip.training.schedule import make_plan
+from protoclip.training.trainer import Setup, Trainer
 
 SAMPLES = 48
 BATCH = 12

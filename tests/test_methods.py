@@ -17,9 +17,9 @@ from protoclip.data.loader import EpochOrder
 from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import RunFolder
-from protoclip.train import Setup, Trainer
 from protoclip.training.schedule import make_plan
 from protoclip.training.step import Stepper
+from protoclip.training.trainer import Setup, Trainer
 
 DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8)

@@ -11,7 +11,8 @@ from ranks import bare_run, full_disk, metrics
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import RunFolder
 from protoclip.settings.config import RunConfig, TrainConfig
-from protoclip.train import Trainer, main
+from protoclip.train import main
+from protoclip.training.trainer import Trainer
 
 WANDB = importlib.util.find_spec("wandb") is not None
 

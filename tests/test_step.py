@@ -15,7 +15,8 @@ from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
-from protoclip.training.step import Stepper, parameter_groups
+from protoclip.training.optimiser import parameter_groups
+from protoclip.training.step import Stepper
 
 
 @pytest.fixture

@@ -57,10 +57,10 @@ from benchmarks import machine
 from benchmarks.study.data import HOG, IconPairs, Icons, default_folder, read, toy_icons
 from benchmarks.study.report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score, write_report
 from benchmarks.study.split import Rules, Split, by_lot, make_split
-from protoclip import train
 from protoclip.common.paths import cache_dir
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
 from protoclip.episodes.prototypes import INTERNAL
+from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import PeriodicEvaluation
 from protoclip.evaluate.tasks import Encoder, EvalSet, evaluate_features
 from protoclip.model import (
@@ -76,6 +76,7 @@ from protoclip.settings.config import ModelConfig, TrainConfig
 from protoclip.settings.flags import parse
 from protoclip.training.schedule import Stopped, make_plan
 from protoclip.training.step import seed_everything
+from protoclip.training.trainer import Setup, Trainer
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 CPU = torch.device("cpu")
@@ -274,7 +275,7 @@ class FeatureBatches:
             yield Batch(index, self.features[index], self.tokenizer(texts))
 
 
-class FeatureTrainer(train.Trainer):
+class FeatureTrainer(Trainer):
     """The trainer with fixed features in the place of pictures; all else is its own."""
 
     source: FeatureBatches
@@ -364,15 +365,15 @@ class Run:
         pairs = IconPairs(data.icons, rows, f"{len(rows):,} icons")
         seed_everything(task.seed)
         self.model = towers.build(task.tower, config.model)
-        teacher, _ = train.open_teacher(config, pairs, CPU)
+        teacher, _ = open_teacher(config, pairs, CPU)
         order = EpochOrder(pairs)
         plan = make_plan(config, order.size)
-        setup = train.Setup(config, plan, pairs, order, CPU, "fp32", teacher)
+        setup = Setup(config, plan, pairs, order, CPU, "fp32", teacher)
         self.folder, self.entropies = Recorder(), []
         self.outside = 0.0  # CPU seconds of measuring
         interval_epochs = plan.steps_per_episode / plan.steps_per_epoch
         evaluations = [PeriodicEvaluation(self._measure, interval_epochs)]
-        trainer_class = FeatureTrainer if task.tower == MLP else train.Trainer
+        trainer_class = FeatureTrainer if task.tower == MLP else Trainer
         self.trainer = trainer_class(setup, self.model, self.folder, evaluations=evaluations)
         if isinstance(self.trainer, FeatureTrainer):
             features = data.features[torch.from_numpy(rows)]
@@ -410,7 +411,7 @@ class Run:
         }
 
 
-def entropy(trainer: train.Trainer) -> dict[str, float]:
+def entropy(trainer: Trainer) -> dict[str, float]:
     """Mean entropy of the internal soft targets by source, and the most it can be, in nats."""
     entropies: dict[str, float] = {}
     episode = trainer.episode

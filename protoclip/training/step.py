@@ -23,6 +23,7 @@ from protoclip.episodes.prototypes import Episode
 from protoclip.losses import Losses, ProtoLoss, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.settings.config import OptimConfig
+from protoclip.training.optimiser import build_optimiser, load_optimiser
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,7 @@ class Stepper:
         self.phases = phases or Phases(self.device)
         self.autocast = autocast_for(precision, self.device)
         self.clip_norm = config.grad_clip_norm
-        # Fused: one pass over the weights; on a GPU only the fused form can skip a step itself.
-        self.adamw = torch.optim.AdamW(
-            parameter_groups(model, config.wd),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self.adamw = build_optimiser(model, config)
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self.consecutive_skips = torch.zeros_like(self.skipped_steps)
@@ -235,24 +229,20 @@ class Stepper:
         for buffer, before in zip(self._statistics, statistics, strict=True):
             buffer.copy_(before)
 
-    def load_state(self, optimiser: Mapping, scaler: Mapping) -> None:
-        """Load an optimiser's state; learning rate, betas and decay stay as they are.
+    def load_state(
+        self, optimiser: Mapping[str, Any], scaler: Mapping[str, Any], skipped: Sequence[int]
+    ) -> None:
+        """Continue from a checkpoint; ``skipped``: all skipped steps, and those in a row.
 
         Raises:
-            ValueError: the state belongs to other parameters.
+            ValueError: the optimiser's state belongs to other parameters.
         """
-        groups = self.adamw.state_dict()["param_groups"]  # with this run's settings
-        expected = [group["params"] for group in groups]
-        saved = [group["params"] for group in optimiser["param_groups"]]
-        if saved != expected:
-            raise ValueError(
-                "checkpoint: expected the optimiser state of "
-                f"{sum(map(len, expected))} parameters, got that of {sum(map(len, saved))}; resume "
-                "with the settings of the run"
-            )
-        self.adamw.load_state_dict({"state": optimiser["state"], "param_groups": groups})
+        load_optimiser(self.adamw, optimiser)
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
+        self.skipped_steps, self.consecutive_skips = torch.tensor(
+            skipped, device=self.device
+        ).unbind()
 
 
 class Replica(nn.Module):
@@ -265,25 +255,6 @@ class Replica(nn.Module):
     def forward(self, function: Callable[[], Any]) -> Any:
         """Call the function and return its result."""
         return function()
-
-
-def parameter_groups(model: ProtoModel, weight_decay: float) -> list[dict]:
-    """Weights decay; vectors, scalars and the projection heads do not (docs/algorithm.md §4).
-
-    The image tower has its own groups because it has its own schedule.
-    """
-    heads = [head for head in (model.image_head, model.text_head) if head is not None]
-    in_heads = {id(parameter) for head in heads for parameter in head.parameters()}
-    in_image = {id(parameter) for parameter in model.clip.visual.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for p in model.parameters():
-        if p.requires_grad:
-            decays = p.ndim >= 2 and id(p) not in in_heads
-            groups.setdefault((id(p) in in_image, decays), []).append(p)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "image": image}
-        for (image, decays), parameters in groups.items()
-    ]
 
 
 def depends_on_split(model: nn.Module) -> bool:

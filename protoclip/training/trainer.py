@@ -1,0 +1,451 @@
+"""The training loop: episodes, steps, and what happens between them.
+
+Read ``Trainer.run`` down; one step is in ``step.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip import distributed
+from protoclip.common.phases import Phases
+from protoclip.common.seeds import generator
+from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
+from protoclip.data.loader import EpochOrder, Faults
+from protoclip.distributed import progress_hidden
+from protoclip.episodes import prototypes
+from protoclip.episodes.feature_store import (
+    Features,
+    FeatureSource,
+    FeatureStore,
+    buffer_bytes,
+    choose_features,
+    table_bytes,
+)
+from protoclip.episodes.prototypes import Episode
+from protoclip.evaluate.during import PeriodicEvaluation
+from protoclip.losses import ProtoLoss
+from protoclip.model import ProtoModel
+from protoclip.runs import checkpoint, state
+from protoclip.runs.run_folder import NullRunFolder
+from protoclip.runs.state import TrainingState
+from protoclip.settings.config import TrainConfig
+from protoclip.training import schedule
+from protoclip.training.checks import Terms, active_terms, loss_weights
+from protoclip.training.log import Log, scalars_of
+from protoclip.training.step import Step, Stepper, depends_on_split
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs once everything is open."""
+
+    config: TrainConfig
+    plan: schedule.Plan
+    dataset: PairDataset
+    order: EpochOrder
+    device: torch.device
+    precision: str  # "fp32", "amp_bf16" or "amp"
+    teacher: Tensor | None = None  # [dataset, d] fp32, on the device
+
+    @property
+    def episode_samples(self) -> int:
+        """Samples per episode, at most; the last episode may be shorter."""
+        return min(len(self.dataset), self.plan.steps_per_episode * self.plan.global_batch_size)
+
+
+class Trainer:
+    """Trains a model on the setup's device, episode by episode.
+
+    Its ``Stepper`` holds the optimiser and counts the skipped steps; the trainer holds everything
+    else that changes. ``evaluations`` are repeated between the steps.
+    ``reuses``: whether a resumed run stores training's own features, whatever "auto" would choose.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model: ProtoModel,
+        folder: NullRunFolder,
+        phases: Phases | None = None,
+        evaluations: Sequence[PeriodicEvaluation] = (),
+        reuses: bool | None = None,
+    ) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self.plan = setup.plan
+        self.dataset = setup.dataset
+        self.model = model
+        self.folder = folder
+        self.phases = phases or Phases(setup.device)
+        self.evaluations = evaluations
+        teacher = setup.teacher is not None
+        self.terms = active_terms(self.config, teacher=teacher)
+        self.transform = build_transform(
+            model.image_size, model.mean, model.std, self.config.data.augmentation
+        )
+        self.stepper = Stepper(
+            model,
+            ProtoLoss(
+                loss_weights(self.config, teacher=teacher), setup.teacher, self.phases.measure
+            ),
+            self.config.optim,
+            setup.precision,
+            self.phases,
+            self.config.run.seed,
+        )
+        classes = {
+            name: labels.ids.to(setup.device)
+            for name, labels in self.dataset.labels.items()
+            if bool((labels.ids >= 0).all())  # known of every sample
+        }
+        self.builder = prototypes.EpisodeBuilder(
+            self.config.episode,
+            teacher=setup.teacher if self.terms.external else None,
+            internal=self.terms.internal,
+            classes=classes,
+        )
+        self.features = self._choose_features(reuses)
+        self.store: FeatureStore | None = None
+        if self.features.reuses:
+            self.store = FeatureStore(
+                len(self.dataset),
+                self.plan.steps_per_episode,
+                self.plan.global_batch_size,
+                setup.device,
+                self.features.table_device,
+            )
+        self.watch = prototypes.Watch()
+        self.faults = Faults(
+            self.dataset, self.config.data.max_bad_fraction, lambda text: self.folder.say(text)
+        )
+        self.episode: Episode | None = None
+        self.step = 0
+        self.signals = schedule.StopSignals()
+        self.log = Log(self.config, self.plan, self.phases)
+        self._reported_skips = 0  # skipped steps, as last read from the device
+        self._save_every = schedule.parse_interval(self.config.run.save_every)
+        self._saved_time = time.monotonic()
+        self._saved_step = -1
+        nothing = schedule.Requests(save=False, stop=schedule.StopRequest.NONE)
+        self._agreed_requests: Callable[[], schedule.Requests] = lambda: nothing
+
+    def _choose_features(self, reuses: bool | None) -> FeatureSource:
+        """Where the features of clusters and labels come from."""
+        if not self.terms.prototypes:
+            return FeatureSource(False, "none")
+        ranks = distributed.world_size()
+        dim = self.model.projection_dim
+        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
+        size = table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
+        episode = self.config.episode
+        if reuses is not None:
+            episode = replace(episode, features="reuse" if reuses else "extract")
+        return choose_features(episode, self.plan.epochs, size, self.setup.device)
+
+    def run(self) -> None:
+        """Train to the end of the plan.
+
+        Raises:
+            Stopped: a signal asked the run to stop; the state is saved.
+        """
+        plan = self.plan
+        self.log.begin(self.step)
+        with (
+            self.signals,
+            tqdm(
+                initial=self.step * plan.global_batch_size,
+                total=plan.total_steps * plan.global_batch_size,
+                unit=" samples",
+                unit_scale=True,
+                smoothing=0.1,
+                disable=progress_hidden(),
+            ) as bar,
+        ):
+            first_episode = self.step // plan.steps_per_episode
+            for episode_number in range(first_episode, plan.episodes):
+                self.run_episode(episode_number, bar)
+            if self._saved_step != self.step:
+                self.save(None)
+
+    def run_episode(self, episode_number: int, bar: tqdm) -> None:
+        """Build the episode's prototypes, if it has any, then run its steps."""
+        config = self.config
+        plan = self.plan
+        steps = plan.steps_of(episode_number)
+        bar.set_description(f"episode {episode_number + 1}/{plan.episodes}")
+        stream = self._begin_episode(episode_number)
+        for step_number in steps[self.step - steps.start :]:  # an interrupted run has done some
+            with self.phases.measure("data", on_host=True):
+                step_batches = [next(stream) for _ in range(config.optim.accum_freq)]
+            lr = schedule.learning_rate(config.optim, plan.total_steps, step_number)
+            outcome = self.stepper.step(
+                step_number,
+                step_batches,
+                self.episode,
+                project=self.terms.projects,
+                lr=lr,
+                image_lr=schedule.image_learning_rate(config, plan, step_number),
+            )
+            self._store_features(step_number, episode_number, step_batches, outcome)
+            self.watch.count(outcome.losses.hits)
+            self.step += 1
+            self._log_or_check(outcome, step_batches, lr)
+            bar.set_postfix(loss=f"{self.log.loss:.3f}", refresh=False)
+            bar.update(plan.global_batch_size)
+            self._between_steps()
+
+    def _begin_episode(self, episode_number: int) -> Iterator[Batch]:
+        """Build the episode's prototypes, if it has any; returns the batches of its steps from the
+        current one on."""
+        config = self.config
+        plan = self.plan
+        steps = plan.steps_of(episode_number)
+        draws = self._draw(steps)
+        done = self.step - steps.start  # steps of this episode before an interruption
+        warmed_up = episode_number >= config.episode.infonce_warmup
+        if 0 < config.episode.lit_start <= episode_number:
+            self.episode = None  # LiT: the image tower is frozen, InfoNCE only
+            self.model.lock_image()
+        elif done == 0 and warmed_up and self.terms.prototypes:
+            samples = draws
+            if self.store is not None:  # also of steps that only a resume with more steps would do
+                samples = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
+            self.episode = self._build_episode(episode_number, samples.unique())
+        self.model.train()
+        positions, draw_numbers = schedule.own_draws(plan, draws)
+        own_draws = Draws(
+            positions=positions,
+            seed=schedule.episode_seed(config.run.seed, episode_number, schedule.TRAINING),
+            start=done * plan.global_batch_size // distributed.world_size(),
+            numbers=draw_numbers,
+        )
+        return self._batches(own_draws)
+
+    def _draw(self, steps: range) -> Tensor:
+        """The positions that these steps train on, over all ranks."""
+        return schedule.draw(
+            self.plan,
+            self.config.run.seed,
+            steps,
+            replacement=self.config.episode.replacement,
+            order=self.setup.order.permutation,
+        )
+
+    def _batches(self, draws: Draws) -> Iterator[Batch]:
+        stream = batches(
+            self.dataset,
+            draws,
+            self.config.optim.batch_size,
+            self.transform,
+            self.model.short_tokenizer,
+            workers=self.config.data.workers,
+            captions=self.config.data.captions,
+            faults=self.faults,
+        )
+        return iter(stream)
+
+    def _build_episode(self, episode_number: int, samples: Tensor) -> Episode | None:
+        """Build the prototypes of an episode that trains on ``samples``, int64 [M] sorted
+        positions; None while too few of them have stored features."""
+        seed = self.config.run.seed
+        with self.phases.measure("features"):
+            recent = None
+            if self.store is None:
+                features = self._extract_features(episode_number, samples)
+            else:
+                features = self.store.of_positions(samples)
+                if self.builder.teacher is not None:
+                    recent = self.store.of_episode(episode_number - 1)
+        with self.phases.measure("clusters"):
+            random = generator(seed, schedule.EPISODES, episode_number, schedule.CLUSTERS)
+            episode = self.builder.build(samples, features, random, recent, self.episode)
+        if episode is None:
+            return None
+        episode = replace(episode, metrics={**episode.metrics, **self.watch.accuracy()})
+        self.log.episode_metrics = episode.metrics
+        if warning := self.watch.collapse(episode.metrics):
+            self.folder.say(f"step {self.step}: {warning}")
+        return episode
+
+    def _extract_features(self, episode_number: int, samples: Tensor) -> Features:
+        """A forward pass over this rank's share of the samples."""
+        draw_numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
+        draws = Draws(
+            positions=samples[draw_numbers],
+            seed=schedule.episode_seed(self.config.run.seed, episode_number, schedule.FEATURES),
+            numbers=draw_numbers,
+        )
+        stream = self._batches(draws)
+        return prototypes.extract(
+            self.model,
+            self._stoppable(stream),
+            device=self.setup.device,
+            autocast=self.stepper.autocast,
+        )
+
+    def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass the stream on; it may take minutes, so a single process can stop inside it."""
+        bar = tqdm(stream, "features", unit=" batches", leave=False, disable=progress_hidden())
+        for batch in bar:
+            yield batch
+            if self.signals.asked and not distributed.is_distributed():
+                self._save_or_stop()  # nothing has changed since the last step
+
+    def _store_features(
+        self, step_number: int, episode_number: int, step_batches: Sequence[Batch], outcome: Step
+    ) -> None:
+        """Put the step's projections into the buffer, which moves to the table after the episode's
+        last step; those of a skipped step belong to no sample."""
+        if self.store is None or outcome.projected is None:
+            return
+        positions = torch.cat([batch.index for batch in step_batches]).to(self.setup.device)
+        positions = positions.where(outcome.finite, -1)
+        steps = self.plan.steps_of(episode_number)
+        projected = outcome.projected
+        self.store.put(step_number - steps.start, positions, projected.image, projected.text)
+        if step_number == steps[-1]:  # before anything can save
+            self.store.end_episode(episode_number)
+
+    def _log_or_check(self, outcome: Step, step_batches: Sequence[Batch], lr: float) -> None:
+        """After a step: log if it is time, and look for skipped steps if that costs no waiting."""
+        due = self.log.due(self.step)
+        if due:
+            scalars = scalars_of(outcome, self.model, self.stepper, self.faults)
+            self.log.write(self.folder, self.step, scalars, lr)
+        if due or self.setup.device.type == "cpu":  # on a CPU reading a number is free
+            self._check_skipped(step_batches)
+
+    def _check_skipped(self, step_batches: Sequence[Batch]) -> None:
+        """Log skipped steps; after --max-bad-steps in a row, save and stop."""
+        total = int(self.stepper.skipped_steps)
+        if total == self._reported_skips:
+            return
+        self._reported_skips = total
+        in_a_row = int(self.stepper.consecutive_skips)
+        keys = [self.dataset.keys[i] for batch in step_batches for i in batch.index.tolist()]
+        self.folder.note(f"step {self.step} skipped: not finite, {total} so far; samples: {keys}")
+        if in_a_row >= self.config.run.max_bad_steps:
+            self.save(None)
+            raise ValueError(
+                f"training: loss or gradient was not finite in {in_a_row} steps in a row, up to "
+                f"step {self.step} (its samples are in out.log, first {keys[0]}); lower --lr, use "
+                "--precision fp32, or find the operation with torch.autograd."
+                f"set_detect_anomaly(True); the last finite weights are in {self.folder.path}"
+            )
+
+    def _between_steps(self) -> None:
+        """Evaluate and save at the end of an epoch that asks for it, or after a signal."""
+        per_epoch = self.plan.steps_per_epoch
+        last = self.step == self.plan.total_steps
+        for evaluation in self.evaluations:
+            interval_steps = max(1, round(evaluation.interval_epochs * per_epoch))
+            if last or self.step % interval_steps == 0:
+                with self.phases.measure("evaluation", on_host=True):
+                    scalars = evaluation.evaluate(self.model)
+                self.folder.metrics(self.step, self.step * self.plan.global_batch_size, scalars)
+                self.log.pause(self.step)
+        epochs = self.config.run.save_frequency
+        if epochs and self.step % (epochs * per_epoch) == 0:
+            self.save(self.step // per_epoch)
+        self._save_or_stop()
+
+    def _save_or_stop(self) -> None:
+        """Save if --save-every asks for it; save and stop if a signal does."""
+        requests = self._agreed_requests()  # of one step ago
+        every = self._save_every
+        if requests.stop or requests.save or (every.steps and self.step % every.steps == 0):
+            self.save(None)
+        if requests.stop:
+            by_ctrl_c = requests.stop == schedule.StopRequest.CTRL_C
+            signal = "Ctrl-C" if by_ctrl_c else self.signals.asked or "a signal to another rank"
+            raise schedule.Stopped(
+                f"stopped by {signal} after step {self.step}; continue with --resume "
+                f"{self.folder.path}",
+                code=130 if by_ctrl_c else 0,
+            )
+        due = 0 < every.seconds <= time.monotonic() - self._saved_time  # by this rank's clock
+        self._agreed_requests = schedule.agree_later(
+            schedule.Requests(save=due, stop=self.signals.request)
+        )
+
+    def save(self, epoch: int | None) -> None:
+        """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
+        with self.phases.measure("checkpoint", on_host=True):
+            payload = state.payload(
+                self.state(),
+                step=self.step,
+                epoch=epoch or math.ceil(self.step / self.plan.steps_per_epoch),
+                name=self.folder.path.name,
+                config=self.config,
+                model=self.model,
+                optimizer=self.stepper.adamw.state_dict(),
+            )
+            self.folder.checkpoint(payload, epoch)
+        if epoch is None:
+            self._saved_time = time.monotonic()
+            self._saved_step = self.step
+
+    def state(self) -> TrainingState:
+        """The state between two steps; a collective call."""
+        faults_by_rank = distributed.gather_objects(sorted(self.faults.positions))
+        stored = None
+        if self.store is not None:
+            stored = self.store.state_dict(self.folder.path / "checkpoints")
+        return TrainingState(
+            batch_size=self.plan.global_batch_size,
+            passes=self._passes,
+            precision=self.setup.precision,
+            terms=asdict(self.terms),
+            scaler=self.stepper.scaler.state_dict(),
+            episode=None if self.episode is None else self.episode.state_dict(),
+            watch=self.watch.state_dict(),
+            features=stored,
+            skipped=[int(self.stepper.skipped_steps), int(self.stepper.consecutive_skips)],
+            faults=sorted({fault for faults in faults_by_rank for fault in faults}),
+            seconds=self.phases.seconds(),
+            data=checkpoint.fingerprint(self.dataset.keys),
+        )
+
+    def restore(self, payload: Mapping[str, Any]) -> list[str]:
+        """Continue from a checkpoint of the same run; returns notes on what will differ.
+
+        Raises:
+            ValueError: the checkpoint has other settings, or something is missing.
+        """
+        saved = state.read_state(payload)
+        device = self.setup.device
+        self.model.load_state(dict(payload))
+        self.stepper.load_state(payload["optimizer"], saved.scaler, saved.skipped)
+        if self.store is not None:
+            self.store.load_state_dict(saved.features or {})
+        if saved.episode is not None:
+            self.episode = Episode.from_state(saved.episode, device)
+        self.watch.load_state_dict(saved.watch, device)
+        self.faults.positions = set(saved.faults) if distributed.is_main() else set()
+        self.phases.add(saved.seconds)
+        self.step = payload["protoclip"]["step"]
+        self._reported_skips = saved.skipped[0]
+        if self.episode is not None:
+            self.log.resume(self.step, self.episode.metrics)
+        trained = Terms(**saved.terms)
+        return state.differences(
+            saved,
+            passes=self._passes if depends_on_split(self.model) else saved.passes,
+            precision=self.setup.precision,
+            trained=trained.words(),
+            trains=self.terms.words(),
+        )
+
+    @property
+    def _passes(self) -> list[int]:
+        """How a step's batch is split: ranks, and forward passes of each."""
+        return [distributed.world_size(), self.config.optim.accum_freq]
