@@ -19,7 +19,9 @@ GPU_PEERS = [  # what `make gpu` compares with
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
+PARQUET = ["pyarrow>=15"]
 DEV = [
+    *PARQUET,
     *TEACHER,
     *FAISS,
     *OPENCLIP,
@@ -98,6 +100,7 @@ setup(
         "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "parquet": PARQUET,
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,

@@ -29,16 +29,17 @@ from tqdm import tqdm
 
 from protoclip.common.files import lines_of, plural, printable, write_atomic, write_csv
 from protoclip.common.paths import check_above
-from protoclip.data import DataError, Labels, PairDataset, Subset, is_sharded, open_dataset
+from protoclip.data import DataError, Labels, PairDataset, Subset, data_kind, open_dataset
+from protoclip.data.folders import ImageFolder
 from protoclip.distributed import run_command
 from protoclip.episodes.teacher import SUFFIXES, read_rows, write_rows
-from protoclip.evaluate.datasets import ImageFolder
 from protoclip.evaluate.load import load_model, open_encoder
 from protoclip.evaluate.results import Outcome
 from protoclip.lloyd import choose_num_clusters, kmeans, numbers_to_try
 from protoclip.model import Encoded, choose_device
 from protoclip.report import page, snapshot
 from protoclip.settings.commands import cluster_parser
+from protoclip.settings.config import TABLE
 
 PROG = "protoclip cluster"
 FEATURES = "features.npz"
@@ -193,13 +194,12 @@ def encode_pictures(args: argparse.Namespace) -> Points:
             f"{source_flags[0]}: expected one source of features; leave out {source_flags[1]}"
         )
     path = Path(args.data)
-    is_image_folder = path.is_dir() and not any(path.glob("*.tar"))
-    is_builtin = args.data.startswith("builtin:")
-    is_table = args.data.lower().endswith((".csv", ".tsv"))
-    if not (is_image_folder or is_builtin or is_table or is_sharded(args.data)):
+    kind = data_kind(args.data)
+    is_image_folder = kind == "folder"
+    if not kind:
         raise ValueError(
-            "DATA: expected a folder of pictures, a .csv or .tsv, shards, builtin:NAME or "
-            f"features ({', '.join(SUFFIXES)}), got {args.data}"
+            "DATA: expected a folder of pictures, a .csv or .tsv, shards, .parquet files, "
+            f"builtin:NAME or features ({', '.join(SUFFIXES)}), got {args.data}"
         )
     dataset: PairDataset
     if is_image_folder:
@@ -209,8 +209,8 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         if odd := ", ".join(plural(n, reason) for reason, n in dataset.odd.most_common()):
             print(f"left out {odd}: regular files are read, each once", file=sys.stderr)
     else:
-        columns = {name: value for name, value in vars(args).items() if name.startswith("csv_")}
-        dataset = open_dataset(args.data, **columns)
+        options = {name: value for name, value in vars(args).items() if name in TABLE}
+        dataset = open_dataset(args.data, **options)
     open_group_folder(args, dataset)
     weights = read_weights(args.weights, len(dataset))
     shown = ("images",) if is_image_folder else ("images", "captions")

@@ -81,6 +81,7 @@ def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Modu
         return ClipLoss(
             local_loss=args.local_loss,
             gather_with_grad=args.gather_with_grad,
+            cache_labels=bool(original.cache_labels),
             rank=args.rank,
             world_size=args.world_size,
         )
@@ -91,7 +92,12 @@ def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Modu
         )
     if type(original) is theirs.SigLipLoss:
         _say(args, "OpenCLIP's SigLipLoss without its matrix of logits")
-        return SigLipLoss(rank=args.rank, world_size=args.world_size, dist_impl=args.loss_dist_impl)
+        return SigLipLoss(
+            cache_labels=bool(original.cache_labels),
+            rank=args.rank,
+            world_size=args.world_size,
+            dist_impl=args.loss_dist_impl,
+        )
     _say(args, f"OpenCLIP's own {type(original).__name__} stays: protoclip has no replacement")
     return None
 

@@ -121,3 +121,27 @@ def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
     for got_batch, expected_batch in zip(got, expected, strict=True):
         for name in ("index", "image", "tokens"):
             assert torch.equal(getattr(got_batch, name), getattr(expected_batch, name)), name
+
+
+def write_parquet(folder: Path, files: int = 2, rows: int = 6, per_group: int = 2) -> str:
+    """Files as the datasets library writes them: two captions a picture, and its class."""
+    import datasets  # slow
+
+    datasets.disable_progress_bars()
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features(
+        image=datasets.Image(),
+        caption=datasets.List(datasets.Value("string")),
+        label=datasets.ClassLabel(names=["cat", "dog", "owl"]),
+    )
+    for file in range(files):
+        numbers = range(file * rows, (file + 1) * rows)
+        content = {
+            "image": [picture(number) for number in numbers],
+            "caption": [[TEXTS[number % 4], f" number {number}"] for number in numbers],
+            "label": [number % 3 for number in numbers],
+        }
+        path = folder / f"train-{file:05d}-of-{files:05d}.parquet"
+        data = datasets.Dataset.from_dict(content, features=features)
+        data.to_parquet(path, batch_size=per_group)
+    return str(folder)

@@ -110,6 +110,30 @@ def test_subclasses_find_logits_and_labels(logit_bias: Tensor | None) -> None:
     )
 
 
+@pytest.mark.parametrize("negative_only", [False, True])
+def test_subclasses_of_siglip_find_logits_and_labels(negative_only: bool) -> None:
+    ours, theirs = protoclip.SigLipLoss(), open_clip_loss.SigLipLoss()
+    scalars = torch.tensor(14.3), torch.tensor(-10.0)
+    for bias in (scalars[1], None):
+        expected = theirs.get_logits(*features(), scalars[0], bias)
+        assert torch.equal(ours.get_logits(*features(), scalars[0], bias), expected)
+    size = ("cpu", torch.float32, 5, negative_only)
+    assert torch.equal(ours.get_ground_truth(*size), theirs.get_ground_truth(*size))
+
+
+def test_settings_are_open_clips_attributes() -> None:
+    for name, settings in (
+        ("ClipLoss", {"cache_labels": True, "use_horovod": False, "local_loss": True}),
+        ("SigLipLoss", {"cache_labels": True, "dist_impl": "shift"}),
+        ("SigLipLoss", {}),
+    ):
+        ours = getattr(protoclip, name)(**settings)
+        theirs = getattr(open_clip_loss, name)(**settings)
+        for attribute in {"cache_labels", "use_horovod", "dist_impl", *settings} & {*vars(theirs)}:
+            assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    assert protoclip.SigLipLoss(chunk_size=64).chunk_size == 64  # OpenCLIP 4 has it
+
+
 def test_flags_that_are_not_supported_are_named() -> None:
     with pytest.raises(ValueError, match="use_horovod=False"):
         protoclip.ClipLoss(use_horovod=True)

@@ -49,7 +49,7 @@ def test_everyday_flags_exist_and_terms_are_explained():
         (["train", "pairs.csv"], "--train-data pairs.csv"),
         (["train", "--data", "pairs.csv"], "--data: the flag is --train-data"),
         (["train", "--k", "3", "4"], "a flag takes one value"),
-        (["train", "--train-data", "photos"], "photos: a folder without .tar shards"),
+        (["train", "--train-data", "photos"], "photos: no class folders"),
         (["cluster", "--data", "photos"], "DATA has none: protoclip cluster DATA"),
         (["report", "logs"], f"did you mean logs{os.sep}run?"),
     ],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from protoclip.common.files import DataError
+from protoclip.data.folders import open_class_folders
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
 from protoclip.data.loader import Draws, EpochOrder, Faults, batches
+from protoclip.data.parquet import ParquetDataset
 from protoclip.data.shapes import ShapesDataset
-from protoclip.data.shards import ShardDataset, index_together, is_sharded
+from protoclip.data.shards import ShardDataset, data_kind, index_together
 from protoclip.data.tables import CsvDataset
 from protoclip.data.types import (
     Batch,
@@ -26,24 +29,33 @@ from protoclip.data.types import (
 
 __all__ = [
     "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Pictures",
-    "Subset", "Transform", "batches", "build_transform", "heldout_pictures", "index_together",
-    "is_sharded", "open_dataset", "picture_numbers",
+    "Subset", "Transform", "batches", "build_transform", "data_kind", "heldout_pictures",
+    "index_together", "open_dataset", "picture_numbers",
 ]  # fmt: skip
 
 
 def open_dataset(
-    spec: str, split: str = "all", *, seed: int = 0, keep_going: bool = False, **table: Any
+    spec: str,
+    split: str = "all",
+    *,
+    seed: int = 0,
+    keep_going: bool = False,
+    class_template: str = "a photo of a {}.",
+    **table: Any,
 ) -> PairDataset:
     """Open pairs by name.
 
     Args:
-        spec: "builtin:icons" | "builtin:shapes[:N]" | a .csv or .tsv file | webdataset shards: a
-            .tar, a folder of them, a URL, braces and globs, sources joined by "::".
+        spec: "builtin:icons" | "builtin:shapes[:N]" | a .csv or .tsv file | a folder of class
+            folders | webdataset shards or parquet files: one, a folder of them, a URL, braces and
+            globs, sources joined by "::".
         split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
             builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
         keep_going: collect a table's bad rows in ``skipped`` instead of raising at the first.
-        table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`.
+        class_template: makes captions from class names; see :func:`folders.read_templates`.
+        table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`; the
+            keys also name columns of parquet files.
     Returns:
         A data set with at least one pair, unless ``keep_going`` finds none.
     Raises:
@@ -51,8 +63,9 @@ def open_dataset(
     """
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
+    kind = data_kind(spec)
     builtin, _, argument = spec.removeprefix("builtin:").partition(":")
-    if not spec.startswith("builtin:"):
+    if kind != "builtin":
         builtin = ""
     heldout: np.ndarray | None = None
     if builtin == "icons":
@@ -65,14 +78,20 @@ def open_dataset(
         if not count.isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
         dataset = ShapesDataset(int(count))
-    elif is_sharded(spec):
+    elif kind == "shards":
         dataset = ShardDataset(spec)
-    elif spec.lower().endswith((".csv", ".tsv")):
+    elif kind == "table":
         dataset = CsvDataset(spec, keep_going=keep_going, **table)
+    elif kind == "folder":
+        dataset = open_class_folders(Path(spec), class_template)
+    elif kind == "parquet":
+        keys = {name: key for name, key in table.items() if name.endswith("_key")}
+        dataset = ParquetDataset(spec, class_template=class_template, **keys)
     else:
         raise DataError(
             f"data {spec!r}: expected one of builtin:icons, builtin:shapes[:N], "
-            'a .csv or .tsv file, or shards such as "d/*.tar"'
+            'a .csv or .tsv file, a folder of class folders, or files such as "d/*.tar" and '
+            '"d/*.parquet"'
         )
     if split == "all":
         return dataset

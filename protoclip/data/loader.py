@@ -38,7 +38,7 @@ class EpochOrder:
     Args:
         dataset: N pairs, with ``shard_of``, int [N], if it consists of shards.
         shuffle_buffer: samples in the window that is shuffled; 0: all; -1: all, or
-            ``STREAM_BUFFER`` if shards come from URLs.
+            ``STREAM_BUFFER`` if shards come from URLs, or the data set's own ``window``.
     """
 
     def __init__(self, dataset: Any, shuffle_buffer: int = -1) -> None:
@@ -47,8 +47,9 @@ class EpochOrder:
         # Runs of neighbours in the same shard; without shards the data set is one run.
         edges = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), self.size]
         self.runs = list(itertools.pairwise(edges))
-        remote = getattr(dataset, "remote", False)
-        self.window = STREAM_BUFFER if shuffle_buffer < 0 and remote else max(0, shuffle_buffer)
+        own_window = STREAM_BUFFER if getattr(dataset, "remote", False) else 0
+        own_window = getattr(dataset, "window", own_window)
+        self.window = own_window if shuffle_buffer < 0 else shuffle_buffer
 
     def permutation(self, random: torch.Generator) -> Tensor:
         """Positions of one epoch, int64 [N]."""

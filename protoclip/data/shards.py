@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -41,6 +42,8 @@ IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
 FORMAT = 5  # format of the cached index
 MAX_CAPTION_BYTES = 1 << 22  # a larger file is not a caption; img2dataset's JSON has about 1 kB
+# How files of a data set's splits are called.
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
 NAMED = 5  # skipped samples named in the warning; the rest are counted
 # Where a pair's files are in their tar, in bytes; a row of the cached index.
 PAIR_PLACES = np.dtype(
@@ -82,13 +85,14 @@ class ShardDataset:
         self.name = spec
         self.shards = expand(spec)
         self.remote = any(map(is_remote, self.shards))
-        local = [os.path.abspath(shard) for shard in self.shards if not is_remote(shard)]
-        folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
         bar = tqdm(self.shards, "reading the shards' indices", unit="shard", delay=1, disable=None)
         indices = [shard_index(shard) for shard in bar]
         shards = list(zip(self.shards, indices, strict=True))
+        prefixes = key_prefixes(self.shards)
         self.keys: Sequence[str] = StringTable(
-            f"{_prefix(shard, folder)}/{key}" for shard, index in shards for key in index.keys
+            f"{prefix}/{key}"
+            for prefix, index in zip(prefixes, indices, strict=True)
+            for key in index.keys
         )
         self.skipped = [(shard, *fault) for shard, index in shards for fault in index.skipped]
         self._places = np.concatenate([index.places for index in indices])
@@ -143,22 +147,34 @@ def _open(path: str) -> io.FileIO:
     return open(path, "rb", buffering=0)
 
 
-def _prefix(shard: str, folder: str) -> str:
-    """A prefix for a shard's keys that differs from other shards', equal on every machine."""
-    if not is_remote(shard):
-        return os.path.relpath(os.path.abspath(shard), folder)
-    return f"{PurePosixPath(shard).name.split()[-1]}@{zlib.crc32(shard.encode()):08x}"
+def key_prefixes(files: Sequence[str]) -> list[str]:
+    """A prefix for the keys of each file that differs from other files', equal on every machine."""
+    local = [os.path.abspath(file) for file in files if not is_remote(file)]
+    folder = os.path.commonpath(list(map(os.path.dirname, local))) if local else ""
+    return [
+        f"{PurePosixPath(file).name.split()[-1]}@{zlib.crc32(file.encode()):08x}"
+        if is_remote(file)
+        else os.path.relpath(os.path.abspath(file), folder)
+        for file in files
+    ]
 
 
-def is_sharded(spec: str) -> bool:
-    """Whether a data name refers to webdataset shards."""
-    if spec.startswith("builtin:") or spec.lower().endswith((".csv", ".tsv")):
-        return False
-    return ".tar" in spec or spec.startswith("pipe:") or "://" in spec or os.path.isdir(spec)
+def data_kind(spec: str) -> str:
+    """What a data name refers to: builtin, table, parquet, shards, folder (of pictures), or ""."""
+    if spec.startswith("builtin:"):
+        return "builtin"
+    if spec.lower().endswith((".csv", ".tsv")):
+        return "table"
+    if os.path.isdir(spec):
+        kinds = {".tar": "shards", ".parquet": "parquet"}
+        return next((kind for ending, kind in kinds.items() if _in_folder(spec, ending)), "folder")
+    if ".parquet" in spec:
+        return "parquet"
+    return "shards" if ".tar" in spec or spec.startswith("pipe:") or "://" in spec else ""
 
 
-def expand(spec: str) -> tuple[str, ...]:
-    """The shards that ``spec`` names, in the given order (globs sorted).
+def expand(spec: str, ending: str = ".tar") -> tuple[str, ...]:
+    """The shards, or parquet files, that ``spec`` names, in the given order (globs sorted).
 
     Raises:
         DataError: a part matches no shard, is a shell command, or repeats a shard.
@@ -177,25 +193,33 @@ def expand(spec: str) -> tuple[str, ...]:
         except ValueError as error:
             raise DataError(f"shards {spec!r}: {error}; balance the braces") from error
         for pattern in patterns:
-            shards += [pattern] if is_remote(pattern) else _files(pattern)
+            shards += [pattern] if is_remote(pattern) else _files(pattern, ending)
     if twice := [shard for shard, count in Counter(shards).items() if count > 1]:
         raise DataError(f"shards {spec!r}: {twice[0]} is listed twice; name it once")
     return tuple(shards)
 
 
-def _files(pattern: str) -> list[str]:
-    folder = pattern if os.path.isdir(pattern) else ""
-    if folder:
-        pattern = os.path.join(glob.escape(pattern), "*.tar")
-    files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    if not files and folder:
-        raise DataError(
-            f"{folder}: a folder without .tar shards; give a .csv with a column of pictures and "
-            f"one of captions, or group pictures without captions: protoclip cluster {folder}"
-        )
+def _files(pattern: str, ending: str) -> list[str]:
+    if os.path.isdir(pattern):
+        files = _in_folder(pattern, ending)
+        splits = {found[0] for file in files if (found := SPLIT.match(os.path.basename(file)))}
+        if len(splits) > 1:
+            raise DataError(
+                f"{pattern}: holds files of {' and '.join(sorted(splits))}; name those of one, "
+                f"such as '{os.path.join(os.path.dirname(files[0]), min(splits))}*{ending}'"
+            )
+    else:
+        files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     if not files:
         raise DataError(f"no shard {pattern!r}; check the path and the range")
     return files
+
+
+def _in_folder(folder: str, ending: str) -> list[str]:
+    """The files in a folder, or in its folder "data" as in a copy of a hub's data set."""
+    pattern = os.path.join(glob.escape(folder), f"*{ending}")
+    beneath = os.path.join(glob.escape(folder), "data", f"*{ending}")
+    return sorted(glob.glob(pattern) or glob.glob(beneath))
 
 
 class ShardIndex(NamedTuple):
@@ -212,7 +236,7 @@ def index_together(spec: str) -> None:
 
     Every rank calls it before it opens the data. A DataError on one rank is raised on all.
     """
-    if not is_distributed() or not is_sharded(spec):
+    if not is_distributed() or data_kind(spec) != "shards":
         return
     unknown = _on_all(lambda: [shard for shard in expand(spec) if not _cached(shard).exists()])
     share = list(dict.fromkeys(itertools.chain(*unknown)))[rank() :: world_size()]

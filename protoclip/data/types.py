@@ -113,6 +113,8 @@ class Subset:
         self.skipped = getattr(dataset, "skipped", ())
         if hasattr(dataset, "shard_of"):
             self.shard_of = dataset.shard_of[self.indices]
+        if hasattr(dataset, "window"):
+            self.window = dataset.window
 
     def __len__(self) -> int:
         return len(self.indices)

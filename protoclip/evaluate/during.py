@@ -24,7 +24,6 @@ from protoclip.data import (
     PairDataset,
     Subset,
     batches,
-    open_dataset,
     picture_numbers,
 )
 from protoclip.data.loader import Faults
@@ -87,12 +86,12 @@ class Evaluation:
                 self.quick_sets[layout.key] = layout.test
                 self.remark = _remark(run_data, len(layout.test))
         else:
-            if self.data == "builtin:icons":
-                parts = open_layout(self.data, **self.arguments).parts
+            layout = open_layout(self.data, **self.arguments)
+            if layout.parts:
+                parts = layout.parts
                 self.quick_sets = {key: part.test for key, part in parts.items() if part.captions}
             else:
-                split = "heldout" if self.data.startswith("builtin:") else "all"
-                self.quick_sets["HO"] = open_dataset(self.data, split, **self.arguments)
+                self.quick_sets[layout.key] = layout.test
         interval_epochs = config.run.val_frequency
         self.during: list[PeriodicEvaluation] = []
         if self.quick_sets and interval_epochs:

@@ -41,7 +41,7 @@ class ClipLoss(_EqualBatches):
         gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` the
             loss is then exact and only the texts are gathered. (A rank's gradient of the scale is
             its strip's; the mean over the ranks is OpenCLIP's.)
-        cache_labels: accepted because OpenCLIP has it, unused: there are no labels to cache.
+        cache_labels: kept because OpenCLIP has it, unused: there are no labels to cache.
         rank, world_size: those of this process.
         use_horovod: must be false.
     """
@@ -60,6 +60,8 @@ class ClipLoss(_EqualBatches):
             raise ValueError("ClipLoss: expected use_horovod=False, got True; run with torchrun")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.use_horovod = use_horovod
         self.rank = rank
         self.world_size = world_size
 
@@ -146,7 +148,7 @@ class SigLipLoss(_EqualBatches):
     """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
 
     Args:
-        cache_labels, chunk_size: accepted because OpenCLIP has them, unused.
+        cache_labels, chunk_size: kept because OpenCLIP has them, unused.
         rank, world_size: those of this process.
         dist_impl: "bidir", "shift", "reduce" or "gather"; they give the same value and gradient,
             and here all use one ring exchange of the texts.
@@ -163,8 +165,11 @@ class SigLipLoss(_EqualBatches):
         super().__init__()
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: expected dist_impl in {DIST_IMPLS}, got {dist_impl!r}")
+        self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
 
     def forward(
         self,
@@ -190,6 +195,29 @@ class SigLipLoss(_EqualBatches):
         total = summed_loss(x, y, logit_scale, bias, ids=ids, same_id=same_id)
         loss = total / max(x.shape[0], 1)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The full logits, [N, M] in memory, for subclasses written for OpenCLIP's class."""
+        x, y = checks.promoted(image_features, text_features)
+        logits = logit_scale * x @ y.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def get_ground_truth(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_logits: int,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """The signs of all pairs, [num_logits, num_logits] in memory: 1 for a pair, else -1."""
+        signs = -torch.ones(num_logits, num_logits, device=device, dtype=dtype)
+        return signs if negative_only else signs.fill_diagonal_(1)
 
 
 class ProtoClipLoss(ClipLoss):

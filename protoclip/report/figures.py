@@ -41,6 +41,7 @@ LEGEND = (
     ("val_NEW_", "unseen family, "),
     ("val_HO_", "held out, "),
     ("val_TRAIN_", "trained on, "),
+    ("val_ALL_", "--val-data, "),
 )
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # scalar -> steps and values
 

@@ -59,8 +59,10 @@ def cluster_parser() -> Parser:
         "clusters.csv, centroids.safetensors and report.html, a page that shows every group.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
-    words = "a folder of pictures, a .csv or .tsv, webdataset shards, built-in data, or features "
-    words += "[N, D]: .npy, .npz (with keys) or .safetensors"
+    words = (
+        "a folder of pictures, a .csv or .tsv, webdataset shards, parquet files, built-in data, "
+    )
+    words += "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
     for flag, default, words in (
         ("--k", "auto", "number of groups, 2 to N; auto: the number from 2 to 300 with the "
@@ -101,8 +103,8 @@ def evaluate_parser() -> Parser:
         "task, the JSON that CLIP_benchmark writes.",
         epilog="data: builtin:icons | builtin:shapes[:N] | class "
         "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
-        "with captions. Without a train split, probes train on 80 % of the pictures and are "
-        "tested on 20 %.",
+        "or parquet files with captions. Without a train split, probes train on 80 % of the "
+        "pictures and are tested on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
     parser.add_argument(
@@ -138,7 +140,7 @@ def evaluate_parser() -> Parser:
         choices=PROTOCOLS,
     )
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
-    group = parser.add_argument_group("Tables", "as in training (default: the run's)")
+    group = parser.add_argument_group("Reading", "as in training (default: the run's)")
     add_options(group, DataConfig(), only=TABLE)
     return parser
 

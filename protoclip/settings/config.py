@@ -19,7 +19,8 @@ from protoclip.common.json_text import parse_json
 PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
 BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
 PRESETS = Path(__file__).parent / "presets"
-TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding")  # how to read a table
+# How to read pairs that are not built in.
+TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding", "class_template")
 Config = TypeVar("Config")
 to_dict = dataclasses.asdict  # a config as a nested plain dict, ready for JSON
 
@@ -122,8 +123,9 @@ class DataConfig:
 
     train_data: str = option(
         "builtin:icons",
-        "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, or webdataset shards such as "
-        "'d/{000..012}.tar', globs, URLs; sources joined by '::'",
+        "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, a folder of class folders, or "
+        "webdataset shards or parquet files: 'd/{000..012}.tar', globs, folders, URLs; sources "
+        "joined by '::'",
     )
     val_data: str = option(
         "",
@@ -149,9 +151,16 @@ class DataConfig:
     csv_separator: str = option(
         "\t", "separator of a .csv/.tsv file; default: tab, or , ; | where there is no tab"
     )
-    csv_img_key: str = option("filepath", "column of the image path in a .csv/.tsv file")
+    csv_img_key: str = option(
+        "filepath", "column of the image path in a .csv/.tsv file, or of the image in .parquet"
+    )
     csv_caption_key: str = option("title", "column of the caption in it")
     csv_encoding: str = option("utf-8", "encoding of a .csv/.tsv file", flag="encoding")
+    class_template: str = option(
+        "a photo of a {}.",
+        "makes captions from class names: a text with {}, openai (80), simple (7), or a file with "
+        "one a line",
+    )
     augmentation: str = option(
         "clip", "paper: ProtoCLIP's", choices=("paper", "clip", "none"), fixed=True
     )

@@ -266,7 +266,8 @@ def _with_dataset_type(dataset_type: str, config: TrainConfig) -> TrainConfig:
     data = config.data.train_data
     table = data.lower().endswith((".csv", ".tsv"))
     built_in = data.startswith("builtin:")
-    fits = {"csv": table, "webdataset": not (table or built_in), "synthetic": built_in}
+    shards = not (table or built_in or ".parquet" in data)
+    fits = {"csv": table, "webdataset": shards, "synthetic": built_in}
     if not fits.get(dataset_type, True):
         raise ValueError(
             f"--dataset-type {dataset_type}: expected such data in --train-data, got {data!r}; use "
