@@ -21,14 +21,17 @@ from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
 from protoclip.losses.global_losses import global_contrastive, global_contrastive_parts
 from protoclip.ops import *  # noqa: F403
 from protoclip.ops import __all__ as _ops
+from protoclip.settings import config
 from protoclip.settings.config import ProtoConfig
 
 __version__ = "0.1.0"
 
-# Where these functions could be imported from when their modules had their names. A file there
-# would replace the function as soon as somebody imported it.
+# What was public in modules of these names, and stands so in pickles. A file with the name of a
+# function would replace the function as soon as somebody imported it.
+sys.modules["protoclip.config"] = config
 sys.modules["protoclip.kmeans"] = lloyd
 sys.modules["protoclip.grad_cache"] = cached_gradients
+ProtoConfig.__module__ = "protoclip"  # in pickles from now on
 
 _LAZY = {  # name -> module, loaded at first use
     "create_loss": "protoclip.openclip",
