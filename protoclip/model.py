@@ -14,7 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -462,5 +462,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """A function that returns the autocast context of a forward pass."""
+    if precision == "fp32":
+        return nullcontext
     dtype = torch.float16 if precision == "amp" else torch.bfloat16
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return lambda: torch.autocast(device.type, dtype=dtype)

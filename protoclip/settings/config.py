@@ -309,7 +309,9 @@ class RunConfig:
     )
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)
-    log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", low=1)
+    log_every_n_steps: int = option(
+        0, "steps between lines of metrics.jsonl; 0: 1 on a CPU, 10 on a GPU"
+    )
     val_frequency: float = option(6.0, "epochs between quick evaluations; 0: only at the end")
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
     delete_previous_checkpoint: bool = option(False, "keep only the newest of --save-frequency")
