@@ -14,6 +14,7 @@ from budget import PlainResults, Results, assert_results_within_budget, leaf, lo
 from open_clip import loss as open_clip_loss
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
 
@@ -265,6 +266,77 @@ def test_siglip_with_ids_is_its_formula(same_id: str) -> None:
 # ---- over two ranks ----
 
 
+class Distilled(nn.Module):
+    """The sum of a distillation loss, for a teacher of other features and width."""
+
+    def __init__(self, loss: nn.Module, rank: int = 0) -> None:
+        super().__init__()
+        self.loss = loss
+        self.teacher = Pairs(*(t[20 * rank :] for t in features(60, 31, seed=8)))
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        n = len(image_features)
+        image, text = self.teacher.image[:n], self.teacher.text[:n]
+        scale = torch.tensor(30.0)
+        terms = self.loss(image_features, text_features, logit_scale, image, text, scale)
+        assert len(terms) == 2
+        return terms[0] + 2 * terms[1]
+
+
+class Captioned(nn.Module):
+    """The sum of a CoCa loss, for logits of tokens that are made of the texts."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        logits = text_features[:, None, :7] * torch.arange(1, 6)[:, None]  # [N, 5, 7]
+        labels = torch.arange(5 * len(logits)).reshape(-1, 5) % 7
+        terms = self.loss(image_features, text_features, logits, labels, logit_scale)
+        assert len(terms) == 2
+        return sum(terms)
+
+
+@pytest.mark.parametrize("logit_scale", [14.3, 100.0])
+@pytest.mark.parametrize("name", ["CoCaLoss", "DistillClipLoss"])
+def test_coca_and_distillation_are_open_clips(name: str, logit_scale: float) -> None:
+    def loss_of(module: Any) -> nn.Module:
+        if name == "CoCaLoss":
+            return Captioned(module.CoCaLoss(2.0, 0.5, pad_id=3))
+        return Distilled(module.DistillClipLoss())
+
+    scale = torch.tensor(logit_scale)
+    ours = computed(loss_of(protoclip.losses), features(), logit_scale=scale)
+    theirs = computed(loss_of(open_clip_loss), features(), logit_scale=scale)
+    assert_same(ours, theirs)
+
+
+def test_distillation_forms_no_matrix() -> None:
+    n = 600
+    matrices: list[str] = []
+
+    class Results(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            results = function(*args, **(kwargs or {}))
+            for tensor in results if isinstance(results, tuple | list) else [results]:
+                if isinstance(tensor, Tensor) and tensor.ndim > 1 and min(tensor.shape[-2:]) >= n:
+                    matrices.append(str(function))
+            return results
+
+    pairs = Pairs(*map(leaf, features(n, 20)))
+    loss = protoclip.losses.DistillClipLoss()
+    with Results():
+        terms = loss(*pairs, 30.0, *features(n, 31, seed=8), 40.0, output_dict=True)
+        terms["distill_loss"].backward()
+    assert not matrices
+    with Results():
+        open_clip_loss.DistillClipLoss()(*pairs, 30.0, *features(n, 31, seed=8), 40.0)
+    assert len(matrices) > 4
+
+
 @dataclass(frozen=True)
 class Case:
     """One of OpenCLIP's losses, by name, with its flags; ``smoothed``: a class built on it."""
@@ -275,6 +347,10 @@ class Case:
 
     def loss(self, module: Any, rank: int) -> nn.Module:
         base = getattr(module, self.name)
+        if self.name == "DistillClipLoss":
+            return Distilled(base(rank=rank, world_size=2, **self.flags), rank)
+        if self.name == "CoCaLoss":
+            return Captioned(base(2.0, 0.5, rank=rank, world_size=2, **self.flags))
         return (smoothed(base) if self.smoothed else base)(rank=rank, world_size=2, **self.flags)
 
 
@@ -295,11 +371,20 @@ CASES |= {
     f"SigLipLoss, {implementation}": Case("SigLipLoss", {"dist_impl": implementation})
     for implementation in ("bidir", "shift", "reduce", "gather")
 }
-LOCAL_WITH_GRADIENTS = "ClipLoss, local True, with_grad True"
+CASES |= {
+    f"{name}, local {local}, with_grad {with_grad}": Case(
+        name, {"local_loss": local, "gather_with_grad": with_grad}
+    )
+    for name in ("CoCaLoss", "DistillClipLoss")
+    for local in (False, True)
+    for with_grad in (False, True)
+}
+LOCAL_WITH_GRADIENTS = "local True, with_grad True"
 SCALARS = {
     "ClipLoss": {"logit_scale": torch.tensor(14.3)},
     "SigLipLoss": {"logit_scale": torch.tensor(14.3), "logit_bias": torch.tensor(-10.0)},
 }
+SCALARS_OF = {"CoCaLoss": SCALARS["ClipLoss"], "DistillClipLoss": SCALARS["ClipLoss"], **SCALARS}
 
 
 class RankResults(NamedTuple):
@@ -337,12 +422,12 @@ def of_rank() -> RankResults:
 
     def of_module(module: Any) -> dict[str, Results]:
         return {
-            name: computed(case.loss(module, rank), pairs, **SCALARS[case.name])
+            name: computed(case.loss(module, rank), pairs, **SCALARS_OF[case.name])
             for name, case in CASES.items()
         }
 
     results = RankResults(
-        ours=of_module(protoclip),
+        ours=of_module(protoclip.losses),
         theirs=of_module(open_clip_loss),
         with_ids=results_with_ids(mine, rank=rank, world_size=2),
     )
@@ -405,7 +490,7 @@ def test_two_ranks_have_open_clips_losses_and_gradients(
 ) -> None:
     ours = [results.ours[case] for results in two_ranks]
     theirs = [results.theirs[case] for results in two_ranks]
-    if case == LOCAL_WITH_GRADIENTS:  # the scale's gradient is that of a strip
+    if case.endswith(LOCAL_WITH_GRADIENTS):  # the scale's gradient is that of a strip
         ours = with_mean_of_scale_gradients(ours)
         theirs = with_mean_of_scale_gradients(theirs)
     for our_rank, their_rank in zip(ours, theirs, strict=True):

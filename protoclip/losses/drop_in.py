@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows
@@ -144,6 +145,116 @@ class ClipLoss(_EqualBatches):
         return torch.arange(first, first + num_logits, device=device)
 
 
+class CoCaLoss(ClipLoss):
+    """OpenCLIP's ``CoCaLoss``: ``ClipLoss`` and the cross-entropy of captions, both weighted.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: factors of the two; without the second there is only
+            the first.
+        pad_id: the token that has no loss.
+        args, kwargs: ``ClipLoss``'s.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.caption_loss_weight = caption_loss_weight
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """The two terms. ``logits`` [N, L, vocabulary] and ``labels`` int64 [N, L] are those of the
+        captions' tokens; the others are ``ClipLoss``'s."""
+        contrastive: Any = torch.zeros((), device=logits.device)
+        if self.clip_loss_weight:
+            contrastive = super().forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * contrastive
+        captions = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "caption_loss": captions}
+        return contrastive, captions
+
+
+class DistillClipLoss(ClipLoss):
+    """OpenCLIP's ``DistillClipLoss`` without its four matrices of logits.
+
+    The cross-entropy of a row with the teacher's probabilities P is that of its own key plus
+    scale q.(own key - sum_j P_j k_j). The sum is an attention of the teacher's query to the
+    teacher's keys with the student's keys as values, which torch computes in fp32, on CPUs and GPUs
+    by kernels without a matrix of probabilities. The teacher has no gradient.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """InfoNCE, and the cross-entropy with the teacher's probabilities, of both directions.
+
+        Args:
+            dist_image_features, dist_text_features, dist_logit_scale: the teacher's [N, Dt], and
+                its scale; the others are ``ClipLoss``'s.
+        """
+        contrastive: Any = super().forward(image_features, text_features, logit_scale)
+        by_image = self._teachers_gap(
+            image_features, text_features, dist_image_features, dist_text_features, dist_logit_scale
+        )
+        by_text = self._teachers_gap(
+            text_features, image_features, dist_text_features, dist_image_features, dist_logit_scale
+        )
+        gaps = (by_image + by_text) / 2
+        distill = contrastive + torch.as_tensor(logit_scale).reshape(()) * gaps
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill
+
+    def _teachers_gap(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        teachers_queries: Tensor,
+        teachers_keys: Tensor,
+        teachers_scale: Tensor | float,
+    ) -> Tensor:
+        """Mean over the queries of q.(own key - mean key by the teacher's probabilities), []."""
+        first = self.rank * len(queries) if self.world_size > 1 and self.local_loss else 0
+        rows = [queries, teachers_queries.detach()]
+        all_keys = self._of_all_ranks(keys).float()
+        with torch.no_grad():
+            teachers_keys = gather_rows(teachers_keys) if self.world_size > 1 else teachers_keys
+        if not self.local_loss:
+            rows = [self._of_all_ranks(row) for row in rows]
+        x, teacher = (row.float() for row in rows)
+        # One width for all three, which torch's kernels want.
+        width = max(x.shape[1], teacher.shape[1])
+        attending, attended, values = (
+            F.pad(t, (0, width - t.shape[1]))[None, None]
+            for t in (teachers_scale * teacher, teachers_keys.detach().float(), all_keys)
+        )
+        mean_keys = F.scaled_dot_product_attention(attending, attended, values, scale=1.0)[0, 0]
+        own_keys = all_keys[first : first + len(x)]
+        return (x * (own_keys - mean_keys[:, : x.shape[1]])).sum(dim=1).mean()
+
+
 class SigLipLoss(_EqualBatches):
     """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
 
@@ -180,20 +291,35 @@ class SigLipLoss(_EqualBatches):
         output_dict: bool = False,
         ids: Tensor | None = None,
         same_id: SameId = "positive",
+        *,
+        weights: Tensor | None = None,
+        label_smoothing: float = 0,
+        reduction: str = "mean",
     ) -> Tensor | dict[str, Tensor]:
         """Sum over pairs of the sigmoid loss, divided by the local batch: float32 [], nats.
 
         Args: those of ``ClipLoss.forward``, except that a ``logit_bias`` of None is zero, and pairs
-        of the same id are positives too, or are left out if ``same_id`` is "exclude".
+        of the same id are positives too, or are left out if ``same_id`` is "exclude"; and
+        ``weights``, ``label_smoothing`` and ``reduction`` of ``sigmoid_loss``, for this rank's
+        images.
         """
         x, y, logit_scale = checks.equal_rows(
             "SigLipLoss", image_features, text_features, logit_scale
         )
         bias = 0.0 if logit_bias is None else logit_bias
         self._compare_once(x)
-        summed_loss = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        total = summed_loss(x, y, logit_scale, bias, ids=ids, same_id=same_id)
-        loss = total / max(x.shape[0], 1)
+        loss_of = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
+        loss = loss_of(
+            x,
+            y,
+            logit_scale,
+            bias,
+            ids=ids,
+            same_id=same_id,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(

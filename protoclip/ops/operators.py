@@ -91,8 +91,9 @@ def define_gradient(
     registered = _REGISTERED[function]
     arguments = _arguments_of(registered.op)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        save(ctx, arguments(*inputs), registered.results(*output))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        save(ctx, arguments(*inputs), registered.results(*tensors))
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         by_name = backward(ctx, registered.results(*grads))
