@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity faults bench bench-full pictures study-data study study-quick kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -45,6 +45,15 @@ study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a fe
 
 study:  ## what prototypes are worth, over seeds; about five hours of one core in any number of calls (HOURS=2 WORKERS=2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
+
+small-batches:  ## a teacher's prototypes at a small batch; about twelve hours of one core, as `study` (HOURS=2 WORKERS=2)
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
+
+small-batches-pairs:  ## the runs of small-batches that are timed, with nothing beside them; about an hour
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --pairs $(if $(HOURS),--hours $(HOURS))
+
+small-batches-report:  ## docs/small-batches.md from what is finished
+	$(PYTHON) -m benchmarks.study.small_batches --report
 
 study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
