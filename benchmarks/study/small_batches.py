@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import protoclip
+from benchmarks.report import write_between
 from benchmarks.study import protocol as study
 from benchmarks.study.data import IconPairs
 from benchmarks.study.protocol import (
@@ -38,7 +39,8 @@ from benchmarks.study.protocol import (
     Done,
     Towers,
 )
-from benchmarks.study.report import CLIP, EQUAL_TIME, EXTERNAL_ONLY, INTERNAL_ONLY, score
+from benchmarks.study.report import CLIP, EQUAL_TIME, INTERNAL_ONLY, score
+from benchmarks.study.small_batches_report import BEGIN, END, OURS, PAGE, section
 from benchmarks.study.split import Rules, by_lot
 from protoclip.common.seeds import generator
 from protoclip.episodes.teacher import load_teacher, minilm
@@ -55,7 +57,6 @@ TEST_SETS = (
 )  # fmt: skip
 FIRST_SEED = 100  # lower ones have been judged
 
-OURS = EXTERNAL_ONLY  # a teacher's prototypes alone
 WITH_TEACHER = "CLIP, time of the teacher too"
 QUEUES = {"queue of 3 steps": 3, "queue of 15 steps": 15}
 SHUFFLED = "shuffled teacher"
@@ -408,8 +409,10 @@ class SmallBatches(study.Study):
         return record | {"data": data.digest}
 
     def report(self, done: Done, out: Path, folder: Path) -> None:
-        ahead = [task for task in self.tasks(done) if task.key not in done]
-        print(f"{len(done)} runs are finished, {len(ahead)} can be done now")
+        text = section([*done.values()], FLOORS)
+        print(text)
+        if out == self.results:
+            write_between(PAGE, BEGIN, END, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
