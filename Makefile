@@ -8,7 +8,7 @@ NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.c
 check: lint test parity  ## everything CI checks
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 lint:  ## style and types: ruff, mypy, clang-format; changes nothing
 	ruff check $(SOURCES)
@@ -46,6 +46,9 @@ study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a fe
 study:  ## what prototypes are worth, over seeds; about five hours of one core in any number of calls (HOURS=2 WORKERS=2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
 
+study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
+
 small-batches:  ## a teacher's prototypes at a small batch; about twelve hours of one core, as `study` (HOURS=2 WORKERS=2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
 
@@ -54,9 +57,6 @@ small-batches-pairs:  ## the runs of small-batches that are timed, with nothing 
 
 small-batches-report:  ## docs/small-batches.md from what is finished
 	$(PYTHON) -m benchmarks.study.small_batches --report
-
-study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
-	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.compile_report
