@@ -190,7 +190,7 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
     x = features[offset:431]
     row_weight = torch.rand(131)
     column_weight = torch.rand(700) if both_directions else torch.empty(0)
-    strip = info_nce_loss.info_nce_statistics(
+    strip = info_nce_loss.info_nce_strip(
         x,
         y,
         torch.tensor(logit_scale),

@@ -37,7 +37,7 @@ from protoclip.ops.contrastive_losses import (
     two_views,
 )
 from protoclip.ops.dispatch import resolve
-from protoclip.ops.info_nce_loss import info_nce, info_nce_gradients, info_nce_statistics
+from protoclip.ops.info_nce_loss import info_nce, info_nce_gradients, info_nce_strip
 from protoclip.ops.operators import ANY_FLOAT, accumulator, gradient_like, wants_gradient
 from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.query_losses import (
@@ -331,7 +331,7 @@ class _GlobalInfoNce(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         all_y = gather_rows(y)
         offset = rank() * len(x)
-        strip = info_nce_statistics(
+        strip = info_nce_strip(
             x, all_y, logit_scale, offset=offset, both_directions=True, backend=backend
         )
         column_reference, column_sum = _columns_of_all_ranks(

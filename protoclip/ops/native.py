@@ -115,12 +115,23 @@ def _warn(problem: str) -> None:
 
 def cpu_features() -> list[str]:
     """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
+    return list(_host_utilities().cpu_features())
+
+
+def stash_tile() -> tuple[int, int]:
+    """Rows and columns of a tile of the CPU library's stash (stash.py)."""
+    return _host_utilities().stash_tile()
+
+
+@cache
+def _host_utilities() -> Any:
+    """The Python module that csrc/module.cpp defines."""
     path = _library("cpu")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.cpu_features())
+    return module
 
 
 @cache

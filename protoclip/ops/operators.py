@@ -132,7 +132,7 @@ def refuse_gradient(function: Callable[..., Any], public: str) -> None:
 
 
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
-    """In a backward pass: whether each argument of the function wants a gradient, by name."""
+    """Whether each argument of the function wants a gradient from the running backward pass."""
     arguments = _arguments_of(_REGISTERED[function].op)
     return arguments(*ctx.needs_input_grad[: len(arguments._fields)])
 

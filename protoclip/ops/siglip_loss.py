@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protoclip.kernels.results import SigmoidLoss
 from protoclip.ops import checks, pairs, reference
-from protoclip.ops.dispatch import SIGMOID_LOSS, resolve
+from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
     accumulator,
     define_gradient,
@@ -64,7 +64,7 @@ def fused_sigmoid_loss(
     same_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sigmoid loss of a strip, with its gradients if they are wanted."""
-    run: Callable[..., Any] = SIGMOID_LOSS[backend].implementation
+    run = function("sigmoid_loss", backend, "sigmoid_loss")
     return run(
         x=x,
         y=y,

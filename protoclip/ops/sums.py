@@ -148,7 +148,7 @@ class KeySums:
         self._rows = F.pad(rows, (0, 0, 0, 1))  # the last row is of "none"
 
     def seen(self) -> Tensor:
-        """Over S_i."""
+        """The sums over S_i, the keys that a query sees."""
         pairs = self._pairs
         total = self._rows.sum(dim=0).expand(self._own.shape[0], -1)
         if pairs.query_ids is None or pairs.same_positive:
@@ -160,7 +160,7 @@ class KeySums:
         return seen - self._at(exclude.where(~self._is_same(exclude), -1))
 
     def positive(self) -> Tensor:
-        """Over P_i."""
+        """The sums over P_i, its positives."""
         pairs = self._pairs
         if pairs.query_ids is None or not pairs.same_positive:
             return self._at(self._own)
@@ -187,7 +187,7 @@ class KeySums:
         return of_same_id(self._pairs, positions)
 
     def _same(self) -> Tensor:
-        """Over the keys of the query's id."""
+        """The sums over the keys with the query's id."""
         assert self._pairs.query_ids is not None and self._pairs.key_ids is not None
         query_ids = self._pairs.query_ids.long()
         key_ids = self._pairs.key_ids.long()
