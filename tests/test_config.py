@@ -11,7 +11,8 @@ import pytest
 from ranks import config_of
 
 from protoclip.__main__ import main
-from protoclip.settings.config import TrainConfig, from_dict, preset_names, to_dict
+from protoclip.ops.dispatch import TABLE
+from protoclip.settings.config import EpisodeConfig, TrainConfig, from_dict, preset_names, to_dict
 
 
 def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:
@@ -126,3 +127,9 @@ def test_presets_of_the_paper_are_the_authors_commands(gpus, lit_start) -> None:
     assert clip.method == "clip" and clip.episode.lit_start == 0 and clip.optim == paper.optim
     crop = dataclasses.replace(clip.data, augmentation="paper")
     assert dataclasses.replace(clip, data=crop) == fair
+
+
+def test_every_backend_of_kmeans_can_be_named() -> None:
+    """Settings know no ops, so their words are held equal to the table here."""
+    (setting,) = (f for f in dataclasses.fields(EpisodeConfig) if f.name == "kmeans_backend")
+    assert set(setting.metadata["choices"]) == {"auto", "faiss", *TABLE["kmeans_assign"]}

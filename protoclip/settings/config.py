@@ -243,7 +243,7 @@ class EpisodeConfig:
     kmeans_backend: str = option(
         "auto",
         "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
-        choices=("auto", "reference", "cpu", "cuda", "faiss"),
+        choices=("auto", "reference", "cpu", "cuda", "triton", "faiss"),
     )
     kmeans_max_iter: int = option(20, "iterations of k-means, at most", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
