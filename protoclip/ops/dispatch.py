@@ -69,15 +69,15 @@ def _of_cuda(name: str) -> Function:
     return getattr(native.cuda_ops(), f"{name}_cuda").default
 
 
-def triton(file: str) -> Backend:
-    """The launchers in a file of kernels/. CPU tensors are for Triton's interpreter only."""
+def kernels(file: str) -> Backend:
+    """Triton's launchers in a file of kernels/. CPU tensors are for its interpreter only."""
 
     @cache
-    def function(name: str) -> Function:
+    def launcher(name: str) -> Function:
         return getattr(importlib.import_module(f"protoclip.kernels.{file}"), name)
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return Backend(function, ("cuda", "cpu") if interpreted else ("cuda",), FLOATS, _no_triton)
+    return Backend(launcher, ("cuda", "cpu") if interpreted else ("cuda",), FLOATS, _no_triton)
 
 
 CPU = Backend(_of_cpu, ("cpu",), FLOATS, partial(native.why_not, "cpu"))
@@ -86,18 +86,22 @@ CUDA = Backend(_of_cuda, ("cuda",), FLOATS, partial(native.why_not, "cuda"))
 REFERENCE = Backend(partial(getattr, reference), None, ANY_FLOAT, lambda: None)
 
 CPU_WITH_STASH = replace(CPU, keeps_stash=True)
-PROTOTYPES = triton("prototype_cross_entropy")
+PROTOTYPES = kernels("prototype_cross_entropy")
 CLUSTERS = {
     # Beyond 1,024 coding is less than 4 % of an assignment.
     "cpu": replace(CPU, most_coded_clusters=1024),
     "cuda": replace(CUDA, most_coded_clusters=float("inf")),
-    "triton": replace(triton("clusters"), most_coded_clusters=float("inf")),
+    "triton": replace(kernels("clusters"), most_coded_clusters=float("inf")),
     "reference": REFERENCE,
 }
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"cpu": CPU_WITH_STASH, "triton": triton("info_nce"), "reference": REFERENCE},
-    "contrastive": {"cpu": CPU_WITH_STASH, "triton": triton("contrastive"), "reference": REFERENCE},
-    "sigmoid_loss": {"cpu": CPU, "triton": triton("sigmoid_loss"), "reference": REFERENCE},
+    "info_nce": {"cpu": CPU_WITH_STASH, "triton": kernels("info_nce"), "reference": REFERENCE},
+    "contrastive": {
+        "cpu": CPU_WITH_STASH,
+        "triton": kernels("contrastive"),
+        "reference": REFERENCE,
+    },
+    "sigmoid_loss": {"cpu": CPU, "triton": kernels("sigmoid_loss"), "reference": REFERENCE},
     "prototype_cross_entropy": {"cpu": CPU, "triton": PROTOTYPES, "reference": REFERENCE},
     "soft_targets": {"cpu": CPU, "triton": PROTOTYPES, "reference": REFERENCE},
     "kmeans_assign": CLUSTERS,
