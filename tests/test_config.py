@@ -107,7 +107,7 @@ def test_mistaken_outputs_are_refused_first(
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     argv = [command, *COMMANDS[command]]
-    flag = "--out" if command in ("teacher", "export") else "--output"
+    flag = "--out"
     for path, words in (("file/x", "but file is a file"), ("folder", "folder")):
         if (command, path) != ("export", "folder"):
             assert main([*argv, flag, path]) == 2

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,15 +103,34 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder in ``folder``, to which its files and folders move at the end: all
+    of them or, after an error, none. An OSError names the file where it would have been."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        try:
+            yield Path(temporary)
+        except OSError as error:
+            if error.filename is not None:
+                error.filename = str(error.filename).replace(temporary, str(folder))
+            raise
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
+
+
 def printable(name: str) -> str:
-    """A file's name, or other text, without surrogates, which cannot be written to a file: bytes of
-    a name that are not UTF-8 become escapes such as \\xe9, others the replacement character."""
+    """A file's name, or a line of text, without characters that a terminal would obey, or a file
+    cannot hold: control characters but the tab, and bytes of a name that are not UTF-8, become
+    escapes such as \\x1b, \\n and \\xe9, other surrogates the replacement character."""
 
     def escaped(match: re.Match[str]) -> str:
-        byte = ord(match[0]) - 0xDC00  # Python's surrogateescape
+        number = ord(match[0])
+        if number < 0xD800:
+            return repr(match[0])[1:-1]
+        byte = number - 0xDC00  # Python's surrogateescape
         return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else "\ufffd"
 
-    return re.sub(r"[\ud800-\udfff]", escaped, name)
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]", escaped, name)
 
 
 def lines_of(text: str) -> list[str]:

@@ -137,7 +137,8 @@ class Parser(argparse.ArgumentParser):
 def add_flag(
     group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
 ) -> None:
-    """Add a flag with the type of its default; the help shows the default. With ``setting``, a
+    """Add a flag with the type of its default, under one name or several that are separated by
+    blanks; the help shows the default. With ``setting``, a
     dotted name, the parsed flags hold a value only if the command line gives the flag."""
     if default not in ("", "\t"):
         help += f" (default: {default})"
@@ -154,7 +155,7 @@ def add_flag(
     if setting:
         arguments["dest"] = setting
         arguments["default"] = argparse.SUPPRESS
-    group.add_argument(flag, **arguments)
+    group.add_argument(*flag.split(), **arguments)
 
 
 def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
