@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -140,6 +142,39 @@ def test_flags_that_are_not_supported_are_named() -> None:
         protoclip.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl"):
         protoclip.SigLipLoss(dist_impl="ring")
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "ProtoClipLoss", "SigLipLoss"])
+def test_scale_and_bias_may_be_numbers(name: str) -> None:
+    loss = getattr(protoclip, name)()
+    image, text = features()
+    expected = loss(image, text, torch.tensor(10.0), torch.tensor(-3.0))
+    assert torch.equal(loss(image, text, 10.0, -3.0), expected)
+    with pytest.raises(TypeError, match="expected logit_bias as a number"):
+        loss(image, text, 10.0, "-3")
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "words"),
+    [
+        (-1.0, ValueError, "at least 0, got -1"),
+        (float("nan"), ValueError, "at least 0, got nan"),
+        (True, TypeError, "as a number or a Tensor of shape .* got bool"),
+        (np.bool_(True), TypeError, "as a number or a Tensor of shape .* got bool"),
+    ],
+)
+def test_a_scale_that_is_none_is_refused(scale: Any, error: type[Exception], words: str) -> None:
+    image, text = features()
+    labels = torch.arange(48) % 5
+    for compute in (
+        lambda: protoclip.info_nce(image, text, scale),
+        lambda: protoclip.sup_con(image, labels, scale),
+        lambda: protoclip.ClipLoss()(image, text, scale),
+        lambda: protoclip.SigLipLoss()(image, text, scale, -3.0),
+        lambda: protoclip.prototype_cross_entropy(image, text[:5], labels, scale),
+    ):
+        with pytest.raises(error, match=f"expected logit_scale (of )?{words}"):
+            compute()
 
 
 @pytest.mark.parametrize("num_images, num_texts", [(9, 48), (48, 9)])
@@ -387,12 +422,26 @@ SCALARS = {
 SCALARS_OF = {"CoCaLoss": SCALARS["ClipLoss"], "DistillClipLoss": SCALARS["ClipLoss"], **SCALARS}
 
 
+def warnings_without_a_rank() -> dict[str, list[str]]:
+    """Of three calls of each loss that was not told of the other ranks."""
+    words = {}
+    for name, scalars in SCALARS.items():
+        loss = getattr(protoclip, name)()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                loss(*features(), **scalars)
+        words[name] = [str(each.message) for each in caught]
+    return words
+
+
 class RankResults(NamedTuple):
     """Of one rank, by case; ``with_ids``: of ours, by the name of the loss."""
 
     ours: dict[str, Results]
     theirs: dict[str, Results]
     with_ids: dict[str, Results]
+    warned: dict[str, list[str]]
 
 
 def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Results]:
@@ -430,12 +479,14 @@ def of_rank() -> RankResults:
         ours=of_module(protoclip.losses),
         theirs=of_module(open_clip_loss),
         with_ids=results_with_ids(mine, rank=rank, world_size=2),
+        warned=warnings_without_a_rank(),
     )
     dist.destroy_process_group()
     return RankResults(
         ours=as_arrays(results.ours),
         theirs=as_arrays(results.theirs),
         with_ids=as_arrays(results.with_ids),
+        warned=results.warned,
     )
 
 
@@ -461,9 +512,23 @@ def two_ranks() -> list[RankResults]:
             ours=as_tensors(results.ours),
             theirs=as_tensors(results.theirs),
             with_ids=as_tensors(results.with_ids),
+            warned=results.warned,
         )
         for results in on_ranks(2, of_rank)
     ]
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_loss_that_does_not_know_of_the_other_ranks_warns_once(
+    two_ranks: list[RankResults], name: str
+) -> None:
+    """OpenCLIP's classes compute the local loss in silence."""
+    for results in two_ranks:
+        (words,) = results.warned[name]
+        assert f"{name}: expected rank= and world_size=2" in words
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(protoclip, name)()(*features(), **SCALARS[name])
 
 
 @pytest.mark.parametrize("name", SCALARS)

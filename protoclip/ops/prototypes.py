@@ -221,7 +221,7 @@ def prototype_cross_entropy(
     bank = Bank(prototypes, labels, targets)
     _check_inputs(op, features, [bank], reduction)
     logit_scale = checks.scalar(
-        op, "logit_scale", logit_scale, features.device, accumulator(features)
+        op, "logit_scale", logit_scale, features.device, accumulator(features), lowest=0
     )
     if weights is not None:
         backend_name = resolve(op, backend, features.device.type, features.dtype)
@@ -279,7 +279,7 @@ def prototype_losses(
     dtype = checks.common_dtype([features, *(m for m in matrices if m is not None)])
     features = features.to(dtype)
     logit_scale = checks.scalar(
-        op, "logit_scale", logit_scale, features.device, accumulator(features)
+        op, "logit_scale", logit_scale, features.device, accumulator(features), lowest=0
     )
     losses = []
     nearest = []
