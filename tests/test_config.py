@@ -66,6 +66,8 @@ def test_bad_values_are_refused(flags: list[str], words: str) -> None:
     [
         ('{"episode": {"clutsers": 3}}', "has no \\['clutsers'\\]"),
         ('{"optim": {"lr": "fast"}}', "expected float for lr, got 'fast'"),
+        ('{"batch-size": "many"}', "expected int for batch_size, got 'many'"),
+        ('{"batch-sise": 3}', "has no \\['batch-sise'\\]"),
         ('{"optim": 3}', "expected OptimConfig for optim, got 3"),
         ('{"run": {"seed": true}}', "expected int for seed, got True"),
         ("[]", "expected a JSON object, got list"),
@@ -82,6 +84,18 @@ def test_bad_files_are_refused(
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         config_of("--preset", "x.json")
+
+
+@pytest.mark.parametrize("flag", ["--preset", "--config"])
+def test_a_file_may_name_settings_by_their_flags(tmp_path: Path, flag: str) -> None:
+    content = {
+        "extends": "paper", "method": "clip", "batch-size": 64, "--k": 7, "PBT": False,
+        "max_steps": 3, "optim": {"lr": 0.5},
+    }  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    words = ["--method", "clip", "--batch-size", "64", "--k", "7", "--no-PBT"]
+    expected = config_of("--paper", *words, "--max-steps", "3", "--lr", "0.5")
+    assert config_of(flag, str(tmp_path / "x.json")) == expected
 
 
 COMMANDS = {

@@ -387,6 +387,26 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
+def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in their sections, where a preset may also name them by their flags: "batch-size",
+    "batch_size" or "--batch-size" beside, or instead of, "optim"."""
+    places = {
+        flag_of(item).removeprefix("--"): (section, item.name)
+        for section, defaults in vars(TrainConfig()).items()
+        if dataclasses.is_dataclass(defaults)
+        for item in dataclasses.fields(defaults)
+    }
+    sections: dict[str, Any] = {}
+    for name, value in values.items():
+        flag = name.removeprefix("--").replace("_", "-")
+        if flag not in places or name in vars(TrainConfig()):
+            sections[name] = {**sections.get(name, {}), **value} if type(value) is dict else value
+            continue
+        section, setting = places[flag]
+        sections[section] = {**sections.get(section, {}), setting: value}
+    return sections
+
+
 def load_preset(name: str) -> TrainConfig:
     """The settings of a preset or .json file, on top of the preset that it "extends".
 
@@ -408,6 +428,6 @@ def load_preset(name: str) -> TrainConfig:
         if parent not in names:
             raise ValueError(f"expected one of {', '.join(names)} in 'extends', got {parent!r}")
         base = TrainConfig() if parent == "default" else load_preset(parent)
-        return from_dict(TrainConfig, values, base)
+        return from_dict(TrainConfig, in_sections(values), base)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error
