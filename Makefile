@@ -27,8 +27,8 @@ test:  ## the tests, on all cores
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks --benchmark-disable
 
-faults:  ## kill a run twenty times, compare with one left alone; then every other fault
-	PROTOCLIP_KILLS=20 $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
+faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then every other fault: about an hour
+	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
 		tests/test_run_folder.py tests/test_step.py tests/test_resume.py
 
 bench:  ## parity, then speed; under six minutes on two cores

@@ -20,6 +20,7 @@ from ranks import (
     bare_run,
     exit_codes,
     free_port,
+    logs_of,
     losses,
     output_of,
     start_command,
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, argv: list[str], ranks: int) -> None:
     """To the end."""
     codes = exit_codes(start_command(folder, argv, ranks, bare=True))
-    assert codes == [0] * ranks, output_of(folder)
+    assert codes == [0] * ranks, logs_of(folder)
 
 
 def whole_run(folder: Path, ranks: int, steps: int) -> list[tuple[int, float]]:
@@ -85,9 +86,9 @@ def assert_saved_and_resumed(folder: Path, name: str, processes: list[Any], exit
     """Processes that were told to stop end well, and the run goes on bit for bit."""
     ranks = len(processes)
     codes = exit_codes(processes)
-    printed = output_of(folder)
+    printed = logs_of(folder)
     assert codes == [exit_code] * ranks, printed
-    assert "continue with --resume" in printed[0] and "Traceback" not in "".join(printed), printed
+    assert "continue with --resume" in printed and "Traceback" not in printed, printed
     run = folder / "logs" / name
     before = losses(run)
     total = len(before) + 4
@@ -159,7 +160,7 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     codes = exit_codes([process])
     (folder / "wait").unlink()
-    assert codes == [130], output_of(folder)
+    assert codes == [130], logs_of(folder)
     assert "interrupted" in log.read_text() and "Traceback" not in log.read_text()
     assert not list((folder / "logs" / "twice" / "checkpoints").iterdir())
 
