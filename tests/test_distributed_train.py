@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TINY, exit_codes, metrics, on_ranks, start_command, tiny_run
+from ranks import TINY, exit_codes, logs_of, metrics, on_ranks, start_command, tiny_run
 from torch import Tensor
 
 from protoclip import distributed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -61,14 +62,20 @@ def whole_run(folder: Path, ranks: int, steps: int) -> list[tuple[int, float]]:
 
 
 def kill_a_worker(folder: Path, name: str, process: Any) -> None:
-    """The run goes on, with a warning; a worker that has loaded its last batch is not missed."""
+    """The run goes on, with a warning; a worker that has loaded its last batch is not missed, so
+    the moments are random: a multiple of an episode's steps apart, all would be alike."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while "worker died" not in output_of(folder)[0]:
+    dice = random.Random(0)
+    for _ in range(200):
         for worker in children.read_text().split()[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(worker), signal.SIGKILL)
-        wait_for_steps(folder, name, 8, process, or_until="worker died")
+        more = dice.randrange(1, 8)
+        wait_for_steps(folder, name, more, process, or_until="worker died")
+        if "worker died" in output_of(folder)[0]:
+            break
     wait_for_steps(folder, name, 2, process)
+    assert "worker died" in output_of(folder)[0], logs_of(folder)
 
 
 def wait_for_steps(
