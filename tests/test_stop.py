@@ -159,7 +159,9 @@ def let_pictures_wait() -> None:
 def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     log = folder / "rank0.log"
     log.unlink(missing_ok=True)
-    (process,) = start_command(folder, flags(folder, "twice"), 1, fault=let_pictures_wait)
+    (process,) = start_command(
+        folder, flags(folder, "twice", "--save-every", "0"), 1, fault=let_pictures_wait
+    )
     wait_until(lambda: steps_of(folder, "twice") >= 2, [process], folder)
     (folder / "wait").touch()
     os.kill(process.pid, signal.SIGINT)

@@ -145,6 +145,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def mebibytes(size: float) -> str:
+    """ "1.5 MiB", "2.50 GiB"."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table completely or not at all. File names keep their bytes, UTF-8 or not."""
     with (

@@ -64,6 +64,11 @@ def find_resume(config: TrainConfig) -> Resume | None:
     path = choose_folder(config) if wanted == "auto" else Path(wanted)
     if not wanted or (wanted == "auto" and not checkpoint.candidates(path)):
         return None
+    if (path / "config.json").is_file() and not checkpoint.candidates(path):
+        raise ValueError(
+            f"--resume: {path} has no checkpoint to continue from, as its run ended before its "
+            f"first save; start it again with --resume auto --logs {path.parent} --name {path.name}"
+        )
     file, payload = checkpoint.load_newest(path)
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     saved = payload.get("protoclip", {})

@@ -316,7 +316,9 @@ class RunConfig:
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
     delete_previous_checkpoint: bool = option(False, "keep only the newest of --save-frequency")
     save_every: str = option(
-        "", "also save every 500steps, 10m or 2h; default: only when the run ends or stops"
+        "10m",
+        "save every 500steps, 10m or 2h, and after the first step, so that a full disk shows at "
+        "once; 0: only when the run ends or stops",
     )
     resume: str = option(
         "", "continue a run: its folder or checkpoint; auto or latest: the run that --name names"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import TrainConfig
 from protoclip.training.schedule import Plan
 from protoclip.training.step import Step
+
+LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Log:
 
     def begin(self, step: int) -> None:
         """Start the clocks of a process that goes on after ``step``."""
-        self._began_time = time.perf_counter()
+        self._began_time = self._said_time = time.perf_counter()
         self._began_step = step
         self.pause(step)
 
@@ -161,11 +164,16 @@ class Log:
         self.loss = record.get("loss", math.nan)
         per_step = (line.time - self._began_time) / (step - self._began_step)
         seconds_left = round((plan.total_steps - step) * per_step)
-        folder.note(
+        words = (
             f"step {step}/{plan.total_steps}, loss {self.loss:.4f}, "
             f"{record['samples_per_second']:,.0f} samples/s, "
             f"ETA {datetime.timedelta(seconds=seconds_left)}"
         )
+        if not sys.stderr.isatty() and line.time - self._said_time >= LINE_SECONDS:
+            self._said_time = line.time
+            folder.say(words)  # there is no progress bar
+        else:
+            folder.note(words)
 
 
 def start_copy(values: Tensor) -> Callable[[], list[float]]:

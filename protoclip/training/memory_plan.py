@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from protoclip.common.files import mebibytes
 from protoclip.episodes.feature_store import buffer_bytes, table_bytes, wants_to_reuse
 from protoclip.episodes.prototypes import check_clusters
 from protoclip.episodes.teacher import teacher_spec
@@ -220,13 +221,9 @@ def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
         f"= {optim.batch_size:,} x {optim.accum_freq} passes x {run.ranks:,} ranks; "
         f"{math.ceil(run.episode / run.global_batch):,} steps per episode of {run.episode:,}",
         "",
-        f"Memory per rank at the peak of a step: {_bytes(sum(parts.values()))}",
+        f"Memory per rank at the peak of a step: {mebibytes(sum(parts.values()))}",
     ]
-    return "\n".join(lines + [f"  {name:<42}{_bytes(size):>14}" for name, size in parts.items()])
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+    return "\n".join(lines + [f"  {name:<42}{mebibytes(size):>14}" for name, size in parts.items()])
 
 
 def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:

@@ -141,14 +141,22 @@ class Trainer:
         """Where the features of clusters and labels come from."""
         if not self.terms.prototypes:
             return FeatureSource(False, "none")
-        ranks = distributed.world_size()
-        dim = self.model.projection_dim
-        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
-        size = table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
+        size = self._stored_bytes(distributed.world_size())
         episode = self.config.episode
         if reuses is not None:
             episode = replace(episode, features="reuse" if reuses else "extract")
         return choose_features(episode, self.plan.epochs, size, self.setup.device)
+
+    def _stored_bytes(self, ranks: int) -> int:
+        """Bytes of stored features on each of ``ranks``."""
+        dim = self.model.projection_dim
+        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
+        return table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: weights, their two moments, and stored features."""
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        return 3 * weights + (self._stored_bytes(1) if self.store is not None else 0)
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -360,10 +368,13 @@ class Trainer:
         self._save_or_stop()
 
     def _save_or_stop(self) -> None:
-        """Save if --save-every asks for it; save and stop if a signal does."""
+        """Save if --save-every asks for it, the first time after one step; save and stop if a
+        signal does."""
         requests = self._agreed_requests()  # of one step ago
         every = self._save_every
-        if requests.stop or requests.save or (every.steps and self.step % every.steps == 0):
+        is_first = self._saved_step < 0 and not every.never
+        by_step = every.steps and self.step % every.steps == 0
+        if requests.stop or requests.save or is_first or by_step:
             self.save(None)
         if requests.stop:
             by_ctrl_c = requests.stop == schedule.StopRequest.CTRL_C
