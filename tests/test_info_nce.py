@@ -286,7 +286,7 @@ def test_non_finite_input_gives_a_non_finite_loss(backend: str, bad: float) -> N
         assert not protoclip.info_nce(x, y, 10.0, backend=backend).isfinite()
         assert not protoclip.info_nce(y, x, 10.0, backend=backend).isfinite()
     x, y = clustered(30, 20)
-    assert not protoclip.info_nce(x, y, bad, backend=backend).isfinite()
+    assert not protoclip.info_nce(x, y, torch.tensor(bad), backend=backend).isfinite()
 
 
 @each_backend
