@@ -27,7 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.common.files import lines_of, plural, printable, whole_files, write_atomic, write_csv
+from protoclip.common.files import (
+    lines_of,
+    plural,
+    printable,
+    printable_lines,
+    whole_files,
+    write_atomic,
+    write_csv,
+)
 from protoclip.common.paths import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, data_kind, open_dataset
 from protoclip.data.folders import ImageFolder
@@ -176,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
         write_table(temporary / CSV, points.dataset.keys, groups)
         clusters.save(temporary / CENTROIDS)
         html = write_page(points, groups, k, seconds, why)
-        write_atomic(temporary / page.NAME, "\n".join(map(printable, html.split("\n"))))
+        write_atomic(temporary / page.NAME, printable_lines(html))
     if args.link_to or args.copy_to:
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))

@@ -133,6 +133,11 @@ def printable(name: str) -> str:
     return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]", escaped, name)
 
 
+def printable_lines(text: str) -> str:
+    """``printable`` of each line of a text."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def lines_of(text: str) -> list[str]:
     """The lines of a text, ended by newlines only (``str.splitlines`` also ends them at form feeds,
     U+0085, U+2028 and others, which captions may contain)."""

@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from protoclip.common.files import lines_of, write_atomic
+from protoclip.common.files import lines_of, printable_lines, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.runs import checkpoint
@@ -112,6 +112,7 @@ class RunFolder(NullRunFolder):
 
     def say(self, text: str) -> None:
         """Write a message to the screen and to out.log."""
+        text = printable_lines(text)  # it may name files of others
         tqdm.write(text, file=sys.stderr)  # without tearing the progress bar
         self.note(text)
 
