@@ -35,7 +35,8 @@ CONTEXT.set_forkserver_preload(
     ["protoclip.train", "torch.distributed", "sklearn.neighbors", "sklearn.feature_extraction.text"]
     + ["matplotlib.figure", "matplotlib.backends.backend_svg", "scipy.stats"]
 )
-LIMIT = 120.0  # seconds until a group of ranks counts as hanging
+LIMIT = 120.0  # seconds without computing until a group of ranks counts as hanging
+LONGEST = 600.0  # seconds, however much it computes
 STACKS = signal.SIGUSR2  # makes a process of these tests write the stacks of all of its threads
 TINY = {
     "embed_dim": 16,
@@ -54,6 +55,31 @@ def compile_first() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         native.why_not("cpu")
+
+
+class Patience:
+    """How long to wait for processes: a busy machine slows them down, a hang computes nothing."""
+
+    def __init__(self, processes: list[Any]) -> None:
+        self.pids = [process.pid for process in processes]
+        self.began_at = self.computed_at = time.monotonic()
+        self.cpu_seconds = 0.0
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        cpu_seconds = sum(map(_cpu_seconds, self.pids))
+        if cpu_seconds > self.cpu_seconds + 1:
+            self.cpu_seconds = cpu_seconds
+            self.computed_at = now
+        return now > min(self.computed_at + LIMIT, self.began_at + LONGEST)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process, without its children; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def ask_for_stacks(processes: list[Any]) -> None:
@@ -131,10 +157,14 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
             process.start()
         outcomes: list[Outcome] = []
         try:
-            while len(outcomes) < ranks:
+            patience = Patience(processes)
+            while len(outcomes) < ranks and not patience.is_over():
                 # A rank that has failed leaves the others waiting for it.
-                limit = 10 if any(outcome.failed for outcome in outcomes) else LIMIT
-                outcomes.append(queue_of_outcomes.get(timeout=limit))
+                failed = any(outcome.failed for outcome in outcomes)
+                with contextlib.nullcontext() if failed else contextlib.suppress(queue.Empty):
+                    outcomes.append(queue_of_outcomes.get(timeout=10))
+            if len(outcomes) < ranks:
+                raise queue.Empty
         except queue.Empty:
             ask_for_stacks(processes)
             missing = f"{ranks - len(outcomes)} ranks gave nothing\n{logs_of(Path(folder))}"
@@ -260,13 +290,14 @@ def torchrun(folder: Path, argv: list[str], *flags: str) -> subprocess.Popen[str
     )
 
 
-def exit_codes(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
-    """Wait for the processes; their exit codes, None for one that outlives the limit, whose stacks
-    are in its log."""
-    deadline = time.monotonic() + limit
+def exit_codes(processes: list[Any]) -> list[int | None]:
+    """Wait for the processes; their exit codes, None for one that hangs, whose stacks are in its
+    log."""
+    patience = Patience(processes)
     try:
-        for process in processes:
-            process.join(max(0.1, deadline - time.monotonic()))
+        while any(process.exitcode is None for process in processes) and not patience.is_over():
+            for process in processes:
+                process.join(0.05)
         if any(process.exitcode is None for process in processes):
             ask_for_stacks(processes)
         return [process.exitcode for process in processes]
@@ -277,10 +308,10 @@ def exit_codes(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
 
 def wait_until(condition: Callable[[], Any], processes: list[Any], folder: Path) -> None:
     """Wait for a condition that one of the processes makes true."""
-    deadline = time.monotonic() + LIMIT
+    patience = Patience(processes)
     while not condition():
         assert all(map(_alive, processes)), logs_of(folder)
-        if time.monotonic() > deadline:
+        if patience.is_over():
             ask_for_stacks(processes)
             raise AssertionError(logs_of(folder))
         time.sleep(0.005)
