@@ -31,7 +31,6 @@ from protoclip.ops.pairs import Gaps, Matching, Pairs, SameId, pair_tensors
 from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
 from protoclip.ops.sums import LN2, log_add, logits_of_negatives, smoothing, with_others
 
-
 NUM_POSITIVES = PairStatistics._fields.index("num_positives")  # a row of the statistics
 
 
