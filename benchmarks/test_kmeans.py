@@ -312,7 +312,7 @@ def test_clusters(bench: Bench, name: str, phase: str, case: int) -> None:
             shape.n, shape.d, centers=shape.k, random_state=0
         )
         points = torch.from_numpy(blobs).float()
-    seeds = range(30 if shape.n < 10_000 else 3)
+    seeds = range(10 if shape.n < 10_000 else 2)
 
     def inertia(seed: int) -> float:
         centroids = CLUSTERS[name](points, shape.k, phase, seed)

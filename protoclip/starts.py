@@ -22,6 +22,7 @@ GREEDY = 50_000_000  # the largest N x K that starts greedily: 2 s at D = 128 on
 MAX_DRAWS = 1024  # candidates per pass over the points
 BLOCK = 1 << 22  # distances that the greedy start keeps at once
 PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
+FEW = 1 << 17  # numbers; up to so many, finding those near a point takes longer than all of them
 FAR = 64  # a column lies far from 0 if its values differ by less than one part in so many
 
 Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
@@ -254,8 +255,8 @@ def _greedy(
     chosen = [centroids]
     num_chosen = 1
     while num_chosen < num_clusters:
-        # While an eighth more centroids are chosen, few of the candidates become too near.
-        rounds = max(1, min(blocks, num_chosen // 8, num_clusters - num_chosen))
+        # While half as many more centroids are chosen, few of the candidates become too near.
+        rounds = max(1, min(blocks, num_chosen // 2, num_clusters - num_chosen))
         candidates = _Candidates.draw(rows, squared, trials * rounds, generator)
         apart = candidates.apart()
         offsets = candidates.points - mean.to(points)
@@ -272,8 +273,10 @@ def _greedy(
             left = torch.minimum(distances[torch.from_numpy(kept).to(points.device)], squared)
             sums = left.sum(1) if weights is None else left @ weights
             best = int(kept[int(rows.sum(sums.double()).argmin())])
-            error = PRODUCT_ERROR * (norms + offset_norms[best])
-            near = (distances[best] < squared + error).nonzero()[:, 0]
+            near: Tensor | slice = slice(None)
+            if points.numel() > FEW:
+                error = PRODUCT_ERROR * (norms + offset_norms[best])
+                near = (distances[best] < squared + error).nonzero()[:, 0]
             centroid = candidates.points[best]
             fresh = (points[near] - centroid).square().sum(1)
             squared[near] = torch.minimum(squared[near], fresh)
