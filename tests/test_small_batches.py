@@ -312,6 +312,17 @@ def test_the_page_has_the_planned_table_and_the_rest_says_that_it_is_exploratory
     assert "](small-batches.svg)" in text
 
 
+def test_a_rate_at_the_edge_of_what_was_tried_is_not_called_the_best() -> None:
+    tried = [
+        scored(Task("tune", MLP, OURS, 1000, lr, 4.0, 64, 60_000), value)
+        for lr, value in ((5e-4, 0.5), (1e-3, 0.6), (2e-3, 0.7))
+    ]
+    assert "**" not in small_batches_report.tuning_table(tried)
+    assert "**0.001: 0.6000** (1)" in small_batches_report.tuning_table(
+        [*tried[:2], scored(Task("tune", MLP, OURS, 1000, 2e-3, 4.0, 64, 60_000), 0.55)]
+    )
+
+
 def test_the_picture_has_a_point_and_its_number_for_each_batch() -> None:
     runs = small_batches_report.runs_of(judged_runs(MLP), MLP)
     gained = small_batches_report.by_batch(runs)

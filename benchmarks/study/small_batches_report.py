@@ -197,11 +197,12 @@ def tuning_table(found: Iterable[Run]) -> str:
     for (tower, row, epochs), by_lr in tried.items():
         means = {lr: statistics.fmean(scores) for lr, scores in by_lr.items()}
         best = max(means, key=lambda lr: means[lr])
-        cells = [
-            f"{'**' if lr == best else ''}{lr:g}: {means[lr]:.4f}{'**' if lr == best else ''} "
-            f"({len(scores)})"
-            for lr, scores in by_lr.items()
-        ]
+        cells = []
+        for lr, scores in by_lr.items():
+            cell = f"{lr:g}: {means[lr]:.4f}"
+            if lr == best and min(means) < lr < max(means):  # at the edge it is not found yet
+                cell = f"**{cell}**"
+            cells.append(f"{cell} ({len(scores)})")
         lines.append([TOWERS[tower], row, f"{epochs:g}", "; ".join(cells)])
     head = ["tuning", "", "epochs", "learning rate: mean of the primary metrics (seeds)"]
     return table(head, lines) if lines else ""
@@ -246,8 +247,8 @@ def section(found: Sequence[Run], floors: Sequence[str]) -> str:
     tuned = sum(run["stage"] == "tune" for run in found)
     parts = [
         planned_table(by_tower) or "**No answer yet**: no tower's planned runs are all finished.",
-        f"Finished of the planned runs are {' and '.join(counts)}; {tuned} runs of tuning; "
-        f"{len(found)} records in all.",
+        f"Finished of the planned runs are {' and '.join(counts)}; tuning runs: {tuned}; "
+        f"records in all: {len(found)}.",
     ]
     gained = by_batch(by_tower["mlp"])
     if enough_for_picture(gained):
