@@ -329,11 +329,14 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
 
 
 def put_channels_last(model: ProtoModel, device: torch.device) -> None:
-    """On a CPU, store a convolutional image tower's weights channels-last, oneDNN's native layout;
-    the numbers in features and checkpoints do not change."""
+    """Store a convolutional image tower's weights channels-last, the native layout of oneDNN and of
+    tensor cores; on a CPU the numbers in features and checkpoints do not change."""
     visual = model.clip.visual
     # A ViT has one convolution, whose patches are flattened right after it.
-    if device.type == "cpu" and sum(isinstance(m, nn.Conv2d) for m in visual.modules()) > 1:
+    if (
+        device.type in ("cpu", "cuda")
+        and sum(isinstance(m, nn.Conv2d) for m in visual.modules()) > 1
+    ):
         visual.to(memory_format=torch.channels_last)
 
 

@@ -167,12 +167,13 @@ def random_images() -> Tensor:
     return torch.randn(3, 3, 32, 32, dtype=torch.float64)
 
 
-def test_channels_last_is_for_convolutions_on_the_cpu(
-    convolutions: ProtoModel, model: ProtoModel
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # the layout is chosen, nothing is moved
+def test_channels_last_is_for_convolutions(
+    device: str, convolutions: ProtoModel, model: ProtoModel
 ) -> None:
-    assert not channels_last(convolutions).clip.visual.conv2.weight.is_contiguous()
-    put_channels_last(convolutions, torch.device("cuda"))  # measured on CPUs only
     assert convolutions.clip.visual.conv2.weight.is_contiguous()
+    put_channels_last(convolutions, torch.device(device))
+    assert not convolutions.clip.visual.conv2.weight.is_contiguous()
     assert channels_last(model).clip.visual.conv1.weight.is_contiguous()  # a ViT's
 
 

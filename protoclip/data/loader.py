@@ -121,6 +121,7 @@ def batches(
     workers: int = 0,
     captions: str = "random",
     faults: Faults | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Load pairs in the given order.
 
@@ -135,10 +136,14 @@ def batches(
             draws, any in the others.
         faults: notes unreadable pairs; each is replaced by another of the draws, chosen by
             (seed, j). None: an unreadable pair raises a DataError that names it.
+        pin_memory: whether batches of workers come in pinned memory; needs a GPU.
     """
     source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
     firsts = range(draws.start, len(draws.positions), batch_size)
-    loaded = _in_workers(source, firsts, workers) if workers else map(source.load, firsts)
+    if workers:
+        loaded = _in_workers(source, firsts, workers, pin_memory)
+    else:
+        loaded = map(source.load, firsts)
     return loaded if faults is None else map(faults.noted, loaded)
 
 
@@ -219,7 +224,7 @@ class _Source:
             return error  # raised in a worker, it would arrive wrapped in a traceback
 
 
-def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]:
+def _in_workers(source: _Source, firsts: range, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Yield batches in order; replace dead workers and continue where they stopped."""
     done = 0
     crashes = 0
@@ -229,6 +234,7 @@ def _in_workers(source: _Source, firsts: range, workers: int) -> Iterator[Batch]
             batch_size=None,
             sampler=firsts[done:],
             num_workers=min(workers, len(firsts) - done),
+            pin_memory=pin_memory,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # otherwise it uses the caller's
         )

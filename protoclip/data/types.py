@@ -44,6 +44,15 @@ class Batch:
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a GPU copies while the host goes on."""
+        return Batch(
+            index=self.index.pin_memory(),
+            image=self.image.pin_memory(),
+            tokens=self.tokens.pin_memory(),
+            bad=self.bad,
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         return Batch(

@@ -71,6 +71,7 @@ class Stepper:
         self.phases = phases or Phases(self.device)
         self.autocast = autocast_for(precision, self.device)
         self.clip_norm = config.grad_clip_norm
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.terms = OwnTerms(terms).to(self.device)
         self.adamw = build_optimiser(model, config, self.terms.parameters())
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
@@ -104,7 +105,7 @@ class Stepper:
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
             group["lr"] = image_lr if group["image"] and image_lr is not None else lr
-        batches = [batch.to(self.device, non_blocking=True) for batch in batches]
+        batches = [self._on_device(batch) for batch in batches]
         index = torch.cat([batch.index for batch in batches])
         ids = self._ids(batches, index)
         statistics = [buffer.clone() for buffer in self._buffers()]
@@ -135,6 +136,18 @@ class Stepper:
         if ids is not None and self.loss.config.dedup == "caption":
             same_caption = repeated(ids)
         return Step(index, losses, projected, norm, finite, same_caption)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """Copy a batch, on a GPU while it still works on the step before."""
+        if self._copies is None:
+            return batch.to(self.device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            copied = batch.pin_memory().to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        for tensor in (copied.index, copied.image, copied.tokens):
+            tensor.record_stream(computing)  # or the next copy could get its memory too early
+        return copied
 
     def _forward(
         self,

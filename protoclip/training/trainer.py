@@ -261,6 +261,7 @@ class Trainer:
             workers=self.config.data.workers,
             captions=self.config.data.captions,
             faults=self.faults,
+            pin_memory=self.setup.device.type == "cuda",
         )
         return iter(stream)
 
