@@ -61,71 +61,71 @@ struct GradientSide {
 // P_column - weights at positives; for the contrastive loss + their weights.
 template <typename Pairs>
 struct SoftmaxGradient {
-  const GradientSide &row_, &column_;
-  bool both_directions_;  // whether columns have a loss too
-  Base2 base2_;
-  const Pairs& pairs_;
-  float* dkey_bias_ = nullptr;  // [M], to which the column sums of G are added, or null
+  const GradientSide &by_row, &by_column;
+  bool both_directions;  // whether columns have a loss too
+  Base2 base2;
+  const Pairs& pairs;
+  float* dkey_bias = nullptr;  // [M], to which the column sums of G are added, or null
 
-  GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
-    if (pairs_.has_own(range)) return exact(range, s, ld);
-    const float* row = row_.reference.get() + range.row;
-    const auto rows = std::minmax_element(row, row + range.rows);
+  GradientSums operator()(const GradientTile& tile) const {
+    if (pairs.has_own(tile)) return exact(tile);
+    const float* row = by_row.reference.get() + tile.row;
+    const auto rows = std::minmax_element(row, row + tile.rows);
     float low = *rows.first, high = *rows.second;
-    if (both_directions_) {
-      const float* column = column_.reference.get() + range.column;
-      const auto columns = std::minmax_element(column, column + range.columns);
+    if (both_directions) {
+      const float* column = by_column.reference.get() + tile.column;
+      const auto columns = std::minmax_element(column, column + tile.columns);
       low = std::min(low, *columns.first), high = std::max(high, *columns.second);
     }
-    return high - low <= kSharedSpread ? shared(range, s, ld, low) : exact(range, s, ld);
+    return high - low <= kSharedSpread ? shared(tile, low) : exact(tile);
   }
 
   // `weigh(i, j, v) -> G` on vectors of base-2 logits, for all of the tile.
   template <typename Weigh>
-  GradientSums each(const TileRange& range, float* s, int64_t ld, const Weigh& weigh) const {
+  GradientSums each(const GradientTile& tile, const Weigh& weigh) const {
     GradientSums sums;
-    alignas(64) float by_column[256];
-    if (Pairs::kMatched && dkey_bias_ != nullptr) std::fill_n(by_column, 256, 0.f);
-    for (int64_t i = 0; i < range.rows; ++i, s += ld) {
-      Floats row{};
-      const auto pairs = pairs_.row(range.row + i);
-      const float row_positive = Pairs::kMatched ? row_.positive_weight.get()[range.row + i] : 0.f;
-      for (int64_t j = 0; j < range.columns; j += kLanes) {
-        Floats dot = load(s + j);
-        const int64_t used = range.columns - j;
-        for (int64_t lane = used; lane < kLanes; ++lane) dot[lane] = 0.f;
+    alignas(64) float bias_sums[GradientTile::kColumns];
+    if (Pairs::kMatched && dkey_bias != nullptr) std::fill_n(bias_sums, tile.columns, 0.f);
+    Floats g_dot{};
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const float* dots = tile.dots + i * tile.ld_dots;
+      float* out = tile.g + i * tile.ld;
+      const auto row_pairs = pairs.row(tile.row + i);
+      const float row_positive = Pairs::kMatched ? by_row.positive_weight.get()[tile.row + i] : 0.f;
+      for (int64_t j = 0; j < tile.columns; j += kLanes) {
+        __builtin_prefetch(dots + kRowsAhead * tile.ld_dots + j);
+        const Floats dot = first_lanes(load(dots + j), tile.columns - j);
         Floats g;
         if constexpr (Pairs::kMatched) {
-          g = weigh(i, j, pairs.biased(base2_(dot), range.column + j));
-          const Lanes lanes = pairs.at(range.column + j);
+          g = weigh(i, j, row_pairs.biased(base2(dot), tile.column + j));
+          const Lanes lanes = row_pairs.at(tile.column + j);
           const Floats positive =
-              row_positive + load(column_.positive_weight.get() + range.column + j);
+              row_positive + load(by_column.positive_weight.get() + tile.column + j);
           g = (lanes.unseen ? Floats{} : g) + (lanes.positive ? positive : Floats{});
         } else {
-          g = weigh(i, j, base2_(dot));
+          g = weigh(i, j, base2(dot));
         }
-        for (int64_t lane = used; lane < kLanes; ++lane) g[lane] = 0.f;
-        row += g * dot;
-        store(s + j, g);
-        if (Pairs::kMatched && dkey_bias_ != nullptr) store(by_column + j, load(by_column + j) + g);
+        g = first_lanes(g, tile.columns - j);
+        g_dot += g * dot;
+        store(out + j, g);
+        if (Pairs::kMatched && dkey_bias != nullptr) store(bias_sums + j, load(bias_sums + j) + g);
       }
-      sums.g_dot += sum(row);
+      if (i % kSummedRows == kSummedRows - 1 || i + 1 == tile.rows)
+        sums.g_dot += sum(g_dot), g_dot = Floats{};
     }
     // A column belongs to one thread, and its rows come in order.
-    for (int64_t j = 0; Pairs::kMatched && dkey_bias_ != nullptr && j < range.columns; ++j)
-      dkey_bias_[range.column + j] += by_column[j];
+    for (int64_t j = 0; Pairs::kMatched && dkey_bias != nullptr && j < tile.columns; ++j)
+      dkey_bias[tile.column + j] += bias_sums[j];
     return sums;
   }
 
-  GradientSums shared(const TileRange& range, float* s, int64_t ld, float low) const {
+  GradientSums shared(const GradientTile& tile, float low) const {
     const Floats reference = broadcast(low);
-    alignas(64) float rows[256], columns[256];
-    factors(row_, range.row, range.rows, reference, rows);
-    if (both_directions_)  // without, 0 times what may be infinite
-      factors(column_, range.column, range.columns, reference, columns);
-    else
-      std::fill_n(columns, 256, 0.f);
-    return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
+    alignas(64) float rows[GradientTile::kRows], columns[GradientTile::kColumns] = {};
+    factors(by_row, tile.row, tile.rows, reference, rows);
+    if (both_directions)  // without, 0 times what may be infinite
+      factors(by_column, tile.column, tile.columns, reference, columns);
+    return each(tile, [&](int64_t i, int64_t j, Floats v) {
       return exp2(v - reference) * (load(columns + j) + rows[i]);
     });
   }
@@ -137,25 +137,29 @@ struct SoftmaxGradient {
                          exp2(reference - load(side.reference.get() + first + i)));
   }
 
-  GradientSums exact(const TileRange& range, float* s, int64_t ld) const {
-    const float *row_reference = row_.reference.get() + range.row,
-                *row_factor = row_.probability_weight.get() + range.row,
-                *column_reference = column_.reference.get() + range.column,
-                *column_factor = column_.probability_weight.get() + range.column;
-    return each(range, s, ld, [&](int64_t i, int64_t j, Floats v) {
+  GradientSums exact(const GradientTile& tile) const {
+    const float *row_reference = by_row.reference.get() + tile.row,
+                *row_factor = by_row.probability_weight.get() + tile.row,
+                *column_reference = by_column.reference.get() + tile.column,
+                *column_factor = by_column.probability_weight.get() + tile.column;
+    return each(tile, [&](int64_t i, int64_t j, Floats v) {
       Floats g = exp2(v - row_reference[i]) * row_factor[i];
-      if (both_directions_) g += exp2(v - load(column_reference + j)) * load(column_factor + j);
+      if (both_directions) g += exp2(v - load(column_reference + j)) * load(column_factor + j);
       if constexpr (!Pairs::kMatched) {
-        const int64_t p = range.row + i + pairs_.offset - range.column - j;  // the positive's lane
+        const int64_t p = tile.row + i + pairs.offset - tile.column - j;  // the positive's lane
         if (0 <= p && p < kLanes) {
-          const int64_t own = range.row + i;
-          g[p] -=
-              row_.positive_weight.get()[own] + column_.positive_weight.get()[own + pairs_.offset];
+          const int64_t own = tile.row + i;
+          g[p] -= by_row.positive_weight.get()[own] +
+                  by_column.positive_weight.get()[own + pairs.offset];
         }
       }
       return g;
     });
   }
+
+  // Rows of a stash lie too far apart for the processor to foresee the next.
+  static constexpr int64_t kRowsAhead = 8;
+  static constexpr int64_t kSummedRows = 8;  // in fp32, before they move to fp64
 };
 
 // The stash in `memory`, plain bytes, or none.
@@ -188,7 +192,7 @@ GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, 
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Pass = GradientPass<decltype(a)::value>;
     using Input = typename Operands<decltype(a)::value>::Input;
-    return Pass::run(strip, epilogue, in.logit_scale, true, out.dx.mutable_data_ptr<Input>(),
+    return Pass::run(strip, epilogue, in.logit_scale, out.dx.mutable_data_ptr<Input>(),
                      out.dy.mutable_data_ptr<Input>(), Pass::kDefaultChain, stash);
   });
 }
@@ -296,33 +300,35 @@ inline Floats log1p(Floats u) {
 
 template <typename Pairs>
 struct SigmoidGradient {
-  float logit_scale_, logit_bias_;
-  const Pairs& pairs_;
+  float logit_scale, logit_bias;
+  const Pairs& pairs;
 
-  GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
+  GradientSums operator()(const GradientTile& tile) const {
     GradientSums sums;
-    for (int64_t i = 0; i < range.rows; ++i, s += ld) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      const float* dots = tile.dots + i * tile.ld_dots;
+      float* out = tile.g + i * tile.ld;
       Floats loss{}, g_sum{}, g_dot{};
-      const auto pairs = pairs_.row(range.row + i);
-      for (int64_t j = 0; j < range.columns; j += kLanes) {
-        Floats dot = load(s + j), sign = broadcast(1.f), used = broadcast(1.f);
+      const auto row_pairs = pairs.row(tile.row + i);
+      for (int64_t j = 0; j < tile.columns; j += kLanes) {
+        Floats dot = load(dots + j), sign = broadcast(1.f), used = broadcast(1.f);
         if constexpr (Pairs::kMatched) {
-          const Lanes lanes = pairs.at(range.column + j);
+          const Lanes lanes = row_pairs.at(tile.column + j);
           sign = lanes.positive ? broadcast(-1.f) : sign;
           used = lanes.unseen ? Floats{} : used;
         } else {
-          const int64_t positive = range.row + i + pairs_.offset - range.column - j;
+          const int64_t positive = tile.row + i + pairs.offset - tile.column - j;
           if (0 <= positive && positive < kLanes) sign[positive] = -1.f;
         }
-        for (int64_t lane = range.columns - j; lane < kLanes; ++lane) dot[lane] = used[lane] = 0.f;
-        const Floats v = sign * (dot * logit_scale_ + logit_bias_);  // a logit that should be low
+        for (int64_t lane = tile.columns - j; lane < kLanes; ++lane) dot[lane] = used[lane] = 0.f;
+        const Floats v = sign * (dot * logit_scale + logit_bias);  // a logit that should be low
         const Floats size = v < 0.f ? -v : v;
         const Floats u = exp2(size * -kLog2E), inverse = 1.f / (1.f + u);
         const Floats g = sign * used * (v < 0.f ? u * inverse : inverse);
         loss += used * (larger(Floats{}, v) + log1p(u));
         g_sum += g;
         g_dot += g * dot;
-        store(s + j, g);
+        store(out + j, g);
       }
       sums += {sum(g_dot), sum(g_sum), sum(loss)};
     }
@@ -337,9 +343,9 @@ GradientSums sigmoid(const Inputs& in, float logit_bias, const Pairs& pairs, boo
   return in.dispatch([&](auto a) {
     const Strip<decltype(a)::value> strip(in.x, in.y);
     using Input = typename Operands<decltype(a)::value>::Input;
-    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.logit_scale, gradients,
-                                                 out.dx.mutable_data_ptr<Input>(),
-                                                 out.dy.mutable_data_ptr<Input>());
+    const auto data = [&](Tensor& t) { return gradients ? t.mutable_data_ptr<Input>() : nullptr; };
+    return GradientPass<decltype(a)::value>::run(strip, epilogue, in.logit_scale, data(out.dx),
+                                                 data(out.dy));
   });
 }
 

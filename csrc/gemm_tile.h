@@ -34,6 +34,14 @@ inline void transpose(const float* in, int64_t ld_in, int64_t m, int64_t n, floa
                                     std::min<int64_t>(16, m - i), std::min<int64_t>(16, n - j));
 }
 
+inline void transpose(const BFloat16* in, int64_t ld_in, int64_t m, int64_t n, BFloat16* out,
+                      int64_t ld_out) {
+  for (int64_t i = 0; i < m; i += 32)
+    for (int64_t j = 0; j < n; j += 32)
+      at::vec::transpose_mxn<BFloat16>(in + i * ld_in + j, ld_in, out + j * ld_out + i, ld_out,
+                                       std::min<int64_t>(32, m - i), std::min<int64_t>(32, n - j));
+}
+
 inline void to_bf16(const float* in, int64_t n, BFloat16* out) {
   int64_t i = 0;
 #ifdef __AVX512BF16__
@@ -56,19 +64,25 @@ inline void pack_transposed(const BFloat16* y, int64_t ld, int64_t n, int64_t k,
     for (int64_t p = 0; p < k; ++p) out[(p / 2 * ldb + j) * 2 + p % 2] = y[j * ld + p];
 }
 
+// Two rows as one of pairs: a_0 b_0 a_1 b_1 ...
+inline void interleave(const BFloat16* a, const BFloat16* b, int64_t n, BFloat16* out) {
+  int64_t j = 0;
+#ifdef __AVX512BW__
+  for (; j + kLanes <= n; j += kLanes) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + j)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + j)));
+    _mm512_storeu_si512(out + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+#endif
+  for (; j < n; ++j) out[2 * j] = a[j], out[2 * j + 1] = b[j];
+}
+
 // The right operand of G Y: y [k, n] -> [ceil(k/2), ldb, 2], a missing last row as zeros.
 inline void pack_rows(const BFloat16* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
                       int64_t ldb) {
-  for (int64_t p = 0; p < k; p += 2) {
-    const BFloat16* first = y + p * ld;
-    BFloat16* row = out + p * ldb;
-    if (p + 1 < k) {
-      const BFloat16* second = first + ld;
-      for (int64_t j = 0; j < n; ++j) row[2 * j] = first[j], row[2 * j + 1] = second[j];
-    } else {
-      for (int64_t j = 0; j < n; ++j) row[2 * j] = first[j], row[2 * j + 1] = BFloat16(0.f);
-    }
-  }
+  const std::vector<BFloat16> zeros(k % 2 ? n : 0);
+  for (int64_t p = 0; p < k; p += 2)
+    interleave(y + p * ld, p + 1 < k ? y + (p + 1) * ld : zeros.data(), n, out + p * ldb);
 }
 
 // ---- products ----
@@ -177,8 +191,7 @@ inline void release_matrix_unit() {
 
 enum class Arithmetic { kFloat, kBf16 };
 
-// `depth(k)` is the packed length of a reduced dimension k. A is used in place (kBf16: k is even);
-// `left_tile` makes it from an fp32 tile whose columns up to an even number are written.
+// `depth(k)` is the packed length of a reduced dimension k. A is used in place (kBf16: k is even).
 // `right_transposed` and `right_rows` pack B for X Y^T and, unless kRightRowsInPlace, for G Y.
 template <Arithmetic>
 struct Operands;
@@ -188,9 +201,6 @@ struct Operands<Arithmetic::kFloat> {
   using Input = float;
   static constexpr bool kRightRowsInPlace = true;
   static int64_t depth(int64_t k) { return k; }
-  static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, float* out) {
-    for (int64_t i = 0; i < m; ++i) std::copy_n(g + i * ld, k, out + i * k);
-  }
   static void right_transposed(const float* y, int64_t ld, int64_t n, int64_t k, float* out,
                                int64_t ldb) {
     transpose(y, ld, n, k, out, ldb);
@@ -203,9 +213,6 @@ struct Operands<Arithmetic::kBf16> {
   using Input = BFloat16;
   static constexpr bool kRightRowsInPlace = false;
   static int64_t depth(int64_t k) { return round_up(k, 2); }
-  static void left_tile(const float* g, int64_t ld, int64_t m, int64_t k, BFloat16* out) {
-    for (int64_t i = 0; i < m; ++i) to_bf16(g + i * ld, depth(k), out + i * depth(k));
-  }
   static void right_transposed(const BFloat16* y, int64_t ld, int64_t n, int64_t k, BFloat16* out,
                                int64_t ldb) {
     pack_transposed(y, ld, n, k, out, ldb);

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "strip_gradient.h"
+#include "strip.h"
 
 namespace protoclip {
 

@@ -20,7 +20,7 @@
 #include <limits>
 #include <vector>
 
-#include "strip_gradient.h"
+#include "strip.h"
 
 namespace protoclip {
 

@@ -6,6 +6,7 @@
 
 #include "cpu_ops.h"
 #include "prototype_attention.h"
+#include "strip_gradient.h"
 
 namespace protoclip {
 namespace {
@@ -142,23 +143,25 @@ namespace {
 
 // Turns dot products into G = w (p - [hard and y = k]).
 struct PrototypeGradient {
-  const int64_t* labels_;
-  const float *max_, *sum_, *weight_;
-  bool hard_;
-  Base2 base2_;
+  const int64_t* labels;
+  const float *max, *sum, *weight;
+  bool hard;
+  Base2 base2;
 
-  GradientSums operator()(const TileRange& range, float* s, int64_t ld) const {
-    for (int64_t i = range.row; i < range.row + range.rows; ++i, s += ld) {
-      const int64_t label = labels_[i] - range.column, width = round_up(range.columns, kLanes);
-      if (labels_[i] == kLeftOut) {
-        std::fill_n(s, width, 0.f);
+  GradientSums operator()(const GradientTile& tile) const {
+    const float* dots = tile.dots;
+    float* g = tile.g;
+    for (int64_t i = tile.row; i < tile.row + tile.rows; ++i, dots += tile.ld_dots, g += tile.ld) {
+      const int64_t label = labels[i] - tile.column, width = round_up(tile.columns, kLanes);
+      if (labels[i] == kLeftOut) {
+        std::fill_n(g, width, 0.f);
         continue;
       }
-      const Floats reference = broadcast(max_[i]), factor = broadcast(weight_[i] / sum_[i]);
+      const Floats reference = broadcast(max[i]), factor = broadcast(weight[i] / sum[i]);
       for (int64_t j = 0; j < width; j += kLanes)
-        store(s + j, exp2(base2_(load(s + j)) - reference) * factor);
-      std::fill(s + range.columns, s + width, 0.f);
-      if (hard_ && 0 <= label && label < range.columns) s[label] -= weight_[i];
+        store(g + j, exp2(base2(load(dots + j)) - reference) * factor);
+      std::fill(g + tile.columns, g + width, 0.f);
+      if (hard && 0 <= label && label < tile.columns) g[label] -= weight[i];
     }
     return {};
   }
@@ -185,7 +188,7 @@ Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototy
   dispatch_arithmetic(arithmetic, [&](auto a) {
     using Input = typename Operands<decltype(a)::value>::Input;
     const Strip<decltype(a)::value> strip(x, c);
-    GradientPass<decltype(a)::value>::run(strip, epilogue, s, true, nullptr,
+    GradientPass<decltype(a)::value>::run(strip, epilogue, s, nullptr,
                                           out.mutable_data_ptr<Input>(),
                                           dot_chain(arithmetic, strip.n, strip.m));
   });

@@ -54,6 +54,11 @@ inline Floats broadcast(float a) { return a - Floats{}; }
 inline Ints broadcast(int32_t a) { return a - Ints{}; }
 constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+// v in the first `count` lanes, 0 in the others.
+inline Floats first_lanes(Floats v, int64_t count) {
+  return kLaneNumbers < static_cast<int32_t>(count) ? v : Floats{};
+}
+
 // A NaN in b stays; one in a is dropped.
 template <typename Vector>
 Vector larger(Vector a, Vector b) {

@@ -203,7 +203,7 @@ def test_siglip_loss_is_open_clips(n: int) -> None:
 @pytest.mark.skipif(
     protoclip.backends("siglip")["cpu"] is not None, reason=str(protoclip.backends("siglip")["cpu"])
 )
-@pytest.mark.parametrize("n, d", [(1, 1), (2, 17), (252, 123), (300, 64)])
+@pytest.mark.parametrize("n, d", [(1, 1), (2, 17), (252, 123), (300, 64), (1101, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("logit_scale, logit_bias", [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
 def test_the_sigmoid_loss_is_within_budget(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,15 +182,16 @@ def test_cpus_without_bf16_products_are_within_budget(cpu: str) -> None:
 @pytest.mark.parametrize("logit_scale", [40.0, 100.0])
 @pytest.mark.parametrize("both_directions", [True, False], ids=["both ways", "rows only"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Within a block of G; more blocks of rows (1,024) and of columns (4,096), each with an odd end.
+@pytest.mark.parametrize("n, m, offset", [(131, 700, 300), (1153, 4229, 3000)])
 def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
-    both_directions: bool, dtype: torch.dtype, logit_scale: float
+    n: int, m: int, offset: int, both_directions: bool, dtype: torch.dtype, logit_scale: float
 ) -> None:
-    """As local_loss asks for."""
-    offset = 300
-    features, y = clustered(700, 48, dtype)
-    x = features[offset:431]
-    row_weight = torch.rand(131)
-    column_weight = torch.rand(700) if both_directions else torch.empty(0)
+    """As local_loss asks for; the same bits for any number of threads."""
+    features, y = clustered(m, 48, dtype)
+    x = features[offset : offset + n]
+    row_weight = torch.rand(n)
+    column_weight = torch.rand(m) if both_directions else torch.empty(0)
     strip = info_nce_loss.info_nce_strip(
         x,
         y,
@@ -198,22 +200,29 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
         both_directions=both_directions,
         backend="cpu",
     )
-    gradients = info_nce_loss.info_nce_gradients(
-        x,
-        y,
-        torch.tensor(logit_scale),
-        row_reference=strip.row_reference,
-        row_sum=strip.row_sum,
-        column_reference=strip.column_reference,
-        column_sum=strip.column_sum,
-        row_weight=row_weight,
-        column_weight=column_weight,
-        direction_weight=1.0,
-        mean=False,
-        stash=no_stash(x),
-        offset=offset,
-        backend="cpu",
-    )
+
+    def strip_gradient() -> Any:
+        return info_nce_loss.info_nce_gradients(
+            x,
+            y,
+            torch.tensor(logit_scale),
+            row_reference=strip.row_reference,
+            row_sum=strip.row_sum,
+            column_reference=strip.column_reference,
+            column_sum=strip.column_sum,
+            row_weight=row_weight,
+            column_weight=column_weight,
+            direction_weight=1.0,
+            mean=False,
+            stash=no_stash(x),
+            offset=offset,
+            backend="cpu",
+        )
+
+    gradients, *repeated = on_threads(strip_gradient, (1, 2, 7))
+    for other in repeated:
+        assert torch.equal(gradients.dx, other.dx) and torch.equal(gradients.dy, other.dy)
+        assert torch.equal(gradients.dlogit_scale, other.dlogit_scale)
     got = {
         "row level": LN2 * (strip.row_sum.log2() + strip.row_reference),
         "positive": LN2 * strip.positive,
