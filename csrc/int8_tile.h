@@ -2,7 +2,7 @@
 // three widths is compiled: AVX-512 VNNI, AVX2, or plain loops.
 //
 // AVX2 has no 8-bit dot product that cannot saturate at full range: there the unsigned operand
-// keeps 7 bits (LEFT_MAX), which costs accuracy of the codes, never correctness.
+// keeps 7 bits (kLeftMax), which costs accuracy of the codes, never correctness.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +23,16 @@
 namespace protoclip::int8 {
 
 #if defined(PROTOCLIP_INT8_AVX512)
-constexpr int LANES = 16, ROWS = 8, VECS = 3, LEFT_MAX = 127;
+constexpr int kLanes = 16, kRows = 8, kVectors = 3, kLeftMax = 127;
 #elif defined(PROTOCLIP_INT8_AVX2)
-constexpr int LANES = 8, ROWS = 4, VECS = 2, LEFT_MAX = 63;
+constexpr int kLanes = 8, kRows = 4, kVectors = 2, kLeftMax = 63;
 #else
-constexpr int LANES = 8, ROWS = 4, VECS = 2, LEFT_MAX = 127;
+constexpr int kLanes = 8, kRows = 4, kVectors = 2, kLeftMax = 127;
 #endif
 
 // int32 lanes, not __m512i: GCC 12 keeps a stack copy of every sum that changes its type.
-typedef int32_t Int __attribute__((vector_size(4 * LANES)));
-typedef float Float __attribute__((vector_size(4 * LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+typedef float Float __attribute__((vector_size(4 * kLanes)));
 
 inline Int load(const void* p) {
   Int v;
@@ -61,11 +61,11 @@ inline Int dot4(Int sum, Int left, Int right) {
       _mm256_maddubs_epi16((__m256i)left, (__m256i)right);  // |pair| <= 2 * 127 * 127 < 2^15
   return sum + (Int)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
-  uint8_t a[4 * LANES];
-  int8_t b[4 * LANES];
+  uint8_t a[4 * kLanes];
+  int8_t b[4 * kLanes];
   std::memcpy(a, &left, sizeof a);
   std::memcpy(b, &right, sizeof b);
-  for (int i = 0; i < 4 * LANES; ++i) sum[i / 4] += a[i] * b[i];
+  for (int i = 0; i < 4 * kLanes; ++i) sum[i / 4] += a[i] * b[i];
   return sum;
 #endif
 }
@@ -77,12 +77,12 @@ inline uint32_t mask_ge(Float a, Float b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #else
   uint32_t mask = 0;
-  for (int i = 0; i < LANES; ++i) mask |= uint32_t{a[i] >= b[i]} << i;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t{a[i] >= b[i]} << i;
   return mask;
 #endif
 }
 
-constexpr int COLS = LANES * VECS;
+constexpr int kColumns = kLanes * kVectors;
 
 // f(0) ... f(COUNT - 1) with constant arguments: arrays of vectors then stay in registers.
 template <class F, int... I>
@@ -94,23 +94,24 @@ inline ALWAYS_INLINE void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, COUNT>{});
 }
 
-// sums[r * VECS + v] = start[v] + sum_j left[r][j] right[j][v]: left is ROWS rows `stride` bytes
-// apart, right a panel [depth / 4][COLS][4], start the initial int32 [COLS]; then each(i, sums[i]).
+// sums[r * kVectors + v] = start[v] + sum_j left[r][j] right[j][v]: left is kRows rows `stride`
+// bytes apart, right a panel [depth / 4][kColumns][4], start the initial int32 [kColumns]; then
+// each(i, sums[i]).
 template <class F>
 inline ALWAYS_INLINE void tile(const uint8_t* left, int64_t stride, const int8_t* right,
                                const int32_t* start, int64_t depth, F each) {
-  Int sums[ROWS * VECS], columns[VECS], row;
-  const auto begin = [&](auto i) ALWAYS_INLINE { sums[i] = load(start + i % VECS * LANES); };
+  Int sums[kRows * kVectors], columns[kVectors], row;
+  const auto begin = [&](auto i) ALWAYS_INLINE { sums[i] = load(start + i % kVectors * kLanes); };
   const auto step = [&](auto i, int64_t j) ALWAYS_INLINE {
-    constexpr int r = i / VECS, v = i % VECS;
-    if constexpr (r == 0) columns[v] = load(right + j * COLS + v * LANES * 4);
+    constexpr int r = i / kVectors, v = i % kVectors;
+    if constexpr (r == 0) columns[v] = load(right + j * kColumns + v * kLanes * 4);
     if constexpr (v == 0) row = broadcast4(left + r * stride + j);
     sums[i] = dot4(sums[i], row, columns[v]);
   };
-  unrolled<ROWS * VECS>(begin);
+  unrolled<kRows * kVectors>(begin);
   for (int64_t j = 0; j < depth; j += 4)
-    unrolled<ROWS * VECS>([&](auto i) ALWAYS_INLINE { step(i, j); });
-  unrolled<ROWS * VECS>([&](auto i) ALWAYS_INLINE { each(i, sums[i]); });
+    unrolled<kRows * kVectors>([&](auto i) ALWAYS_INLINE { step(i, j); });
+  unrolled<kRows * kVectors>([&](auto i) ALWAYS_INLINE { each(i, sums[i]); });
 }
 
 }  // namespace protoclip::int8

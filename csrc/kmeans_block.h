@@ -10,16 +10,15 @@
 
 namespace protoclip {
 
-using int8::COLS;
-using int8::LANES;
-using int8::ROWS;
-using int8::VECS;
+using int8::kColumns;
+using int8::kRows;
+using int8::kVectors;
 
-constexpr int64_t BLOCK_ROWS = 128;         // points that share one pass over the centroids' codes
-constexpr int64_t CHUNK_BYTES = 320 << 10;  // of codes: they stay in the L2 cache over the block
-constexpr int64_t CHUNK_PANELS = 24;        // scratch of bounds: ROWS * 24 * COLS floats
-// Norms outside (TOO_SMALL, TOO_LARGE) have squares near fp32's ends: such a row is done in fp64.
-constexpr float TOO_SMALL = 1e-10f, TOO_LARGE = 1e15f;
+constexpr int64_t kBlockRows = 128;         // points that share one pass over the centroids' codes
+constexpr int64_t kChunkBytes = 320 << 10;  // of codes: they stay in the L2 cache over the block
+constexpr int64_t kChunkPanels = 24;        // scratch of bounds: kRows * 24 * kColumns floats
+// Norms outside (kTooSmall, kTooLarge) have squares near fp32's ends: such a row is done in fp64.
+constexpr float kTooSmall = 1e-10f, kTooLarge = 1e15f;
 
 // A centroid that may be nearer than the best so far.
 struct Hit {
@@ -29,7 +28,7 @@ struct Hit {
 
 // What the bounds of a point need beside its code: a row of CodedPoints::code_bounds.
 struct CodedRow {
-  static constexpr int64_t SIZE = 4;
+  static constexpr int64_t kSize = 4;
   screen::Coded coded;
   float square;  // |x'|^2
 
@@ -45,37 +44,37 @@ struct CodedRow {
 // Of points that meet many sets of centroids, in one frame.
 struct CodedPoints {
   at::Tensor codes;        // uint8 [N, depth]
-  at::Tensor code_bounds;  // fp32 [N, CodedRow::SIZE]
+  at::Tensor code_bounds;  // fp32 [N, CodedRow::kSize]
 };
 
 // A block of points, their codes, and the best centroid so far of each.
 struct Block {
   explicit Block(const Centroids& c)
       : c(c),
-        converted(BLOCK_ROWS * c.d),
+        converted(kBlockRows * c.d),
         centred(c.d),
-        codes(BLOCK_ROWS * c.depth),
-        bounds(CHUNK_PANELS * ROWS * COLS),
-        highest(ROWS * CHUNK_PANELS * LANES),
-        hits(CHUNK_PANELS * COLS),
+        codes(kBlockRows * c.depth),
+        bounds(kChunkPanels * kRows * kColumns),
+        highest(kRows * kChunkPanels * int8::kLanes),
+        hits(kChunkPanels * kColumns),
         min_scale(std::max(c.largest * 1e-12f, 1e-30f)) {}
 
   const Centroids& c;
-  Buffer<float> converted;         // [BLOCK_ROWS, D]
-  const float* point[BLOCK_ROWS];  // [D], in `converted` where the input is not fp32 as it stands
+  Buffer<float> converted;         // [kBlockRows, D]
+  const float* point[kBlockRows];  // [D], in `converted` where the input is not fp32 as it stands
   Buffer<float> centred;           // [D]
-  Buffer<uint8_t> codes;           // [BLOCK_ROWS, depth]
-  Buffer<float> bounds;            // [chunk's panels][ROWS][COLS]
-  Buffer<float> highest;           // [ROWS][chunk's panels][LANES], of a panel's vectors
+  Buffer<uint8_t> codes;           // [kBlockRows, depth]
+  Buffer<float> bounds;            // [chunk's panels][kRows][kColumns]
+  Buffer<float> highest;           // [kRows][chunk's panels][int8::kLanes], of a panel's vectors
   std::vector<Hit> hits;           // of one row in a chunk
   // Next to far larger centroids a point needs no digits, and 1 / s must stay finite.
   float min_scale;
-  float inverse[BLOCK_ROWS];    // 1 / s
-  float widening[BLOCK_ROWS];   // (|e| + |s q| error_ratio) / s
-  float threshold[BLOCK_ROWS];  // score / s of the best centroid, from below
-  double square[BLOCK_ROWS];    // |x'|^2
-  float distance[BLOCK_ROWS];
-  int64_t label[BLOCK_ROWS];
+  float inverse[kBlockRows];    // 1 / s
+  float widening[kBlockRows];   // (|e| + |s q| error_ratio) / s
+  float threshold[kBlockRows];  // score / s of the best centroid, from below
+  double square[kBlockRows];    // |x'|^2
+  float distance[kBlockRows];
+  int64_t label[kBlockRows];
 
   template <class T>
   void read(int64_t row, const T* x, int64_t stride);
@@ -108,14 +107,14 @@ inline void Block::encode(int64_t row) {
   if (!begin(row, c.frame.centre(point[row], centred.get()))) return;
   if (c.frame.rotated) c.frame.rotation(centred.get());
   uint8_t* code = codes.get() + row * c.depth;
-  finish(row, screen::encode(centred.get(), c.d, int8::LEFT_MAX, screen::OFFSET, min_scale, code));
-  std::fill(code + c.d, code + c.depth, screen::OFFSET);
+  finish(row, screen::encode(centred.get(), c.d, int8::kLeftMax, screen::kOffset, min_scale, code));
+  std::fill(code + c.d, code + c.depth, screen::kOffset);
 }
 
 // The code of point `from`, instead of encoding it again.
 inline void Block::take(int64_t row, const CodedPoints& points, int64_t from) {
   const CodedRow point =
-      CodedRow::load(points.code_bounds.const_data_ptr<float>() + from * CodedRow::SIZE);
+      CodedRow::load(points.code_bounds.const_data_ptr<float>() + from * CodedRow::kSize);
   if (point.coded.scale < min_scale) return encode(row);
   std::copy_n(points.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
               codes.get() + row * c.depth);
@@ -130,7 +129,7 @@ inline bool Block::begin(int64_t row, double squared_norm) {
   threshold[row] = -kInfinity;
   distance[row] = std::numeric_limits<float>::quiet_NaN();
   const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
-  if (norm < TOO_LARGE && norm >= TOO_SMALL) return true;
+  if (norm < kTooLarge && norm >= kTooSmall) return true;
   threshold[row] = kInfinity;  // nothing passes
   brute_force(row);
   return false;
@@ -140,26 +139,26 @@ inline void Block::finish(int64_t row, const screen::Coded& coded) {
   inverse[row] = 1 / coded.scale;
   const double exact = (coded.error + static_cast<double>(coded.norm) * c.error_ratio) * 1.001;
   widening[row] =
-      static_cast<float>((exact + std::sqrt(square[row]) * screen::SLACK) / coded.scale);
+      static_cast<float>((exact + std::sqrt(square[row]) * screen::kSlack) / coded.scale);
 }
 
-// Bounds of ROWS points against a chunk of panels.
+// Bounds of kRows points against a chunk of panels.
 inline void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t at = (panel + p) * COLS;
+    const int64_t at = (panel + p) * kColumns;
     int8::Float high;
     int8::tile(codes.get() + group * c.depth, c.depth, c.codes.get() + at * c.depth,
                c.start.get() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
-                 constexpr int r = i / VECS, v = i % VECS;
-                 const auto scale = int8::load(c.scale.get() + at + v * LANES);
-                 const auto half = int8::load(c.half_square.get() + at + v * LANES);
-                 const auto norm = int8::load(c.norm_bound.get() + at + v * LANES);
+                 constexpr int r = i / kVectors, v = i % kVectors;
+                 const auto scale = int8::load(c.scale.get() + at + v * int8::kLanes);
+                 const auto half = int8::load(c.half_square.get() + at + v * int8::kLanes);
+                 const auto norm = int8::load(c.norm_bound.get() + at + v * int8::kLanes);
                  const auto bound = int8::to_float(sum) * scale +
                                     (norm * widening[group + r] - half * inverse[group + r]);
-                 int8::store(bounds.get() + (p * ROWS + r) * COLS + v * LANES, bound);
+                 int8::store(bounds.get() + (p * kRows + r) * kColumns + v * int8::kLanes, bound);
                  high = v == 0 ? bound : larger(high, bound);
-                 if constexpr (v == VECS - 1)
-                   int8::store(highest.get() + (r * CHUNK_PANELS + p) * LANES, high);
+                 if constexpr (v == kVectors - 1)
+                   int8::store(highest.get() + (r * kChunkPanels + p) * int8::kLanes, high);
                });
   }
 }
@@ -168,15 +167,15 @@ inline void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
 inline int64_t Block::find_hits(int64_t row, int64_t panel, int64_t panels, float least) {
   int64_t found = 0;
   const auto limit = int8::broadcast(least);
-  const float* high = highest.get() + row % ROWS * CHUNK_PANELS * LANES;
+  const float* high = highest.get() + row % kRows * kChunkPanels * int8::kLanes;
   for (int64_t p = 0; p < panels; ++p) {
-    if (!int8::mask_ge(int8::load(high + p * LANES), limit)) continue;
-    const float* bound = bounds.get() + (p * ROWS + row % ROWS) * COLS;
-    for (int v = 0; v < VECS; ++v)
-      for (uint32_t mask = int8::mask_ge(int8::load(bound + v * LANES), limit); mask;
+    if (!int8::mask_ge(int8::load(high + p * int8::kLanes), limit)) continue;
+    const float* bound = bounds.get() + (p * kRows + row % kRows) * kColumns;
+    for (int v = 0; v < kVectors; ++v)
+      for (uint32_t mask = int8::mask_ge(int8::load(bound + v * int8::kLanes), limit); mask;
            mask &= mask - 1) {
-        const int64_t i = v * LANES + __builtin_ctz(mask);
-        hits[found++] = {(panel + p) * COLS + i, bound[i]};
+        const int64_t i = v * int8::kLanes + __builtin_ctz(mask);
+        hits[found++] = {(panel + p) * kColumns + i, bound[i]};
       }
   }
   return found;
@@ -184,9 +183,9 @@ inline int64_t Block::find_hits(int64_t row, int64_t panel, int64_t panels, floa
 
 // Measures the centroids of a chunk that may be nearer than the best so far, likeliest first.
 inline void Block::measure_chunk(int64_t row, int64_t panel, int64_t panels) {
-  const float* high = highest.get() + row % ROWS * CHUNK_PANELS * LANES;
+  const float* high = highest.get() + row % kRows * kChunkPanels * int8::kLanes;
   auto best = int8::load(high);
-  for (int64_t p = 1; p < panels; ++p) best = larger(best, int8::load(high + p * LANES));
+  for (int64_t p = 1; p < panels; ++p) best = larger(best, int8::load(high + p * int8::kLanes));
   const float top = maximum(best);
   if (!(top >= threshold[row])) return;
   // The likeliest will raise the threshold to about this, so that one search is enough.
@@ -202,16 +201,16 @@ inline void Block::measure_chunk(int64_t row, int64_t panel, int64_t panels) {
 }
 
 inline float squared_distance(const float* x, const float* y, int64_t d) {
-  constexpr int WAYS = 4;
-  int8::Float sums[WAYS] = {};
+  constexpr int kWays = 4;
+  int8::Float sums[kWays] = {};
   int64_t j = 0;
-  for (; j + WAYS * LANES <= d; j += WAYS * LANES)
+  for (; j + kWays * int8::kLanes <= d; j += kWays * int8::kLanes)
 #pragma GCC unroll 4
-    for (int i = 0; i < WAYS; ++i) {
-      const auto gap = int8::load(x + j + i * LANES) - int8::load(y + j + i * LANES);
+    for (int i = 0; i < kWays; ++i) {
+      const auto gap = int8::load(x + j + i * int8::kLanes) - int8::load(y + j + i * int8::kLanes);
       sums[i] += gap * gap;
     }
-  for (; j + LANES <= d; j += LANES) {
+  for (; j + int8::kLanes <= d; j += int8::kLanes) {
     const auto gap = int8::load(x + j) - int8::load(y + j);
     sums[0] += gap * gap;
   }
@@ -227,7 +226,7 @@ inline void Block::measure(int64_t row, int64_t candidate) {
   if (label[row] >= 0 && !nearer) return;
   label[row] = candidate;
   distance[row] = now;
-  const double rounding = (static_cast<double>(c.d) / LANES + 16) / (1 << 24);
+  const double rounding = (static_cast<double>(c.d) / int8::kLanes + 16) / (1 << 24);
   const double score = (square[row] * (1 - rounding) - now * (1 + rounding)) / 2 * inverse[row];
   threshold[row] = static_cast<float>(score - std::abs(score) * 1e-6);
 }

@@ -13,8 +13,8 @@
 
 namespace protoclip {
 
-constexpr int64_t SAMPLE = 256;  // rows looked at to decide on the rotation
-constexpr double PEAKY = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
+constexpr int64_t kSample = 256;  // rows looked at to decide on the rotation
+constexpr double kPeaky = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
 
 // The coordinates in which points and centroids are coded: from a centre, rotated where peaky.
 struct Frame {
@@ -34,7 +34,7 @@ struct Frame {
     return std::all_of(mean.get(), mean.get() + d, [](float m) { return std::isfinite(m); });
   }
 
-  // Of about SAMPLE of the rows, fp32 and contiguous: is the largest coordinate mostly far above
+  // Of about kSample of the rows, fp32 and contiguous: is the largest coordinate mostly far above
   // the root mean square?
   bool peaky(const at::Tensor& rows) const;
 };
@@ -57,7 +57,7 @@ inline at::Tensor mean_row(const at::Tensor& rows) {
 }
 
 inline bool Frame::peaky(const at::Tensor& rows) const {
-  const int64_t step = std::max<int64_t>(1, rows.size(0) / SAMPLE);
+  const int64_t step = std::max<int64_t>(1, rows.size(0) / kSample);
   std::vector<float> row(d);
   double sum = 0, count = 0;
   for (int64_t i = 0; i < rows.size(0); i += step) {
@@ -67,7 +67,7 @@ inline bool Frame::peaky(const at::Tensor& rows) const {
     sum += screen::peak(row.data(), d) / norm;
     count += 1;
   }
-  return count > 0 && sum / count > PEAKY;
+  return count > 0 && sum / count > kPeaky;
 }
 
 struct Centroids {
@@ -77,9 +77,9 @@ struct Centroids {
   const Frame& frame;
   int64_t k, d, depth, panels;
   float largest = 0, error_ratio = 0;            // max |c'|; typical |f| / |c'|
-  Buffer<int8_t> codes;                          // [panels][depth / 4][int8::COLS][4]
-  Buffer<int32_t> start;                         // [panels * int8::COLS], takes OFFSET out
-  Buffer<float> scale, half_square, norm_bound;  // [panels * int8::COLS]
+  Buffer<int8_t> codes;                          // [panels][depth / 4][int8::kColumns][4]
+  Buffer<int32_t> start;                         // [panels * int8::kColumns], takes kOffset out
+  Buffer<float> scale, half_square, norm_bound;  // [panels * int8::kColumns]
 
  private:
   void encode_panel(int64_t panel, float* error);
@@ -91,14 +91,14 @@ inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
       k(centroids.size(0)),
       d(centroids.size(1)),
       depth(round_up(d, 4)),
-      panels(blocks(k, int8::COLS)),
-      codes(panels * int8::COLS * depth, 0),
-      start(panels * int8::COLS, 0),
-      scale(panels * int8::COLS, 0),
-      half_square(panels * int8::COLS, kInfinity),  // slots past K lose against every centroid
-      norm_bound(panels * int8::COLS, 0) {
-  std::vector<float> error(panels * int8::COLS);
-  at::parallel_for(0, panels, 1 + (1 << 15) / (int8::COLS * depth + 1),
+      panels(blocks(k, int8::kColumns)),
+      codes(panels * int8::kColumns * depth, 0),
+      start(panels * int8::kColumns, 0),
+      scale(panels * int8::kColumns, 0),
+      half_square(panels * int8::kColumns, kInfinity),  // slots past K lose against every centroid
+      norm_bound(panels * int8::kColumns, 0) {
+  std::vector<float> error(panels * int8::kColumns);
+  at::parallel_for(0, panels, 1 + (1 << 15) / (int8::kColumns * depth + 1),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t panel = begin; panel < end; ++panel)
                        encode_panel(panel, error.data());
@@ -117,19 +117,19 @@ inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
 inline void Centroids::encode_panel(int64_t panel, float* error) {
   std::vector<float> row(d);
   std::vector<int8_t> code(depth);
-  int8_t* out = codes.get() + panel * depth * int8::COLS;
-  for (int64_t i = panel * int8::COLS; i < std::min(k, (panel + 1) * int8::COLS); ++i) {
+  int8_t* out = codes.get() + panel * depth * int8::kColumns;
+  for (int64_t i = panel * int8::kColumns; i < std::min(k, (panel + 1) * int8::kColumns); ++i) {
     const double square = frame.centre(rows + i * d, row.data());
     if (frame.rotated) frame.rotation(row.data());
     const auto coded = screen::encode(row.data(), d, 127, 0, 1e-30f, code.data());
     int32_t total = 0;
     for (int64_t j = 0; j < depth; ++j) {
-      out[(j / 4 * int8::COLS + i % int8::COLS) * 4 + j % 4] = code[j];
+      out[(j / 4 * int8::kColumns + i % int8::kColumns) * 4 + j % 4] = code[j];
       total += code[j];
     }
-    start.get()[i] = -screen::OFFSET * total;
+    start.get()[i] = -screen::kOffset * total;
     scale.get()[i] = coded.scale;
-    half_square.get()[i] = static_cast<float>(square / 2 * (1 - screen::SLACK));
+    half_square.get()[i] = static_cast<float>(square / 2 * (1 - screen::kSlack));
     norm_bound.get()[i] = static_cast<float>(std::sqrt(square));
     error[i] = coded.error;
   }

@@ -15,8 +15,8 @@
 
 namespace protoclip::screen {
 
-constexpr float SLACK = 1.0f / (1 << 19);  // relative, over every fp32 rounding of the bound
-constexpr int OFFSET = int8::LEFT_MAX + 1;
+constexpr float kSlack = 1.0f / (1 << 19);  // relative, over every fp32 rounding of the bound
+constexpr int kOffset = int8::kLeftMax + 1;
 
 // What is known of a row after coding it with `scale`.
 struct Coded {
@@ -98,12 +98,12 @@ inline double centre(const float* x, const float* mean, int64_t d, float* out) {
 template <class Code>
 Coded encode(const float* x, int64_t d, int limit, int offset, float min_scale, Code* codes) {
   typedef Code Codes __attribute__((vector_size(kLanes)));
-  constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: the sum drops the fraction
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: the sum drops the fraction
   const float scale = std::max(peak(x, d) / limit, min_scale), inverse = 1 / scale;
   Floats coded = {}, left = {};
   int64_t j = 0;
   for (; j + kLanes <= d; j += kLanes) {
-    const Floats v = load(x + j), q = (v * inverse + ROUNDER) - ROUNDER;
+    const Floats v = load(x + j), q = (v * inverse + kRounder) - kRounder;
     const Floats value = scale * q, error = v - value;
     const Codes code = __builtin_convertvector(__builtin_convertvector(q, Ints) + offset, Codes);
     std::memcpy(codes + j, &code, sizeof code);
@@ -112,7 +112,7 @@ Coded encode(const float* x, int64_t d, int limit, int offset, float min_scale, 
   }
   double norm = 0, error = 0;
   for (; j < d; ++j) {
-    const float q = (x[j] * inverse + ROUNDER) - ROUNDER, value = scale * q;
+    const float q = (x[j] * inverse + kRounder) - kRounder, value = scale * q;
     codes[j] = static_cast<Code>(static_cast<int32_t>(q) + offset);
     norm += static_cast<double>(value) * value;
     error += (static_cast<double>(x[j]) - value) * (static_cast<double>(x[j]) - value);

@@ -20,10 +20,10 @@
 namespace protoclip {
 namespace {
 
-constexpr int64_t PIECE = 256;             // rows added in fp32 before the sum moves to fp64
-constexpr int64_t AHEAD_BYTES = 16 << 10;  // of rows, prefetched
-constexpr int64_t BLOCK = 8;               // vectors of columns summed in registers
-constexpr int64_t CACHED = 1 << 20;        // bytes of means; more are written past the caches
+constexpr int64_t kPiece = 256;            // rows added in fp32 before the sum moves to fp64
+constexpr int64_t kAheadBytes = 16 << 10;  // of rows, prefetched
+constexpr int64_t kBlock = 8;              // vectors of columns summed in registers
+constexpr int64_t kCached = 1 << 20;       // bytes of means; more are written past the caches
 
 // order: the rows of segment k are order[begin[k]] ... order[begin[k + 1] - 1], ascending.
 // Index: int32_t where it holds N, for half the memory traffic.
@@ -76,7 +76,7 @@ struct Rows {
         stride(values.stride(1)),
         order(order.data()),
         end(order.size()),
-        ahead(std::clamp<int64_t>(AHEAD_BYTES / (d * sizeof(T) + 1), 4, 64)) {}
+        ahead(std::clamp<int64_t>(kAheadBytes / (d * sizeof(T) + 1), 4, 64)) {}
 
   const T* data;
   int64_t d, row_stride, stride;
@@ -88,7 +88,8 @@ struct Rows {
   void add(int64_t first, int64_t last, const Target& target) const {
     int64_t j = 0;
     if (stride == 1) {
-      for (; j + BLOCK * kLanes <= d; j += BLOCK * kLanes) add_block<BLOCK>(first, last, j, target);
+      for (; j + kBlock * kLanes <= d; j += kBlock * kLanes)
+        add_block<kBlock>(first, last, j, target);
       for (; j + kLanes <= d; j += kLanes) add_block<1>(first, last, j, target);
       if (j < d && j > 0) add_block<1>(first, last, d - kLanes, target), j = d;  // overlaps
     }
@@ -102,15 +103,15 @@ struct Rows {
     for (int64_t c = j; c < d; ++c) target.out[c] /= target.count;
   }
 
-  template <int64_t BLOCKS>
+  template <int64_t kBlocks>
   void add_block(int64_t first, int64_t last, int64_t column, const Target& target) const {
-    Floats total[BLOCKS] = {};
+    Floats total[kBlocks] = {};
     for (int64_t i = first; i < last; ++i) {
       if (column == 0) prefetch(i + ahead);
       const T* row = data + order[i] * row_stride + column;
-      for (int64_t b = 0; b < BLOCKS; ++b) total[b] += widened(row + b * kLanes);
+      for (int64_t b = 0; b < kBlocks; ++b) total[b] += widened(row + b * kLanes);
     }
-    for (int64_t b = 0; b < BLOCKS; ++b) target.write(column + b * kLanes, total[b]);
+    for (int64_t b = 0; b < kBlocks; ++b) target.write(column + b * kLanes, total[b]);
   }
 
   static Floats widened(const T* row) {
@@ -124,10 +125,10 @@ struct Rows {
   }
 
   void prefetch(int64_t i) const {
-    constexpr int64_t LINE = 64 / sizeof(T);
+    constexpr int64_t kLine = 64 / sizeof(T);
     if (i >= end) return;
     const T* row = data + order[i] * row_stride;
-    for (int64_t j = 0; j < d; j += LINE) __builtin_prefetch(row + j * stride, 0, 2);
+    for (int64_t j = 0; j < d; j += kLine) __builtin_prefetch(row + j * stride, 0, 2);
   }
 };
 
@@ -139,27 +140,27 @@ void means(const Rows<T, Index>& rows, const Sorted<Index>& sorted, int64_t k, f
   // Segments longer than a piece are split: part[i] .. part[i + 1] are the pieces of long_ones[i].
   std::vector<int64_t> long_ones, part{0};
   for (int64_t i = 0; i < k; ++i) {
-    if (size(i) <= PIECE) continue;
+    if (size(i) <= kPiece) continue;
     long_ones.push_back(i);
-    part.push_back(part.back() + (size(i) + PIECE - 1) / PIECE);
+    part.push_back(part.back() + (size(i) + kPiece - 1) / kPiece);
   }
-  const bool past_caches = k * d * int64_t{sizeof(float)} > CACHED && d % kLanes == 0 &&
+  const bool past_caches = k * d * int64_t{sizeof(float)} > kCached && d % kLanes == 0 &&
                            reinterpret_cast<uintptr_t>(out) % sizeof(Floats) == 0;
   at::parallel_for(0, k, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (size(i) > PIECE) continue;
+      if (size(i) > kPiece) continue;
       const auto count = static_cast<float>(std::max<int64_t>(1, size(i)));
       rows.add(starts[i], starts[i + 1], {out + i * d, count, past_caches});
     }
     wait_for_stores();
   });
-  std::vector<float> sums(part.back() * d);  // at most N / PIECE + K rows
+  std::vector<float> sums(part.back() * d);  // at most N / kPiece + K rows
   at::parallel_for(0, part.back(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t which = std::upper_bound(part.begin(), part.end(), p) - part.begin() - 1;
       const int64_t segment = long_ones[which];
-      const int64_t first = starts[segment] + (p - part[which]) * PIECE;
-      const int64_t last = std::min<int64_t>(first + PIECE, starts[segment + 1]);
+      const int64_t first = starts[segment] + (p - part[which]) * kPiece;
+      const int64_t last = std::min<int64_t>(first + kPiece, starts[segment + 1]);
       rows.add(first, last, {sums.data() + p * d, 1, false});
     }
   });

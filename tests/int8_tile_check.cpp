@@ -5,12 +5,12 @@ using namespace protoclip;
 
 extern "C" {
 
-int SIZES[] = {int8::LANES, int8::ROWS, int8::COLS, int8::LEFT_MAX};
+int SIZES[] = {int8::kLanes, int8::kRows, int8::kColumns, int8::kLeftMax};
 
 void tile(const uint8_t* left, int64_t depth, const int8_t* right, const int32_t* start,
           float* out) {
   int8::tile(left, depth, right, start, depth, [&](auto i, int8::Int sum) {
-    int8::store(out + i * int8::LANES, int8::to_float(sum));
+    int8::store(out + i * int8::kLanes, int8::to_float(sum));
   });
 }
 
