@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
+.PHONY: check check-arm help lint fix test parity faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -26,6 +26,18 @@ test:  ## the tests, on all cores
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks --benchmark-disable
+
+ARM_CXX ?= aarch64-linux-gnu-g++
+check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch64-linux-gnu, qemu-user)
+	mkdir -p build
+	flags="-std=c++20 -O2 -fopenmp -w -DTORCH_EXTENSION_NAME=protoclip $$($(PYTHON) -c 'import sysconfig; \
+		from torch.utils.cpp_extension import include_paths; \
+		print(*(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")]))')"; \
+	for source in $(filter-out csrc/cuda_%,$(wildcard csrc/*.cpp)); do \
+		echo $$source && $(ARM_CXX) $$flags -c $$source -o build/arm.o || exit 1; \
+	done; \
+	$(ARM_CXX) $$flags tests/arm_check.cpp -o build/arm_check && \
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm_check
 
 faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then every other fault: about an hour
 	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
