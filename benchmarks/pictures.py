@@ -1,6 +1,6 @@
 """Pictures from records: speed beside peers, what the default run has learnt, and small batches.
 
-    python -m benchmarks.pictures        all pictures of docs/, and README's alt texts
+    python -m benchmarks.pictures        all pictures of docs/, and their alt texts
     python -m benchmarks.pictures RUN    the same, after a new record of what RUN has learnt
 
 RUN is a run folder of ``protoclip train`` on the built-in icons; its record holds no more than the
@@ -49,7 +49,8 @@ from protoclip.data.icons import FAMILIES, builtin_icons
 from protoclip.report.snapshot import Snapshot, load_snapshot
 from protoclip.settings.config import parse_json
 
-DOCS, README = ROOT / "docs", ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "evidence.md")  # with pictures
 LEARNT = RESULTS / "default_run" / "pictures.json"
 WIDTH, MARGIN = 440, 12  # of every picture in its own units; GitHub shrinks it on a narrow screen
 GROUPS, MEMBERS = 8, 5  # groups of icons, and icons of each
@@ -408,10 +409,10 @@ def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
     """A page whose pictures have their titles as alt texts."""
     for name, content in drawn.items():
         title = content.partition("<title>")[2].partition("</title>")[0]
-        target = f"](docs/{name})"
-        before, there, after = page.partition(target)
-        if there:
-            page = f"{before[: before.rindex('![')]}![{title}{target}{after}"
+        for target in (f"](docs/{name})", f"]({name})"):  # in README, and in a page of docs/
+            before, there, after = page.partition(target)
+            if there:
+                page = f"{before[: before.rindex('![')]}![{title}{target}{after}"
     return page
 
 
@@ -445,7 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, svg in drawn.items():
         write_atomic(options.out / name, svg)
     if options.out == DOCS:
-        write_atomic(README, with_alt_texts(README.read_text(encoding="utf-8"), drawn))
+        for page in PAGES:
+            write_atomic(page, with_alt_texts(page.read_text(encoding="utf-8"), drawn))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 RUN are the folders of ``protoclip train --seed N``, of ``--method clip --seed N`` and of that with
 as many more ``--epochs`` as a step with prototypes takes longer: CLIP at equal time. Without RUN
-only the tables of docs/evidence.md and README.md are written again, from the record.
+only the table of docs/evidence.md is written again, from the record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,19 +50,6 @@ METRICS = (
     Metric("HO: k-means AMI of 71 new concepts", "HO", "concept/ami"),
     Metric("HO: k-means AMI of categories", "HO", "category/ami"),
 )
-README_ROWS = {
-    "NEW: zero-shot, 430 names": "names it at once, of 430 names",
-    "NEW: zero-shot, top 5": "the right name among five",
-    "NEW: 1-NN, 2,429 concepts": "nearest trained drawing shows the same",
-    "HO: k-means AMI of 71 new concepts": "groups of 71 concepts it never saw, AMI",
-}
-FLOOR_WORDS = {
-    "chance": "chance",
-    "frequent": "the most frequent",
-    "pixels": "pixels",
-    "HOG": "HOG, no training",
-    "untrained": "untrained",
-}
 
 
 class Difference(NamedTuple):
@@ -167,36 +153,6 @@ def evidence_table(recorded: dict[str, Any]) -> str:
     return table(head, lines)
 
 
-def readme_table(recorded: dict[str, Any]) -> str:
-    """The means of four rows, the best of a row in bold, and two differences."""
-    lines = []
-    for title, words in README_ROWS.items():
-        means = [statistics.fmean(of_seeds(recorded, row, title)) for row in (PROTO, EQUAL_TIME)]
-        floors = {name: values.get(title, 0.0) for name, values in recorded["floors"].items()}
-        name = max(floors, key=lambda floor: floors[floor])
-        best = max(*means, floors[name])
-        cells = [f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in (*means, floors[name])]
-        cells[-1] += f" ({FLOOR_WORDS[name]})"
-        lines.append([words, *cells])
-    names = beside_clip(difference(recorded, "NEW: zero-shot, 430 names"), "first")
-    neighbours = beside_clip(difference(recorded, "NEW: 1-NN, 2,429 concepts"), "third")
-    text = (
-        f"CLIP may train as long as ProtoCLIP here, {recorded['epochs'][EQUAL_TIME]:g} epochs "
-        f"instead of {recorded['epochs'][PROTO]:g}. ProtoCLIP is {names} and {neighbours} "
-        "([evidence](docs/evidence.md#the-default-run))."
-    )
-    head = ["", "ProtoCLIP", "CLIP for as long", "best floor"]
-    return table(head, lines) + "\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)
-
-
-def beside_clip(delta: Difference, place: str) -> str:
-    """A difference in words, and whether the seeds can tell it from zero."""
-    side = "behind" if delta.mean < 0 else "ahead of"
-    sure = "sure" if abs(delta.mean) > delta.half_width else "within chance"
-    size = f"{abs(delta.mean):.3f} ± {delta.half_width:.3f}"
-    return f"{size} {side} CLIP in the {place} row ({sure})"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.study.default_run", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders to record")
@@ -210,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         RECORD.write_text(text + "\n", encoding="utf-8")
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     write_between(ROOT / "docs" / "evidence.md", BEGIN, END, evidence_table(recorded))
-    write_between(ROOT / "README.md", BEGIN, END, readme_table(recorded))
     return 0
 
 

@@ -259,8 +259,7 @@ def _seal_path(library: Path) -> Path:
 
 def _seal(library: Path) -> str:
     """The size and hash of a library, as its seal holds them."""
-    with library.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
     return f"{library.stat().st_size} bytes, SHA-256 {digest}\n"
 
 
