@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check check-arm help lint fix test parity faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity check-arm faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 

@@ -52,6 +52,7 @@ setup(
         "protoclip.data",
         "protoclip.episodes",
         "protoclip.evaluate",
+        "protoclip.lloyd",
         "protoclip.losses",
         "protoclip.ops",
         "protoclip.report",

@@ -21,7 +21,7 @@ from protoclip.training.step import Stepper
 
 PAGE = Path(protoclip.__file__).parents[1] / "docs" / "own-loss.md"
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-ON_PAGE = 'train_data="builtin:shapes:200", epochs=4, name="spread"'
+ON_PAGE = 'train_data="builtin:shapes:2000", epochs=4, name="spread"'
 STOPS_AT = 4
 
 

@@ -31,8 +31,8 @@ from benchmarks.study.report import (
 )
 
 PAGE = ROOT / "docs" / "small-batches.md"
-BEGIN = "<!-- small batches: begin, written by make small-batches-report -->"
-END = "<!-- small batches: end -->"
+BEGIN = "<!-- small_batches: begin, written by make small-batches-report -->"
+END = "<!-- small_batches: end -->"
 OURS = EXTERNAL_ONLY  # a teacher's prototypes alone
 METRICS = (*PRIMARY, *SECONDARY)
 BATCHES = (64, 256)  # of the planned comparisons

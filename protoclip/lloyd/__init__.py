@@ -25,7 +25,7 @@ from torch import Tensor
 
 from protoclip.ops import checks
 from protoclip.ops.clusters import assignment, kmeans_assign
-from protoclip.starts import INITS, Assign, PointSlice, first_centroids
+from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 EMPTY_CLUSTERS = ("move", "split")
