@@ -45,10 +45,13 @@ from torch import Tensor
 from protoclip.kernels import launch, waves
 from protoclip.kernels.results import Gradients, InfoNceStatistics, LossAndStatistics
 from protoclip.kernels.tiles import (
+    HIDDEN,
     LOG2E,
     SPREAD,
+    can_hide,
     gradient_chunk,
-    is_general,
+    hide,
+    needs_mask,
     operands,
     products,
     tile_origin,
@@ -78,7 +81,7 @@ def exact(s, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.constexpr):
+def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr):
     """Write the columns of a tile: for each part of its rows the reference and the sum of e, which
     is [repeats, PARTS, rows, columns]."""
     total = tl.sum(tl.sum(e, 0), 1)  # [PARTS, columns]
@@ -87,7 +90,7 @@ def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.co
     at = 2 * (tl.arange(0, PARTS)[:, None] * m + cols[None, :])
     pointers = (ptr + 2 * first) + (at[:, :, None] + tl.arange(0, 2)[None, None, :])
     statistics = tl.join(tl.broadcast_to(top, total.shape), total)
-    tl.store(pointers, statistics, mask=(cols < m - col0)[None, :, None] if MASK else None)
+    tl.store(pointers, statistics, mask=(cols < m - col0)[None, :, None])
     return total
 
 
@@ -115,24 +118,35 @@ def info_nce_forward_kernel(
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     block = row0 // BLOCK_N
     REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    if not general:
+    is_wide = can_hide(base2_scale) == 0
+    if not is_wide:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
+        if needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
+            partner = rows + offset
+            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            tl.store(positive_ptr + rows, base2_scale * positive_product, mask=held)
         sample = (base2_scale * _eight_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
         top = tl.max(tl.max(tl.max(sample, 3), 2), 0)  # [PARTS]
+        empty = top < -HIDDEN / 2  # no pair was sampled
+        top = tl.where(empty, 0.0, top)
         row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
         e = tl.exp2(acc * base2_scale - row_top[:, None])
         row_sum = tl.sum(e, 1)
         pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(pointers, tl.join(row_top, row_sum))
+        tl.store(pointers, tl.join(row_top, row_sum), mask=(rows < n)[:, None])
         least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
+        least = tl.where(rows < n, least, 1.0)
         least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
         if BOTH_DIRECTIONS:
             e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
-            total = _store_columns(column_ptr, block, col0, m, top[:, None], e, PARTS, False)
-            least = tl.minimum(least, tl.min(total, 1))
-        general = tl.min(least) < tl.exp2(-SPREAD)
-    if general:
+            reference = tl.where(empty, -float("inf"), top)[:, None]
+            total = _store_columns(column_ptr, block, col0, m, reference, e, PARTS)
+            cols = col0 + tl.arange(0, BLOCK_M)
+            used = (row0 + PART * tl.arange(0, PARTS) < n)[:, None] & (cols < m)[None, :]
+            least = tl.minimum(least, tl.min(tl.where(used, total, 1.0), 1))
+        is_wide = tl.min(least) < tl.exp2(-SPREAD)
+    if is_wide:
         row_reference = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
         for column_slice in range(0, BLOCK_M, SLICE_M):
@@ -150,7 +164,7 @@ def info_nce_forward_kernel(
             if BOTH_DIRECTIONS:
                 top, e = exact(s, 0)
                 e = e.reshape(REPEATS, PARTS, PART, SLICE_M)
-                _store_columns(column_ptr, block, first, m, top[None, :], e, PARTS, True)
+                _store_columns(column_ptr, block, first, m, top[None, :], e, PARTS)
         tl.store(row_ptr + 2 * at_row, row_reference, mask=rows < n)
         tl.store(row_ptr + 2 * at_row + 1, row_sum, mask=rows < n)
 
@@ -267,17 +281,24 @@ class Side(NamedTuple):
     sum_ptr: Tensor
     weight_ptr: Tensor
     stride_weight: int  # 0: one weight for all
+    peak_ptr: Tensor  # [], the largest |weight|, read with LIFT
+    first_block: int  # where its extremes begin
 
 
 @triton.jit
 def _load_side(side, position, length, unit):
-    """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
-    inside = position < length
-    weight_at = side.weight_ptr + position * side.stride_weight
-    weight = tl.load(weight_at, mask=inside, other=0.0) * unit
-    total = tl.load(side.sum_ptr + position, mask=inside, other=1.0)
-    reference = tl.load(side.reference_ptr + position, mask=inside, other=0.0)
-    return reference, total, weight / total
+    """-> reference, sum, weight / sum of rows or columns; past the ends those of the last one."""
+    at = tl.maximum(tl.minimum(position, length - 1), 0)
+    weight = tl.load(side.weight_ptr + at * side.stride_weight) * unit
+    total = tl.load(side.sum_ptr + at)
+    return tl.load(side.reference_ptr + at), total, weight / total
+
+
+@triton.jit
+def _entries(s, side, position, length, unit):
+    """-> one direction's part of the entries of positives, whose logits are s, in G."""
+    reference, total, coef = _load_side(side, position, length, unit)
+    return (exponential(s, reference, True) - total) * coef
 
 
 @triton.jit
@@ -313,27 +334,16 @@ def info_nce_extremes_kernel(
 
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
-CHANGING = [
-    "n",
-    "m",
-    "offset",
-    "row_side",
-    "column_side",
-    "first_tile",
-    "row_block",
-    "column_block",
-]
+CHANGING = ["n", "m", "offset", "row_side", "column_side", "first_tile"]
 # Slices of vectors begin anywhere; another alignment would compile the kernel again.
-SLICED = ["entry_ptr", "partial_sum_ptr", "row_peak_ptr", "column_peak_ptr"]
+SLICED = ["entry_ptr", "partial_sum_ptr"]
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
 def info_nce_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
-    logit_scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
-    row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
-    extremes_ptr, row_block, column_block,  # [blocks, 2], or None; the first of them
-    row_side, column_side,  # Side: [N]; [M] with BOTH_DIRECTIONS
+    logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
+    row_side, column_side, extremes_ptr,  # Side of [N], of [M] with BOTH_DIRECTIONS; [blocks, 2]
     entry_ptr, partial_sum_ptr, first_tile,  # [N], [tiles]
     n, m, d, offset, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -345,15 +355,15 @@ def info_nce_gradient_kernel(
     base2_scale = logit_scale * LOG2E
     lift = tl.full((), 1.0, tl.float32)
     if LIFT:
-        peak = tl.abs(tl.load(row_peak_ptr))
+        peak = tl.abs(tl.load(row_side.peak_ptr))
         if BOTH_DIRECTIONS:
-            peak += tl.abs(tl.load(column_peak_ptr))
+            peak += tl.abs(tl.load(column_side.peak_ptr))
         lift = _lift(peak * pair_weight)
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_reference, row_sum, row_coef = _load_side(row_side, rows, n, unit)
-    # All loads come before any use of one: their latencies pass together.
     cols = col0 + tl.arange(0, BLOCK_M)
+    row_reference, _, row_coef = _load_side(row_side, rows, n, unit)
+    # All loads come before any use of one: their latencies pass together.
     if BOTH_DIRECTIONS:
         column_reference, _, column_coef = _load_side(column_side, cols, m, unit)
     if extremes_ptr is None:
@@ -362,45 +372,54 @@ def info_nce_gradient_kernel(
             low = tl.minimum(low, tl.min(column_reference))
             high = tl.maximum(high, tl.max(column_reference))
     else:
-        at = extremes_ptr + 2 * (row_block + row0 // BLOCK_N)
+        at = extremes_ptr + 2 * (row_side.first_block + row0 // BLOCK_N)
         low, high = tl.load(at), tl.load(at + 1)
         if BOTH_DIRECTIONS:
-            at = extremes_ptr + 2 * (column_block + col0 // BLOCK_M)
+            at = extremes_ptr + 2 * (column_side.first_block + col0 // BLOCK_M)
             low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    fast = (general == 0) & (high - low < SPREAD)
-    if fast:
+    masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    if (high - low < SPREAD) & can_hide(base2_scale):
         factor = (row_coef * tl.exp2(high - row_reference))[:, None]
         if BOTH_DIRECTIONS:
             column_factor = column_coef * tl.exp2(high - column_reference)
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
         if BOTH_DIRECTIONS:
             factor += pinned(column_factor)[None, :]
         p = tl.exp2(acc * base2_scale - high) * factor
-        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
+        partial_sum = tl.sum(p * acc)
         store_gradient(p, row0, col0, g, stride_g)
     else:
         partial_sum = 0.0
+        positive_product = tl.zeros((BLOCK_N,), tl.float32)
         for column_slice in range(0, BLOCK_M, SLICE_M):
-            first = col0 + column_slice
-            slice_cols = first + tl.arange(0, SLICE_M)
-            acc = products(
-                x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
-            )
-            positive = slice_cols[None, :] == rows[:, None] + offset
-            e = exponential(acc * base2_scale, row_reference[:, None], positive)
-            p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
+            slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
             if BOTH_DIRECTIONS:
                 reference, total, coef = _load_side(column_side, slice_cols, m, unit)
-                e = exponential(acc * base2_scale, reference[None, :], positive)
-                p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
-            p = tl.where((rows[:, None] < n) & (slice_cols[None, :] < m), p, 0.0)
+            acc = products(
+                x_ptr, y_ptr, row0, col0 + column_slice, n, m, d, strides,
+                BLOCK_N, SLICE_M, BLOCK_D, EVEN_D,
+            )  # fmt: skip
+            p = tl.exp2(acc * base2_scale - row_reference[:, None]) * row_coef[:, None]
+            if BOTH_DIRECTIONS:
+                e = tl.exp2(acc * base2_scale - pinned(reference)[None, :])
+                p += e * pinned(coef)[None, :]
+            positive = slice_cols[None, :] == (rows + offset)[:, None]
+            inside = (rows < n)[:, None] & (slice_cols < m)[None, :]
+            p = tl.where(inside & (positive == 0), p, 0.0)
+            positive_product += tl.sum(tl.where(positive, acc, 0.0), 1)
             partial_sum += tl.sum(p * acc)
-            shift = offset - col0 - column_slice
-            store_entries(p, rows, positive, shift, n, m - col0 - column_slice, entry_ptr)
-            p = tl.where(positive, 0.0, p)
-            store_gradient(p, row0, first, g_ptr, stride_g)
-        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
+            store_gradient(p, row0, col0 + column_slice, g_ptr, stride_g)
+    if masked:
+        partner = rows + offset
+        held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+        s = positive_product * base2_scale
+        entry = _entries(s, row_side, rows, n, unit)
+        if BOTH_DIRECTIONS:
+            entry += _entries(s, column_side, partner, m, unit)
+        tl.store(entry_ptr + rows, entry, mask=held)
+        partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
+    tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, logit_scale / lift)
 
@@ -552,20 +571,22 @@ def info_nce_bwd(
             sum_ptr=row_sum[rows],
             weight_ptr=row_weight[rows],
             stride_weight=row_weight.stride(0),
+            peak_ptr=row_peak,
+            first_block=rows.start // config.block_n,
         )
         column_side = Side(
             reference_ptr=column_reference[cols],
             sum_ptr=column_sum[cols],
             weight_ptr=column_weight[cols],
             stride_weight=column_weight.stride(0),
+            peak_ptr=column_peak,
+            first_block=blocks_n + cols.start // config.block_m,
         )
         info_nce_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
-            logit_scale_ptr=logit_scale, factor_ptr=factor, offset=offset + rows.start - cols.start,
-            row_peak_ptr=row_peak, column_peak_ptr=column_peak, pair_weight=pair_weight,
-            extremes_ptr=extremes, row_block=rows.start // config.block_n,
-            column_block=blocks_n + cols.start // config.block_m,
-            row_side=row_side, column_side=column_side,
+            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
+            row_side=row_side, column_side=column_side, extremes_ptr=extremes,
+            offset=offset + rows.start - cols.start,
             entry_ptr=entries[rows], partial_sum_ptr=partial_sums, first_tile=chunk.first_tile,
             BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
         )  # fmt: skip

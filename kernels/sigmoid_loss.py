@@ -26,7 +26,7 @@ from protoclip.kernels.tiles import (
     equal_ids,
     gradient_chunk,
     id_rows,
-    is_general,
+    needs_mask,
     operands,
     products,
     tile_origin,
@@ -85,7 +85,7 @@ def sigmoid_loss_kernel(
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     logit_bias = tl.load(logit_bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    general = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if ids is not None:
         general = general | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
     if not general:

@@ -22,6 +22,7 @@ from protoclip.kernels.launch import INTERPRETED, Launch
 ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
 LEFT_OUT = tl.constexpr(-100)  # in place of a label, as in torch's cross-entropy
+HIDDEN = tl.constexpr(1e30)  # finite: times a weight of 0 it is 0
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 bit patterns as integers
 
@@ -38,10 +39,33 @@ def tile_origin(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def is_general(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def needs_mask(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Whether a tile crosses the edge or holds a positive."""
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | ((row0 + offset < col0 + BLOCK_M) & (row0 + BLOCK_N + offset > col0))
+
+
+@triton.jit
+def can_hide(base2_scale):
+    """Whether a product in fp32 can stand for a logit of -HIDDEN."""
+    return (tl.abs(base2_scale) > 1e-8) & (tl.abs(base2_scale) < 1e8)
+
+
+@triton.jit
+def hide(acc, base2_scale, row0, col0, n, m, offset):
+    """-> the products of a tile, with logits of -HIDDEN at positives and past the ends, and the
+    products of the positives [rows], 0 where it holds none."""
+    rows, cols = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[None, :]
+    shift = row0 + offset - col0
+    hidden = -HIDDEN / base2_scale
+    positive_product = tl.zeros((acc.shape[0],), tl.float32)
+    if (row0 + acc.shape[0] > n) | (col0 + acc.shape[1] > m):
+        acc = tl.where((rows < n - row0) & (cols < m - col0), acc, hidden)
+    if (shift < acc.shape[1]) & (shift > -acc.shape[0]):
+        positive_product = tl.sum(tl.where(cols == rows + shift, acc, 0.0), 1)
+        # Compared the other way round, so that no register has to keep the first result.
+        acc = tl.where(rows == cols - shift, hidden, acc)
+    return acc, positive_product
 
 
 @triton.jit
