@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
-from protoclip.kernels.info_nce import exact, exponential, join, pinned
+from protoclip.kernels.info_nce import exact, exponential, join
 from protoclip.kernels.results import (
     ContrastiveGradients,
     ContrastiveStatistics,
@@ -31,6 +31,7 @@ from protoclip.kernels.tiles import (
     gradient_chunk,
     id_rows,
     operands,
+    pinned,
     products,
     tile_origin,
     with_ids,
@@ -81,24 +82,24 @@ def _column_slice(
     BLOCK_N: tl.constexpr, SLICE_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """-> of some columns of a tile: their positions, products, base-2 logits, the keys seen, and
-    the positives."""
-    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D)
+    """-> of some columns of a tile: products, base-2 logits, the keys seen, and the positives."""
     rows = row0 + tl.arange(0, BLOCK_N)
     cols = col0 + tl.arange(0, SLICE_M)
     row = first_row + tl.minimum(rows, n - 1)
     col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
-    s = acc * base2_scale
-    is_own = tl.load(pairs.own_ptr + row)[:, None] == col[None, :]
+    is_own = pinned(tl.load(pairs.own_ptr + row))[:, None] == col[None, :]
     positive, seen = with_ids(is_own, inside, pairs.ids, row, col, SAME_POSITIVE)
     if pairs.exclude_ptr is not None:
-        seen = seen & (tl.load(pairs.exclude_ptr + row)[:, None] != col[None, :])
+        seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
     if pairs.key_bias_ptr is not None:
-        key_bias = tl.load(pairs.key_bias_ptr + col)
-        s += (key_bias * LOG2E)[None, :]
+        key_bias = pinned(tl.load(pairs.key_bias_ptr + col))
         seen = seen & (key_bias != -float("inf"))[None, :]
-    return col, acc, s, seen, positive & seen
+    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D)
+    s = acc * base2_scale
+    if pairs.key_bias_ptr is not None:
+        s += (key_bias * LOG2E)[None, :]
+    return acc, s, seen, positive & seen
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def contrastive_forward_kernel(
         row_num_positives = zeros
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
-            _, _, s, seen, positive = _column_slice(
+            _, s, seen, positive = _column_slice(
                 x_ptr, y_ptr, base2_scale, pairs, row0, first, n, m, d, first_row, 0, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
@@ -236,7 +237,12 @@ def contrastive_gradient_kernel(
         row_positive_weight = tl.load(row_ptr + 2 * stride_row + row)[:, None]
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
-            slice_col, acc, s, seen, positive = _column_slice(
+            if BOTH_DIRECTIONS:
+                slice_col = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
+                reference = tl.load(column_ptr + slice_col)
+                probability_weight = tl.load(column_ptr + stride_column + slice_col)
+                positive_weight = tl.load(column_ptr + 2 * stride_column + slice_col)
+            acc, s, seen, positive = _column_slice(
                 x_ptr, y_ptr, base2_scale, pairs, row0, first, n, m, d,
                 first_row, first_col, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
@@ -244,9 +250,9 @@ def contrastive_gradient_kernel(
             p = exponential(s, row_reference[:, None], positive) * row_probability_weight[:, None]
             at_positive = tl.broadcast_to(row_positive_weight, p.shape)
             if BOTH_DIRECTIONS:
-                e = exponential(s, tl.load(column_ptr + slice_col)[None, :], positive)
-                p += e * tl.load(column_ptr + stride_column + slice_col)[None, :]
-                at_positive += tl.load(column_ptr + 2 * stride_column + slice_col)[None, :]
+                e = exponential(s, pinned(reference)[None, :], positive)
+                p += e * pinned(probability_weight)[None, :]
+                at_positive += pinned(positive_weight)[None, :]
             p = tl.where(seen, tl.where(positive, p + at_positive, p), 0.0)
             partial_sum += tl.sum(p * acc)
             if dkey_bias_ptr is not None:

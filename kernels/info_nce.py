@@ -53,6 +53,7 @@ from protoclip.kernels.tiles import (
     hide,
     needs_mask,
     operands,
+    pinned,
     products,
     tile_origin,
 )
@@ -299,13 +300,6 @@ def _entries(s, side, position, length, unit):
     """-> one direction's part of the entries of positives, whose logits are s, in G."""
     reference, total, coef = _load_side(side, position, length, unit)
     return (exponential(s, reference, True) - total) * coef
-
-
-@triton.jit
-def pinned(v):
-    """v, computed once per element. Otherwise Triton repeats a vector's loads and arithmetic in
-    every thread that needs an element, after the product; it does not repeat a reduction."""
-    return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
 
 
 @triton.jit

@@ -118,11 +118,19 @@ def products(
 
 
 @triton.jit
+def pinned(v):
+    """v, computed once per element. Otherwise Triton repeats a vector's loads and arithmetic in
+    every thread that needs an element, after the product; it does not repeat a reduction."""
+    return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
+
+
+@triton.jit
 def equal_ids(ids, row, col):
     """-> where a row and a column share an id, [rows, cols]. ids: as ``id_rows`` gives them."""
     same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
     for i in tl.static_range(0, len(ids), 2):
-        same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
+        row_ids, col_ids = pinned(tl.load(ids[i] + row)), pinned(tl.load(ids[i + 1] + col))
+        same = same | (row_ids[:, None] == col_ids[None, :])
     return same
 
 
