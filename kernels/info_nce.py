@@ -10,8 +10,8 @@ two products, finish (with the scale's gradient); and no torch op around them. M
 *without the positives*. A second, small kernel merges them, adds the positive, and computes the
 losses: a loss near zero is then log2(1 + little), not a difference of large numbers. Each warp
 subtracts the maximum of eight sampled columns from all its logits: one exponential per element. A
-tile where a sum then falls outside 2^-SPREAD to 2^SPREAD, and any tile on an edge or the diagonal,
-takes the maximum of each row and of each column, and a second exponential. Columns are summed over
+tile where a sum then falls outside 2^-SPREAD to 2^SPREAD takes the maximum of each row and of each
+column, and a second exponential. Columns are summed over
 the rows of one warp only: summing over warps would cost barriers in every tile, and the merge does
 it anyway. How wgmma assigns a tile's rows to warps, for BLOCK_N = 128, PARTS = 4 warps, PART = 16
 rows, REPEATS = 2:
@@ -24,7 +24,11 @@ features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_r
 w_column (P_column - 1), in fp32. Where all references of a tile are within fp32's range of the
 largest one, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), and nothing
 is loaded or divided after the product. Large batches compute the extremes of the references
-beforehand, once per block. Edges, the diagonal and tiles of wide range take two exponentials.
+beforehand, once per block. Tiles of wide range take two exponentials, slice by slice.
+
+**Masks.** A tile on the diagonal or the edge puts logits of -HIDDEN in place of the positives and
+of what is past the ends, and goes on as all others do. The positives' products leave the tile as
+one number a row, from which the entries follow without a matrix.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
@@ -288,11 +292,14 @@ class Side(NamedTuple):
 
 @triton.jit
 def _load_side(side, position, length, unit):
-    """-> reference, sum, weight / sum of rows or columns; past the ends those of the last one."""
-    at = tl.maximum(tl.minimum(position, length - 1), 0)
-    weight = tl.load(side.weight_ptr + at * side.stride_weight) * unit
-    total = tl.load(side.sum_ptr + at)
-    return tl.load(side.reference_ptr + at), total, weight / total
+    """-> reference, sum, weight / sum of rows or columns; past the end those of the last one."""
+    at = tl.minimum(position, length - 1)
+    # Loads under a mask stay where they are: others would move behind the branch that uses them.
+    used = position >= 0
+    weight = tl.load(side.weight_ptr + at * side.stride_weight, mask=used, other=0.0) * unit
+    total = tl.load(side.sum_ptr + at, mask=used, other=1.0)
+    reference = tl.load(side.reference_ptr + at, mask=used, other=0.0)
+    return reference, total, weight / total
 
 
 @triton.jit
@@ -325,6 +332,15 @@ def info_nce_extremes_kernel(
         low, high = _extremes(column_reference_ptr, cols, m)
     tl.store(out_ptr + 2 * program, low)
     tl.store(out_ptr + 2 * program + 1, high)
+
+
+@triton.jit
+def _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH: tl.constexpr):
+    """-> G of a tile whose references are all near ``high``."""
+    factor = factor[:, None]
+    if BOTH:
+        factor += pinned(column_factor)[None, :]
+    return tl.exp2(acc * base2_scale - high) * factor
 
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
@@ -372,20 +388,29 @@ def info_nce_gradient_kernel(
             at = extremes_ptr + 2 * (column_side.first_block + col0 // BLOCK_M)
             low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
     masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    if (high - low < SPREAD) & can_hide(base2_scale):
-        factor = (row_coef * tl.exp2(high - row_reference))[:, None]
+    near = high - low < SPREAD
+    positive_product = tl.zeros((BLOCK_N,), tl.float32)
+    if near & (masked == 0):  # a path of its own: a branch after the products costs all tiles 4 %
+        factor = row_coef * tl.exp2(high - row_reference)
+        column_factor = factor
+        if BOTH_DIRECTIONS:
+            column_factor = column_coef * tl.exp2(high - column_reference)
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        p = _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH_DIRECTIONS)
+        partial_sum = tl.sum(p * acc)
+        store_gradient(p, row0, col0, g, stride_g)
+    elif near & can_hide(base2_scale):
+        factor = row_coef * tl.exp2(high - row_reference)
+        column_factor = factor
         if BOTH_DIRECTIONS:
             column_factor = column_coef * tl.exp2(high - column_reference)
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
-        if BOTH_DIRECTIONS:
-            factor += pinned(column_factor)[None, :]
-        p = tl.exp2(acc * base2_scale - high) * factor
+        p = _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH_DIRECTIONS)
         partial_sum = tl.sum(p * acc)
         store_gradient(p, row0, col0, g, stride_g)
     else:
         partial_sum = 0.0
-        positive_product = tl.zeros((BLOCK_N,), tl.float32)
         for column_slice in range(0, BLOCK_M, SLICE_M):
             slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
             if BOTH_DIRECTIONS:

@@ -190,9 +190,8 @@ def attend(
     row_tiles = triton.cdiv(n, config.block_n)
     # A separate tail takes registers, which only Hopper's one-pass configurations can spare.
     peel = values and launch.architecture(q.device) in (None, 90)
-    cores = 8  # the interpreter's, so that keys are cut into slices
-    if q.is_cuda:
-        cores = torch.cuda.get_device_properties(q.device).multi_processor_count
+    # The interpreter's are few, so that keys are cut into slices.
+    cores = launch.num_sms(q.device) if q.is_cuda else 8
     slices = key_slices(row_tiles, triton.cdiv(k, config.block_m), cores * config.ctas_per_sm)
     row_max = q.new_empty((slices, n), dtype=torch.float32)
     parts = Slices(

@@ -3,6 +3,7 @@ row: ``make kernels``), and the hot paths on Hopper spend their time as it says.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import subprocess
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.compile_report.model import Bound, Clk  # noqa: E402
+from benchmarks.compile_report import model  # noqa: E402
+from benchmarks.compile_report.model import Bound, Clk, Slice  # noqa: E402
 from benchmarks.compile_report.report import Cost  # noqa: E402
 from protoclip.kernels import launch  # noqa: E402
 
@@ -40,7 +43,7 @@ def python(*arguments: str) -> str:
 def costs() -> list[Cost]:
     """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others; all
     forms and types take minutes."""
-    forms = ("large", "gradients", "ids", "all", "soft", "own", "128", "256")
+    forms = ("large", "small", "gradients", "ids", "all", "soft", "own", "128", "256")
     chosen = [f"sm_90 bf16 {form}" for form in forms]
     chosen += [f"sm_{arch} sigmoid_loss ids" for arch in (80, 89, 100)]
     chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
@@ -49,6 +52,9 @@ def costs() -> list[Cost]:
 
 def from_json(line: dict[str, Any]) -> Cost:
     line["clk"] = Clk(*line["clk"])
+    line["tile"] = tuple(line["tile"])
+    if line["slice"] is not None:
+        line["slice"] = Slice(*line["slice"])
     if line["bound"] is not None:
         line["bound"] = Bound(*line["bound"])
     return Cost(**line)
@@ -140,6 +146,70 @@ def test_hot_paths_on_hopper_leave_the_time_to_the_products(
     if path.most_shared_time is not None:
         port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost.warps / 4
         assert port_clk <= path.most_shared_time * cost.clk.products
+
+
+SLICED = ["info_nce_forward", "info_nce_gradient", "contrastive_forward", "contrastive_gradient"]
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize("kernel", SLICED)
+def test_a_slice_loads_before_its_products(costs: list[Cost], kernel: str) -> None:
+    """Once an element: 24 loads a thread after the products took 34 us of a tile."""
+    for cost in matching(costs, kernel=kernel, arch=90, dtype="bf16"):
+        assert cost.slice is not None and cost.slice.loads <= 4
+
+
+def tile_clk(cost: Cost, masked: bool) -> float:
+    """Of one tile on an SM of its own."""
+    around = cost.masked if masked else cost.clk.before + cost.clk.after
+    return 1.05 * cost.clk.products + around
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize("depth", [128, 512])
+@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient"])
+def test_a_tile_of_the_diagonal_costs_little_more_than_others(
+    costs: list[Cost], kernel: str, depth: int
+) -> None:
+    cost = only(costs, kernel=kernel, form="large", depth=depth, arch=90, dtype="bf16")
+    assert tile_clk(cost, masked=True) <= 2 * tile_clk(cost, masked=False)
+
+
+def span_us(cost: Cost, n: int) -> float:
+    """Until the last of n x n pairs' tiles is done, each given to the SM that is free first, in the
+    order of the grid (kernels/tiles.py)."""
+    height, width = cost.tile
+    groups = -(-n // (8 * height))
+    tiles = [
+        (8 * group + row, column)
+        for group in range(groups)
+        for column in range(-(-n // width))
+        for row in range(min(8, -(-n // height) - 8 * group))
+    ]
+    free = [0.0] * model.SMS
+    for row, column in tiles:
+        begin, end = row * height, (row + 1) * height
+        masked = begin < (column + 1) * width and column * width < end
+        heapq.heapreplace(free, free[0] + tile_clk(cost, masked))
+    return max(free) / model.CLOCK * 1e6
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize(
+    "n, form, most_us", [(1024, "small", 15), (4096, "large", 45), (8192, "large", 140)]
+)
+def test_the_gradient_of_few_pairs_fills_the_card(
+    costs: list[Cost], n: int, form: str, most_us: float
+) -> None:
+    """34, 68 and 168 us where a tile of the diagonal went slice by slice."""
+    cost = only(costs, kernel="info_nce_gradient", form=form, depth=512, arch=90, dtype="bf16")
+    assert span_us(cost, n) <= most_us
+
+
+def test_a_wide_tile_is_for_those_who_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compiling_for", 90)
+    rows = [torch.empty(n, 512, dtype=torch.bfloat16) for n in (1024, 8192)]
+    assert [launch.choose("info_nce_gradient", x, x).block_m for x in rows] == [128, 256]
 
 
 @dataclass(frozen=True)
