@@ -3,8 +3,8 @@
 A tile is BLOCK_N rows of x [N, D] against BLOCK_M rows of y [M, D]. Operands come by pointer and
 strides (any D, any strides, any card) or by TMA descriptor (row strides of 16-byte multiples).
 
-Most tiles hold no positive, no hidden pair and no edge, and have no masks. What needs more values an
-element than registers hold for a whole tile goes slice by slice, SLICE_M columns at a time.
+Most tiles hold no positive, no hidden pair and no edge, and have no masks. What needs more values
+an element than registers hold for a whole tile goes slice by slice, SLICE_M columns at a time.
 """
 
 from __future__ import annotations
