@@ -3,10 +3,10 @@
     python -m benchmarks.gpu [canary] [profile] [small] [sweep] [--seconds 60]
 
 ``canary`` runs each op once, in a process of its own: a kernel that crashes takes its process and
-its context with it, and the others still tell. ``sweep`` compiles candidates for each row of kernels/launch.py in a pool of processes, drops those
-that spill or do not fit, times the others, and prints the fastest whose gradients are right as the
-line to paste. PROTOCLIP_REHEARSE=1 runs the same code without a card: Triton's interpreter, tiny
-sizes, one candidate compiled for Hopper.
+its context with it, and the others still tell. ``sweep`` compiles candidates for each row of
+kernels/launch.py in a pool of processes, drops those that spill or do not fit, times the others,
+and prints the fastest whose gradients are right as the line to paste. PROTOCLIP_REHEARSE=1 runs the
+same code without a card: Triton's interpreter, tiny sizes, one candidate compiled for Hopper.
 """
 
 from __future__ import annotations

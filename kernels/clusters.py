@@ -19,6 +19,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import load_tile
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.tiles import dot, products, tile_options
 
 PIECE = 1024  # rows of a piece of a segment
@@ -246,7 +247,7 @@ def kmeans_assign_coded(
     is_open = torch.zeros(n, dtype=torch.int32, device=points.device)
     config = launch.assign_config(half)
     with torch.cuda.device_of(points):
-        screen_kernel[(triton.cdiv(n, config.block_n),)](
+        screen_kernel[(cdiv(n, config.block_n),)](
             x_ptr=half, c_ptr=c, c_low_ptr=None, half_norm_ptr=half_norms,
             reach_ptr=reach(2 * HALF_ULP if wide else 0.0, d), rows_ptr=None, count_ptr=None,
             label_ptr=labels, open_ptr=is_open,
@@ -259,7 +260,7 @@ def kmeans_assign_coded(
             config = launch.assign_config(points)
             is_open.zero_()
             # Left out: the product of both low parts, and what these were rounded by.
-            screen_kernel[(triton.cdiv(n, config.block_n),)](
+            screen_kernel[(cdiv(n, config.block_n),)](
                 x_ptr=points, c_ptr=c, c_low_ptr=c_low, half_norm_ptr=half_norms,
                 reach_ptr=reach(3 * HALF_ULP**2, 3 * d), rows_ptr=open_rows, count_ptr=count,
                 label_ptr=labels, open_ptr=is_open,
@@ -268,7 +269,7 @@ def kmeans_assign_coded(
             )  # fmt: skip
             open_rows, count = _listed(is_open)
         config = launch.ASSIGN_EXACT
-        exact_kernel[(triton.cdiv(n, config.block_n),)](
+        exact_kernel[(cdiv(n, config.block_n),)](
             x_ptr=points, c_ptr=centroids, rows_ptr=open_rows, count_ptr=count, label_ptr=labels,
             k=k, d=d, strides=(*points.stride(), *centroids.stride()),
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
@@ -335,7 +336,7 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     last = torch.minimum(first + PIECE, edges[owner + 1])
     sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
     config = launch.SEGMENT_MEAN
-    tiles = triton.cdiv(d, config.block_d)
+    tiles = cdiv(d, config.block_d)
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
             values_ptr=values, rows_ptr=rows, first_ptr=first, last_ptr=last, count_ptr=None,

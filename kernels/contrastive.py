@@ -4,8 +4,9 @@ A tile first compares its ids and positions. Most tiles contain no positive and 
 they run as in ``info_nce.py`` and need no masks. The others go slice by slice, and mask each logit
 by a row and a column of ids, positions and biases. For the rows and the columns of each tile, the
 forward pass writes the maximum and the sum of the visible logits, and the sum and count of the
-positives' logits; a second, small kernel merges them. The backward pass recomputes the logits and writes G, with the
-positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed order.
+positives' logits; a second, small kernel merges them. The backward pass recomputes the logits and
+writes G, with the positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import exact, exponential, join
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import (
     ContrastiveGradients,
     ContrastiveStatistics,
@@ -359,7 +361,7 @@ def contrastive_fwd(
             rows=_without_keys(x, n), columns=_without_keys(x, m if both_directions else 0)
         )
     config = launch.choose("contrastive_forward", x, y)
-    blocks_m = -(-m // config.block_m)
+    blocks_m = cdiv(m, config.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
     pairs = TilePairs(own, exclude, id_rows(query_ids, key_ids), key_bias)
     num_columns = m if both_directions else 0
@@ -370,7 +372,7 @@ def contrastive_fwd(
         for first in range(0, n, wave):
             part = x[first : first + wave]
             height = len(part)
-            blocks_n = -(-height // config.block_n)
+            blocks_n = cdiv(height, config.block_n)
             row_part = x.new_empty((4, blocks_m, height), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, num_columns), dtype=torch.float32)
             contrastive_forward_kernel[(blocks_n * blocks_m,)](
@@ -378,7 +380,7 @@ def contrastive_fwd(
                 row_ptr=row_part, column_ptr=column_part, pairs=pairs, first_row=first,
                 BOTH_DIRECTIONS=both_directions, SAME_POSITIVE=same_positive,
             )  # fmt: skip
-            programs = -(-height // merge.block_n) + -(-num_columns // merge.block_n)
+            programs = cdiv(height, merge.block_n) + cdiv(num_columns, merge.block_n)
             contrastive_merge_kernel[(programs,)](
                 row_part_ptr=row_part, blocks_m=blocks_m, height=height,
                 row_ptr=row_statistics[:, first:], n=n,
@@ -418,9 +420,7 @@ def contrastive_bwd(
         lift = power.where(power.isfinite(), 1.0).float()
     num_columns = column_statistics.shape[1]
     row_side = PairSide(row_statistics.contiguous(), row_weights.contiguous(), len(x))
-    column_side = PairSide(
-        column_statistics.contiguous(), column_weights.contiguous(), num_columns
-    )
+    column_side = PairSide(column_statistics.contiguous(), column_weights.contiguous(), num_columns)
     plan = waves.chunks(x, y, config)
     partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
     pairs = TilePairs(own, exclude, id_rows(query_ids, key_ids), key_bias)
@@ -442,13 +442,14 @@ def contrastive_bwd(
         if sums is not None:
             dkey_bias[chunk.cols] += sums.sum(dim=0)
 
-    gradients = waves.gradients_by_chunks(
-        x, y, factor, 0, plan, fill, partial_sums, entries=None  # the positives are in G
+    # The positives are in G: there are no entries.
+    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
+        x, y, factor, 0, plan, fill, partial_sums[None], entries=None
     )
     return ContrastiveGradients(
-        dx=gradients.dx,
-        dy=gradients.dy,
-        dlogit_scale=gradients.dlogit_scale,
+        dx=dx,
+        dy=dy,
+        dlogit_scale=dlogit_scale,
         dkey_bias=dkey_bias if lift is None else dkey_bias / lift,
     )
 

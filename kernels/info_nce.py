@@ -47,6 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import Gradients, InfoNceStatistics, LossAndStatistics
 from protoclip.kernels.tiles import (
     HIDDEN,
@@ -65,8 +66,11 @@ from protoclip.kernels.waves import store_entries, store_gradient
 
 LN2 = math.log(2.0)
 PARTIAL_BYTES = 64 << 20
-# Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
-ONE_PROGRAM = 1024
+# Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
+# for 1,024 would take 20 us by the model.
+ONE_PROGRAM = 256
+# Up to so many, looking for extremes beforehand would cost more than what it saves.
+FEW = 1024
 
 
 @triton.jit
@@ -494,7 +498,7 @@ def _forward(
     num_columns = m if both_directions else 0
     length = m if both_directions else n
     merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
-    programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, merge.block_n)
+    programs = 1 if length <= ONE_PROGRAM else cdiv(length, merge.block_n)
     row_reference = x.new_empty(n, dtype=torch.float32)
     row_sum = torch.empty_like(row_reference)
     column_reference = x.new_empty(num_columns, dtype=torch.float32)
@@ -508,20 +512,20 @@ def _forward(
         partial_sums.zero_()
     config = launch.choose("info_nce_forward", x, y)
     parts = min(config.warps, config.block_n // config.part)
-    blocks_m = triton.cdiv(m, config.block_m)
+    blocks_m = cdiv(m, config.block_m)
     # Rows per wave: as many tiles as keep the partial sums within their bound.
     bytes_of_block = 8 * (config.block_n * blocks_m + parts * m)
     blocks_of_wave = max(1, PARTIAL_BYTES // max(1, bytes_of_block))
     wave = max(1, min(n, blocks_of_wave * config.block_n))
     row_part = x.new_empty(2 * blocks_m * wave, dtype=torch.float32)
-    blocks_n = triton.cdiv(wave, config.block_n)
+    blocks_n = cdiv(wave, config.block_n)
     column_part = x.new_empty(2 * blocks_n * parts * num_columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             last = min(first + wave, n)
             part = x[first:last]
-            blocks_n = triton.cdiv(len(part), config.block_n)
-            blocks_m = triton.cdiv(m, config.block_m)
+            blocks_n = cdiv(len(part), config.block_n)
+            blocks_m = cdiv(m, config.block_m)
             info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
                 row_ptr=row_part, column_ptr=column_part, positive_ptr=positive[first:last],
@@ -568,10 +572,10 @@ def info_nce_bwd(
     lifted = x.dtype == torch.float16
     row_peak = _peak(row_weight) if lifted else row_weight
     column_peak = _peak(column_weight) if lifted else column_weight
-    blocks_n = triton.cdiv(n, config.block_n)
+    blocks_n = cdiv(n, config.block_n)
     extremes = None
-    if max(n, len(y)) > ONE_PROGRAM:  # below, a launch would cost more than the exponentials
-        blocks = blocks_n + triton.cdiv(num_columns, config.block_m)
+    if max(n, len(y)) > FEW:
+        blocks = blocks_n + cdiv(num_columns, config.block_m)
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):
             info_nce_extremes_kernel[(blocks,)](
@@ -582,7 +586,9 @@ def info_nce_bwd(
     plan = waves.chunks(x, y, config)
     partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
 
-    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+    entries = torch.empty_like(row_reference)
+
+    def fill(chunk: waves.Chunk, g: Tensor) -> None:
         rows, cols = chunk.rows, chunk.cols
         part_x, part_y = x[rows], y[cols]
         row_side = Side(
@@ -610,7 +616,10 @@ def info_nce_bwd(
             BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
         )  # fmt: skip
 
-    return waves.gradients_by_chunks(x, y, factor, offset, plan, fill, partial_sums)
+    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
+        x, y, factor, offset, plan, fill, partial_sums[None], entries
+    )
+    return Gradients(dx, dy, dlogit_scale)
 
 
 def _peak(weight: Tensor) -> Tensor:

@@ -190,6 +190,11 @@ def architecture(device: torch.device) -> int | None:
     return served_as(10 * major + minor)
 
 
+def cdiv(length: int, block: int) -> int:
+    """How many blocks a length takes. Triton's takes a microsecond on the host."""
+    return -(-length // block)
+
+
 def num_sms(device: torch.device) -> int:
     """How many multiprocessors a device has; without a card an H100's."""
     if device.type != "cuda":
@@ -223,7 +228,7 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     config = HALF[kernel][arch]
     deep = HALF_DEEP.get(kernel, {}).get(arch)
     if deep is not None and x.shape[1] >= DEEP:
-        tiles = -(-len(x) // deep.block_n) * -(-len(y) // deep.block_m)
+        tiles = cdiv(len(x), deep.block_n) * cdiv(len(y), deep.block_m)
         config = deep if tiles >= DEEP_TILES * num_sms(x.device) else config
     if x.shape[1] % config.block_d == 0 and aligned(x) and aligned(y):
         return config

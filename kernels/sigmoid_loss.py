@@ -144,7 +144,9 @@ def sigmoid_loss(
     partial_sums = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
+    entries = x.new_empty(len(x), dtype=torch.float32)
+
+    def fill(chunk: waves.Chunk, g: Tensor | None) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
         sigmoid_loss_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
@@ -159,13 +161,15 @@ def sigmoid_loss(
         factor = logit_scale.reshape(())
         if lift != 1.0:
             factor = factor.float() / lift
-        dx, dy, _ = waves.gradients_by_chunks(x, y, factor, offset, plan, fill, partial_sums[0])
+        dx, dy, totals = waves.gradients_by_chunks(
+            x, y, factor, offset, plan, fill, partial_sums, entries
+        )
     else:
         dx = x.new_zeros(x.shape if gradients else (0, x.shape[1]))
         dy = y.new_zeros(y.shape if gradients else (0, y.shape[1]))
         with torch.cuda.device_of(x):
             for chunk in plan:
-                fill(chunk, None, partial_sums[0])
-    # Sums of their own: an op's outputs must not alias.
-    dlogit_scale, loss, dlogit_bias = (sums.sum() for sums in partial_sums)
+                fill(chunk, None)
+        totals = tuple(sums.sum() for sums in partial_sums)
+    dlogit_scale, loss, dlogit_bias = totals
     return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)
