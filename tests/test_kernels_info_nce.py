@@ -545,12 +545,14 @@ def test_a_step_of_1024_pairs_is_few_kernels(
     x, y = features(1024, 64, "alike", torch.bfloat16)
     leaves = [leaf(x), leaf(y), leaf(14.3, device=DEVICE)]
     labels = torch.arange(1024, device=DEVICE)
+    scale = torch.tensor(14.3, device=DEVICE)
+    bias = torch.tensor(-10.0, device=DEVICE)
     losses: dict[str, Callable[..., Tensor]] = {
         "info_nce": partial(protoclip.info_nce, backend="triton"),
         "ids": partial(protoclip.info_nce, ids=labels // 2, backend="triton"),
-        "siglip": lambda *args: sigmoid_loss(*args, -args[2].detach(), backend="triton"),
+        "siglip": lambda *args: sigmoid_loss(*args, bias, backend="triton"),
         "prototypes": lambda x: protoclip.prototype_cross_entropy(
-            x, y, labels, 14.3, backend="triton"
+            x, y.detach(), labels, scale, backend="triton"
         ),
     }
     leaves = leaves[:1] if form == "prototypes" else leaves
