@@ -86,7 +86,7 @@ def _three_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["n", "k"])
+@triton.jit(do_not_specialize=["n", "k"], do_not_specialize_on_alignment=["count_ptr"])
 def screen_kernel(
     x_ptr, c_ptr, c_low_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D] x 2, [K], [N]: of rounding
     rows_ptr, count_ptr,  # [N], []: which rows, with THREE; all without
@@ -169,7 +169,7 @@ def _widest(x_ptr, c_ptr, rows, label, used, d, strides, BLOCK_D: tl.constexpr):
     return widest
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=["count_ptr"])
 def exact_kernel(
     x_ptr, c_ptr, rows_ptr, count_ptr, label_ptr,  # [N, D], [K, D], [N], [], [N]
     k, d, strides,

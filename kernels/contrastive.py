@@ -31,7 +31,8 @@ from protoclip.kernels.tiles import (
     SPREAD,
     equal_ids,
     gradient_chunk,
-    id_rows,
+    id_arguments,
+    id_pointers,
     operands,
     pinned,
     products,
@@ -48,13 +49,12 @@ class TilePairs(NamedTuple):
 
     own_ptr: Tensor  # [N], position of each row's own column
     exclude_ptr: Tensor | None  # [N], position of its excluded column
-    ids: tuple[Tensor, ...] | None  # of ``id_rows``
     key_bias_ptr: Tensor | None  # [M]
 
 
 @triton.jit
 def _holds_pairs(
-    pairs, row0, col0, n, m, first_row, first_col,
+    pairs, ids, row0, col0, n, m, first_row, first_col,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
@@ -72,15 +72,15 @@ def _holds_pairs(
     if pairs.key_bias_ptr is not None:
         absent = tl.load(pairs.key_bias_ptr + col) == -float("inf")
         holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
-    if pairs.ids is not None:
-        holds = tl.maximum(holds, tl.max(equal_ids(pairs.ids, row, col).to(tl.int32)))
+    if ids is not None:
+        holds = tl.maximum(holds, tl.max(equal_ids(ids, row, col).to(tl.int32)))
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | (holds > 0)
 
 
 @triton.jit
 def _column_slice(
-    x, y, base2_scale, pairs, row0, col0, n, m, d, first_row, first_col, strides,
+    x, y, base2_scale, pairs, ids, row0, col0, n, m, d, first_row, first_col, strides,
     BLOCK_N: tl.constexpr, SLICE_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _column_slice(
     col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     is_own = pinned(tl.load(pairs.own_ptr + row))[:, None] == col[None, :]
-    positive, seen = with_ids(is_own, inside, pairs.ids, row, col, SAME_POSITIVE)
+    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
     if pairs.exclude_ptr is not None:
         seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
     if pairs.key_bias_ptr is not None:
@@ -125,15 +125,21 @@ def _store_statistics(ptr, at, mask, length, statistics):
         tl.store(ptr + i * length + at, statistics[i], mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_row"])
+ID_STRIDES = ["stride_query_ids", "stride_key_ids"]
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_row", *ID_STRIDES])
 def contrastive_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for slices, []
     row_ptr, column_ptr,  # [4, column blocks, N], [4, row blocks, M]
-    pairs, n, m, d, first_row, strides,
+    pairs, query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
+    n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
+    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
     rows = row0 + tl.arange(0, BLOCK_N)
@@ -142,7 +148,7 @@ def contrastive_forward_kernel(
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
     zeros = tl.zeros((BLOCK_N,), tl.float32)
-    if not _holds_pairs(pairs, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
+    if not _holds_pairs(pairs, ids, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
         s = base2_scale * products(
             x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
         )
@@ -167,7 +173,7 @@ def contrastive_forward_kernel(
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
             _, s, seen, positive = _column_slice(
-                x_ptr, y_ptr, base2_scale, pairs, row0, first, n, m, d, first_row, 0, strides,
+                x_ptr, y_ptr, base2_scale, pairs, ids, row0, first, n, m, d, first_row, 0, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             of_rows = _statistics(s, seen, positive, 1)
@@ -244,25 +250,24 @@ class PairSide(NamedTuple):
 
     statistics_ptr: Tensor  # [4, length], in the rows of ``PairStatistics``
     weights_ptr: Tensor  # [2, length], of the LSE and of the mean positive
-    length: int
 
 
 @triton.jit
-def _load_side(side, position, lift):
+def _load_side(side, length, position, lift):
     """-> reference, weight of a probability and weight of a positive."""
     at = side.statistics_ptr + position
     reference = tl.load(at)
-    total = tl.load(at + side.length)
-    num_positives = tl.load(at + 3 * side.length)
+    total = tl.load(at + length)
+    num_positives = tl.load(at + 3 * length)
     lse_weight = tl.load(side.weights_ptr + position)
-    mean_weight = tl.load(side.weights_ptr + side.length + position)
+    mean_weight = tl.load(side.weights_ptr + length + position)
     used = total != 0  # NaN too
     probability_weight = tl.where(used, lse_weight / total, 0.0) * lift
     positive_weight = mean_weight / tl.maximum(num_positives, 1.0) * lift
     return tl.where(used, reference, 0.0), probability_weight, positive_weight
 
 
-SIZES = ["n", "m", "first_row", "first_col", "first_tile", "row_side", "column_side"]
+SIZES = ["n", "m", "first_row", "first_col", "first_tile", "num_rows", "num_columns", *ID_STRIDES]
 SLICED = ["partial_sum_ptr", "dkey_bias_ptr"]
 
 
@@ -271,12 +276,16 @@ def contrastive_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, lift_ptr, factor_ptr,  # [], [] or None: 1, [] for the finish: scale / lift
     row_side, column_side,  # PairSide of all rows and, with BOTH_DIRECTIONS, of all columns
+    num_rows, num_columns,
     partial_sum_ptr, dkey_bias_ptr, first_tile,  # [tiles], [row blocks, M] or None
-    pairs, n, m, d, first_row, first_col, stride_g, strides,
+    pairs, query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
+    n, m, d, first_row, first_col, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):  # fmt: skip
     """G of one tile times the lift, its part of sum G x.y, and its column sums."""
+    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     base2_scale = logit_scale * LOG2E
@@ -286,13 +295,17 @@ def contrastive_gradient_kernel(
     row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
     col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
-    row_reference, row_probability_weight, row_positive_weight = _load_side(row_side, row, lift)
+    row_reference, row_probability_weight, row_positive_weight = _load_side(
+        row_side, num_rows, row, lift
+    )
     low, high = tl.min(row_reference), tl.max(row_reference)
     if BOTH_DIRECTIONS:
-        column_reference, column_probability_weight, _ = _load_side(column_side, col, lift)
+        column_reference, column_probability_weight, _ = _load_side(
+            column_side, num_columns, col, lift
+        )
         low = tl.minimum(low, tl.min(column_reference))
         high = tl.maximum(high, tl.max(column_reference))
-    general = _holds_pairs(pairs, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
+    general = _holds_pairs(pairs, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
     sums_ptr = dkey_bias_ptr
     if dkey_bias_ptr is not None:
         sums_ptr += (row0 // BLOCK_N) * m + col0
@@ -318,10 +331,10 @@ def contrastive_gradient_kernel(
             if BOTH_DIRECTIONS:
                 slice_col = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
                 reference, probability_weight, positive_weight = _load_side(
-                    column_side, slice_col, lift
+                    column_side, num_columns, slice_col, lift
                 )
             acc, s, seen, positive = _column_slice(
-                x_ptr, y_ptr, base2_scale, pairs, row0, first, n, m, d,
+                x_ptr, y_ptr, base2_scale, pairs, ids, row0, first, n, m, d,
                 first_row, first_col, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
@@ -363,7 +376,7 @@ def contrastive_fwd(
     config = launch.choose("contrastive_forward", x, y)
     blocks_m = cdiv(m, config.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
-    pairs = TilePairs(own, exclude, id_rows(query_ids, key_ids), key_bias)
+    pairs = TilePairs(own, exclude, key_bias)
     num_columns = m if both_directions else 0
     row_statistics = x.new_empty((4, n), dtype=torch.float32)
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
@@ -378,6 +391,7 @@ def contrastive_fwd(
             contrastive_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
                 row_ptr=row_part, column_ptr=column_part, pairs=pairs, first_row=first,
+                **id_arguments(query_ids, key_ids),
                 BOTH_DIRECTIONS=both_directions, SAME_POSITIVE=same_positive,
             )  # fmt: skip
             programs = cdiv(height, merge.block_n) + cdiv(num_columns, merge.block_n)
@@ -419,11 +433,11 @@ def contrastive_bwd(
         power = (14 - torch.as_tensor(peak).log2().ceil()).clamp(-80, 80).exp2()
         lift = power.where(power.isfinite(), 1.0).float()
     num_columns = column_statistics.shape[1]
-    row_side = PairSide(row_statistics.contiguous(), row_weights.contiguous(), len(x))
-    column_side = PairSide(column_statistics.contiguous(), column_weights.contiguous(), num_columns)
+    row_side = PairSide(row_statistics.contiguous(), row_weights.contiguous())
+    column_side = PairSide(column_statistics.contiguous(), column_weights.contiguous())
     plan = waves.chunks(x, y, config)
     partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
-    pairs = TilePairs(own, exclude, id_rows(query_ids, key_ids), key_bias)
+    pairs = TilePairs(own, exclude, key_bias)
 
     def fill(chunk: waves.Chunk, g: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
@@ -434,9 +448,10 @@ def contrastive_bwd(
         contrastive_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, lift_ptr=lift, factor_ptr=factor,
-            row_side=row_side, column_side=column_side,
+            row_side=row_side, column_side=column_side, num_rows=len(x), num_columns=num_columns,
             partial_sum_ptr=partial_sums, dkey_bias_ptr=sums, first_tile=chunk.first_tile,
             pairs=pairs, first_row=chunk.rows.start, first_col=chunk.cols.start,
+            **id_arguments(query_ids, key_ids),
             BOTH_DIRECTIONS=num_columns > 0, SAME_POSITIVE=same_positive,
         )  # fmt: skip
         if sums is not None:

@@ -284,32 +284,31 @@ def exponential(s, reference, positive):
 
 
 class Side(NamedTuple):
-    """What the rows or the columns of a chunk of G bring into it, [length] each."""
+    """What the rows or the columns of a chunk of G bring into it, [length] each. Tensors only: a
+    number in a tuple compiles the kernel again where its divisibility by 16 changes."""
 
     reference_ptr: Tensor
     sum_ptr: Tensor
     weight_ptr: Tensor
-    stride_weight: int  # 0: one weight for all
     peak_ptr: Tensor  # [], the largest |weight|, read with LIFT
-    first_block: int  # where its extremes begin
 
 
 @triton.jit
-def _load_side(side, position, length, unit):
+def _load_side(side, position, length, stride_weight, unit):
     """-> reference, sum, weight / sum of rows or columns; past the end those of the last one."""
     at = tl.minimum(position, length - 1)
     # Loads under a mask stay where they are: others would move behind the branch that uses them.
     used = position >= 0
-    weight = tl.load(side.weight_ptr + at * side.stride_weight, mask=used, other=0.0) * unit
+    weight = tl.load(side.weight_ptr + at * stride_weight, mask=used, other=0.0) * unit
     total = tl.load(side.sum_ptr + at, mask=used, other=1.0)
     reference = tl.load(side.reference_ptr + at, mask=used, other=0.0)
     return reference, total, weight / total
 
 
 @triton.jit
-def _entries(s, side, position, length, unit):
+def _entries(s, side, position, length, stride_weight, unit):
     """-> one direction's part of the entries of positives, whose logits are s, in G."""
-    reference, total, coef = _load_side(side, position, length, unit)
+    reference, total, coef = _load_side(side, position, length, stride_weight, unit)
     return (exponential(s, reference, True) - total) * coef
 
 
@@ -348,7 +347,8 @@ def _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH: tl.con
 
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
-CHANGING = ["n", "m", "offset", "row_side", "column_side", "first_tile"]
+CHANGING = ["n", "m", "offset", "first_tile", "first_row_block", "first_column_block"]
+CHANGING += ["stride_row_weight", "stride_column_weight"]
 # Slices of vectors begin anywhere; another alignment would compile the kernel again.
 SLICED = ["entry_ptr", "partial_sum_ptr"]
 
@@ -357,7 +357,9 @@ SLICED = ["entry_ptr", "partial_sum_ptr"]
 def info_nce_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
-    row_side, column_side, extremes_ptr,  # Side of [N], of [M] with BOTH_DIRECTIONS; [blocks, 2]
+    row_side, column_side,  # Side of [N], of [M] with BOTH_DIRECTIONS
+    stride_row_weight, stride_column_weight,  # 0: one weight for all
+    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2] or None; the first of them
     entry_ptr, partial_sum_ptr, first_tile,  # [N], [tiles]
     n, m, d, offset, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -376,20 +378,22 @@ def info_nce_gradient_kernel(
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
     cols = col0 + tl.arange(0, BLOCK_M)
-    row_reference, _, row_coef = _load_side(row_side, rows, n, unit)
+    row_reference, _, row_coef = _load_side(row_side, rows, n, stride_row_weight, unit)
     # All loads come before any use of one: their latencies pass together.
     if BOTH_DIRECTIONS:
-        column_reference, _, column_coef = _load_side(column_side, cols, m, unit)
+        column_reference, _, column_coef = _load_side(
+            column_side, cols, m, stride_column_weight, unit
+        )
     if extremes_ptr is None:
         low, high = tl.min(row_reference), tl.max(row_reference)
         if BOTH_DIRECTIONS:
             low = tl.minimum(low, tl.min(column_reference))
             high = tl.maximum(high, tl.max(column_reference))
     else:
-        at = extremes_ptr + 2 * (row_side.first_block + row0 // BLOCK_N)
+        at = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
         low, high = tl.load(at), tl.load(at + 1)
         if BOTH_DIRECTIONS:
-            at = extremes_ptr + 2 * (column_side.first_block + col0 // BLOCK_M)
+            at = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
             low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
     masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     near = high - low < SPREAD
@@ -418,7 +422,9 @@ def info_nce_gradient_kernel(
         for column_slice in range(0, BLOCK_M, SLICE_M):
             slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
             if BOTH_DIRECTIONS:
-                reference, total, coef = _load_side(column_side, slice_cols, m, unit)
+                reference, total, coef = _load_side(
+                    column_side, slice_cols, m, stride_column_weight, unit
+                )
             acc = products(
                 x_ptr, y_ptr, row0, col0 + column_slice, n, m, d, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D,
@@ -437,9 +443,9 @@ def info_nce_gradient_kernel(
         partner = rows + offset
         held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
         s = positive_product * base2_scale
-        entry = _entries(s, row_side, rows, n, unit)
+        entry = _entries(s, row_side, rows, n, stride_row_weight, unit)
         if BOTH_DIRECTIONS:
-            entry += _entries(s, column_side, partner, m, unit)
+            entry += _entries(s, column_side, partner, m, stride_column_weight, unit)
         tl.store(entry_ptr + rows, entry, mask=held)
         partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
     tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
@@ -595,22 +601,21 @@ def info_nce_bwd(
             reference_ptr=row_reference[rows],
             sum_ptr=row_sum[rows],
             weight_ptr=row_weight[rows],
-            stride_weight=row_weight.stride(0),
             peak_ptr=row_peak,
-            first_block=rows.start // config.block_n,
         )
         column_side = Side(
             reference_ptr=column_reference[cols],
             sum_ptr=column_sum[cols],
             weight_ptr=column_weight[cols],
-            stride_weight=column_weight.stride(0),
             peak_ptr=column_peak,
-            first_block=blocks_n + cols.start // config.block_m,
         )
         info_nce_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
-            row_side=row_side, column_side=column_side, extremes_ptr=extremes,
+            row_side=row_side, column_side=column_side,
+            stride_row_weight=row_weight.stride(0), stride_column_weight=column_weight.stride(0),
+            extremes_ptr=extremes, first_row_block=rows.start // config.block_n,
+            first_column_block=blocks_n + cols.start // config.block_m,
             offset=offset + rows.start - cols.start,
             entry_ptr=entries[rows], partial_sum_ptr=partial_sums, first_tile=chunk.first_tile,
             BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,

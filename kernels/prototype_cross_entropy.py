@@ -44,7 +44,7 @@ G_UNIT = 4096.0
 ROW_VECTORS = ["labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr"]
 
 
-@triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=ROW_VECTORS)
+@triton.jit(do_not_specialize=["n", "slices"], do_not_specialize_on_alignment=ROW_VECTORS)
 def join_slices_kernel(
     q_ptr, logit_scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]

@@ -18,7 +18,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from protoclip.kernels.launch import INTERPRETED, Launch
 
-ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
 LEFT_OUT = tl.constexpr(-100)  # in place of a label, as in torch's cross-entropy
 HIDDEN = tl.constexpr(1e30)  # finite: times a weight of 0 it is 0
@@ -124,8 +123,21 @@ def pinned(v):
 
 
 @triton.jit
+def id_pointers(query_ids_ptr, key_ids_ptr, stride_query, stride_key, NUM_IDS: tl.constexpr):
+    """-> for each column of ids a pointer to those of rows and one to those of columns, or None."""
+    if NUM_IDS == 0:
+        return None
+    elif NUM_IDS == 1:
+        return query_ids_ptr, key_ids_ptr
+    else:
+        return (
+            query_ids_ptr, key_ids_ptr, query_ids_ptr + stride_query, key_ids_ptr + stride_key
+        )  # fmt: skip
+
+
+@triton.jit
 def equal_ids(ids, row, col):
-    """-> where a row and a column share an id, [rows, cols]. ids: as ``id_rows`` gives them."""
+    """-> where a row and a column share an id, [rows, cols]. ids: of ``id_pointers``."""
     same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
     for i in tl.static_range(0, len(ids), 2):
         row_ids, col_ids = pinned(tl.load(ids[i] + row)), pinned(tl.load(ids[i + 1] + col))
@@ -146,14 +158,17 @@ def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
     return positive, seen
 
 
-def id_rows(
-    query_ids: Tensor | None, key_ids: Tensor | None, rows: slice = ALL, cols: slice = ALL
-) -> tuple[Tensor, ...] | None:
-    """[R, N], [R, M] -> [N] and [M] of some rows and columns for each of the R, or None."""
+def id_arguments(query_ids: Tensor | None, key_ids: Tensor | None) -> dict[str, Any]:
+    """Arguments of a kernel that compares ids, [R, N] and [R, M], R <= 2, or None."""
     if query_ids is None or key_ids is None:
-        return None
-    pairs = zip(query_ids[:, rows], key_ids[:, cols], strict=True)
-    return tuple(t for pair in pairs for t in pair)
+        query_ids = key_ids = None
+    return {
+        "query_ids_ptr": query_ids,
+        "key_ids_ptr": key_ids,
+        "stride_query_ids": 0 if query_ids is None else query_ids.stride(0),
+        "stride_key_ids": 0 if key_ids is None else key_ids.stride(0),
+        "NUM_IDS": 0 if query_ids is None else len(query_ids),
+    }
 
 
 def tile_options(depth: int, config: Launch) -> dict[str, Any]:

@@ -69,13 +69,14 @@ def cases() -> Iterator[Case]:
         yield Case(90, "gemm", tile, "bf16", 8192)
 
 
-def call(case: Case) -> None:
-    """The launchers as the trainer calls them, forward and backward."""
-    CALLS[case.op](case, torch.ones(()))
+def call(case: Case, rows: int | None = None) -> None:
+    """The launchers as the trainer calls them, forward and backward, on so many rows."""
+    if rows is None:  # so many that InfoNCE takes the row of large batches
+        rows = 3072 if case.form == "large" else 512
+    CALLS[case.op](case, rows, torch.ones(()))
 
 
-def _info_nce(case: Case, logit_scale: torch.Tensor) -> None:
-    n = 512 if case.form == "small" else 3072  # so many that the deep row is taken
+def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     both_directions = case.form != "rows"
@@ -97,9 +98,8 @@ def _info_nce(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
+def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
-    n = 512
     position = torch.zeros(n, dtype=torch.int32)
     ids = None if case.form == "own" else torch.zeros(2, n, dtype=torch.int32)
     pairs: dict[str, Any] = {
@@ -127,11 +127,11 @@ def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _sigmoid_loss(case: Case, logit_scale: torch.Tensor) -> None:
-    ids = torch.zeros(2, 512, dtype=torch.int32) if case.form == "ids" else None
+def _sigmoid_loss(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    ids = torch.zeros(2, n, dtype=torch.int32) if case.form == "ids" else None
     sigmoid_loss.sigmoid_loss(
-        case.features(512),
-        case.features(512),
+        case.features(n),
+        case.features(n),
         logit_scale,
         logit_bias=logit_scale,
         offset=0,
@@ -141,13 +141,13 @@ def _sigmoid_loss(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
+def _prototypes(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     """Both kinds of targets with all that can be asked for; or one kind and trained prototypes."""
-    features = case.features(256)
+    features = case.features(n)
     keys = case.features(2048)
     hard = case.features(0)
     soft = case.features(2048)
-    labels = torch.zeros(256, dtype=torch.int64)
+    labels = torch.zeros(n, dtype=torch.int64)
     if case.form == "all":
         for targets in (soft, hard):
             prototypes.prototype_cross_entropy_fwd(
@@ -171,12 +171,12 @@ def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _soft_targets(case: Case, logit_scale: torch.Tensor) -> None:
+def _soft_targets(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     prototypes.soft_targets(case.features(2048), case.features(2048), temperature=0.1)
 
 
-def _clusters(case: Case, logit_scale: torch.Tensor) -> None:
-    points = case.features(512)
+def _clusters(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    points = case.features(n)
     centroids = case.features(256)
     labels, _ = clusters.kmeans_assign(points, centroids)
     clusters.segment_mean(points, labels, len(centroids))
@@ -193,17 +193,17 @@ def gemm_kernel(
     out.store([row0, col0], acc.to(out.dtype))
 
 
-def _gemm(case: Case, logit_scale: torch.Tensor) -> None:
-    x = case.features(512)
-    y = case.features(512)
+def _gemm(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    x = case.features(n)
+    y = case.features(n)
     config = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
     operands = tiles.operands(x, y, config)
     del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["SLICE_M"]
-    out = tiles.gradient_chunk(x.new_empty(512, 512), config)["g"]
+    out = tiles.gradient_chunk(x.new_empty(n, n), config)["g"]
     gemm_kernel[(1, 1)](**operands, out=out)
 
 
-CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
+CALLS: dict[str, Callable[[Case, int, torch.Tensor], None]] = {
     "info_nce": _info_nce,
     "contrastive": _contrastive,
     "sigmoid_loss": _sigmoid_loss,
@@ -221,6 +221,25 @@ class Compiled(NamedTuple):
     code: Any  # Triton's
     constants: dict[str, int]  # sizes and switches, but no tensors: a session of tests keeps these
     config: launch.Launch
+
+
+@contextmanager
+def variants(arch: int) -> Iterator[dict[str, set[str]]]:
+    """For each kernel that is launched inside, what Triton would compile it for: more than one
+    means that a run waits for the compiler again. Nothing is compiled."""
+    asked: dict[str, set[str]] = {}
+
+    def ask(*, key: str, fn: Any, **_: Any) -> bool:
+        asked.setdefault(fn.name.rsplit(".")[-1], set()).add(str(key))
+        return True  # leave it
+
+    hook = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = ask
+    try:
+        with recording(arch):
+            yield asked
+    finally:
+        triton.knobs.runtime.jit_cache_hook = hook
 
 
 @contextmanager
