@@ -205,6 +205,21 @@ def exact_kernel(
         tl.store(label_ptr + rows, label.to(tl.int64), mask=used)
 
 
+def reach(norms: Tensor, largest: Tensor, d: int, *, rounding: float, terms: int) -> Tensor:
+    """The most that a difference of two scores can change, [N], if products are rounded by
+    ``rounding`` |x| |c| and ``terms`` times D of them are summed.
+
+    A tensor core cuts each of 16 products and their sum: csrc/kmeans_assign_rows.cuh argues 20
+    errors of 2^-23 for 16 products, of each of the two scores."""
+    lost = d**0.5 * 2.0**-62  # what norms lose where squares fall below the normal numbers
+    products = terms * (d + 32.0) + 16
+    sums = products * (20 / 16) * 2.0**-22
+    size = norms + lost
+    largest = largest + lost
+    normal = largest * (size * (2 * rounding + sums) + largest * sums)
+    return normal + (size + largest + 1) * products * 2.0**-123  # below the normal numbers
+
+
 def kmeans_encode(points: Tensor) -> tuple[Tensor, Tensor]:
     """[N, D] -> the points in 16 bits, and their norms [N], for ``kmeans_assign_coded``."""
     norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32)
@@ -228,20 +243,9 @@ def kmeans_assign_coded(
     distances = torch.zeros(n, dtype=torch.float32, device=points.device)
     if not n:
         return labels, distances
-    # The most that norms lose where squares fall below the normal numbers.
-    lost = d**0.5 * 2.0**-62
     centroid_norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
     half_norms = centroid_norms.square() / 2
-    size = norms + lost  # [N]
-    largest = centroid_norms.amax() + lost
-
-    def reach(rounding: float, terms: int) -> Tensor:
-        """The most that a difference of scores can change, [N], if products are rounded by
-        ``rounding`` |x| |c| and ``terms`` of them are summed in fp32."""
-        sums = (terms + 16) * 2.0**-22
-        normal = largest * (size * (2 * rounding + sums) + largest * sums)
-        return normal + (size + largest + 1) * (terms + 16) * 2.0**-125  # below the normal numbers
-
+    largest = centroid_norms.amax()
     wide = points.dtype == torch.float32
     c = centroids.to(half.dtype)
     is_open = torch.zeros(n, dtype=torch.int32, device=points.device)
@@ -249,7 +253,8 @@ def kmeans_assign_coded(
     with torch.cuda.device_of(points):
         screen_kernel[(cdiv(n, config.block_n),)](
             x_ptr=half, c_ptr=c, c_low_ptr=None, half_norm_ptr=half_norms,
-            reach_ptr=reach(2 * HALF_ULP if wide else 0.0, d), rows_ptr=None, count_ptr=None,
+            reach_ptr=reach(norms, largest, d, rounding=2 * HALF_ULP if wide else 0.0, terms=1),
+            rows_ptr=None, count_ptr=None,
             label_ptr=labels, open_ptr=is_open,
             n=n, k=k, d=d, strides=(*half.stride(), *c.stride()),
             THREE=False, HELD=d <= config.block_d, **tile_options(d, config),
@@ -262,7 +267,8 @@ def kmeans_assign_coded(
             # Left out: the product of both low parts, and what these were rounded by.
             screen_kernel[(cdiv(n, config.block_n),)](
                 x_ptr=points, c_ptr=c, c_low_ptr=c_low, half_norm_ptr=half_norms,
-                reach_ptr=reach(3 * HALF_ULP**2, 3 * d), rows_ptr=open_rows, count_ptr=count,
+                reach_ptr=reach(norms, largest, d, rounding=3 * HALF_ULP**2, terms=3),
+                rows_ptr=open_rows, count_ptr=count,
                 label_ptr=labels, open_ptr=is_open,
                 n=n, k=k, d=d, strides=(*points.stride(), *c.stride()),
                 THREE=True, HELD=d <= config.block_d, **tile_options(d, config),
