@@ -91,7 +91,7 @@ def _column_slice(
     col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     is_own = pinned(tl.load(pairs.own_ptr + row))[:, None] == col[None, :]
-    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
+    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE, PINNED=True)
     if pairs.exclude_ptr is not None:
         seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
     if pairs.key_bias_ptr is not None:

@@ -337,15 +337,6 @@ def info_nce_extremes_kernel(
     tl.store(out_ptr + 2 * program + 1, high)
 
 
-@triton.jit
-def _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH: tl.constexpr):
-    """-> G of a tile whose references are all near ``high``."""
-    factor = factor[:, None]
-    if BOTH:
-        factor += pinned(column_factor)[None, :]
-    return tl.exp2(acc * base2_scale - high) * factor
-
-
 # What differs from chunk to chunk, or between one weight for all and one for each.
 CHANGING = ["n", "m", "offset", "first_tile", "first_row_block", "first_column_block"]
 CHANGING += ["stride_row_weight", "stride_column_weight"]
@@ -390,65 +381,70 @@ def info_nce_gradient_kernel(
             low = tl.minimum(low, tl.min(column_reference))
             high = tl.maximum(high, tl.max(column_reference))
     else:
-        at = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
-        low, high = tl.load(at), tl.load(at + 1)
+        block_ptr = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
+        low, high = tl.load(block_ptr), tl.load(block_ptr + 1)
         if BOTH_DIRECTIONS:
-            at = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
-            low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
+            block_ptr = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
+            low = tl.minimum(low, tl.load(block_ptr))
+            high = tl.maximum(high, tl.load(block_ptr + 1))
     masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     near = high - low < SPREAD
-    positive_product = tl.zeros((BLOCK_N,), tl.float32)
     if near & (masked == 0):  # a path of its own: a branch after the products costs all tiles 4 %
-        factor = row_coef * tl.exp2(high - row_reference)
-        column_factor = factor
+        factor = (row_coef * tl.exp2(high - row_reference))[:, None]
         if BOTH_DIRECTIONS:
             column_factor = column_coef * tl.exp2(high - column_reference)
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        p = _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH_DIRECTIONS)
-        partial_sum = tl.sum(p * acc)
-        store_gradient(p, row0, col0, g, stride_g)
-    elif near & can_hide(base2_scale):
-        factor = row_coef * tl.exp2(high - row_reference)
-        column_factor = factor
         if BOTH_DIRECTIONS:
-            column_factor = column_coef * tl.exp2(high - column_reference)
-        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
-        p = _one_exponential(acc, base2_scale, high, factor, column_factor, BOTH_DIRECTIONS)
-        partial_sum = tl.sum(p * acc)
+            factor += pinned(column_factor)[None, :]
+        p = tl.exp2(acc * base2_scale - high) * factor
+        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         store_gradient(p, row0, col0, g, stride_g)
     else:
-        partial_sum = 0.0
-        for column_slice in range(0, BLOCK_M, SLICE_M):
-            slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
+        if near & can_hide(base2_scale):
+            row_factor = row_coef * tl.exp2(high - row_reference)
             if BOTH_DIRECTIONS:
-                reference, total, coef = _load_side(
-                    column_side, slice_cols, m, stride_column_weight, unit
-                )
-            acc = products(
-                x_ptr, y_ptr, row0, col0 + column_slice, n, m, d, strides,
-                BLOCK_N, SLICE_M, BLOCK_D, EVEN_D,
-            )  # fmt: skip
-            p = tl.exp2(acc * base2_scale - row_reference[:, None]) * row_coef[:, None]
+                column_factor = column_coef * tl.exp2(high - column_reference)
+            acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+            acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
+            factor = row_factor[:, None]
             if BOTH_DIRECTIONS:
-                e = tl.exp2(acc * base2_scale - pinned(reference)[None, :])
-                p += e * pinned(coef)[None, :]
-            positive = slice_cols[None, :] == (rows + offset)[:, None]
-            inside = (rows < n)[:, None] & (slice_cols < m)[None, :]
-            p = tl.where(inside & (positive == 0), p, 0.0)
-            positive_product += tl.sum(tl.where(positive, acc, 0.0), 1)
-            partial_sum += tl.sum(p * acc)
-            store_gradient(p, row0, col0 + column_slice, g_ptr, stride_g)
-    if masked:
-        partner = rows + offset
-        held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
-        s = positive_product * base2_scale
-        entry = _entries(s, row_side, rows, n, stride_row_weight, unit)
-        if BOTH_DIRECTIONS:
-            entry += _entries(s, column_side, partner, m, stride_column_weight, unit)
-        tl.store(entry_ptr + rows, entry, mask=held)
-        partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
-    tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
+                factor += pinned(column_factor)[None, :]
+            p = tl.exp2(acc * base2_scale - high) * factor
+            partial_sum = tl.sum(p * acc)
+            store_gradient(p, row0, col0, g, stride_g)
+        else:
+            partial_sum = 0.0
+            positive_product = tl.zeros((BLOCK_N,), tl.float32)
+            for column_slice in range(0, BLOCK_M, SLICE_M):
+                slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
+                if BOTH_DIRECTIONS:
+                    reference, total, coef = _load_side(
+                        column_side, slice_cols, m, stride_column_weight, unit
+                    )
+                acc = products(
+                    x_ptr, y_ptr, row0, col0 + column_slice, n, m, d, strides,
+                    BLOCK_N, SLICE_M, BLOCK_D, EVEN_D,
+                )  # fmt: skip
+                p = tl.exp2(acc * base2_scale - row_reference[:, None]) * row_coef[:, None]
+                if BOTH_DIRECTIONS:
+                    e = tl.exp2(acc * base2_scale - pinned(reference)[None, :])
+                    p += e * pinned(coef)[None, :]
+                positive = slice_cols[None, :] == (rows + offset)[:, None]
+                inside = (rows < n)[:, None] & (slice_cols < m)[None, :]
+                p = tl.where(inside & (positive == 0), p, 0.0)
+                positive_product += tl.sum(tl.where(positive, acc, 0.0), 1)
+                partial_sum += tl.sum(p * acc)
+                store_gradient(p, row0, col0 + column_slice, g_ptr, stride_g)
+        if masked:
+            partner = rows + offset
+            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            s = positive_product * base2_scale
+            entry = _entries(s, row_side, rows, n, stride_row_weight, unit)
+            if BOTH_DIRECTIONS:
+                entry += _entries(s, column_side, partner, m, stride_column_weight, unit)
+            tl.store(entry_ptr + rows, entry, mask=held)
+            partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
+        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, logit_scale / lift)
 

@@ -136,21 +136,25 @@ def id_pointers(query_ids_ptr, key_ids_ptr, stride_query, stride_key, NUM_IDS: t
 
 
 @triton.jit
-def equal_ids(ids, row, col):
+def equal_ids(ids, row, col, PINNED: tl.constexpr = False):
     """-> where a row and a column share an id, [rows, cols]. ids: of ``id_pointers``."""
     same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
     for i in tl.static_range(0, len(ids), 2):
-        row_ids, col_ids = pinned(tl.load(ids[i] + row)), pinned(tl.load(ids[i + 1] + col))
+        row_ids, col_ids = tl.load(ids[i] + row), tl.load(ids[i + 1] + col)
+        if PINNED:
+            row_ids, col_ids = pinned(row_ids), pinned(col_ids)
         same = same | (row_ids[:, None] == col_ids[None, :])
     return same
 
 
 @triton.jit
-def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
+def with_ids(
+    positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr, PINNED: tl.constexpr = False
+):  # fmt: skip
     """-> the positives and the pairs seen of a tile where pairs with an equal id are positives too,
     or else are not seen unless they are positives."""
     if ids is not None:
-        same = equal_ids(ids, row, col)
+        same = equal_ids(ids, row, col, PINNED)
         if SAME_POSITIVE:
             positive = positive | same
         else:
