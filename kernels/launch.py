@@ -7,7 +7,10 @@ would change the bits of a result between runs. ``make kernels`` shows what ever
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -215,6 +218,17 @@ def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -
     major, minor = capability or torch.cuda.get_device_capability()
     if served_as(10 * major + minor) is None:
         return f"the Triton kernels need compute capability 8.0, this card has {major}.{minor}"
+    return _no_driver()
+
+
+def _no_driver() -> str | None:
+    """What is missing to build Triton's driver, which it does at its first launch."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or shutil.which(compiler) is None:
+        return "Triton needs a C compiler at its first launch; install gcc, or set CC"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        return f"Triton needs Python's headers; install python3-dev ({header} is missing)"
     return None
 
 

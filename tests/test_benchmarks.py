@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler_util as profiler
 
-from benchmarks import gpu, report, test_contrastive
+from benchmarks import gpu, machine, report, test_contrastive
 
 RECORDS = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -114,6 +115,22 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows() -> None:
     assert re.search(
         r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", output
     )
+
+
+def test_the_card_that_is_used_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES may hide card 0."""
+    commands: list[str] = []
+
+    def output(*command: str) -> str:
+        commands.extend(command)
+        return "1700 MHz, 600 W, 50, none"
+
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
+    monkeypatch.setattr(machine, "_output", output)
+    properties = SimpleNamespace(uuid="11-22")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    assert machine.card_state()["sm_clock"] == "1700 MHz"
+    assert "--id=GPU-11-22" in commands
 
 
 # ---- one kernel that crashes ----

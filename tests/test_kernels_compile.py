@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +18,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import protoclip  # noqa: E402
 from benchmarks.compile_report import model  # noqa: E402
 from benchmarks.compile_report.model import Bound, Clk, Slice  # noqa: E402
 from benchmarks.compile_report.report import Cost  # noqa: E402
 from protoclip.kernels import launch  # noqa: E402
+from protoclip.ops import dispatch  # noqa: E402
 
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -305,6 +309,56 @@ def test_cards_that_cannot_run_the_kernels_are_refused_in_words() -> None:
     assert launch.why_not((8, 6)) is None
     assert "compute capability 8.0, this card has 7.5" in str(launch.why_not((7, 5)))
     assert "AMD" in str(launch.why_not((9, 4), hip="6.4"))
+
+
+def test_without_a_compiler_triton_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It builds its driver at the first launch, and the first loss would die there."""
+    monkeypatch.delenv("CC", raising=False)
+    assert launch.why_not((9, 0)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        assert "install python3-dev" in str(launch.why_not((9, 0)))
+    monkeypatch.setenv("PATH", "")
+    assert "install gcc, or set CC" in str(launch.why_not((9, 0)))
+
+
+def test_backends_say_so_on_a_machine_with_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is claimed, and an empty PATH."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    dispatch._no_triton.cache_clear()
+    try:
+        assert "C compiler" in str(protoclip.backends("info_nce")["triton"])
+    finally:
+        dispatch._no_triton.cache_clear()
+
+
+def test_a_last_batch_compiles_nothing_again() -> None:
+    """N, N - 1, N - 4 and N - 37 are divisible by other powers of two."""
+    code = (
+        "import json\n"
+        f"from {REPORT}.launches import Case, call, variants\n"
+        "forms = [('info_nce', 'large', 'bf16', 512), ('contrastive', 'ids', 'bf16', 512),\n"
+        "    ('contrastive', 'all', 'fp16', 128), ('sigmoid_loss', 'ids', 'bf16', 512),\n"
+        "    ('sigmoid_loss', 'gradients', 'fp16', 128), ('prototypes', 'soft', 'bf16', 128),\n"
+        "    ('prototypes', 'hard', 'bf16', 512), ('clusters', 'own', 'fp32', 128),\n"
+        "    ('clusters', 'own', 'bf16', 64)]\n"
+        "for form in forms:\n"
+        "    with variants(90) as asked:\n"
+        "        call(Case(90, *form), 512)\n"
+        "        first = {kernel: len(keys) for kernel, keys in asked.items()}\n"
+        "        for n in (511, 508, 475):\n"
+        "            call(Case(90, *form), n)\n"
+        "    again = {kernel: len(keys) for kernel, keys in asked.items()}\n"
+        "    print(json.dumps([form, first, again]))"
+    )
+    lines = [json.loads(line) for line in python("-c", code).splitlines()]
+    assert len(lines) == 9 and all(first for _, first, _ in lines)
+    assert [form for form, first, again in lines if again != first] == []
 
 
 def test_no_slice_compiles_again() -> None:

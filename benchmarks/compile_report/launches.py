@@ -25,6 +25,9 @@ from protoclip.kernels import prototype_cross_entropy as prototypes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+RELATIVES = (86, 103, 110, 120, 121)  # cards that take the rows of another architecture
+
+
 class Case(NamedTuple):
     """One call of a launcher: ``form`` says which; ``depth`` is D, 43 one that no tile fits."""
 
@@ -43,7 +46,7 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Calls that lead to every row of the launch table; more forms of them on Hopper."""
-    for arch in launch.ARCHITECTURES:
+    for arch in (*launch.ARCHITECTURES, *RELATIVES):
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case(arch, "info_nce", "large", dtype, depth)
             yield Case(arch, "sigmoid_loss", "gradients", dtype, depth)
@@ -272,7 +275,7 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
         driver.set_active(compiler)
     JITFunction.run = compile_only
     launch.Launch.options = property(remembered)
-    launch.compiling_for = arch
+    launch.compiling_for = None if arch is None else launch.served_as(arch)
     try:
         yield compiled
     finally:

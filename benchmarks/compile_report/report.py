@@ -29,7 +29,8 @@ TILED = {
     "weights",
     "screen",
 }
-TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+TENSOR_CORE = dict.fromkeys((80, 86, 89, 120, 121), "mma.sync") | {90: "wgmma"}
+TENSOR_CORE |= dict.fromkeys((100, 103, 110), "tcgen05.mma")
 SHAPES = {  # of the GPU table: op, depth -> rows, columns
     ("info_nce", 128): (32_768, 32_768),
     ("info_nce", 512): (32_768, 32_768),
