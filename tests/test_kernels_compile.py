@@ -18,12 +18,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-import protoclip  # noqa: E402
 from benchmarks.compile_report import model  # noqa: E402
 from benchmarks.compile_report.model import Bound, Clk, Slice  # noqa: E402
 from benchmarks.compile_report.report import Cost  # noqa: E402
 from protoclip.kernels import launch  # noqa: E402
-from protoclip.ops import dispatch  # noqa: E402
 
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

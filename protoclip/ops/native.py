@@ -147,8 +147,8 @@ def _plan(half: str) -> Build:
 
 
 def cuda_architectures() -> str:
-    """Those of TORCH_CUDA_ARCH_LIST, which a container may have set for other cards, and of all cards
-    in this machine: "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact
+    """Those of TORCH_CUDA_ARCH_LIST, which a container may have set for other cards, and of all
+    cards in this machine: "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact
     architecture has."""
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
     architectures = [architecture for architecture in architectures if architecture]
