@@ -368,7 +368,7 @@ def contrastive_fwd(
     both_directions: bool,
 ) -> ContrastiveStatistics:
     """Statistics of a strip; own to same_positive as in ops/pairs.py."""
-    n, m = len(x), len(y)
+    n, m = x.shape[0], y.shape[0]
     if not min(n, m):
         return ContrastiveStatistics(
             rows=_without_keys(x, n), columns=_without_keys(x, m if both_directions else 0)
@@ -384,7 +384,7 @@ def contrastive_fwd(
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             part = x[first : first + wave]
-            height = len(part)
+            height = part.shape[0]
             blocks_n = cdiv(height, config.block_n)
             row_part = x.new_empty((4, blocks_m, height), dtype=torch.float32)
             column_part = x.new_empty((4, blocks_n, num_columns), dtype=torch.float32)
@@ -420,8 +420,8 @@ def contrastive_bwd(
     column_weights: Tensor,
 ) -> ContrastiveGradients:
     """Gradients of a strip for the weights of LSE and mean positive, [2, N] and [2, M]."""
-    dkey_bias = x.new_zeros(len(y), dtype=torch.float32)
-    if min(len(x), len(y)) == 0:
+    dkey_bias = x.new_zeros(y.shape[0], dtype=torch.float32)
+    if min(x.shape[0], y.shape[0]) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
     kernel = "contrastive_gradient" if key_bias is None else "contrastive_gradient_with_biases"
@@ -444,11 +444,11 @@ def contrastive_bwd(
         sums = None
         if key_bias is not None:
             blocks = chunk.shape[0] // config.block_n
-            sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
+            sums = x.new_empty((blocks, part_y.shape[0]), dtype=torch.float32)
         contrastive_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, lift_ptr=lift, factor_ptr=factor,
-            row_side=row_side, column_side=column_side, num_rows=len(x), num_columns=num_columns,
+            row_side=row_side, column_side=column_side, num_rows=x.shape[0], num_columns=num_columns,
             partial_sum_ptr=partial_sums, dkey_bias_ptr=sums, first_tile=chunk.first_tile,
             pairs=pairs, first_row=chunk.rows.start, first_col=chunk.cols.start,
             **id_arguments(query_ids, key_ids),

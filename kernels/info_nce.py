@@ -496,7 +496,7 @@ def _forward(
     both_directions: bool,
     pair_weight: float,
 ) -> _ForwardPass:
-    n, m = len(x), len(y)
+    n, m = x.shape[0], y.shape[0]
     num_columns = m if both_directions else 0
     length = m if both_directions else n
     merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
@@ -526,7 +526,7 @@ def _forward(
         for first in range(0, n, wave):
             last = min(first + wave, n)
             part = x[first:last]
-            blocks_n = cdiv(len(part), config.block_n)
+            blocks_n = cdiv(part.shape[0], config.block_n)
             blocks_m = cdiv(m, config.block_m)
             info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
@@ -534,7 +534,7 @@ def _forward(
                 BOTH_DIRECTIONS=both_directions, PARTS=parts, PART=config.part,
             )  # fmt: skip
             info_nce_merge_kernel[(programs,)](
-                row_part_ptr=row_part, blocks_m=blocks_m, height=len(part),
+                row_part_ptr=row_part, blocks_m=blocks_m, height=part.shape[0],
                 column_part_ptr=column_part, blocks_n=blocks_n * parts, m=m,
                 positive_ptr=positive, row_reference_ptr=row_reference, row_sum_ptr=row_sum,
                 column_reference_ptr=column_reference, column_sum_ptr=column_sum,
@@ -567,7 +567,7 @@ def info_nce_bwd(
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
-    n = len(x)
+    n = x.shape[0]
     num_columns = len(column_reference)  # 0 of one direction
     config = launch.choose("info_nce_gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
@@ -576,7 +576,7 @@ def info_nce_bwd(
     column_peak = _peak(column_weight) if lifted else column_weight
     blocks_n = cdiv(n, config.block_n)
     extremes = None
-    if max(n, len(y)) > FEW:
+    if max(n, y.shape[0]) > FEW:
         blocks = blocks_n + cdiv(num_columns, config.block_m)
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):

@@ -155,7 +155,7 @@ def sigmoid_loss(
     partial_sums = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    entries = x.new_empty(len(x), dtype=torch.float32)
+    entries = x.new_empty(x.shape[0], dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor | None) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]

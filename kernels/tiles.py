@@ -189,7 +189,7 @@ def operands(x: Tensor, y: Tensor, config: Launch) -> dict[str, Any]:
     """Arguments of a kernel over tiles of x y^T: the features for whole tiles, by descriptor where
     the configuration says so, and by pointer for slices; their sizes; what it is compiled for."""
     n, d = x.shape
-    m = len(y)
+    m = y.shape[0]
     x_tile, y_tile = x, y
     if config.descriptors:  # ``launch.choose`` gives those to aligned features only
         x_tile = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])

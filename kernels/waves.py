@@ -40,7 +40,7 @@ class Chunk:
 def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> list[Chunk]:
     """Row by row, chunks whose G fits ``SCRATCH_BYTES`` (but one tile always may); one chunk where
     no G is kept."""
-    n, m, block_n, block_m = len(x), len(y), config.block_n, config.block_m
+    n, m, block_n, block_m = x.shape[0], y.shape[0], config.block_n, config.block_m
     rows, cols = cdiv(n, block_n), cdiv(m, block_m)  # in tiles
     if bounded:
         budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)  # tiles
@@ -108,7 +108,7 @@ def gradients_by_chunks(
     in G. ``factor`` [] is applied to the fp32 sums of the products. Where one chunk holds all of G
     this is four launches: ``fill``, two products, the finish.
     """
-    (n, d), m = x.shape, len(y)
+    (n, d), m = x.shape, y.shape[0]
     dx = x.new_empty(x.shape)  # contiguous, whatever the strides of x
     dy = y.new_empty(y.shape)
     # Tensors of their own: the outputs of an op must not alias.

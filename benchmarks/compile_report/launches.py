@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compile_report.model import MEASURED_PRODUCTS
-from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles
+from benchmarks.compile_report.model import MEASURED_PRODUCTS, REGISTERS, SHARED, SMS
+from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles, waves
 from protoclip.kernels import prototype_cross_entropy as prototypes
+from protoclip.ops import dispatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -226,6 +228,74 @@ class Compiled(NamedTuple):
     config: launch.Launch
 
 
+def driver_for(arch: int, launched: list[str]) -> SimpleNamespace:
+    """A driver of Triton's that compiles for a card, launches nothing and notes what was asked."""
+
+    class Launcher:
+        launch_pdl = False
+
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.name = source.fn.__name__
+
+        def __call__(self, *_: Any) -> None:
+            launched.append(self.name)
+
+    class Utils:
+        get_device_properties = staticmethod(
+            lambda device: {
+                "max_shared_mem": SHARED[arch] - 1024,
+                "multiprocessor_count": SMS,
+                "max_num_regs": REGISTERS,
+                "warpSize": 32,
+            }
+        )
+        load_binary = staticmethod(lambda name, kernel, shared, device: (1, 1, 0, 0, 1024))
+        unload_module = staticmethod(lambda module: None)
+
+    target = GPUTarget("cuda", arch, 32)
+    return SimpleNamespace(
+        get_current_device=lambda: arch,  # each has its own compiled kernels
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        utils=Utils,
+        launcher_cls=Launcher,
+        map_python_to_cpp_type=lambda name: name,
+    )
+
+
+@contextmanager
+def without_a_card(arch: int) -> Iterator[list[str]]:
+    """Let Triton's backends take CPU tensors as a card would and compute nothing: what is left is
+    what a call costs on the host. Yields the names of the kernels launched."""
+    launched: list[str] = []
+
+    def no_product(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor | None = None,
+        *,
+        accumulate: bool = False,
+    ) -> torch.Tensor:
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32) if out is None else out
+
+    products = (waves.multiply, prototypes.multiply)
+    tables = {op: dict(rows) for op, rows in dispatch.TABLE.items()}
+    driver.set_active(driver_for(arch, launched))
+    launch.compiling_for = launch.served_as(arch)
+    waves.multiply = prototypes.multiply = no_product
+    for rows in dispatch.TABLE.values():
+        if "triton" in rows:
+            rows["triton"] = replace(rows["triton"], device_types=("cpu",), why_not=lambda: None)
+    try:
+        yield launched
+    finally:
+        launch.compiling_for = None
+        waves.multiply, prototypes.multiply = products
+        for op, rows in tables.items():
+            dispatch.TABLE[op].update(rows)
+
+
 @contextmanager
 def variants(arch: int) -> Iterator[dict[str, set[str]]]:
     """For each kernel that is launched inside, what Triton would compile it for: more than one
@@ -266,13 +336,7 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
         return options.__get__(chosen)
 
     if arch is not None:
-        target = GPUTarget("cuda", arch, 32)
-        compiler = SimpleNamespace(
-            get_current_device=lambda: arch,  # each has its own compiled kernels
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: target,
-        )
-        driver.set_active(compiler)
+        driver.set_active(driver_for(arch, []))
     JITFunction.run = compile_only
     launch.Launch.options = property(remembered)
     launch.compiling_for = None if arch is None else launch.served_as(arch)

@@ -168,16 +168,20 @@ def sigmoid_loss(
             f"and offset {offset}"
         )
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
+    checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
     matching = Matching(same_id=same_id, first=offset)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
-    matched = pairs.pairs_of(op, x, m, matching)
     backend_name = resolve(op, backend, x.device.type, x.dtype)
     if backend_name == "reference":
         with without_autocast(x.device.type):
+            matched = pairs.pairs_of(op, x, m, matching)
             return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched)
+    id_codes: dict[str, Any] = {"query_ids": None, "key_ids": None, "same_positive": False}
+    if ids is not None:
+        id_codes = pairs.pairs_of(op, x, m, matching).ids()
     result = fused_sigmoid_loss(
         x=x,
         y=y,
@@ -186,6 +190,6 @@ def sigmoid_loss(
         offset=offset,
         gradients=wants_gradient(x, y, logit_scale, logit_bias),
         backend=backend_name,
-        **matched.ids(),
+        **id_codes,
     )
     return result.loss
