@@ -448,7 +448,8 @@ def contrastive_bwd(
         contrastive_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, lift_ptr=lift, factor_ptr=factor,
-            row_side=row_side, column_side=column_side, num_rows=x.shape[0], num_columns=num_columns,
+            row_side=row_side, column_side=column_side,
+            num_rows=x.shape[0], num_columns=num_columns,
             partial_sum_ptr=partial_sums, dkey_bias_ptr=sums, first_tile=chunk.first_tile,
             pairs=pairs, first_row=chunk.rows.start, first_col=chunk.cols.start,
             **id_arguments(query_ids, key_ids),
