@@ -111,7 +111,7 @@ def _statistics(s, seen, positive, AXIS: tl.constexpr):
     top = tl.max(visible, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
     return PairStatistics(
-        max=top,
+        reference=top,
         sum=tl.sum(exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS),
         positive_sum=tl.sum(tl.where(positive, s, 0.0), AXIS),
         num_positives=tl.sum(tl.where(positive, 1.0, 0.0), AXIS),
@@ -177,7 +177,7 @@ def contrastive_forward_kernel(
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             of_rows = _statistics(s, seen, positive, 1)
-            row_max, row_sum = join(row_max, row_sum, of_rows.max, of_rows.sum)
+            row_max, row_sum = join(row_max, row_sum, of_rows.reference, of_rows.sum)
             row_positive_sum += of_rows.positive_sum
             row_num_positives += of_rows.num_positives
             if BOTH_DIRECTIONS:
@@ -305,11 +305,11 @@ def contrastive_gradient_kernel(
         )
         low = tl.minimum(low, tl.min(column_reference))
         high = tl.maximum(high, tl.max(column_reference))
-    general = _holds_pairs(pairs, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
+    masked = _holds_pairs(pairs, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
     sums_ptr = dkey_bias_ptr
     if dkey_bias_ptr is not None:
         sums_ptr += (row0 // BLOCK_N) * m + col0
-    if (general == 0) & (high - low < SPREAD):
+    if (masked == 0) & (high - low < SPREAD):
         factor = (row_probability_weight * tl.exp2(high - row_reference))[:, None]
         if BOTH_DIRECTIONS:
             column_factor = column_probability_weight * tl.exp2(high - column_reference)
@@ -474,6 +474,6 @@ def _without_keys(x: Tensor, length: int) -> Tensor:
     """The statistics [4, length] of rows or columns that see no keys."""
     zeros = x.new_zeros(length, dtype=torch.float32)
     statistics = PairStatistics(
-        max=zeros - torch.inf, sum=zeros, positive_sum=zeros, num_positives=zeros
+        reference=zeros - torch.inf, sum=zeros, positive_sum=zeros, num_positives=zeros
     )
     return torch.stack(statistics)

@@ -224,7 +224,7 @@ def info_nce_merge_kernel(
     Rows are then done; columns are merged with what earlier waves left, and done after the last,
     which completes the pairs' losses and sums those of each program.
     """
-    # Without columns the positions are those that rows have their positives at.
+    # Positions are columns, or rows where there is one direction only.
     shift = offset if BOTH_DIRECTIONS else 0
     length = m if BOTH_DIRECTIONS else n
     partial_sum = tl.zeros((BLOCK,), tl.float32)

@@ -96,10 +96,10 @@ def sigmoid_loss_kernel(
     logit_bias = tl.load(logit_bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
     ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
-    general = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if ids is not None:
-        general = general | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
-    if not general:
+        masked = masked | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
+    if not masked:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         pair_loss, p = _softplus_sigmoid(acc * logit_scale + logit_bias)
         loss = tl.sum(pair_loss)
