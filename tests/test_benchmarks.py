@@ -154,6 +154,9 @@ GridExecutor.__call__ = launch_or_crash
 def crashing_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file of tests whose kernel takes the process with it, in every process started later."""
     (tmp_path / "sitecustomize.py").write_text(CRASHING)
+    (tmp_path / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--bare', action='store_true')\n"
+    )
     test = tmp_path / "test_that_crashes.py"
     test.write_text("from benchmarks import gpu\n\n\ndef test_siglip():\n    gpu.sing('siglip')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{report.ROOT}")

@@ -3,9 +3,11 @@ how often they launch: below a few thousand pairs that is what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -557,6 +559,73 @@ def test_a_step_of_1024_pairs_is_few_kernels(
     }
     leaves = leaves[:1] if form == "prototypes" else leaves
     assert count_of_a_step(monkeypatch, losses[form], *leaves) <= most
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cuda:0 the tensors of cuda:1 would be an illegal access. No kernel is run."""
+    from protoclip.kernels.info_nce import info_nce_forward_kernel
+
+    guards = 0
+    launched: list[str] = []
+    unguarded: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        nonlocal guards
+        guards += 1
+        yield
+        guards -= 1
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        (launched if guards else unguarded).append(kernel.__name__)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(type(info_nce_forward_kernel), "run", run)
+    x, y = features(40, 64, "alike", torch.bfloat16)
+    labels = torch.arange(40, device=DEVICE)
+    scale = torch.tensor(14.3, device=DEVICE)
+    leaves = [leaf(x), leaf(y)]
+    losses = [
+        protoclip.info_nce(*leaves, scale, backend="triton"),
+        protoclip.info_nce(*leaves, scale, ids=labels // 2, backend="triton"),
+        sigmoid_loss(*leaves, scale, -scale, backend="triton"),
+        protoclip.prototype_cross_entropy(*leaves, labels, scale, backend="triton"),
+    ]
+    for loss in losses:
+        torch.autograd.grad(loss, leaves)
+    protoclip.soft_targets(x, y, 0.1, backend="triton")
+    protoclip.kmeans_assign(x.float(), y.float(), backend="triton")
+    protoclip.segment_mean(x, labels, 40, backend="triton")
+    assert len(set(launched)) >= 13 and unguarded == []
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the file is the CPU's")
+def test_rows_further_apart_than_two_to_the_31_are_right(tmp_path: Path) -> None:
+    """In a file without the bytes between."""
+    stride = (1 << 31) + 8
+    size = 2 * stride + 16
+    file = tmp_path / "sparse"
+    with file.open("wb") as empty:
+        empty.truncate(2 * size)
+    flat = torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
+    x, y = features(3, 16, "alike", torch.bfloat16)
+    apart = flat.as_strided((3, 16), (stride, 1)).copy_(x)
+    scale = torch.tensor(14.3)
+
+    def run(x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        results: list[Tensor] = []
+        for loss in (
+            protoclip.info_nce(x, y, scale, backend="triton"),
+            protoclip.info_nce(x, y, scale, ids=torch.arange(3) // 2, backend="triton"),
+            sigmoid_loss(x, y, scale, -scale, backend="triton"),
+        ):
+            results += [loss, *torch.autograd.grad(loss, x)]
+        labels, distances = protoclip.kmeans_assign(x.detach(), y, backend="triton")
+        return [*results, labels, distances]
+
+    for got, expected in zip(run(apart), run(x), strict=True):
+        assert torch.equal(got, expected)
 
 
 def training_step() -> Callable[[], tuple[Tensor, ...]]:
