@@ -3,12 +3,12 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity faults bench bench-full pictures study-data study study-quick kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 lint:  ## style and types: ruff, mypy, clang-format; changes nothing
 	ruff check $(SOURCES)
@@ -27,8 +27,8 @@ test:  ## the tests, on all cores
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks --benchmark-disable
 
-faults:  ## kill a run twenty times, compare with one left alone; then every other fault
-	PROTOCLIP_KILLS=20 $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
+faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then every other fault: about an hour
+	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
 		tests/test_run_folder.py tests/test_step.py tests/test_resume.py
 
 bench:  ## parity, then speed; under six minutes on two cores
@@ -48,6 +48,15 @@ study:  ## what prototypes are worth, over seeds; about five hours of one core i
 
 study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
+
+small-batches:  ## a teacher's prototypes at a small batch; about twelve hours of one core, as `study` (HOURS=2 WORKERS=2)
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
+
+small-batches-pairs:  ## the runs of small-batches that are timed, with nothing beside them; about an hour
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --pairs $(if $(HOURS),--hours $(HOURS))
+
+small-batches-report:  ## docs/small-batches.md from what is finished
+	$(PYTHON) -m benchmarks.study.small_batches --report
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.compile_report

@@ -1,4 +1,4 @@
-"""README's pictures, from records: speed beside peers, and what the default run has learnt.
+"""Pictures from records: speed beside peers, what the default run has learnt, and small batches.
 
     python -m benchmarks.pictures        all pictures of docs/, and README's alt texts
     python -m benchmarks.pictures RUN    the same, after a new record of what RUN has learnt
@@ -34,6 +34,15 @@ from benchmarks.report import (
     mib,
     newest_cpu,
     sizes,
+)
+from benchmarks.study import small_batches
+from benchmarks.study.protocol import finished
+from benchmarks.study.report import Difference
+from benchmarks.study.small_batches_report import (
+    by_batch,
+    enough_for_picture,
+    picture_title,
+    runs_of,
 )
 from protoclip.common.files import write_atomic
 from protoclip.data.icons import FAMILIES, builtin_icons
@@ -362,6 +371,39 @@ def groups_title(record: Learnt) -> str:
     )
 
 
+def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
+    """A panel for each metric: its mean and interval at each batch, beside zero."""
+    batches = sorted({batch for of_metric in gained.values() for batch in of_metric})
+    most = max(
+        abs(delta.mean) + delta.half
+        for of_metric in gained.values()
+        for delta in of_metric.values()
+    )
+    left, height = 84, 104  # of the metrics' names, and of a panel
+    column = (WIDTH - left) / len(batches)
+    parts: list[str] = []
+    for panel, (metric, of_metric) in enumerate(gained.items()):
+        zero = panel * height + height / 2
+        parts.append(text(0, zero + 5, metric, "head"))
+        parts.append(
+            f'<rect x="{left}" y="{zero:g}" width="{WIDTH - left}" height="1" class="muted"/>'
+        )
+        for batch, delta in of_metric.items():
+            x = left + column * (batches.index(batch) + 0.3)
+            unit = (height / 2 - 6) / most
+            mean, top = zero - unit * delta.mean, zero - unit * (delta.mean + delta.half)
+            parts.append(
+                f'<rect x="{x - 1:g}" y="{top:g}" width="2" height="{2 * unit * delta.half:g}" '
+                f'class="ours"/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"/>'
+            )
+            parts.append(text(x + 7, mean + 5, f"{delta.mean:+.3f}", "muted"))
+    bottom = len(gained) * height + LINE
+    parts.append(text(0, bottom, "batch", "muted"))
+    for place, batch in enumerate(batches):
+        parts.append(text(left + column * place + 4, bottom, f"{batch:,}"))
+    return picture(picture_title(gained), bottom + 6, parts)
+
+
 def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
     """A page whose pictures have their titles as alt texts."""
     for name, content in drawn.items():
@@ -396,6 +438,10 @@ def main(arguments: list[str] | None = None) -> int:
     speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     if speed is not None:
         drawn["peers.svg"] = draw_peers(speed)
+    judged = finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task)
+    gained = by_batch(runs_of(judged.values(), small_batches.MLP))
+    if enough_for_picture(gained):
+        drawn["small-batches.svg"] = draw_small_batches(gained)
     for name, svg in drawn.items():
         write_atomic(options.out / name, svg)
     if options.out == DOCS:

@@ -22,12 +22,14 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("release_memory() -> ()", &protoclip::release_memory);
   m.def(
       "info_nce_fwd(Tensor x, Tensor y, Tensor logit_scale, int offset, bool both_directions,"
-      " Tensor(a!)? stash=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " float pair_weight, bool summed, Tensor(a!)? stash=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::info_nce_fwd));
   m.def(
       "info_nce_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor row_reference,"
       " Tensor row_sum, Tensor column_reference, Tensor column_sum, Tensor row_weight,"
-      " Tensor column_weight, int offset, Tensor? stash=None) -> (Tensor, Tensor, Tensor)",
+      " Tensor column_weight, int offset, float pair_weight, Tensor? stash=None)"
+      " -> (Tensor, Tensor, Tensor)",
       cpu(&protoclip::info_nce_bwd));
   m.def(
       "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
@@ -43,13 +45,13 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       cpu(&protoclip::contrastive_bwd));
   m.def(
       "sigmoid_loss(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, int offset,"
-      " bool gradients, Tensor? query_ids=None, Tensor? key_ids=None, bool same_positive=True)"
+      " bool gradients, Tensor? query_ids, Tensor? key_ids, bool same_positive)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::sigmoid_loss));
   m.def(
       "prototype_cross_entropy_fwd(Tensor features, Tensor prototypes, Tensor targets, Tensor "
       "labels,"
-      " Tensor logit_scale, bool need_grad, bool need_nearest)"
+      " Tensor logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::prototype_cross_entropy_fwd));
   m.def(
@@ -60,12 +62,9 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
         cpu(&protoclip::soft_targets));
   m.def("kmeans_assign(Tensor points, Tensor centroids) -> (Tensor, Tensor)",
         cpu(&protoclip::kmeans_assign));
-  m.def("kmeans_encode(Tensor points) -> (Tensor, Tensor, Tensor, bool)",
-        cpu(&protoclip::kmeans_encode));
-  m.def(
-      "kmeans_assign_coded(Tensor points, Tensor centroids, Tensor codes, "
-      "Tensor code_bounds, Tensor centre, bool rotated) -> (Tensor, Tensor)",
-      cpu(&protoclip::kmeans_assign_coded));
+  m.def("kmeans_encode(Tensor points) -> Tensor[]", cpu(&protoclip::kmeans_encode));
+  m.def("kmeans_assign_coded(Tensor points, Tensor centroids, Tensor[] codes) -> (Tensor, Tensor)",
+        cpu(&protoclip::kmeans_assign_coded));
   m.def("segment_mean(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
         cpu(&protoclip::segment_mean));
 }

@@ -1,5 +1,6 @@
 // InfoNCE, the contrastive loss and the sigmoid loss on the CPU: the statistics of a strip, and its
 // gradients. Contracts: ops/info_nce_loss.py, ops/query_losses.py, ops/siglip_loss.py.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -14,6 +15,8 @@
 namespace protoclip {
 namespace {
 
+constexpr double kLn2 = 0.6931471805599453;
+
 // What the rows or the columns bring into G: their references, their weights over their sums, and
 // the weights of their positives. One without a loss brings zeros.
 struct GradientSide {
@@ -24,10 +27,11 @@ struct GradientSide {
         positive_weight(round_up(length, kLanes), 0.f) {}
 
   // Of InfoNCE: fp32 and contiguous, [length] each, or [0].
-  GradientSide(const Tensor& references, const Tensor& sums, const Tensor& weights, int64_t length)
+  GradientSide(const Tensor& references, const Tensor& sums, const Tensor& weights,
+               float pair_weight, int64_t length)
       : GradientSide(length) {
     for (int64_t i = 0; i < references.numel(); ++i) {
-      const float weight = weights.const_data_ptr<float>()[i];
+      const float weight = weights.const_data_ptr<float>()[i] * pair_weight;
       reference.get()[i] = references.const_data_ptr<float>()[i];
       positive_weight.get()[i] = weight;
       probability_weight.get()[i] = weight / sums.const_data_ptr<float>()[i];
@@ -195,30 +199,40 @@ Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::k
 
 Tensor empty_stash(int64_t num_bytes) { return pooled_empty({num_bytes}, at::kByte); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
-                                                                const Tensor& logit_scale,
-                                                                int64_t offset,
-                                                                bool both_directions,
-                                                                const Optional& stash) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, int64_t offset,
+    bool both_directions, double pair_weight, bool summed, const Optional& stash) {
   const char* op = "info_nce_fwd";
   const Inputs in(op, x, y, logit_scale, offset);
   Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
   const auto [rows, by_column] =
       forward(in, DiagonalPairs{offset}, both_directions, stash_of(op, stash, in),
               positive.mutable_data_ptr<float>());
-  return {rows.max, rows.sum, by_column.max, by_column.sum, positive};
+  Tensor loss = rows.sum.log2() + (rows.max - positive);  // base 2
+  if (both_directions) {
+    const auto paired = [&](const Tensor& column) { return column.narrow(0, offset, x.size(0)); };
+    loss = loss + (paired(by_column.sum).log2() + (paired(by_column.max) - positive));
+  }
+  if (summed) loss = loss.sum();
+  loss = loss * (kLn2 * pair_weight);
+  return {loss, rows.max, rows.sum, by_column.max, by_column.sum, positive};
 }
 
-std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_reference,
-    const Tensor& row_sum, const Tensor& column_reference, const Tensor& column_sum,
-    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash) {
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale,
+                                                const Tensor& row_reference, const Tensor& row_sum,
+                                                const Tensor& column_reference,
+                                                const Tensor& column_sum, const Tensor& row_weight,
+                                                const Tensor& column_weight, int64_t offset,
+                                                double pair_weight, const Optional& stash) {
   const char* op = "info_nce_bwd";
   const Inputs in(op, x, y, logit_scale, offset);
   const GradientSide row(row_reference.contiguous(), row_sum.contiguous(),
-                         row_weight.to(at::kFloat).contiguous(), in.x.size(0));
+                         row_weight.to(at::kFloat).contiguous(), static_cast<float>(pair_weight),
+                         in.x.size(0));
   const GradientSide column(column_reference.contiguous(), column_sum.contiguous(),
-                            column_weight.to(at::kFloat).contiguous(), in.y.size(0));
+                            column_weight.to(at::kFloat).contiguous(),
+                            static_cast<float>(pair_weight), in.y.size(0));
   const DiagonalPairs pairs{offset};
   const SoftmaxGradient<DiagonalPairs> epilogue{row, column, column_reference.numel() > 0,
                                                 Base2(in.logit_scale), pairs};

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace protoclip {
 
@@ -22,15 +23,16 @@ void with_dtype(at::ScalarType dtype, const F& f) {
 
 // uint8 [num_bytes], uninitialised, in memory that the next step gets again (memory_pool.h).
 Tensor empty_stash(int64_t num_bytes);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(const Tensor& x, const Tensor& y,
-                                                                const Tensor& logit_scale,
-                                                                int64_t offset,
-                                                                bool both_directions,
-                                                                const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& row_reference,
-    const Tensor& row_sum, const Tensor& column_reference, const Tensor& column_sum,
-    const Tensor& row_weight, const Tensor& column_weight, int64_t offset, const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, int64_t offset,
+    bool both_directions, double pair_weight, bool summed, const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
+                                                const Tensor& logit_scale,
+                                                const Tensor& row_reference, const Tensor& row_sum,
+                                                const Tensor& column_reference,
+                                                const Tensor& column_sum, const Tensor& row_weight,
+                                                const Tensor& column_weight, int64_t offset,
+                                                double pair_weight, const Optional& stash);
 std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
                                            const Tensor& logit_scale, const Tensor& own,
                                            const Optional& exclude, const Optional& query_ids,
@@ -50,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
-    const Tensor& logit_scale, bool need_grad, bool need_nearest);
+    const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient);
 Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,
@@ -58,10 +60,9 @@ Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototy
 Tensor soft_targets(const Tensor& source_centroids, const Tensor& prototypes, double temperature);
 
 std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids);
-std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points);
+std::vector<Tensor> kmeans_encode(const Tensor& points);
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
-                                               const Tensor& codes, const Tensor& code_bounds,
-                                               const Tensor& centre, bool rotated);
+                                               at::TensorList codes);
 std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
                                         int64_t num_segments);
 

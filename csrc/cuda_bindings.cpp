@@ -6,8 +6,8 @@
 #include <torch/library.h>
 
 #include <limits>
-#include <optional>
 #include <tuple>
+#include <vector>
 
 #include "launchers.h"
 
@@ -60,22 +60,22 @@ at::Tensor packed_for(KmeansAssign call, const at::Tensor& points) {
 }
 
 // What kmeans_assign_coded takes of N >= 1 points, for centroids that are means of them.
-at::Tensor kmeans_encode_cuda(const at::Tensor& points) {
+std::vector<at::Tensor> kmeans_encode_cuda(const at::Tensor& points) {
   const c10::cuda::CUDAGuard guard(points.device());
-  return packed_for(kmeans_call(points, points), points);
+  return {packed_for(kmeans_call(points, points), points)};
 }
 
-std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
-                                                      const at::Tensor& centroids,
-                                                      const std::optional<at::Tensor>& packed) {
+// codes: of kmeans_encode_cuda, or none.
+std::tuple<at::Tensor, at::Tensor> assigned(const at::Tensor& points, const at::Tensor& centroids,
+                                            at::TensorList codes) {
   KmeansAssign call = kmeans_call(points, centroids);
   const c10::cuda::CUDAGuard guard(points.device());
   at::Tensor labels = at::empty({call.n}, points.options().dtype(at::kLong));
   at::Tensor distances = at::empty({call.n}, points.options().dtype(at::kFloat));
   if (call.n == 0) return {labels, distances};
 
-  const at::Tensor kept = packed.has_value() ? *packed : packed_for(call, points);
-  call.packed = kept.mutable_data_ptr();
+  const at::Tensor packed = codes.empty() ? packed_for(call, points) : codes[0];
+  call.packed = packed.mutable_data_ptr();
   KmeansAssignPlan plan;
   C10_CUDA_CHECK(plan_kmeans_assign(call, &plan));
   const at::Tensor scratch = scratch_on(points, plan.scratch_bytes);
@@ -83,6 +83,11 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
       call, plan, scratch.mutable_data_ptr(), labels.mutable_data_ptr<int64_t>(),
       distances.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
   return {labels, distances};
+}
+
+std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
+                                                      const at::Tensor& centroids) {
+  return assigned(points, centroids, {});
 }
 
 std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
@@ -131,15 +136,13 @@ std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   const auto cuda = [](auto* op) { return torch::dispatch(c10::DispatchKey::CUDA, op); };
+  m.def("kmeans_assign_cuda(Tensor points, Tensor centroids) -> (Tensor, Tensor)",
+        cuda(&protoclip::kmeans_assign_cuda));
   m.def(
-      "kmeans_assign_cuda(Tensor points, Tensor centroids, Tensor? packed=None)"
+      "kmeans_assign_coded_cuda(Tensor points, Tensor centroids, Tensor[] codes)"
       " -> (Tensor, Tensor)",
-      cuda(&protoclip::kmeans_assign_cuda));
-  m.def(
-      "kmeans_assign_coded_cuda(Tensor points, Tensor centroids, Tensor? packed)"
-      " -> (Tensor, Tensor)",
-      cuda(&protoclip::kmeans_assign_cuda));
-  m.def("kmeans_encode_cuda(Tensor points) -> Tensor", cuda(&protoclip::kmeans_encode_cuda));
+      cuda(&protoclip::assigned));
+  m.def("kmeans_encode_cuda(Tensor points) -> Tensor[]", cuda(&protoclip::kmeans_encode_cuda));
   m.def("segment_mean_cuda(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
         cuda(&protoclip::segment_mean_cuda));
 }

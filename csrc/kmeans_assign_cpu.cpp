@@ -90,8 +90,9 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
 }
 
 // For kmeans_assign_coded: codes [N, depth], their bounds [N, CodedRow::SIZE], the frame's
-// centre and whether it is rotated. Points: fp32 and contiguous.
-std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points) {
+// centre, and whether it is rotated. Points: fp32.
+std::vector<Tensor> kmeans_encode(const Tensor& strided_points) {
+  const Tensor points = strided_points.contiguous();
   const int64_t n = points.size(0), d = points.size(1), depth = round_up(d, 4);
   const Tensor some = sample(points), centre = mean_row(some);
   Frame frame(centre);
@@ -110,17 +111,16 @@ std::tuple<Tensor, Tensor, Tensor, bool> kmeans_encode(const Tensor& points) {
       bounds.store(code_bounds.mutable_data_ptr<float>() + i * CodedRow::SIZE);
     }
   });
-  return {codes, code_bounds, centre, frame.rotated};
+  return {codes, code_bounds, centre, at::full({}, frame.rotated, at::kBool)};
 }
 
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
-                                               const Tensor& codes, const Tensor& code_bounds,
-                                               const Tensor& centre, bool rotated) {
+                                               at::TensorList codes) {
   const Tensor rows = centroids.contiguous();
   const bool finite = Frame(mean_row(rows)).finite();
-  Frame frame(centre);
-  frame.rotated = rotated;
-  const CodedPoints coded{codes, code_bounds};
+  Frame frame(codes[2]);
+  frame.rotated = codes[3].item<bool>();
+  const CodedPoints coded{codes[0], codes[1]};
   return assign_in(frame, points, rows, finite, &coded);
 }
 

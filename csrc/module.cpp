@@ -1,8 +1,12 @@
 // Host utilities of the CPU half (pybind11, no torch headers); its ops are in bindings.cpp.
 #include <pybind11/pybind11.h>
 
+#include "stash_tile.h"
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Host utilities of protoclip's native library.";
+  m.def("stash_tile",
+        [] { return pybind11::make_tuple(protoclip::kStashRows, protoclip::kStashColumns); });
   m.def("cpu_features", [] {
     pybind11::dict out;  // what -march=native let the compiler use
 #ifdef __AVX2__

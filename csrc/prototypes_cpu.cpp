@@ -74,6 +74,7 @@ struct FinishRow {
       gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
       product += gradient[e] * static_cast<float>(h[e]);
     }
+    if (out.scale_gradient == nullptr) return;
     // From the logits, which no rounding of the weights touches; a scale of 0 leaves none.
     const double difference = state.logits / state.sum - positive;
     out.scale_gradient[row] = std::abs(logit_scale) < 1e-30f
@@ -110,12 +111,13 @@ void forward(const Tensor& h, const Tensor& prototypes, const Tensor& targets, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
-    const Tensor& logit_scale, bool need_grad, bool need_nearest) {
+    const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient) {
   const int64_t n = features.size(0), d = features.size(1), graded = need_grad ? n : 0;
   const auto fp32 = at::TensorOptions(at::kFloat);
   const Tensor loss = at::empty({n}, fp32), gradient = at::empty({graded, d}, fp32),
                nearest = at::empty({need_nearest ? n : 0}, at::kLong), max = at::empty({n}, fp32),
-               sum = at::empty({n}, fp32), scale_gradient = at::empty({graded}, fp32);
+               sum = at::empty({n}, fp32),
+               scale_gradient = at::empty({need_scale_gradient ? graded : 0}, fp32);
   if (n > 0) {
     const RowOutputs out{data_or_null<float>(loss),
                          data_or_null<float>(gradient),

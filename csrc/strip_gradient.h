@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "gemm_tile.h"
+#include "stash_tile.h"
 
 namespace protoclip {
 
@@ -116,7 +117,7 @@ struct TileRange {
 // null where none is given. Tile after tile, each contiguous.
 class Stash {
  public:
-  static constexpr int64_t kRows = 128, kColumns = 256;  // of a tile: 128 KB
+  static constexpr int64_t kRows = kStashRows, kColumns = kStashColumns;  // of a tile
 
   Stash() = default;
   Stash(float* data, int64_t columns) : data_(data), tiles_(blocks(columns, kColumns)) {}

@@ -220,23 +220,23 @@ def reach(norms: Tensor, largest: Tensor, d: int, *, rounding: float, terms: int
     return normal + (size + largest + 1) * products * 2.0**-123  # below the normal numbers
 
 
-def kmeans_encode(points: Tensor) -> tuple[Tensor, Tensor]:
+def kmeans_encode(points: Tensor) -> list[Tensor]:
     """[N, D] -> the points in 16 bits, and their norms [N], for ``kmeans_assign_coded``."""
     norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32)
     half = points.bfloat16() if points.dtype == torch.float32 else points
-    return half, norms
+    return [half, norms]
 
 
 def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """[N, D], [K, D] -> labels int64 [N], squared distances fp32 [N]."""
-    half, norms = kmeans_encode(points)
-    return kmeans_assign_coded(points, centroids, half, norms)
+    return kmeans_assign_coded(points, centroids, kmeans_encode(points))
 
 
 def kmeans_assign_coded(
-    points: Tensor, centroids: Tensor, half: Tensor, norms: Tensor
+    points: Tensor, centroids: Tensor, codes: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """``kmeans_assign`` of points that ``kmeans_encode`` has coded."""
+    half, norms = codes
     n, d = points.shape
     k = len(centroids)
     labels = torch.zeros(n, dtype=torch.int64, device=points.device)
@@ -324,9 +324,14 @@ def sum_kernel(
 
 
 def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
-    """[N, D], [N], K -> means fp32 [K, D], counts int64 [K]; other labels are left out."""
+    """[N, D], [N], K -> means fp32 [K, D], counts int64 [K]; negative labels are left out."""
     n, d = values.shape
     k = num_segments
+    if n and not values.is_cuda and int(labels.max()) >= k:  # the interpreter, which may read them
+        raise ValueError(
+            f"segment_mean: expected labels below num_segments={k}, got {int(labels.max())}; pass "
+            "a larger num_segments or renumber the labels"
+        )
     device = values.device
     means = torch.zeros((k, d), dtype=torch.float32, device=device)
     order, rows = labels.sort(stable=True)

@@ -26,6 +26,7 @@ from protoclip.kernels.results import (
     ContrastiveStatistics,
     PairStatistics,
 )
+from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.tiles import (
     LOG2E,
     SPREAD,
@@ -40,8 +41,6 @@ from protoclip.kernels.tiles import (
     with_ids,
 )
 from protoclip.kernels.waves import store_gradient
-
-PARTIAL_BYTES = 64 << 20
 
 
 class TilePairs(NamedTuple):

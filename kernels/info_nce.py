@@ -32,7 +32,7 @@ one number a row, from which the entries follow without a matrix.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
-forward, ``waves.SCRATCH_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32
+forward, ``GRADIENT_BYTES`` plus fp32 gradients backward. fp32 features are multiplied in fp32
 here; ``torch.backends.cuda.matmul`` settings hold for the backward's two products.
 """
 
@@ -48,7 +48,8 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.launch import cdiv
-from protoclip.kernels.results import Gradients, InfoNceStatistics, LossAndStatistics
+from protoclip.kernels.results import Gradients, InfoNceForward
+from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.tiles import (
     HIDDEN,
     LOG2E,
@@ -65,7 +66,6 @@ from protoclip.kernels.tiles import (
 from protoclip.kernels.waves import store_entries, store_gradient
 
 LN2 = math.log(2.0)
-PARTIAL_BYTES = 64 << 20
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
 # for 1,024 would take 20 us by the model.
 ONE_PROGRAM = 256
@@ -449,23 +449,7 @@ def info_nce_gradient_kernel(
         tl.store(factor_ptr, logit_scale / lift)
 
 
-class _ForwardPass(NamedTuple):
-    statistics: InfoNceStatistics
-    losses: Tensor  # [N], times ``pair_weight`` in each direction
-    partial_sums: Tensor  # parts of their sum [programs]
-
-
 def info_nce_fwd(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, both_directions: bool
-) -> InfoNceStatistics:
-    """Statistics of the strip x [N, D] against y [M, D], as in ops/info_nce_loss.py."""
-    forward = _forward(
-        x, y, logit_scale, offset=offset, both_directions=both_directions, pair_weight=1.0
-    )
-    return forward.statistics
-
-
-def info_nce_loss(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -473,29 +457,9 @@ def info_nce_loss(
     both_directions: bool,
     pair_weight: float,
     summed: bool,
-) -> LossAndStatistics:
-    """The losses [N], or their sum [], and the statistics that their gradient needs."""
-    forward = _forward(
-        x, y, logit_scale, offset=offset, both_directions=both_directions, pair_weight=pair_weight
-    )
-    if not summed:
-        loss = forward.losses
-    elif len(forward.partial_sums) > 1:
-        loss = forward.partial_sums.sum()
-    else:
-        loss = forward.partial_sums.view(())
-    return LossAndStatistics(loss, forward.statistics)
-
-
-def _forward(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    *,
-    offset: int,
-    both_directions: bool,
-    pair_weight: float,
-) -> _ForwardPass:
+) -> InfoNceForward:
+    """The strip x [N, D] against y [M, D], as in ops/info_nce_loss.py: the losses, times
+    ``pair_weight`` in each direction, or their sum, and statistics."""
     n, m = x.shape[0], y.shape[0]
     num_columns = m if both_directions else 0
     length = m if both_directions else n
@@ -543,8 +507,10 @@ def _forward(
                 BOTH_DIRECTIONS=both_directions, HAS_BEFORE=first > 0, IS_LAST=last == n,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
-    statistics = InfoNceStatistics(row_reference, row_sum, column_reference, column_sum, positive)
-    return _ForwardPass(statistics, losses, partial_sums)
+    loss = losses
+    if summed:
+        loss = partial_sums.sum() if programs > 1 else partial_sums.view(())
+    return InfoNceForward(loss, row_reference, row_sum, column_reference, column_sum, positive)
 
 
 def info_nce_bwd(
@@ -558,7 +524,7 @@ def info_nce_bwd(
     row_weight: Tensor,
     column_weight: Tensor,
     offset: int,
-    pair_weight: float = 1.0,
+    pair_weight: float,
 ) -> Gradients:
     """Gradients of the strip, as in ops/info_nce_loss.py, from what the forward pass kept.
 

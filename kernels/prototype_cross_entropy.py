@@ -11,7 +11,7 @@ on the device.
 
 The finish joins the slices of attention.py:
     loss_i = ln 2 (log2 sum_i + step (max_i - s_iy)),   gradient_i = acc_i / sum_i - t_y,
-    dscale_i = sign (expected_i / sum_i - s_iy), or, without ``expected`` and at scale 0, which
+    dscale_i = sign (expected_i / sum_i - s_iy), or, of fp32 rows and at scale 0, which
 leaves no s, q_i . gradient_i,
 with t = m (soft targets: s_iy is a dot product with m_y) or t = C (hard labels: s_iy comes from
 attention.py). Label -100 gives zeros, any other label outside [0, K) a NaN loss.
@@ -31,11 +31,11 @@ from protoclip.kernels import launch
 from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import SampleLosses
+from protoclip.kernels.scratch import PROTOTYPE_BYTES
 from protoclip.kernels.tiles import LEFT_OUT, products, tile_options
 from protoclip.kernels.waves import multiply
 
 LN2 = tl.constexpr(0.6931471805599453)
-SCRATCH_BYTES = 256 << 20
 # G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
 G_UNIT = 4096.0
 
@@ -111,13 +111,15 @@ def join_slices_kernel(
             acc /= row_sum[:, None]
             t = load_tile(target_ptr, label, labelled, columns, d, stride_t_k, stride_t_d, False)
             acc = tl.where(labelled[:, None], acc - t.to(tl.float32), 0.0)
-            q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
-            dscale += tl.sum(q.to(tl.float32) * acc, 1)
+            if dscale_ptr is not None:
+                q = load_tile(q_ptr, rows, used, columns, d, stride_q_n, stride_q_d, False)
+                dscale += tl.sum(q.to(tl.float32) * acc, 1)
             tl.store(gradient_ptr + rows[:, None] * d + columns[None, :], acc, mask=mask)
         if EXPECT:
             difference = tl.where(labelled, sign * (expected / row_sum - positive), 0.0)
             dscale = tl.where(sign == 0, dscale, difference)
-        tl.store(dscale_ptr + rows, dscale, mask=used)
+        if dscale_ptr is not None:
+            tl.store(dscale_ptr + rows, dscale, mask=used)
 
 
 @triton.jit(
@@ -239,7 +241,8 @@ def finish(
             best_ptr=parts.best, expected_ptr=parts.expected,
             positive_ptr=parts.positive, acc_ptr=parts.acc,
             loss_ptr=out.loss, gradient_ptr=out.gradient, nearest_ptr=out.nearest,
-            row_max_ptr=out.row_max, row_sum_ptr=out.row_sum, dscale_ptr=out.scale_gradient,
+            row_max_ptr=out.row_max, row_sum_ptr=out.row_sum,
+            dscale_ptr=out.scale_gradient if out.scale_gradient.numel() else None,
             n=n, d=targets.shape[1], slices=slices, k=len(targets),
             stride_q_n=q.stride(0), stride_q_d=q.stride(1),
             stride_t_k=targets.stride(0), stride_t_d=targets.stride(1),
@@ -289,7 +292,7 @@ def weights(
 
 def _wave(other: int, itemsize: int) -> int:
     """Rows of a wave whose other side is ``other`` keys (or the reverse): at least 16."""
-    return max(16, SCRATCH_BYTES // (max(1, other) * itemsize) // 16 * 16)
+    return max(16, PROTOTYPE_BYTES // (max(1, other) * itemsize) // 16 * 16)
 
 
 def weighted_values(
@@ -310,10 +313,9 @@ def prototype_cross_entropy_fwd(
     logit_scale: Tensor,
     need_grad: bool,
     need_nearest: bool,
-    need_scale_gradient: bool = True,
+    need_scale_gradient: bool,
 ) -> SampleLosses:
-    """The losses, as in ops/prototypes.py; without ``need_scale_gradient`` the scale's gradient
-    comes from rounded weights."""
+    """The losses, as in ops/prototypes.py."""
     n, d = features.shape
     loss = features.new_empty(n, dtype=torch.float32)
     graded = n if need_grad else 0
@@ -323,14 +325,14 @@ def prototype_cross_entropy_fwd(
         nearest=loss.new_empty(n if need_nearest else 0, dtype=torch.int64),
         row_max=torch.empty_like(loss),
         row_sum=torch.empty_like(loss),
-        scale_gradient=loss.new_empty(graded),
+        scale_gradient=loss.new_empty(graded if need_scale_gradient else 0),
     )
     if not n:
         return out
     logit_scale = logit_scale.reshape(()).float()
     half = features.dtype != torch.float32
     one_pass = need_grad and half and d <= launch.WIDEST_ATTENTION
-    # fp32 weights are not rounded, so the gradient gives that of the scale.
+    # fp32 weights are not rounded, so the features' gradient gives that of the scale.
     expect = need_grad and need_scale_gradient and half
     features = features.contiguous()
     keys = prototypes.contiguous()

@@ -8,22 +8,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class InfoNceStatistics(NamedTuple):
-    """Of the rows and columns of a strip: references near the largest base-2 logit, the sums of
-    2^(logit - reference), and the positives' base-2 logits."""
+class InfoNceForward(NamedTuple):
+    """The loss of a strip, and what its gradient needs of rows and columns: references near the
+    largest base-2 logit, the sums of 2^(logit - reference), and the positives' base-2 logits."""
 
+    loss: Tensor  # [N], or the sum []
     row_reference: Tensor  # [N]
     row_sum: Tensor  # [N]
     column_reference: Tensor  # [M], or [0] of one direction
     column_sum: Tensor  # [M], or [0] of one direction
     positive: Tensor  # [N]
-
-
-class LossAndStatistics(NamedTuple):
-    """The loss, and the statistics that its gradient needs."""
-
-    loss: Tensor  # [N], or the sum []
-    statistics: InfoNceStatistics
 
 
 class Gradients(NamedTuple):
@@ -67,7 +61,7 @@ class SigmoidLoss(NamedTuple):
 
 
 class SampleLosses(NamedTuple):
-    """Of every sample against prototypes; what is not wanted is [0], or [0, D]."""
+    """Losses of samples against prototypes; what is not wanted is [0], or [0, D]."""
 
     loss: Tensor  # [N], 0 where ignored
     gradient: Tensor  # of the features, sum_k p_k C_k - m_y: [N, D], 0 where ignored

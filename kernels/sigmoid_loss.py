@@ -143,9 +143,9 @@ def sigmoid_loss(
     logit_bias: Tensor,
     offset: int,
     gradients: bool,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    same_positive: bool = True,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ids as in ops/pairs.py."""
     config = launch.choose("sigmoid_loss", x, y)

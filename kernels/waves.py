@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels.launch import FINISH, Launch, cdiv
+from protoclip.kernels.scratch import GRADIENT_BYTES
 
-SCRATCH_BYTES = 128 << 20
 SIDE = 8192  # rows of a chunk of that size, more where there are fewer columns
 
 
@@ -38,12 +38,12 @@ class Chunk:
 
 
 def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> list[Chunk]:
-    """Row by row, chunks whose G fits ``SCRATCH_BYTES`` (but one tile always may); one chunk where
+    """Row by row, chunks whose G fits ``GRADIENT_BYTES`` (but one tile always may); one chunk where
     no G is kept."""
     n, m, block_n, block_m = x.shape[0], y.shape[0], config.block_n, config.block_m
     rows, cols = cdiv(n, block_n), cdiv(m, block_m)  # in tiles
     if bounded:
-        budget = SCRATCH_BYTES // x.element_size() // (block_n * block_m)  # tiles
+        budget = GRADIENT_BYTES // x.element_size() // (block_n * block_m)  # tiles
         cols = min(cols, max(1, budget * block_n // SIDE))
         rows = min(rows, max(1, budget // max(1, cols)))
     plan: list[Chunk] = []

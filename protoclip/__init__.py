@@ -18,7 +18,12 @@ from protoclip import cached_gradients, lloyd
 from protoclip.cached_gradients import grad_cache
 from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
 from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
-from protoclip.losses.global_losses import global_contrastive, global_contrastive_parts
+from protoclip.losses.global_losses import (
+    global_contrastive,
+    global_contrastive_parts,
+    global_nt_xent,
+    global_sup_con,
+)
 from protoclip.ops import *  # noqa: F403
 from protoclip.ops import __all__ as _ops
 from protoclip.settings import config
@@ -52,6 +57,8 @@ __all__ = [
     "create_task",  # noqa: F405
     "global_contrastive",
     "global_contrastive_parts",
+    "global_nt_xent",
+    "global_sup_con",
     "grad_cache",
     "kmeans",
     "open_dataset",  # noqa: F405

@@ -63,13 +63,13 @@ def grad_cache(
             f"{type(encoders).__name__} and {type(inputs).__name__}; put even one in a list"
         )
     sizes = list(chunk_size) if isinstance(chunk_size, Sequence) else [chunk_size] * len(encoders)
-    if not len(encoders) == len(inputs) == len(sizes) or not all(
-        isinstance(size, Integral) and size >= 1 for size in sizes or [0]
-    ):
+    if not len(encoders) == len(inputs) == len(sizes) > 0:
         raise ValueError(
-            f"grad_cache: expected a batch and a whole chunk_size >= 1 for each of {len(encoders)} "
-            f"encoders, got {len(inputs)} batches and sizes {sizes}; list a shared encoder twice"
+            f"grad_cache: expected a batch and a chunk_size for each of {len(encoders)} encoders, "
+            f"got {len(inputs)} batches and {len(sizes)} sizes; list a shared encoder twice"
         )
+    if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        raise ValueError(f"grad_cache: expected a whole chunk_size >= 1, in rows, got {chunk_size}")
     # A bound method such as model.encode_image belongs to its model.
     owners = [getattr(encoder, "__self__", encoder) for encoder in encoders]
     modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]

@@ -27,7 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.common.files import lines_of, plural, printable, write_atomic, write_csv
+from protoclip.common.files import (
+    lines_of,
+    plural,
+    printable,
+    printable_lines,
+    whole_files,
+    write_atomic,
+    write_csv,
+)
 from protoclip.common.paths import check_above
 from protoclip.data import DataError, Labels, PairDataset, Subset, data_kind, open_dataset
 from protoclip.data.folders import ImageFolder
@@ -42,7 +50,10 @@ from protoclip.settings.commands import cluster_parser
 from protoclip.settings.config import TABLE
 
 PROG = "protoclip cluster"
+CSV = "clusters.csv"
+CENTROIDS = "centroids.safetensors"
 FEATURES = "features.npz"
+MARK = ".protoclip-cluster"  # in a folder that the command made or wrote to
 # OpenCLIP's own example.
 MODEL = "ViT-B-32"
 WEIGHTS = "laion2b_s34b_b79k"
@@ -50,6 +61,7 @@ MAPPED = 2000  # samples on the page's map
 FACES = 400  # samples of which the map shows pictures at once (page.js); of more it shows dots
 SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
 LARGEST_K = 300  # --k auto
+FEWEST = 6  # --k auto: rows
 BLOCK = 65_536  # rows whose distances are computed at once
 NAMED = 10  # unreadable pictures that are listed
 ROUNDING = 32 * 2**-23  # relative deviations that fp32 makes of equal pictures
@@ -112,14 +124,14 @@ def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
     out = Path(args.out)
     began_at = time.perf_counter()
-    check_above(out / "clusters.csv", "--out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: {out} cannot be created ({error.strerror})") from error
     is_file = Path(args.data).suffix in SUFFIXES
+    is_encoded = not (is_file or args.features)
+    names = [CSV, CENTROIDS, page.NAME]
+    if is_encoded:
+        names.append(FEATURES)
+    open_output(out, names, args.overwrite)
     points = read_features(args) if is_file else encode_pictures(args)
-    if not (is_file or args.features):
+    if is_encoded:
         write_rows(out / FEATURES, points.rows.cpu().numpy(), points.dataset.keys)
     rows = points.rows.to(choose_device(args.device))
     features_done_at = time.perf_counter()
@@ -164,18 +176,43 @@ def run(args: argparse.Namespace) -> None:
     if empty_groups := fewer_groups(labels, k):
         print(f"note: {empty_groups}", file=sys.stderr)
     groups = Groups.of(labels, torch.cat(squared_distances).cpu())
-    write_table(out / "clusters.csv", points.dataset.keys, groups)
-    clusters.save(out / "centroids.safetensors")
     seconds = {
         "features": features_done_at - began_at,
         "k-means": time.perf_counter() - features_done_at,
     }
+    with whole_files(out) as temporary:  # a table without its page helps nobody
+        write_table(temporary / CSV, points.dataset.keys, groups)
+        clusters.save(temporary / CENTROIDS)
+        html = write_page(points, groups, k, seconds, why)
+        write_atomic(temporary / page.NAME, printable_lines(html))
     if args.link_to or args.copy_to:
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
-    write_atomic(out / page.NAME, printable(write_page(points, groups, k, seconds, why)))
     name = printable(str(out))
-    print(f"{clusters}\n{name}/clusters.csv, centroids.safetensors; look at {name}/{page.NAME}")
+    print(f"{clusters}\n{name}/{CSV}, {CENTROIDS}; look at {name}/{page.NAME}")
+
+
+def open_output(out: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Make the folder in which files of these names will be written; ValueError if that would
+    replace a file of others, or, without ``overwrite``, those of an earlier run."""
+    check_above(out / CSV, "--out")
+    present = [name for name in names if (out / name).exists()]
+    shown = printable(str(out))
+    if present and not (out / MARK).exists():
+        raise ValueError(
+            f"--out: {shown} holds {', '.join(present)}, which {PROG} did not write there; choose "
+            "a new folder"
+        )
+    if CSV in present and not overwrite:
+        raise ValueError(
+            f"--out: {shown} holds an earlier run of {PROG}; choose another folder, or replace it "
+            "with --overwrite"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARK).touch()
+    except OSError as error:
+        raise ValueError(f"--out: {shown} cannot be created ({error.strerror})") from error
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:
@@ -368,17 +405,18 @@ def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool
     """
     numbers = groups.labels.unique().tolist()
     width = len(str(numbers[-1]))
-    for group in tqdm(numbers, "groups as folders", leave=False, disable=None):
-        group_folder = folder / f"{group:0{width}}"
-        group_folder.mkdir()
-        files = list(dict.fromkeys(_file_of(dataset, i) for i in groups.members(group)))
-        for file, name in zip(files, different_names(files), strict=True):
-            if copy:
-                shutil.copyfile(file, group_folder / name)
-                with contextlib.suppress(OSError):  # a disk without such times or permissions
-                    shutil.copystat(file, group_folder / name)
-            else:
-                (group_folder / name).symlink_to(os.path.abspath(file))
+    with whole_files(folder) as temporary:
+        for group in tqdm(numbers, "groups as folders", leave=False, disable=None):
+            group_folder = temporary / f"{group:0{width}}"
+            group_folder.mkdir()
+            files = list(dict.fromkeys(_file_of(dataset, i) for i in groups.members(group)))
+            for file, name in zip(files, different_names(files), strict=True):
+                if copy:
+                    shutil.copyfile(file, group_folder / name)
+                    with contextlib.suppress(OSError):  # a disk without such times or permissions
+                        shutil.copystat(file, group_folder / name)
+                else:
+                    (group_folder / name).symlink_to(os.path.abspath(file))
 
 
 def _file_of(dataset: Any, i: int) -> str:
@@ -410,8 +448,13 @@ def choose_k(k_text: str, rows: Tensor, seed: int) -> tuple[int, str]:
     """K, and the reason for it; "auto": by ``choose_num_clusters``."""
     if k_text.isdecimal() and 2 <= int(k_text) <= len(rows):
         return int(k_text), ""
-    if k_text != "auto" or len(rows) < 6:
+    if k_text != "auto":
         raise ValueError(f"--k: expected auto or 2 to N = {len(rows):,} groups, got {k_text}")
+    if len(rows) < FEWEST:
+        raise ValueError(
+            f"--k auto: expected at least {FEWEST} pictures or rows, got {len(rows)}; give --k, "
+            "such as --k 2"
+        )
     candidates = numbers_to_try(min(SILHOUETTE_ROWS, len(rows)), LARGEST_K)
     with tqdm(total=len(candidates), desc="choosing K", leave=False, disable=None) as bar:
 
@@ -434,11 +477,13 @@ def choose_k(k_text: str, rows: Tensor, seed: int) -> tuple[int, str]:
 
 
 def write_table(path: Path, keys: Sequence[str], groups: Groups) -> None:
-    """Write clusters.csv; rank 1 is nearest to the centroid."""
+    """Write clusters.csv; rank 1 is nearest to the centroid. A name that a spreadsheet would take
+    for a formula begins with "./"."""
     rank = np.empty(len(keys), dtype=np.int64)
     counts = np.diff(groups.ends, prepend=0)
     rank[groups.order] = np.arange(len(keys)) - np.repeat(groups.ends - counts, counts) + 1
-    rows = zip(keys, groups.labels.tolist(), groups.squared.tolist(), rank.tolist(), strict=True)
+    names = (f"./{key}" if key.startswith(tuple("=+@-")) else key for key in keys)
+    rows = zip(names, groups.labels.tolist(), groups.squared.tolist(), rank.tolist(), strict=True)
     header = ("file", "cluster", "squared_distance", "rank")
     write_csv(path, header, ((key, k, f"{d:.7g}", r) for key, k, d, r in rows))
 

@@ -126,7 +126,9 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
             return 130
         if not isinstance(error, (ValueError, OSError)):
             raise
-        _say_once(f"{name}: error: {error}")
+        from protoclip.common.files import printable_lines
+
+        _say_once(f"{name}: error: {printable_lines(str(error))}")
         return 2
     stop()
     return code or 0

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from protoclip.common.files import write_atomic, write_safetensors
+from protoclip.common.files import whole_files, write_atomic, write_safetensors
 from protoclip.common.paths import check_above
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import TRAIN, format_table, read_results
@@ -52,7 +52,7 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
         model: OpenCLIP name or config file, for a checkpoint of OpenCLIP's trainer.
     Raises:
         ValueError: no such run, ``out`` is in use, or the checkpoint does not fit the model.
-        OSError: the disk is full; ``out`` is empty then.
+        OSError: the disk is full; then ``out`` is as it was.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -83,14 +83,16 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
     preprocess = {**clip.visual.preprocess_cfg, **ours.get("preprocess", {})}
     preprocess_cfg = {key: preprocess[key] for key in PREPROCESS}
     config_text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        write_safetensors(out / "open_clip_model.safetensors", clip.state_dict())
-        write_atomic(out / "open_clip_config.json", config_text + "\n")
-        write_atomic(out / "README.md", str(_card(path, config, payload)))
+        with whole_files(out) as temporary:
+            write_safetensors(temporary / "open_clip_model.safetensors", clip.state_dict())
+            write_atomic(temporary / "open_clip_config.json", config_text + "\n")
+            write_atomic(temporary / "README.md", str(_card(path, config, payload)))
     except OSError:
-        for file in out.iterdir():  # the folder was empty, and is again for the next attempt
-            file.unlink()
+        if is_new:
+            out.rmdir()
         raise
     return out
 

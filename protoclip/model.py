@@ -7,14 +7,15 @@ tower over all of it. Under a causal mask nothing after a caption's end reaches 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # OpenCLIP's --siglip
+HUB_TIMEOUT = 10.0  # seconds
 STEP = 8  # token tensors are padded to multiples of it, so that kernels see few shapes
 MOST_REMEMBERED = 32_768  # captions whose tokens are kept, of 8 bytes a token
 
@@ -255,6 +257,27 @@ def _create(name: str, config: ModelConfig, device: str) -> Any:
     return clip
 
 
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[str]:
+    """Ask the hub once whether it can be reached; if not, take files from the cache alone, instead
+    of six attempts at each, and yield the reason."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    reason = ""
+    was_offline = constants.HF_HUB_OFFLINE
+    if not was_offline:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        except Exception as error:  # of the library that huggingface_hub uses
+            constants.HF_HUB_OFFLINE = True
+            reason = f"{constants.ENDPOINT} cannot be reached ({error})"
+    try:
+        yield reason
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
 def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     """Build the model of a config; weights that are not pretrained use torch's generator.
 
@@ -265,12 +288,18 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
     """
     name = check_model(config)
     logging.disable(logging.ERROR)  # OpenCLIP logs every step and its own errors
+    unreachable = ""
     try:
-        clip = _create(name, config, device)
-        length = getattr(clip, "context_length", None)
-        tokenizer = open_clip.get_tokenizer(name, context_length=length)
+        with contextlib.ExitStack() as stack:
+            if name.startswith("hf-hub:") or open_clip.get_pretrained_cfg(name, config.pretrained):
+                unreachable = stack.enter_context(offline_if_unreachable())
+            clip = _create(name, config, device)
+            length = getattr(clip, "context_length", None)
+            tokenizer = open_clip.get_tokenizer(name, context_length=length)
     except Exception as error:  # torn files and bad configs raise any error
         reason = " ".join(str(error).split())[:300]
+        if unreachable:
+            reason = f"{unreachable}, and the cache does not hold all files; give a weights file"
         if os.path.isfile(config.pretrained):
             reason += "; is the file complete, and a checkpoint of this model?"
         raise ValueError(
@@ -462,5 +491,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """A function that returns the autocast context of a forward pass."""
+    if precision == "fp32":
+        return nullcontext
     dtype = torch.float16 if precision == "amp" else torch.bfloat16
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return lambda: torch.autocast(device.type, dtype=dtype)

@@ -22,7 +22,14 @@ import torch
 from open_clip import loss as theirs
 from torch import nn
 
-from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss, caption_ids
+from protoclip.losses import (
+    ClipLoss,
+    CoCaLoss,
+    DistillClipLoss,
+    ProtoClipLoss,
+    SigLipLoss,
+    caption_ids,
+)
 from protoclip.model import register_configs
 from protoclip.settings.commands import openclip_parser
 from protoclip.settings.config import ProtoConfig
@@ -31,13 +38,20 @@ from protoclip.settings.flags import refusal
 PROG = "protoclip openclip"
 LOGGER = logging.getLogger(__name__)
 DistributedDataParallel = nn.parallel.DistributedDataParallel
+REPLACEMENTS: dict[type, Any] = {
+    theirs.ClipLoss: ClipLoss,
+    theirs.SigLipLoss: SigLipLoss,
+    theirs.CoCaLoss: CoCaLoss,
+    theirs.DistillClipLoss: DistillClipLoss,
+}
+CONTRASTIVE_TASKS = ("CLIPTask", "SigLIPTask", "CLAPTask", "CoCaTask", "DistillCLIPTask")
 
 
 def create_loss(args: Any, proto: ProtoConfig | None = None) -> nn.Module:
     """OpenCLIP's ``create_loss`` with fused losses; ``proto`` adds prototypes.
 
-    To patch by hand: ``open_clip_train.main.create_loss = protoclip.create_loss``. For CoCa,
-    distillation and Horovod it returns OpenCLIP's own loss and logs a line.
+    To patch by hand: ``open_clip_train.main.create_loss = protoclip.create_loss``. For Horovod and
+    losses that are not contrastive it returns OpenCLIP's own and logs a line.
 
     Raises:
         ValueError: prototypes for a loss that has none.
@@ -66,38 +80,41 @@ def create_task(
     task = open_clip.create_task(
         args, model=model, dist_model=dist_model, naflex_data_config=naflex_data_config
     )
-    contrastive = type(task).__name__ in ("CLIPTask", "SigLIPTask")
+    contrastive = type(task).__name__ in CONTRASTIVE_TASKS
     if fused := _fused(task.loss if contrastive else task, args, proto):
         task.loss = fused
     return task
 
 
 def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Module | None:
-    """Our loss to replace OpenCLIP's plain ClipLoss or SigLipLoss; None: keep OpenCLIP's."""
-    if type(original) is theirs.ClipLoss and not getattr(args, "horovod", False):
-        if proto is not None:
-            return _with_prototypes(args, proto)
-        _say(args, "OpenCLIP's ClipLoss without its matrix of logits")
-        return ClipLoss(
-            local_loss=args.local_loss,
-            gather_with_grad=args.gather_with_grad,
-            cache_labels=bool(original.cache_labels),
-            rank=args.rank,
-            world_size=args.world_size,
-        )
+    """Our loss to replace OpenCLIP's contrastive one; None: keep OpenCLIP's."""
+    horovod = getattr(args, "horovod", False)
+    if proto is not None and type(original) is theirs.ClipLoss and not horovod:
+        return _with_prototypes(args, proto)
     if proto is not None:
         raise ValueError(
             "--proto-*: prototypes go with the plain contrastive loss only; leave out --siglip, "
             "CoCa, distillation and Horovod, or the --proto-* flags"
         )
-    if type(original) is theirs.SigLipLoss:
-        _say(args, "OpenCLIP's SigLipLoss without its matrix of logits")
-        return SigLipLoss(
-            cache_labels=bool(original.cache_labels),
-            rank=args.rank,
-            world_size=args.world_size,
-            dist_impl=args.loss_dist_impl,
-        )
+    ours = REPLACEMENTS.get(type(original))
+    if ours is not None and not horovod:
+        _say(args, f"OpenCLIP's {ours.__name__} without its matrix of logits")
+        common: dict[str, Any] = {
+            "cache_labels": bool(original.cache_labels),
+            "rank": args.rank,
+            "world_size": args.world_size,
+        }
+        if ours is SigLipLoss:
+            return SigLipLoss(dist_impl=args.loss_dist_impl, **common)
+        common |= {"local_loss": args.local_loss, "gather_with_grad": args.gather_with_grad}
+        if ours is CoCaLoss:
+            return CoCaLoss(
+                caption_loss_weight=args.coca_caption_loss_weight,
+                clip_loss_weight=args.coca_contrastive_loss_weight,
+                pad_id=original.caption_loss.ignore_index,  # type: ignore[union-attr,arg-type]
+                **common,
+            )
+        return ours(**common)
     _say(args, f"OpenCLIP's own {type(original).__name__} stays: protoclip has no replacement")
     return None
 

@@ -154,15 +154,25 @@ def _text_ids(features: Mapping[str, Any]) -> Tensor | None:
     """A hash of each text's tokens, int64 [B]; None if the input is more than tokens."""
     tokens = features.get("input_ids")
     more = any(isinstance(x, Tensor) and x.is_floating_point() for x in features.values())
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or more:
+    if not isinstance(tokens, Tensor) or more:
         return None
     if "cu_seq_lens_q" in features:  # all texts are joined in one row
-        ends = features["cu_seq_lens_q"].long()
-        text = torch.repeat_interleave(ends.diff(), output_size=tokens.shape[1])
-        place = torch.arange(tokens.shape[1], device=tokens.device) - ends[text]
-        return ends.new_zeros(len(ends) - 1).index_add_(0, text, _mixed(tokens[0], place))
+        return _joined_ids(tokens[0], features["cu_seq_lens_q"].long())
+    if tokens.ndim == 1 and "offsets" in features:  # StaticEmbedding's, without the last end
+        end = tokens.new_full((1,), len(tokens))
+        return _joined_ids(tokens, torch.cat([features["offsets"].to(end), end]))
+    if tokens.ndim != 2:
+        return None
     mask = features.get("attention_mask", torch.ones_like(tokens)).long()
     return (_mixed(tokens, mask.cumsum(1) - 1) * mask).sum(1)  # padding has no position
+
+
+def _joined_ids(tokens: Tensor, bounds: Tensor) -> Tensor:
+    """The ids of texts that follow each other in ``tokens``, int64 [T]; text i is between bounds i
+    and i + 1, int64 [B + 1]."""
+    text = torch.repeat_interleave(bounds.diff(), output_size=len(tokens))
+    place = torch.arange(len(tokens), device=tokens.device) - bounds[text]
+    return bounds.new_zeros(len(bounds) - 1).index_add_(0, text, _mixed(tokens, place))
 
 
 def _mixed(tokens: Tensor, place: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 
 from protoclip import distributed
-from protoclip.common.host import keep_freed_memory
+from protoclip.common.files import mebibytes
+from protoclip.common.host import keep_freed_memory, start_again_if_busy
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
 from protoclip.data.loader import EpochOrder
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = parse(train_parser(), with_saved_config(argv))
         device = choose_device(config.run.device)
         if device.type == "cpu" and (argv is None or sys.argv[1:] == ["train", *argv]):
+            start_again_if_busy(device)
             keep_freed_memory()  # the process is ours; called from Python, main changes nothing
         distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
         return train(config, device)
@@ -101,11 +104,13 @@ def train(config: TrainConfig, device: torch.device) -> int:
     evaluation = Evaluation(config, run_data, device, precision, phases)
     reuses = None if resume is None else resume.training["features"] is not None
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses)
-    notes = []
+    notes = [free_space(path, trainer.checkpoint_bytes())]
     if resume:  # check everything before touching the folder
         notes.append(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
         notes += check_resume(resume, config, plan.global_batch_size, dataset.keys)
         notes += trainer.restore(resume.payload)
+    elif config.run.resume:
+        notes.append(f"--resume auto: no checkpoint in {path}, starting at step 0")
     if distributed.is_main():
         step = resume.step if resume else 0 if path.exists() else None
         trainer.folder = RunFolder(path, config, step)
@@ -152,6 +157,18 @@ def train(config: TrainConfig, device: torch.device) -> int:
     finally:
         folder.close()
     return 0
+
+
+def free_space(path: Path, checkpoint_bytes: int) -> str:
+    """A warning if the disk of a run folder has no room for a checkpoint and the one before."""
+    above = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    free = shutil.disk_usage(above).free
+    if free >= 2 * checkpoint_bytes:
+        return ""
+    return (
+        f"warning: {mebibytes(free)} are free at {above}, and the last two checkpoints need about "
+        f"{mebibytes(2 * checkpoint_bytes)}; free some space or choose another --logs"
+    )
 
 
 def full_disk(error: OSError, path: Path) -> OSError:

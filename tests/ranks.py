@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import json
 import multiprocessing
@@ -11,17 +12,21 @@ import os
 import queue
 import random
 import resource
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
+from protoclip.ops import native
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import build_parser, parse
 
@@ -30,7 +35,9 @@ CONTEXT.set_forkserver_preload(
     ["protoclip.train", "torch.distributed", "sklearn.neighbors", "sklearn.feature_extraction.text"]
     + ["matplotlib.figure", "matplotlib.backends.backend_svg", "scipy.stats"]
 )
-LIMIT = 600.0  # seconds until a group of ranks counts as hanging; a compile may come first
+LIMIT = 120.0  # seconds without computing until a group of ranks counts as hanging
+LONGEST = 600.0  # seconds, however much it computes
+STACKS = signal.SIGUSR2  # makes a process of these tests write the stacks of all of its threads
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
@@ -40,6 +47,54 @@ TORCHRUN = {
     "RANK": "{rank}", "WORLD_SIZE": "{ranks}", "LOCAL_RANK": "{rank}",
     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}",
 }  # fmt: skip
+
+
+@functools.cache
+def compile_first() -> None:
+    """Compile the C++ library, which takes longer than ranks may wait for each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        native.why_not("cpu")
+
+
+class Patience:
+    """How long to wait for processes: a busy machine slows them down, a hang computes nothing."""
+
+    def __init__(self, processes: list[Any]) -> None:
+        self.pids = [process.pid for process in processes]
+        self.began_at = self.computed_at = time.monotonic()
+        self.cpu_seconds = 0.0
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        cpu_seconds = sum(map(_cpu_seconds, self.pids))
+        if cpu_seconds > self.cpu_seconds + 1:
+            self.cpu_seconds = cpu_seconds
+            self.computed_at = now
+        return now > min(self.computed_at + LIMIT, self.began_at + LONGEST)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process, without its children; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def ask_for_stacks(processes: list[Any]) -> None:
+    """Have processes that hang, and their data workers, write the stacks of all threads to their
+    logs; what the kernel knows of the threads goes to stderr."""
+    for process in processes:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            for pid in [process.pid, *map(int, children.split())]:
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    place = (task / "wchan").read_text()
+                    name = (task / "comm").read_text().strip()
+                    print(f"process {pid}, thread {task.name} ({name}): {place}", file=sys.stderr)
+                os.kill(pid, STACKS)
+    time.sleep(2)
 
 
 def free_port() -> int:
@@ -66,10 +121,12 @@ def _run_rank(
     port: int,
     arguments: tuple[Any, ...],
     outcomes: multiprocessing.Queue[Outcome],
+    log: str,
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.register(STACKS, os.open(log, os.O_CREAT | os.O_WRONLY), all_threads=True)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
@@ -83,31 +140,39 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
     """``function(*arguments)`` on each of ``ranks`` processes with torchrun's variables set; the
     results (picklable, no tensors' memory shared) in rank order. The function joins and leaves by
     itself."""
+    compile_first()
     queue_of_outcomes = CONTEXT.Queue()
     port = free_port()
-    processes = [
-        CONTEXT.Process(
-            target=_run_rank,
-            args=(function, rank, ranks, port, arguments, queue_of_outcomes),
-            daemon=True,
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    outcomes: list[Outcome] = []
-    try:
-        while len(outcomes) < ranks:
-            # A rank that has failed leaves the others waiting for it.
-            limit = 10 if any(outcome.failed for outcome in outcomes) else LIMIT
-            outcomes.append(queue_of_outcomes.get(timeout=limit))
-    except queue.Empty:
-        missing = f"{ranks - len(outcomes)} ranks gave nothing"
-        outcomes.append(Outcome(rank=-1, failed=True, value=missing))
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            CONTEXT.Process(
+                target=_run_rank,
+                args=(function, rank, ranks, port, arguments, queue_of_outcomes),
+                kwargs={"log": f"{folder}/rank{rank}.log"},
+                daemon=True,
+            )
+            for rank in range(ranks)
+        ]
         for process in processes:
-            process.join(5)
-            process.kill()
+            process.start()
+        outcomes: list[Outcome] = []
+        try:
+            patience = Patience(processes)
+            while len(outcomes) < ranks and not patience.is_over():
+                # A rank that has failed leaves the others waiting for it.
+                failed = any(outcome.failed for outcome in outcomes)
+                with contextlib.nullcontext() if failed else contextlib.suppress(queue.Empty):
+                    outcomes.append(queue_of_outcomes.get(timeout=10))
+            if len(outcomes) < ranks:
+                raise queue.Empty
+        except queue.Empty:
+            ask_for_stacks(processes)
+            missing = f"{ranks - len(outcomes)} ranks gave nothing\n{logs_of(Path(folder))}"
+            outcomes.append(Outcome(rank=-1, failed=True, value=missing))
+        finally:
+            for process in processes:
+                process.join(5)
+                process.kill()
     failures = [f"rank {outcome.rank}:\n{outcome.value}" for outcome in outcomes if outcome.failed]
     assert not failures, "\n".join(failures)
     return [outcome.value for outcome in sorted(outcomes, key=lambda outcome: outcome.rank)]
@@ -162,7 +227,7 @@ def _run_command(
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    faulthandler.dump_traceback_later(60, repeat=True)  # in the log of a rank that hangs
+    faulthandler.register(STACKS, all_threads=True)
     os.environ |= environment
     if bare:
         summary = importlib.import_module("protoclip.training.summary")
@@ -184,6 +249,7 @@ def start_command(
 ) -> list[Any]:
     """The processes of a command; ``fault`` is called by the last rank before it begins. ``bare``:
     no evaluation and no report, which take ten times as long as such a run's steps."""
+    compile_first()
     port = free_port()
     processes = []
     for rank in range(ranks):
@@ -224,12 +290,16 @@ def torchrun(folder: Path, argv: list[str], *flags: str) -> subprocess.Popen[str
     )
 
 
-def exit_codes(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
-    """Wait for the processes; their exit codes, None for one that outlives the limit."""
-    deadline = time.monotonic() + limit
+def exit_codes(processes: list[Any]) -> list[int | None]:
+    """Wait for the processes; their exit codes, None for one that hangs, whose stacks are in its
+    log."""
+    patience = Patience(processes)
     try:
-        for process in processes:
-            process.join(max(0.1, deadline - time.monotonic()))
+        while any(process.exitcode is None for process in processes) and not patience.is_over():
+            for process in processes:
+                process.join(0.05)
+        if any(process.exitcode is None for process in processes):
+            ask_for_stacks(processes)
         return [process.exitcode for process in processes]
     finally:
         for process in processes:
@@ -238,10 +308,12 @@ def exit_codes(processes: list[Any], limit: float = LIMIT) -> list[int | None]:
 
 def wait_until(condition: Callable[[], Any], processes: list[Any], folder: Path) -> None:
     """Wait for a condition that one of the processes makes true."""
-    deadline = time.monotonic() + LIMIT
+    patience = Patience(processes)
     while not condition():
-        assert all(map(_alive, processes)), output_of(folder)
-        assert time.monotonic() < deadline, output_of(folder)
+        assert all(map(_alive, processes)), logs_of(folder)
+        if patience.is_over():
+            ask_for_stacks(processes)
+            raise AssertionError(logs_of(folder))
         time.sleep(0.005)
 
 
@@ -279,3 +351,10 @@ def losses(run: Path) -> list[tuple[int, float]]:
 def output_of(folder: Path) -> list[str]:
     """What each rank has printed."""
     return [path.read_text() for path in sorted(folder.glob("rank*.log"))]
+
+
+def logs_of(folder: Path) -> str:
+    """The same in one text, which pytest shows whole in an assertion."""
+    return "\n".join(
+        f"---- {path.name} ----\n{path.read_text()}" for path in sorted(folder.glob("rank*.log"))
+    )

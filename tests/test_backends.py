@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 import protoclip
+from protoclip.kernels.results import InfoNceForward, SampleLosses
 from protoclip.ops import dispatch, info_nce, sigmoid_loss
 from protoclip.ops import prototype_cross_entropy as cross_entropy
-from protoclip.ops.dispatch import TABLE, resolve
+from protoclip.ops.dispatch import TABLE, function, resolve
 
 OPS = sorted(TABLE)
 
@@ -57,6 +59,83 @@ def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PROTOCLIP_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         resolve("info_nce", "auto", "cpu", torch.float32)
+
+
+CONTRACTS = {
+    "info_nce": ("info_nce_fwd", "info_nce_bwd"),
+    "contrastive": ("contrastive_fwd", "contrastive_bwd"),
+    "sigmoid_loss": ("sigmoid_loss",),
+    "prototype_cross_entropy": ("prototype_cross_entropy_fwd", "prototype_cross_entropy_bwd"),
+    "soft_targets": ("soft_targets",),
+    "kmeans_assign": ("kmeans_assign", "kmeans_encode", "kmeans_assign_coded"),
+    "segment_mean": ("segment_mean",),
+}
+
+
+def arguments_of(implementation: Callable[..., Any]) -> list[str]:
+    if isinstance(implementation, torch._ops.OpOverload):
+        return [argument.name for argument in implementation._schema.arguments]
+    return list(inspect.signature(implementation).parameters)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fused_backends_take_the_same_arguments(op: str) -> None:
+    for name in CONTRACTS[op]:
+        by_backend = {}
+        for backend, reason in protoclip.backends(op).items():
+            if reason is None and backend != "reference":
+                by_backend[backend] = arguments_of(function(op, backend, name))
+                if TABLE[op][backend].keeps_stash:
+                    assert by_backend[backend].pop() == "stash"
+        assert len(set(map(tuple, by_backend.values()))) <= 1, (name, by_backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_launcher_multiplies_the_weights_it_is_given(backend: str) -> None:
+    """Even one that no caller needs: 3 N instead of 1 / N."""
+    if reason := protoclip.backends("info_nce")[backend]:
+        pytest.skip(reason)
+    strip = {"x": X, "y": Y, "logit_scale": S, "offset": 0}
+    run = function("info_nce", backend, "info_nce_fwd")
+    forward = InfoNceForward._make(run(**strip, both_directions=True, pair_weight=3.0, summed=True))
+    torch.testing.assert_close(forward.loss, 6 * info_nce(X, Y, S, reduction="sum"))
+    weight = torch.ones(4)
+    gradients = {}
+    for pair_weight in (1.0, 3.0):
+        gradients[pair_weight] = function("info_nce", backend, "info_nce_bwd")(
+            **strip,
+            row_reference=forward.row_reference,
+            row_sum=forward.row_sum,
+            column_reference=forward.column_reference,
+            column_sum=forward.column_sum,
+            row_weight=weight,
+            column_weight=weight,
+            pair_weight=pair_weight,
+        )
+    for plain, weighted in zip(gradients[1.0], gradients[3.0], strict=True):
+        torch.testing.assert_close(weighted, 3 * plain)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_gradient_of_the_scale_is_there_if_it_was_asked_for(backend: str) -> None:
+    if reason := protoclip.backends("prototype_cross_entropy")[backend]:
+        pytest.skip(reason)
+    run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_fwd")
+    results = {}
+    for asked in (True, False):
+        arrays = {"features": X, "prototypes": Y, "targets": Y[:0], "labels": LABELS}
+        results[asked] = SampleLosses._make(
+            run(
+                **arrays,
+                logit_scale=S,
+                need_grad=True,
+                need_nearest=False,
+                need_scale_gradient=asked,
+            )
+        )
+    assert results[True].scale_gradient.shape == (4,)
+    assert results[False].scale_gradient.shape == (0,)
+    assert torch.equal(results[True].gradient, results[False].gradient)
 
 
 X = torch.randn(4, 8)

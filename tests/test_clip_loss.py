@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from budget import PlainResults, Results, assert_results_within_budget, leaf, lo
 from open_clip import loss as open_clip_loss
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
 
@@ -141,6 +144,39 @@ def test_flags_that_are_not_supported_are_named() -> None:
         protoclip.SigLipLoss(dist_impl="ring")
 
 
+@pytest.mark.parametrize("name", ["ClipLoss", "ProtoClipLoss", "SigLipLoss"])
+def test_scale_and_bias_may_be_numbers(name: str) -> None:
+    loss = getattr(protoclip, name)()
+    image, text = features()
+    expected = loss(image, text, torch.tensor(10.0), torch.tensor(-3.0))
+    assert torch.equal(loss(image, text, 10.0, -3.0), expected)
+    with pytest.raises(TypeError, match="expected logit_bias as a number"):
+        loss(image, text, 10.0, "-3")
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "words"),
+    [
+        (-1.0, ValueError, "at least 0, got -1"),
+        (float("nan"), ValueError, "at least 0, got nan"),
+        (True, TypeError, "as a number or a Tensor of shape .* got bool"),
+        (np.bool_(True), TypeError, "as a number or a Tensor of shape .* got bool"),
+    ],
+)
+def test_a_scale_that_is_none_is_refused(scale: Any, error: type[Exception], words: str) -> None:
+    image, text = features()
+    labels = torch.arange(48) % 5
+    for compute in (
+        lambda: protoclip.info_nce(image, text, scale),
+        lambda: protoclip.sup_con(image, labels, scale),
+        lambda: protoclip.ClipLoss()(image, text, scale),
+        lambda: protoclip.SigLipLoss()(image, text, scale, -3.0),
+        lambda: protoclip.prototype_cross_entropy(image, text[:5], labels, scale),
+    ):
+        with pytest.raises(error, match=f"expected logit_scale (of )?{words}"):
+            compute()
+
+
 @pytest.mark.parametrize("num_images, num_texts", [(9, 48), (48, 9)])
 def test_siglip_refuses_unpaired_features_as_open_clips_does(
     num_images: int, num_texts: int
@@ -265,6 +301,77 @@ def test_siglip_with_ids_is_its_formula(same_id: str) -> None:
 # ---- over two ranks ----
 
 
+class Distilled(nn.Module):
+    """The sum of a distillation loss, for a teacher of other features and width."""
+
+    def __init__(self, loss: nn.Module, rank: int = 0) -> None:
+        super().__init__()
+        self.loss = loss
+        self.teacher = Pairs(*(t[20 * rank :] for t in features(60, 31, seed=8)))
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        n = len(image_features)
+        image, text = self.teacher.image[:n], self.teacher.text[:n]
+        scale = torch.tensor(30.0)
+        terms = self.loss(image_features, text_features, logit_scale, image, text, scale)
+        assert len(terms) == 2
+        return terms[0] + 2 * terms[1]
+
+
+class Captioned(nn.Module):
+    """The sum of a CoCa loss, for logits of tokens that are made of the texts."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        logits = text_features[:, None, :7] * torch.arange(1, 6)[:, None]  # [N, 5, 7]
+        labels = torch.arange(5 * len(logits)).reshape(-1, 5) % 7
+        terms = self.loss(image_features, text_features, logits, labels, logit_scale)
+        assert len(terms) == 2
+        return sum(terms)
+
+
+@pytest.mark.parametrize("logit_scale", [14.3, 100.0])
+@pytest.mark.parametrize("name", ["CoCaLoss", "DistillClipLoss"])
+def test_coca_and_distillation_are_open_clips(name: str, logit_scale: float) -> None:
+    def loss_of(module: Any) -> nn.Module:
+        if name == "CoCaLoss":
+            return Captioned(module.CoCaLoss(2.0, 0.5, pad_id=3))
+        return Distilled(module.DistillClipLoss())
+
+    scale = torch.tensor(logit_scale)
+    ours = computed(loss_of(protoclip.losses), features(), logit_scale=scale)
+    theirs = computed(loss_of(open_clip_loss), features(), logit_scale=scale)
+    assert_same(ours, theirs)
+
+
+def test_distillation_forms_no_matrix() -> None:
+    n = 600
+    matrices: list[str] = []
+
+    class Results(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            results = function(*args, **(kwargs or {}))
+            for tensor in results if isinstance(results, tuple | list) else [results]:
+                if isinstance(tensor, Tensor) and tensor.ndim > 1 and min(tensor.shape[-2:]) >= n:
+                    matrices.append(str(function))
+            return results
+
+    pairs = Pairs(*map(leaf, features(n, 20)))
+    loss = protoclip.losses.DistillClipLoss()
+    with Results():
+        terms = loss(*pairs, 30.0, *features(n, 31, seed=8), 40.0, output_dict=True)
+        terms["distill_loss"].backward()
+    assert not matrices
+    with Results():
+        open_clip_loss.DistillClipLoss()(*pairs, 30.0, *features(n, 31, seed=8), 40.0)
+    assert len(matrices) > 4
+
+
 @dataclass(frozen=True)
 class Case:
     """One of OpenCLIP's losses, by name, with its flags; ``smoothed``: a class built on it."""
@@ -275,6 +382,10 @@ class Case:
 
     def loss(self, module: Any, rank: int) -> nn.Module:
         base = getattr(module, self.name)
+        if self.name == "DistillClipLoss":
+            return Distilled(base(rank=rank, world_size=2, **self.flags), rank)
+        if self.name == "CoCaLoss":
+            return Captioned(base(2.0, 0.5, rank=rank, world_size=2, **self.flags))
         return (smoothed(base) if self.smoothed else base)(rank=rank, world_size=2, **self.flags)
 
 
@@ -295,11 +406,33 @@ CASES |= {
     f"SigLipLoss, {implementation}": Case("SigLipLoss", {"dist_impl": implementation})
     for implementation in ("bidir", "shift", "reduce", "gather")
 }
-LOCAL_WITH_GRADIENTS = "ClipLoss, local True, with_grad True"
+CASES |= {
+    f"{name}, local {local}, with_grad {with_grad}": Case(
+        name, {"local_loss": local, "gather_with_grad": with_grad}
+    )
+    for name in ("CoCaLoss", "DistillClipLoss")
+    for local in (False, True)
+    for with_grad in (False, True)
+}
+LOCAL_WITH_GRADIENTS = "local True, with_grad True"
 SCALARS = {
     "ClipLoss": {"logit_scale": torch.tensor(14.3)},
     "SigLipLoss": {"logit_scale": torch.tensor(14.3), "logit_bias": torch.tensor(-10.0)},
 }
+SCALARS_OF = {"CoCaLoss": SCALARS["ClipLoss"], "DistillClipLoss": SCALARS["ClipLoss"], **SCALARS}
+
+
+def warnings_without_a_rank() -> dict[str, list[str]]:
+    """Of three calls of each loss that was not told of the other ranks."""
+    words = {}
+    for name, scalars in SCALARS.items():
+        loss = getattr(protoclip, name)()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                loss(*features(), **scalars)
+        words[name] = [str(each.message) for each in caught]
+    return words
 
 
 class RankResults(NamedTuple):
@@ -308,6 +441,7 @@ class RankResults(NamedTuple):
     ours: dict[str, Results]
     theirs: dict[str, Results]
     with_ids: dict[str, Results]
+    warned: dict[str, list[str]]
 
 
 def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Results]:
@@ -337,20 +471,22 @@ def of_rank() -> RankResults:
 
     def of_module(module: Any) -> dict[str, Results]:
         return {
-            name: computed(case.loss(module, rank), pairs, **SCALARS[case.name])
+            name: computed(case.loss(module, rank), pairs, **SCALARS_OF[case.name])
             for name, case in CASES.items()
         }
 
     results = RankResults(
-        ours=of_module(protoclip),
+        ours=of_module(protoclip.losses),
         theirs=of_module(open_clip_loss),
         with_ids=results_with_ids(mine, rank=rank, world_size=2),
+        warned=warnings_without_a_rank(),
     )
     dist.destroy_process_group()
     return RankResults(
         ours=as_arrays(results.ours),
         theirs=as_arrays(results.theirs),
         with_ids=as_arrays(results.with_ids),
+        warned=results.warned,
     )
 
 
@@ -376,9 +512,23 @@ def two_ranks() -> list[RankResults]:
             ours=as_tensors(results.ours),
             theirs=as_tensors(results.theirs),
             with_ids=as_tensors(results.with_ids),
+            warned=results.warned,
         )
         for results in on_ranks(2, of_rank)
     ]
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_loss_that_does_not_know_of_the_other_ranks_warns_once(
+    two_ranks: list[RankResults], name: str
+) -> None:
+    """OpenCLIP's classes compute the local loss in silence."""
+    for results in two_ranks:
+        (words,) = results.warned[name]
+        assert f"{name}: expected rank= and world_size=2" in words
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(protoclip, name)()(*features(), **SCALARS[name])
 
 
 @pytest.mark.parametrize("name", SCALARS)
@@ -405,7 +555,7 @@ def test_two_ranks_have_open_clips_losses_and_gradients(
 ) -> None:
     ours = [results.ours[case] for results in two_ranks]
     theirs = [results.theirs[case] for results in two_ranks]
-    if case == LOCAL_WITH_GRADIENTS:  # the scale's gradient is that of a strip
+    if case.endswith(LOCAL_WITH_GRADIENTS):  # the scale's gradient is that of a strip
         ours = with_mean_of_scale_gradients(ours)
         theirs = with_mean_of_scale_gradients(theirs)
     for our_rank, their_rank in zip(ours, theirs, strict=True):

@@ -248,6 +248,46 @@ def test_a_file_of_half_precision_with_keys_gives_its_keys(features: FeatureFile
     torch.testing.assert_close(clusters.centroids, means)
 
 
+def test_what_others_wrote_is_never_replaced(
+    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page and a table of the user's own, beside the data."""
+    for name in ("report.html", "clusters.csv"):
+        (features.folder / name).write_text("mine")
+        for flag in ((), ("--overwrite",)):
+            command = [features.rows_path, "--k", "2", "--out", str(features.folder), *flag]
+            assert cluster(command) == 2
+            assert f"holds {name}, which protoclip cluster did not write" in capsys.readouterr().err
+        assert (features.folder / name).read_text() == "mine"
+        (features.folder / name).unlink()
+
+
+def test_an_earlier_run_is_replaced_if_that_is_asked_for(
+    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cluster_features(features, "o", "--k", "3")
+    table_of_three = (out / "clusters.csv").read_bytes()
+    (out / "features.npz").write_text("of an earlier encoding")
+    command = [features.rows_path, "--k", "2", "--out", str(out)]
+    assert cluster(command) == 2
+    assert "or replace it with --overwrite" in capsys.readouterr().err
+    assert (out / "clusters.csv").read_bytes() == table_of_three
+    assert cluster([*command, "--overwrite"]) == 0
+    assert {line["cluster"] for line in table(out)} == {"0", "1"}
+    assert (out / "features.npz").read_text() == "of an earlier encoding"
+
+
+def test_names_that_look_like_formulas_stay_paths(features: FeatureFile) -> None:
+    """A spreadsheet that opens the table would run them."""
+    names = ["=1+2.png", "+a.png", "-b.png", "@c.png", "d=1.png", "e.png"]
+    path = features.folder / "named.npz"
+    np.savez(path, features=features.rows[:6].numpy(), keys=names)
+    out = features.folder / "o"
+    assert cluster([str(path), "--k", "2", "--out", str(out)]) == 0
+    expected = ["./=1+2.png", "./+a.png", "./-b.png", "./@c.png", "d=1.png", "e.png"]
+    assert [line["file"] for line in table(out)] == expected
+
+
 @pytest.fixture
 def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: features, and files that do not go with them."""
@@ -258,6 +298,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
     (folder / "w.txt").write_text("1\n2\n")
     (folder / "bad.txt").write_text("1\nx\n")
     np.save(folder / "same.npy", np.zeros((9, 2)))
+    np.save(folder / "five.npy", np.eye(5))
     np.save(folder / "words.npy", np.array([["a", "b"]] * 9))
     (folder / "nano.json").write_text(nano.read_text())
     for name in ("empty", "pictures"):
@@ -278,6 +319,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["x.npy", "--weights", "bad.txt"], "--weights: expected one number a line in bad.txt"),
         (["x.npy", "--captions", "no.txt"], "--captions: expected a text file in UTF-8"),
         (["same.npy"], "--k auto: expected rows that differ"),
+        (["five.npy"], "--k auto: expected at least 6 pictures or rows, got 5; give --k"),
         (["words.npy", "--k", "2"], "expected numbers [N, d] with d >= 1 in words.npy"),
         (["no.npy"], "DATA: expected a file of features, found no file no.npy"),
         (["photoz"], "expected a folder of pictures, a .csv or .tsv, shards, builtin:NAME or feat"),

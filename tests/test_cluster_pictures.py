@@ -20,6 +20,8 @@ from torch import Tensor
 
 import protoclip
 from protoclip.cluster import main as cluster
+from protoclip.common.files import DataError
+from protoclip.data import images
 from protoclip.data.folders import ImageFolder
 
 
@@ -110,6 +112,67 @@ def test_each_real_file_is_read_once(
     flags = known_features(photos)
     assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
     assert "left out 4 repeated paths, 1 broken link" in capsys.readouterr().err
+
+
+def test_a_picture_is_known_by_its_content_where_its_ending_says_nothing(
+    photos: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(["a.png", "b", "c.2024", "d.picture", "e.x.y"]):
+        draw(photos / name, number)
+    for name in ("words", "notes.txt", "table.2024", "empty", ".hidden", ".DS_Store"):
+        (photos / name).write_text("" if name == "empty" else "no picture\n" * 99)
+    (photos / "paper.pdf").write_bytes(b"%PDF-1.4")
+    flags = known_features(photos)
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    assert len(rows_of(out / "clusters.csv")) == 5
+    said = capsys.readouterr().err
+    counts = "2 without an ending, 1 .txt, 1 .2024, 1 .pdf"
+    assert sorted(said.partition("cannot open: ")[2].partition("\n")[0].split(", ")) == sorted(
+        counts.split(", ")
+    )
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_a_telephones_pictures_are_named_with_what_opens_them(
+    photos: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "can_open_heic", lambda: False)
+    extensions = {k: v for k, v in Image.registered_extensions().items() if v != "HEIF"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: extensions)
+    for name in ("IMG_1.HEIC", "IMG_2.heic"):
+        (photos / name).write_bytes(HEIC)
+    assert cluster([str(photos), "--k", "2", "--out", str(out)]) == 2
+    assert "none among 2 files, 2 of them HEIC: pip install pillow-heif" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"x.jpg: .* \(HEIC: pip install pillow-heif\)"):
+        images.decode(HEIC, "x.jpg")
+
+
+def test_a_telephones_pictures_are_read_where_pillow_heif_is(photos: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    assert images.can_open_heic()
+    for name in ("a.heic", "b.HEIF", "c"):
+        Image.new("RGB", (64, 48), "red").save(str(photos / name), "HEIF")
+    dataset = ImageFolder(photos, [""], ())
+    assert len(dataset) == 3 and dataset.image(0).size == (64, 48)
+
+
+def test_names_do_nothing_to_the_terminal(
+    photos: Path, out: Path, nano: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(["a.png", "b.png", "c.png", "d\x1b[31m\a.png"]):
+        draw(photos / name, number)
+    (photos / "torn\x1b]0;title\a\nprotoclip: all is well.png").write_bytes(b"no picture")
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
+    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
+    shown = "".join(capfd.readouterr())
+    assert r"torn\x1b]0;title\x07\nprotoclip: all is well.png: the picture" in shown
+    assert not {"\x1b", "\a"} & set(shown + (out / "report.html").read_text())
+    assert len(rows_of(out / "clusters.csv")) == 4
+    (photos.parent / "bad\x1b\a").mkdir()
+    assert cluster([str(photos.parent / "bad\x1b\a"), *flags, "--out", f"{out}2"]) == 2
+    assert r"bad\x1b\x07: expected pictures" in capfd.readouterr().err
 
 
 def test_a_picture_may_belong_to_two_classes(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from ranks import config_of
 
 from protoclip.__main__ import main
-from protoclip.settings.config import TrainConfig, from_dict, preset_names, to_dict
+from protoclip.ops.dispatch import TABLE
+from protoclip.settings.config import EpisodeConfig, TrainConfig, from_dict, preset_names, to_dict
 
 
 def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:
@@ -65,6 +66,8 @@ def test_bad_values_are_refused(flags: list[str], words: str) -> None:
     [
         ('{"episode": {"clutsers": 3}}', "has no \\['clutsers'\\]"),
         ('{"optim": {"lr": "fast"}}', "expected float for lr, got 'fast'"),
+        ('{"batch-size": "many"}', "expected int for batch_size, got 'many'"),
+        ('{"batch-sise": 3}', "has no \\['batch-sise'\\]"),
         ('{"optim": 3}', "expected OptimConfig for optim, got 3"),
         ('{"run": {"seed": true}}', "expected int for seed, got True"),
         ("[]", "expected a JSON object, got list"),
@@ -81,6 +84,18 @@ def test_bad_files_are_refused(
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         config_of("--preset", "x.json")
+
+
+@pytest.mark.parametrize("flag", ["--preset", "--config"])
+def test_a_file_may_name_settings_by_their_flags(tmp_path: Path, flag: str) -> None:
+    content = {
+        "extends": "paper", "method": "clip", "batch-size": 64, "--k": 7, "PBT": False,
+        "max_steps": 3, "optim": {"lr": 0.5},
+    }  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    words = ["--method", "clip", "--batch-size", "64", "--k", "7", "--no-PBT"]
+    expected = config_of("--paper", *words, "--max-steps", "3", "--lr", "0.5")
+    assert config_of(flag, str(tmp_path / "x.json")) == expected
 
 
 COMMANDS = {
@@ -106,7 +121,7 @@ def test_mistaken_outputs_are_refused_first(
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     argv = [command, *COMMANDS[command]]
-    flag = "--out" if command in ("teacher", "export") else "--output"
+    flag = "--out"
     for path, words in (("file/x", "but file is a file"), ("folder", "folder")):
         if (command, path) != ("export", "folder"):
             assert main([*argv, flag, path]) == 2
@@ -126,3 +141,9 @@ def test_presets_of_the_paper_are_the_authors_commands(gpus, lit_start) -> None:
     assert clip.method == "clip" and clip.episode.lit_start == 0 and clip.optim == paper.optim
     crop = dataclasses.replace(clip.data, augmentation="paper")
     assert dataclasses.replace(clip, data=crop) == fair
+
+
+def test_every_backend_of_kmeans_can_be_named() -> None:
+    """Settings know no ops, so their words are held equal to the table here."""
+    (setting,) = (f for f in dataclasses.fields(EpisodeConfig) if f.name == "kmeans_backend")
+    assert set(setting.metadata["choices"]) == {"auto", "faiss", *TABLE["kmeans_assign"]}

@@ -657,6 +657,23 @@ def test_bad_labels_of_sup_con_are_refused(labels: Tensor, error: type[Exception
         protoclip.sup_con(X, labels, 3.0)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_unknown_labels_of_sup_con_are_no_class(backend: str) -> None:
+    """-100 is what it is elsewhere: those rows are left out, as rows with a label of their own."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(12, 8), dim=1)
+    labels = torch.arange(12) % 3
+    unknown = labels.clone()
+    unknown[[1, 4, 5]] = -100
+    alone = labels.clone()
+    alone[[1, 4, 5]] = torch.tensor([70, 71, 72])
+    by_row = [
+        protoclip.sup_con(x, row_labels, 5.0, reduction="none", backend=backend)
+        for row_labels in (unknown, alone)
+    ]
+    assert torch.equal(*by_row) and not by_row[0][[1, 4, 5]].any() and by_row[0][[0, 2]].all()
+
+
 @pytest.mark.parametrize(
     "ids, error", [(torch.ones(3).long(), ValueError), (torch.ones(4), TypeError)]
 )

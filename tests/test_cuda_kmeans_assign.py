@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
-from protoclip.ops.dispatch import FLOATS, TABLE, Backend, ClusterFunctions
+from protoclip.ops.dispatch import TABLE
 
 FP32 = torch.float32
 BF16 = torch.bfloat16
@@ -254,19 +254,25 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend "cuda", run by the emulation."""
 
     def assign(
-        points: Tensor, centroids: Tensor, packed: Tensor | None = None
+        points: Tensor, centroids: Tensor, codes: tuple[Tensor, ...] = (None,)
     ) -> tuple[Tensor, Tensor]:
-        result = kmeans_assign(points, centroids, packed)
+        result = kmeans_assign(points, centroids, codes[0])
         return result.labels, result.distances
 
-    functions = ClusterFunctions(
-        assign=assign,
-        segment_mean=lambda values, labels, num_segments: segment_mean(
+    functions = {
+        "kmeans_assign": assign,
+        "kmeans_assign_coded": assign,
+        "kmeans_encode": lambda points: (kmeans_encode(points),),
+        "segment_mean": lambda values, labels, num_segments: segment_mean(
             values, labels, num_segments
         ),
-        coded_assignment=lambda points: partial(assign, points, packed=kmeans_encode(points)),
+    }
+    row = replace(
+        TABLE["kmeans_assign"]["cuda"],
+        function=functions.__getitem__,
+        device_types=("cpu",),
+        why_not=lambda: None,
     )
-    row = Backend(lambda: functions, ("cpu",), FLOATS, lambda: None)
     monkeypatch.setitem(TABLE["kmeans_assign"], "cuda", row)
 
 

@@ -14,6 +14,7 @@ from ranks import (
     bare_run,
     exit_codes,
     free_port,
+    logs_of,
     metrics,
     output_of,
     start_command,
@@ -37,7 +38,7 @@ def test_a_lost_rank_ends_the_others(tmp_path: Path, victim: int, sent: signal.S
     os.kill(processes[victim].pid, sent)
     codes = exit_codes([processes[1 - victim]])
     processes[victim].kill()
-    assert codes == [1], output_of(tmp_path)
+    assert codes == [1], logs_of(tmp_path)
 
 
 def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
@@ -118,20 +119,18 @@ def evaluate_on_ranks(
 
 def test_evaluation_ends_when_a_rank_is_killed(tmp_path: Path) -> None:
     codes = evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json", fault=die_at_a_picture)
-    assert codes == [1, -signal.SIGKILL], output_of(tmp_path)
+    assert codes == [1, -signal.SIGKILL], logs_of(tmp_path)
     assert "".join(output_of(tmp_path)).count("error:") == 0
 
 
 def test_evaluation_reports_a_mistake_once(tmp_path: Path) -> None:
-    assert evaluate_on_ranks(tmp_path, "builtin:cats", "two.json") == [2, 2], output_of(tmp_path)
+    assert evaluate_on_ranks(tmp_path, "builtin:cats", "two.json") == [2, 2], logs_of(tmp_path)
     together = "".join(output_of(tmp_path))
     assert "expected one of builtin:icons" in together and together.count("error:") <= 1
 
 
 def test_evaluation_on_two_ranks_has_the_numbers_of_one(tmp_path: Path) -> None:
-    assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json") == [0, 0], output_of(
-        tmp_path
-    )
+    assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "two.json") == [0, 0], logs_of(tmp_path)
     together = "".join(output_of(tmp_path))
     assert "Evaluated in" in together and together.count("error:") == 0
     assert evaluate_on_ranks(tmp_path, "builtin:shapes:64", "one.json", ranks=1) == [0]
@@ -158,7 +157,7 @@ LAUNCHERS = {
 def test_other_launchers_variables_are_enough(tmp_path: Path, launcher: str) -> None:
     argv = tiny_run(tmp_path, "run", "--max-steps", "2")
     processes = start_command(tmp_path, argv, variables=LAUNCHERS[launcher])
-    assert exit_codes(processes) == [0, 0], output_of(tmp_path)
+    assert exit_codes(processes) == [0, 0], logs_of(tmp_path)
     printed = output_of(tmp_path)
     assert "2 steps of 24" in printed[0] and "2 ranks" in printed[0] and "done: " not in printed[1]
 

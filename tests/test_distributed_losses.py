@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,18 @@ class PairLoss:
     over_ranks: Callable[..., Tensor]
     logit_bias: float | None = None
     same_id: str | None = None  # None: without ids
+    options: Mapping[str, Any] = field(default_factory=dict)  # tensors are of all pairs
+
+
+WEIGHTS = torch.rand(G, generator=torch.Generator().manual_seed(1))
+LABELS = torch.randint(20, (G,), generator=torch.Generator().manual_seed(2))
+LABELS[::5] = -100
+
+
+def of_views(
+    sup_con: Callable[..., Tensor], image: Tensor, text: Tensor, *scale: Tensor, **options: Any
+) -> Tensor:
+    return sup_con(torch.stack([image, text], dim=1), options.pop("labels"), *scale, **options)
 
 
 PAIR_LOSSES = {
@@ -82,6 +95,41 @@ PAIR_LOSSES = {
     "siglip": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0),
     "siglip, ids positive": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0, "positive"),
     "siglip, ids excluded": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0, "exclude"),
+    "siglip, weights": PairLoss(
+        sigmoid_loss,
+        global_sigmoid_loss,
+        -10.0,
+        "exclude",
+        {"weights": WEIGHTS, "label_smoothing": 0.1, "reduction": "mean"},
+    ),
+    "nt_xent": PairLoss(protoclip.nt_xent, protoclip.global_nt_xent),
+    "nt_xent, options": PairLoss(
+        protoclip.nt_xent,
+        protoclip.global_nt_xent,
+        same_id="positive",
+        options={"weights": WEIGHTS, "label_smoothing": 0.1},
+    ),
+    "nt_xent, decoupled": PairLoss(
+        protoclip.nt_xent,
+        protoclip.global_nt_xent,
+        options={"decoupled": True, "label_smoothing": 0.1},
+    ),
+    "nt_xent, decoupled, options": PairLoss(
+        protoclip.nt_xent,
+        protoclip.global_nt_xent,
+        same_id="exclude",
+        options={"decoupled": True, "weights": WEIGHTS},
+    ),
+    "sup_con": PairLoss(
+        partial(of_views, protoclip.sup_con),
+        partial(of_views, protoclip.global_sup_con),
+        options={"labels": LABELS},
+    ),
+    "sup_con, options": PairLoss(
+        partial(of_views, protoclip.sup_con),
+        partial(of_views, protoclip.global_sup_con),
+        options={"labels": LABELS, "weights": WEIGHTS, "label_smoothing": 0.1},
+    ),
 }
 IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
 
@@ -103,9 +151,11 @@ def pair_loss_results(
     options: dict[str, Any] = {"backend": kind.backend}
     if case.same_id is not None:
         options |= {"ids": IDS[mine], "same_id": case.same_id}
+    for name, value in case.options.items():
+        options[name] = value[mine] if isinstance(value, Tensor) else value
     function = case.over_ranks if over_ranks else case.on_one_process
     loss = function(*leaves.values(), **options)
-    if case.logit_bias is not None:
+    if case.logit_bias is not None and "reduction" not in options:
         loss = loss / len(image[mine])
     return loss_and_gradients(loss, **leaves)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TINY, exit_codes, metrics, on_ranks, output_of, start_command, tiny_run
+from ranks import TINY, exit_codes, logs_of, metrics, on_ranks, start_command, tiny_run
 from torch import Tensor
 
 from protoclip import distributed
@@ -45,7 +45,7 @@ def metrics_of_run(
         "--episode-size", str(2 * BATCH), "--max-steps", str(STEPS),
     )  # fmt: skip
     codes = exit_codes(start_command(folder, argv + flags, ranks, bare=True))
-    assert codes == [0] * ranks, output_of(folder)
+    assert codes == [0] * ranks, logs_of(folder)
     return [line for line in metrics(folder / "logs" / name) if "loss" in line]
 
 

@@ -7,7 +7,9 @@ import json
 import math
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,8 @@ from protoclip.data import Labels, Subset
 from protoclip.data.images import hog
 from protoclip.evaluate import metrics
 from protoclip.evaluate.__main__ import main
-from protoclip.evaluate.datasets import class_prompts, open_layout
+from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
+from protoclip.evaluate.during import Evaluation
 from protoclip.evaluate.results import (
     Outcome,
     SetResults,
@@ -28,7 +31,15 @@ from protoclip.evaluate.results import (
     read_results,
     write_results,
 )
-from protoclip.evaluate.tasks import Encoder, EvalSet, encode_sets, evaluate_features, floors, take
+from protoclip.evaluate.tasks import (
+    Encoder,
+    EvalSet,
+    encode_sets,
+    evaluate_features,
+    floors,
+    guesses,
+    take,
+)
 from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.settings.config import ModelConfig
@@ -130,6 +141,45 @@ def test_zero_shot_is_among_the_classes_of_the_set() -> None:
     assert judged.names == ("c", "f")
     scores = evaluate_features({"A": pairs}, tasks=("zeroshot",))["A"].metrics
     assert scores["kind/acc1"] == pytest.approx(2 / 3)
+
+
+class WordEncoder(Encoder):
+    """Sees the first caption of a picture, and knows every text by heart."""
+
+    def images(self, dataset: Any) -> Tensor:
+        return self.texts([dataset.captions(i)[0] for i in range(len(dataset))])
+
+    def texts(self, texts: Any) -> Tensor:
+        return torch.eye(9)[[int(text) for text in texts]]
+
+
+def test_equal_captions_are_right_answers_of_each_other(model: Any) -> None:
+    """Five pictures share each caption: a perfect model is seen to be perfect, as the run trains
+    and afterwards, and chance is that of picking one of the right ones."""
+    captions = [(str(i // 5),) for i in range(45)]
+
+    class Pairs:
+        name = "pairs"
+        labels: Mapping[str, Labels] = {}
+
+        def __len__(self) -> int:
+            return len(captions)
+
+        def captions(self, i: int) -> tuple[str, ...]:
+            return captions[i]
+
+    dataset: Any = Pairs()
+    encoder = WordEncoder(model, CPU)
+    sets, _ = encode_sets(encoder, Layout(dataset))
+    scores = evaluate_features(sets)["ALL"].metrics
+    assert [scores[f"{name}_retrieval_recall@1"] for name in ("text", "image")] == [1, 1]
+    assert scores["text_retrieval_median_rank"] == 1
+    chance = guesses(sets, None)["chance"]["ALL"].metrics
+    assert chance["text_retrieval_recall@1"] == pytest.approx(5 / 45)
+    during = SimpleNamespace(encoder=lambda model: encoder, quick_sets={"HO": dataset})
+    assert set(Evaluation.quick(during, model).values()) == {1}  # type: ignore[arg-type]
+    reversed_set = take(sets["ALL"], range(44, -1, -1))
+    assert evaluate_features({"ALL": reversed_set})["ALL"].metrics == pytest.approx(scores)
 
 
 def test_class_prompts_are_readable() -> None:

@@ -151,7 +151,11 @@ def test_contrastive_is_right_or_refused(
     if "query_ids" in names and "key_ids" not in names:
         with pytest.raises(ValueError, match="expected key_ids with query_ids"):
             protoclip.contrastive(
-                problem.queries, problem.keys, logit_scale, **problem.options, backend=backend
+                problem.queries,
+                problem.keys,
+                torch.tensor(logit_scale),
+                **problem.options,
+                backend=backend,
             )
         return
     weights = Weights(gap=problem.has_positive().float(), mean=torch.ones(n))

@@ -190,7 +190,7 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
     x = features[offset:431]
     row_weight = torch.rand(131)
     column_weight = torch.rand(700) if both_directions else torch.empty(0)
-    strip = info_nce_loss.info_nce_statistics(
+    strip = info_nce_loss.info_nce_strip(
         x,
         y,
         torch.tensor(logit_scale),
@@ -286,7 +286,7 @@ def test_non_finite_input_gives_a_non_finite_loss(backend: str, bad: float) -> N
         assert not protoclip.info_nce(x, y, 10.0, backend=backend).isfinite()
         assert not protoclip.info_nce(y, x, 10.0, backend=backend).isfinite()
     x, y = clustered(30, 20)
-    assert not protoclip.info_nce(x, y, bad, backend=backend).isfinite()
+    assert not protoclip.info_nce(x, y, torch.tensor(bad), backend=backend).isfinite()
 
 
 @each_backend

@@ -47,7 +47,7 @@ def test_waves_and_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
     weights = Weights(gap=torch.rand(100), mean=torch.rand(100))
     whole = computed(problem, weights, "triton")
     monkeypatch.setattr(contrastive, "PARTIAL_BYTES", 1)
-    monkeypatch.setattr(waves, "SCRATCH_BYTES", 64 * 128 * 4)
+    monkeypatch.setattr(waves, "GRADIENT_BYTES", 64 * 128 * 4)
     in_parts = computed(problem, weights, "triton")
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)
 

@@ -204,5 +204,5 @@ def test_the_scratch_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         logit_scale=20.0,
         weights=torch.rand(70, device=DEVICE),
     )
-    monkeypatch.setattr(prototype_cross_entropy, "SCRATCH_BYTES", 4 * 70 * 20)
+    monkeypatch.setattr(prototype_cross_entropy, "PROTOTYPE_BYTES", 4 * 70 * 20)
     assert_problem_within_budget(problem, "triton")

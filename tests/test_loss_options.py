@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
-from protoclip.ops import sums
+from protoclip.ops import siglip_loss, sums
 
 BACKENDS = [name for name in usable("contrastive") if name != "triton"]
 FUSED = [name for name in BACKENDS if name != "reference"]
@@ -128,6 +129,23 @@ def scaled_products(logit_scale: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return (logit_scale.to(x.dtype) * (x @ y.T)).to(torch.promote_types(x.dtype, torch.float32))
 
 
+class LargestResult(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
 class RowLosses(NamedTuple):
     losses: Tensor  # [rows]
     logits: list[Tensor]  # all that the losses are made of
@@ -146,7 +164,7 @@ def assert_as_formula(
 
     def leaves_in(dtype: torch.dtype) -> dict[str, Tensor]:
         at_least_fp32 = torch.promote_types(dtype, torch.float32)
-        wide = {"logit_scale", "finite_bias"}
+        wide = {"logit_scale", "finite_bias", "logit_bias"}
         return {
             name: leaf(value, at_least_fp32 if name in wide else dtype)
             for name, value in (leaves | {"logit_scale": torch.tensor(logit_scale)}).items()
@@ -165,12 +183,20 @@ def assert_as_formula(
 
     arguments = leaves_in(dtype)
     truth = plain(torch.float64)
+    bias_terms = sum(
+        value.abs().sum().item()
+        for name, value in truth.values.items()
+        if name.startswith("dlogits")
+    )
     assert_results_within_budget(
         loss_and_gradients(call(**arguments), weights, **arguments),
         truth=truth,
         base=plain(dtype),
         logit_scale=logit_scale,
-        magnitudes={"loss": max(1.0, truth.values["loss"].abs().max().item())},
+        magnitudes={
+            "loss": max(1.0, truth.values["loss"].abs().max().item()),
+            "dlogit_bias": bias_terms,
+        },
     )
 
 
@@ -457,6 +483,233 @@ def test_nt_xent_with_ids_is_its_formula(ids: Tensor, same_id: str, backend: str
     for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
         leaves = {"first": unit(N, D, dtype=dtype), "second": unit(N, D, seed=1, dtype=dtype)}
         assert_as_formula(call, formula, leaves, logit_scale, weights=torch.rand(2 * N))
+
+
+@each_backend
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "exclude", "two positive"])
+def test_nt_xent_with_weights_and_smoothing_is_its_formula(
+    kind: str, decoupled: bool, backend: str
+) -> None:
+    views = torch.arange(2 * N)
+    ids = INFO_NCE[kind].key_ids
+    same_id = INFO_NCE[kind].same_id
+    ids_of_views = None if ids is None else torch.cat([ids, ids])
+    relation = Relation(views.roll(N), ids_of_views, ids_of_views, same_id, exclude=views)
+    masks = relation.masks(2 * N, 2 * N)
+    if decoupled:
+        masks = masks._replace(seen=masks.seen & ~masks.positive)
+    weights = torch.rand(N)
+    weights[::3] = 0
+
+    def call(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tensor:
+        return protoclip.nt_xent(
+            first,
+            second,
+            logit_scale,
+            ids=ids,
+            same_id=same_id,
+            decoupled=decoupled,
+            weights=weights,
+            label_smoothing=0.2,
+            reduction="none",
+            backend=backend,
+        )
+
+    def formula(first: Tensor, second: Tensor, logit_scale: Tensor) -> RowLosses:
+        both_views = torch.cat([first, second])
+        logits = scaled_products(logit_scale, both_views, both_views)
+        losses = cross_entropies(logits, masks, label_smoothing=0.2)
+        return RowLosses(losses * torch.cat([weights, weights]), [logits])
+
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        leaves = {"first": unit(N, D, dtype=dtype), "second": unit(N, D, seed=1, dtype=dtype)}
+        assert_as_formula(call, formula, leaves, logit_scale, weights=torch.rand(2 * N))
+
+
+@each_backend
+def test_decoupled_nt_xent_by_hand(backend: str) -> None:
+    first = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    second = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    views = torch.cat([first, second])
+    dots = views @ views.T
+    others = {0: (1, 3), 1: (0, 2), 2: (1, 3), 3: (0, 2)}
+    expected = [
+        torch.logsumexp(5 * dots[i, list(keys)], dim=0) - 5 * dots[i, (i + 2) % 4]
+        for i, keys in others.items()
+    ]
+    options = {"decoupled": True, "backend": backend}
+    losses = protoclip.nt_xent(first, second, 5.0, reduction="none", **options)
+    torch.testing.assert_close(losses, torch.stack(expected))
+    # Ids leave no negatives: no loss, no gradient.
+    leaves = {"views_a": leaf(first), "views_b": leaf(second)}
+    loss = protoclip.nt_xent(**leaves, logit_scale=5.0, ids=torch.zeros(2).long(), **options)
+    results = loss_and_gradients(loss, **leaves)
+    assert all(not value.any() for value in results.values())
+
+
+# ---- sup_con ----
+
+
+@each_backend
+@pytest.mark.parametrize("num_views", [None, 3])
+def test_sup_con_with_options_is_its_formula(num_views: int | None, backend: str) -> None:
+    labels = torch.randint(9, (N,), generator=torch.Generator().manual_seed(4))
+    labels[::7] = -100
+    weights = torch.rand(N)
+    weights[1::5] = 0
+    repeats = num_views or 1
+    rows = torch.arange(N * repeats)
+    row_labels = labels.repeat_interleave(repeats)
+    row_labels = row_labels.where(row_labels >= 0, -1 - rows)
+    row_weights = weights.repeat_interleave(repeats)
+    relation = Relation(query_ids=row_labels, key_ids=row_labels, same_id="positive", exclude=rows)
+    shape = (N, D) if num_views is None else (N, num_views, D)
+
+    def call(features: Tensor, logit_scale: Tensor) -> Tensor:
+        losses = protoclip.sup_con(
+            features,
+            labels,
+            logit_scale,
+            weights=weights,
+            label_smoothing=0.2,
+            reduction="none",
+            backend=backend,
+        )
+        assert losses.shape == shape[:-1]
+        return losses.flatten()
+
+    def formula(features: Tensor, logit_scale: Tensor) -> RowLosses:
+        flat = features.reshape(-1, D)
+        logits = scaled_products(logit_scale, flat, flat)
+        masks = relation.masks(len(flat), len(flat))
+        losses = cross_entropies(logits, masks, label_smoothing=0.2)
+        return RowLosses(losses * row_weights, [logits])
+
+    upstream = torch.rand(N * repeats)
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        leaves = {"features": unit(*shape, dtype=dtype)}
+        assert_as_formula(call, formula, leaves, logit_scale, weights=upstream)
+
+
+@each_backend
+def test_means_of_sup_con_and_nt_xent_divide_by_the_weight_of_what_counts(backend: str) -> None:
+    labels = torch.arange(N) // 2
+    labels[0] = -100  # so that two samples have no loss
+    weights = torch.rand(N)
+
+    def sup_con(**options: Any) -> Tensor:
+        return protoclip.sup_con(unit(N, D), labels, 10.0, backend=backend, **options)
+
+    rows = sup_con(reduction="none")
+    assert (rows == 0).nonzero().flatten().tolist() == [0, 1]
+    expected = (rows * weights).sum() / weights[2:].sum()
+    torch.testing.assert_close(sup_con(weights=weights), expected)
+
+    def nt_xent(**options: Any) -> Tensor:
+        return protoclip.nt_xent(unit(N, D), unit(N, D, seed=1), 10.0, backend=backend, **options)
+
+    for decoupled in (False, True):
+        rows = nt_xent(decoupled=decoupled, reduction="none")
+        expected = (rows * torch.cat([weights, weights])).sum() / (2 * weights.sum())
+        torch.testing.assert_close(nt_xent(decoupled=decoupled, weights=weights), expected)
+
+
+# ---- SigLIP ----
+
+
+@pytest.mark.parametrize("backend", [name for name in usable("sigmoid_loss") if name != "triton"])
+@pytest.mark.parametrize("same_id", [None, "positive", "exclude"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_sigmoid_loss_with_options_is_its_formula(
+    weighted: bool,
+    label_smoothing: float,
+    reduction: str,
+    same_id: str | None,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(siglip_loss, "STRIP_LOGITS", 7 * M)  # several strips of rows
+    ids = TWO_IDS.repeat(2, 1)[:M]
+    weights = torch.rand(N) if weighted else None
+    same = (ids[:N, None] == ids).any(dim=2)
+    own = torch.eye(N, M, dtype=torch.bool)
+    positive = own | same if same_id == "positive" else own
+    seen = own | ~same if same_id == "exclude" else torch.ones_like(own)
+    target = torch.where(positive, 1 - label_smoothing / 2, label_smoothing / 2)
+
+    def call(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        return protoclip.sigmoid_loss(
+            image,
+            text,
+            logit_scale,
+            logit_bias,
+            ids=None if same_id is None else ids,
+            same_id=same_id or "positive",
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def formula(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> RowLosses:
+        logits = scaled_products(logit_scale, image, text)
+        biased = logits + logit_bias.to(image.dtype).to(logits.dtype)
+        terms = F.binary_cross_entropy_with_logits(
+            biased, target.to(biased.dtype), reduction="none"
+        )
+        losses = terms.where(seen, 0).sum(dim=1)
+        factors = torch.ones(N) if weights is None else weights
+        losses = losses * factors.to(losses.dtype)
+        if reduction != "none":
+            losses = losses.sum()
+        return RowLosses(losses / factors.sum() if reduction == "mean" else losses, [logits])
+
+    upstream = torch.rand(N) if reduction == "none" else torch.tensor(0.7)
+    for dtype, logit_scale in itertools.product(dtypes_of(backend), (14.3, 100.0)):
+        leaves = {
+            "image": unit(N, D, dtype=dtype),
+            "text": unit(M, D, seed=1, dtype=dtype),
+            "logit_bias": torch.tensor(-8.0),
+        }
+        assert_as_formula(call, formula, leaves, logit_scale, weights=upstream)
+
+
+def test_options_of_siglip_form_no_matrix_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 700
+    monkeypatch.setattr(siglip_loss, "STRIP_LOGITS", 10 * n)
+    image, text = leaf(unit(n, D)), leaf(unit(n, D, seed=1))
+    arguments = {"weights": torch.rand(n), "label_smoothing": 0.1, "ids": torch.arange(n) // 2}
+    with LargestResult() as largest:
+        protoclip.SigLipLoss()(image, text, 10.0, torch.tensor(-5.0), **arguments).backward()
+    assert 10 * n <= largest.numel < n * n // 10
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"weights": torch.ones(3)}, "expected weights of shape"),
+        ({"weights": -torch.ones(4)}, "expected weights >= 0"),
+        ({"label_smoothing": 1.5}, r"label_smoothing in \[0, 1\]"),
+        ({"reduction": "median"}, "expected reduction in"),
+    ],
+)
+@pytest.mark.parametrize("name", ["nt_xent", "decoupled", "sup_con", "views", "sigmoid_loss"])
+def test_bad_options_of_named_losses_are_refused(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    x = unit(4, 8)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "nt_xent": partial(protoclip.nt_xent, x, x, 3.0),
+        "decoupled": partial(protoclip.nt_xent, x, x, 3.0, decoupled=True),
+        "sup_con": partial(protoclip.sup_con, x, torch.arange(4), 3.0),
+        "views": partial(protoclip.sup_con, unit(4, 2, 8), torch.arange(4), 3.0),
+        "sigmoid_loss": partial(protoclip.sigmoid_loss, x, x, 3.0, -1.0),
+    }
+    with pytest.raises(ValueError, match=words):
+        calls[name](**options)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ def blobs(n: int = 400, d: int = 16, num_classes: int = 6, spread: float = 1.5) 
     return Blobs(features * torch.logspace(-3, 3, d), labels)  # standardising matters
 
 
-def recalls(ranks: tuple[Tensor, Tensor], ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    return {name: float(hits.mean()) for name, hits in metrics.recalls(ranks, ks).items()}
+def recalls(
+    places: tuple[metrics.Places, metrics.Places], ks: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    return {name: float(hits.mean()) for name, hits in metrics.recalls(places, ks).items()}
 
 
 def test_retrieval_by_hand() -> None:
@@ -58,19 +60,54 @@ def test_retrieval_by_hand() -> None:
     text = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]])
     of_images, of_captions = metrics.retrieval(image, text, torch.tensor([0, 0, 1, 2]))
     # Image 1: caption 0 stands before its own. Caption 0: image 1, then a tie of 0 and 2.
-    assert of_images.tolist() == [1, 2, 1]
-    assert of_captions.tolist() == [2.5, 1, 2, 1]
+    assert of_images.rank.tolist() == [1, 2, 1]
+    assert of_captions.rank.tolist() == [2.5, 1, 2, 1]
     assert recalls((of_images, of_captions), ks=(1, 2)) == pytest.approx({
         "text_retrieval_recall@1": 2 / 3, "text_retrieval_recall@2": 1,
-        "image_retrieval_recall@1": 2 / 4, "image_retrieval_recall@2": 3 / 4,
+        "image_retrieval_recall@1": 2 / 4, "image_retrieval_recall@2": 3.5 / 4,
     })  # fmt: skip
 
 
 def test_retrieval_among_equal_features_is_chance() -> None:
-    ranks = metrics.retrieval(torch.ones(100, 4), torch.ones(100, 4))
-    of_images, _ = ranks
-    assert recalls(ranks)["text_retrieval_recall@10"] == 0
-    assert of_images.tolist() == [50.5] * 100
+    places = metrics.retrieval(torch.ones(100, 4), torch.ones(100, 4))
+    of_images, _ = places
+    assert list(recalls(places).values()) == pytest.approx([0.01, 0.05, 0.1] * 2)
+    assert of_images.rank.tolist() == [50.5] * 100
+
+
+@pytest.mark.parametrize("copies", [2, 12])
+def test_ties_count_their_expected_hits(copies: int) -> None:
+    perfect = torch.eye(10).repeat_interleave(copies, 0)
+    expected = [min(1, k / copies) for k in (1, 5, 10)]
+    assert list(recalls(metrics.retrieval(perfect, perfect)).values()) == pytest.approx(
+        expected * 2
+    )
+
+
+@pytest.mark.parametrize("copies", [2, 12])
+def test_pictures_that_share_a_caption_find_it_by_its_text(copies: int) -> None:
+    ids = torch.arange(10).repeat_interleave(copies)
+    perfect = torch.eye(10)[ids]
+    scores = recalls(metrics.retrieval(perfect, perfect, caption_ids=ids))
+    assert set(scores.values()) == {1}
+    # Equal texts are known by their numbers, not by their features: here rounding tells them apart.
+    rounded = perfect + 1e-6 * torch.randn(perfect.shape, generator=generator())
+    assert recalls(metrics.retrieval(perfect, rounded, caption_ids=ids)) == scores
+    # One of ``copies`` right answers among 10 * copies equal ones.
+    blind = metrics.retrieval(torch.ones_like(perfect), torch.ones_like(perfect), caption_ids=ids)
+    assert recalls(blind, (1,)) == pytest.approx(
+        {"text_retrieval_recall@1": 0.1, "image_retrieval_recall@1": 0.1}
+    )
+
+
+def test_several_captions_of_a_picture_may_be_those_of_others() -> None:
+    # Pictures 0 and 1 share text 0; picture 1 also has text 1, picture 2 text 2.
+    image = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    text = torch.tensor([[0.6, 0.8, 0], [0.6, 0.8, 0], [0, 1.0, 0], [1.0, 0, 0]])
+    owner = torch.tensor([0, 1, 1, 2])
+    of_images, of_captions = metrics.retrieval(image, text, owner, torch.tensor([0, 0, 1, 2]))
+    assert of_images.rank.tolist() == [2, 1, 2.5]  # picture 2: all four captions tie
+    assert of_captions.rank.tolist() == [1, 1, 1, 3]
 
 
 def test_retrieval_of_nothing_is_nan_and_of_one_pair_right() -> None:
@@ -82,14 +119,14 @@ def test_retrieval_of_nothing_is_nan_and_of_one_pair_right() -> None:
 
 def test_an_image_without_a_caption_is_not_found() -> None:
     of_images, _ = metrics.retrieval(torch.eye(2), torch.eye(2)[:1], torch.tensor([0]))
-    assert of_images.tolist() == [1, math.inf]
+    assert of_images.rank.tolist() == [1, math.inf]
 
 
 def test_an_image_of_nan_is_not_found() -> None:
     image = torch.eye(2)
     image[0] = torch.nan
     of_images, _ = metrics.retrieval(image, torch.eye(2))
-    assert of_images[0] == math.inf
+    assert of_images.rank[0] == math.inf
 
 
 @pytest.mark.parametrize("block", [1, 64, 1 << 24])  # one query at a time, ragged, all at once
@@ -178,9 +215,11 @@ def accuracy(
     return {name: float(values.mean()) for name, values in hits.items()}
 
 
-def test_a_classifier_that_cannot_tell_scores_no_point() -> None:
-    """Not even for class 0."""
-    assert accuracy(torch.zeros(4, 9), torch.tensor([0, 1, 2, 3]))["acc1"] == 0
+def test_a_classifier_that_cannot_tell_scores_at_chance() -> None:
+    """Class 0 has no advantage."""
+    for labels in (torch.arange(4), torch.zeros(4, dtype=torch.int64)):
+        scores = accuracy(torch.zeros(4, 9), labels)
+        assert (scores["acc1"], scores["acc5"]) == pytest.approx((1 / 9, 5 / 9))
     assert accuracy(torch.full((1, 6), torch.nan), torch.tensor([0]))["acc5"] == 0
 
 

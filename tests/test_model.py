@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,24 @@ LONG = " ".join(["far too many words"] * 12)
 def model() -> ProtoModel:
     torch.manual_seed(0)
     return build_model(ModelConfig(model="protoclip-tiny"))
+
+
+def test_without_a_network_the_hub_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """huggingface_hub alone tries each file six times, with pauses."""
+    from huggingface_hub import constants
+
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        host, port = nobody_listens.getsockname()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://{host}:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("time.sleep", lambda _: pytest.fail("a pause before another attempt"))
+        with pytest.raises(ValueError, match=f"{port} cannot be reached .*; give a weights file"):
+            build_model(ModelConfig(model="RN50", pretrained="openai"))
+        assert not constants.HF_HUB_OFFLINE
 
 
 def gradients(

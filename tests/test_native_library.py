@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,44 @@ def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(
     monkeypatch.setattr(native.Path, "mkdir", refused)  # root may write anywhere
     with pytest.raises(PermissionError):
         native.build(build)
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_to_is_replaced_by_a_private_folder(
+    build: native.Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert _answer(build) == 42
+    private = tmp_path / f"protoclip-{os.getuid()}"
+    message = capfd.readouterr().err
+    assert f"so {private} holds the kernels; PROTOCLIP_CACHE names another folder" in message
+    assert _answer(build) == 42 and "compiling" not in capfd.readouterr().err
+    private.chmod(0o777)  # then others could put a library there
+    with pytest.raises(PermissionError, match="a folder of this user alone"):
+        native.build(build)
+
+
+def test_the_warning_says_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verbose build shows nothing where the folder is at fault; a card's losses need no nvcc."""
+
+    def fails(half: str) -> Path:
+        raise OSError(30, "Read-only file system", "/cache")
+
+    monkeypatch.setattr(native, "_library", fails)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/cuda")
+    for half, words, absent in (
+        ("cpu", "losses hold all logits in memory", "k-means"),
+        ("cuda", "k-means runs on Triton", "logits"),
+    ):
+        with pytest.warns(RuntimeWarning, match="PROTOCLIP_CACHE names another folder") as caught:
+            assert "Read-only" in str(native.why_not.__wrapped__(half))
+        (warning,) = (str(each.message) for each in caught)
+        assert words in warning and absent not in warning and "VERBOSE" not in warning
 
 
 @needs_compiler

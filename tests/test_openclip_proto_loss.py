@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -225,7 +226,49 @@ def test_prototypes_live_behind_heads_that_the_model_owns() -> None:
     terms["proto_loss"].backward()
     assert heads.weight.grad.abs().sum() > 0
     assert loss.online.sets[0].prototypes.shape[1] == 4
-    assert not list(loss.parameters()) and not loss.state_dict()
+    assert not list(loss.parameters()) and list(loss.state_dict()) == ["_extra_state"]
+
+
+# ---- in a checkpoint ----
+
+
+def indexed_call(loss: ProtoClipLoss, step: int, rows: int, indexed: bool) -> dict[str, Tensor]:
+    """The terms of a step, with gradients on so that it counts."""
+    image, text = pairs(rows, seed=step)
+    index = torch.arange(rows) + rows * (step % 2) if indexed else None
+    terms = loss(leaf(image), leaf(text), torch.tensor(SCALE), output_dict=True, index=index)
+    return {name: value.detach() for name, value in terms.items()}
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("saved_after", [0, 2, 5])
+def test_a_loaded_loss_goes_on_bit_for_bit(tmp_path: Path, indexed: bool, saved_after: int) -> None:
+    """Before the queue is full, and between two clusterings."""
+    proto = ProtoConfig(queue=60, k=4, every=3, capacity=80)
+    alone = ProtoClipLoss(proto=proto)
+    for step in range(saved_after):
+        indexed_call(alone, step, 20, indexed)
+    torch.save({"loss": alone.state_dict()}, tmp_path / "checkpoint.pt")
+    resumed = ProtoClipLoss(proto=proto)
+    resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["loss"])
+    assert resumed.metrics == alone.metrics
+    for step in range(saved_after, saved_after + 5):
+        expected = indexed_call(alone, step, 20, indexed)
+        torch.testing.assert_close(
+            indexed_call(resumed, step, 20, indexed), expected, rtol=0, atol=0
+        )
+        assert ("proto_loss" in expected) == (step >= 3)
+        assert resumed.metrics == alone.metrics
+    assert alone.metrics["clusterings"] >= 1
+
+
+def test_a_state_without_a_queue_still_loads() -> None:
+    """Of ClipLoss, or of ProtoClipLoss as it was before."""
+    loss = loss_with_prototypes()
+    loss.load_state_dict(protoclip.ClipLoss().state_dict())
+    assert loss.online.sets is not None
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        protoclip.ClipLoss().load_state_dict(loss.state_dict())
 
 
 # ---- over two ranks ----

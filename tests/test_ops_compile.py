@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -185,6 +186,23 @@ MODULES = {
             "labels": labels_of(n),
             "logit_scale": scalar(10.0),
         },
+    ),
+    "nt_xent decoupled": Module(
+        smoothed(partial(protoclip.nt_xent, decoupled=True)),
+        lambda n: views(n, weights=weights_of(n)),
+    ),
+    "sup_con of views": Module(
+        protoclip.sup_con,
+        lambda n: {
+            "features": features(2 * n).detach().reshape(n, 2, -1).requires_grad_(),
+            "labels": labels_of(n),
+            "logit_scale": scalar(10.0),
+            "weights": weights_of(n),
+        },
+    ),
+    "SigLipLoss with weights": Module(
+        smoothed(protoclip.SigLipLoss()),
+        lambda n: pairs(n, logit_bias=scalar(-5.0), weights=weights_of(n), ids=ids_of(n)),
     ),
     "prototype_cross_entropy": Module(protoclip.prototype_cross_entropy, prototypes),
     "prototype_cross_entropy smoothed": Module(

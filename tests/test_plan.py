@@ -109,6 +109,35 @@ def test_settings_of_the_towers_count() -> None:
     assert saved_for_backward("--lock-image", *fp32) < plain
 
 
+def parts_of(*flags: object) -> dict[str, float]:
+    run = run_of("--precision", "fp32", *flags)
+    return memory(measure_shape(run), run)
+
+
+def test_logits_that_the_loss_keeps_count() -> None:
+    """On one CPU process up to 64 MiB; SigLIP's loss and those over ranks keep none."""
+    on_cpu = ("--device", "cpu", "--method", "clip", "--batch-size")
+    assert parts_of(*on_cpu, 1024)["kept logits"] == 4 * 1024**2
+    assert "kept logits" not in parts_of(*on_cpu, 8192)
+    assert "kept logits" not in parts_of(*on_cpu, 1024, "--siglip")
+    assert "kept logits" not in parts_of(*on_cpu, 1024, "--ranks", 2)
+    assert "kept logits" not in parts_of("--device", "cuda", "--method", "clip")
+
+
+def test_scratch_of_a_gpu_is_bounded_for_each_loss() -> None:
+    shape_and_scratch = {}
+    for batch in (256, 65536):
+        parts = parts_of(
+            "--device", "cuda", "--batch-size", batch, "--w-proto", 1, "--k", 5000,
+            "--episode-size", 100_000,
+        )  # fmt: skip
+        shape_and_scratch[batch] = parts["InfoNCE scratch"], parts["prototype scratch"]
+    info_nce, prototypes = shape_and_scratch[256]
+    assert 4 * 256**2 < info_nce < 8 << 20 and prototypes == 4 * 256 * 5000
+    info_nce, prototypes = shape_and_scratch[65536]
+    assert info_nce > 128 << 20 and prototypes == 256 << 20
+
+
 def test_the_command_takes_trains_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "paper-cc3m-8gpu", "--ranks", "8", "--samples", "2500000"]) == 0
     text = capsys.readouterr().out

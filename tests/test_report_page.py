@@ -96,8 +96,17 @@ def test_the_command_writes_the_page_and_says_the_answer(
     assert re.match(r"ours: It names \d+ of 100 drawings .*\nours: no plain CLIP run", output.err)
 
 
-def test_the_page_of_several_runs_is_in_the_folder_of_the_last(runs: Runs) -> None:
-    assert write_report([runs.plain, runs.ours]) == runs.ours / "report.html"
+def test_the_page_of_several_runs_is_beside_the_last_ones_own(runs: Runs) -> None:
+    own = write_report([runs.ours])
+    before = own.read_bytes()
+    assert write_report([runs.plain, runs.ours]) == runs.ours / "report-with-plain.html"
+    assert own.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--out", "--output"])
+def test_the_page_goes_where_it_is_told_to(runs: Runs, tmp_path: Path, flag: str) -> None:
+    assert main([str(runs.ours), flag, str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_the_page_is_the_same_every_time_but_for_its_date(runs: Runs) -> None:

@@ -17,6 +17,7 @@ from ranks import (
     TINY,
     bare_run,
     exit_codes,
+    logs_of,
     losses,
     metrics,
     output_of,
@@ -62,7 +63,7 @@ def test_kill_minus_nine_changes_no_bit(tmp_path: Path, ranks: int) -> None:
             process.kill()
         exit_codes(processes)
     for name in ("killed", "whole"):
-        assert exit_codes(start(name)) == [0] * ranks, output_of(tmp_path)
+        assert exit_codes(start(name)) == [0] * ranks, logs_of(tmp_path)
     whole = losses(tmp_path / "logs" / "whole")
     assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == num_steps
 
@@ -199,7 +200,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
             "--batch-size", str(24 // ranks), "--max-steps", str(steps), *(resume or []),
         )  # fmt: skip
         codes = exit_codes(start_command(tmp_path, argv, ranks, bare=True))
-        assert codes == [0] * ranks, output_of(tmp_path)
+        assert codes == [0] * ranks, logs_of(tmp_path)
 
     run("whole", ranks=1, steps=10)
     whole = dict(losses(tmp_path / "logs" / "whole"))

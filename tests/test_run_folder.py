@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,90 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     message = capsys.readouterr().err
     assert "epoch_latest.pt: " in message and "--resume" in message and "Traceback" not in message
     assert checkpoint.load(run / "checkpoints" / checkpoint.LATEST)["protoclip"]["step"] == 3
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [checkpoint.LATEST]
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {checkpoint.LATEST, checkpoint.PREVIOUS}
     assert main([*flags, "--resume", str(run)]) == 0
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
+
+
+def saved_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[int]:
+    """The steps after which a run of nine steps saves."""
+    steps: list[int] = []
+    original_save = Trainer.save
+
+    def save(trainer: Trainer, epoch: int | None) -> None:
+        steps.append(trainer.step)
+        original_save(trainer, epoch)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "save", save)
+    assert main(bare_run(tmp_path, "--max-steps", "9", *flags)) == 0
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], [1, 9]), (["--save-every", "4steps"], [1, 4, 8, 9]), (["--save-every", "0"], [9])],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_a_run_saves_after_its_first_step(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_page: None,
+    flags: list[str],
+    expected: list[int],
+) -> None:
+    """A full disk shows at once, and little is lost whatever ends the run."""
+    assert saved_steps(tmp_path, monkeypatch, *flags) == expected
+
+
+def test_little_free_space_is_said_before_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_page: None,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for free, warned in ((10_000, True), (10**9, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        flags = bare_run(tmp_path, "--max-steps", "2", "--name", f"with-{free}")
+        assert main(flags) == 0
+        assert ("0.0 MiB are free at" in capsys.readouterr().err) == warned
+    file = tmp_path / "logs" / "with-10000" / "checkpoints" / checkpoint.LATEST
+    planned = Trainer.checkpoint_bytes
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        Trainer, "checkpoint_bytes", lambda trainer: sizes.append(planned(trainer)) or sizes[0]
+    )
+    assert main(bare_run(tmp_path, "--max-steps", "2", "--name", "again")) == 0
+    assert 0.8 < sizes[0] / file.stat().st_size < 1.25
+
+
+def test_resume_auto_without_a_checkpoint_begins_again_and_keeps_the_old_metrics(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_page: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = bare_run(tmp_path, "--max-steps", "3")
+    run = tmp_path / "logs" / "run"
+    for attempt in (1, 2):
+        with full_disk(60_000):  # at the first checkpoint
+            assert main([*flags, "--resume", "auto"]) == 2
+        assert len(metrics(run)) == 1 and not list((run / "checkpoints").iterdir())
+        kept = [run / f"metrics.{number}.jsonl" for number in range(1, attempt)]
+        assert all(path.read_text().count("\n") == 1 for path in kept)
+    # What the folder's name alone, and --resume with its path, say about the way out.
+    capsys.readouterr()
+    assert main(flags) == 2
+    assert "start it again with --resume auto" in capsys.readouterr().err
+    assert main([*flags, "--resume", str(run)]) == 2
+    assert f"--resume auto --logs {run.parent} --name run" in capsys.readouterr().err
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert f"no checkpoint in {Path('logs/run')}, starting at step 0" in capsys.readouterr().err
+    assert len(metrics(run)) == 3 and (run / "metrics.2.jsonl").exists()
 
 
 def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(

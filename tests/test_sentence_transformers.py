@@ -297,6 +297,27 @@ def test_a_text_is_its_tokens_wherever_the_padding_is() -> None:
     assert torch.equal(padded_right, without_padding)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_duplicates_are_no_negatives_of_a_static_embedding(case: str) -> None:
+    """Its features have all tokens in one row of numbers, and where each text begins."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, WORDS[0]))
+    tokenizer.pre_tokenizer = Whitespace()
+    torch.manual_seed(0)
+    static = models.StaticEmbedding(tokenizer, embedding_dim=32)
+    model = SentenceTransformer(modules=[static], device="cpu")
+    loss = loss_of(ours.MultipleNegativesRankingLoss(model, **CASES[case]), COLUMNS)
+    embeddings = [model(model.preprocess(column))["sentence_embedding"] for column in COLUMNS]
+    expected = loss_without_duplicates(embeddings, **CASES[case])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    texts = ours._text_ids(model.preprocess(["w1 w2", "", "w3", "w1 w2", ""]))
+    assert texts is not None and texts[0] == texts[3] and texts[1] == texts[4]
+    assert len(texts.unique()) == 3
+
+
 def test_other_orders_of_tokens_are_other_texts() -> None:
     texts = ours._text_ids({"input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]])})
     permuted = ours._text_ids({"input_ids": torch.tensor([[6, 5, 0], [8, 7, 9]])})

@@ -10,11 +10,13 @@ import torch
 from ranks import bare_run, metrics
 
 from protoclip.data import Batch
-from protoclip.losses import Losses
+from protoclip.episodes.prototypes import EXTERNAL, Episode, PrototypeSet
+from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
+from protoclip.training import log, step
 from protoclip.training.optimiser import parameter_groups
 from protoclip.training.step import Stepper
 
@@ -110,3 +112,175 @@ def test_gradients_are_clipped_and_scales_clamped() -> None:
         1 <= model.proto_logit_scale <= 100.0001
         and stepper.skipped_steps == stepper.consecutive_skips == 0
     )
+
+
+PAIRS = 6
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def episode_on(device: str, projection_dim: int) -> Episode:
+    """Four prototypes of each source, internal ones with soft targets."""
+    with torch.device(device):
+        prototypes = torch.ones(4, projection_dim)
+        sets = [PrototypeSet("image", "text", prototypes, targets=prototypes)]
+        sets += [PrototypeSet(EXTERNAL, student, prototypes, None) for student in ("image", "text")]
+        labels = {source: torch.zeros(PAIRS, dtype=torch.int32) for source in ("image", EXTERNAL)}
+        return Episode(torch.arange(PAIRS), labels, {}, tuple(sets))
+
+
+def steps_on(device: str, nano: Path, case: str) -> tuple[Stepper, Any]:
+    """A stepper on the device and a function that takes a step."""
+    siglip = case == "siglip"
+    with torch.device(device):
+        model = build_model(ModelConfig(model=str(nano), siglip=siglip), device)
+    weights = LossConfig(w_proto=1.0, dedup="caption" if case == "dedup" else "off")
+    stepper = Stepper(model, ProtoLoss(weights), OptimConfig())
+    episode = episode_on(device, model.projection_dim) if case == "prototypes" else None
+    size = PAIRS // 2 if case == "accumulation" else PAIRS
+    pixels = torch.randn(size, 3, model.image_size, model.image_size)
+    tokens = model.short_tokenizer(["a red circle"] * size)
+    batches = [
+        Batch(torch.arange(first, first + size), pixels, tokens) for first in range(0, PAIRS, size)
+    ]
+    project = episode is not None
+    return stepper, lambda: stepper.step(0, batches, episode, project=project, lr=1e-3)
+
+
+CASES = ["clip", "prototypes", "siglip", "accumulation", "dedup"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_reads_nothing(case: str, nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there is nothing to read: a read raises."""
+
+    class Unfused(torch.optim.AdamW):  # meta has no fused one, which reads found_inf itself
+        def step(self, closure: Any = None) -> Any:
+            assert self.found_inf.device.type == "meta"
+            del self.found_inf
+            return super().step(closure)
+
+    def unfused(model: Any, config: OptimConfig) -> torch.optim.AdamW:
+        return Unfused(parameter_groups(model, config.wd), lr=config.lr)
+
+    monkeypatch.setattr(step, "build_optimiser", unfused)
+    stepper, take = steps_on("meta", nano, case)
+    outcome = take()
+    scalars = log.scalars_of(outcome, stepper.model, _NoFaults())
+    assert outcome.finite.device.type == stepper.skipped_steps.device.type == "meta"
+    assert {value.device.type for value in scalars.values()} == {"meta"}
+    expected = {"contrastive_loss"}
+    if case == "prototypes":
+        expected |= {"proto_loss", "external_loss"}
+    assert set(outcome.losses.terms) == expected
+    with pytest.raises(RuntimeError, match="meta"):
+        outcome.losses.total.item()
+
+
+class _NoFaults:
+    positions: tuple[int, ...] = ()
+    known = 0
+
+
+@needs_card
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_a_card_does_not_wait(case: str, nano: Path) -> None:
+    stepper, take = steps_on("cuda", nano, case)
+    take()  # kernels are compiled and memory is reserved
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = take()
+        scalars = log.scalars_of(outcome, stepper.model, _NoFaults())
+        read = log.start_copy(torch.stack([x.detach().float() for x in scalars.values()]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(read()) == len(scalars)
+
+
+def read_late(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Let a CPU stand in for a card, whose numbers are on their way until they are read; returns
+    what happens, in order: ("begun" or "read", number of the line)."""
+    events: list[tuple[str, int]] = []
+    original_init, original_copy = log.Log.__init__, log.start_copy
+
+    def init(self: log.Log, *arguments: Any) -> None:
+        original_init(self, *arguments)
+        self.reads_freely = False
+
+    def start(values: torch.Tensor) -> Any:
+        number = sum(what == "begun" for what, _ in events)
+        events.append(("begun", number))
+        read = original_copy(values.clone())
+
+        def late() -> list[float]:
+            events.append(("read", number))
+            return read()
+
+        return late
+
+    monkeypatch.setattr(log.Log, "__init__", init)
+    monkeypatch.setattr(log, "start_copy", start)
+    return events
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run without its times."""
+    return [
+        {name: value for name, value in line.items() if "second" not in name}
+        for line in metrics(run)
+    ]
+
+
+def test_numbers_are_read_when_the_next_line_is_due(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags += ["--log-every-n-steps", "3", "--val-frequency", "0"]
+    assert main([*flags, "--name", "at-once"]) == 0
+    events = read_late(monkeypatch)
+    assert main([*flags, "--name", "late"]) == 0
+    assert events[:5] == [("begun", 0), ("read", 0), ("begun", 1), ("read", 1), ("begun", 2)]
+    late = numbers(tmp_path / "logs" / "late")
+    assert [line["step"] for line in late] == [3, 6, 9, 12]
+    assert late == numbers(tmp_path / "logs" / "at-once")
+
+
+def test_lines_that_are_begun_are_written_before_a_checkpoint(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_late(monkeypatch)
+    written: list[int] = []
+    original = checkpoint.save
+
+    def save(path: Path, *arguments: Any, **options: Any) -> Any:
+        written.append(len(metrics(path.parent.parent)))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert main([*flags, "--log-every-n-steps", "2", "--save-every", "4steps"]) == 0
+    assert written == [2, 4, 6]
+
+
+def test_skipped_steps_are_seen_when_the_line_is_read(
+    tmp_path: Path,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read_late(monkeypatch)
+    poison(monkeypatch, set(range(4, 99)))
+    assert main([*flags, "--max-bad-steps", "3", "--log-every-n-steps", "4"]) == 2
+    assert "not finite in 4 steps in a row, up to step 8" in capsys.readouterr().err
+    run = tmp_path / "logs" / "run"
+    state = newest_checkpoint(run)["protoclip"]
+    assert state["step"] == 12 and state["training"]["skipped"] == [8, 8]
+    assert metrics(run)[1]["bad_steps"] == 4
+
+
+def test_a_card_logs_every_tenth_step_by_default() -> None:
+    from ranks import config_of
+
+    def every(device: str, *flags: str) -> int:
+        config = config_of(*flags)
+        return log.Log(config, None, None, torch.device(device)).every  # type: ignore[arg-type]
+
+    assert [every("cpu"), every("cuda")] == [1, 10]
+    assert every("cuda", "--log-every-n-steps", "3") == 3

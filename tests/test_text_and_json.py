@@ -34,6 +34,10 @@ def test_printable_text_goes_into_any_file() -> None:
     )
 
 
+def test_printable_text_does_nothing_to_a_terminal() -> None:
+    assert printable("a\x1b[2J\x07\r\nb\x9b é\t.png") == r"a\x1b[2J\x07\r\nb\x9b é" + "\t.png"
+
+
 def test_captions_class_names_and_templates_keep_their_odd_breaks(tmp_path: Path) -> None:
     assert parse_captions(f"{ODD}\nsecond\n".encode(), False) == (ODD, "second")
     (tmp_path / "words.txt").write_text(f"{{c}} {ODD}\n{{}}\n")

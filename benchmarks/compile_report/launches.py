@@ -85,7 +85,7 @@ def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     both_directions = case.form != "rows"
-    _, statistics = info_nce.info_nce_loss(
+    forward = info_nce.info_nce_fwd(
         x, y, logit_scale, offset=0, both_directions=both_directions, pair_weight=1.0, summed=True
     )
     weight = torch.ones(()).expand(n)
@@ -93,13 +93,14 @@ def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         x,
         y,
         logit_scale,
-        statistics.row_reference,
-        statistics.row_sum,
-        statistics.column_reference,
-        statistics.column_sum,
+        forward.row_reference,
+        forward.row_sum,
+        forward.column_reference,
+        forward.column_sum,
         row_weight=weight,
         column_weight=weight if both_directions else weight[:0],
         offset=0,
+        pair_weight=1.0,
     )
 
 
@@ -143,6 +144,7 @@ def _sigmoid_loss(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         gradients=case.form != "loss",
         query_ids=ids,
         key_ids=ids,
+        same_positive=True,
     )
 
 

@@ -45,7 +45,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -177,6 +177,12 @@ class Data:
         rows[:, :HOG] /= rows[:, :HOG].std(0).mean()
         rows[:, HOG:] /= rows[:, HOG:].std(0).mean()
         return rows
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells the icons apart from those of another package or drawn in another way."""
+        names = "\n".join(self.icons.keys).encode()
+        return hashlib.sha256(names + self.icons.hashes.tobytes()).hexdigest()[:12]
 
     def split(self, task: Task) -> Split:
         return self.tuning if task.stage in ("tune", "pairs") else self.test
@@ -343,13 +349,15 @@ class Recorder(NullRunFolder):
         return out
 
 
-def configure(task: Task, size: Size, teacher: Path) -> TrainConfig:
+def configure(
+    task: Task, size: Size, teacher: Path, rows: Mapping[str, Sequence[str]] = ROWS
+) -> TrainConfig:
     """The settings of ``protoclip.train`` with the row's flags."""
     words = ["--batch-size", str(size.batch), "--episode-size", str(size.episode)]
     words += ["--k", str(size.episode // 10), "--target-temperature", "0.01"]
     words += ["--external-teacher", str(teacher), "--seed", str(task.seed), "--precision", "fp32"]
     words += ["--lr", str(task.lr), "--epochs", str(task.epochs)]
-    for word in ROWS[task.row]:
+    for word in rows[task.row]:
         share = word.removeprefix("{episode/").removesuffix("}")
         words.append(str(size.episode // int(share)) if share != word else word)
     return parse(train_parser(), words)
@@ -358,14 +366,16 @@ def configure(task: Task, size: Size, teacher: Path) -> TrainConfig:
 class Run:
     """A row's trainer on its data, ready to go."""
 
+    rows: Mapping[str, Sequence[str]] = ROWS
+
     def __init__(self, task: Task, size: Size, data: Data, towers: Towers) -> None:
         self.task, self.data, self.split = task, data, data.split(task)
-        config = configure(task, size, data.icons.folder / "teacher.npz")
+        config = configure(task, size, data.icons.folder / "teacher.npz", self.rows)
         rows = np.sort(by_lot(self.split.pool, 3, task.seed)[: size.icons])
         pairs = IconPairs(data.icons, rows, f"{len(rows):,} icons")
         seed_everything(task.seed)
         self.model = towers.build(task.tower, config.model)
-        teacher, _ = open_teacher(config, pairs, CPU)
+        teacher = self.open_teacher(config, pairs)
         order = EpochOrder(pairs)
         plan = make_plan(config, order.size)
         setup = Setup(config, plan, pairs, order, CPU, "fp32", teacher)
@@ -378,6 +388,10 @@ class Run:
         if isinstance(self.trainer, FeatureTrainer):
             features = data.features[torch.from_numpy(rows)]
             self.trainer.source = FeatureBatches(features, pairs, self.model.short_tokenizer)
+
+    def open_teacher(self, config: TrainConfig, pairs: IconPairs) -> Tensor | None:
+        """The teacher's features of the pairs, [pairs, d]."""
+        return open_teacher(config, pairs, CPU)[0]
 
     def _measure(self, model: Any) -> dict[str, float]:
         """The entropy of an episode's soft targets, after it and off the clock."""
@@ -501,22 +515,28 @@ def floor(task: Task, data: Data, towers: Towers) -> dict[str, Any]:
 
 def measure_pair(task: Task, size: Size, data: Data, towers: Towers, lrs: Sequence[float]) -> Any:
     """CPU seconds of CLIP's and ProtoCLIP's episodes, alternated in one process."""
-    rows = (CLIP, PROTO)
-    runs = [
-        Run(replace(task, row=row, lr=lr), size, data, towers)
-        for row, lr in zip(rows, lrs, strict=True)
-    ]
-    seconds: dict[str, list[float]] = {row: [] for row in rows}
+    seconds = alternate(
+        {
+            row: Run(replace(task, row=row, lr=lr), size, data, towers)
+            for row, lr in zip((CLIP, PROTO), lrs, strict=True)
+        }
+    )
+    ratio = sum(seconds[PROTO]) / sum(seconds[CLIP])
+    return {"metrics": {}, "seconds_by_episode": seconds, "ratio": round(ratio, 4)}
+
+
+def alternate(runs: Mapping[str, Run]) -> dict[str, list[float]]:
+    """CPU seconds of the runs' episodes by row; they take turns, in an order that alternates."""
+    seconds: dict[str, list[float]] = {row: [] for row in runs}
     bar = tqdm(disable=True)
-    for number in range(runs[0].trainer.plan.episodes):
-        pairs = list(zip(rows, runs, strict=True))
+    pairs = list(runs.items())
+    for number in range(pairs[0][1].trainer.plan.episodes):
         for row, run in pairs if number % 2 else reversed(pairs):
             began, outside = time.process_time(), run.outside
             run.trainer.run_episode(number, bar)
             spent = time.process_time() - began - (run.outside - outside)
             seconds[row].append(round(spent, 3))
-    ratio = sum(seconds[PROTO]) / sum(seconds[CLIP])
-    return {"metrics": {}, "seconds_by_episode": seconds, "ratio": round(ratio, 4)}
+    return seconds
 
 
 # Many runs
@@ -581,13 +601,13 @@ def run(task: Task, size: Size, data: Data, towers: Towers, done: Done) -> dict[
     return Run(task, size, data, towers).finish()
 
 
-def finished(path: Path) -> Done:
+def finished(path: Path, kind: type[Task] = Task) -> Done:
     """The runs of a runs.jsonl by key; torn lines are left out."""
     done: Done = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            done[Task(**{name: record[name] for name in Task.__dataclass_fields__}).key] = record
+            done[kind(**{name: record[name] for name in kind.__dataclass_fields__}).key] = record
     return done
 
 
@@ -602,43 +622,79 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def work(size: Size, out: Path, hours: float, folder: Path) -> None:
+@dataclass(frozen=True)
+class Study:
+    """A protocol: which runs there are, how one is done, and what is reported."""
+
+    size: Size = FULL
+    kind: ClassVar[type[Task]] = Task
+    results: ClassVar[Path] = RESULTS
+
+    def tasks(self, done: Done) -> Iterator[Task]:
+        """Every run in order, as far as what is done allows."""
+        return tasks(self.size, done)
+
+    def run(self, task: Task, data: Data, towers: Towers, done: Done) -> dict[str, Any]:
+        """One finished run, ready for JSON."""
+        return run(task, self.size, data, towers, done)
+
+    def report(self, done: Done, out: Path, folder: Path) -> None:
+        """Print what is finished; the protocol's own records also change the pages."""
+        facts: dict[str, Any] = {}
+        with contextlib.suppress(DataError):
+            data = Data(read(folder), self.size.rules)
+            facts = {"seen": len(data.test.seen), "new": data.test.new, **data.test.counts}
+            facts["judged"] = len(data.test.judged_seen)
+            teacher = folder / "teacher.json"
+            if teacher.is_file():
+                spent = json.loads(teacher.read_text())
+                facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
+        pages = {"page": PAGE, "front": FRONT} if out == self.results else {}
+        write_report([*done.values()], wanted(self.size), FLOORS, facts, **pages)
+
+
+def work(study: Study, out: Path, hours: float, folder: Path) -> None:
     """Do what is not done and not being done, until all is or the time is up."""
     torch.set_num_threads(1)
     path, began, about = out / "runs.jsonl", time.monotonic(), machine.describe()
+    size = study.size
     data = Data(toy_icons(folder) if size.toy else read(folder), size.rules)
     towers = Towers(data)
     while True:
-        idle = True
-        for task in tasks(size, finished(path)):
+        done = finished(path, study.kind)
+        ahead = [task for task in study.tasks(done) if task.key not in done]
+        if not ahead:
+            return
+        for task in ahead:
             if time.monotonic() - began > 3600 * hours:
                 print(f"{hours:g} hours are over; run it again to go on")
                 return
-            if task.key in finished(path):
-                continue
             lock = cache_dir() / f"study-{hashlib.sha256(task.key.encode()).hexdigest()[:16]}.lock"
             try:
                 with FileLock(lock, timeout=0):
-                    if task.key not in finished(path):
-                        one_run(task, size, data, towers, path, about)
-                    idle = False
+                    done = finished(path, study.kind)
+                    if task.key not in done:
+                        one_run(study, task, data, towers, path, done, about)
             except Timeout:  # another process does it
                 continue
             break  # what is next may depend on it
         else:
-            if all(task.key in finished(path) for task in tasks(size, finished(path))):
-                return
-            if idle:
-                time.sleep(1 if size.toy else 10)
+            time.sleep(1 if size.toy else 10)
 
 
 def one_run(
-    task: Task, size: Size, data: Data, towers: Towers, path: Path, about: Mapping[str, Any]
+    study: Study,
+    task: Task,
+    data: Data,
+    towers: Towers,
+    path: Path,
+    done: Done,
+    about: Mapping[str, Any],
 ) -> None:
     """Do a run and write its line."""
     start = time.monotonic()
     try:
-        record = run(task, size, data, towers, finished(path))
+        record = study.run(task, data, towers, done)
     except ValueError as error:
         if not str(error).startswith(("training:", "episode:", "prototypes:")):
             raise
@@ -649,9 +705,9 @@ def one_run(
     record["seconds"] = round(time.monotonic() - start, 1)
     append(path, record)
     primary = {name: record["metrics"].get(name) for name in ("zero-shot", "probe", "AMI")}
+    fields = ", ".join(str(value) for value in asdict(task).values())
     print(
-        f"{task.stage} {task.tower} {task.row}, seed {task.seed}, {task.lr:g}, {task.epochs:g}: "
-        f"{record['seconds']:.0f} s, CPU {record.get('cpu_seconds')} s, {primary}",
+        f"{fields}: {record['seconds']:.0f} s, CPU {record.get('cpu_seconds')} s, {primary}",
         flush=True,
     )
 
@@ -664,27 +720,36 @@ def wanted(size: Size) -> dict[str, dict[str, int]]:
 
 
 def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
+    parser = command_line("python -m benchmarks.study", __doc__)
+    args = parser.parse_args(argv)
+    return command(Study(size or (QUICK if args.quick else FULL)), parser, args)
+
+
+def command_line(prog: str, words: str | None) -> argparse.ArgumentParser:
+    """The arguments of a study's command."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog, description=words, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hours", type=float, default=1e9, help="start no run after so long")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--quick", action="store_true", help="every step, tiny, on toy drawings")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the records are")
+    parser.add_argument("--out", type=Path, help="where the records are")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="the icons")
-    args = parser.parse_args(argv)
-    size = size or (QUICK if args.quick else FULL)
-    out = args.out / "quick" if args.quick else args.out
-    folder = out / "icons" if size.toy else args.folder
+    return parser
+
+
+def command(study: Study, parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Do the runs that the arguments ask for, then report; the exit code."""
+    out = args.out or study.results
+    out = out / "quick" if args.quick else out
+    folder = out / "icons" if study.size.toy else args.folder
     out.mkdir(parents=True, exist_ok=True)
     code = 0
     try:
-        if size.toy:
+        if study.size.toy:
             toy_icons(folder)
-        arguments = (size, out, args.hours, folder)
+        arguments = (study, out, args.hours, folder)
         if not args.report and args.workers > 1:
             context = multiprocessing.get_context("spawn")
             processes = [context.Process(target=work, args=arguments) for _ in range(args.workers)]
@@ -700,20 +765,7 @@ def main(argv: Sequence[str] | None = None, size: Size | None = None) -> int:
         code = 130
     except DataError as error:
         parser.error(str(error))
-    done = [*finished(out / "runs.jsonl").values()]
-    facts: dict[str, Any] = {}
-    with contextlib.suppress(DataError):
-        data = Data(read(folder), size.rules)
-        facts = {"seen": len(data.test.seen), "new": data.test.new, **data.test.counts}
-        facts["judged"] = len(data.test.judged_seen)
-        teacher = folder / "teacher.json"
-        if teacher.is_file():
-            spent = json.loads(teacher.read_text())
-            facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
-    if out == RESULTS:
-        write_report(done, wanted(size), FLOORS, facts, page=PAGE, front=FRONT)
-    else:
-        write_report(done, wanted(size), FLOORS, facts)
+    study.report(finished(out / "runs.jsonl", study.kind), out, folder)
     return code
 
 

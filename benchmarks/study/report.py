@@ -63,20 +63,28 @@ def values(runs: Runs, row: str, metric: str) -> dict[int, float]:
 
 def difference(runs: Runs, row: str, other: str, metric: str) -> Difference | None:
     """``row`` minus ``other`` over the seeds that both have; None below two."""
-    mine, theirs = values(runs, row, metric), values(runs, other, metric)
+    if row == other:
+        return None
+    return paired(values(runs, row, metric), values(runs, other, metric))
+
+
+def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """The difference over the seeds that both have; None below two."""
     seeds = sorted(mine.keys() & theirs.keys())
-    if row == other or len(seeds) < 2:
+    if len(seeds) < 2:
         return None
     test = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
     low, high = test.confidence_interval(0.95)
     return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue), len(seeds))
 
 
-def holm(differences: Mapping[Any, Difference]) -> dict[Any, float]:
-    """p of each test, corrected for there being several."""
+def holm(differences: Mapping[Any, Difference], planned: int = 0) -> dict[Any, float]:
+    """p of each test, corrected for there being several; of ``planned`` some may be missing, which
+    then count as the largest p."""
     corrected, least = {}, 0.0
+    count = max(planned, len(differences))
     for rank, key in enumerate(sorted(differences, key=lambda key: differences[key].p)):
-        least = max(least, min(1.0, (len(differences) - rank) * differences[key].p))
+        least = max(least, min(1.0, (count - rank) * differences[key].p))
         corrected[key] = least
     return corrected
 

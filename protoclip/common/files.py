@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,15 +103,39 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder in ``folder``, to which its files and folders move at the end: all
+    of them or, after an error, none. An OSError names the file where it would have been."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        try:
+            yield Path(temporary)
+        except OSError as error:
+            if error.filename is not None:
+                error.filename = str(error.filename).replace(temporary, str(folder))
+            raise
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
+
+
 def printable(name: str) -> str:
-    """A file's name, or other text, without surrogates, which cannot be written to a file: bytes of
-    a name that are not UTF-8 become escapes such as \\xe9, others the replacement character."""
+    """A file's name, or a line of text, without characters that a terminal would obey, or a file
+    cannot hold: control characters but the tab, and bytes of a name that are not UTF-8, become
+    escapes such as \\x1b, \\n and \\xe9, other surrogates the replacement character."""
 
     def escaped(match: re.Match[str]) -> str:
-        byte = ord(match[0]) - 0xDC00  # Python's surrogateescape
+        number = ord(match[0])
+        if number < 0xD800:
+            return repr(match[0])[1:-1]
+        byte = number - 0xDC00  # Python's surrogateescape
         return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else "\ufffd"
 
-    return re.sub(r"[\ud800-\udfff]", escaped, name)
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]", escaped, name)
+
+
+def printable_lines(text: str) -> str:
+    """``printable`` of each line of a text."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def lines_of(text: str) -> list[str]:
@@ -123,6 +148,11 @@ def lines_of(text: str) -> list[str]:
 def plural(number: int, noun: str) -> str:
     """ "1 file", "2,000 files"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def mebibytes(size: float) -> str:
+    """ "1.5 MiB", "2.50 GiB"."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

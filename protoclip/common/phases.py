@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -23,7 +24,7 @@ class Phases:
         self._device = device
         self._seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}  # the most bytes in use at the end of a phase
-        self._pending: list[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._open: list[str] = []
 
     @contextlib.contextmanager
@@ -54,11 +55,12 @@ class Phases:
         for name, spent in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
-    def seconds(self) -> dict[str, float]:
-        """Totals so far, in the order in which the phases first ended; waits for the device."""
-        if self._pending:
+    def seconds(self, *, wait: bool = True) -> dict[str, float]:
+        """Totals so far, in the order in which the phases first ended; with ``wait`` False, of what
+        the device has finished."""
+        if wait and self._pending:
             torch.cuda.synchronize(self._device)
-            for name, sign, start, end in self._pending:
-                self.add({name: sign * start.elapsed_time(end) / 1000})
-            self._pending.clear()
+        while self._pending and self._pending[0][-1].query():
+            name, sign, start, end = self._pending.popleft()
+            self.add({name: sign * start.elapsed_time(end) / 1000})
         return dict(self._seconds)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from protoclip.common.files import DataError, lines_of, plural, printable
-from protoclip.data.images import decode
+from protoclip.data.images import NEEDS_HEIF, decode, no_picture
 from protoclip.data.types import Labels, StringTable
 
 LABEL = "class"
@@ -79,23 +79,27 @@ class ImageFolder:
         self.name = str(root)
         self.root = str(root)
         self.templates = templates
-        self.others: Counter[str] = Counter()  # regular files that are not pictures, by ending
+        # Regular files of which Pillow opens no picture, by ending or reason.
+        self.others: Counter[str] = Counter()
         self.odd: Counter[str] = Counter()  # everything else that was left out, by reason
-        formats = Image.registered_extensions()
         keys: list[str] = []
         classes: list[int] = []
         for label, folder in enumerate(folders):
             for path in _regular_files(os.path.join(root, folder), self.odd):
-                ending = Path(path).suffix.lower()
-                # Pillow also lists documents, videos and tables, which it cannot open by itself.
-                if Image.MIME.get(formats.get(ending, ""), "").startswith("image/"):
+                is_hidden = Path(path).name.startswith(".")
+                if is_hidden and not Path(path).suffix:
+                    continue
+                reason = no_picture(path)
+                if not reason:
                     keys.append(os.path.relpath(path, root))
                     classes.append(label)
-                elif not Path(path).name.startswith("."):
-                    self.others[ending or "without an ending"] += 1
+                elif not is_hidden:
+                    self.others[reason] += 1
         if not keys:
             where = "as CLASS/picture.png" if names else "in it, or in folders in it"
             got = f"among {plural(self.others.total(), 'file')}"
+            if heic := self.others[NEEDS_HEIF]:
+                got += f", {heic:,} of them {NEEDS_HEIF}"
             raise DataError(f"{root}: expected pictures {where}, found none {got}")
         self.keys: Sequence[str] = StringTable(keys)
         self._classes = Labels(torch.tensor(classes), tuple(names))
@@ -116,9 +120,10 @@ class ImageFolder:
 
     def image(self, i: int) -> Image.Image:
         try:
-            return decode(Path(self.path(i)).read_bytes(), self.path(i))
+            return decode(Path(self.path(i)).read_bytes(), printable(self.path(i)))
         except OSError as error:
-            raise DataError(f"{self.path(i)}: {error.strerror}; fix the file") from error
+            shown = printable(self.path(i))
+            raise DataError(f"{shown}: {error.strerror}; fix the file") from error
 
 
 def _regular_files(root: str, odd: Counter[str]) -> list[str]:

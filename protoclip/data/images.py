@@ -25,12 +25,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.common.files import DataError, whole_file
+from protoclip.common.files import DataError, printable, whole_file
 
 # torchvision's defaults.
 CROP_ATTEMPTS = 10
 WIDEST_CROP = 4 / 3  # the largest width over height
 DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
+
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+NEEDS_HEIF = "HEIC: pip install pillow-heif"
 
 logger = logging.getLogger(__name__)
 _warn = functools.lru_cache(logger.warning)  # once for each file
@@ -65,16 +68,63 @@ def decode(data: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: {error}; resize it or raise Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = re.sub(r" <_io\..*>", "", str(error))  # drop the memory address
+        if is_heic(data) and not can_open_heic():
+            reason = NEEDS_HEIF
         raise DataError(
             f"{where}: the picture does not decode ({reason}); replace the file or leave it out"
         ) from error
 
 
-def _opened(data: bytes) -> Image.Image:
-    """The picture, not decoded yet. Pillow's warning about a large one does not name the file."""
+def _opened(data: bytes | str) -> Image.Image:
+    """The picture of a file's bytes or path, not decoded yet. Pillow's warning about a large one
+    does not name the file."""
+    can_open_heic()
     with _warning_filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+
+
+@functools.cache
+def can_open_heic() -> bool:
+    """Whether pillow-heif is installed; Pillow opens HEIC from then on."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def is_heic(beginning: bytes) -> bool:
+    """Whether a file that begins so is what telephones write as .heic."""
+    return beginning[4:8] == b"ftyp" and beginning[8:12] in HEIC_BRANDS
+
+
+def no_picture(path: str) -> str:
+    """Why Pillow opens no picture at a path, in words to count by; "" if it does.
+
+    The ending of the name decides where Pillow knows it, else the content of the file.
+    """
+    can_open_heic()
+    ending = os.path.splitext(path)[1].lower()
+    words = printable(ending) or "without an ending"
+    image_format = Image.registered_extensions().get(ending)
+    if image_format is None:
+        try:
+            with open(path, "rb") as file:
+                beginning = file.read(12)
+            if is_heic(beginning) and not can_open_heic():
+                return NEEDS_HEIF
+            with _opened(path) as image:
+                image_format = image.format
+        except Image.DecompressionBombError:
+            return ""  # it is one, and reading it says what is wrong
+        except OSError as error:  # Pillow's own has no number
+            return words if error.errno is None else f"{words} ({error.strerror})"
+        except Exception:  # of Pillow's plugins, about bytes that are no picture
+            return words
+    # Pillow also lists documents, videos and tables, which it cannot open by itself.
+    return "" if Image.MIME.get(image_format or "", "").startswith("image/") else words
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

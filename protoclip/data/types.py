@@ -27,7 +27,8 @@ def labels_of(values: Sequence[str]) -> Labels:
     """The classification that gives pair i the class ``values[i]``."""
     names = tuple(dict.fromkeys(values))
     numbers = {name: number for number, name in enumerate(names)}
-    return Labels(torch.tensor([numbers[value] for value in values]), names)
+    ids = torch.tensor([numbers[value] for value in values], dtype=torch.int64)
+    return Labels(ids, names)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
     wanted = parse_tasks(args.tasks)
-    output = output_file(args.output or _output(args), "--output")
+    output = output_file(args.out or _output(args), "--out")
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
     held_out = None if args.data else _own_held_out(loaded.config)

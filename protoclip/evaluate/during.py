@@ -28,6 +28,7 @@ from protoclip.data import (
 )
 from protoclip.data.loader import Faults
 from protoclip.data.settings import RunData, open_arguments
+from protoclip.data.types import labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, held_out_layout, open_layout
@@ -144,8 +145,9 @@ class Evaluation:
         scalars: dict[str, float] = {}
         for name, dataset in self.quick_sets.items():
             texts = [dataset.captions(i)[0] for i in range(len(dataset))]
-            ranks = retrieval(encoder.images(dataset), encoder.texts(texts))
-            hits_by_recall = recalls(ranks, (1, 5))
+            image = encoder.images(dataset)
+            places = retrieval(image, encoder.texts(texts), caption_ids=labels_of(texts).ids)
+            hits_by_recall = recalls(places, (1, 5))
             for recall, hits in hits_by_recall.items():
                 scalars[f"val_{name}_{recall}"] = float(hits.mean())
         return scalars

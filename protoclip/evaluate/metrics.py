@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,46 +37,109 @@ def rows_per_block(columns: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(columns, 1))
 
 
-def retrieval(
-    image: Tensor, text: Tensor, caption_image: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rank, from 1, of the best positive by cosine, for each image [N] and each caption [M].
+class Places(NamedTuple):
+    """Where the right answers of each query stand: fp64 [Q] each."""
 
-    A tie costs half a place, so that a model that maps everything to one point scores at chance
-    and not at 100 %. Rank infinity: an image without a caption, or features that are not finite.
-    ``caption_image``, int64 [M], has the image row of each caption; None: caption i to image i.
+    ahead: Tensor  # wrong answers that score higher than every right one; infinity: none is right
+    tied: Tensor  # wrong answers that score the same as the best right one
+    right: Tensor  # right answers that score the same as the best one, itself included
+
+    @property
+    def rank(self) -> Tensor:
+        """Expected rank of the first right answer, from 1, if ties come in random order."""
+        return self.ahead + 1 + self.tied / (self.right + 1)
+
+    def within(self, k: int) -> Tensor:
+        """Probability that a right answer is among the first k, if ties come in random order.
+
+        0 or 1 without ties. A model that maps everything to one point scores at chance.
+        """
+        missed = torch.ones_like(self.ahead)
+        for place in range(k):
+            drawn = place - self.ahead  # tied answers that came before this place
+            wrong_left = (self.tied - drawn).clamp_min(0)
+            left = (self.tied + self.right - drawn).clamp_min(1)
+            missed *= torch.where(drawn >= 0, wrong_left / left, 1)
+        return 1 - missed
+
+
+def retrieval(
+    image: Tensor,
+    text: Tensor,
+    caption_image: Tensor | None = None,
+    caption_ids: Tensor | None = None,
+) -> tuple[Places, Places]:
+    """Places of the right answers by cosine, of each image [N] and of each caption [M].
+
+    Args:
+        image: [N, D].
+        text: [M, D].
+        caption_image: the image row of each caption, int64 [M]; None: caption i is of image i.
+        caption_ids: the same number, from 0, for captions of the same text, int64 [M]. Then each
+            of them is a right answer to every image that has one of them, and each of these images
+            to every one of them; None: all texts differ.
     """
     images = torch.arange(len(image), device=image.device)
     owner = images if caption_image is None else caption_image.to(image.device)
+    ids = torch.arange(len(text), device=image.device)
+    if caption_ids is not None:
+        ids = caption_ids.to(image.device)
     z_image = unit(image)
     z_text = unit(text)
+
+    def captions_of(rows: slice) -> Tensor:
+        return right_answers(owner, ids, images[rows], ids)
+
+    def images_of(rows: slice) -> Tensor:
+        return right_answers(ids, owner, ids[rows], images)
+
     return (
-        _ranks(z_image, lambda rows: rows @ z_text.T, images, owner),
-        _ranks(z_text, lambda rows: rows @ z_image.T, owner, images),
+        _places(z_image, len(text), lambda rows: rows @ z_text.T, captions_of),
+        _places(z_text, len(image), lambda rows: rows @ z_image.T, images_of),
     )
 
 
-def recalls(ranks: tuple[Tensor, Tensor], ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
-    """``retrieval``'s ranks -> 0 or 1 per query, by CLIP_benchmark's name of their mean."""
+def right_answers(question: Tensor, answer: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Whether a row's number and a column's are together in (question, answer): bool [b, P].
+
+    All are numbers from 0: ``question`` and ``answer`` int64 [L], ``rows`` int64 [b], ``columns``
+    int64 [P].
+    """
+    asked, place = rows.unique(return_inverse=True)
+    among = torch.isin(question, asked)
+    sizes = [int(numbers.max()) + 1 for numbers in (answer, columns) if len(numbers)]
+    is_right = torch.zeros(len(asked), max(sizes, default=0), dtype=torch.bool, device=rows.device)
+    is_right[torch.searchsorted(asked, question[among]), answer[among]] = True
+    return is_right[place][:, columns]
+
+
+def recalls(places: tuple[Places, Places], ks: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
+    """``retrieval``'s places -> 0 to 1 per query, by CLIP_benchmark's name of their mean."""
     return {
-        f"{answers}_retrieval_recall@{k}": (ranks_of_queries <= k).float()
-        for answers, ranks_of_queries in zip(("text", "image"), ranks, strict=True)
+        f"{answers}_retrieval_recall@{k}": places_of_queries.within(k)
+        for answers, places_of_queries in zip(("text", "image"), places, strict=True)
         for k in ks
     }
 
 
-def _ranks(queries: Tensor, score: Score, query_id: Tensor, item_id: Tensor) -> Tensor:
-    """Rank of the best item with the query's id, float32 [Q]; ``score`` gives those of P items."""
-    ranks = queries.new_full((len(queries),), torch.inf, dtype=torch.float32)
-    step = rows_per_block(len(item_id))
-    for start in range(0, len(queries) if len(item_id) else 0, step):
-        scores = score(queries[start : start + step])  # [b, P]
-        positive = query_id[start : start + step, None] == item_id  # [b, P]
-        best = scores.masked_fill(~positive, -torch.inf).amax(1)
-        scores = scores.masked_fill(positive, torch.nan)  # never ranks above a positive
-        ahead = (scores > best[:, None]).sum(1) + 0.5 * (scores == best[:, None]).sum(1)
-        ranks[start : start + step] = torch.where(best.isfinite(), ahead + 1, torch.inf)
-    return ranks
+def _places(
+    queries: Tensor, num_answers: int, score: Score, right_of: Callable[[slice], Tensor]
+) -> Places:
+    """Places of the right answers of queries [Q, D]; of some rows ``score`` gives the scores of all
+    P answers, and ``right_of`` which are right, bool [b, P]."""
+    ahead, tied, right = queries.new_zeros(3, len(queries), dtype=torch.float64)
+    ahead.fill_(torch.inf)
+    step = rows_per_block(num_answers)
+    for start in range(0, len(queries) if num_answers else 0, step):
+        rows = slice(start, start + step)
+        scores = score(queries[rows])  # [b, P]
+        is_right = right_of(rows)
+        best = scores.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
+        equal = scores == best
+        ahead[rows] = torch.where(best[:, 0].isfinite(), (scores > best).sum(1), torch.inf)
+        right[rows] = (equal & is_right).sum(1).double()
+        tied[rows] = equal.sum(1) - right[rows]
+    return Places(ahead, tied, right)
 
 
 def class_vectors(prompts: Tensor) -> Tensor:
@@ -91,13 +155,14 @@ def zero_shot_logits(image: Tensor, vectors: Tensor) -> Tensor:
 def classify(features: Tensor, labels: Tensor, num_classes: int, score: Score) -> dict[str, Tensor]:
     """One value per sample for the classifier ``score``, by CLIP_benchmark's name of their mean.
 
-    Features [N, D], labels int64 [N] in 0 .. C - 1. A tie costs half a place; fewer than five
-    classes have no top-5.
+    Features [N, D], labels int64 [N] in 0 .. C - 1. A tie counts the expected hits, as in
+    ``Places``; fewer than five classes have no top-5.
     """
     labels = labels.to(features.device)
-    ranks = _ranks(features, score, labels, torch.arange(num_classes, device=features.device))
-    in_first = (ranks <= 1).float()
-    in_five = (ranks <= 5).float()
+    classes = torch.arange(num_classes, device=features.device)
+    places = _places(features, num_classes, score, lambda rows: labels[rows, None] == classes)
+    in_first = places.within(1)
+    in_five = places.within(5)
     size = labels.bincount()
     weight = len(labels) / ((size > 0).sum() * size[labels])  # classes count equally
     return {

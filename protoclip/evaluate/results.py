@@ -200,7 +200,7 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results: expected a results.json of protoclip, got {path} ({type(error).__name__}: "
-            f"{error}); move it away or choose another --output"
+            f"{error}); move it away or choose another --out"
         ) from error
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from protoclip.data import Draws, Labels, PairDataset, batches
 from protoclip.data.images import hog
-from protoclip.data.types import heldout_mask
+from protoclip.data.types import heldout_mask, labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
@@ -48,6 +48,7 @@ class EvalSet:
     skip: frozenset[tuple[str, str]] = frozenset()  # (label, task) to leave out
     title: str = ""
     probe_rows: Tensor | None = None  # int64, the test images of probes; None: all
+    caption_ids: Tensor | None = None  # int64 [M], the same for equal captions; None: all differ
 
     def among(self, label: str) -> tuple[Tensor, Labels]:
         """The images that have one of the zero-shot classes, int64 [n], and their classes among
@@ -200,11 +201,14 @@ def _guesses(eval_set: EvalSet, train: EvalSet | None) -> tuple[dict[str, float]
             share[f"{label}/{name}"] = 1 / int((counts > 0).sum())
             most[f"{label}/{name}"] = usual
     if len(eval_set.text):
-        images = max(1, len(eval_set.image))
-        texts = len(eval_set.text)
-        for k in (1, 5, 10):
-            share[f"text_retrieval_recall@{k}"] = min(1.0, k / texts)
-            share[f"image_retrieval_recall@{k}"] = min(1.0, k / images)
+        # Every order of the answers is as likely where all features are equal.
+        blind = metrics.retrieval(
+            torch.ones_like(eval_set.image[:, :1]),
+            torch.ones_like(eval_set.text[:, :1]),
+            eval_set.owner,
+            eval_set.caption_ids,
+        )
+        share |= {name: float(hits.mean()) for name, hits in metrics.recalls(blind).items()}
     return share, most
 
 
@@ -288,6 +292,7 @@ def encode_set(
         image=image,
         text=encoder.texts(texts) if texts else image[:0],
         owner=torch.tensor(owner, dtype=torch.int64, device=encoder.device),
+        caption_ids=labels_of(texts).ids.to(encoder.device),
         labels=labels,
         class_vectors=vectors,
         choices=choices,
@@ -312,6 +317,7 @@ def take(eval_set: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> Ev
         image=eval_set.image[images],
         text=eval_set.text[captions],
         owner=place[eval_set.owner[captions]],
+        caption_ids=None if eval_set.caption_ids is None else eval_set.caption_ids[captions],
         labels={
             label: Labels(classes.ids[images], classes.names)
             for label, classes in eval_set.labels.items()
@@ -397,9 +403,11 @@ def _score(
     values: dict[str, float] = {}
     sampled: dict[str, Tensor] = {}  # values whose means are metrics
     if len(eval_set.text) and "retrieval" in tasks:
-        ranks = metrics.retrieval(eval_set.image, eval_set.text, eval_set.owner)
-        sampled |= metrics.recalls(ranks)
-        values["text_retrieval_median_rank"] = float(ranks[0].double().quantile(0.5))
+        places = metrics.retrieval(
+            eval_set.image, eval_set.text, eval_set.owner, eval_set.caption_ids
+        )
+        sampled |= metrics.recalls(places)
+        values["text_retrieval_median_rank"] = float(places[0].rank.quantile(0.5))
     for label, classes in eval_set.labels.items():
         scores_of_label: dict[str, Tensor] = {}
         if "zeroshot" in tasks and label in eval_set.class_vectors:

@@ -4,12 +4,21 @@ None of them forms a matrix of logits. What happens over ranks is in ``protoclip
 the computation on one process in ``protoclip.ops``.
 """
 
-from protoclip.losses.drop_in import DIST_IMPLS, ClipLoss, ProtoClipLoss, SigLipLoss
+from protoclip.losses.drop_in import (
+    DIST_IMPLS,
+    ClipLoss,
+    CoCaLoss,
+    DistillClipLoss,
+    ProtoClipLoss,
+    SigLipLoss,
+)
 from protoclip.losses.global_losses import (
     global_contrastive,
     global_contrastive_parts,
     global_info_nce,
+    global_nt_xent,
     global_sigmoid_loss,
+    global_sup_con,
 )
 from protoclip.losses.objective import Losses, ProtoLoss, caption_ids, similarity_distillation
 from protoclip.losses.prototypes import PrototypeTerm, hit_rate, prototype_term
@@ -17,6 +26,8 @@ from protoclip.losses.prototypes import PrototypeTerm, hit_rate, prototype_term
 __all__ = [
     "DIST_IMPLS",
     "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
     "Losses",
     "ProtoClipLoss",
     "ProtoLoss",
@@ -26,7 +37,9 @@ __all__ = [
     "global_contrastive",
     "global_contrastive_parts",
     "global_info_nce",
+    "global_nt_xent",
     "global_sigmoid_loss",
+    "global_sup_con",
     "hit_rate",
     "prototype_term",
     "similarity_distillation",

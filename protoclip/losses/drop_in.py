@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows
+from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows, world_size
 from protoclip.episodes.prototypes import PrototypeBuilder
 from protoclip.losses.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
 from protoclip.losses.online import OnlinePrototypes
@@ -21,19 +24,31 @@ from protoclip.settings.config import EpisodeConfig, ProtoConfig
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchange texts
 
 
-class _EqualBatches(nn.Module):
-    """A loss over ranks that compares their batch sizes once, before its first exchange."""
+class _OverRanks(nn.Module):
+    """A loss that looks once, before its first value, at the ranks that it is computed on."""
 
     world_size: int
-    _compared = False
+    _looked = False
 
-    def _compare_once(self, rows: Tensor) -> None:
-        if self.world_size > 1 and not self._compared and not torch.compiler.is_compiling():
-            check_equal_rows(type(self).__name__, rows)
-            self._compared = True
+    def _look_once(self, rows: Tensor) -> None:
+        """ValueError if the ranks' batches differ; a warning if the loss is of one of several."""
+        if self._looked or torch.compiler.is_compiling():
+            return
+        self._looked = True
+        name = type(self).__name__
+        ranks = world_size()
+        if self.world_size > 1:
+            check_equal_rows(name, rows)
+        elif ranks > 1:
+            warnings.warn(
+                f"{name}: expected rank= and world_size={ranks} of this process, got world_size=1, "
+                "so each rank compares the pairs of its own batch alone; pass both for the loss "
+                "of the global batch",
+                stacklevel=5,
+            )
 
 
-class ClipLoss(_EqualBatches):
+class ClipLoss(_OverRanks):
     """OpenCLIP's ``ClipLoss`` without its [N, N] logits.
 
     Args:
@@ -70,7 +85,7 @@ class ClipLoss(_EqualBatches):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
@@ -78,18 +93,19 @@ class ClipLoss(_EqualBatches):
 
         Args:
             image_features, text_features: [N, D], unit rows; float dtypes, mixed ones are promoted.
-            logit_scale: [] or [1], the multiplier (not its logarithm).
-            logit_bias: [] or [1]; softmax ignores it, so its gradient is zero.
+            logit_scale: [] or [1], the multiplier (not its logarithm); a number is at least 0.
+            logit_bias: [] or [1], or a number; softmax ignores it, so its gradient is zero.
             output_dict: return ``{"contrastive_loss": loss}``.
             ids: int64 [N] or [N, R], R <= 2: pairs with an equal id, on any rank, are not
                 negatives of each other. OpenCLIP does not have this argument.
         Returns:
             float32 [], nats.
         """
-        self._compare_once(image_features)
+        self._look_once(image_features)
         loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
-            loss = loss + 0 * logit_bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
+            bias = checks.scalar("ClipLoss", "logit_bias", logit_bias, loss.device)
+            loss = loss + 0 * bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(
@@ -126,7 +142,7 @@ class ClipLoss(_EqualBatches):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The full logits of both directions, for subclasses written for OpenCLIP's class: [N, M]
         each, with the M pairs of all ranks (N = M without ``local_loss``)."""
@@ -144,7 +160,117 @@ class ClipLoss(_EqualBatches):
         return torch.arange(first, first + num_logits, device=device)
 
 
-class SigLipLoss(_EqualBatches):
+class CoCaLoss(ClipLoss):
+    """OpenCLIP's ``CoCaLoss``: ``ClipLoss`` and the cross-entropy of captions, both weighted.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: factors of the two; without the second there is only
+            the first.
+        pad_id: the token that has no loss.
+        args, kwargs: ``ClipLoss``'s.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.caption_loss_weight = caption_loss_weight
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """The two terms. ``logits`` [N, L, vocabulary] and ``labels`` int64 [N, L] are those of the
+        captions' tokens; the others are ``ClipLoss``'s."""
+        contrastive: Any = torch.zeros((), device=logits.device)
+        if self.clip_loss_weight:
+            contrastive = super().forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * contrastive
+        captions = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "caption_loss": captions}
+        return contrastive, captions
+
+
+class DistillClipLoss(ClipLoss):
+    """OpenCLIP's ``DistillClipLoss`` without its four matrices of logits.
+
+    The cross-entropy of a row with the teacher's probabilities P is that of its own key plus
+    scale q.(own key - sum_j P_j k_j). The sum is an attention of the teacher's query to the
+    teacher's keys with the student's keys as values, which torch computes in fp32, on CPUs and GPUs
+    by kernels without a matrix of probabilities. The teacher has no gradient.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """InfoNCE, and the cross-entropy with the teacher's probabilities, of both directions.
+
+        Args:
+            dist_image_features, dist_text_features, dist_logit_scale: the teacher's [N, Dt], and
+                its scale; the others are ``ClipLoss``'s.
+        """
+        contrastive: Any = super().forward(image_features, text_features, logit_scale)
+        by_image = self._teachers_gap(
+            image_features, text_features, dist_image_features, dist_text_features, dist_logit_scale
+        )
+        by_text = self._teachers_gap(
+            text_features, image_features, dist_text_features, dist_image_features, dist_logit_scale
+        )
+        gaps = (by_image + by_text) / 2
+        distill = contrastive + torch.as_tensor(logit_scale).reshape(()) * gaps
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill
+
+    def _teachers_gap(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        teachers_queries: Tensor,
+        teachers_keys: Tensor,
+        teachers_scale: Tensor | float,
+    ) -> Tensor:
+        """Mean over the queries of q.(own key - mean key by the teacher's probabilities), []."""
+        first = self.rank * len(queries) if self.world_size > 1 and self.local_loss else 0
+        rows = [queries, teachers_queries.detach()]
+        all_keys = self._of_all_ranks(keys).float()
+        with torch.no_grad():
+            teachers_keys = gather_rows(teachers_keys) if self.world_size > 1 else teachers_keys
+        if not self.local_loss:
+            rows = [self._of_all_ranks(row) for row in rows]
+        x, teacher = (row.float() for row in rows)
+        # One width for all three, which torch's kernels want.
+        width = max(x.shape[1], teacher.shape[1])
+        attending, attended, values = (
+            F.pad(t, (0, width - t.shape[1]))[None, None]
+            for t in (teachers_scale * teacher, teachers_keys.detach().float(), all_keys)
+        )
+        mean_keys = F.scaled_dot_product_attention(attending, attended, values, scale=1.0)[0, 0]
+        own_keys = all_keys[first : first + len(x)]
+        return (x * (own_keys - mean_keys[:, : x.shape[1]])).sum(dim=1).mean()
+
+
+class SigLipLoss(_OverRanks):
     """OpenCLIP's ``SigLipLoss`` without its [N, N] logits.
 
     Args:
@@ -176,24 +302,39 @@ class SigLipLoss(_EqualBatches):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         ids: Tensor | None = None,
         same_id: SameId = "positive",
+        *,
+        weights: Tensor | None = None,
+        label_smoothing: float = 0,
+        reduction: str = "mean",
     ) -> Tensor | dict[str, Tensor]:
         """Sum over pairs of the sigmoid loss, divided by the local batch: float32 [], nats.
 
         Args: those of ``ClipLoss.forward``, except that a ``logit_bias`` of None is zero, and pairs
-        of the same id are positives too, or are left out if ``same_id`` is "exclude".
+        of the same id are positives too, or are left out if ``same_id`` is "exclude"; and
+        ``weights``, ``label_smoothing`` and ``reduction`` of ``sigmoid_loss``, for this rank's
+        images.
         """
         x, y, logit_scale = checks.equal_rows(
             "SigLipLoss", image_features, text_features, logit_scale
         )
         bias = 0.0 if logit_bias is None else logit_bias
-        self._compare_once(x)
-        summed_loss = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        total = summed_loss(x, y, logit_scale, bias, ids=ids, same_id=same_id)
-        loss = total / max(x.shape[0], 1)
+        self._look_once(x)
+        loss_of = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
+        loss = loss_of(
+            x,
+            y,
+            logit_scale,
+            bias,
+            ids=ids,
+            same_id=same_id,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(
@@ -229,6 +370,9 @@ class ProtoClipLoss(ClipLoss):
     prototypes. Without ``gather_with_grad`` OpenCLIP scales InfoNCE's feature gradient by
     1 / world_size. The prototype loss does the same, so their balance does not depend on the flags.
 
+    ``state_dict`` holds this rank's slice of the queue, and the prototypes and labels, which are
+    those of all ranks. Save it on each rank: with rank 0's alone the others start from its slice.
+
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
         proto: settings of the prototypes.
@@ -262,6 +406,21 @@ class ProtoClipLoss(ClipLoss):
         """The last step's prototype accuracy, cluster sizes and step count. Reads the device."""
         return self.online.metrics()
 
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Queue, prototypes and counters, for ``state_dict``."""
+        return self.online.state_dict()
+
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from ``get_extra_state`` of a loss with the same settings."""
+        self.online.load_state_dict(state)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = f"{prefix}_extra_state"
+        if name in state_dict:  # a ClipLoss's has none, nor had ours before
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def steps_to_prototypes(self, batch_size: int) -> int:
         """Optimiser steps before prototypes exist, from the start or after a resume, with
         ``batch_size`` pairs per rank."""
@@ -272,7 +431,7 @@ class ProtoClipLoss(ClipLoss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         ids: Tensor | None = None,
         *,
@@ -313,6 +472,7 @@ class ProtoClipLoss(ClipLoss):
         image = image_features if image_projection is None else image_projection
         text = text_features if text_projection is None else text_projection
         features = {"image": self._balanced(image), "text": self._balanced(text)}
+        self.online.move_to(image.device)
         sets = self.online.sets
         labels = self.online.labels_of(features, index)
         if sets is not None and labels is not None and self.proto.weight > 0:

@@ -30,10 +30,15 @@ from protoclip.distributed import (
     world_size,
 )
 from protoclip.ops import checks
-from protoclip.ops.contrastive_losses import one_way
+from protoclip.ops.contrastive_losses import (
+    against_each_other,
+    labelled_views,
+    one_way,
+    two_views,
+)
 from protoclip.ops.dispatch import resolve
-from protoclip.ops.info_nce_loss import info_nce, info_nce_gradients, info_nce_statistics
-from protoclip.ops.operators import ANY_FLOAT, gradient_like, wants_gradient
+from protoclip.ops.info_nce_loss import info_nce, info_nce_gradients, info_nce_strip
+from protoclip.ops.operators import ANY_FLOAT, accumulator, gradient_like, wants_gradient
 from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.query_losses import (
     contrastive_gaps,
@@ -42,7 +47,7 @@ from protoclip.ops.query_losses import (
     one_way_parts,
     side_weights,
 )
-from protoclip.ops.siglip_loss import fused_sigmoid_loss, sigmoid_loss
+from protoclip.ops.siglip_loss import fused_sigmoid_loss, sigmoid_losses
 from protoclip.ops.stash import no_stash
 from protoclip.ops.sums import LN2
 
@@ -173,6 +178,73 @@ def global_contrastive_parts(
     return one_way_parts(op, queries, all_keys, logit_scale, matching, backend=backend)
 
 
+def global_nt_xent(
+    views_a: Tensor,
+    views_b: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """``nt_xent`` of this rank's views against the views of all ranks.
+
+    Mean and reduction are as in ``global_contrastive``, the arguments as in ``nt_xent``, for this
+    rank's samples; N is the same on every rank.
+    """
+    op = "global_nt_xent"
+    first = 2 * len(views_a) * rank()
+    views = two_views(op, views_a, views_b, logit_scale, ids, same_id, decoupled, weights, first)
+    keys, matching = _keys_of_all_ranks(op, views.rows, views.matching)
+    return against_each_other(
+        op,
+        views,
+        keys,
+        matching,
+        decoupled=decoupled,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+        average=mean_over_ranks if is_distributed() else None,
+    )
+
+
+def global_sup_con(
+    features: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """``sup_con`` of this rank's rows against the rows of all ranks.
+
+    Mean and reduction are as in ``global_contrastive``, the arguments as in ``sup_con``, for this
+    rank's rows; their number is the same on every rank.
+    """
+    op = "global_sup_con"
+    first = features.shape[:-1].numel() * rank()
+    views = labelled_views(op, features, labels, logit_scale, weights, first)
+    keys, matching = _keys_of_all_ranks(op, views.rows, views.matching)
+    losses = against_each_other(
+        op,
+        views,
+        keys,
+        matching,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+        average=mean_over_ranks if is_distributed() else None,
+    )
+    return losses.reshape(features.shape[:-1]) if reduction == "none" else losses
+
+
 def _keys_of_all_ranks(op: str, keys: Tensor, matching: Matching) -> tuple[Tensor, Matching]:
     """The keys of all ranks with their ids and biases; checked before any rank waits."""
     if not is_distributed():
@@ -194,7 +266,7 @@ def ids_of_all_ranks(op: str, ids: Tensor | None, rows: Tensor, name: str = "ids
     if ids is None:
         return None
     check_ids(op, name, ids, len(rows), rows.device)
-    return gather_rows(ids)
+    return gather_rows(ids) if is_distributed() else ids
 
 
 def global_sigmoid_loss(
@@ -205,45 +277,48 @@ def global_sigmoid_loss(
     *,
     ids: Tensor | None = None,
     same_id: SameId = "positive",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "sum",
     backend: str = "auto",
 ) -> Tensor:
-    """SigLIP's loss of this rank's B images against the texts of all ranks, summed.
+    """SigLIP's loss of this rank's B images against the texts of all ranks.
 
-    Memory is O(B D): the texts pass from rank to rank; only the reference gathers them.
+    Memory is O(B D): the texts pass from rank to rank. Only the reference, ``weights``,
+    ``label_smoothing`` and "none" gather them, O(W B D).
 
-    Args: those of ``sigmoid_loss``, for this rank's pairs; B is the same on every rank.
+    Args: those of ``sigmoid_loss``, for this rank's pairs; B is the same on every rank. With
+    ``weights`` a "mean" divides by the ranks' mean total weight.
     """
-    if not is_distributed():
-        return sigmoid_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            ids=ids,
-            same_id=same_id,
-            backend=backend,
-        )
     op = "global_sigmoid_loss"
     first = rank() * len(image_features)
     x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
-    logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
     all_ids = ids_of_all_ranks(op, ids, x)
     backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
-    if backend_name == "reference":
-        return sigmoid_loss(
+    on_ring = weights is None and not label_smoothing and reduction != "none"
+    if not (is_distributed() and on_ring and backend_name != "reference"):
+        return sigmoid_losses(
+            op,
             x,
-            gathered_rows(y),
+            gathered_rows(y) if is_distributed() else y,
             logit_scale,
             logit_bias,
             ids=all_ids,
             same_id=same_id,
             offset=first,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
             backend=backend_name,
+            average=mean_over_ranks if is_distributed() else None,
         )
     matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
     pairs = pairs_of(op, x, len(x) * world_size(), matching)
     gradients = wants_gradient(x, y, logit_scale, logit_bias)
-    return _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, backend_name)
+    total = _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, backend_name)
+    return total / max(len(x), 1) if reduction == "mean" else total
 
 
 class _GlobalInfoNce(torch.autograd.Function):
@@ -256,7 +331,7 @@ class _GlobalInfoNce(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         all_y = gather_rows(y)
         offset = rank() * len(x)
-        strip = info_nce_statistics(
+        strip = info_nce_strip(
             x, all_y, logit_scale, offset=offset, both_directions=True, backend=backend
         )
         column_reference, column_sum = _columns_of_all_ranks(

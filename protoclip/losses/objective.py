@@ -135,7 +135,7 @@ class ProtoLoss(nn.Module):
 def caption_ids(tokens: Tensor) -> Tensor:
     """int64 [B], equal for equal caption tokens [B, L]; others collide once in 2^47 pairs."""
     factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
-    return (tokens.long() * factors.to(tokens.device)).sum(dim=1)
+    return (tokens.long() * factors.to(tokens.device, non_blocking=True)).sum(dim=1)
 
 
 def similarity_distillation(

@@ -23,6 +23,7 @@ from protoclip.ops.checks import LEFT_OUT
 BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
 BALANCED_TEMPERATURE = 0.05  # SwAV's
 BALANCED_ITERATIONS = 3  # SwAV's
+KEYS = "keys"  # of the samples, among the tensors of a state
 LOGGER = logging.getLogger(__name__)
 
 
@@ -86,6 +87,62 @@ class OnlinePrototypes:
         self._clustered: dict[str, Tensor] = {}  # modality -> the rows that were clustered last
         self._sizes: dict[str, float] = {}
         self._accuracy: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training has changed, as tensors: the queue is this rank's, the rest is
+        the same on all ranks."""
+        counters = [self.steps, self._calls, self._clusterings, self._next]
+        state = {"counters": torch.tensor(counters)}
+        for step in self._recent:
+            state |= {f"queue.{step.number}.{name}": rows for name, rows in step.rows.items()}
+            if step.keys is not None:
+                state[f"queue.{step.number}.{KEYS}"] = step.keys
+        for prototype_set in self.sets or ():
+            place = f"{prototype_set.source}.{prototype_set.student}"
+            state[f"prototypes.{place}"] = prototype_set.prototypes
+            if prototype_set.targets is not None:
+                state[f"targets.{place}"] = prototype_set.targets
+        if self.stored_labels is not None:
+            state[f"labels.{KEYS}"] = self.stored_labels.keys
+            state |= _named("labels", self.stored_labels.labels)
+        newest = {name: rows[-BALANCED_ROWS:].clone() for name, rows in self._clustered.items()}
+        sizes = {name: torch.tensor(size) for name, size in self._sizes.items()}
+        state |= _named("centroids", self.centroids) | _named("clustered", newest)
+        return state | _named("sizes", sizes) | _named("accuracy", self._accuracy)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a ``state_dict``; of a loss that has not begun, it may be empty."""
+        if not state:
+            return
+        self.steps, self._calls, self._clusterings, self._next = state["counters"].tolist()
+        rows_by_step: dict[int, dict[str, Tensor]] = {}
+        for name, rows in _under("queue", state).items():
+            number, _, column = name.partition(".")
+            rows_by_step.setdefault(int(number), {})[column] = rows
+        self._recent = deque(
+            StoredStep(number, rows=rows, keys=rows.pop(KEYS, None))
+            for number, rows in rows_by_step.items()
+        )
+        self._filled = sum(map(len, self._recent))
+        targets = _under("targets", state)
+        sets = []
+        for place, prototypes in _under("prototypes", state).items():
+            source, _, student = place.partition(".")
+            sets.append(PrototypeSet(source, student, prototypes, targets.get(place)))
+        self.sets = sets or None
+        labels = _under("labels", state)
+        keys = labels.pop(KEYS, None)
+        self.stored_labels = None if keys is None else StoredLabels(keys, labels)
+        self.centroids = _under("centroids", state)
+        self._clustered = _under("clustered", state)
+        self._sizes = {name: float(size) for name, size in _under("sizes", state).items()}
+        self._accuracy = _under("accuracy", state)
+
+    @torch._disable_dynamo
+    def move_to(self, device: torch.device) -> None:
+        """Bring a loaded state to the device of the features."""
+        if self._recent and self._recent[-1].rows["image"].device != device:
+            self.load_state_dict({name: x.to(device) for name, x in self.state_dict().items()})
 
     def first_step(self, rows: int) -> int:
         """Steps of ``rows`` pairs on this rank before the first clustering."""
@@ -200,6 +257,18 @@ class OnlinePrototypes:
         accuracy = {f"{name}_proto_accuracy": float(hit) for name, hit in self._accuracy.items()}
         counts = {"steps": float(self.steps), "clusterings": float(self._clusterings)}
         return counts | self._sizes | accuracy
+
+
+def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _under(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that ``_named`` has put there."""
+    begin = f"{kind}."
+    return {
+        name.removeprefix(begin): tensor for name, tensor in state.items() if name.startswith(begin)
+    }
 
 
 def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Group) -> Tensor:

@@ -1,5 +1,6 @@
 """The ops: contract, checks, backends and autograd of each. They know tensors but no models."""
 
+from protoclip.kernels import scratch as scratch
 from protoclip.ops.clusters import kmeans_assign, segment_mean
 from protoclip.ops.contrastive_losses import contrastive, nt_xent, sup_con
 from protoclip.ops.dispatch import backends

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def strip(
     matrix(op, names[1], y, "[M, D]")
     like(op, names[1], y, names[0], x)
     x, y = promoted(x, y)
-    return x, y, scalar(op, "logit_scale", logit_scale, x.device, accumulator(x))
+    return x, y, scalar(op, "logit_scale", logit_scale, x.device, accumulator(x), lowest=0)
 
 
 def equal_rows(
@@ -90,18 +91,29 @@ def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def scalar(
-    op: str, name: str, x: Any, device: torch.device, dtype: torch.dtype = torch.float32
+    op: str,
+    name: str,
+    x: Any,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    lowest: float = -math.inf,
 ) -> Tensor:
     """A one-element float tensor on ``device``, from such a tensor or, in ``dtype``, from a real
-    number."""
+    number of at least ``lowest``."""
     if not isinstance(x, Tensor):
-        # numpy's scalars and one-element arrays are numbers too; strings are not
-        if isinstance(x, str) or not hasattr(x, "__float__") or getattr(x, "size", 1) != 1:
+        # numpy's scalars and one-element arrays are numbers too; strings and booleans are not
+        is_number = hasattr(x, "__float__") and getattr(x, "size", 1) == 1
+        number = getattr(x, "item", lambda: x)() if is_number else x
+        if not is_number or isinstance(number, (bool, str)):
             raise TypeError(
                 f"{op}: expected {name} as a number or a Tensor of shape [] or [1], got "
                 f"{type(x).__name__}; pass float({name})"
             )
-        number = float(getattr(x, "item", lambda: x)())
+        number = float(number)
+        if not number >= lowest:  # NaN too
+            least = "a number" if lowest == -math.inf else f"at least {lowest:g}"
+            raise ValueError(f"{op}: expected {name} of {least}, got {number:g}; check the model")
         return torch.full((), number, dtype=dtype, device=device)
     if x.shape not in ((), (1,)) or x.device != device:
         raise ValueError(

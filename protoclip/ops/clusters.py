@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.dispatch import CLUSTERS, resolve
+from protoclip.ops.dispatch import TABLE, function, resolve
 from protoclip.ops.operators import empty, in_transform, operator, without_autocast
 
 
 class Assignment(NamedTuple):
-    """Of each point."""
+    """Where each point belongs."""
 
     labels: Tensor  # int64 [N], the nearest centroid
     distances: Tensor  # fp32 [N], squared
@@ -32,7 +32,7 @@ def _assign_shapes(arguments: Any) -> Assignment:
 
 @operator("kmeans_assign", _assign_shapes, Assignment)
 def _kmeans_assign(points: Tensor, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    run = CLUSTERS[backend].implementation.assign
+    run = function("kmeans_assign", backend, "kmeans_assign")
     return run(points=points, centroids=centroids)
 
 
@@ -72,26 +72,26 @@ def kmeans_assign(
 def assignment(
     points: Tensor, num_clusters: int, backend: str
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """``kmeans_assign`` of the same points to one set of centroids [K, D] after another, the same
-    bits.
+    """A function from centroids [K, D] to ``kmeans_assign`` of these points, with the same bits.
 
-    The form in which products take fp32 points is computed once and kept. C++: 8-bit codes,
-    N (D + 16) bytes, where coding takes 4 % of an assignment or more. CUDA: two bfloat16 parts,
-    4 N D bytes; Triton: one, 2 N D. A GPU always keeps them: a single assignment takes as much.
+    It is for many calls: the form in which products take fp32 points is computed once and kept.
+    C++: 8-bit codes, N (D + 16) bytes, where coding takes 4 % of an assignment or more. CUDA: two
+    bfloat16 parts, 4 N D bytes; Triton: one, 2 N D. A GPU always keeps them: a single assignment
+    takes as much.
     """
     plain = partial(kmeans_assign, points, backend=backend)
     if points.dtype != torch.float32 or not len(points):
         return plain
     backend_name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
-    functions = CLUSTERS[backend_name].implementation
-    most = functions.most_coded_clusters
-    if functions.coded_assignment is None or (most is not None and num_clusters > most):
+    if num_clusters > TABLE["kmeans_assign"][backend_name].most_coded_clusters:
         return plain
-    return functions.coded_assignment(points)
+    codes = function("kmeans_assign", backend_name, "kmeans_encode")(points)
+    run = function("kmeans_assign", backend_name, "kmeans_assign_coded")
+    return lambda centroids: run(points=points, centroids=centroids, codes=codes)
 
 
 class SegmentMeans(NamedTuple):
-    """Of each segment."""
+    """The mean and the size of each segment."""
 
     means: Tensor  # [K, D]
     counts: Tensor  # int64 [K]
@@ -109,9 +109,7 @@ def _segment_mean_shapes(arguments: Any) -> SegmentMeans:
 def _segment_mean(
     values: Tensor, labels: Tensor, num_segments: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    run = CLUSTERS[backend].implementation.segment_mean
-    if backend == "triton" and not values.is_cuda and len(labels):  # the interpreter
-        checks.segments("segment_mean", int(labels.max()) + 1, num_segments)
+    run = function("segment_mean", backend, "segment_mean")
     return run(values=values, labels=labels, num_segments=num_segments)
 
 

@@ -5,6 +5,8 @@ and sees all others, of ``info_nce_loss.py``: contracts. They have no op of thei
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from protoclip.ops.info_nce_loss import diagonal_losses
 from protoclip.ops.operators import accumulator, reduce_weighted
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.query_losses import query_losses
+from protoclip.ops.sums import positive_means
 
 
 def contrastive(
@@ -154,6 +157,15 @@ def one_way(
     return reduce_weighted(losses, counted, weights, reduction, average)
 
 
+class Rows(NamedTuple):
+    """Rows that are queries and keys of each other."""
+
+    rows: Tensor  # [N, D]
+    logit_scale: Tensor
+    matching: Matching
+    weights: Tensor | None  # [N]
+
+
 def nt_xent(
     views_a: Tensor,
     views_b: Tensor,
@@ -161,6 +173,9 @@ def nt_xent(
     *,
     ids: Tensor | None = None,
     same_id: SameId = "exclude",
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -171,27 +186,28 @@ def nt_xent(
         ids: int64 [N] or [N, R], R <= 2, of the samples: equal in any column is the same thing.
         same_id: "exclude": views of other samples with the same id are not negatives; "positive":
             they are positives.
+        decoupled: leave the positives out of the log-sum-exp (DCL); a view without a negative has
+            no loss.
+        weights: float32 [N] >= 0, one per sample, for both of its views.
+        label_smoothing: as in ``contrastive``.
         logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], views_a first.
     Returns:
         float32 [], nats per view.
     Source:
-        Chen et al. 2020 (SimCLR), equation 1.
+        Chen et al. 2020 (SimCLR), equation 1; Yeh et al. 2022 (DCL), equation 5.
     """
     op = "nt_xent"
-    x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
-    if ids is not None:
-        pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
-        ids = torch.cat([ids, ids])
-    views = torch.cat([x, y])
-    itself = torch.arange(views.shape[0], device=x.device)
-    matching = Matching(
-        positives=itself.roll(x.shape[0]),
-        query_ids=ids,
-        key_ids=ids,
-        same_id=same_id,
-        exclude=itself,
+    views = two_views(op, views_a, views_b, logit_scale, ids, same_id, decoupled, weights)
+    return against_each_other(
+        op,
+        views,
+        views.rows,
+        views.matching,
+        decoupled=decoupled,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
     )
-    return one_way(op, views, views, logit_scale, matching, reduction=reduction, backend=backend)
 
 
 def sup_con(
@@ -199,25 +215,147 @@ def sup_con(
     labels: Tensor,
     logit_scale: Tensor | float,
     *,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """The supervised contrastive loss: all other rows with a row's label are its positives.
 
     Args:
-        features: [N, D], unit rows; several views of a sample are several rows.
-        labels: int64 [N]; a row whose label no other row has is left out.
-        logit_scale, reduction, backend: as in ``contrastive``.
+        features: [N, D], unit rows, or [N, V, D], V views of each sample.
+        labels: int64 [N]; a row whose label no other row has, or whose label is not known (-100),
+            is left out, and is a negative of the others.
+        weights: float32 [N] >= 0, one per sample, for all of its views.
+        logit_scale, label_smoothing, reduction, backend: as in ``contrastive``; "none" gives one
+            value per view, [N] or [N, V].
     Returns:
         float32 [], nats per row.
     Source:
         Khosla et al. 2020 (SupCon), equation 2, without the factor temperature / base temperature.
     """
     op = "sup_con"
-    checks.matrix(op, "features", features, "[N, D]")
-    checks.labels(op, labels, features)
-    itself = torch.arange(features.shape[0], device=features.device)
-    matching = Matching(query_ids=labels, key_ids=labels, same_id="positive", exclude=itself)
-    return one_way(
-        op, features, features, logit_scale, matching, reduction=reduction, backend=backend
+    views = labelled_views(op, features, labels, logit_scale, weights)
+    losses = against_each_other(
+        op,
+        views,
+        views.rows,
+        views.matching,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
     )
+    return losses.reshape(features.shape[:-1]) if reduction == "none" else losses
+
+
+def two_views(
+    op: str,
+    views_a: Tensor,
+    views_b: Tensor,
+    logit_scale: Tensor | float,
+    ids: Tensor | None,
+    same_id: SameId,
+    decoupled: bool,
+    weights: Tensor | None,
+    first: int = 0,
+) -> Rows:
+    """The arguments of ``nt_xent`` for views that are keys ``first`` and following."""
+    x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
+    if ids is not None:
+        pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
+    elif decoupled:  # what is not seen is told by ids
+        ids = torch.arange(first, first + x.shape[0], device=x.device)
+    if ids is not None:
+        ids = torch.cat([ids, ids])
+    if weights is not None:
+        checks.weights(op, weights, x, "")
+        weights = torch.cat([weights, weights])
+    views = torch.cat([x, y])
+    itself = torch.arange(first, first + views.shape[0], device=x.device)
+    matching = Matching(
+        positives=itself.roll(x.shape[0]),
+        query_ids=ids,
+        key_ids=ids,
+        same_id=same_id,
+        exclude=itself,
+    )
+    return Rows(views, logit_scale, matching, weights)
+
+
+def labelled_views(
+    op: str,
+    features: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    weights: Tensor | None,
+    first: int = 0,
+) -> Rows:
+    """The arguments of ``sup_con`` for rows that are keys ``first`` and following."""
+    if isinstance(features, Tensor) and features.ndim == 3:
+        samples = features[:, 0] if features.shape[1] else features.flatten(1)
+        checks.labels(op, labels, samples)
+        if weights is not None:
+            checks.weights(op, weights, samples, "")
+            weights = weights.repeat_interleave(features.shape[1])
+        labels = labels.repeat_interleave(features.shape[1])
+        features = features.flatten(0, 1)
+    x, _, logit_scale = checks.strip(op, ("features", "features"), features, features, logit_scale)
+    checks.labels(op, labels, x)
+    itself = torch.arange(first, first + x.shape[0], device=x.device)
+    # Rows of unknown labels have a label each.
+    labels = labels.where(labels != checks.LEFT_OUT, itself + torch.iinfo(torch.int64).min)
+    matching = Matching(query_ids=labels, key_ids=labels, same_id="positive", exclude=itself)
+    return Rows(x, logit_scale, matching, weights)
+
+
+def against_each_other(
+    op: str,
+    queries: Rows,
+    keys: Tensor,
+    matching: Matching,
+    *,
+    decoupled: bool = False,
+    label_smoothing: float,
+    reduction: str,
+    backend: str,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The loss of rows against keys, among which they are; ``matching`` has the keys of all ranks,
+    and ``average`` averages a divisor over them."""
+    if not decoupled:
+        return one_way(
+            op,
+            queries.rows,
+            keys,
+            queries.logit_scale,
+            matching,
+            weights=queries.weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            backend=backend,
+            average=average,
+        )
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.label_smoothing(op, label_smoothing)
+    x = queries.rows
+    scale = queries.logit_scale
+    backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
+    if queries.weights is not None:
+        checks.weights(op, queries.weights, x, backend_name)
+    matched = pairs.pairs_of(op, x, keys.shape[0], matching)
+    positives = positive_means(x, keys, scale, matched)
+    without_own = torch.full((x.shape[0],), checks.LEFT_OUT, device=x.device)
+    negatives = replace(matching, positives=without_own, same_id="exclude")
+    level = query_losses(
+        op,
+        x,
+        keys,
+        scale,
+        negatives,
+        label_smoothing=label_smoothing,
+        backend=backend_name,
+        stash=None,
+    ).gap
+    counted = (positives.number > 0) & (level != -torch.inf)
+    losses = (level - (1 - label_smoothing) * positives.mean).where(counted, 0)
+    return reduce_weighted(losses, counted.to(losses.dtype), queries.weights, reduction, average)

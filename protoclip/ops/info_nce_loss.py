@@ -13,15 +13,14 @@ Pairs with ids are compared by the op of ``query_losses.py``.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from protoclip.kernels.results import Gradients, InfoNceStatistics
+from protoclip.kernels.results import Gradients, InfoNceForward
 from protoclip.ops import checks, pairs, reference
-from protoclip.ops.dispatch import INFO_NCE, resolve
+from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
     define_gradient,
     empty,
@@ -37,7 +36,7 @@ from protoclip.ops.operators import (
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.query_losses import query_losses
 from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
-from protoclip.ops.sums import LN2, plain_smoothing
+from protoclip.ops.sums import plain_smoothing
 
 
 class InfoNceLoss(NamedTuple):
@@ -51,13 +50,21 @@ class InfoNceLoss(NamedTuple):
     stash: Tensor
 
 
-def info_nce_statistics(
+def info_nce_strip(
     x: Tensor, y: Tensor, logit_scale: Tensor, *, offset: int, both_directions: bool, backend: str
-) -> InfoNceStatistics:
+) -> InfoNceForward:
     """The statistics of a strip, for a caller that merges them over ranks; no autograd."""
-    run = INFO_NCE[backend].implementation.statistics
-    results = run(x=x, y=y, logit_scale=logit_scale, offset=offset, both_directions=both_directions)
-    return InfoNceStatistics(*results)
+    run = function("info_nce", backend, "info_nce_fwd")
+    results = run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        offset=offset,
+        both_directions=both_directions,
+        pair_weight=1.0,
+        summed=False,
+    )
+    return InfoNceForward._make(results)
 
 
 def weight_of_direction(both_directions: bool) -> float:
@@ -72,14 +79,13 @@ def _pair_weight(weight: float, n: int, mean: bool) -> float:
 def _info_nce_loss_shapes(arguments: Any) -> InfoNceLoss:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
-    stashing = INFO_NCE[arguments.backend].implementation.stashing
     return InfoNceLoss(
         loss=empty(x, n) if arguments.reduction == "none" else empty(x),
         row_reference=empty(x, n),
         row_sum=empty(x, n),
         column_reference=empty(x, m),
         column_sum=empty(x, m),
-        stash=fake_stash(x, y, stashing, arguments.keep_stash),
+        stash=fake_stash("info_nce", arguments.backend, x, y, arguments.keep_stash),
     )
 
 
@@ -95,39 +101,25 @@ def info_nce_loss(
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of each row or, with ``both_directions`` (N = M), half the sum of both."""
-    functions = INFO_NCE[backend].implementation
-    stash = empty_stash(x, y, functions.stashing, keep_stash)
-    pair_weight = _pair_weight(
-        weight_of_direction(both_directions), x.shape[0], reduction == "mean"
+    stash = empty_stash("info_nce", backend, x, y, keep_stash)
+    run = with_stash(function("info_nce", backend, "info_nce_fwd"), stash)
+    weight = weight_of_direction(both_directions)
+    results = run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        offset=offset,
+        both_directions=both_directions,
+        pair_weight=_pair_weight(weight, x.shape[0], reduction == "mean"),
+        summed=reduction != "none",
     )
-    summed = reduction != "none"
-    if functions.loss is not None:
-        loss, statistics = functions.loss(
-            x=x,
-            y=y,
-            logit_scale=logit_scale,
-            offset=offset,
-            both_directions=both_directions,
-            pair_weight=pair_weight,
-            summed=summed,
-        )
-    else:
-        run = with_stash(functions.statistics, functions.stashing, stash, x)
-        results = run(
-            x=x, y=y, logit_scale=logit_scale, offset=offset, both_directions=both_directions
-        )
-        statistics = InfoNceStatistics._make(results)
-        loss = statistics.row_sum.log2() + (statistics.row_reference - statistics.positive)
-        if both_directions:
-            column_log_sum = statistics.column_sum.log2()
-            loss = loss + (column_log_sum + (statistics.column_reference - statistics.positive))
-        loss = (loss.sum() if summed else loss) * (LN2 * pair_weight)
+    forward = InfoNceForward._make(results)
     return InfoNceLoss(
-        loss=loss,
-        row_reference=statistics.row_reference,
-        row_sum=statistics.row_sum,
-        column_reference=statistics.column_reference,
-        column_sum=statistics.column_sum,
+        loss=forward.loss,
+        row_reference=forward.row_reference,
+        row_sum=forward.row_sum,
+        column_reference=forward.column_reference,
+        column_sum=forward.column_sum,
         stash=stash,
     )
 
@@ -161,13 +153,7 @@ def info_nce_gradients(
     [0] of one direction."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
-    functions = INFO_NCE[backend].implementation
-    run = with_stash(functions.gradients, functions.stashing, stash, x)
-    if functions.takes_pair_weight:
-        run = partial(run, pair_weight=pair_weight)
-    else:
-        row_weight = row_weight * pair_weight
-        column_weight = column_weight * pair_weight
+    run = with_stash(function("info_nce", backend, "info_nce_bwd"), stash)
     return run(
         x=x,
         y=y,
@@ -179,6 +165,7 @@ def info_nce_gradients(
         row_weight=row_weight,
         column_weight=column_weight,
         offset=offset,
+        pair_weight=pair_weight,
     )
 
 
@@ -293,8 +280,8 @@ def info_nce(
         backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
             ``protoclip.backends("contrastive")``); a named one never falls back.
         stash: False: keep no logits for the backward pass. True or None: "cpu" keeps them, up to
-            64 MiB (N = 4,096), where this processor gains by it (``ops/rates.py``): 3 matrix
-            products instead of 4, and the same bits.
+            64 MiB (N = 4,096), where that is faster (``ops/stash.py``): 3 matrix products instead
+            of 4, and the same bits.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0.

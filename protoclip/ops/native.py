@@ -14,6 +14,7 @@ and TORCH_CUDA_ARCH_LIST are honoured.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.resources
 import importlib.util
@@ -21,7 +22,9 @@ import json
 import os
 import platform
 import shutil
+import stat
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -96,31 +99,50 @@ def why_not(half: str) -> str | None:
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         reason = f"no C++ compiler was found (looked for {compiler!r} and 'g++')"
         remedy = "apt install g++, dnf install gcc-c++, or conda install cxx-compiler"
-        _warn(f"{reason}. Install one ({remedy}) or set CXX")
+        _warn(f"{reason}. Install one ({remedy}) or set CXX", half)
         return reason
     try:
         torch.ops.load_library(_library(half))
         return None
     except Exception as error:  # whatever the toolchain throws: the reference still works
         reason = f"no native library: {str(error).strip() or type(error).__name__}"
-        _warn(f"{reason[:2000]}\nPROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output")
+        advice = "PROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output"
+        if isinstance(error, OSError):
+            advice = "PROTOCLIP_CACHE names another folder"
+        _warn(f"{reason[:2000]}\n{advice}", half)
         return reason.splitlines()[0]
 
 
-def _warn(problem: str) -> None:
-    consequence = "several times slower, and their losses hold all logits in memory"
-    message = f"protoclip: {problem}. Until then the reference backends run instead: {consequence}"
+def _warn(problem: str, half: str) -> None:
+    consequence = (
+        "the reference backends run instead: several times slower, and their losses hold all "
+        "logits in memory"
+    )
+    if half == "cuda":  # the losses of a card are Triton's
+        consequence = "k-means runs on Triton or in plain torch instead, slower; losses are as fast"
+    message = f"protoclip: {problem}. Until then {consequence}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def cpu_features() -> list[str]:
     """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
+    return list(_host_utilities().cpu_features())
+
+
+def stash_tile() -> tuple[int, int]:
+    """Rows and columns of a tile of the CPU library's stash (stash.py)."""
+    return _host_utilities().stash_tile()
+
+
+@cache
+def _host_utilities() -> Any:
+    """The Python module that csrc/module.cpp defines."""
     path = _library("cpu")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.cpu_features())
+    return module
 
 
 @cache
@@ -172,21 +194,24 @@ def _cpu_flags() -> str:
 
 
 def build(plan: Build) -> Path:
-    """The path of the library, which is compiled unless an intact one exists."""
-    from filelock import FileLock, Timeout
-
-    folder = cache_dir() / "native" / plan.name
-    library = folder / f"{plan.name}.so"
+    """The path of the library, which is compiled unless an intact one exists; where the cache
+    cannot be written, in a folder that only this user can."""
+    cache = cache_dir() / "native"
+    library = cache / plan.name / f"{plan.name}.so"
     if is_whole(library):
         return library
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
     try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        _say(f"waiting for another process that compiles the {plan.half} kernels ...\n")
-        held = lock.acquire()
-    with held:
+        lock = _locked(library, plan.half)
+    except OSError as error:
+        private = _private_folder()
+        _say(
+            f"{cache} cannot be written ({error.strerror}), so {private} holds the kernels; "
+            "PROTOCLIP_CACHE names another folder\n"
+        )
+        library = private / plan.name / library.name
+        lock = _locked(library, plan.half)
+    folder = library.parent
+    with lock:
         if not is_whole(library):
             if library.exists():
                 _say(f"{library} is damaged and will be built again\n")
@@ -199,6 +224,30 @@ def build(plan: Build) -> Path:
             _seal_path(built).write_text(_seal(built))
             partial.rename(folder)
     return library
+
+
+def _locked(library: Path, half: str) -> Any:
+    """The held lock of a library's build, to be released; other processes wait for it."""
+    from filelock import FileLock, Timeout
+
+    folder = library.parent
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        _say(f"waiting for another process that compiles the {half} kernels ...\n")
+        return lock.acquire()
+
+
+def _private_folder() -> Path:
+    """A folder for temporary files in which nobody else can put a library."""
+    folder = Path(tempfile.gettempdir()) / f"protoclip-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(errno.EPERM, "expected a folder of this user alone", str(folder))
+    return folder
 
 
 def is_whole(library: Path) -> bool:

@@ -91,8 +91,9 @@ def define_gradient(
     registered = _REGISTERED[function]
     arguments = _arguments_of(registered.op)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        save(ctx, arguments(*inputs), registered.results(*output))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        save(ctx, arguments(*inputs), registered.results(*tensors))
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         by_name = backward(ctx, registered.results(*grads))
@@ -131,7 +132,7 @@ def refuse_gradient(function: Callable[..., Any], public: str) -> None:
 
 
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
-    """In a backward pass: whether each argument of the function wants a gradient, by name."""
+    """Whether each argument of the function wants a gradient from the running backward pass."""
     arguments = _arguments_of(_REGISTERED[function].op)
     return arguments(*ctx.needs_input_grad[: len(arguments._fields)])
 

@@ -69,17 +69,17 @@ class Pairs:
     wrong: Tensor | None = None  # bool [N], queries with a position out of range
 
     def tensors(self) -> dict[str, Any]:
-        """Those that an op and its backends take, by name."""
+        """The arguments about pairs of the contrastive op and its backends, by name."""
         return pair_tensors(self)
 
     def ids(self) -> dict[str, Any]:
-        """Those of them that SigLIP's op takes, by name."""
+        """The arguments about pairs of SigLIP's op and its backends, by name."""
         names = ("query_ids", "key_ids", "same_positive")
         return {name: getattr(self, name) for name in names}
 
 
 def pair_tensors(values: Any) -> dict[str, Any]:
-    """What an op of the contrastive loss takes as its pairs, from the attributes of ``values``."""
+    """The attributes of ``values`` that are the contrastive op's arguments about pairs, by name."""
     names = ("own", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
     return {name: getattr(values, name) for name in names}
 

@@ -8,9 +8,8 @@ key = value = C; the backward pass only multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from protoclip.kernels.results import SampleLosses
 from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
-from protoclip.ops.dispatch import PROTOTYPE_CROSS_ENTROPY, SOFT_TARGETS, resolve
+from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
     accumulator,
     define_gradient,
@@ -51,7 +50,7 @@ def _sample_losses_shapes(arguments: Any) -> SampleLosses:
         nearest=features.new_empty(n if arguments.need_nearest else 0, dtype=torch.int64),
         row_max=empty(features, n),
         row_sum=empty(features, n),
-        scale_gradient=empty(features, graded),
+        scale_gradient=empty(features, graded if arguments.need_scale_gradient else 0),
     )
 
 
@@ -67,12 +66,8 @@ def sample_losses(
     need_scale_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss of each sample; ``targets`` is [0, D] for hard labels.
-
-    Without ``need_scale_gradient`` that gradient may be rounded."""
-    run: Callable[..., Any] = PROTOTYPE_CROSS_ENTROPY[backend].implementation.losses
-    if backend == "triton":  # the others do not round it
-        run = partial(run, need_scale_gradient=need_scale_gradient)
+    """The loss of each sample; ``targets`` is [0, D] for hard labels."""
+    run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_fwd")
     return run(
         features=features,
         prototypes=prototypes,
@@ -81,6 +76,7 @@ def sample_losses(
         logit_scale=logit_scale,
         need_grad=need_grad,
         need_nearest=need_nearest,
+        need_scale_gradient=need_scale_gradient,
     )
 
 
@@ -101,7 +97,7 @@ def prototype_gradient(
     backend: str,
 ) -> Tensor:
     """logit_scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
-    run = PROTOTYPE_CROSS_ENTROPY[backend].implementation.prototype_gradient
+    run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_bwd")
     return run(
         features=features,
         prototypes=prototypes,
@@ -225,7 +221,7 @@ def prototype_cross_entropy(
     bank = Bank(prototypes, labels, targets)
     _check_inputs(op, features, [bank], reduction)
     logit_scale = checks.scalar(
-        op, "logit_scale", logit_scale, features.device, accumulator(features)
+        op, "logit_scale", logit_scale, features.device, accumulator(features), lowest=0
     )
     if weights is not None:
         backend_name = resolve(op, backend, features.device.type, features.dtype)
@@ -283,7 +279,7 @@ def prototype_losses(
     dtype = checks.common_dtype([features, *(m for m in matrices if m is not None)])
     features = features.to(dtype)
     logit_scale = checks.scalar(
-        op, "logit_scale", logit_scale, features.device, accumulator(features)
+        op, "logit_scale", logit_scale, features.device, accumulator(features), lowest=0
     )
     losses = []
     nearest = []
@@ -418,7 +414,8 @@ def soft_targets(
     source_centroids, prototypes = checks.promoted(source_centroids, prototypes)
     backend_name = resolve(op, backend, prototypes.device.type, prototypes.dtype)
     with without_autocast(prototypes.device.type):
-        return SOFT_TARGETS[backend_name].implementation(
+        run = function(op, backend_name, "soft_targets")
+        return run(
             source_centroids=source_centroids,
             prototypes=prototypes,
             temperature=max(float(temperature), COLDEST),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from protoclip.kernels.results import ContrastiveGradients, PairStatistics
 from protoclip.ops import checks, pairs, reference
-from protoclip.ops.dispatch import CONTRASTIVE, resolve
+from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
     define_gradient,
     empty,
@@ -63,7 +63,6 @@ def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) ->
 def _contrastive_shapes(arguments: Any) -> ContrastiveForward:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
-    stashing = CONTRASTIVE[arguments.backend].implementation.stashing
     return ContrastiveForward(
         gap=empty(x, n),
         mean=empty(x, n),
@@ -71,7 +70,7 @@ def _contrastive_shapes(arguments: Any) -> ContrastiveForward:
         column_mean=empty(x, m),
         row_statistics=empty(x, 4, n),
         column_statistics=empty(x, 4, m),
-        stash=fake_stash(x, y, stashing, arguments.keep_stash),
+        stash=fake_stash("contrastive", arguments.backend, x, y, arguments.keep_stash),
     )
 
 
@@ -92,9 +91,8 @@ def contrastive_gaps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gap and mean positive of each row and, with ``both_directions``, of each column; ``own`` to
     ``same_positive`` are ``Pairs.tensors()``."""
-    functions = CONTRASTIVE[backend].implementation
-    stash = empty_stash(x, y, functions.stashing, keep_stash)
-    run = with_stash(functions.statistics, functions.stashing, stash, x)
+    stash = empty_stash("contrastive", backend, x, y, keep_stash)
+    run = with_stash(function("contrastive", backend, "contrastive_fwd"), stash)
     pairs = Pairs(own, exclude, query_ids, key_ids, key_bias, same_positive)
     row_statistics, column_statistics = run(
         x=x, y=y, logit_scale=logit_scale, **pairs.tensors(), both_directions=both_directions
@@ -141,8 +139,7 @@ def contrastive_gradients(
     stash: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
-    functions = CONTRASTIVE[backend].implementation
-    run = with_stash(functions.gradients, functions.stashing, stash, x)
+    run = with_stash(function("contrastive", backend, "contrastive_bwd"), stash)
     pairs = Pairs(own, exclude, query_ids, key_ids, key_bias, same_positive)
     return run(
         x=x,

@@ -5,6 +5,8 @@ Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); auto
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,17 +86,45 @@ def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> Gaps:
     return Gaps(gap.where(total != 0, -torch.inf), mean, count)
 
 
+class SigmoidGradients(NamedTuple):
+    """Gradients of the sigmoid loss."""
+
+    dx: Tensor
+    dy: Tensor
+    dlogit_scale: Tensor  # []
+    dlogit_bias: Tensor  # []
+
+
 def sigmoid_loss(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
 ) -> Tensor:
-    """[N, D], [M, D], scalars -> []: sum of softplus(-z (logit_scale x.y + logit_bias)) over the
-    pairs seen, z = 1 at positives and -1 elsewhere."""
+    """[N, D], [M, D], scalars -> [N]: sum of softplus(-z (logit_scale x.y + logit_bias)) over the
+    keys seen, z = 1 at positives and -1 elsewhere."""
     logits = _wide(logit_scale).reshape(()) * _wide(x) @ _wide(y).T  # [N, M]
     logits = logits + _wide(logit_bias).reshape(())
     seen, positive = relations(pairs, y.shape[0])
     # Not softplus, whose exponential overflows in fp32 above a logit of 89.
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
-    return losses.where(seen, 0).sum()
+    return losses.where(seen, 0).sum(dim=1)
+
+
+def sigmoid_gradients(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, grad: Tensor
+) -> SigmoidGradients:
+    """The gradients of sum(grad * sigmoid_loss(...)), grad [N]."""
+    x, y = _wide(x), _wide(y)
+    scale = _wide(logit_scale).reshape(())
+    dots = x @ y.T
+    seen, positive = relations(pairs, y.shape[0])
+    sign = torch.where(positive, 1.0, -1.0).to(dots.dtype)
+    logits = scale * dots + _wide(logit_bias).reshape(())
+    dlogits = (-sign * torch.sigmoid(-sign * logits) * grad[:, None]).where(seen, 0)
+    return SigmoidGradients(
+        dx=scale * dlogits @ y,
+        dy=scale * dlogits.T @ x,
+        dlogit_scale=(dlogits * dots).sum(),
+        dlogit_bias=dlogits.sum(),
+    )
 
 
 def prototype_cross_entropy(

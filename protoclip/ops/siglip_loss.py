@@ -6,28 +6,35 @@ it is wanted: three products instead of four. The backward pass only scales it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from protoclip.kernels.results import SigmoidLoss
 from protoclip.ops import checks, pairs, reference
-from protoclip.ops.dispatch import SIGMOID_LOSS, resolve
+from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
     accumulator,
     define_gradient,
     empty,
     gradient_like,
     operator,
+    reduce_weighted,
     refuse_gradient,
     save,
     saved_values,
+    single,
     wants_gradient,
     without_autocast,
 )
-from protoclip.ops.pairs import Matching, SameId
+from protoclip.ops.pairs import Matching, Pairs, SameId
+from protoclip.ops.reference import SigmoidGradients
+from protoclip.ops.sums import signed_sums
+
+STRIP_LOGITS = 1 << 20  # logits that torch forms at once where no kernel does: 4 MiB
 
 
 def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
@@ -56,7 +63,7 @@ def fused_sigmoid_loss(
     same_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sigmoid loss of a strip, with its gradients if they are wanted."""
-    run: Callable[..., Any] = SIGMOID_LOSS[backend].implementation
+    run = function("sigmoid_loss", backend, "sigmoid_loss")
     return run(
         x=x,
         y=y,
@@ -81,13 +88,6 @@ def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
         dlogit_bias=results.dlogit_bias,
     )
     ctx.set_materialize_grads(False)
-
-
-class SigmoidGradients(NamedTuple):
-    dx: Tensor
-    dy: Tensor
-    dlogit_scale: Tensor
-    dlogit_bias: Tensor
 
 
 def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
@@ -131,6 +131,91 @@ define_gradient(fused_sigmoid_loss, save=_save_sigmoid, backward=_sigmoid_backwa
 refuse_gradient(sigmoid_gradients, "sigmoid_loss")
 
 
+def _rows_gradients_shapes(arguments: Any) -> SigmoidGradients:
+    return SigmoidGradients(
+        dx=torch.empty_like(arguments.x),
+        dy=torch.empty_like(arguments.y),
+        dlogit_scale=empty(arguments.x),
+        dlogit_bias=empty(arguments.x),
+    )
+
+
+@operator("sigmoid_rows", lambda arguments: empty(arguments.x, arguments.x.shape[0]), single)
+def sigmoid_rows(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    own: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
+) -> Tensor:
+    """The loss of each image, [N], from ``STRIP_LOGITS`` logits at a time."""
+    pairs = Pairs(own=own, query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
+    losses = empty(x, x.shape[0])
+    for rows, strip in _strips(pairs, y.shape[0]):
+        losses[rows] = reference.sigmoid_loss(x[rows], y, logit_scale, logit_bias, strip)
+    return losses
+
+
+@operator("sigmoid_rows_bwd", _rows_gradients_shapes, SigmoidGradients)
+def sigmoid_rows_gradients(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    own: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Its gradients for those of the rows, [N]; forms the logits again."""
+    pairs = Pairs(own=own, query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
+    dx = torch.empty_like(x)
+    dy = torch.zeros_like(y, dtype=accumulator(y))
+    dlogit_scale = torch.zeros((), dtype=accumulator(x), device=x.device)
+    dlogit_bias = torch.zeros_like(dlogit_scale)
+    for rows, strip in _strips(pairs, y.shape[0]):
+        gradients = reference.sigmoid_gradients(
+            x[rows], y, logit_scale, logit_bias, strip, grad[rows]
+        )
+        dx[rows] = gradients.dx.to(dx.dtype)
+        dy += gradients.dy
+        dlogit_scale += gradients.dlogit_scale
+        dlogit_bias += gradients.dlogit_bias
+    return SigmoidGradients(dx, dy.to(y.dtype), dlogit_scale, dlogit_bias)
+
+
+def _strips(pairs: Pairs, m: int) -> Iterator[tuple[slice, Pairs]]:
+    """Rows whose logits against m keys are formed together, and their pairs."""
+    step = max(1, STRIP_LOGITS // max(m, 1))
+    for start in range(0, pairs.own.shape[0], step):
+        rows = slice(start, start + step)
+        query_ids = None if pairs.query_ids is None else pairs.query_ids[:, rows]
+        yield rows, replace(pairs, own=pairs.own[rows], query_ids=query_ids)
+
+
+def _save_rows(ctx: Any, arguments: Any, results: Tensor) -> None:
+    save(ctx, **arguments._asdict())
+
+
+def _rows_backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
+    saved = saved_values(ctx)
+    gradients = sigmoid_rows_gradients(**vars(saved), grad=grad)
+    return {
+        "x": gradients.dx,
+        "y": gradients.dy,
+        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
+        "logit_bias": gradient_like(gradients.dlogit_bias, saved.logit_bias),
+    }
+
+
+define_gradient(sigmoid_rows, save=_save_rows, backward=_rows_backward)
+refuse_gradient(sigmoid_rows_gradients, "sigmoid_loss")
+
+
 def sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -140,9 +225,16 @@ def sigmoid_loss(
     ids: Tensor | None = None,
     same_id: SameId = "positive",
     offset: int = 0,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "sum",
     backend: str = "auto",
 ) -> Tensor:
-    """Sum over pairs (i, j) of softplus(-z_ij (scale x_i.y_j + bias)), without an [N, M] matrix.
+    """SigLIP's loss of each image, summed: softplus(-z_ij (scale x_i.y_j + bias)) over all texts j,
+    without an [N, M] matrix.
+
+    ``weights`` and "none" need a loss for each row, for which no backend has a kernel: torch
+    computes them in fp32, some rows at a time, in the same memory.
 
     Args:
         image_features, text_features: [N, D] and [M, D], M >= offset + N; as in ``info_nce``.
@@ -151,15 +243,54 @@ def sigmoid_loss(
         same_id: "positive": z_ij is 1 for all texts with the image's id; "exclude": such a pair is
             left out unless the text is the image's own.
         offset: z_ij is 1 if j = i + offset, else -1.
+        weights: float32 [N] >= 0, one per image, without a gradient.
+        label_smoothing: epsilon in [0, 1], a number: each pair's target is epsilon / 2 and
+            1 - epsilon / 2 instead of 0 and 1, as in binary cross-entropy.
+        reduction: "sum"; "mean": divided by N, or the total weight; or "none": one weighted value
+            per image.
         backend: "auto", or one of ``protoclip.backends("sigmoid_loss")``.
     Returns:
-        float32 [] (float64 for float64 input), nats, the sum (SigLIP divides it by N).
+        float32 (float64 for float64 input), nats: [] or, for "none", [N].
     Raises:
         ValueError, TypeError: as in ``info_nce``.
     Source:
         Zhai et al. 2023 (SigLIP), equation 1.
     """
-    op = "sigmoid_loss"
+    return sigmoid_losses(
+        "sigmoid_loss",
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias,
+        ids=ids,
+        same_id=same_id,
+        offset=offset,
+        weights=weights,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def sigmoid_losses(
+    op: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    ids: Tensor | None,
+    same_id: SameId,
+    offset: int,
+    weights: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    backend: str,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``sigmoid_loss``; ``average`` averages a divisor over ranks."""
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.label_smoothing(op, label_smoothing)
     x, y, logit_scale = checks.strip(op, checks.PAIR, image_features, text_features, logit_scale)
     n, m = x.shape[0], y.shape[0]
     if offset < 0 or offset + n > m:
@@ -168,28 +299,34 @@ def sigmoid_loss(
             f"and offset {offset}"
         )
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
-    checks.one_of(op, "same_id", same_id, pairs.SAME_ID)
     matching = Matching(same_id=same_id, first=offset)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
-    backend_name = resolve(op, backend, x.device.type, x.dtype)
+    matched = pairs.pairs_of(op, x, m, matching)
+    backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
+    if weights is not None:
+        checks.weights(op, weights, x, backend_name)
+    tensors: dict[str, Any] = {"x": x, "y": y, "logit_scale": logit_scale, "logit_bias": logit_bias}
+    by_row = True
     if backend_name == "reference":
         with without_autocast(x.device.type):
-            matched = pairs.pairs_of(op, x, m, matching)
-            return reference.sigmoid_loss(x, y, logit_scale, logit_bias, matched)
-    id_codes: dict[str, Any] = {"query_ids": None, "key_ids": None, "same_positive": False}
-    if ids is not None:
-        id_codes = pairs.pairs_of(op, x, m, matching).ids()
-    result = fused_sigmoid_loss(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        offset=offset,
-        gradients=wants_gradient(x, y, logit_scale, logit_bias),
-        backend=backend_name,
-        **id_codes,
-    )
-    return result.loss
+            losses = reference.sigmoid_loss(**tensors, pairs=matched)
+    elif weights is not None or reduction == "none":
+        losses = sigmoid_rows(**tensors, own=matched.own, **matched.ids())
+    else:
+        by_row = False
+        losses = fused_sigmoid_loss(
+            **tensors,
+            offset=offset,
+            gradients=wants_gradient(x, y, logit_scale, logit_bias),
+            backend=backend_name,
+            **matched.ids(),
+        ).loss
+    if label_smoothing:
+        signed = signed_sums(x, y, logit_scale, logit_bias, matched)
+        losses = losses + label_smoothing / 2 * (signed if by_row else signed.sum())
+    if not by_row:
+        return losses / max(n, 1) if reduction == "mean" else losses
+    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, average)

@@ -10,6 +10,7 @@ are fp64: nothing is lost where they cancel, and indexed sums of fp64 have one o
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,31 @@ def smoothing(
         num_seen = num_seen + negative_logits.shape[1]
     gap = positive / num_positives.clamp_min(1) - seen / num_seen.clamp_min(1)
     return gap.to(accumulator(queries))
+
+
+class Positives(NamedTuple):
+    """Of each query, [N]."""
+
+    mean: Tensor  # logit, 0 without any
+    number: Tensor
+
+
+def positive_means(queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs) -> Positives:
+    """The mean logit of each query's positives, without the log-sum-exp over what it sees."""
+    total, count = _logits(queries, logit_scale, KeySums(keys, pairs).positive())
+    return Positives((total / count.clamp_min(1)).to(accumulator(queries)), count)
+
+
+def signed_sums(
+    queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
+) -> Tensor:
+    """Sum of SigLIP's logits of each query's positives minus that of its negatives, [N]."""
+    sums = KeySums(keys, pairs)
+    bias = logit_bias.double().reshape(())
+    positive, num_positives = _logits(queries, logit_scale, sums.positive())
+    seen, num_seen = _logits(queries, logit_scale, sums.seen())
+    total = 2 * (positive + bias * num_positives) - (seen + bias * num_seen)
+    return total.to(accumulator(queries))
 
 
 def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, first: int) -> Tensor:
@@ -122,7 +148,7 @@ class KeySums:
         self._rows = F.pad(rows, (0, 0, 0, 1))  # the last row is of "none"
 
     def seen(self) -> Tensor:
-        """Over S_i."""
+        """The sums over S_i, the keys that a query sees."""
         pairs = self._pairs
         total = self._rows.sum(dim=0).expand(self._own.shape[0], -1)
         if pairs.query_ids is None or pairs.same_positive:
@@ -134,7 +160,7 @@ class KeySums:
         return seen - self._at(exclude.where(~self._is_same(exclude), -1))
 
     def positive(self) -> Tensor:
-        """Over P_i."""
+        """The sums over P_i, its positives."""
         pairs = self._pairs
         if pairs.query_ids is None or not pairs.same_positive:
             return self._at(self._own)
@@ -161,7 +187,7 @@ class KeySums:
         return of_same_id(self._pairs, positions)
 
     def _same(self) -> Tensor:
-        """Over the keys of the query's id."""
+        """The sums over the keys with the query's id."""
         assert self._pairs.query_ids is not None and self._pairs.key_ids is not None
         query_ids = self._pairs.query_ids.long()
         key_ids = self._pairs.key_ids.long()

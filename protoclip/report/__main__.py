@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         args = report_parser().parse_args(argv)
-        path = write_report(args.runs, args.output)
+        path = write_report(args.runs, args.out)
         print(*summary(args.runs), sep="\n", file=sys.stderr)
         print(f"report: {path}")
 

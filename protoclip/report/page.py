@@ -321,14 +321,17 @@ def write_report(
     Args:
         folders: run folders of ``protoclip.train``; see ``find_baseline`` for what they are
             compared with.
-        output: None: report.html in the last folder.
+        output: None: in the last folder, report.html for one run; a comparison has the names of
+            the others, as in report-with-A.html, and leaves the run's own page alone.
     Returns:
         The path of the file.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
-    path = output_file(output or Path(folders[-1]) / NAME, "--output")
+    others = "-".join(Path(folder).resolve().name for folder in folders[:-1])
+    name = f"report-with-{others[:100]}.html" if others else NAME
+    path = output_file(output or Path(folders[-1]) / name, "--out")
     write_atomic(path, render(runs))
     return path
 

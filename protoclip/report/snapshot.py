@@ -29,6 +29,7 @@ from torch import Tensor
 from protoclip.common.files import plural, printable, write_atomic
 from protoclip.data import PairDataset, Subset
 from protoclip.episodes.prototypes import purity
+from protoclip.evaluate.metrics import right_answers
 from protoclip.evaluate.tasks import EvalSet
 from protoclip.lloyd import kmeans
 from protoclip.model import Encoded
@@ -436,43 +437,44 @@ def named(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> dict[str
 def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """Right and wrong answers in both directions, spread evenly over the evaluation set."""
     owner = judged.owner.cpu()
+    texts = torch.arange(len(owner)) if judged.caption_ids is None else judged.caption_ids.cpu()
     image = _unit(judged.image)
     text = _unit(judged.text)
 
-    def caption(row: int, right: int) -> dict[str, Any]:
+    def caption(row: int, hit: bool) -> dict[str, Any]:
         """The k-th text row of a picture is its k-th caption."""
         i = int(owner[row])
         k = int((owner[:row] == i).sum())
-        return {"caption": caption_of(dataset, i, k), "hit": i == right}
+        return {"caption": caption_of(dataset, i, k), "hit": hit}
 
-    def picture(row: int, right: int) -> dict[str, Any]:
-        return thumbs.item(dataset, row, row == right)
+    def picture(row: int, hit: bool) -> dict[str, Any]:
+        return thumbs.item(dataset, row, hit)
 
     groups = []
     for to, queries, answers in (("caption", image, text), ("image", text, image)):
         asked = every(torch.arange(len(queries)), ASKED)
         best = (queries[asked] @ answers.T).topk(min(5, len(answers)), dim=1).indices  # [Q, 5]
-        # ``right``: the picture of each query; ``answered``: the pictures of its answers.
         if to == "caption":
             show_query = picture
             show_answer = caption
-            right = asked
-            answered = owner[best]
+            right_picture = asked
+            is_right = right_answers(owner, texts, asked, texts)
         else:
             show_query = caption
             show_answer = picture
-            right = owner[asked]
-            answered = best
+            right_picture = owner[asked]
+            is_right = right_answers(texts, owner, texts[asked], torch.arange(len(image)))
+        hits = is_right.gather(1, best)  # [Q, 5]
         for correct in (True, False):
-            rows = ((answered[:, 0] == right) == correct).nonzero().flatten()
+            rows = (hits[:, 0] == correct).nonzero().flatten()
             shown = []
             for row in every(rows, SHOWN).tolist():
-                pair = int(right[row])
-                query = show_query(int(asked[row]), pair)
-                items = [show_answer(j, pair) for j in best[row].tolist()]
-                missed = not any(item["hit"] for item in items)
-                right_picture = picture(pair, pair) if missed else None
-                shown.append({"query": query, "answers": items, "right": right_picture})
+                query = show_query(int(asked[row]), True)
+                found = zip(best[row].tolist(), hits[row].tolist(), strict=True)
+                items = [show_answer(j, hit) for j, hit in found]
+                missed = not hits[row].any()
+                right = picture(int(right_picture[row]), True) if missed else None
+                shown.append({"query": query, "answers": items, "right": right})
             groups.append(
                 {
                     "to": to,

@@ -171,8 +171,10 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             if path == paths[-1]:
                 raise
             logger.warning("%s; trying the one before", error)
+    remedy = "train again" if (Path(run) / "config.json").is_file() else "check the path"
     raise ValueError(
-        f"checkpoint: expected a checkpoint or a run folder with one, found nothing at {run}"
+        f"checkpoint: expected a checkpoint or a run folder with one, found nothing at {run}; "
+        f"{remedy}"
     )
 
 

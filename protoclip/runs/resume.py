@@ -20,6 +20,7 @@ from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import choose_folder
 from protoclip.settings.config import TrainConfig, flat, to_dict
 
+PRESET_FLAGS = ("--preset", "--config", "--paper")
 NOTED = ("episode.", "loss.", "optim.")  # sections whose other settings change training too
 # These two and the number of ranks are compared as their product, the global batch.
 GLOBAL_BATCH = ("optim.batch_size", "optim.accum_freq")
@@ -45,7 +46,7 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = [new for old, new in pairwise(words) if old == "--resume"]
     chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
-    if chosen and not any(word.split("=")[0] in ("--preset", "--paper") for word in words):
+    if chosen and not any(word.split("=")[0] in PRESET_FLAGS for word in words):
         path = Path(chosen[-1])
         for folder in (path, path.parent.parent):
             if (folder / "config.json").is_file():
@@ -63,6 +64,11 @@ def find_resume(config: TrainConfig) -> Resume | None:
     path = choose_folder(config) if wanted == "auto" else Path(wanted)
     if not wanted or (wanted == "auto" and not checkpoint.candidates(path)):
         return None
+    if (path / "config.json").is_file() and not checkpoint.candidates(path):
+        raise ValueError(
+            f"--resume: {path} has no checkpoint to continue from, as its run ended before its "
+            f"first save; start it again with --resume auto --logs {path.parent} --name {path.name}"
+        )
     file, payload = checkpoint.load_newest(path)
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     saved = payload.get("protoclip", {})

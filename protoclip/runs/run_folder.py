@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -16,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from protoclip.common.files import lines_of, write_atomic
+from protoclip.common.files import lines_of, printable_lines, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.runs import checkpoint
@@ -39,9 +40,14 @@ def choose_folder(config: TrainConfig) -> Path:
     path = Path(run.logs) / name
     check_above(path, "--logs")
     if path.exists() and not (run.resume == "auto" and (path / "config.json").exists()):
+        remedy = f"continue it with --resume {path}, choose"
+        if not checkpoint.candidates(path):
+            remedy = "choose"
+            if (path / "config.json").exists():
+                remedy = "start it again with --resume auto, choose"
         raise ValueError(
-            f"--name: expected a new run folder, but {path} exists; continue it with --resume "
-            f"{path}, choose another --name, or remove it"
+            f"--name: expected a new run folder, but {path} exists; {remedy} another --name, or "
+            "remove it"
         )
     return path
 
@@ -65,7 +71,8 @@ class RunFolder(NullRunFolder):
     Args:
         path: the folder; it must be new unless ``resume_step`` is given.
         config: the run's settings.
-        resume_step: continue after this step and remove later log lines; None: a new run.
+        resume_step: continue after this step and remove later log lines; 0: begin again and keep
+            the old lines in a file beside the new ones; None: a new run.
     """
 
     def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
@@ -81,6 +88,8 @@ class RunFolder(NullRunFolder):
         self._checkpoints.mkdir(exist_ok=True)
         for torn in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
             torn.unlink()
+        if resume_step == 0:
+            _set_aside(path / "metrics.jsonl")
         _cut_back(path / "metrics.jsonl", resume_step or 0)
         write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
         self._metrics = self._append_to("metrics.jsonl")
@@ -103,6 +112,7 @@ class RunFolder(NullRunFolder):
 
     def say(self, text: str) -> None:
         """Write a message to the screen and to out.log."""
+        text = printable_lines(text)  # it may name files of others
         tqdm.write(text, file=sys.stderr)  # without tearing the progress bar
         self.note(text)
 
@@ -157,6 +167,14 @@ def sum_up(
         if sheet is not None:
             board.add_image("clusters", sheet, dataformats="HWC")
         board.add_hparams(flat(to_dict(config)), dict(scores), run_name=".")
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a metrics.jsonl that has records to metrics.1.jsonl, or to the next free number."""
+    if path.exists() and path.stat().st_size:
+        numbers = itertools.count(1)
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in numbers)
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -83,6 +83,8 @@ def cluster_parser() -> Parser:
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
+    words = "replace the files of an earlier run in --out"
+    parser.add_argument("--overwrite", action="store_true", help=words)
     folders = parser.add_mutually_exclusive_group()
     words = "a new folder: in it a folder for each group, with links to its pictures"
     add_flag(folders, "--link-to", "", words)
@@ -118,8 +120,8 @@ def evaluate_parser() -> Parser:
         ("--split", "", "folder of the split to evaluate (default: test or val if present)"),
         ("--templates", "openai", "prompts: openai (80), simple (7), or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
-        ("--output", "", "file for the results (default: results.json in the run folder, or in "
-         "the working folder for an OpenCLIP name; other data adds its name)"),
+        ("--out --output", "", "file for the results (default: results.json in the run folder, or "
+         "in the working folder for an OpenCLIP name; other data adds its name)"),
         ("--device", "auto", "cpu, cuda, ..."),
         ("--batch-size", 256, "pictures or texts encoded at once"),
         ("--workers", 0, "processes that read pictures"),
@@ -155,7 +157,9 @@ def report_parser() -> Parser:
         example="protoclip report logs/A logs/B",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
-    add_flag(parser, "--output", "", "file to write (default: report.html in the run)")
+    words = "file to write (default: report.html in the run; of several runs, a page of its own in "
+    words += "the last one)"
+    add_flag(parser, "--out --output", "", words)
     return parser
 
 

@@ -243,7 +243,7 @@ class EpisodeConfig:
     kmeans_backend: str = option(
         "auto",
         "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
-        choices=("auto", "reference", "cpu", "cuda", "faiss"),
+        choices=("auto", "reference", "cpu", "cuda", "triton", "faiss"),
     )
     kmeans_max_iter: int = option(20, "iterations of k-means, at most", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
@@ -309,12 +309,16 @@ class RunConfig:
     )
     dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
     dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)
-    log_every_n_steps: int = option(1, "steps between lines of metrics.jsonl", low=1)
+    log_every_n_steps: int = option(
+        0, "steps between lines of metrics.jsonl; 0: 1 on a CPU, 10 on a GPU"
+    )
     val_frequency: float = option(6.0, "epochs between quick evaluations; 0: only at the end")
     save_frequency: int = option(0, "epochs between kept checkpoints; 0: only the last")
     delete_previous_checkpoint: bool = option(False, "keep only the newest of --save-frequency")
     save_every: str = option(
-        "", "also save every 500steps, 10m or 2h; default: only when the run ends or stops"
+        "10m",
+        "save every 500steps, 10m or 2h, and after the first step, so that a full disk shows at "
+        "once; 0: only when the run ends or stops",
     )
     resume: str = option(
         "", "continue a run: its folder or checkpoint; auto or latest: the run that --name names"
@@ -385,6 +389,26 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
+def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in their sections, where a preset may also name them by their flags: "batch-size",
+    "batch_size" or "--batch-size" beside, or instead of, "optim"."""
+    places = {
+        flag_of(item).removeprefix("--"): (section, item.name)
+        for section, defaults in vars(TrainConfig()).items()
+        if dataclasses.is_dataclass(defaults)
+        for item in dataclasses.fields(defaults)
+    }
+    sections: dict[str, Any] = {}
+    for name, value in values.items():
+        flag = name.removeprefix("--").replace("_", "-")
+        if flag not in places or name in vars(TrainConfig()):
+            sections[name] = {**sections.get(name, {}), **value} if type(value) is dict else value
+            continue
+        section, setting = places[flag]
+        sections[section] = {**sections.get(section, {}), setting: value}
+    return sections
+
+
 def load_preset(name: str) -> TrainConfig:
     """The settings of a preset or .json file, on top of the preset that it "extends".
 
@@ -406,6 +430,6 @@ def load_preset(name: str) -> TrainConfig:
         if parent not in names:
             raise ValueError(f"expected one of {', '.join(names)} in 'extends', got {parent!r}")
         base = TrainConfig() if parent == "default" else load_preset(parent)
-        return from_dict(TrainConfig, values, base)
+        return from_dict(TrainConfig, in_sections(values), base)
     except ValueError as error:
         raise ValueError(f"--preset: {path} cannot be used: {error}") from error

@@ -137,8 +137,9 @@ class Parser(argparse.ArgumentParser):
 def add_flag(
     group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
 ) -> None:
-    """Add a flag with the type of its default; the help shows the default. With ``setting``, a
-    dotted name, the parsed flags hold a value only if the command line gives the flag."""
+    """Add a flag with the type of its default; ``flag`` is its name, or several between blanks. The
+    help shows the default. With ``setting``, a dotted name, the parsed flags hold a value only if
+    the command line gives the flag."""
     if default not in ("", "\t"):
         help += f" (default: {default})"
     arguments: dict[str, Any] = {"default": default, "help": help}
@@ -154,7 +155,7 @@ def add_flag(
     if setting:
         arguments["dest"] = setting
         arguments["default"] = argparse.SUPPRESS
-    group.add_argument(flag, **arguments)
+    group.add_argument(*flag.split(), **arguments)
 
 
 def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str] = ()) -> None:
@@ -179,10 +180,10 @@ def build_parser(
     parser = Parser(prog, everyday, example, usage="%(prog)s [options]", description=description)
     add_flag(
         parser,
-        "--preset",
+        "--preset --config",
         "default",
         f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a run's "
-        "config.json",
+        "config.json, or one of flags and values",
     )
     parser.add_argument(
         "--paper",

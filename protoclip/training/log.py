@@ -1,11 +1,16 @@
-"""What training writes as it goes: lines of metrics and progress, and the steps it skipped."""
+"""What training writes as it goes: lines of metrics and progress, and the steps it skipped.
+
+Every number that a step leaves on the device reaches the host through ``Log.begin_line``.
+"""
 
 from __future__ import annotations
 
 import datetime
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,29 +22,61 @@ from protoclip.model import ProtoModel
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import TrainConfig
 from protoclip.training.schedule import Plan
-from protoclip.training.step import Step, Stepper
+from protoclip.training.step import Step
+
+LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was known when a line was begun; the rest is on its way to the host."""
+
+    step: int
+    time: float  # on the clock of ``time.perf_counter``
+    record: dict[str, float]
+    positions: list[int]  # the step's samples of this rank
+    names: list[str]
+    read: Callable[[], list[float]]  # waits for the values of ``names``
+    due: bool  # False: only skipped steps are looked for
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """New skipped steps, up to ``step``; the key of that step's first sample."""
+
+    step: int
+    in_a_row: int
+    key: str
 
 
 class Log:
-    """Writes a run's lines; reads the device only when a line is due.
+    """Writes a run's lines. On a GPU the host does not wait for a line's numbers: it reads them
+    when the next line is due, or the run saves or evaluates.
 
     Attributes:
+        reads_freely: whether reading a number costs no waiting.
         loss: as last written.
         episode_metrics: of a new episode, until the next line holds them.
+        reported_skips: skipped steps, as last read.
     """
 
-    def __init__(self, config: TrainConfig, plan: Plan, phases: Phases) -> None:
-        self.every = config.run.log_every_n_steps
+    def __init__(
+        self, config: TrainConfig, plan: Plan, phases: Phases, device: torch.device
+    ) -> None:
+        self.reads_freely = device.type == "cpu"
+        self.every = config.run.log_every_n_steps or (1 if self.reads_freely else 10)
         self.dedup = config.loss.dedup
         self.plan = plan
         self.phases = phases
         self.loss = math.nan
         self.episode_metrics: Mapping[str, float] = {}
+        self.reported_skips = 0
+        self._line: Line | None = None
         self.begin(0)
 
     def begin(self, step: int) -> None:
         """Start the clocks of a process that goes on after ``step``."""
-        self._began_time = time.perf_counter()
+        self._began_time = self._said_time = time.perf_counter()
         self._began_step = step
         self.pause(step)
 
@@ -58,28 +95,65 @@ class Log:
         if first < step and first // self.every == step // self.every:
             self.episode_metrics = episode_metrics
 
-    def write(
-        self, folder: NullRunFolder, step: int, scalars: Mapping[str, Tensor], lr: float
+    def begin_line(
+        self,
+        step: int,
+        scalars: Mapping[str, Tensor],
+        skips: Mapping[str, Tensor],
+        lr: float,
+        positions: list[int],
     ) -> None:
-        """Read the device once; write one line of metrics and one line of progress. A collective
-        call; ``scalars`` on the device, of which the means over ranks are written."""
-        plan = self.plan
+        """Start to bring numbers to the host. A collective call; the line shows the means of
+        ``scalars`` over ranks. ``skips``: "bad_steps" and those "in_a_row", equal on all ranks."""
         now = time.perf_counter()
-        samples_per_second = (
-            (step - self._logged_step) * plan.global_batch_size / (now - self._logged_time)
-        )
-        record = _means(scalars) | {
-            "lr": lr,
-            "epoch": step / plan.steps_per_epoch,
-            "episode": (step - 1) // plan.steps_per_episode,
-            "samples_per_second": samples_per_second,
-        }
-        self._logged_time = now
-        self._logged_step = step
-        for phase, seconds in self.phases.seconds().items():
+        values = _stacked(skips)
+        record: dict[str, float] = {}
+        if scalars:
+            values = torch.cat([distributed.mean_over_ranks(_stacked(scalars)), values])
+            samples = (step - self._logged_step) * self.plan.global_batch_size
+            record = {
+                "lr": lr,
+                "epoch": step / self.plan.steps_per_epoch,
+                "episode": (step - 1) // self.plan.steps_per_episode,
+                "samples_per_second": samples / (now - self._logged_time),
+                **self.episode_metrics,
+            }
+            self._logged_time = now
+            self._logged_step = step
+            self.episode_metrics = {}
+        names = [*scalars, *skips]
+        self._line = Line(step, now, record, positions, names, start_copy(values), bool(scalars))
+
+    def finish_line(self, folder: NullRunFolder, keys: Sequence[str]) -> Skipped | None:
+        """Write the line that was begun, if any, and report new skipped steps; ``keys``: of the
+        data set."""
+        line, self._line = self._line, None
+        if line is None:
+            return None
+        values = dict(zip(line.names, line.read(), strict=True))
+        in_a_row = int(values.pop("in_a_row"))
+        if line.due:
+            self._write(folder, line, values)
+        total = int(values["bad_steps"])
+        if total == self.reported_skips:
+            return None
+        self.reported_skips = total
+        samples = [keys[position] for position in line.positions]
+        folder.note(f"step {line.step} skipped: not finite, {total} so far; samples: {samples}")
+        return Skipped(line.step, in_a_row, samples[0])
+
+    def _write(self, folder: NullRunFolder, line: Line, values: Mapping[str, float]) -> None:
+        """Write one line of metrics and one line of progress; numbers that are not finite, and
+        counts of bad steps and samples that are 0, are left out."""
+        plan = self.plan
+        step = line.step
+        record = {
+            name: value
+            for name, value in values.items()
+            if math.isfinite(value) and (value or not name.startswith("bad_"))
+        } | line.record
+        for phase, seconds in self.phases.seconds(wait=False).items():
             record[f"seconds_{phase}"] = seconds
-        record |= self.episode_metrics
-        self.episode_metrics = {}
         folder.metrics(step, step * plan.global_batch_size, record)
         if "same_caption" in record and step == self.every:
             pairs = plan.global_batch_size // distributed.world_size()
@@ -88,17 +162,37 @@ class Log:
                 f"{record['same_caption']:g} share their caption with another one"
             )
         self.loss = record.get("loss", math.nan)
-        per_step = (now - self._began_time) / (step - self._began_step)
+        per_step = (line.time - self._began_time) / (step - self._began_step)
         seconds_left = round((plan.total_steps - step) * per_step)
-        folder.note(
-            f"step {step}/{plan.total_steps}, loss {self.loss:.4f}, {samples_per_second:,.0f} "
-            f"samples/s, ETA {datetime.timedelta(seconds=seconds_left)}"
+        words = (
+            f"step {step}/{plan.total_steps}, loss {self.loss:.4f}, "
+            f"{record['samples_per_second']:,.0f} samples/s, "
+            f"ETA {datetime.timedelta(seconds=seconds_left)}"
         )
+        if not sys.stderr.isatty() and line.time - self._said_time >= LINE_SECONDS:
+            self._said_time = line.time
+            folder.say(words)  # there is no progress bar
+        else:
+            folder.note(words)
 
 
-def scalars_of(
-    outcome: Step, model: ProtoModel, stepper: Stepper, faults: Faults
-) -> dict[str, Tensor]:
+def start_copy(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy values to the host; call the result to wait for them."""
+    if values.device.type != "cuda":
+        return values.tolist
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return pinned.tolist()
+
+    return read
+
+
+def scalars_of(outcome: Step, model: ProtoModel, faults: Faults) -> dict[str, Tensor]:
     """What a line says of a step, scalars on the device, for which the host has not waited."""
     # Each rank counts its own bad samples: multiplied by the ranks, their mean is the sum.
     bad = len(faults.positions) * distributed.world_size() + faults.known
@@ -110,8 +204,7 @@ def scalars_of(
         "logit_scale": model.logit_scale,
         "logit_scale_proto": model.proto_logit_scale,
         "grad_norm": outcome.norm,
-        "bad_steps": stepper.skipped_steps,
-        "bad_samples": torch.tensor(float(bad)).to(outcome.norm.device),
+        "bad_samples": torch.full_like(outcome.norm, bad),
     }
     if outcome.same_caption is not None:
         scalars["same_caption"] = outcome.same_caption
@@ -120,13 +213,5 @@ def scalars_of(
     return scalars
 
 
-def _means(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over ranks; without those that are not finite, and without counts of bad steps and
-    samples that are 0."""
-    values = torch.stack([value.detach().float().reshape(()) for value in scalars.values()])
-    means = distributed.mean_over_ranks(values).tolist()
-    return {
-        name: mean
-        for name, mean in zip(scalars, means, strict=True)
-        if math.isfinite(mean) and (mean or not name.startswith("bad_"))
-    }
+def _stacked(scalars: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([value.detach().float().reshape(()) for value in scalars.values()])

@@ -16,10 +16,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from protoclip.common.files import mebibytes
 from protoclip.episodes.feature_store import buffer_bytes, table_bytes, wants_to_reuse
 from protoclip.episodes.prototypes import check_clusters
 from protoclip.episodes.teacher import teacher_spec
 from protoclip.model import ProtoModel, build_model, processor_multiplies_bf16
+from protoclip.ops import scratch
+from protoclip.ops.stash import stash_bytes
 from protoclip.settings.commands import plan_parser
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import parse_more
@@ -29,9 +32,7 @@ from protoclip.training.checks import active_terms
 FP32 = 4
 INT32 = 4
 INT64 = 8
-# The most that the fused kernels use.
-GPU_SCRATCH = 256 << 20
-CPU_SCRATCH = 64 << 20
+CPU_SCRATCH = 64 << 20  # the most that the C++ kernels use
 MINILM_DIM = 384  # width of MiniLM's features without reduction
 
 
@@ -161,6 +162,7 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     rows = run.global_batch
     d = shape.embed_dim
     dh = shape.projection_dim
+    bytes_of_feature = 2 if run.amp else FP32
     saved = run.config.optim.batch_size * shape.saved_bytes + shape.saved_fixed_bytes
     parts = {
         "weights": shape.weights * FP32 + shape.buffers_bytes,
@@ -174,10 +176,15 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
         parts["features of the step"] = 4 * run.local_batch * d * FP32
     if run.ranks > 1:
         # The gathered texts, and their gradient in fp32 before it is scattered.
-        parts["gathered features"] = rows * d * ((2 if run.amp else FP32) + FP32)
-    parts["InfoNCE scratch"] = GPU_SCRATCH
+        parts["gathered features"] = rows * d * (bytes_of_feature + FP32)
     if run.on_cpu:
         parts["InfoNCE scratch"] = rows * d * FP32 + min(8192 * d * FP32, CPU_SCRATCH)
+        if run.ranks == 1 and not run.config.model.siglip:  # losses over ranks keep no logits
+            dtype = torch.bfloat16 if run.amp else torch.float32
+            parts["kept logits"] = stash_bytes(run.local_batch, rows, d, dtype)
+    else:  # a chunk of the gradient of the logits, and both features' gradients in fp32
+        chunk = min(run.local_batch * rows * bytes_of_feature, scratch.GRADIENT_BYTES)
+        parts["InfoNCE scratch"] = chunk + (run.local_batch + rows) * d * FP32
     terms = active_terms(run.config, teacher=run.teacher_dim > 0)
     if terms.prototypes:
         widths = []  # of the sources
@@ -191,6 +198,9 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
         num_clusters = check_clusters(run.config.episode, run.episode)
         parts["prototypes and targets"] = num_clusters * (2 * sets * dh + sum(widths)) * FP32
         parts["prototype gradients"] = sets * run.local_batch * dh * FP32
+        if not run.on_cpu:  # projections are fp32 rows
+            weights = run.local_batch * num_clusters * FP32
+            parts["prototype scratch"] = min(weights, scratch.PROTOTYPE_BYTES)
         parts["labels"] = run.episode * (len(widths) * INT32 + INT64)
         if run.reuses:
             parts["stored features (host if the GPU is full)"] = table_bytes(
@@ -211,13 +221,9 @@ def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
         f"= {optim.batch_size:,} x {optim.accum_freq} passes x {run.ranks:,} ranks; "
         f"{math.ceil(run.episode / run.global_batch):,} steps per episode of {run.episode:,}",
         "",
-        f"Memory per rank at the peak of a step: {_bytes(sum(parts.values()))}",
+        f"Memory per rank at the peak of a step: {mebibytes(sum(parts.values()))}",
     ]
-    return "\n".join(lines + [f"  {name:<42}{_bytes(size):>14}" for name, size in parts.items()])
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+    return "\n".join(lines + [f"  {name:<42}{mebibytes(size):>14}" for name, size in parts.items()])
 
 
 def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:

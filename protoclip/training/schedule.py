@@ -188,17 +188,22 @@ class SaveInterval(NamedTuple):
     steps: int
     seconds: float
 
+    @property
+    def never(self) -> bool:
+        return not (self.steps or self.seconds)
+
 
 def parse_interval(text: str) -> SaveInterval:
-    """Parse --save-every: "500steps", "90s", "10m", "2h", or "" for never.
+    """Parse --save-every: "500steps", "90s", "10m", "2h", or "0" for never.
 
     Raises:
         ValueError: any other text.
     """
-    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|", text.strip())
+    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|0|", text.strip())
     if match is None:
         raise ValueError(
-            f"--save-every: expected a number with steps, s, m or h (500steps, 10m), got {text!r}"
+            "--save-every: expected a number with steps, s, m or h (500steps, 10m), or 0 for only "
+            f"at the end, got {text!r}"
         )
     number = int(match[1] or 0)
     seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}

@@ -30,6 +30,7 @@ from protoclip.training.optimiser import build_optimiser, load_optimiser
 class Step:
     """The outcome of a step; tensors on the device, for which the host has not waited."""
 
+    index: Tensor  # int64 [B], positions in the data set, of all batches
     losses: Losses
     projected: Encoded | None  # [B, Dh] of all batches
     norm: Tensor  # of the gradient before clipping
@@ -129,7 +130,7 @@ class Stepper:
         same_caption = None
         if ids is not None and self.loss.config.dedup == "caption":
             same_caption = repeated(ids)
-        return Step(losses, projected, norm, finite, same_caption)
+        return Step(index, losses, projected, norm, finite, same_caption)
 
     def _forward(
         self,
@@ -177,8 +178,8 @@ class Stepper:
         return encoded.image, encoded.text
 
     def _update(self, finite: Tensor) -> None:
-        """Take the step if ``finite``; on a GPU the host does not wait to find out."""
-        if self.device.type == "cuda":
+        """Take the step if ``finite``; except on a CPU, the host does not wait to find out."""
+        if self.device.type != "cpu":
             if not self.scaler.is_enabled():  # else the scaler sets it
                 self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.scaler.step(self.adamw)

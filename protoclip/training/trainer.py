@@ -130,8 +130,7 @@ class Trainer:
         self.episode: Episode | None = None
         self.step = 0
         self.signals = schedule.StopSignals()
-        self.log = Log(self.config, self.plan, self.phases)
-        self._reported_skips = 0  # skipped steps, as last read from the device
+        self.log = Log(self.config, self.plan, self.phases, setup.device)
         self._save_every = schedule.parse_interval(self.config.run.save_every)
         self._saved_time = time.monotonic()
         self._saved_step = -1
@@ -142,14 +141,22 @@ class Trainer:
         """Where the features of clusters and labels come from."""
         if not self.terms.prototypes:
             return FeatureSource(False, "none")
-        ranks = distributed.world_size()
-        dim = self.model.projection_dim
-        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
-        size = table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
+        size = self._stored_bytes(distributed.world_size())
         episode = self.config.episode
         if reuses is not None:
             episode = replace(episode, features="reuse" if reuses else "extract")
         return choose_features(episode, self.plan.epochs, size, self.setup.device)
+
+    def _stored_bytes(self, ranks: int) -> int:
+        """Bytes of stored features on each of ``ranks``."""
+        dim = self.model.projection_dim
+        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
+        return table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: weights, their two moments, and stored features."""
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        return 3 * weights + (self._stored_bytes(1) if self.store is not None else 0)
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -173,6 +180,7 @@ class Trainer:
             first_episode = self.step // plan.steps_per_episode
             for episode_number in range(first_episode, plan.episodes):
                 self.run_episode(episode_number, bar)
+            self._finish_line()
             if self._saved_step != self.step:
                 self.save(None)
 
@@ -195,7 +203,7 @@ class Trainer:
                 lr=lr,
                 image_lr=schedule.image_learning_rate(config, plan, step_number),
             )
-            self._store_features(step_number, episode_number, step_batches, outcome)
+            self._store_features(step_number, episode_number, outcome)
             self.watch.count(outcome.losses.hits)
             self.step += 1
             self._log_or_check(outcome, step_batches, lr)
@@ -300,15 +308,12 @@ class Trainer:
             if self.signals.asked and not distributed.is_distributed():
                 self._save_or_stop()  # nothing has changed since the last step
 
-    def _store_features(
-        self, step_number: int, episode_number: int, step_batches: Sequence[Batch], outcome: Step
-    ) -> None:
+    def _store_features(self, step_number: int, episode_number: int, outcome: Step) -> None:
         """Put the step's projections into the buffer, which moves to the table after the episode's
         last step; those of a skipped step belong to no sample."""
         if self.store is None or outcome.projected is None:
             return
-        positions = torch.cat([batch.index for batch in step_batches]).to(self.setup.device)
-        positions = positions.where(outcome.finite, -1)
+        positions = outcome.index.where(outcome.finite, -1)
         steps = self.plan.steps_of(episode_number)
         projected = outcome.projected
         self.store.put(step_number - steps.start, positions, projected.image, projected.text)
@@ -316,29 +321,32 @@ class Trainer:
             self.store.end_episode(episode_number)
 
     def _log_or_check(self, outcome: Step, step_batches: Sequence[Batch], lr: float) -> None:
-        """After a step: log if it is time, and look for skipped steps if that costs no waiting."""
+        """After a step: begin a line if one is due, and finish the one before. A line that need
+        not be waited for is finished at once."""
         due = self.log.due(self.step)
-        if due:
-            scalars = scalars_of(outcome, self.model, self.stepper, self.faults)
-            self.log.write(self.folder, self.step, scalars, lr)
-        if due or self.setup.device.type == "cpu":  # on a CPU reading a number is free
-            self._check_skipped(step_batches)
-
-    def _check_skipped(self, step_batches: Sequence[Batch]) -> None:
-        """Log skipped steps; after --max-bad-steps in a row, save and stop."""
-        total = int(self.stepper.skipped_steps)
-        if total == self._reported_skips:
+        if not (due or self.log.reads_freely):
             return
-        self._reported_skips = total
-        in_a_row = int(self.stepper.consecutive_skips)
-        keys = [self.dataset.keys[i] for batch in step_batches for i in batch.index.tolist()]
-        self.folder.note(f"step {self.step} skipped: not finite, {total} so far; samples: {keys}")
-        if in_a_row >= self.config.run.max_bad_steps:
+        self._finish_line()
+        positions = [position for batch in step_batches for position in batch.index.tolist()]
+        skips = {
+            "bad_steps": self.stepper.skipped_steps,
+            "in_a_row": self.stepper.consecutive_skips,
+        }
+        scalars = scalars_of(outcome, self.model, self.faults) if due else {}
+        self.log.begin_line(self.step, scalars, skips, lr, positions)
+        if self.log.reads_freely:
+            self._finish_line()
+
+    def _finish_line(self) -> None:
+        """Write the line that was begun, if any; after --max-bad-steps skipped steps in a row, save
+        and stop."""
+        skipped = self.log.finish_line(self.folder, self.dataset.keys)
+        if skipped is not None and skipped.in_a_row >= self.config.run.max_bad_steps:
             self.save(None)
             raise ValueError(
-                f"training: loss or gradient was not finite in {in_a_row} steps in a row, up to "
-                f"step {self.step} (its samples are in out.log, first {keys[0]}); lower --lr, use "
-                "--precision fp32, or find the operation with torch.autograd."
+                f"training: loss or gradient was not finite in {skipped.in_a_row} steps in a row, "
+                f"up to step {skipped.step} (its samples are in out.log, first {skipped.key}); "
+                "lower --lr, use --precision fp32, or find the operation with torch.autograd."
                 f"set_detect_anomaly(True); the last finite weights are in {self.folder.path}"
             )
 
@@ -349,6 +357,7 @@ class Trainer:
         for evaluation in self.evaluations:
             interval_steps = max(1, round(evaluation.interval_epochs * per_epoch))
             if last or self.step % interval_steps == 0:
+                self._finish_line()
                 with self.phases.measure("evaluation", on_host=True):
                     scalars = evaluation.evaluate(self.model)
                 self.folder.metrics(self.step, self.step * self.plan.global_batch_size, scalars)
@@ -359,10 +368,13 @@ class Trainer:
         self._save_or_stop()
 
     def _save_or_stop(self) -> None:
-        """Save if --save-every asks for it; save and stop if a signal does."""
+        """Save if --save-every asks for it, the first time after one step; save and stop if a
+        signal does."""
         requests = self._agreed_requests()  # of one step ago
         every = self._save_every
-        if requests.stop or requests.save or (every.steps and self.step % every.steps == 0):
+        is_first = self._saved_step < 0 and not every.never
+        by_step = every.steps and self.step % every.steps == 0
+        if requests.stop or requests.save or is_first or by_step:
             self.save(None)
         if requests.stop:
             by_ctrl_c = requests.stop == schedule.StopRequest.CTRL_C
@@ -379,6 +391,7 @@ class Trainer:
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
+        self._finish_line()
         with self.phases.measure("checkpoint", on_host=True):
             payload = state.payload(
                 self.state(),
@@ -433,7 +446,7 @@ class Trainer:
         self.faults.positions = set(saved.faults) if distributed.is_main() else set()
         self.phases.add(saved.seconds)
         self.step = payload["protoclip"]["step"]
-        self._reported_skips = saved.skipped[0]
+        self.log.reported_skips = saved.skipped[0]
         if self.episode is not None:
             self.log.resume(self.step, self.episode.metrics)
         trained = Terms(**saved.terms)

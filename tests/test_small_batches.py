@@ -1,0 +1,328 @@
+"""The study of small batches: sets apart, equal time, rates, controls, no early answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from benchmarks import pictures
+from benchmarks.study import protocol, small_batches, small_batches_report
+from benchmarks.study.data import Icons, family_of, toy_icons
+from benchmarks.study.report import EQUAL_TIME, PRIMARY, Difference
+from benchmarks.study.small_batches import (
+    CLIP,
+    CNN,
+    FULL,
+    INTERNAL_ONLY,
+    MLP,
+    OURS,
+    QUEUES,
+    ROWS,
+    SHUFFLED,
+    TINY,
+    WITH_TEACHER,
+    Cost,
+    Order,
+    Task,
+)
+from benchmarks.study.split import TEST_SETS, TUNING_SETS
+from protoclip.settings.config import LossConfig
+
+QUEUE = next(iter(QUEUES))
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory: pytest.TempPathFactory) -> Icons:
+    pytest.importorskip("resvg_py")
+    return toy_icons(tmp_path_factory.mktemp("icons"))
+
+
+def test_the_sets_are_of_families_that_were_never_judged_or_tuned_on() -> None:
+    families = [family_of(name) for name in small_batches.TEST_SETS]
+    assert len(set(families)) == 20
+    assert set(families).isdisjoint(map(family_of, TEST_SETS + TUNING_SETS))
+    assert FULL.rules.tuning_sets == TUNING_SETS
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_are_flags_that_training_takes(row: str, tmp_path: Path) -> None:
+    task = Task("main", MLP, row, seed=100, lr=1e-3, epochs=4.5, batch=64, icons=15_000)
+    size = dataclasses.replace(FULL, batch=task.batch)
+    config = protocol.configure(task, size, tmp_path / "teacher.npz", ROWS)
+    assert (config.optim.batch_size, config.optim.epochs, config.run.seed) == (64, 4.5, 100)
+    plain = row in (CLIP, EQUAL_TIME, WITH_TEACHER, *QUEUES)
+    assert config.method == ("clip" if plain else "protoclip")
+
+
+# ---- rivals ----
+
+
+def test_a_queue_adds_the_last_steps_features_as_negatives() -> None:
+    torch.manual_seed(0)
+    loss = small_batches.QueueLoss(LossConfig(), steps=2)
+    steps = [
+        SimpleNamespace(
+            image=torch.randn(4, 8, requires_grad=True), text=torch.randn(4, 8, requires_grad=True)
+        )
+        for _ in range(4)
+    ]
+    scale = torch.tensor(10.0)
+    for number, step in enumerate(steps):
+        total = loss(step, None, torch.arange(4), logit_scale=scale).total
+        keys = [step, *steps[max(0, number - 2) : number]]
+        image_keys, text_keys = (
+            F.normalize(torch.cat([getattr(key, name) for key in keys]), dim=1)
+            for name in ("image", "text")
+        )
+        images, texts = image_keys[:4], text_keys[:4]
+        by_image = F.cross_entropy(scale * images @ text_keys.T, torch.arange(4))
+        by_text = F.cross_entropy(scale * texts @ image_keys.T, torch.arange(4))
+        torch.testing.assert_close(total, (by_image + by_text) / 2, rtol=1e-5, atol=1e-6)
+    total.backward()
+    assert steps[-1].image.grad is not None
+    assert steps[-2].image.grad is None
+
+
+def run_on(icons: Icons, row: str, epochs: float = 3.0) -> small_batches.Run:
+    data = protocol.Data(icons, TINY.rules)
+    task = Task("main", MLP, row, seed=100, lr=1e-3, epochs=epochs, batch=16, icons=300)
+    return small_batches.Run(task, TINY, data, protocol.Towers(data))
+
+
+def test_shuffled_features_are_the_teacher_s_of_other_samples(icons: Icons) -> None:
+    teacher = run_on(icons, OURS).trainer.setup.teacher
+    shuffled = run_on(icons, SHUFFLED).trainer.setup.teacher
+    assert teacher is not None and shuffled is not None
+    assert len(teacher) == 300
+    same = (teacher == shuffled).all(1).float().mean()
+    assert same < 0.2  # names repeat
+    assert np.allclose(np.sort(teacher.numpy(), axis=0), np.sort(shuffled.numpy(), axis=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [QUEUE, SHUFFLED, "distillation"])
+def test_a_rival_trains_and_is_judged(icons: Icons, row: str) -> None:
+    run = run_on(icons, row)
+    record = run.finish()
+    assert record["pairs"] == 300
+    assert record["samples"] == 57 * 16  # 3 epochs of 300 in batches of 16
+    assert record["metrics"]["zero-shot"] > 0.3  # of 46 concepts
+    if row == QUEUE:
+        assert len(run.trainer.stepper.loss.queue) == QUEUES[QUEUE]
+
+
+# ---- time ----
+
+
+def test_a_run_s_later_episodes_cost_as_much_as_the_last_that_was_timed() -> None:
+    cost = Cost((1.0, 1.0, 3.0, 2.0))
+    assert cost.seconds(4) == 7
+    assert cost.seconds(16) == 7 + 12 * 2
+    assert cost.episodes(cost.seconds(16)) == 16
+
+
+@pytest.fixture
+def done() -> protocol.Done:
+    """All timed runs: an episode takes CLIP 10 s, a teacher's prototypes 12 s and then 11 s, every
+    other row 20 s; the teacher takes 32 s."""
+    done: protocol.Done = {}
+    for task in Order(FULL, {}).timed():
+        record = dataclasses.asdict(task) | {"metrics": {}, "cpu_seconds": 32.0}
+        row = [10.0, 10.0, 12.0, 11.0]
+        if task.row != OURS:
+            row = [20.0] * len(row)
+        record["seconds_by_episode"] = {CLIP: [10.0] * 4, task.row: row}
+        done[task.key] = record
+    return done
+
+
+def test_equal_time_is_the_row_s_time_in_epochs_of_clip(done: protocol.Done) -> None:
+    order = Order(FULL, done)
+    ratio = (10 + 10 + 12 + 13 * 11) / 160
+    epochs = {
+        row: order.epochs(MLP, row, 64, 60_000)
+        for row in (CLIP, OURS, SHUFFLED, EQUAL_TIME, WITH_TEACHER, QUEUE, INTERNAL_ONLY)
+    }
+    assert epochs[CLIP] == epochs[OURS] == epochs[SHUFFLED] == 4
+    assert epochs[EQUAL_TIME] == pytest.approx(4 * ratio, abs=1e-3)
+    assert epochs[WITH_TEACHER] == pytest.approx(4 * (ratio + 32 / 160), abs=1e-3)
+    assert epochs[QUEUE] == epochs[INTERNAL_ONLY] == pytest.approx(4 * ratio / 2, abs=1e-3)
+    short = (10 + 10 + 12 + 11) / 40  # 15,000 icons: four episodes
+    assert order.epochs(MLP, EQUAL_TIME, 64, 15_000) == pytest.approx(4 * short, abs=1e-3)
+
+
+def test_rows_for_another_s_time_wait_until_it_is_known() -> None:
+    rows = {task.row for task in Order(FULL, {}).all() if task.stage != "floor"}
+    assert rows == {CLIP, OURS, SHUFFLED}
+
+
+# ---- the order of the runs ----
+
+
+def scored(task: Task, value: float) -> dict[str, Any]:
+    return dataclasses.asdict(task) | {"metrics": dict.fromkeys(PRIMARY, value)}
+
+
+def finish(done: protocol.Done, best_lr: float = 2e-3, best_batch: int = 128) -> list[Task]:
+    """Pretend to do every run, one by one as ``work`` does; tuning prefers a rate and a batch."""
+    tasks: list[Task] = []
+
+    def ahead() -> Iterator[Task]:
+        return (task for task in Order(FULL, done).all() if task.key not in done)
+
+    while (task := next(ahead(), None)) is not None:
+        value = 0.0
+        if task.stage != "floor":
+            worse = abs(np.log2(task.lr / best_lr)) + abs(np.log2(task.batch / best_batch))
+            value = 1 - worse / 100
+        done[task.key] = scored(task, value)
+        tasks.append(task)
+    return tasks
+
+
+def test_tuning_goes_on_until_the_best_rate_is_not_at_the_edge(done: protocol.Done) -> None:
+    tasks = finish(done, best_lr=1.6e-2)
+    tuned = {
+        task.lr for task in tasks if (task.stage, task.row, task.batch) == ("tune", EQUAL_TIME, 64)
+    }
+    assert max(tuned) == 3.2e-2
+    judged = [task for task in tasks if task.stage in ("main", "best")]
+    assert {task.lr for task in judged} == {1.6e-2}
+
+
+def seeds_by_row(tasks: Iterable[Task]) -> dict[tuple[str, str, int, int], list[int]]:
+    seeds: dict[tuple[str, str, int, int], list[int]] = {}
+    for task in tasks:
+        seeds.setdefault((task.tower, task.row, task.batch, task.icons), []).append(task.seed)
+    return seeds
+
+
+def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -> None:
+    tasks = finish(done)
+    assert len({task.key for task in tasks}) == len(tasks)
+    seeds = seeds_by_row(task for task in tasks if task.stage == "main")
+    eight, three = list(range(100, 108)), [100, 101, 102]
+    for tower in (MLP, CNN):
+        for batch in (64, 256):
+            for row in (CLIP, EQUAL_TIME, WITH_TEACHER, OURS):
+                assert seeds.pop((tower, row, batch, 60_000)) == eight
+    for row in (*QUEUES, *small_batches.CONTROLS):
+        assert seeds.pop((MLP, row, 64, 60_000)) == eight
+    for row in (EQUAL_TIME, OURS):
+        for batch in FULL.axis:
+            assert seeds.pop((MLP, row, batch, 60_000)) == three
+        for icons in FULL.amounts:
+            assert seeds.pop((MLP, row, 64, icons)) == three
+    assert not seeds
+    tuned = [task for task in tasks if task.stage == "tune" and task.batch in (64, 256)]
+    assert {task.seed for task in tuned} == {1000, 1001, 1002}
+
+
+def test_what_is_planned_comes_first_and_seed_by_seed(done: protocol.Done) -> None:
+    judged = [task for task in finish(done) if task.stage == "main"]
+    first = judged[:32]
+    assert {(task.tower, task.row, task.batch) for task in first} == {
+        (MLP, row, batch) for row in (EQUAL_TIME, OURS) for batch in (64, 256)
+    }
+    assert [task.seed for task in first] == sorted(task.seed for task in first)
+
+
+def test_each_method_s_best_batch_has_the_same_time(done: protocol.Done) -> None:
+    best = [task for task in finish(done, best_batch=512) if task.stage == "best"]
+    assert len(best) == 16
+    assert {task.batch for task in best} == {512}
+    ours = next(task for task in best if task.row == OURS)
+    clip = next(task for task in best if task.row == EQUAL_TIME)
+    assert ours.epochs == 4  # here a batch of 512 takes as long as one of 64
+    assert clip.epochs == pytest.approx((10 + 10 + 12 + 13 * 11) / 40, abs=1e-3)
+
+
+# ---- the report ----
+
+OURS_64, EQUAL_64 = [0.62, 0.63, 0.61, 0.64] * 2, [0.60, 0.62, 0.60, 0.61] * 2
+OURS_256, EQUAL_256 = [0.61, 0.60, 0.62, 0.63] * 2, [0.61, 0.61, 0.61, 0.62] * 2
+
+
+def judged_runs(tower: str, seeds: int = 8) -> list[dict[str, Any]]:
+    values = {
+        (OURS, 64): OURS_64,
+        (EQUAL_TIME, 64): EQUAL_64,
+        (OURS, 256): OURS_256,
+        (EQUAL_TIME, 256): EQUAL_256,
+    }
+    return [
+        scored(Task("main", tower, row, 100 + i, 1e-3, 4.0, batch, 60_000), value)
+        for (row, batch), of_seeds in values.items()
+        for i, value in enumerate(of_seeds[:seeds])
+    ]
+
+
+def planned_of(found: list[dict[str, Any]]) -> dict[Any, tuple[Difference, float]]:
+    return small_batches_report.planned(
+        {tower: small_batches_report.runs_of(found, tower) for tower in (MLP, CNN)}
+    )
+
+
+def test_there_is_no_answer_before_the_last_planned_run() -> None:
+    found = judged_runs(MLP)[:-1]
+    assert not planned_of(found)
+    text = small_batches_report.section([run | ORIGIN for run in found], protocol.FLOORS)
+    assert text.startswith("**No answer yet**")
+    assert "31 of 32 (MLP over HOG and pixels) and 0 of 32 (default CNN)" in text
+
+
+ORIGIN = {"machine": "M", "commit": "abc", "torch": "2.13"}
+
+
+def test_the_planned_tests_are_paired_and_corrected_for_all_twelve() -> None:
+    found = planned_of(judged_runs(MLP))
+    assert len(found) == 6
+    gain = stats.ttest_rel(OURS_64, EQUAL_64)
+    more = stats.ttest_rel(
+        np.subtract(OURS_64, EQUAL_64).round(6), np.subtract(OURS_256, EQUAL_256).round(6)
+    )
+    delta, p = found[MLP, "AMI", small_batches_report.GAIN]
+    assert delta.mean == pytest.approx(0.0175)
+    assert delta.p == pytest.approx(gain.pvalue)
+    lowest = min(p for _, p in found.values())
+    assert lowest == pytest.approx(12 * min(gain.pvalue, more.pvalue))
+    delta, p = found[MLP, "probe", small_batches_report.MORE]
+    assert delta.p == pytest.approx(more.pvalue)
+    assert p >= delta.p * 7  # the other tower's six count, though they are missing
+
+
+def test_the_page_has_the_planned_table_and_the_rest_says_that_it_is_exploratory() -> None:
+    found = [run | ORIGIN for run in judged_runs(MLP)]
+    text = small_batches_report.section(found, protocol.FLOORS)
+    assert text.startswith("| a teacher's prototypes")
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("| MLP over HOG and pixels: A")
+    ]
+    assert "+0.018" in line and "(p " in line
+    assert "Exploratory, not corrected" in text
+    assert "](small-batches.svg)" in text
+
+
+def test_the_picture_has_a_point_and_its_number_for_each_batch() -> None:
+    runs = small_batches_report.runs_of(judged_runs(MLP), MLP)
+    gained = small_batches_report.by_batch(runs)
+    svg = pictures.draw_small_batches(gained)
+    assert svg.count("<circle") == 2 * len(PRIMARY)
+    assert svg.count(">+0.018</text>") == len(PRIMARY)
+    assert small_batches_report.picture_title(gained) in svg
+
+
+def test_the_page_is_that_of_the_records() -> None:
+    path = small_batches.RESULTS / "runs.jsonl"
+    found = [*protocol.finished(path, Task).values()]
+    page = small_batches_report.PAGE.read_text(encoding="utf-8")
+    assert small_batches_report.section(found, protocol.FLOORS) in page, "make small-batches-report"
