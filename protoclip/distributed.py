@@ -73,8 +73,8 @@ def _master(env: Mapping[str, str], ranks: int) -> tuple[str, int]:
     return env.get("MASTER_ADDR", first), int(env.get("MASTER_PORT", port))
 
 
-def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> None:
-    """Join the other processes; does nothing for a single process.
+def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> bool:
+    """Join the other processes; returns False for a single process, and where they have joined.
 
     ``backend`` is "nccl", "gloo", or "auto": NCCL for CUDA tensors, gloo for CPU tensors. A
     rank that waits ``timeout`` seconds for another in a collective call fails.
@@ -82,8 +82,8 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
     Raises:
         ValueError: the processes cannot meet.
     """
-    if info.world_size == 1:
-        return
+    if info.world_size == 1 or dist.is_initialized():
+        return False
     if backend == "nccl" or (backend == "auto" and device.type == "cuda"):
         backend = "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
@@ -103,6 +103,7 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
             f"{host}:{port} ({str(error).splitlines()[0]}); start all ranks, or set MASTER_ADDR to "
             "the machine of rank 0 and MASTER_PORT to a free port there"
         ) from error
+    return True
 
 
 def stop() -> None:

@@ -12,9 +12,10 @@ import errno
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,9 +26,12 @@ from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
 from protoclip.data.loader import EpochOrder
 from protoclip.data.settings import open_run_data
+from protoclip.distributed import gathered_rows
 from protoclip.episodes import prototypes
 from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import Evaluation
+from protoclip.evaluate.results import Results, read_results
+from protoclip.losses import Term, TermInputs
 from protoclip.model import (
     build_model,
     choose_device,
@@ -35,7 +39,13 @@ from protoclip.model import (
     put_channels_last,
 )
 from protoclip.runs import checkpoint
-from protoclip.runs.resume import check_resume, open_resume, refuse_changes, with_saved_config
+from protoclip.runs.resume import (
+    check_resume,
+    open_resume,
+    refuse_changes,
+    refuse_other_terms,
+    with_saved_config,
+)
 from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig
@@ -48,6 +58,7 @@ from protoclip.training.checks import (
 from protoclip.training.summary import announce, conclude
 from protoclip.training.trainer import Setup, Trainer
 
+__all__ = ["Term", "TermInputs", "Trained", "gathered_rows", "main", "make_config", "train"]
 PROG = "protoclip train"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,22 +74,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cpu" and (argv is None or sys.argv[1:] == ["train", *argv]):
             start_again_if_busy(device)
             keep_freed_memory()  # the process is ours; called from Python, main changes nothing
-        distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
-        return train(config, device)
+        try:
+            train(config)
+        except schedule.Stopped as stop:
+            return stop.code
+        return 0
 
     return distributed.run_command(work, PROG)
 
 
-def train(config: TrainConfig, device: torch.device) -> int:
-    """Do a whole run: data, model, teacher, training, evaluation, plots; returns the exit code.
+def make_config(**settings: Any) -> TrainConfig:
+    """A run's settings from keywords: the names of the flags with underscores, such as
+    ``train_data="pairs.csv", w_clip=0.5, PBT=False``."""
+    argv = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            argv.append(f"--{flag}={value}")
+    return parse(train_parser(), with_saved_config(argv))
+
+
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    folder: Path
+    results: Results | None  # on rank 0, by evaluation set; None without evaluation data
+
+
+def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Trained:
+    """Do a whole run: data, model, teacher, training, evaluation, plots.
+
+    Args:
+        config: all settings, such as ``make_config`` gives.
+        terms: losses of your own, by the name under which they are logged (docs/own-loss.md).
 
     Raises:
         ValueError: something in the config does not exist, or settings contradict each other.
             Nothing has been written then.
         OSError: the disk is full; the last checkpoint, if there is one, is intact.
+        Stopped: a signal asked the run to stop; the state is saved.
     """
-    check_settings(config, device)
+    device = choose_device(config.run.device)
+    info = distributed.find_rank()
+    joined = distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
+    trained = _train(config, device, terms or {})
+    if joined:
+        distributed.stop()
+    return trained
+
+
+def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term]) -> Trained:
+    check_settings(config, device, terms)
+    weights = {name: term.weight for name, term in terms.items()}
     resume = open_resume(config)
+    if resume:
+        refuse_other_terms(resume, weights)
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     run_data = open_run_data(config)
     dataset = run_data.training
@@ -88,7 +140,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         refuse_changes(resume, config)
         if (path / "results.json").exists():
             print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
-            return 0
+            return Trained(path, read_results(path / "results.json").trained)
     precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
     setup = Setup(config, plan, dataset, order, device, precision)
     if uses_prototypes(config):
@@ -103,7 +155,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         setup = replace(setup, teacher=teacher.to(device))
     evaluation = Evaluation(config, run_data, device, precision, phases)
     reuses = None if resume is None else resume.training["features"] is not None
-    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses)
+    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses, terms)
     notes = [free_space(path, trainer.checkpoint_bytes())]
     if resume:  # check everything before touching the folder
         notes.append(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
@@ -113,7 +165,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         notes.append(f"--resume auto: no checkpoint in {path}, starting at step 0")
     if distributed.is_main():
         step = resume.step if resume else 0 if path.exists() else None
-        trainer.folder = RunFolder(path, config, step)
+        trainer.folder = RunFolder(path, config, step, weights)
     folder = trainer.folder
     try:
         announce(
@@ -123,7 +175,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
             dataset=dataset,
             device=device,
             precision=precision,
-            terms=trainer.terms,
+            active=trainer.active,
             features=trainer.features,
             episode_samples=setup.episode_samples,
             teacher_remark=remark,
@@ -147,7 +199,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
             )
     except schedule.Stopped as stop:
         folder.say(stop.message)
-        return stop.code
+        raise
     except BaseException as error:
         with contextlib.suppress(OSError):
             folder.note(traceback.format_exc())
@@ -156,7 +208,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
         raise
     finally:
         folder.close()
-    return 0
+    return Trained(path, after)
 
 
 def free_space(path: Path, checkpoint_bytes: int) -> str:

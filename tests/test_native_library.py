@@ -64,8 +64,8 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(
 def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
     build: native.Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(plan: native.Build, folder: Path) -> None:
-        (folder / f"{plan.name}.so").write_bytes(b"torn")
+    def killed(recipe: native.Build, folder: Path) -> None:
+        (folder / f"{recipe.name}.so").write_bytes(b"torn")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -159,8 +159,8 @@ def test_a_step_reads_nothing(case: str, nano: Path, monkeypatch: pytest.MonkeyP
             del self.found_inf
             return super().step(closure)
 
-    def unfused(model: Any, config: OptimConfig) -> torch.optim.AdamW:
-        return Unfused(parameter_groups(model, config.wd), lr=config.lr)
+    def unfused(model: Any, config: OptimConfig, others: Any) -> torch.optim.AdamW:
+        return Unfused(parameter_groups(model, config.wd, others), lr=config.lr)
 
     monkeypatch.setattr(step, "build_optimiser", unfused)
     stepper, take = steps_on("meta", nano, case)

@@ -20,7 +20,15 @@ from protoclip.losses.global_losses import (
     global_sigmoid_loss,
     global_sup_con,
 )
-from protoclip.losses.objective import Losses, ProtoLoss, caption_ids, similarity_distillation
+from protoclip.losses.objective import (
+    Losses,
+    OwnTerms,
+    ProtoLoss,
+    Term,
+    TermInputs,
+    caption_ids,
+    similarity_distillation,
+)
 from protoclip.losses.prototypes import PrototypeTerm, hit_rate, prototype_term
 
 __all__ = [
@@ -29,10 +37,13 @@ __all__ = [
     "CoCaLoss",
     "DistillClipLoss",
     "Losses",
+    "OwnTerms",
     "ProtoClipLoss",
     "ProtoLoss",
     "PrototypeTerm",
     "SigLipLoss",
+    "Term",
+    "TermInputs",
     "caption_ids",
     "global_contrastive",
     "global_contrastive_parts",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,70 @@ class Losses:
         if EXTERNAL in self.hits:
             accuracy["external_accuracy"] = hit_rate(self.hits[EXTERNAL])
         return accuracy
+
+
+@dataclass(frozen=True)
+class TermInputs:
+    """What a loss of your own may read in a step: this rank's pairs of all passes, fp32."""
+
+    image_features: Tensor  # [B, D], unit rows, with graph; likewise the three below
+    text_features: Tensor  # [B, D]
+    image_projections: Tensor | None  # [B, Dh]; None before there are prototypes
+    text_projections: Tensor | None
+    index: Tensor  # int64 [B], positions in the data set
+    ids: Tensor | None  # int64 [B], equal where --dedup sees the same pair; None: off
+    step: int  # from 0
+    logit_scale: Tensor  # scalar, InfoNCE's multiplier, with graph
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss of your own, minimised beside the others."""
+
+    module: nn.Module  # TermInputs -> scalar; the loss is its mean over ranks
+    weight: float = 1.0
+
+
+class OwnTerms(nn.Module):
+    """Losses that a user adds, by name."""
+
+    def __init__(self, terms: Mapping[str, Term] | None = None) -> None:
+        super().__init__()
+        terms = terms or {}
+        self.weights = {name: term.weight for name, term in terms.items()}
+        self.losses = nn.ModuleList(term.module for term in terms.values())
+
+    def forward(self, losses: Losses, inputs: TermInputs) -> Losses:
+        """The losses with each term, unweighted, and their weighted sum added to the total."""
+        total = losses.total
+        terms = dict(losses.terms)
+        for (name, weight), module in zip(self.weights.items(), self.losses, strict=True):
+            value = module(inputs)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"term {name!r}: expected a scalar tensor, got {got}; take a mean")
+            terms[name] = value.reshape(())
+            total = total + weight * terms[name]
+        return replace(losses, total=total, terms=terms)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """For a checkpoint: weight and state of each term, by name."""
+        pairs = zip(self.weights.items(), self.losses, strict=True)
+        return {
+            name: {"weight": weight, "state": module.state_dict()}
+            for (name, weight), module in pairs
+        }
+
+    def load_state(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Load what ``state`` gave; ValueError if a term's module has changed."""
+        for name, module in zip(self.weights, self.losses, strict=True):
+            try:
+                module.load_state_dict(saved[name]["state"])
+            except (RuntimeError, KeyError, TypeError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"--resume: term {name!r} has another module ({reason})"
+                ) from error
 
 
 class ProtoLoss(nn.Module):

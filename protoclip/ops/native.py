@@ -148,10 +148,10 @@ def _host_utilities() -> Any:
 @cache
 def _library(half: str) -> Path:
     """Built once a process: a second copy, of another cache, would register its ops again."""
-    return build(_plan(half))
+    return build(_recipe(half))
 
 
-def _plan(half: str) -> Build:
+def _recipe(half: str) -> Build:
     folder = csrc()
     parameters = {"torch": torch.__version__, "cxx11": str(torch._C._GLIBCXX_USE_CXX11_ABI)}
     parameters |= {"python": platform.python_version(), "machine": platform.machine()}
@@ -193,23 +193,23 @@ def _cpu_flags() -> str:
     return platform.processor()
 
 
-def build(plan: Build) -> Path:
+def build(recipe: Build) -> Path:
     """The path of the library, which is compiled unless an intact one exists; where the cache
     cannot be written, in a folder that only this user can."""
     cache = cache_dir() / "native"
-    library = cache / plan.name / f"{plan.name}.so"
+    library = cache / recipe.name / f"{recipe.name}.so"
     if is_whole(library):
         return library
     try:
-        lock = _locked(library, plan.half)
+        lock = _locked(library, recipe.half)
     except OSError as error:
         private = _private_folder()
         _say(
             f"{cache} cannot be written ({error.strerror}), so {private} holds the kernels; "
             "PROTOCLIP_CACHE names another folder\n"
         )
-        library = private / plan.name / library.name
-        lock = _locked(library, plan.half)
+        library = private / recipe.name / library.name
+        lock = _locked(library, recipe.half)
     folder = library.parent
     with lock:
         if not is_whole(library):
@@ -219,7 +219,7 @@ def build(plan: Build) -> Path:
             for leftover in (partial, folder):  # of a build that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir()
-            _compile(plan, partial)
+            _compile(recipe, partial)
             built = partial / library.name
             _seal_path(built).write_text(_seal(built))
             partial.rename(folder)

@@ -31,6 +31,8 @@ from protoclip.ops.pairs import Gaps, Matching, Pairs, SameId, pair_tensors
 from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
 from protoclip.ops.sums import LN2, log_add, logits_of_negatives, smoothing, with_others
 
+NUM_POSITIVES = PairStatistics._fields.index("num_positives")  # a row of the statistics
+
 
 class ContrastiveForward(NamedTuple):
     """Results of the forward pass."""
@@ -241,8 +243,7 @@ def query_losses(
             backend=backend_name,
             keep_stash=keeps_stash(stash, *differentiable),
         )
-        statistics = PairStatistics._make(forward.row_statistics.unbind())
-        rows = Gaps(forward.gap, forward.mean, statistics.num_positives)
+        rows = Gaps(forward.gap, forward.mean, forward.row_statistics[NUM_POSITIVES])
         if both_directions:
             column_gap = forward.column_gap
     gap = rows.gap

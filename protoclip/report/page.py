@@ -28,6 +28,7 @@ from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
+from protoclip.runs.run_folder import OWN_TERMS
 from protoclip.settings.config import parse_json
 
 NAME = "report.html"
@@ -77,6 +78,7 @@ class Run:
     outcome: Outcome = Outcome("", "", "", {})
     series: Series = field(default_factory=dict)
     snapshot: Snapshot = field(default_factory=Snapshot)
+    own_terms: Mapping[str, float] = field(default_factory=dict)  # name -> weight
 
     @property
     def method(self) -> str:
@@ -106,6 +108,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         run = replace(run, outcome=results.read_results(path / "results.json"))
     if (path / "metrics.jsonl").is_file():
         run = replace(run, series=read_series(path / "metrics.jsonl"))
+    if (path / OWN_TERMS).is_file():
+        run = replace(run, own_terms=parse_json((path / OWN_TERMS).read_text(encoding="utf-8")))
     return run
 
 
@@ -380,6 +384,12 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         for term, text in (MEANINGS | LABELS).items()
         if any(re.search(rf"\b{re.escape(term)}\b", words) for words in rows)
     }
+    # A chart each: their units differ. One with "loss" in its name is among the others already.
+    own = [
+        figures.Chart(name, re.escape(name), zero=False)
+        for name in dict.fromkeys(name for run in runs for name in run.own_terms)
+        if not re.fullmatch(figures.CURVES[0].pattern, name)
+    ]
     answers = {run.name: sentence for run in runs if (sentence := answer(run))}
     return environment.get_template("page.html.j2").render(
         title="protoclip: " + " and ".join(run.name for run in runs),
@@ -402,6 +412,6 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         floors={**results.FLOORS, "untrained": "the model before its first step"},
         change=change,
         headline=HEADLINE,
-        curves=figures.charts(figures.CURVES, series),
+        curves=figures.charts([*figures.CURVES, *own], series),
         churn=figures.charts(figures.CHURN, series),
     )

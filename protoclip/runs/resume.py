@@ -140,6 +140,31 @@ def changes_since(resume: Resume, config: TrainConfig) -> Changes:
     return changes
 
 
+def refuse_other_terms(resume: Resume, weights: Mapping[str, float]) -> None:
+    """ValueError, by name, for a loss of the user's own that the resumed run did not have, or had
+    with another weight, or lacks now. ``weights``: name -> weight of this run's."""
+    saved = resume.payload["protoclip"].get("own_terms", {})
+    try:
+        before = {name: float(entry["weight"]) for name, entry in saved.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--resume: {resume.file} does not hold the state of its terms ({error!r}); use an "
+            "older checkpoint"
+        ) from error
+    wrong = [f"{name!r} is missing" for name in before if name not in weights]
+    wrong += [f"{name!r} is new" for name in weights if name not in before]
+    wrong += [
+        f"{name!r} had the weight {before[name]:g} and has {weights[name]:g}"
+        for name in before.keys() & weights.keys()
+        if before[name] != weights[name]
+    ]
+    if wrong:
+        raise ValueError(
+            f"--resume: {resume.file} cannot go on with other terms: {'; '.join(sorted(wrong))}; "
+            "give train(terms=) those of the run, or start a new run with --pretrained"
+        )
+
+
 def refuse_changes(resume: Resume, config: TrainConfig) -> None:
     """ValueError for other settings of training where no step is left that would use them."""
     changes = changes_since(resume, config)

@@ -23,6 +23,8 @@ from protoclip.common.paths import check_above
 from protoclip.runs import checkpoint
 from protoclip.settings.config import TrainConfig, flat, to_dict
 
+OWN_TERMS = "own_terms.json"  # name -> weight
+
 
 def choose_folder(config: TrainConfig) -> Path:
     """The folder that a run will write to, not created yet. Under --resume auto it may exist.
@@ -73,9 +75,16 @@ class RunFolder(NullRunFolder):
         config: the run's settings.
         resume_step: continue after this step and remove later log lines; 0: begin again and keep
             the old lines in a file beside the new ones; None: a new run.
+        own_terms: name -> weight of the losses that a user added, for the page.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: TrainConfig,
+        resume_step: int | None = None,
+        own_terms: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(path)
         self._checkpoints = path / "checkpoints"
         self._keeps_one = config.run.delete_previous_checkpoint
@@ -92,6 +101,8 @@ class RunFolder(NullRunFolder):
             _set_aside(path / "metrics.jsonl")
         _cut_back(path / "metrics.jsonl", resume_step or 0)
         write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        if own_terms:
+            write_atomic(path / OWN_TERMS, json.dumps(own_terms) + "\n")
         self._metrics = self._append_to("metrics.jsonl")
         self._log = self._append_to("out.log")
         boards = config.run.report_to.split(",")

@@ -48,20 +48,24 @@ def payload(
     config: TrainConfig,
     model: ProtoModel,
     optimizer: Mapping[str, Any],
+    own_terms: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of a checkpoint that OpenCLIP can read."""
+    of_protoclip = {
+        **model.extra_state(),
+        "format": checkpoint.FORMAT,
+        "config": to_dict(config),
+        "step": step,
+        "training": vars(state),
+    }
+    if own_terms:
+        of_protoclip["own_terms"] = dict(own_terms)
     return {
         "epoch": epoch,
         "name": name,
         "state_dict": model.clip.state_dict(),
         "optimizer": dict(optimizer),
-        "protoclip": {
-            **model.extra_state(),
-            "format": checkpoint.FORMAT,
-            "config": to_dict(config),
-            "step": step,
-            "training": vars(state),
-        },
+        "protoclip": of_protoclip,
     }
 
 

@@ -6,21 +6,33 @@ A run checks all of this before it creates its folder.
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from protoclip.distributed import is_distributed
 from protoclip.episodes.teacher import teacher_spec
 from protoclip.lloyd import load_faiss
+from protoclip.losses import Term
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
 from protoclip.settings.config import LossConfig, TrainConfig
 from protoclip.training.schedule import parse_interval
 
+# Names of metrics, which no term of a user's own may have.
+LOGGED = {
+    "accuracy", "bad_samples", "bad_steps", "contrastive_loss", "distill_loss", "epoch", "episode",
+    "external_accuracy", "external_loss", "grad_norm", "in_a_row", "logit_bias", "logit_scale",
+    "logit_scale_proto", "loss", "lr", "proto_accuracy", "proto_loss", "same_caption", "samples",
+    "samples_per_second", "step",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
-class Terms:
+class ActiveLosses:
     """The losses that a run trains besides InfoNCE."""
 
     internal: bool  # prototypes of the model's own features
@@ -57,11 +69,11 @@ def loss_weights(config: TrainConfig, *, teacher: bool) -> LossConfig:
     return replace(weights, w_proto=0.0 if external else 1.0)
 
 
-def active_terms(config: TrainConfig, *, teacher: bool) -> Terms:
+def active_losses(config: TrainConfig, *, teacher: bool) -> ActiveLosses:
     """The terms with a positive weight; ``teacher``: whether the run has one."""
     weights = loss_weights(config, teacher=teacher)
     proto = config.method == "protoclip"
-    return Terms(
+    return ActiveLosses(
         internal=proto and weights.w_proto > 0,
         external=proto and teacher and weights.w_proto_external > 0,
         distillation=proto and teacher and weights.w_distill > 0,
@@ -70,11 +82,29 @@ def active_terms(config: TrainConfig, *, teacher: bool) -> Terms:
 
 def uses_prototypes(config: TrainConfig) -> bool:
     """Whether a prototype term has a positive weight, whether or not there is a teacher."""
-    return active_terms(config, teacher=True).prototypes
+    return active_losses(config, teacher=True).prototypes
 
 
-def check_settings(config: TrainConfig, device: torch.device) -> None:
-    """Raise ValueError for settings that cannot work, whatever the data."""
+def check_terms(terms: Mapping[str, Term]) -> None:
+    """Raise ValueError or TypeError for terms that cannot be trained or logged."""
+    for name, term in terms.items():
+        if not isinstance(term, Term) or not isinstance(term.module, nn.Module):
+            raise TypeError(f"term {name!r}: expected Term(module, weight), got {term!r}")
+        if not 0 < term.weight < math.inf:
+            raise ValueError(f"term {name!r}: expected a weight above 0, got {term.weight}")
+        if not name.isidentifier() or name in LOGGED or name.startswith(("seconds_", "val_")):
+            raise ValueError(
+                f"term {name!r}: expected a name that is a word and that no other metric has; "
+                "rename the term"
+            )
+
+
+def check_settings(
+    config: TrainConfig, device: torch.device, terms: Mapping[str, Term] | None = None
+) -> None:
+    """Raise ValueError for settings that cannot work, whatever the data. ``terms``: losses of the
+    user's own."""
+    check_terms(terms or {})
     check_model(config.model)
     parse_interval(config.run.save_every)
     _check_val_fraction(config)
@@ -84,7 +114,8 @@ def check_settings(config: TrainConfig, device: torch.device) -> None:
         raise ValueError(
             f"--w-proto: expected -1 (automatic), or 0 and more, got {config.loss.w_proto:g}"
         )
-    _check_every_step_has_a_loss(config)
+    if not terms:
+        _check_every_step_has_a_loss(config)
     _check_kmeans(config.episode.kmeans_backend, device)
 
 
@@ -104,7 +135,7 @@ def _check_val_fraction(config: TrainConfig) -> None:
 
 def _check_every_step_has_a_loss(config: TrainConfig) -> None:
     teacher = bool(teacher_spec(config)[0])
-    terms = active_terms(config, teacher=teacher)
+    terms = active_losses(config, teacher=teacher)
     from_the_start = not (config.episode.infonce_warmup or config.episode.lit_start)
     always = terms.distillation or (terms.prototypes and from_the_start)
     if config.loss.w_clip == 0 and not always:

@@ -26,7 +26,7 @@ from protoclip.ops.stash import stash_bytes
 from protoclip.settings.commands import plan_parser
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import parse_more
-from protoclip.training.checks import active_terms
+from protoclip.training.checks import active_losses
 
 # Bytes of a number.
 FP32 = 4
@@ -185,7 +185,7 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     else:  # a chunk of the gradient of the logits, and both features' gradients in fp32
         chunk = min(run.local_batch * rows * bytes_of_feature, scratch.GRADIENT_BYTES)
         parts["InfoNCE scratch"] = chunk + (run.local_batch + rows) * d * FP32
-    terms = active_terms(run.config, teacher=run.teacher_dim > 0)
+    terms = active_losses(run.config, teacher=run.teacher_dim > 0)
     if terms.prototypes:
         widths = []  # of the sources
         sets = 0

@@ -20,7 +20,7 @@ from protoclip.common.seeds import seed_everything
 from protoclip.data import Batch
 from protoclip.distributed import GlobalBatchNorm1d, broadcast, is_distributed, rank
 from protoclip.episodes.prototypes import Episode
-from protoclip.losses import Losses, ProtoLoss, caption_ids
+from protoclip.losses import Losses, OwnTerms, ProtoLoss, Term, TermInputs, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.settings.config import OptimConfig
 from protoclip.training.optimiser import build_optimiser, load_optimiser
@@ -48,6 +48,7 @@ class Stepper:
     Args:
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
         seed: the run's seed; dropout follows from it, the step and the rank.
+        terms: losses of the user's own, by name.
     Attributes:
         skipped_steps: all of them, int64 scalar on the device.
         consecutive_skips: those since the last step that was taken, likewise.
@@ -61,6 +62,7 @@ class Stepper:
         precision: str = "fp32",
         phases: Phases | None = None,
         seed: int = 0,
+        terms: Mapping[str, Term] | None = None,
     ) -> None:
         self.model = model
         self.loss = loss
@@ -69,7 +71,8 @@ class Stepper:
         self.phases = phases or Phases(self.device)
         self.autocast = autocast_for(precision, self.device)
         self.clip_norm = config.grad_clip_norm
-        self.adamw = build_optimiser(model, config)
+        self.terms = OwnTerms(terms).to(self.device)
+        self.adamw = build_optimiser(model, config, self.terms.parameters())
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self.consecutive_skips = torch.zeros_like(self.skipped_steps)
@@ -77,7 +80,7 @@ class Stepper:
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         by_rank = [norm for norm in norms if not isinstance(norm, GlobalBatchNorm1d)]
         self._statistics_of_rank = [buffer for norm in by_rank for buffer in norm.buffers()]
-        self.replica: nn.Module = Replica(model)
+        self.replica: nn.Module = Replica(model, self.terms)
         self._replicated: tuple[bool, bool] | None = None  # what DDP wraps: heads, frozen images
 
     def step(
@@ -104,7 +107,7 @@ class Stepper:
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         index = torch.cat([batch.index for batch in batches])
         ids = self._ids(batches, index)
-        statistics = [buffer.clone() for buffer in self._statistics]
+        statistics = [buffer.clone() for buffer in self._buffers()]
 
         def forward() -> tuple[Losses, Encoded | None]:
             # Through DDP's forward, which arms its hooks.
@@ -112,7 +115,7 @@ class Stepper:
                 lambda: self._forward(step_number, batches, index, ids, episode, project)
             )
 
-        if self._replicate(heads=episode is not None or self.loss.config.w_distill > 0):
+        if self._replicate(heads=self._trains_heads(episode)):
             self._order_buckets(forward, statistics)
         with self.phases.measure("forward"):
             losses, projected = forward()
@@ -120,7 +123,8 @@ class Stepper:
             self.scaler.scale(losses.total).backward()
             self.scaler.unscale_(self.adamw)
             norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.clip_norm if self.clip_norm > 0 else float("inf")
+                [*self.model.parameters(), *self.terms.parameters()],
+                self.clip_norm if self.clip_norm > 0 else float("inf"),
             )
             finite = norm.isfinite()
             if not is_distributed():  # ranks share the gradient, not the loss
@@ -167,6 +171,19 @@ class Stepper:
             ids=ids,
             logit_bias=model.logit_bias,
         )
+        if self.terms.weights:
+            trained = projected if self._trains_heads(episode) else None
+            inputs = TermInputs(
+                image_features=F.normalize(encoded.image.float(), dim=-1),
+                text_features=F.normalize(encoded.text.float(), dim=-1),
+                image_projections=None if trained is None else trained.image,
+                text_projections=None if trained is None else trained.text,
+                index=index,
+                ids=ids,
+                step=step_number,
+                logit_scale=model.logit_scale,
+            )
+            losses = self.terms(losses, inputs)
         if projected is not None:
             projected = Encoded(projected.image.detach(), projected.text.detach())
         return losses, projected
@@ -198,12 +215,20 @@ class Stepper:
 
     def _count_skipped(self, finite: Tensor, statistics: Sequence[Tensor]) -> None:
         """Count a step that was not finite, and put back the statistics from before it."""
-        for buffer, before in zip(self._statistics, statistics, strict=True):
+        for buffer, before in zip(self._buffers(), statistics, strict=True):
             torch.where(finite, buffer, before, out=buffer)
-        broadcast(*self._statistics_of_rank)  # evaluation then reads the same values on all ranks
+        # Evaluation and checkpoints then hold the same values on all ranks.
+        broadcast(*self._statistics_of_rank, *self.terms.buffers())
         skipped = (~finite).long()
         self.skipped_steps = self.skipped_steps + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped
+
+    def _buffers(self) -> list[Tensor]:
+        """What a forward pass may change, and a skipped step must not."""
+        return [*self._statistics, *self.terms.buffers()]
+
+    def _trains_heads(self, episode: Episode | None) -> bool:
+        return episode is not None or self.loss.config.w_distill > 0
 
     def _replicate(self, heads: bool) -> bool:
         """Over ranks, let DDP average the gradients of what trains now; returns whether that has
@@ -213,9 +238,11 @@ class Stepper:
             return False
         self._replicated = trained
         self.replica = DistributedDataParallel(
-            Replica(self.model if heads else self.model.clip),
+            Replica(self.model if heads else self.model.clip, self.terms),
             gradient_as_bucket_view=True,
-            find_unused_parameters=self.loss.config.w_clip == 0,
+            # A term may use its weights in some steps only.
+            find_unused_parameters=self.loss.config.w_clip == 0
+            or any(True for _ in self.terms.parameters()),
         )
         self.replica.broadcast_buffers = False
         return True
@@ -227,7 +254,7 @@ class Stepper:
         backward pass, so a resumed run then sums in the same order as the original run."""
         forward()[0].total.backward()
         self.adamw.zero_grad(set_to_none=True)
-        for buffer, before in zip(self._statistics, statistics, strict=True):
+        for buffer, before in zip(self._buffers(), statistics, strict=True):
             buffer.copy_(before)
 
     def load_state(
@@ -247,11 +274,13 @@ class Stepper:
 
 
 class Replica(nn.Module):
-    """What DistributedDataParallel wraps: a model, whose forward calls a function that uses it."""
+    """What DistributedDataParallel wraps: what is trained, and a forward that calls a function
+    that uses it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, terms: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.terms = terms
 
     def forward(self, function: Callable[[], Any]) -> Any:
         """Call the function and return its result."""

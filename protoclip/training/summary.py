@@ -24,7 +24,7 @@ from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import NullRunFolder, sum_up
 from protoclip.settings.config import ModelConfig, TrainConfig, to_dict
 from protoclip.training import schedule
-from protoclip.training.checks import Terms, uses_prototypes
+from protoclip.training.checks import ActiveLosses, uses_prototypes
 
 
 def announce(
@@ -35,7 +35,7 @@ def announce(
     dataset: PairDataset,
     device: torch.device,
     precision: str,
-    terms: Terms,
+    active: ActiveLosses,
     features: FeatureSource,
     episode_samples: int,
     teacher_remark: str,
@@ -70,7 +70,7 @@ def announce(
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
         return
     episode = config.episode
-    stored = features.reuses and terms.internal
+    stored = features.reuses and active.internal
     # Drawn with replacement, some samples come again before the second pass.
     after_first_pass = stored and not episode.replacement
     first = plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
@@ -80,12 +80,12 @@ def announce(
     if first >= plan.total_steps:
         limits += ", which this run does not reach"
     num_clusters = prototypes.check_clusters(episode, episode_samples)
-    if config.loss.w_proto < 0 and terms.external:
+    if config.loss.w_proto < 0 and active.external:
         teacher_remark += "; no internal prototypes beside it (--w-proto 1 adds them)"
     folder.say(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
         f"{num_clusters} prototypes per source\n"
-        f"features: {features.reason}; {'internal ' if terms.internal else ''}prototypes train "
+        f"features: {features.reason}; {'internal ' if active.internal else ''}prototypes train "
         f"from step {first + 1} on{limits}\n{teacher_remark}"
     )
 

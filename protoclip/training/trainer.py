@@ -32,14 +32,14 @@ from protoclip.episodes.feature_store import (
 )
 from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate.during import PeriodicEvaluation
-from protoclip.losses import ProtoLoss
+from protoclip.losses import ProtoLoss, Term
 from protoclip.model import ProtoModel
 from protoclip.runs import checkpoint, state
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.runs.state import TrainingState
 from protoclip.settings.config import TrainConfig
 from protoclip.training import schedule
-from protoclip.training.checks import Terms, active_terms, loss_weights
+from protoclip.training.checks import ActiveLosses, active_losses, loss_weights
 from protoclip.training.log import Log, scalars_of
 from protoclip.training.step import Step, Stepper, depends_on_split
 
@@ -68,6 +68,7 @@ class Trainer:
     Its ``Stepper`` holds the optimiser and counts the skipped steps; the trainer holds everything
     else that changes. ``evaluations`` are repeated between the steps.
     ``reuses``: whether a resumed run stores training's own features, whatever "auto" would choose.
+    ``terms``: losses of the user's own, by name.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Trainer:
         phases: Phases | None = None,
         evaluations: Sequence[PeriodicEvaluation] = (),
         reuses: bool | None = None,
+        terms: Mapping[str, Term] | None = None,
     ) -> None:
         self.setup = setup
         self.config = setup.config
@@ -88,7 +90,7 @@ class Trainer:
         self.phases = phases or Phases(setup.device)
         self.evaluations = evaluations
         teacher = setup.teacher is not None
-        self.terms = active_terms(self.config, teacher=teacher)
+        self.active = active_losses(self.config, teacher=teacher)
         self.transform = build_transform(
             model.image_size, model.mean, model.std, self.config.data.augmentation
         )
@@ -101,6 +103,7 @@ class Trainer:
             setup.precision,
             self.phases,
             self.config.run.seed,
+            terms,
         )
         classes = {
             name: labels.ids.to(setup.device)
@@ -109,8 +112,8 @@ class Trainer:
         }
         self.builder = prototypes.EpisodeBuilder(
             self.config.episode,
-            teacher=setup.teacher if self.terms.external else None,
-            internal=self.terms.internal,
+            teacher=setup.teacher if self.active.external else None,
+            internal=self.active.internal,
             classes=classes,
         )
         self.features = self._choose_features(reuses)
@@ -139,7 +142,7 @@ class Trainer:
 
     def _choose_features(self, reuses: bool | None) -> FeatureSource:
         """Where the features of clusters and labels come from."""
-        if not self.terms.prototypes:
+        if not self.active.prototypes:
             return FeatureSource(False, "none")
         size = self._stored_bytes(distributed.world_size())
         episode = self.config.episode
@@ -199,7 +202,7 @@ class Trainer:
                 step_number,
                 step_batches,
                 self.episode,
-                project=self.terms.projects,
+                project=self.active.projects,
                 lr=lr,
                 image_lr=schedule.image_learning_rate(config, plan, step_number),
             )
@@ -223,7 +226,7 @@ class Trainer:
         if 0 < config.episode.lit_start <= episode_number:
             self.episode = None  # LiT: the image tower is frozen, InfoNCE only
             self.model.lock_image()
-        elif done == 0 and warmed_up and self.terms.prototypes:
+        elif done == 0 and warmed_up and self.active.prototypes:
             samples = draws
             if self.store is not None:  # also of steps that only a resume with more steps would do
                 samples = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
@@ -401,6 +404,7 @@ class Trainer:
                 config=self.config,
                 model=self.model,
                 optimizer=self.stepper.adamw.state_dict(),
+                own_terms=self.stepper.terms.state(),
             )
             self.folder.checkpoint(payload, epoch)
         if epoch is None:
@@ -417,7 +421,7 @@ class Trainer:
             batch_size=self.plan.global_batch_size,
             passes=self._passes,
             precision=self.setup.precision,
-            terms=asdict(self.terms),
+            terms=asdict(self.active),
             scaler=self.stepper.scaler.state_dict(),
             episode=None if self.episode is None else self.episode.state_dict(),
             watch=self.watch.state_dict(),
@@ -437,6 +441,7 @@ class Trainer:
         saved = state.read_state(payload)
         device = self.setup.device
         self.model.load_state(dict(payload))
+        self.stepper.terms.load_state(payload["protoclip"].get("own_terms", {}))
         self.stepper.load_state(payload["optimizer"], saved.scaler, saved.skipped)
         if self.store is not None:
             self.store.load_state_dict(saved.features or {})
@@ -449,13 +454,13 @@ class Trainer:
         self.log.reported_skips = saved.skipped[0]
         if self.episode is not None:
             self.log.resume(self.step, self.episode.metrics)
-        trained = Terms(**saved.terms)
+        trained = ActiveLosses(**saved.terms)
         return state.differences(
             saved,
             passes=self._passes if depends_on_split(self.model) else saved.passes,
             precision=self.setup.precision,
             trained=trained.words(),
-            trains=self.terms.words(),
+            trains=self.active.words(),
         )
 
     @property

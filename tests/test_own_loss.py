@@ -1,0 +1,214 @@
+"""docs/own-loss.md: a term of one's own in a run, on one rank and two, over a resume."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import metrics, on_ranks, tiny_run
+from torch import Tensor, nn
+
+import protoclip
+from protoclip.evaluate.during import Evaluation
+from protoclip.report import page
+from protoclip.runs import checkpoint
+from protoclip.train import Term, TermInputs, make_config, train
+from protoclip.training.step import Stepper
+
+PAGE = Path(protoclip.__file__).parents[1] / "docs" / "own-loss.md"
+(CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+ON_PAGE = 'train_data="builtin:shapes:200", epochs=4, name="spread"'
+STOPS_AT = 4
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """``tiny_run`` in keywords."""
+    words = tiny_run(folder, "run", "--max-steps", "7")
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    return {flag[2:].replace("-", "_"): value for flag, value in flags.items()} | changes
+
+
+def bare() -> None:
+    """In a process of its own: no evaluation and no page, which take longer than training."""
+    from protoclip.training import summary
+
+    Evaluation.full = lambda *_: None  # type: ignore[method-assign]
+    summary.draw_plots = lambda *_: None  # type: ignore[assignment]
+    summary.page.write_report = lambda runs: runs[0]  # type: ignore[assignment]
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch, no_page: None) -> None:
+    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
+
+
+def run_page(folder: Path, changes: dict[str, Any], stops: bool = False) -> None:
+    """The page's program with other settings; ``stops``: its process dies in a step."""
+    os.chdir(folder)
+    bare()
+    original = Stepper.step
+
+    def step(self: Stepper, number: int, *arguments: Any, **options: Any) -> Any:
+        if stops and number == STOPS_AT:
+            raise RuntimeError("pulled the plug")
+        return original(self, number, *arguments, **options)
+
+    Stepper.step = step  # type: ignore[method-assign]
+    code = CODE.replace(ON_PAGE, ", ".join(f"{name}={value!r}" for name, value in changes.items()))
+    assert code != CODE
+    try:
+        exec(compile(code, str(PAGE), "exec"), {"__name__": "own_loss"})
+    except RuntimeError as error:
+        if not (stops and "pulled the plug" in str(error)):
+            raise
+
+
+def values(run: Path) -> list[tuple[float, float]]:
+    return [(line["loss"], line["spread"]) for line in metrics(run)]
+
+
+def test_the_page_is_short() -> None:
+    assert len(CODE.splitlines()) <= 24
+    assert len([line for line in CODE.splitlines() if line]) <= 20
+
+
+def test_the_page_runs_on_one_rank_and_two_and_resumes(tmp_path: Path) -> None:
+    on_ranks(1, run_page, tmp_path, settings(tmp_path, name="whole"))
+    cut = settings(tmp_path, name="cut", save_every="2steps")
+    on_ranks(1, run_page, tmp_path, cut, True)
+    assert len(metrics(tmp_path / "logs" / "cut")) == STOPS_AT
+    on_ranks(1, run_page, tmp_path, cut)
+    whole = values(tmp_path / "logs" / "whole")
+    assert len(whole) == 7
+    assert values(tmp_path / "logs" / "cut") == whole
+    on_ranks(2, run_page, tmp_path, settings(tmp_path, name="two", batch_size=6))
+    torch.testing.assert_close(
+        torch.tensor(values(tmp_path / "logs" / "two")), torch.tensor(whole), rtol=1e-4, atol=1e-5
+    )
+    _, payload = checkpoint.load_newest(tmp_path / "logs" / "two")
+    saved = payload["protoclip"]["own_terms"]["spread"]
+    assert saved["weight"] == 0.1 and saved["state"]["log_t"] != torch.tensor(0.7)
+    assert not any("log_t" in name for name in payload["state_dict"])
+
+
+class Recorder(nn.Module):
+    """Counts its calls in a buffer, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.weight = nn.Parameter(torch.ones(3))
+        self.inputs: list[TermInputs] = []
+
+    def forward(self, inputs: TermInputs) -> Tensor:
+        self.calls += 1
+        self.inputs.append(inputs)
+        return inputs.image_features[:, 0].square().mean() * self.weight.mean()
+
+
+def test_a_term_sees_the_whole_step_and_is_enough_of_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = Recorder()
+    changes: dict[str, Any] = {
+        "w_clip": 0,
+        "accum_freq": 2,
+        "batch_size": 6,
+        "precision": "amp_bf16",
+    }
+    config = make_config(**settings(tmp_path, **changes))
+    run = train(config, terms={"mine": Term(module, weight=2.0)})
+    assert run == (Path("logs/run"), None)
+    assert module.calls == len(module.inputs) == 7
+    assert [inputs.step for inputs in module.inputs] == list(range(7))
+    first = module.inputs[0]
+    last = module.inputs[-1]
+    assert first.image_features.shape == first.text_features.shape == (12, 16)
+    assert first.image_projections is None
+    assert last.image_projections is not None and last.text_projections is not None
+    assert last.image_projections.shape == (12, 8)
+    assert first.image_features.dtype == last.text_projections.dtype == torch.float32
+    assert first.index.shape == (12,) and first.ids is None
+    torch.testing.assert_close(first.image_features.norm(dim=1), torch.ones(12))
+    line = metrics(run.folder)[0]
+    assert line["loss"] == pytest.approx(2 * line["mine"])
+    assert not torch.equal(module.weight, torch.ones(3))
+    assert ">mine<" in page.render([page.read_run(run.folder)])
+
+    changes |= {"resume": "logs/run", "max_steps": 9}
+    again = make_config(**settings(tmp_path, **changes))
+    with pytest.raises(ValueError, match="'mine' is missing"):
+        train(make_config(**settings(tmp_path, **changes | {"w_clip": 1})))
+    refusals: list[tuple[dict[str, Term], str]] = [
+        ({"mine": Term(Recorder(), 1.0)}, "'mine' had the weight 2 and has 1"),
+        ({"mine": Term(Recorder(), 2.0), "more": Term(Recorder())}, "'more' is new"),
+    ]
+    for terms, words in refusals:
+        with pytest.raises(ValueError, match=words):
+            train(again, terms=terms)
+    resumed = Recorder()
+    train(again, terms={"mine": Term(resumed, 2.0)})
+    assert resumed.calls == 9
+
+
+def test_a_skipped_step_puts_buffers_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
+) -> None:
+    class Sick(Recorder):
+        def forward(self, inputs: TermInputs) -> Tensor:
+            value = super().forward(inputs)
+            return value * float("nan") if inputs.step == 1 else value
+
+    monkeypatch.chdir(tmp_path)
+    module = Sick()
+    train(make_config(**settings(tmp_path, max_steps=3)), terms={"sick": Term(module)})
+    assert len(module.inputs) == 3 and module.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "term", "words"),
+    [
+        ("loss", Term(Recorder()), "that no other metric has"),
+        ("two words", Term(Recorder()), "a name that is a word"),
+        ("mine", Term(Recorder(), 0.0), "a weight above 0"),
+        ("mine", Recorder(), "expected Term"),
+    ],
+)
+def test_terms_that_cannot_work_are_refused_before_a_folder_is_made(
+    name: str, term: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, TypeError), match=words):
+        train(make_config(**settings(tmp_path)), terms={name: term})
+    assert not Path("logs").exists()
+
+
+def test_a_term_that_is_no_scalar_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
+) -> None:
+    class Vector(nn.Module):
+        def forward(self, inputs: TermInputs) -> Tensor:
+            return inputs.image_features
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'rows': expected a scalar tensor, got shape \(12, 16\)"):
+        train(make_config(**settings(tmp_path)), terms={"rows": Term(Vector())})
+
+
+def train_on_rank(folder: Path) -> tuple[int, int]:
+    """The buffer after a run, and how often the module was called."""
+    os.chdir(folder)
+    bare()
+    module = Recorder()
+    train(make_config(**settings(folder, batch_size=6)), terms={"mine": Term(module)})
+    return int(module.calls), len(module.inputs)
+
+
+def test_the_pass_that_orders_buckets_puts_buffers_back(tmp_path: Path) -> None:
+    first, second = on_ranks(2, train_on_rank, tmp_path)
+    assert first == second and first[0] == 7 < first[1]
