@@ -119,12 +119,14 @@ class Bench:
         rival: Callable[[], object] | None = None,
         seconds: float = 1.0,
         note: str = "",
+        inertia: float | None = None,
     ) -> None:
         """Rounds of ``run()`` until ``seconds`` are full, ``prepare()`` before each off the clock.
 
         Args:
             rival: our own op on the same inputs, timed in the same rounds (for a peer's row).
             note: what the reader must know, e.g. that a peer starts elsewhere.
+            inertia: of what a k-means found; the row then stands in the page's table of k-means.
         """
         if not self.benchmark.enabled:
             prepare()
@@ -178,6 +180,8 @@ class Bench:
         row["share"] = row["rate"] / ceiling
         row["peak_mib"] = None if math.isnan(memory) else memory
         row["ratio"] = ratio
+        if inertia is not None:
+            row["inertia"] = inertia
         row["card"] = card_state()
         for key, value in row.items():
             if isinstance(value, float):

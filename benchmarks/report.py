@@ -164,12 +164,38 @@ def _machine(record: Record) -> str:
         "extra memory",
         "peers: time as a multiple of ours, extra memory",
     ]
+    groups = cases(row for row in record["rows"] if not row.get("sweep"))
     lines = [
         _case(group)
-        for group in cases(row for row in record["rows"] if not row.get("sweep"))
-        if is_ours(group[0]) and group[0]["phase"] not in ("forward", "backward")
+        for group in groups
+        if is_ours(group[0])
+        and group[0]["phase"] not in ("forward", "backward")
+        and "inertia" not in group[0]
     ]
-    return "\n\n".join([_head(record), table(head, lines), _slower(cases(record["rows"]))])
+    parts = [_head(record), table(head, lines), *_clusterings(groups)]
+    return "\n\n".join([*parts, _slower(cases(record["rows"]))])
+
+
+def _clusterings(groups: Iterable[list[Row]]) -> list[str]:
+    """The table of k-means: time and inertia beside those of others."""
+    groups = [group for group in groups if is_ours(group[0]) and "inertia" in group[0]]
+    if not groups:
+        return []
+    head = ["k-means", "N, K, D", "ours, median [p20, p80]", "inertia"]
+    head.append("peers: time and inertia as multiples of ours")
+    lines = []
+    for group in groups:
+        ours = group[0]
+        low, middle, high = (digits(ours[key]) for key in ("p20_ms", "median_ms", "p80_ms"))
+        peers = [
+            f"{row['variant']} {digits(row['ratio'])}× time, "
+            f"{row['inertia'] / ours['inertia']:.4f}× inertia"
+            for row in _compared(group)
+        ]
+        shape = ", ".join(f"{size:,}" for size in ours["shape"].values())
+        time = f"{middle} ms [{low}, {high}]"
+        lines.append([ours["phase"], shape, time, f"{ours['inertia']:.5g}", "; ".join(peers)])
+    return [table(head, lines)]
 
 
 def _head(record: Record) -> str:

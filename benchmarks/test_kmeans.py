@@ -7,8 +7,10 @@ from the same start.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import cycle
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -228,3 +230,108 @@ def test_lloyd(bench: Bench, name: str, problem: Problem) -> None:
     case = Case("kmeans", problem.shape.sizes, "fp32", work, f"{ITERATIONS} iterations")
     rival = None if peers.is_ours(name) else partial(_ours, problem.points, problem.start)
     bench.time(case, name, run, rival=rival)
+
+
+# -- how good the clusters are: (points, K, phase, seed) -> centroids, with each one's defaults
+
+PHASES = ["start", "3 iterations", "whole run"]
+STEPS = 3  # from the same random points
+CLUSTERINGS = {
+    "tiny": [Shape(300, 10, 8)],
+    "quick": [Shape(2000, 30, 16), Shape(3000, 100, 8), Shape(20_000, 1000, 128)],
+}
+CLUSTERINGS["full"] = CLUSTERINGS["quick"]
+
+
+def _random_points(points: Tensor, k: int, seed: int) -> Tensor:
+    return points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:k]]
+
+
+def _our_clusters(points: Tensor, k: int, phase: str, seed: int) -> Tensor:
+    settings: dict[str, dict[str, Any]] = {
+        "start": {"init": "k-means++", "num_iters": 0},
+        "3 iterations": {"init": _random_points(points, k, seed), "num_iters": STEPS},
+        "whole run": {"init": "k-means++", "num_iters": 300, "tol": 1e-4},
+    }
+    return protoclip.kmeans(points, k, seed=seed, **settings[phase]).centroids
+
+
+def _sklearn_clusters(points: Tensor, k: int, phase: str, seed: int) -> Tensor:
+    cluster = peers.optional("sklearn.cluster")
+    array = points.numpy()
+    if phase == "start":
+        centres, _ = cluster.kmeans_plusplus(array, k, random_state=seed)
+        return torch.from_numpy(centres)
+    options: dict[str, Any] = {"random_state": seed}
+    if phase == "3 iterations":
+        first = _random_points(points, k, seed).numpy()
+        options = {"init": first, "max_iter": STEPS, "tol": 0, "algorithm": "lloyd"}
+    run = cluster.KMeans(k, n_init=1, **options).fit(array)
+    return torch.from_numpy(run.cluster_centers_)
+
+
+def _faiss_clusters(points: Tensor, k: int, phase: str, seed: int, init: int = 0) -> Tensor:
+    faiss = peers.optional("faiss")
+    sizes = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}
+    niter = {"start": 0, "3 iterations": STEPS, "whole run": 25}[phase]
+    run = faiss.Kmeans(points.shape[1], k, niter=niter, seed=seed, init_method=init, **sizes)
+    first = _random_points(points, k, seed).numpy() if phase == "3 iterations" else None
+    run.train(points.numpy(), init_centroids=first)
+    return torch.from_numpy(run.centroids)
+
+
+def _faiss_plus_plus(points: Tensor, k: int, phase: str, seed: int) -> Tensor:
+    if phase == "3 iterations":
+        pytest.skip("as faiss.Kmeans")
+    init = peers.optional("faiss", "ClusteringInitMethod_KMEANS_PLUS_PLUS")
+    return _faiss_clusters(points, k, phase, seed, init)
+
+
+CLUSTERS: dict[str, Callable[[Tensor, int, str, int], Tensor]] = {
+    "protoclip-auto": _our_clusters,
+    "sklearn": _sklearn_clusters,
+    "faiss.Kmeans": _faiss_clusters,
+    "faiss.Kmeans, k-means++": _faiss_plus_plus,
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("case", range(3))
+def test_clusters(bench: Bench, name: str, phase: str, case: int) -> None:
+    """Mean inertia over seeds; each round is timed with the next seed."""
+    if DEVICE != "cpu":
+        pytest.skip("scikit-learn and faiss take arrays on the host")
+    if case >= len(CLUSTERINGS[bench.sizes]):
+        pytest.skip("no such size")
+    shape = CLUSTERINGS[bench.sizes][case]
+    if shape.d == 128:
+        points = mixture(*shape)
+    else:
+        blobs, _ = peers.optional("sklearn.datasets").make_blobs(
+            shape.n, shape.d, centers=shape.k, random_state=0
+        )
+        points = torch.from_numpy(blobs).float()
+    seeds = range(10 if shape.n < 10_000 else 2)
+
+    def inertia(seed: int) -> float:
+        centroids = CLUSTERS[name](points, shape.k, phase, seed)
+        assert centroids.shape == (shape.k, shape.d) and centroids.isfinite().all()
+        return protoclip.kmeans_assign(points, centroids)[1].double().sum().item()
+
+    mean_inertia = float(np.mean([inertia(seed) for seed in seeds]))
+    if phase == "3 iterations":
+        ours = _our_clusters(points, shape.k, phase, 0)
+        expected = protoclip.kmeans_assign(points, ours)[1].double().sum().item()
+        assert abs(inertia(0) / expected - 1) < 1e-3, "same start and iterations: same objective"
+    next_seed = cycle(seeds)
+    next_of_ours = cycle(seeds)
+    bench.time(
+        Case("kmeans", shape.sizes, "fp32", roofline.kmeans(*shape, 1), phase),
+        name,
+        lambda: CLUSTERS[name](points, shape.k, phase, next(next_seed)),
+        rival=None
+        if peers.is_ours(name)
+        else lambda: _our_clusters(points, shape.k, phase, next(next_of_ours)),
+        inertia=mean_inertia,
+    )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.ops import checks
-from protoclip.ops.clusters import assignment, kmeans_assign, segment_mean
+from protoclip.ops.clusters import assignment, kmeans_assign
+from protoclip.starts import INITS, Assign, PointSlice, first_centroids
 
-INITS = ("random", "k-means++")
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
-MAX_DRAWS = 1024  # k-means++ candidates per pass over the points
+EMPTY_CLUSTERS = ("move", "split")
+CANDIDATES = 1024  # points that empty clusters may move to in one iteration
+MEAN_ERROR = 128  # units in the last place that the mean of equal points may be off
+TRANSFORM_BLOCK = 1 << 21  # distances that ``Clusters.transform`` computes at once
 
-Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
 Progress = Callable[[int, Tensor], None]
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,10 +64,34 @@ class Clusters:
             f"inertia {self.inertia:.4g}, {self.num_iters} iterations)"
         )
 
-    def predict(self, points: Tensor) -> Tensor:
+    def predict(self, points: Tensor | Array) -> Tensor:
         """The nearest cluster of each point: [M, D] -> int64 [M]."""
-        checks.matrix("predict", "points", points, "[M, D]")
-        return kmeans_assign(points, self.centroids.to(points.device))[0]
+        x = _tensor(points)
+        checks.matrix("predict", "points", x, "[M, D]")
+        return kmeans_assign(x, self.centroids.to(x.device))[0]
+
+    def transform(self, points: Tensor | Array) -> Tensor:
+        """The distance of each point to each centroid: [M, D] -> [M, K] in the centroids' dtype.
+
+        They are computed in fp64, some points at a time, so that points far from the origin have
+        exact distances too.
+        """
+        x = _tensor(points)
+        checks.matrix("transform", "points", x, "[M, D]")
+        centroids = self.centroids.to(x.device)
+        checks.like("transform", "points", x, "centroids", centroids)
+        middle = centroids.double().mean(0)
+        centroids = centroids - middle
+        norms = centroids.square().sum(1)
+        distances = x.new_empty(len(x), len(centroids), dtype=self.centroids.dtype)
+        rows = max(1, TRANSFORM_BLOCK // len(centroids))
+        for block, out in zip(x.split(rows), distances.split(rows), strict=True):
+            shifted = block - middle
+            size = shifted.square().sum(1)[:, None] + norms  # [rows, K]
+            squared = torch.addmm(size, shifted, centroids.T, alpha=-2)
+            rounding = torch.finfo(torch.float64).eps * (2 + x.shape[1] ** 0.5) * size
+            out.copy_(torch.where(squared > rounding, squared, 0).sqrt())
+        return distances
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file: centroids, labels, counts and history. OSError if the folder
@@ -98,183 +127,183 @@ class Clusters:
             ) from error
 
 
-class _Points:
-    """This rank's points and their weights, and sums over the ranks of a group."""
-
-    def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
-        self.points = points  # [N, D]
-        self.group = group
-        self.backend = backend
-        self.weights: Tensor | None = None  # fp64 [N]; None: all equal
-        self.weight = 1.0  # of each point, where they are equal
-        sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
-        self.rank = 0 if group is None else dist.get_rank(group)
-        sizes[self.rank] = len(points)
-        self.sizes = self.sum(sizes.to(points.device)).tolist()
-        self.start = sum(self.sizes[: self.rank])
-        self.count = sum(self.sizes)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
-        if self.group is not None:
-            dist.all_reduce(x, group=self.group)
-        return x
-
-    def pick(self, values: Tensor, index: Tensor) -> Tensor:
-        """Rows of values [N, D] by index [K] over all ranks' rows -> [K, D], equal on each rank."""
-        local = index.to(values.device) - self.start
-        mine = (local >= 0) & (local < len(values))
-        picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
-        return self.sum(torch.where(mine[:, None], picked, 0.0).expand(-1, values.shape[1]).clone())
-
-    def inertia(self, distances: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of squared distances [N] over all ranks, and on how many of them the
-        centroids ``moved``; ranks that round differently still stop together."""
-        local = distances.double()
-        local = local.sum() * self.weight if self.weights is None else (local * self.weights).sum()
-        total, moving = self.sum(torch.stack([local, moved.to(local)]))
-        return total, moving
-
-    def values(self) -> Tensor:
-        """The rows to average: the points, or weight x point and weight, [N, D + 1]."""
-        if self.weights is None:
-            return self.points
-        weights = self.weights.to(self.points.dtype)[:, None]
-        return torch.cat([self.points * weights, weights], dim=1)
-
-    def means(self, values: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-        """Means [K, D] and row counts [K] of the clusters; a cluster of weight 0 has count 0."""
-        means, counts = global_segment_mean(values, labels, num_clusters, self.group, self.backend)
-        if self.weights is None:
-            return means, counts
-        mass = means[:, -1:]
-        return means[:, :-1] / mass.where(mass > 0, 1), counts * (mass[:, 0] > 0)
-
-
 @torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
 def kmeans(
-    points: Tensor,
+    points: Tensor | Array,
     num_clusters: int,
     *,
     num_iters: int = 20,
     tol: float = 0.0,
     num_restarts: int = 1,
-    init: str | Tensor = "random",
+    init: str | Tensor | Array = "random",
     seed: int = 0,
     spherical: bool = False,
-    weights: Tensor | Sequence[float] | None = None,
+    weights: Tensor | Array | Sequence[float] | None = None,
+    empty_clusters: str = "move",
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
 
-    An empty cluster takes half of the largest one (both halves start next to its mean). The run
-    ends when an update changes no centroid: more iterations would give the same result, bit for
-    bit. With more clusters than distinct points that may never happen.
+    The run ends when an update changes no centroid: more iterations would give the same result, bit
+    for bit. Of all states that it passes, the one with the lowest inertia is returned.
 
     Args:
         points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64. Squared
-            distances are fp32: for points 1e19 apart the inertia is inf, so scale them down.
+            distances are fp32: for points 1e19 apart the inertia is inf, with a warning.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, at most; >= 0.
         tol: also stop after an update that moves the centroids by a total squared distance of at
             most ``tol`` times the mean variance of the points' columns, as in scikit-learn; >= 0.
         num_restarts: independent runs from different initial centroids; the result is the one with
-            the lowest inertia. Only 1 with a Tensor ``init``.
+            the lowest inertia. Only 1 with given centroids.
         init: "random" (K distinct points), "k-means++", or centroids (a warm start): [K, D], or
-            fewer, to which random points are added.
+            fewer, to which random points are added. "k-means++" is greedy, as in scikit-learn (the
+            best of 2 + log K candidates for each centroid), up to N K = 50 million; above that, and
+            as "plain k-means++", it draws one candidate, in few passes over the points.
         seed: decides the initial centroids; restart r uses seed + r.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
         weights: [N], >= 0, of each point in means, inertia and initial draws; None: 1. Equal
             weights give the clusters of None.
+        empty_clusters: "move" them to the points that contribute most to the inertia; with more
+            clusters than distinct points some stay empty. "split": they take half of the largest
+            cluster, as in faiss, and the points are not centred (training's episodes).
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
         backend: "auto", a backend that both ops have, e.g. "reference", or "faiss": faiss.Kmeans
-            on all points, as in the paper (no group, weights, "k-means++" or tol; all iterations).
+            on all points, as in the paper (no group, weights, k-means++ or tol; all iterations).
         progress: called in each iteration with its number and the inertia before its update, a
             scalar tensor; faiss does not call it.
     Returns:
         Clusters; ``num_iters`` says how many iterations ran.
     Raises:
-        ValueError, TypeError: shapes or dtypes are wrong, K is out of range, points or weights are
-            not finite, or the named backend cannot run, "faiss" without faiss included.
+        ValueError, TypeError: shapes or dtypes are wrong, a number is out of range, points, weights
+            or given centroids are not finite, or the named backend cannot run, "faiss" without
+            faiss included.
     """
-    checks.matrix("kmeans", "points", points, "[N, D]")
-    points = points.detach()
-    points = points if points.dtype == torch.float64 else points.float()
-    rows = _Points(points, group, backend)
-    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= rows.count:
+    x = _tensor(points)
+    checks.matrix("kmeans", "points", x, "[N, D]")
+    x = x.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    rows = PointSlice(x, group, backend)
+    _check_numbers(rows, num_clusters, num_iters, num_restarts, tol, seed)
+    if empty_clusters not in EMPTY_CLUSTERS:
         raise ValueError(
-            f"kmeans: expected 1 <= num_clusters <= N = {rows.count} points, got {num_clusters}; "
-            f"lower num_clusters or give more points"
+            f"kmeans: expected empty_clusters in {EMPTY_CLUSTERS}, got {empty_clusters!r}"
         )
-    if num_iters < 0 or num_restarts < 1:
-        raise ValueError(
-            f"kmeans: expected num_iters >= 0 and num_restarts >= 1, got {num_iters}, "
-            f"{num_restarts}"
-        )
-    if isinstance(init, Tensor) and num_restarts > 1:
+    first = init if isinstance(init, str) else _tensor(init)
+    if isinstance(first, Tensor) and num_restarts > 1:
         raise ValueError(
             f"kmeans: expected num_restarts=1 with init centroids, got {num_restarts}; every "
             "restart would begin at the same centroids"
         )
-    if not isinstance(tol, Real) or not 0 <= tol < math.inf:
-        raise ValueError(f"kmeans: expected a finite tol >= 0, got {tol!r}")
-    _check_values(rows, num_clusters, init)
+    _check_values(rows, num_clusters, first)
     _weigh(rows, weights)
+    if empty_clusters == "move" and backend != "faiss":
+        rows.move_to_centre()
 
-    assign = assignment(points, num_clusters, "auto" if backend == "faiss" else backend)
+    assign = assignment(rows.points, num_clusters, "auto" if backend == "faiss" else backend)
 
     def start(restart: int) -> Tensor:
-        return _first_centroids(rows, num_clusters, init, seed + restart, assign)
+        return first_centroids(rows, num_clusters, first, seed + restart, assign)
 
     if backend == "faiss":
-        if group is not None or weights is not None or init == "k-means++" or tol:
+        if group is not None or weights is not None or tol or first in INITS[1:]:
             raise ValueError(
                 "kmeans: backend 'faiss' takes init='random' or a Tensor, no group, no weights and "
                 f"no tol, got init={init!r}, group={group}, weights={weights}, tol={tol}; use "
                 "backend='auto'"
             )
         centroids, history = _faiss(
-            points,
+            x,
             num_clusters,
-            start(0) if isinstance(init, Tensor) else None,
+            start(0) if isinstance(first, Tensor) else None,
             num_iters=num_iters,
             num_restarts=num_restarts,
             seed=seed,
             spherical=spherical,
         )
         labels, distances = assign(centroids)
-        return _clusters(rows, centroids, labels, distances, history)
+        state = _State(centroids, labels, distances, _inertia(rows, distances))
+        return _clusters(rows, state, history)
     limit = tol * _mean_variance(rows) if tol else 0.0
 
     def run(restart: int) -> Clusters:
-        return _lloyd(rows, start(restart), num_iters, limit, spherical, assign, progress)
+        return _lloyd(
+            rows,
+            start(restart),
+            num_iters=num_iters,
+            limit=limit,
+            spherical=spherical,
+            splits=empty_clusters == "split",
+            assign=assign,
+            progress=progress,
+        )
 
     return min(map(run, range(num_restarts)), key=lambda clusters: clusters.inertia)
 
 
-def _check_values(rows: _Points, num_clusters: int, init: str | Tensor) -> None:
-    points = rows.points
+def _tensor(x: Any) -> Any:
+    """A NumPy array of numbers as a tensor, which shares its memory where torch can."""
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
+        return x
+    return torch.from_numpy(np.require(x, dtype=x.dtype.newbyteorder("="), requirements=["C", "W"]))
+
+
+def _check_numbers(
+    rows: PointSlice, num_clusters: int, num_iters: int, num_restarts: int, tol: float, seed: int
+) -> None:
+    if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= rows.count:
+        raise ValueError(
+            f"kmeans: expected 1 <= num_clusters <= N = {rows.count} points, got {num_clusters}; "
+            f"lower num_clusters or give more points"
+        )
+    if (
+        not isinstance(num_iters, Integral)
+        or not isinstance(num_restarts, Integral)
+        or num_iters < 0
+        or num_restarts < 1
+    ):
+        raise ValueError(
+            "kmeans: expected integers num_iters >= 0 and num_restarts >= 1, got "
+            f"{num_iters!r}, {num_restarts!r}"
+        )
+    if not isinstance(tol, Real) or not 0 <= tol < math.inf:
+        raise ValueError(f"kmeans: expected a finite tol >= 0, got {tol!r}")
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"kmeans: expected an integer seed of 64 bits, got {seed!r}")
+
+
+def _check_values(rows: PointSlice, num_clusters: int, init: str | Tensor) -> None:
+    columns = rows.points.shape[1]
     if isinstance(init, Tensor):
-        if init.ndim != 2 or len(init) > num_clusters or init.shape[1] != points.shape[1]:
-            most = [num_clusters, points.shape[1]]
+        if init.ndim != 2 or len(init) > num_clusters or init.shape[1] != columns:
             raise ValueError(
-                f"kmeans: expected init centroids [at most K, D] = {most}, got {list(init.shape)}"
+                f"kmeans: expected init centroids [at most K, D] = {[num_clusters, columns]}, got "
+                f"{list(init.shape)}"
+            )
+        bad = ~torch.isfinite(init).all(dim=1)
+        if bad.any():
+            raise ValueError(
+                f"kmeans: expected finite init centroids, got {int(bad.sum())} rows with NaN or "
+                f"inf; the first is row {int(bad.int().argmax())}"
             )
     elif init not in INITS:
         raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
-    bad = ~torch.isfinite(points).all(dim=1)
+    bad = ~torch.isfinite(rows.points).all(dim=1)
     if total := int(rows.sum(bad.sum())):
         where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
         raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
 
 
-def _weigh(rows: _Points, weights: Tensor | Sequence[float] | None) -> None:
+def _weigh(rows: PointSlice, weights: Tensor | Array | Sequence[float] | None) -> None:
     """Give the rows their weights, checked, in fp64 on the points' device."""
     if weights is None:
         return
-    weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
+    try:
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"kmeans: expected weights [N] as numbers, got {weights!r}") from error
     if weights.shape != (n := rows.points.shape[:1]):
         raise ValueError(f"kmeans: expected weights [N] = {list(n)}, got {list(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
@@ -291,7 +320,7 @@ def _weigh(rows: _Points, weights: Tensor | Sequence[float] | None) -> None:
         rows.weight = float(first)
 
 
-def _mean_variance(rows: _Points) -> float:
+def _mean_variance(rows: PointSlice) -> float:
     """The mean over the columns of the variance of all ranks' points, unweighted."""
     points = rows.points
     columns = points.shape[1]
@@ -306,100 +335,79 @@ def _mean_variance(rows: _Points) -> float:
     return float(rows.sum((variance + apart) * len(points)).mean()) / rows.count
 
 
-def _first_centroids(
-    rows: _Points, num_clusters: int, init: str | Tensor, seed: int, assign: Assign
-) -> Tensor:
-    """Given centroids, random points, or k-means++ (Arthur and Vassilvitskii 2007) in few passes.
+class _State(NamedTuple):
+    """Centroids, and what belongs to them."""
 
-    A pass draws many candidates by their squared distance at its start. They are then visited in
-    order, and each is kept with probability (distance now) / (distance at the start). This is
-    rejection sampling, so the distribution is that of the sequential method.
-    """
-    points = rows.points
-    generator = torch.Generator().manual_seed(seed)
-    warm = init.detach().to(points) if isinstance(init, Tensor) else points[:0]
-    num_random = 1 if init == "k-means++" else num_clusters - len(warm)
-    if rows.weights is None:
-        index = torch.randperm(rows.count, generator=generator)[:num_random]
-    else:
-        # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
-        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64)
-        keys = torch.zeros_like(uniform, device=points.device)
-        of_rank = slice(rows.start, rows.start + len(points))
-        keys[of_rank] = uniform[of_rank].to(points.device).log() / rows.weights
-        index = rows.sum(keys).topk(num_random).indices
-    centroids = torch.cat([warm, rows.pick(points, index)])
-    squared = points.new_full((len(points),), math.inf, dtype=torch.float64)
-    fresh = centroids
-    while len(centroids) < num_clusters:
-        squared = torch.minimum(squared, assign(fresh)[1].double())
-        draws = min(MAX_DRAWS, max(8, len(centroids)))
-        where, luck = torch.rand(2, draws, generator=generator, dtype=torch.float64)
-        fresh = _drawn(rows, squared, where, luck)[: num_clusters - len(centroids)]
-        centroids = torch.cat([centroids, fresh])
-    return centroids
-
-
-def _drawn(rows: _Points, squared: Tensor, where: Tensor, luck: Tensor) -> Tensor:
-    """The candidates that ``luck`` [M] keeps, [<= M, D]. A candidate is the point where the running
-    sum of weight x squared distance, over all ranks, passes ``where`` [M] times the total."""
-    points = rows.points
-    mass = squared if rows.weights is None else squared * rows.weights
-    sums = mass.new_zeros(len(rows.sizes))
-    sums[rows.rank] = mass.sum()
-    bounds = rows.sum(sums).cumsum(0)
-    aim = where.to(points.device) * bounds[-1]
-    owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
-    local = aim - (bounds - sums)[rows.rank]
-    row = torch.searchsorted(mass.cumsum(0), local, right=True).clamp_max(max(0, len(points) - 1))
-    index = rows.sum(torch.where(owner == rows.rank, rows.start + row, 0))
-    candidates = rows.pick(points, index)
-    start = rows.pick(squared[:, None], index)[:, 0].cpu().numpy()
-    apart = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist")
-    between = apart.double().square().cpu().numpy()
-    now = start.copy()
-    accepted = []
-    for j, u in enumerate(luck.tolist()):
-        # All distances are 0 if only duplicates are left; then any point will do.
-        if now[j] >= u * start[j] and (now[j] > 0 or start[j] == 0):
-            accepted.append(j)
-            np.minimum(now, between[j], out=now)
-    return candidates[accepted]
+    centroids: Tensor  # [K, D]
+    labels: Tensor  # int64 [N]
+    distances: Tensor  # fp32 [N], squared
+    inertia: float
 
 
 def _lloyd(
-    rows: _Points,
+    rows: PointSlice,
     centroids: Tensor,
+    *,
     num_iters: int,
     limit: float,
     spherical: bool,
+    splits: bool,
     assign: Assign,
     progress: Progress | None,
 ) -> Clusters:
     """Lloyd's iterations, until the centroids move by at most ``limit`` in squared distance."""
-    if spherical:
-        centroids = torch.nn.functional.normalize(centroids, dim=1)
+    centroids = rows.placed(centroids, spherical)
     values = rows.values()
-    history: list[Tensor] = []
+    history: list[float] = []
+    best: _State | None = None
     labels, distances = assign(centroids)
     for iteration in range(num_iters):
         means, counts = rows.means(values, labels, len(centroids))
-        updated = _split_largest(means.where(counts[:, None] > 0, centroids), counts)
-        if spherical:
-            updated = torch.nn.functional.normalize(updated, dim=1)
-        inertia, moving = rows.inertia(distances, _moved(centroids, updated, limit))
-        history.append(inertia)
+        updated = means.where(counts[:, None] > 0, centroids)
+        if splits:
+            updated = _split_largest(updated, counts)
+        updated = rows.placed(updated, spherical)
+        facts = _facts(rows, distances, _moved(centroids, updated, limit), (counts == 0).any())
         if progress is not None:
-            progress(iteration, inertia)
-        centroids = updated
-        is_moving = _read_later(moving)
-        waits = moving.is_cuda  # reading now would leave the device idle
-        if not limit and not waits and not is_moving():
+            progress(iteration, facts[0])
+        read = _read_later(facts)
+        ahead = assign(updated) if updated.is_cuda else None  # while the host reads
+        inertia, moving, empty = read()
+        history.append(inertia)
+        if best is None or not best.inertia < inertia:
+            best = _State(centroids, labels, distances, inertia)
+        if empty and not splits:
+            relabelled = _moved_to_points(rows, updated, counts, labels, distances, spherical)
+            if relabelled is not None:
+                means, counts = rows.means(values, relabelled, len(centroids))
+                updated = rows.placed(means.where(counts[:, None] > 0, centroids), spherical)
+            else:
+                updated = torch.where(
+                    _inexact(rows, centroids, labels, distances), updated, centroids
+                )
+            moving = float(rows.sum(_moved(centroids, updated, limit).double()))
+            ahead = None
+        if not limit and not moving:
             break  # equal centroids: the labels are theirs already
-        labels, distances = assign(centroids)
-        if not is_moving():
+        centroids = updated
+        labels, distances = ahead or assign(centroids)
+        if not moving:
             break
-    return _clusters(rows, centroids, labels, distances, history)
+    last = _State(centroids, labels, distances, _inertia(rows, distances))
+    return _clusters(rows, best if best and best.inertia < last.inertia else last, history)
+
+
+def _facts(rows: PointSlice, distances: Tensor, moved: Tensor, empty: Tensor) -> Tensor:
+    """Over all ranks, fp64 [3]: the inertia, the weighted sum of squared distances [N]; on how many
+    ranks the centroids ``moved``, so that ranks that round differently still stop together; and the
+    same of whether clusters are ``empty``."""
+    inertia = rows.by_weight(distances).sum() * rows.weight
+    return rows.sum(torch.stack([inertia, moved.to(inertia), empty.to(inertia)]))
+
+
+def _inertia(rows: PointSlice, distances: Tensor) -> float:
+    none = torch.zeros((), dtype=torch.bool, device=distances.device)
+    return float(_facts(rows, distances, none, none)[0])
 
 
 def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:
@@ -409,50 +417,94 @@ def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:
     return ~(torch.linalg.vector_norm(new - old, dtype=torch.float64).square() <= limit)
 
 
-def _read_later(value: Tensor) -> Callable[[], bool]:
-    """A function that waits for a scalar on the device, but not for work queued after it."""
-    if not value.is_cuda:
-        return lambda: bool(value)
-    host = torch.empty_like(value, device="cpu", pin_memory=True)
-    host.copy_(value, non_blocking=True)
-    arrived = torch.cuda.current_stream(value.device).record_event()
+def _read_later(values: Tensor) -> Callable[[], list[float]]:
+    """A function that waits for values on the device, but not for work queued after them."""
+    if not values.is_cuda:
+        return values.tolist
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.current_stream(values.device).record_event()
 
-    def read() -> bool:
+    def read() -> list[float]:
         arrived.synchronize()
-        return bool(host)
+        return host.tolist()
 
     return read
 
 
-def _clusters(
-    rows: _Points,
+def _clusters(rows: PointSlice, state: _State, history: list[float]) -> Clusters:
+    """The result: the state in the points' own frame, and the inertia before each update."""
+    centroids, labels, _, inertia = state
+    if inertia == math.inf:
+        warnings.warn(
+            "kmeans: the inertia is inf, because squared distances exceed fp32's 3e38; scale the "
+            "points down",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    counts = rows.sum(torch.bincount(labels, minlength=len(centroids)))
+    if rows.centre is not None:
+        centroids = centroids + rows.centre
+    return Clusters(centroids, labels, counts, (*history, inertia))
+
+
+def _mean_error(points: Tensor, dtype: torch.dtype) -> Tensor:
+    """The squared distance to a point [M, D] that the mean of its copies may have by rounding."""
+    error = MEAN_ERROR * torch.finfo(dtype).eps
+    return error**2 * points.double().square().sum(1)
+
+
+def _inexact(rows: PointSlice, centroids: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
+    """Which centroids differ from some of their points, bool [K, 1]. The others may stay where they
+    are: the mean of copies of a point is a bit off, and an empty cluster would take them over."""
+    errors = torch.zeros(2, len(centroids), dtype=torch.float64, device=labels.device)
+    errors[0].index_add_(0, labels, distances.double())
+    errors[1] = torch.bincount(labels, minlength=len(centroids))
+    total, counts = rows.sum(errors)
+    return (total > counts * _mean_error(centroids, centroids.dtype))[:, None]
+
+
+def _moved_to_points(
+    rows: PointSlice,
     centroids: Tensor,
+    counts: Tensor,
     labels: Tensor,
     distances: Tensor,
-    history: list[Tensor] | list[float],
-) -> Clusters:
-    """The result: centroids [K, D], the labels and squared distances that belong to them, and the
-    inertia before each update."""
-    counts = rows.sum(torch.bincount(labels, minlength=len(centroids)))
-    inertia, _ = rows.inertia(distances, torch.zeros((), dtype=torch.bool, device=labels.device))
-    return Clusters(centroids, labels, counts, (*map(float, history), float(inertia)))
+    spherical: bool,
+) -> Tensor | None:
+    """Labels [N] that give each empty cluster one of the points that contribute most to the
+    inertia, ties by index; None if no such point differs from its centroid.
 
-
-def global_segment_mean(
-    values: Tensor,
-    labels: Tensor,
-    num_segments: int,
-    group: dist.ProcessGroup | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """``segment_mean`` over the rows of all ranks of a group; the same result on each rank."""
-    means, counts = segment_mean(values, labels, num_segments, backend=backend)
-    if group is None:
-        return means, counts
-    sums = means.double() * counts[:, None]
-    dist.all_reduce(sums, group=group)
-    dist.all_reduce(counts, group=group)
-    return (sums / counts.clamp_min(1)[:, None]).to(means.dtype), counts
+    The points are taken one by one, each the farthest from the updated centroids and from those
+    taken before, so that clusters do not move to copies of one point.
+    """
+    index = rows.largest(rows.by_weight(distances), CANDIDATES)
+    points = rows.pick(rows.points, index).double()  # [M, D]
+    own = rows.pick(labels[:, None], index)[:, 0]
+    nearest = centroids.double()[own]
+    weights = torch.ones_like(points[:, 0])
+    if rows.weights is not None:
+        weights = rows.pick(rows.weights[:, None], index)[:, 0]
+    floor = _mean_error(points, centroids.dtype)
+    if rows.centre is not None:
+        points, nearest = points + rows.centre, nearest + rows.centre
+    if spherical:  # |x - c|^2 falls by |x| |x / |x| - c|^2
+        lengths = points.norm(dim=1)
+        points = torch.nn.functional.normalize(points, dim=1)
+        weights = weights * lengths
+    squared = (points - nearest).square().sum(1)
+    empty = (counts == 0).nonzero()[:, 0].tolist()
+    labels = labels.clone()
+    for number, cluster in enumerate(empty):
+        gain = torch.where(squared > floor, weights * squared, 0.0).cpu().numpy()
+        taken = int(gain.argmax())
+        if not gain[taken] > 0:
+            return labels if number else None
+        local = int(index[taken]) - rows.start
+        if 0 <= local < len(labels):
+            labels[local] = cluster
+        squared = torch.minimum(squared, (points - points[taken]).square().sum(1))
+    return labels
 
 
 def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:

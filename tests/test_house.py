@@ -13,9 +13,9 @@ ROOT = Path(protoclip.__file__).parent
 
 # A room imports from itself and from the rooms before it. The order is the data flow.
 ROOMS = [
-    "common", "settings", "ops", "distributed", "data", "model", "lloyd", "episodes", "losses",
-    "runs", "cached_gradients", "evaluate", "report", "cluster", "training", "train", "openclip",
-    "export", "teacher", "plan", "sentence_transformers", "__main__",
+    "common", "settings", "ops", "distributed", "data", "model", "starts", "lloyd", "episodes",
+    "losses", "runs", "cached_gradients", "evaluate", "report", "cluster", "training", "train",
+    "openclip", "export", "teacher", "plan", "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

@@ -24,7 +24,7 @@ from protoclip import Clusters
 from protoclip.ops.clusters import assignment
 
 kmeans_module = importlib.import_module("protoclip.kmeans")  # protoclip.kmeans is the function
-INITS = ["random", "k-means++"]
+INITS = ["random", "k-means++", "plain k-means++"]
 
 
 def mixture(n: int = 4000, k: int = 30, d: int = 16, spread: float = 0.5) -> Tensor:
@@ -102,12 +102,6 @@ def test_a_warm_start_with_too_few_centroids_takes_random_points_for_the_others(
     assert torch.equal(start[:9], few)
     is_a_point = (start[9:, None] == points).all(dim=2).any(dim=1)
     assert is_a_point.all()
-
-
-def test_empty_clusters_take_half_of_the_largest() -> None:
-    points = blobs(2, points_each=100).points
-    far = torch.cat([points[:1], points[-1:], torch.full((2, 4), 1e4)])
-    assert (protoclip.kmeans(points, 4, init=far, num_iters=3).counts > 0).all()
 
 
 def fixed_weights(n: int) -> Tensor:
@@ -193,16 +187,20 @@ def test_a_run_ends_not_an_iteration_later_than_it_must(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spherical", [False, True])
-def test_more_clusters_than_distinct_points_end_or_not_but_never_wrong(
-    spherical: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("empty_clusters", ["move", "split"])
+def test_more_clusters_than_distinct_points_never_end_wrong(
+    spherical: bool, seed: int, empty_clusters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of a split cluster can be empty at once, and again: nothing is promised of the end."""
+    """Moved clusters end. Half of a split one can be empty at once, and again."""
     case = Case(
         mixture(n=9).repeat(20, 1),
         num_clusters=15,
-        options={"seed": seed, "spherical": spherical, "num_iters": 60},
+        options={"seed": seed, "spherical": spherical, "empty_clusters": empty_clusters},
     )
-    assert_same_clusters(case.run(), case.run_without_end(monkeypatch))
+    clusters = case.run(num_iters=60)
+    assert_same_clusters(clusters, case.run_without_end(monkeypatch, num_iters=60))
+    if empty_clusters == "move":
+        assert clusters.num_iters < 10 and int((clusters.counts > 0).sum()) == 9
 
 
 def test_a_run_at_rest_costs_one_assignment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,11 @@ from protoclip.distributed import (
     sum_over_ranks,
 )
 from protoclip.episodes.feature_store import Features
-from protoclip.lloyd import Clusters, global_segment_mean, kmeans
+from protoclip.lloyd import Clusters, kmeans
 from protoclip.ops import Bank, kmeans_assign, soft_targets
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.settings.config import EpisodeConfig, default_clusters
+from protoclip.starts import global_segment_mean
 
 if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
     from protoclip.data import Batch
@@ -121,6 +122,7 @@ class PrototypeBuilder:
                 num_restarts=1 if isinstance(init, Tensor) else config.kmeans_nredo,
                 init=init,
                 seed=seed,
+                empty_clusters="split",  # as in the paper, and in all recorded runs
                 group=self.group,
                 backend=config.kmeans_backend,
             )

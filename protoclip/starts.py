@@ -1,0 +1,286 @@
+"""The points of all ranks, and the centroids where k-means starts.
+
+``PointSlice`` holds what ``lloyd`` iterates over. With a group every rank holds a slice of the
+points; all ranks draw the same centroids, which do not depend on how the points are sliced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from protoclip.ops.clusters import segment_mean
+
+INITS = ("random", "k-means++", "plain k-means++")
+GREEDY = 50_000_000  # the largest N x K that starts greedily: 2 s at D = 128 on one core
+MAX_DRAWS = 1024  # candidates per pass over the points
+BLOCK = 1 << 22  # distances that the greedy start keeps at once
+PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
+FEW = 1 << 17  # numbers; up to so many, finding those near a point takes longer than all of them
+FAR = 64  # a column lies far from 0 if its values differ by less than one part in so many
+
+Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
+
+
+class PointSlice:
+    """This rank's points and their weights, and sums over the ranks of a group."""
+
+    def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
+        self.points = points  # [N, D]
+        self.group = group
+        self.backend = backend
+        self.centre: Tensor | None = None  # [D], what was subtracted from the points
+        self.weights: Tensor | None = None  # fp64 [N]; None: all equal
+        self.weight = 1.0  # of each point, where they are equal
+        sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        sizes[self.rank] = len(points)
+        self.sizes = self.sum(sizes.to(points.device)).tolist()
+        self.start = sum(self.sizes[: self.rank])
+        self.count = sum(self.sizes)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def move_to_centre(self) -> None:
+        """Subtract a common centre from columns far from 0, where fp32 has few digits.
+
+        All values of such a column lie within a factor of two of the centre, so the differences are
+        exact (Sterbenz 1974), and labels are those of the points as given.
+        """
+        high = self.points.new_full((2, self.points.shape[1]), -math.inf)
+        if len(self.points):
+            low, top = self.points.aminmax(dim=0)
+            high = torch.stack([-low, top])
+        if self.group is not None:
+            dist.all_reduce(high, dist.ReduceOp.MAX, self.group)
+        low, high = -high[0], high[1]
+        is_far = FAR * (high - low) <= torch.minimum(low.abs(), high.abs())
+        if is_far.any() and (centre := torch.where(is_far, low + (high - low) / 2, 0)).any():
+            self.centre = centre
+            self.points = self.points - centre
+
+    def placed(self, centroids: Tensor, spherical: bool) -> Tensor:
+        """The nearest centroids [K, D] that can be returned: of unit length if spherical, and in
+        the precision that they have when the centre is added."""
+        if self.centre is not None:
+            centroids = centroids + self.centre
+        if spherical:
+            centroids = torch.nn.functional.normalize(centroids, dim=1)
+        return centroids if self.centre is None else centroids - self.centre
+
+    def pick(self, values: Tensor, index: Tensor) -> Tensor:
+        """Rows of values [N, D] by index [K] over all ranks' rows -> [K, D], equal on each rank."""
+        local = index.to(values.device) - self.start
+        mine = (local >= 0) & (local < len(values))
+        picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
+        return self.sum(torch.where(mine[:, None], picked, 0).expand(-1, values.shape[1]).clone())
+
+    def largest(self, values: Tensor, count: int) -> Tensor:
+        """Indices over all ranks of the ``count`` largest values >= 0 [N]; ties by index."""
+        count = min(count, self.count)
+        order = values.argsort(descending=True, stable=True)[:count]
+        top = values.new_full((len(self.sizes), 2, count), 0.0, dtype=torch.float64)
+        top[self.rank, 0] = -1
+        top[self.rank, 0, : len(order)] = values[order].double()
+        top[self.rank, 1, : len(order)] = order.double() + self.start
+        values, index = self.sum(top).transpose(0, 1).flatten(1)  # [ranks x count] each
+        return index[values.argsort(descending=True, stable=True)[:count]].long()
+
+    def by_weight(self, values: Tensor) -> Tensor:
+        """Weight x value, fp64 [N]; equal weights count as 1."""
+        return values.double() if self.weights is None else values.double() * self.weights
+
+    def values(self) -> Tensor:
+        """The rows to average: the points, or weight x point and weight, [N, D + 1]."""
+        if self.weights is None:
+            return self.points
+        weights = self.weights.to(self.points.dtype)[:, None]
+        return torch.cat([self.points * weights, weights], dim=1)
+
+    def means(self, values: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+        """Means [K, D] and row counts [K] of the clusters; a cluster of weight 0 has count 0."""
+        means, counts = global_segment_mean(values, labels, num_clusters, self.group, self.backend)
+        if self.weights is None:
+            return means, counts
+        mass = means[:, -1:]
+        return means[:, :-1] / mass.where(mass > 0, 1), counts * (mass[:, 0] > 0)
+
+
+def global_segment_mean(
+    values: Tensor,
+    labels: Tensor,
+    num_segments: int,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``segment_mean`` over the rows of all ranks of a group; the same result on each rank."""
+    means, counts = segment_mean(values, labels, num_segments, backend=backend)
+    if group is None:
+        return means, counts
+    sums = means.double() * counts[:, None]
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(counts, group=group)
+    return (sums / counts.clamp_min(1)[:, None]).to(means.dtype), counts
+
+
+def first_centroids(
+    rows: PointSlice, num_clusters: int, init: str | Tensor, seed: int, assign: Assign
+) -> Tensor:
+    """Given centroids, random points, or k-means++: greedy up to N x K = GREEDY, else plain."""
+    points = rows.points
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(init, Tensor):
+        warm = init.detach().to(points)
+        warm = warm if rows.centre is None else warm - rows.centre
+    else:
+        warm = points[:0]
+    is_random = isinstance(init, Tensor) or init == "random"
+    num_random = num_clusters - len(warm) if is_random else 1
+    if rows.weights is None:
+        index = torch.randperm(rows.count, generator=generator)[:num_random]
+    else:
+        # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
+        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64)
+        keys = torch.zeros_like(uniform, device=points.device)
+        of_rank = slice(rows.start, rows.start + len(points))
+        keys[of_rank] = uniform[of_rank].to(points.device).log() / rows.weights
+        index = rows.sum(keys).topk(num_random).indices
+    centroids = torch.cat([warm, rows.pick(points, index)])
+    if is_random:
+        return centroids
+    if init == "k-means++" and rows.count * num_clusters <= GREEDY:
+        return _greedy(rows, centroids, num_clusters, generator)
+    return _plain(rows, centroids, num_clusters, generator, assign)
+
+
+class _Candidates(NamedTuple):
+    """Points drawn by weight x squared distance to the nearest centroid, equal on each rank.
+
+    They may be drawn many at a time: visited in order, each is kept with probability (distance now)
+    / (distance when drawn). This is rejection sampling, so those that are kept have the
+    distribution of points drawn one by one.
+    """
+
+    points: Tensor  # [M, D]
+    squared: np.ndarray  # fp64 [M], to the nearest centroid when they were drawn
+    luck: np.ndarray  # fp64 [M]
+
+    @classmethod
+    def draw(
+        cls, rows: PointSlice, squared: Tensor, count: int, generator: torch.Generator
+    ) -> _Candidates:
+        """A candidate is the point where the running sum of weight x squared distance, over all
+        ranks, passes a random part of the total."""
+        where, luck = torch.rand(2, count, generator=generator, dtype=torch.float64)
+        mass = rows.by_weight(squared)
+        running = mass.cumsum(0)
+        sums = mass.new_zeros(len(rows.sizes))
+        sums[rows.rank] = mass.sum()
+        bounds = rows.sum(sums).cumsum(0)
+        aim = where.to(mass.device) * bounds[-1]
+        owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
+        local = aim - (bounds - sums)[rows.rank]
+        row = torch.searchsorted(running, local, right=True).clamp_max(max(0, len(mass) - 1))
+        index = rows.sum(torch.where(owner == rows.rank, rows.start + row, 0))
+        start = rows.pick(squared.double()[:, None], index)[:, 0]
+        return cls(rows.pick(rows.points, index), start.cpu().numpy(), luck.numpy())
+
+    def kept(self, now: np.ndarray, first: int) -> np.ndarray:
+        """The positions, from ``first`` on, of those that are kept at squared distances [M]."""
+        # All distances are 0 if only duplicates are left; then any point will do.
+        now, start = now[first:], self.squared[first:]
+        is_kept = (now >= self.luck[first:] * start) & ((now > 0) | (start == 0))
+        return first + np.flatnonzero(is_kept)
+
+    def apart(self) -> np.ndarray:
+        """The squared distances between them, fp64 [M, M]."""
+        direct = "donot_use_mm_for_euclid_dist"
+        apart = torch.cdist(self.points, self.points, compute_mode=direct)
+        return apart.double().square().cpu().numpy()
+
+
+def _plain(
+    rows: PointSlice,
+    centroids: Tensor,
+    num_clusters: int,
+    generator: torch.Generator,
+    assign: Assign,
+) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007) in few passes over the points: centroids [1, D] ->
+    [K, D]."""
+    squared = rows.points.new_full((len(rows.points),), math.inf, dtype=torch.float64)
+    fresh = centroids
+    while len(centroids) < num_clusters:
+        squared = torch.minimum(squared, assign(fresh)[1].double())
+        count = min(MAX_DRAWS, max(8, len(centroids)))
+        candidates = _Candidates.draw(rows, squared, count, generator)
+        apart = candidates.apart()
+        now = candidates.squared.copy()
+        accepted: list[int] = []
+        while len(kept := candidates.kept(now, accepted[-1] + 1 if accepted else 0)):
+            accepted.append(int(kept[0]))
+            np.minimum(now, apart[kept[0]], out=now)
+        fresh = candidates.points[accepted][: num_clusters - len(centroids)]
+        centroids = torch.cat([centroids, fresh])
+    return centroids
+
+
+def _greedy(
+    rows: PointSlice, centroids: Tensor, num_clusters: int, generator: torch.Generator
+) -> Tensor:
+    """k-means++ that draws 2 + floor(log K) candidates for each centroid, and takes the one that
+    leaves the lowest sum of squared distances: centroids [1, D] -> [K, D].
+
+    Distances of many candidates are one product, about the mean of the points. It only chooses:
+    distances to the chosen centroids are then computed from differences, for the points near it.
+    """
+    points = rows.points
+    trials = 2 + int(math.log(num_clusters))
+    blocks = max(1, BLOCK // (trials * rows.count))
+    weights = None if rows.weights is None else rows.weights.to(points.dtype)
+    mean = rows.sum(points.sum(0, dtype=torch.float64)) / rows.count
+    shifted = points - mean.to(points)
+    norms = shifted.square().sum(1)  # [N]
+    squared = (points - centroids).square().sum(1)  # [N]
+    chosen = [centroids]
+    num_chosen = 1
+    while num_chosen < num_clusters:
+        # While half as many more centroids are chosen, few of the candidates become too near.
+        rounds = max(1, min(blocks, num_chosen // 2, num_clusters - num_chosen))
+        candidates = _Candidates.draw(rows, squared, trials * rounds, generator)
+        apart = candidates.apart()
+        offsets = candidates.points - mean.to(points)
+        offset_norms = offsets.square().sum(1)
+        products = torch.addmm(norms, offsets, shifted.T, alpha=-2)  # [M, N]
+        distances = products.add_(offset_norms[:, None])
+        now = candidates.squared.copy()
+        visited = 0
+        while num_chosen < num_clusters:
+            kept = candidates.kept(now, visited)[:trials]
+            if len(kept) < trials and visited:
+                break
+            visited = int(kept[-1]) + 1
+            left = torch.minimum(distances[torch.from_numpy(kept).to(points.device)], squared)
+            sums = left.sum(1) if weights is None else left @ weights
+            best = int(kept[int(rows.sum(sums.double()).argmin())])
+            near: Tensor | slice = slice(None)
+            if points.numel() > FEW:
+                error = PRODUCT_ERROR * (norms + offset_norms[best])
+                near = (distances[best] < squared + error).nonzero()[:, 0]
+            centroid = candidates.points[best]
+            fresh = (points[near] - centroid).square().sum(1)
+            squared[near] = torch.minimum(squared[near], fresh)
+            np.minimum(now, apart[best], out=now)
+            chosen.append(centroid[None])
+            num_chosen += 1
+    return torch.cat(chosen)

@@ -1,0 +1,194 @@
+"""scikit-learn's own tests of KMeans, from the installed package, on ``protoclip.kmeans``.
+
+The adapter below gives it scikit-learn's names. ``NOT_OURS`` lists the tests that are left out;
+cases with sparse input and MiniBatchKMeans are skipped with that reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import protoclip
+
+cluster = pytest.importorskip("sklearn.cluster")
+base = pytest.importorskip("sklearn.base")
+ConvergenceWarning = pytest.importorskip("sklearn.exceptions").ConvergenceWarning
+check_random_state = pytest.importorskip("sklearn.utils").check_random_state
+
+NOT_OURS = {
+    "test_relocate_empty_clusters": "private function; the example is in test_kmeans_quality.py",
+    "test_minibatch_update_consistency": "MiniBatchKMeans",
+    "test_minibatch_kmeans_partial_fit_init": "MiniBatchKMeans",
+    "test_minibatch_kmeans_verbose": "MiniBatchKMeans",
+    "test_minibatch_kmeans_warning_init_size": "MiniBatchKMeans",
+    "test_minibatch_sensible_reassign": "MiniBatchKMeans",
+    "test_minibatch_reassign": "MiniBatchKMeans",
+    "test_minibatch_with_many_reassignments": "MiniBatchKMeans",
+    "test_minibatch_kmeans_init_size": "MiniBatchKMeans",
+    "test_minibatch_declared_convergence": "MiniBatchKMeans",
+    "test_minibatch_iter_steps": "MiniBatchKMeans",
+    "test_dense_sparse": "sparse input",
+    "test_predict_dense_sparse": "sparse input",
+    "test_kmeans_verbose": "verbose output",
+    "test_kmeans_init_auto_with_initial_centroids": "estimator: the private _n_init",
+    "test_n_init_auto": "estimator: the private _n_init",
+    "test_warning_n_init_precomputed_centers": "estimator: a warning; kmeans refuses it",
+    "test_feature_names_out": "estimator: names of columns",
+    "test_wrong_params": "its words; ours are in test_kmeans.py",
+    "test_warning_elkan_1_cluster": "a warning about Elkan's algorithm",
+    "test_kmeans_plusplus_wrong_params": "x_squared_norms, which nothing here takes",
+    "test_euclidean_distance": "private function",
+    "test_inertia": "private function",
+    "test_is_same_clustering": "private function",
+}
+
+
+def dense(x: Any) -> np.ndarray:
+    if hasattr(x, "tocsr"):
+        pytest.skip("sparse input")
+    x = np.asarray(x)
+    return x if x.dtype.kind == "f" else x.astype(np.float64)
+
+
+class KMeans(base.BaseEstimator):
+    """``protoclip.kmeans`` under the names of scikit-learn's estimator."""
+
+    def __init__(
+        self, n_clusters=8, *, init="k-means++", n_init="auto", max_iter=300, tol=1e-4,
+        verbose=0, random_state=None, copy_x=True, algorithm="lloyd",
+    ):  # fmt: skip
+        self.n_clusters = n_clusters
+        self.init = init
+        self.n_init = n_init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.verbose = verbose
+        self.random_state = random_state
+        self.copy_x = copy_x
+        self.algorithm = algorithm
+
+    def fit(self, X, y=None, sample_weight=None):
+        points = dense(X)
+        random = check_random_state(self.random_state)
+        init = self.init
+        if callable(init):
+            init = init(points, self.n_clusters, random_state=random)
+        is_drawn = isinstance(init, str)
+        n_init = self.n_init
+        if n_init == "auto":
+            n_init = 10 if is_drawn and init == "random" else 1
+        clusters = protoclip.kmeans(
+            points,
+            self.n_clusters,
+            num_iters=self.max_iter,
+            tol=self.tol,
+            num_restarts=n_init if is_drawn else 1,
+            init=init if is_drawn else np.asarray(init),
+            seed=int(random.randint(2**31 - 1)),
+            weights=sample_weight,
+        )
+        self.cluster_centers_ = clusters.centroids.numpy()
+        self.labels_ = clusters.labels.numpy()
+        self.inertia_ = clusters.inertia
+        self.n_iter_ = clusters.num_iters
+        distinct = int((clusters.counts > 0).sum())
+        if distinct < self.n_clusters:
+            warnings.warn(
+                f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
+                f"({self.n_clusters}). Possibly due to duplicate points in X.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _clusters(self):
+        k = len(self.cluster_centers_)
+        return protoclip.Clusters(
+            torch.from_numpy(np.array(self.cluster_centers_)),
+            torch.from_numpy(np.array(self.labels_)),
+            torch.zeros(k, dtype=torch.int64),
+            (self.inertia_,),
+        )
+
+    def predict(self, X):
+        return self._clusters().predict(dense(X)).numpy()
+
+    def transform(self, X):
+        return self._clusters().transform(dense(X)).numpy()
+
+    def fit_predict(self, X, y=None, sample_weight=None):
+        return self.fit(X, sample_weight=sample_weight).labels_
+
+    def fit_transform(self, X, y=None):
+        return self.fit(X).transform(X)
+
+    def score(self, X, y=None):
+        return -float(np.square(self.transform(X).min(axis=1)).sum())
+
+    def _init_centroids(self, X, x_squared_norms, init, random_state, sample_weight, n_centroids):
+        return kmeans_plusplus(
+            X, n_centroids, sample_weight=sample_weight, random_state=random_state, init=init
+        )[0]
+
+
+class MiniBatchKMeans:
+    def __init__(self, *args, **options):
+        pytest.skip("MiniBatchKMeans")
+
+
+def k_means(X, n_clusters, *, sample_weight=None, random_state=None):
+    fitted = KMeans(n_clusters, random_state=random_state).fit(X, sample_weight=sample_weight)
+    return fitted.cluster_centers_, fitted.labels_, fitted.inertia_
+
+
+def kmeans_plusplus(
+    X, n_clusters, *, sample_weight=None, x_squared_norms=None, random_state=None, init="k-means++"
+):
+    points = dense(X)
+    seed = int(check_random_state(random_state).randint(2**31 - 1))
+    start = protoclip.kmeans(
+        points, n_clusters, num_iters=0, init=init, seed=seed, weights=sample_weight
+    )
+    nearest = start.transform(points).argmin(dim=0)
+    return start.centroids.numpy(), nearest.numpy()
+
+
+@pytest.fixture
+def global_random_seed() -> int:
+    return 42
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def global_dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def their_tests() -> Iterator[tuple[str, Any]]:
+    path = Path(cluster.__file__).parent / "tests" / "test_k_means.py"
+    if not path.is_file():
+        return
+    spec = importlib.util.spec_from_file_location("sklearn_test_k_means", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # the names are read while it is imported
+        for ours in (KMeans, MiniBatchKMeans, k_means, kmeans_plusplus):
+            patch.setattr(cluster, ours.__name__, ours)
+        spec.loader.exec_module(module)
+    yield from ((name, test) for name, test in vars(module).items() if name.startswith("test_"))
+
+
+THEIRS = dict(their_tests())
+globals().update({name: test for name, test in THEIRS.items() if name not in NOT_OURS})
+
+
+@pytest.mark.skipif(not THEIRS, reason="this scikit-learn is installed without its tests")
+def test_what_is_left_out_exists() -> None:
+    assert NOT_OURS.keys() <= THEIRS.keys() and len(THEIRS) > len(NOT_OURS) + 25
