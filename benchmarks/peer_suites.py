@@ -1,0 +1,300 @@
+"""Peers' own test suites with our losses in place of theirs: what passes, and whose fault it is.
+
+Run from the root of this repository, for checkouts of the peers:
+
+    python -m benchmarks.peer_suites open_clip=PATH lightly=PATH sentence_transformers=PATH --write
+
+Each suite runs twice, as it is and with our classes in place before its tests are imported. A test
+that fails both times is the peer's or the environment's (no network, another version); one that
+fails only with ours is ours, unless it asks for what no user sees. ``--write`` puts the table into
+docs/peer-suites.md. lightly's tests need requests and pytest-mock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import protoclip
+
+PAGE = Path(__file__).parent.parent / "docs" / "peer-suites.md"
+VARIABLE = "PROTOCLIP_PEER"  # in the tests' process: the suite whose classes are replaced
+
+
+def replace_open_clip() -> None:
+    import open_clip
+    from open_clip import factory, loss
+
+    for name in ("ClipLoss", "SigLipLoss", "CoCaLoss", "DistillClipLoss"):
+        for module in (open_clip, factory, loss):
+            if hasattr(module, name):
+                setattr(module, name, getattr(protoclip.losses, name))
+
+
+def replace_lightly() -> None:
+    import lightly.loss
+    from lightly.loss import dcl_loss, ntx_ent_loss
+
+    class NTXentLoss(ntx_ent_loss.NTXentLoss):
+        def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+            x, y = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+            scale = 1 / self.temperature
+            y, queue = self.memory_bank.forward(y, update=out0.requires_grad)
+            if queue is None:
+                return protoclip.nt_xent(x, y, scale)
+            positive = scale * (x * y).sum(dim=1)
+            left_out = torch.full((len(x),), -100, device=x.device)
+            keys = queue.T.to(x.device)
+            level, _ = protoclip.contrastive_parts(x, keys, scale, positives=left_out)
+            return (torch.logaddexp(level, positive) - positive).mean()
+
+    class DCLLoss(dcl_loss.DCLLoss):
+        def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+            if self.weight_fn is not None:  # DCLW
+                return super().forward(out0, out1)
+            x, y = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+            return protoclip.nt_xent(x, y, 1 / self.temperature, decoupled=True)
+
+    for module in (lightly.loss, ntx_ent_loss):
+        module.NTXentLoss = NTXentLoss
+    for module in (lightly.loss, dcl_loss):
+        module.DCLLoss = DCLLoss
+
+
+def replace_pytorch_metric_learning() -> None:
+    from pytorch_metric_learning import distances, losses, reducers
+
+    def is_special(loss: Any, labels: Any, indices_tuple: Any, reducer: type) -> bool:
+        is_plain = type(loss.distance) is distances.CosineSimilarity
+        is_plain = is_plain and type(loss.reducer) is reducer
+        return labels is None or indices_tuple is not None or not is_plain
+
+    def pairs_of(emb: Tensor, labels: Tensor, ref_emb: Any, ref_labels: Any) -> dict[str, Any]:
+        itself = torch.arange(len(emb), device=emb.device)
+        x = F.normalize(emb, dim=1)
+        keys = x if ref_emb is None else F.normalize(ref_emb, dim=1)
+        return {
+            "queries": x,
+            "keys": keys,
+            "query_ids": labels.to(x.device),
+            "key_ids": (labels if ref_emb is None else ref_labels).to(x.device),
+            "exclude": itself if ref_emb is None else None,
+        }
+
+    class SupConLoss(losses.SupConLoss):
+        def forward(
+            self, embeddings: Tensor, labels: Any = None, indices_tuple: Any = None,
+            ref_emb: Any = None, ref_labels: Any = None,
+        ) -> Tensor:  # fmt: skip
+            if is_special(self, labels, indices_tuple, reducers.AvgNonZeroReducer):
+                return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            pairs = pairs_of(embeddings, labels, ref_emb, ref_labels)
+            rows = protoclip.contrastive(
+                **pairs, logit_scale=1 / self.temperature, same_id="positive", reduction="none"
+            )
+            return (rows.sum() / (rows > 0).sum().clamp_min(1)).to(embeddings.dtype)
+
+    class NTXentLoss(losses.NTXentLoss):
+        def forward(
+            self, embeddings: Tensor, labels: Any = None, indices_tuple: Any = None,
+            ref_emb: Any = None, ref_labels: Any = None,
+        ) -> Tensor:  # fmt: skip
+            if is_special(self, labels, indices_tuple, reducers.MeanReducer):
+                return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+            pairs = pairs_of(embeddings, labels, ref_emb, ref_labels)
+            scale = 1 / self.temperature
+            left_out = torch.full((len(embeddings),), -100, device=embeddings.device)
+            level, _ = protoclip.contrastive_parts(**pairs, logit_scale=scale, positives=left_out)
+            same = pairs["query_ids"][:, None] == pairs["key_ids"]
+            if ref_emb is None:
+                same.fill_diagonal_(False)
+            query, key = same.nonzero(as_tuple=True)
+            positive = scale * (pairs["queries"][query] * pairs["keys"][key]).sum(dim=1)
+            positive = positive.to(level.dtype)
+            losses_of_pairs = torch.logaddexp(level[query], positive) - positive
+            total = losses_of_pairs.sum() / max(len(query), 1)
+            return (total + 0 * embeddings.sum()).to(embeddings.dtype)
+
+    losses.SupConLoss = losses.supcon_loss.SupConLoss = SupConLoss
+    losses.NTXentLoss = losses.ntxent_loss.NTXentLoss = NTXentLoss
+
+
+def replace_sentence_transformers() -> None:
+    from sentence_transformers import losses
+
+    for name in ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"):
+        setattr(losses, name, getattr(protoclip.sentence_transformers, name))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Some tests of a peer; ``source``: where its package is in the checkout."""
+
+    tests: tuple[str, ...]
+    replace: Callable[[], None]
+    source: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    # Part of a test's name or message -> why it fails with ours, and is not our fault.
+    excused: Mapping[str, str] = field(default_factory=dict)
+
+
+SUITES = {
+    "open_clip": Suite(
+        tests=(
+            "tests/test_loss.py",
+            "tests/test_siglip_chunked_loss.py",
+            "tests/test_clap_task.py",
+            "tests/test_factory_task.py",
+            "tests/test_task_base_unit.py",
+            "tests/test_task_specific_unit.py",
+        ),
+        replace=replace_open_clip,
+        source="src",
+        excused={
+            "'SigLipLoss' object has no attribute '_loss'": "the private `SigLipLoss._loss`",
+            "'SigLipLoss' object has no attribute '_chunked_loss'": "a private method",
+        },
+    ),
+    "pytorch_metric_learning": Suite(
+        tests=("tests/losses/test_ntxent_loss.py", "tests/losses/test_losses_without_labels.py"),
+        replace=replace_pytorch_metric_learning,
+        source="src",
+        environment={"TEST_DEVICE": "cpu"},
+    ),
+    "lightly": Suite(
+        tests=("tests/loss/test_ntx_ent_loss.py", "tests/loss/test_dcl_loss.py"),
+        replace=replace_lightly,
+    ),
+    "sentence_transformers": Suite(
+        tests=("tests/test_cmnrl.py",), replace=replace_sentence_transformers
+    ),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin of the peer's tests."""
+    if name := os.environ.get(VARIABLE):
+        SUITES[name].replace()
+
+
+class Outcomes(NamedTuple):
+    """Of one run of a suite."""
+
+    passed: set[str]
+    skipped: set[str]
+    failed: dict[str, str]  # test -> its message
+
+
+def run(name: str, checkout: Path, with_ours: bool) -> Outcomes:
+    """Run the tests of a suite that the checkout has."""
+    suite = SUITES[name]
+    tests = [test for test in suite.tests if (checkout / test).exists()]
+    if not tests:
+        raise SystemExit(f"{name}: expected a checkout with {suite.tests[0]}, got {checkout}")
+    paths = [str(checkout / suite.source), str(PAGE.parent.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment |= {VARIABLE: name if with_ours else "", **suite.environment}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.peer_suites"]
+        command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}", *tests]
+        subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL)
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        outcomes = Outcomes(set(), set(), {})
+        for case in cases:
+            test = f"{case.get('classname')}.{case.get('name')}"
+            faults = [fault for kind in ("failure", "error") for fault in case.findall(kind)]
+            if faults:
+                outcomes.failed[test] = f"{faults[0].get('message')} {faults[0].text}"
+            elif case.find("skipped") is not None:
+                outcomes.skipped.add(test)
+            else:
+                outcomes.passed.add(test)
+    return outcomes
+
+
+class Result(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    commit: str
+    ours: Outcomes
+    failed_alone: set[str]
+    excused: dict[str, list[str]]  # reason -> tests
+    faults: list[str]  # ours
+
+
+def compare(name: str, checkout: Path) -> Result:
+    """Run a suite without and with our classes."""
+    git = ["git", "-C", str(checkout), "rev-parse", "--short=7", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    alone = run(name, checkout, with_ours=False)
+    ours = run(name, checkout, with_ours=True)
+    excused: dict[str, list[str]] = {}
+    faults = []
+    for test, message in ours.failed.items():
+        reasons = [why for words, why in SUITES[name].excused.items() if words in test + message]
+        if test in alone.failed:
+            continue
+        if reasons:
+            excused.setdefault(reasons[0], []).append(test)
+        else:
+            faults.append(test)
+    return Result(name, commit, ours, ours.failed.keys() & alone.failed.keys(), excused, faults)
+
+
+def table(results: list[Result]) -> str:
+    """The page's table, and the tests that fail with ours only."""
+    lines = [
+        "| suite | commit | passed | skipped | failed | fails without ours too | asks for what is "
+        "private | our fault |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for result in results:
+        excused = sum(map(len, result.excused.values()))
+        lines.append(
+            f"| {result.name} | {result.commit} | {len(result.ours.passed)} | "
+            f"{len(result.ours.skipped)} | {len(result.ours.failed)} | {len(result.failed_alone)} "
+            f"| {excused} | {len(result.faults)} |"
+        )
+        for reason, tests in result.excused.items():
+            notes.append(f"- {result.name}: {len(tests)} tests ask for {reason}.")
+        notes += [f"- {result.name}, ours: `{test}`" for test in result.faults]
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("suites", nargs="+", metavar="NAME=CHECKOUT", help=", ".join(SUITES))
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    args = parser.parse_args()
+    checkouts = {}
+    for word in args.suites:
+        name, _, path = word.partition("=")
+        if name not in SUITES or not Path(path).is_dir():
+            parser.error(f"expected NAME=CHECKOUT with a name of {', '.join(SUITES)}, got {word}")
+        checkouts[name] = Path(path).resolve()
+    text = table([compare(name, checkout) for name, checkout in checkouts.items()])
+    print(text)
+    if args.write:
+        head, begin, rest = PAGE.read_text(encoding="utf-8").partition("<!-- suites: begin -->\n")
+        _, end, tail = rest.partition("<!-- suites: end -->")
+        PAGE.write_text(head + begin + text + end + tail, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
