@@ -76,8 +76,13 @@ kernels:  ## registers, spills, shared memory and instruction of each launch row
 gpu:  ## on a card: the kernels' tests, then the benchmarks; results under OUT, else benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
-gpu-sanitize:  ## on a card: the kernels' tests under compute-sanitizer, fresh memory filled with NaN
-	compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1 \
+SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
+
+gpu-sanitize:  ## on a card: the kernels under compute-sanitizer, fresh memory filled with NaN
+	for tool in racecheck synccheck; do \
+		$(SANITIZER) --tool $$tool $(PYTHON) -m benchmarks.gpu canary --seconds 300 || exit 1; \
+	done
+	$(SANITIZER) --tool memcheck \
 		$(PYTHON) -m pytest --bare --nan-empties -x tests/test_cuda_gpu.py \
 		tests/test_kernels_info_nce.py tests/test_kernels_contrastive.py \
 		tests/test_kernels_prototype.py tests/test_kernels_hot_paths.py

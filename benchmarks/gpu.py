@@ -1,11 +1,12 @@
 """What a card says beyond the benchmarks: time by kernel, CUDA graphs, and other launch rows.
 
-    python -m benchmarks.gpu [profile] [graph] [sweep] [--seconds 60]
+    python -m benchmarks.gpu [canary] [profile] [small] [sweep] [--seconds 60]
 
-``sweep`` compiles candidates for each row of kernels/launch.py in a pool of processes, drops those
-that spill or do not fit, times the others, and prints the fastest whose gradients are right as the
-line to paste. PROTOCLIP_REHEARSE=1 runs the same code without a card: Triton's interpreter, tiny
-sizes, one candidate compiled for Hopper.
+``canary`` runs each op once, in a process of its own: a kernel that crashes takes its process and
+its context with it, and the others still tell. ``sweep`` compiles candidates for each row of
+kernels/launch.py in a pool of processes, drops those that spill or do not fit, times the others,
+and prints the fastest whose gradients are right as the line to paste. PROTOCLIP_REHEARSE=1 runs the
+same code without a card: Triton's interpreter, tiny sizes, one candidate compiled for Hopper.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
@@ -142,24 +145,38 @@ def profile(seconds: float) -> None:
             print(f"  {ms:9.3f} ms {ms / total:5.0%} {calls:4} x {name_of_kernel[:70]}")
 
 
-def graph(seconds: float) -> None:
-    """A step with and without a CUDA graph, where launches are what it costs."""
+def small(seconds: float) -> None:
+    """A step of few pairs, where launches are what it costs: its wall time, what the device works
+    of it, and the wall time as a CUDA graph."""
     if DEVICE != "cuda":
-        print("graph: expected a CUDA device, got none; nothing is timed")
+        print("small: expected a CUDA device, got none; nothing is timed")
         return
-    for n in (256, 512, 1024, 4096):
-        step = _info_nce(n, 512)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            step()
-        plain = 1e3 * best_seconds(step, 0.3)
-        replayed = 1e3 * best_seconds(captured.replay, 0.3)
-        print(f"info_nce N={n} D=512 bf16: {plain:.3f} ms, {replayed:.3f} ms as a CUDA graph")
+    for n in (256, 512, 1024, 2048, 4096):
+        steps = {
+            "info_nce": _info_nce(n, 512),
+            "info_nce with ids": _info_nce(n, 512, ids=_ids(n)),
+            "siglip": _sigmoid(n, 512),
+            "prototypes K=5000 D=128": _prototypes(n, 5000, 128),
+        }
+        for title, step in steps.items():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                step()
+            wall = 1e3 * best_seconds(step, 0.2)
+            replayed = 1e3 * best_seconds(captured.replay, 0.2)
+            with torch.profiler.profile() as profiler:
+                step()
+                torch.cuda.synchronize()
+            device = sum(kernel.ms for kernel in time_by_kernel(profiler.key_averages()))
+            print(
+                f"{title} N={n}: wall {wall:.3f} ms, device {device:.3f} ms, as a CUDA graph "
+                f"{replayed:.3f} ms"
+            )
 
 
 class Launched(NamedTuple):
@@ -264,6 +281,11 @@ def assert_right(op: str, d: int) -> None:
     if op == "info_nce":
         form = parity.softmax_form(positive, seen, weight / 2, weight / 2)
         loss = protoclip.info_nce(x, y, scale, backend="triton")
+    elif op == "info_nce with ids":
+        ids = _ids(n)
+        seen = positive | (ids[:, None] != ids[None])
+        form = parity.softmax_form(positive, seen, weight / 2, weight / 2, rounds_positives=True)
+        loss = protoclip.info_nce(x, y, scale, ids=ids, backend="triton")
     elif op == "siglip":
         form = parity.sigmoid_form(positive, positive, seen, -scale)
         loss = sigmoid_loss(x, y, scale, -scale, backend="triton")
@@ -275,6 +297,79 @@ def assert_right(op: str, d: int) -> None:
     base = parity.gradients(form, x, y, scale, dtype)
     dx, dy = torch.autograd.grad(loss, (x, y))
     parity.assert_gradients(dx, dy, form, truth, base, scale.item())
+
+
+def assert_soft_targets() -> None:
+    source = unit(96, 16)
+    prototypes = unit(96, 16)
+    targets = protoclip.soft_targets(source, prototypes, 0.1, backend="triton")
+    truth = protoclip.soft_targets(source.double(), prototypes.double(), 0.1, backend="reference")
+    assert (targets - truth).abs().max() <= 1e-4
+
+
+def assert_clusters(backend: str) -> None:
+    """No other centroid is nearer, and means are those of the reference."""
+    points = torch.randn(300, 40, device=DEVICE)
+    centroids = torch.randn(70, 40, device=DEVICE)
+    labels, _ = protoclip.kmeans_assign(points, centroids, backend=backend)
+    gap = torch.cdist(points.double(), centroids.double())
+    assert (gap.gather(1, labels[:, None])[:, 0] <= gap.amin(1) * (1 + 1e-6)).all()
+    means, _ = protoclip.segment_mean(points, labels, 70, backend=backend)
+    truth, _ = protoclip.segment_mean(points.double(), labels, 70, backend="reference")
+    assert (means - truth).abs().max() <= 1e-5
+
+
+# CUDA's last: its library is the only one that has no interpreter to have run it.
+CANARIES: dict[str, Callable[[], None]] = {
+    "info_nce": partial(assert_right, "info_nce", 64),
+    "info_nce with ids": partial(assert_right, "info_nce with ids", 64),
+    "siglip": partial(assert_right, "siglip", 64),
+    "prototypes": partial(assert_right, "prototypes", 64),
+    "soft targets": assert_soft_targets,
+    "clusters in Triton": partial(assert_clusters, "triton"),
+    "clusters in CUDA": partial(assert_clusters, "cuda"),
+}
+WRONG = 3  # the exit status of a process whose results are
+
+
+def sing(title: str) -> int:
+    """One canary, in this process."""
+    backend = "cuda" if title.endswith("CUDA") else "triton"
+    if reason := protoclip.backends("kmeans_assign")[backend]:
+        print(f"skipped, {reason}")
+        return 0
+    try:
+        CANARIES[title]()
+    except AssertionError as error:
+        print(f"wrong, {error!s:.200}")
+        return WRONG
+    print("ran")
+    return 0
+
+
+def _heard(title: str, seconds: float) -> str:
+    """What became of a canary in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--sing", title]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"crashed, no end after {seconds:.0f} s"
+    if run.returncode in (0, WRONG):
+        return run.stdout.splitlines()[-1]
+    if run.returncode < 0:
+        return f"crashed, {signal.Signals(-run.returncode).name}"
+    return f"crashed, {run.stderr.splitlines()[-1]}"
+
+
+def canary(seconds: float) -> bool:
+    """Whether every op ran and was right, or could not be asked to run here."""
+    *titles, last = CANARIES
+    with ThreadPoolExecutor(4) as pool:  # what they wait for is the compiler
+        heard = list(pool.map(lambda title: _heard(title, seconds), titles))
+    heard.append(_heard(last, seconds))
+    for title, result in zip(CANARIES, heard, strict=True):
+        print(f"{title}: {result}")
+    return all(result.startswith(("ran", "skipped")) for result in heard)
 
 
 def _candidates(row: launch.Launch) -> Iterator[launch.Launch]:
@@ -411,20 +506,23 @@ def _is_right(swept: Swept, row: launch.Launch) -> bool:
     return True
 
 
-COMMANDS = {"profile": profile, "graph": graph, "sweep": sweep}
+COMMANDS = {"canary": canary, "profile": profile, "small": small, "sweep": sweep}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("commands", nargs="*", choices=[*COMMANDS, "all"], default="all")
-    parser.add_argument("--seconds", type=float, default=60, help="for the whole sweep")
+    parser.add_argument("--seconds", type=float, default=60, help="for the sweep, or each canary")
+    parser.add_argument("--sing", choices=CANARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.sing:
+        return sing(args.sing)
     if reason := protoclip.backends("info_nce")["triton"]:
         print(f"benchmarks.gpu: expected Triton on a card, got {reason}; nothing is timed")
         return 0
-    for command in COMMANDS if "all" in args.commands else args.commands:
-        COMMANDS[command](args.seconds)
-    return 0
+    commands = ["profile", "small", "sweep"] if "all" in args.commands else args.commands
+    results = [COMMANDS[command](args.seconds) for command in commands]
+    return int(False in results)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def card_state() -> dict[str, str]:
         "throttle": "clocks_throttle_reasons.active",
     }
     query = f"--query-gpu={','.join(fields.values())}"
-    values = _output("nvidia-smi", query, "--format=csv,noheader", "--id=0")
+    # By UUID: CUDA_VISIBLE_DEVICES renumbers the cards, nvidia-smi does not.
+    card = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    values = _output("nvidia-smi", query, "--format=csv,noheader", card)
     return dict(zip(fields, (values or "").split(", "), strict=False))
 
 

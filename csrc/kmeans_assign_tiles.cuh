@@ -134,17 +134,30 @@ __device__ inline void multiply(Accumulators& acc, const unsigned char* points,
   }
 }
 
-__device__ inline void start_from_bias(Accumulators& acc, const float* bias) {
+// Loaded before the products and added after them, so that neither waits for memory.
+struct Bias {
+  float even[8], odd[8];
+
+  __device__ explicit Bias(const float* from) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float even = bias[j * 8], odd = bias[j * 8 + 1];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      acc[i][j][0] = acc[i][j][2] = even;
-      acc[i][j][1] = acc[i][j][3] = odd;
+    for (int j = 0; j < 8; ++j) {
+      even[j] = from[j * 8];
+      odd[j] = from[j * 8 + 1];
     }
   }
-}
+  __device__ void add_to(Accumulators& acc) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        acc[i][j][0] += even[j];
+        acc[i][j][1] += odd[j];
+        acc[i][j][2] += even[j];
+        acc[i][j][3] += odd[j];
+      }
+    }
+  }
+};
 
 __device__ inline void insert(Best& best, float score, int index) {  // ascending index: ties stay
   if (score > best.first) {
@@ -220,11 +233,11 @@ __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
   float threshold[8];
 #pragma unroll
   for (float& x : threshold) x = -INFINITY;
-  Accumulators acc;
   int step = 0;
   for (int tile = first_tile; tile < first_tile + tiles; ++tile) {
     const int column = tile * kTileK + warp % 2 * 64 + lane % 4 * 2;
-    start_from_bias(acc, t.bias + column);
+    const Bias bias(t.bias + column);
+    Accumulators acc = {};
     for (int i = 0; i < steps_per_tile; ++i, ++step) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // this step's tiles are there, and all warps are done with the last step's
@@ -237,6 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) assign_kernel(Tiles t) {
                       shared.centroids + step % kStages * kTileBytes);
       use.advance(t);
     }
+    bias.add_to(acc);
     select(acc, threshold, state, column);
   }
   __syncthreads();

@@ -57,7 +57,7 @@ def _products(
         return products_at(q_ptr, key_ptr, rows, keys, d, strides, BLOCK_D, EVEN_D), q
 
 
-@triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=["labels_ptr"])
+@triton.jit(do_not_specialize=["n", "slices"], do_not_specialize_on_alignment=["labels_ptr"])
 def attention_kernel(
     q_ptr, logit_scale_ptr, key_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]

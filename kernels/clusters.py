@@ -19,6 +19,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import load_tile
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.tiles import dot, products, tile_options
 
 PIECE = 1024  # rows of a piece of a segment
@@ -85,7 +86,7 @@ def _three_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["n", "k"])
+@triton.jit(do_not_specialize=["n", "k"], do_not_specialize_on_alignment=["count_ptr"])
 def screen_kernel(
     x_ptr, c_ptr, c_low_ptr, half_norm_ptr, reach_ptr,  # [N, D], [K, D] x 2, [K], [N]: of rounding
     rows_ptr, count_ptr,  # [N], []: which rows, with THREE; all without
@@ -168,7 +169,7 @@ def _widest(x_ptr, c_ptr, rows, label, used, d, strides, BLOCK_D: tl.constexpr):
     return widest
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=["count_ptr"])
 def exact_kernel(
     x_ptr, c_ptr, rows_ptr, count_ptr, label_ptr,  # [N, D], [K, D], [N], [], [N]
     k, d, strides,
@@ -204,6 +205,21 @@ def exact_kernel(
         tl.store(label_ptr + rows, label.to(tl.int64), mask=used)
 
 
+def reach(norms: Tensor, largest: Tensor, d: int, *, rounding: float, terms: int) -> Tensor:
+    """The most that a difference of two scores can change, [N], if products are rounded by
+    ``rounding`` |x| |c| and ``terms`` times D of them are summed.
+
+    A tensor core cuts each of 16 products and their sum: csrc/kmeans_assign_rows.cuh argues 20
+    errors of 2^-23 for 16 products, of each of the two scores."""
+    lost = d**0.5 * 2.0**-62  # what norms lose where squares fall below the normal numbers
+    products = terms * (d + 32.0) + 16
+    sums = products * (20 / 16) * 2.0**-22
+    size = norms + lost
+    largest = largest + lost
+    normal = largest * (size * (2 * rounding + sums) + largest * sums)
+    return normal + (size + largest + 1) * products * 2.0**-123  # below the normal numbers
+
+
 def kmeans_encode(points: Tensor) -> list[Tensor]:
     """[N, D] -> the points in 16 bits, and their norms [N], for ``kmeans_assign_coded``."""
     norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float32)
@@ -227,28 +243,18 @@ def kmeans_assign_coded(
     distances = torch.zeros(n, dtype=torch.float32, device=points.device)
     if not n:
         return labels, distances
-    # The most that norms lose where squares fall below the normal numbers.
-    lost = d**0.5 * 2.0**-62
     centroid_norms = torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float32)  # [K]
     half_norms = centroid_norms.square() / 2
-    size = norms + lost  # [N]
-    largest = centroid_norms.amax() + lost
-
-    def reach(rounding: float, terms: int) -> Tensor:
-        """The most that a difference of scores can change, [N], if products are rounded by
-        ``rounding`` |x| |c| and ``terms`` of them are summed in fp32."""
-        sums = (terms + 16) * 2.0**-22
-        normal = largest * (size * (2 * rounding + sums) + largest * sums)
-        return normal + (size + largest + 1) * (terms + 16) * 2.0**-125  # below the normal numbers
-
+    largest = centroid_norms.amax()
     wide = points.dtype == torch.float32
     c = centroids.to(half.dtype)
     is_open = torch.zeros(n, dtype=torch.int32, device=points.device)
     config = launch.assign_config(half)
     with torch.cuda.device_of(points):
-        screen_kernel[(triton.cdiv(n, config.block_n),)](
+        screen_kernel[(cdiv(n, config.block_n),)](
             x_ptr=half, c_ptr=c, c_low_ptr=None, half_norm_ptr=half_norms,
-            reach_ptr=reach(2 * HALF_ULP if wide else 0.0, d), rows_ptr=None, count_ptr=None,
+            reach_ptr=reach(norms, largest, d, rounding=2 * HALF_ULP if wide else 0.0, terms=1),
+            rows_ptr=None, count_ptr=None,
             label_ptr=labels, open_ptr=is_open,
             n=n, k=k, d=d, strides=(*half.stride(), *c.stride()),
             THREE=False, HELD=d <= config.block_d, **tile_options(d, config),
@@ -259,16 +265,17 @@ def kmeans_assign_coded(
             config = launch.assign_config(points)
             is_open.zero_()
             # Left out: the product of both low parts, and what these were rounded by.
-            screen_kernel[(triton.cdiv(n, config.block_n),)](
+            screen_kernel[(cdiv(n, config.block_n),)](
                 x_ptr=points, c_ptr=c, c_low_ptr=c_low, half_norm_ptr=half_norms,
-                reach_ptr=reach(3 * HALF_ULP**2, 3 * d), rows_ptr=open_rows, count_ptr=count,
+                reach_ptr=reach(norms, largest, d, rounding=3 * HALF_ULP**2, terms=3),
+                rows_ptr=open_rows, count_ptr=count,
                 label_ptr=labels, open_ptr=is_open,
                 n=n, k=k, d=d, strides=(*points.stride(), *c.stride()),
                 THREE=True, HELD=d <= config.block_d, **tile_options(d, config),
             )  # fmt: skip
             open_rows, count = _listed(is_open)
         config = launch.ASSIGN_EXACT
-        exact_kernel[(triton.cdiv(n, config.block_n),)](
+        exact_kernel[(cdiv(n, config.block_n),)](
             x_ptr=points, c_ptr=centroids, rows_ptr=open_rows, count_ptr=count, label_ptr=labels,
             k=k, d=d, strides=(*points.stride(), *centroids.stride()),
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
@@ -340,7 +347,7 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     last = torch.minimum(first + PIECE, edges[owner + 1])
     sums = torch.empty((len(pieces), d), dtype=torch.float32, device=device)
     config = launch.SEGMENT_MEAN
-    tiles = triton.cdiv(d, config.block_d)
+    tiles = cdiv(d, config.block_d)
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
             values_ptr=values, rows_ptr=rows, first_ptr=first, last_ptr=last, count_ptr=None,

@@ -4,8 +4,9 @@ A tile first compares its ids and positions. Most tiles contain no positive and 
 they run as in ``info_nce.py`` and need no masks. The others go slice by slice, and mask each logit
 by a row and a column of ids, positions and biases. For the rows and the columns of each tile, the
 forward pass writes the maximum and the sum of the visible logits, and the sum and count of the
-positives' logits; torch merges them. The backward pass recomputes the logits and writes G, with the
-positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed order.
+positives' logits; a second, small kernel merges them. The backward pass recomputes the logits and
+writes G, with the positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
-from protoclip.kernels.info_nce import exact, exponential, join, pinned
+from protoclip.kernels.info_nce import exact, exponential, join
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import (
     ContrastiveGradients,
     ContrastiveStatistics,
@@ -30,8 +32,10 @@ from protoclip.kernels.tiles import (
     SPREAD,
     equal_ids,
     gradient_chunk,
-    id_rows,
+    id_arguments,
+    id_pointers,
     operands,
+    pinned,
     products,
     tile_origin,
     with_ids,
@@ -44,13 +48,12 @@ class TilePairs(NamedTuple):
 
     own_ptr: Tensor  # [N], position of each row's own column
     exclude_ptr: Tensor | None  # [N], position of its excluded column
-    ids: tuple[Tensor, ...] | None  # of ``id_rows``
     key_bias_ptr: Tensor | None  # [M]
 
 
 @triton.jit
 def _holds_pairs(
-    pairs, row0, col0, n, m, first_row, first_col,
+    pairs, ids, row0, col0, n, m, first_row, first_col,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
@@ -68,36 +71,36 @@ def _holds_pairs(
     if pairs.key_bias_ptr is not None:
         absent = tl.load(pairs.key_bias_ptr + col) == -float("inf")
         holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
-    if pairs.ids is not None:
-        holds = tl.maximum(holds, tl.max(equal_ids(pairs.ids, row, col).to(tl.int32)))
+    if ids is not None:
+        holds = tl.maximum(holds, tl.max(equal_ids(ids, row, col).to(tl.int32)))
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | (holds > 0)
 
 
 @triton.jit
 def _column_slice(
-    x, y, base2_scale, pairs, row0, col0, n, m, d, first_row, first_col, strides,
+    x, y, base2_scale, pairs, ids, row0, col0, n, m, d, first_row, first_col, strides,
     BLOCK_N: tl.constexpr, SLICE_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """-> of some columns of a tile: their positions, products, base-2 logits, the keys seen, and
-    the positives."""
-    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D)
+    """-> of some columns of a tile: products, base-2 logits, the keys seen, and the positives."""
     rows = row0 + tl.arange(0, BLOCK_N)
     cols = col0 + tl.arange(0, SLICE_M)
     row = first_row + tl.minimum(rows, n - 1)
     col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
-    s = acc * base2_scale
-    is_own = tl.load(pairs.own_ptr + row)[:, None] == col[None, :]
-    positive, seen = with_ids(is_own, inside, pairs.ids, row, col, SAME_POSITIVE)
+    is_own = pinned(tl.load(pairs.own_ptr + row))[:, None] == col[None, :]
+    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE, PINNED=True)
     if pairs.exclude_ptr is not None:
-        seen = seen & (tl.load(pairs.exclude_ptr + row)[:, None] != col[None, :])
+        seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
     if pairs.key_bias_ptr is not None:
-        key_bias = tl.load(pairs.key_bias_ptr + col)
-        s += (key_bias * LOG2E)[None, :]
+        key_bias = pinned(tl.load(pairs.key_bias_ptr + col))
         seen = seen & (key_bias != -float("inf"))[None, :]
-    return col, acc, s, seen, positive & seen
+    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D)
+    s = acc * base2_scale
+    if pairs.key_bias_ptr is not None:
+        s += (key_bias * LOG2E)[None, :]
+    return acc, s, seen, positive & seen
 
 
 @triton.jit
@@ -107,7 +110,7 @@ def _statistics(s, seen, positive, AXIS: tl.constexpr):
     top = tl.max(visible, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
     return PairStatistics(
-        max=top,
+        reference=top,
         sum=tl.sum(exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS),
         positive_sum=tl.sum(tl.where(positive, s, 0.0), AXIS),
         num_positives=tl.sum(tl.where(positive, 1.0, 0.0), AXIS),
@@ -121,15 +124,21 @@ def _store_statistics(ptr, at, mask, length, statistics):
         tl.store(ptr + i * length + at, statistics[i], mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_row"])
+ID_STRIDES = ["stride_query_ids", "stride_key_ids"]
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_row", *ID_STRIDES])
 def contrastive_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for slices, []
     row_ptr, column_ptr,  # [4, column blocks, N], [4, row blocks, M]
-    pairs, n, m, d, first_row, strides,
+    pairs, query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
+    n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile."""
+    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
     rows = row0 + tl.arange(0, BLOCK_N)
@@ -138,7 +147,7 @@ def contrastive_forward_kernel(
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
     zeros = tl.zeros((BLOCK_N,), tl.float32)
-    if not _holds_pairs(pairs, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
+    if not _holds_pairs(pairs, ids, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M):
         s = base2_scale * products(
             x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
         )
@@ -162,12 +171,12 @@ def contrastive_forward_kernel(
         row_num_positives = zeros
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
-            _, _, s, seen, positive = _column_slice(
-                x_ptr, y_ptr, base2_scale, pairs, row0, first, n, m, d, first_row, 0, strides,
+            _, s, seen, positive = _column_slice(
+                x_ptr, y_ptr, base2_scale, pairs, ids, row0, first, n, m, d, first_row, 0, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             of_rows = _statistics(s, seen, positive, 1)
-            row_max, row_sum = join(row_max, row_sum, of_rows.max, of_rows.sum)
+            row_max, row_sum = join(row_max, row_sum, of_rows.reference, of_rows.sum)
             row_positive_sum += of_rows.positive_sum
             row_num_positives += of_rows.num_positives
             if BOTH_DIRECTIONS:
@@ -180,42 +189,126 @@ def contrastive_forward_kernel(
         _store_statistics(row_ptr, at_row, rows < n, blocks_m * n, of_rows)
 
 
-SIZES = ["n", "m", "first_row", "first_col", "first_tile"]
+@triton.jit
+def _merge_side(
+    part_ptr, blocks, length, out_ptr, stride, program,  # [4, blocks, length], [4, stride]
+    HAS_BEFORE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Merge the partials of some rows or columns."""
+    position = program * BLOCK + tl.arange(0, BLOCK)
+    inside = position < length
+    size = tl.cast(blocks, tl.int64) * length
+    reference = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    positive_sum = tl.zeros((BLOCK,), tl.float32)
+    num_positives = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BEFORE:
+        reference = tl.load(out_ptr + position, mask=inside, other=0.0)
+        total = tl.load(out_ptr + stride + position, mask=inside, other=0.0)
+        positive_sum = tl.load(out_ptr + 2 * stride + position, mask=inside, other=0.0)
+        num_positives = tl.load(out_ptr + 3 * stride + position, mask=inside, other=0.0)
+    for first in range(0, blocks, DEPTH):
+        block = first + tl.arange(0, DEPTH)
+        at = part_ptr + block[:, None].to(tl.int64) * length + position[None, :]
+        mask = (block[:, None] < blocks) & inside[None, :]
+        r = tl.load(at, mask=mask, other=-float("inf"))
+        t = tl.load(at + size, mask=mask, other=0.0)
+        top = tl.max(r, 0)
+        zero = tl.where(top == -float("inf"), 0.0, top)
+        t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
+        reference, total = join(reference, total, top, t)
+        positive_sum += tl.sum(tl.load(at + 2 * size, mask=mask, other=0.0), 0)
+        num_positives += tl.sum(tl.load(at + 3 * size, mask=mask, other=0.0), 0)
+    statistics = PairStatistics(reference, total, positive_sum, num_positives)
+    _store_statistics(out_ptr, position, inside, stride, statistics)
 
 
+@triton.jit(
+    do_not_specialize=["blocks_m", "height", "n", "blocks_n", "m"],
+    do_not_specialize_on_alignment=["row_ptr"],
+)
+def contrastive_merge_kernel(
+    row_part_ptr, blocks_m, height, row_ptr, n,  # [4, blocks_m, height], of [4, N] from there on
+    column_part_ptr, blocks_n, m, column_ptr,  # [4, blocks_n, M], [4, M]
+    HAS_BEFORE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Statistics of the rows of a wave, and of all columns, with those of earlier waves."""
+    program = tl.program_id(0)
+    programs = tl.cdiv(height, BLOCK)
+    if program < programs:
+        _merge_side(row_part_ptr, blocks_m, height, row_ptr, n, program, False, BLOCK, DEPTH)
+    else:
+        _merge_side(
+            column_part_ptr, blocks_n, m, column_ptr, m, program - programs,
+            HAS_BEFORE, BLOCK, DEPTH,
+        )  # fmt: skip
+
+
+class PairSide(NamedTuple):
+    """What the rows or the columns bring into G."""
+
+    statistics_ptr: Tensor  # [4, length], in the rows of ``PairStatistics``
+    weights_ptr: Tensor  # [2, length], of the LSE and of the mean positive
+
+
+@triton.jit
+def _load_side(side, length, position, lift):
+    """-> reference, weight of a probability and weight of a positive."""
+    at = side.statistics_ptr + position
+    reference = tl.load(at)
+    total = tl.load(at + length)
+    num_positives = tl.load(at + 3 * length)
+    lse_weight = tl.load(side.weights_ptr + position)
+    mean_weight = tl.load(side.weights_ptr + length + position)
+    used = total != 0  # NaN too
+    probability_weight = tl.where(used, lse_weight / total, 0.0) * lift
+    positive_weight = mean_weight / tl.maximum(num_positives, 1.0) * lift
+    return tl.where(used, reference, 0.0), probability_weight, positive_weight
+
+
+SIZES = ["n", "m", "first_row", "first_col", "first_tile", "num_rows", "num_columns", *ID_STRIDES]
 SLICED = ["partial_sum_ptr", "dkey_bias_ptr"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
 def contrastive_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
-    logit_scale_ptr, lift_ptr,  # [], []
-    row_ptr, column_ptr, stride_row, stride_column,  # [3, N], [3, M]: of ``_gradient_side``
+    logit_scale_ptr, lift_ptr, factor_ptr,  # [], [] or None: 1, [] for the finish: scale / lift
+    row_side, column_side,  # PairSide of all rows and, with BOTH_DIRECTIONS, of all columns
+    num_rows, num_columns,
     partial_sum_ptr, dkey_bias_ptr, first_tile,  # [tiles], [row blocks, M] or None
-    pairs, n, m, d, first_row, first_col, stride_g, strides,
+    pairs, query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
+    n, m, d, first_row, first_col, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):  # fmt: skip
     """G of one tile times the lift, its part of sum G x.y, and its column sums."""
+    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
-    lift = tl.load(lift_ptr)
+    logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
+    base2_scale = logit_scale * LOG2E
+    lift = 1.0
+    if lift_ptr is not None:
+        lift = tl.load(lift_ptr)
     row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
     col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
-    row_reference = tl.load(row_ptr + row)
-    row_probability_weight = tl.load(row_ptr + stride_row + row)
+    row_reference, row_probability_weight, row_positive_weight = _load_side(
+        row_side, num_rows, row, lift
+    )
     low, high = tl.min(row_reference), tl.max(row_reference)
     if BOTH_DIRECTIONS:
-        column_reference = tl.load(column_ptr + col)
-        column_probability_weight = tl.load(column_ptr + stride_column + col)
+        column_reference, column_probability_weight, _ = _load_side(
+            column_side, num_columns, col, lift
+        )
         low = tl.minimum(low, tl.min(column_reference))
         high = tl.maximum(high, tl.max(column_reference))
-    general = _holds_pairs(pairs, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
+    masked = _holds_pairs(pairs, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M)
     sums_ptr = dkey_bias_ptr
     if dkey_bias_ptr is not None:
         sums_ptr += (row0 // BLOCK_N) * m + col0
-    if (general == 0) & (high - low < SPREAD):
+    if (masked == 0) & (high - low < SPREAD):
         factor = (row_probability_weight * tl.exp2(high - row_reference))[:, None]
         if BOTH_DIRECTIONS:
             column_factor = column_probability_weight * tl.exp2(high - column_reference)
@@ -232,20 +325,24 @@ def contrastive_gradient_kernel(
         store_gradient(p, row0, col0, g, stride_g)
     else:
         partial_sum = 0.0
-        row_positive_weight = tl.load(row_ptr + 2 * stride_row + row)[:, None]
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
-            slice_col, acc, s, seen, positive = _column_slice(
-                x_ptr, y_ptr, base2_scale, pairs, row0, first, n, m, d,
+            if BOTH_DIRECTIONS:
+                slice_col = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
+                reference, probability_weight, positive_weight = _load_side(
+                    column_side, num_columns, slice_col, lift
+                )
+            acc, s, seen, positive = _column_slice(
+                x_ptr, y_ptr, base2_scale, pairs, ids, row0, first, n, m, d,
                 first_row, first_col, strides,
                 BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             p = exponential(s, row_reference[:, None], positive) * row_probability_weight[:, None]
-            at_positive = tl.broadcast_to(row_positive_weight, p.shape)
+            at_positive = tl.broadcast_to(row_positive_weight[:, None], p.shape)
             if BOTH_DIRECTIONS:
-                e = exponential(s, tl.load(column_ptr + slice_col)[None, :], positive)
-                p += e * tl.load(column_ptr + stride_column + slice_col)[None, :]
-                at_positive += tl.load(column_ptr + 2 * stride_column + slice_col)[None, :]
+                e = exponential(s, pinned(reference)[None, :], positive)
+                p += e * pinned(probability_weight)[None, :]
+                at_positive += pinned(positive_weight)[None, :]
             p = tl.where(seen, tl.where(positive, p + at_positive, p), 0.0)
             partial_sum += tl.sum(p * acc)
             if dkey_bias_ptr is not None:
@@ -253,6 +350,8 @@ def contrastive_gradient_kernel(
                 tl.store(sums_ptr + cols, tl.sum(p, 0), mask=col0 + cols < m)
             store_gradient(p, row0, first, g_ptr, stride_g)
         tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
+    if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
+        tl.store(factor_ptr, logit_scale / lift)
 
 
 def contrastive_fwd(
@@ -268,35 +367,40 @@ def contrastive_fwd(
     both_directions: bool,
 ) -> ContrastiveStatistics:
     """Statistics of a strip; own to same_positive as in ops/pairs.py."""
-    n, m = len(x), len(y)
+    n, m = x.shape[0], y.shape[0]
     if not min(n, m):
         return ContrastiveStatistics(
             rows=_without_keys(x, n), columns=_without_keys(x, m if both_directions else 0)
         )
     config = launch.choose("contrastive_forward", x, y)
-    blocks_m = triton.cdiv(m, config.block_m)
+    blocks_m = cdiv(m, config.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
-    pairs = TilePairs(own, exclude, id_rows(query_ids, key_ids), key_bias)
-    by_row: list[Tensor] = []
-    by_column: list[Tensor] = []
+    pairs = TilePairs(own, exclude, key_bias)
+    num_columns = m if both_directions else 0
+    row_statistics = x.new_empty((4, n), dtype=torch.float32)
+    column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
+    merge = launch.MERGE
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             part = x[first : first + wave]
-            blocks_n = triton.cdiv(len(part), config.block_n)
-            row_part = x.new_empty((4, blocks_m, len(part)), dtype=torch.float32)
-            column_part = x.new_empty(
-                (4, blocks_n, m if both_directions else 0), dtype=torch.float32
-            )
+            height = part.shape[0]
+            blocks_n = cdiv(height, config.block_n)
+            row_part = x.new_empty((4, blocks_m, height), dtype=torch.float32)
+            column_part = x.new_empty((4, blocks_n, num_columns), dtype=torch.float32)
             contrastive_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
                 row_ptr=row_part, column_ptr=column_part, pairs=pairs, first_row=first,
+                **id_arguments(query_ids, key_ids),
                 BOTH_DIRECTIONS=both_directions, SAME_POSITIVE=same_positive,
             )  # fmt: skip
-            by_row.append(_merged(row_part))
-            by_column.append(_merged(column_part))
-    return ContrastiveStatistics(
-        rows=torch.cat(by_row, dim=1), columns=_merged(torch.stack(by_column, dim=1))
-    )
+            programs = cdiv(height, merge.block_n) + cdiv(num_columns, merge.block_n)
+            contrastive_merge_kernel[(programs,)](
+                row_part_ptr=row_part, blocks_m=blocks_m, height=height,
+                row_ptr=row_statistics[:, first:], n=n,
+                column_part_ptr=column_part, blocks_n=blocks_n, m=m, column_ptr=column_statistics,
+                HAS_BEFORE=first > 0, BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
+            )  # fmt: skip
+    return ContrastiveStatistics(rows=row_statistics, columns=column_statistics)
 
 
 def contrastive_bwd(
@@ -315,49 +419,53 @@ def contrastive_bwd(
     column_weights: Tensor,
 ) -> ContrastiveGradients:
     """Gradients of a strip for the weights of LSE and mean positive, [2, N] and [2, M]."""
-    dkey_bias = x.new_zeros(len(y), dtype=torch.float32)
-    if min(len(x), len(y)) == 0:
+    dkey_bias = x.new_zeros(y.shape[0], dtype=torch.float32)
+    if min(x.shape[0], y.shape[0]) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, dkey_bias)
     kernel = "contrastive_gradient" if key_bias is None else "contrastive_gradient_with_biases"
     config = launch.choose(kernel, x, y)
-    lift = torch.ones((), dtype=torch.float32, device=x.device)
+    factor = x.new_empty((), dtype=torch.float32)
+    lift = None
     if x.dtype == torch.float16:  # weights are about 1/N: let G fill its range
         peak = sum(w.abs().amax(1).sum() for w in (row_weights, column_weights) if w.numel())
         power = (14 - torch.as_tensor(peak).log2().ceil()).clamp(-80, 80).exp2()
         lift = power.where(power.isfinite(), 1.0).float()
-    row_side = _gradient_side(row_statistics, row_weights, lift)
-    column_side = _gradient_side(column_statistics, column_weights, lift)
     num_columns = column_statistics.shape[1]
+    row_side = PairSide(row_statistics.contiguous(), row_weights.contiguous())
+    column_side = PairSide(column_statistics.contiguous(), column_weights.contiguous())
     plan = waves.chunks(x, y, config)
     partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
-    pairs = TilePairs(own, exclude, id_rows(query_ids, key_ids), key_bias)
+    pairs = TilePairs(own, exclude, key_bias)
 
-    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+    def fill(chunk: waves.Chunk, g: Tensor) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
-        entries[chunk.rows].zero_()  # the positives are in G
         sums = None
         if key_bias is not None:
             blocks = chunk.shape[0] // config.block_n
-            sums = x.new_empty((blocks, len(part_y)), dtype=torch.float32)
+            sums = x.new_empty((blocks, part_y.shape[0]), dtype=torch.float32)
         contrastive_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
-            logit_scale_ptr=logit_scale, lift_ptr=lift, row_ptr=row_side, column_ptr=column_side,
-            stride_row=len(x), stride_column=num_columns,
+            logit_scale_ptr=logit_scale, lift_ptr=lift, factor_ptr=factor,
+            row_side=row_side, column_side=column_side,
+            num_rows=x.shape[0], num_columns=num_columns,
             partial_sum_ptr=partial_sums, dkey_bias_ptr=sums, first_tile=chunk.first_tile,
             pairs=pairs, first_row=chunk.rows.start, first_col=chunk.cols.start,
+            **id_arguments(query_ids, key_ids),
             BOTH_DIRECTIONS=num_columns > 0, SAME_POSITIVE=same_positive,
         )  # fmt: skip
         if sums is not None:
             dkey_bias[chunk.cols] += sums.sum(dim=0)
 
-    factor = logit_scale.reshape(()).float() / lift
-    gradients = waves.gradients_by_chunks(x, y, factor, 0, plan, fill, partial_sums)
+    # The positives are in G: there are no entries.
+    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
+        x, y, factor, 0, plan, fill, partial_sums[None], entries=None
+    )
     return ContrastiveGradients(
-        dx=gradients.dx,
-        dy=gradients.dy,
-        dlogit_scale=gradients.dlogit_scale,
-        dkey_bias=dkey_bias / lift,
+        dx=dx,
+        dy=dy,
+        dlogit_scale=dlogit_scale,
+        dkey_bias=dkey_bias if lift is None else dkey_bias / lift,
     )
 
 
@@ -365,30 +473,6 @@ def _without_keys(x: Tensor, length: int) -> Tensor:
     """The statistics [4, length] of rows or columns that see no keys."""
     zeros = x.new_zeros(length, dtype=torch.float32)
     statistics = PairStatistics(
-        max=zeros - torch.inf, sum=zeros, positive_sum=zeros, num_positives=zeros
+        reference=zeros - torch.inf, sum=zeros, positive_sum=zeros, num_positives=zeros
     )
     return torch.stack(statistics)
-
-
-def _merged(parts: Tensor) -> Tensor:
-    """[4, blocks, length] -> [4, length]."""
-    partial = PairStatistics._make(parts.unbind())
-    top = partial.max.amax(dim=0)
-    factor = (partial.max - top.where(top != -torch.inf, 0)).exp2()
-    statistics = PairStatistics(
-        max=top,
-        sum=(partial.sum * factor).sum(0),
-        positive_sum=partial.positive_sum.sum(0),
-        num_positives=partial.num_positives.sum(0),
-    )
-    return torch.stack(statistics)
-
-
-def _gradient_side(statistics: Tensor, weights: Tensor, lift: Tensor) -> Tensor:
-    """-> reference, weight of a probability and weight of a positive, [3, length]."""
-    rows = PairStatistics._make(statistics.unbind())
-    lse_weight, mean_weight = weights
-    used = rows.sum != 0
-    probability_weight = (lse_weight / rows.sum).where(used, 0) * lift
-    positive_weight = mean_weight / rows.num_positives.clamp_min(1) * lift
-    return torch.stack([rows.max.where(used, 0), probability_weight, positive_weight])

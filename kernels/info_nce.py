@@ -10,8 +10,8 @@ two products, finish (with the scale's gradient); and no torch op around them. M
 *without the positives*. A second, small kernel merges them, adds the positive, and computes the
 losses: a loss near zero is then log2(1 + little), not a difference of large numbers. Each warp
 subtracts the maximum of eight sampled columns from all its logits: one exponential per element. A
-tile where a sum then falls outside 2^-SPREAD to 2^SPREAD, and any tile on an edge or the diagonal,
-takes the maximum of each row and of each column, and a second exponential. Columns are summed over
+tile where a sum then falls outside 2^-SPREAD to 2^SPREAD takes the maximum of each row and of each
+column, and a second exponential. Columns are summed over
 the rows of one warp only: summing over warps would cost barriers in every tile, and the merge does
 it anyway. How wgmma assigns a tile's rows to warps, for BLOCK_N = 128, PARTS = 4 warps, PART = 16
 rows, REPEATS = 2:
@@ -24,7 +24,11 @@ features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_r
 w_column (P_column - 1), in fp32. Where all references of a tile are within fp32's range of the
 largest one, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), and nothing
 is loaded or divided after the product. Large batches compute the extremes of the references
-beforehand, once per block. Edges, the diagonal and tiles of wide range take two exponentials.
+beforehand, once per block. Tiles of wide range take two exponentials, slice by slice.
+
+**Masks.** A tile on the diagonal or the edge puts logits of -HIDDEN in place of the positives and
+of what is past the ends, and goes on as all others do. The positives' products leave the tile as
+one number a row, from which the entries follow without a matrix.
 
 Sums are fp32 and in a fixed order: no atomics, the same bits each time. Nothing is read back from
 the device, so both passes can be captured in a CUDA graph. Extra memory: 64 MiB of partial sums
@@ -43,22 +47,30 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import Gradients, InfoNceForward
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.tiles import (
+    HIDDEN,
     LOG2E,
     SPREAD,
+    can_hide,
     gradient_chunk,
-    is_general,
+    hide,
+    needs_mask,
     operands,
+    pinned,
     products,
     tile_origin,
 )
 from protoclip.kernels.waves import store_entries, store_gradient
 
 LN2 = math.log(2.0)
-# Up to so many rows or columns one program merges all, and its sum of the losses is the whole.
-ONE_PROGRAM = 1024
+# Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
+# for 1,024 would take 20 us by the model.
+ONE_PROGRAM = 256
+# Up to so many, looking for extremes beforehand would cost more than what it saves.
+FEW = 1024
 
 
 @triton.jit
@@ -78,7 +90,7 @@ def exact(s, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.constexpr):
+def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr):
     """Write the columns of a tile: for each part of its rows the reference and the sum of e, which
     is [repeats, PARTS, rows, columns]."""
     total = tl.sum(tl.sum(e, 0), 1)  # [PARTS, columns]
@@ -87,7 +99,7 @@ def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr, MASK: tl.co
     at = 2 * (tl.arange(0, PARTS)[:, None] * m + cols[None, :])
     pointers = (ptr + 2 * first) + (at[:, :, None] + tl.arange(0, 2)[None, None, :])
     statistics = tl.join(tl.broadcast_to(top, total.shape), total)
-    tl.store(pointers, statistics, mask=(cols < m - col0)[None, :, None] if MASK else None)
+    tl.store(pointers, statistics, mask=(cols < m - col0)[None, :, None])
     return total
 
 
@@ -115,24 +127,35 @@ def info_nce_forward_kernel(
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     block = row0 // BLOCK_N
     REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    if not general:
+    is_wide = can_hide(base2_scale) == 0
+    if not is_wide:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
+        if needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
+            partner = rows + offset
+            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            tl.store(positive_ptr + rows, base2_scale * positive_product, mask=held)
         sample = (base2_scale * _eight_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
         top = tl.max(tl.max(tl.max(sample, 3), 2), 0)  # [PARTS]
+        empty = top < -HIDDEN / 2  # no pair was sampled
+        top = tl.where(empty, 0.0, top)
         row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
         e = tl.exp2(acc * base2_scale - row_top[:, None])
         row_sum = tl.sum(e, 1)
         pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(pointers, tl.join(row_top, row_sum))
+        tl.store(pointers, tl.join(row_top, row_sum), mask=(rows < n)[:, None])
         least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
+        least = tl.where(rows < n, least, 1.0)
         least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
         if BOTH_DIRECTIONS:
             e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
-            total = _store_columns(column_ptr, block, col0, m, top[:, None], e, PARTS, False)
-            least = tl.minimum(least, tl.min(total, 1))
-        general = tl.min(least) < tl.exp2(-SPREAD)
-    if general:
+            reference = tl.where(empty, -float("inf"), top)[:, None]
+            total = _store_columns(column_ptr, block, col0, m, reference, e, PARTS)
+            cols = col0 + tl.arange(0, BLOCK_M)
+            used = (row0 + PART * tl.arange(0, PARTS) < n)[:, None] & (cols < m)[None, :]
+            least = tl.minimum(least, tl.min(tl.where(used, total, 1.0), 1))
+        is_wide = tl.min(least) < tl.exp2(-SPREAD)
+    if is_wide:
         row_reference = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
         for column_slice in range(0, BLOCK_M, SLICE_M):
@@ -150,7 +173,7 @@ def info_nce_forward_kernel(
             if BOTH_DIRECTIONS:
                 top, e = exact(s, 0)
                 e = e.reshape(REPEATS, PARTS, PART, SLICE_M)
-                _store_columns(column_ptr, block, first, m, top[None, :], e, PARTS, True)
+                _store_columns(column_ptr, block, first, m, top[None, :], e, PARTS)
         tl.store(row_ptr + 2 * at_row, row_reference, mask=rows < n)
         tl.store(row_ptr + 2 * at_row + 1, row_sum, mask=rows < n)
 
@@ -201,7 +224,7 @@ def info_nce_merge_kernel(
     Rows are then done; columns are merged with what earlier waves left, and done after the last,
     which completes the pairs' losses and sums those of each program.
     """
-    # Without columns the positions are those that rows have their positives at.
+    # Positions are columns, or rows where there is one direction only.
     shift = offset if BOTH_DIRECTIONS else 0
     length = m if BOTH_DIRECTIONS else n
     partial_sum = tl.zeros((BLOCK,), tl.float32)
@@ -261,30 +284,32 @@ def exponential(s, reference, positive):
 
 
 class Side(NamedTuple):
-    """What the rows or the columns of a chunk of G bring into it, [length] each."""
+    """What the rows or the columns of a chunk of G bring into it, [length] each. Tensors only: a
+    number in a tuple compiles the kernel again where its divisibility by 16 changes."""
 
     reference_ptr: Tensor
     sum_ptr: Tensor
     weight_ptr: Tensor
-    stride_weight: int  # 0: one weight for all
+    peak_ptr: Tensor  # [], the largest |weight|, read with LIFT
 
 
 @triton.jit
-def _load_side(side, position, length, unit):
-    """-> reference, sum, weight / sum of rows or columns; 0 past the end."""
-    inside = position < length
-    weight_at = side.weight_ptr + position * side.stride_weight
-    weight = tl.load(weight_at, mask=inside, other=0.0) * unit
-    total = tl.load(side.sum_ptr + position, mask=inside, other=1.0)
-    reference = tl.load(side.reference_ptr + position, mask=inside, other=0.0)
+def _load_side(side, position, length, stride_weight, unit):
+    """-> reference, sum, weight / sum of rows or columns; past the end those of the last one."""
+    at = tl.minimum(position, length - 1)
+    # Loads under a mask stay where they are: others would move behind the branch that uses them.
+    used = position >= 0
+    weight = tl.load(side.weight_ptr + at * stride_weight, mask=used, other=0.0) * unit
+    total = tl.load(side.sum_ptr + at, mask=used, other=1.0)
+    reference = tl.load(side.reference_ptr + at, mask=used, other=0.0)
     return reference, total, weight / total
 
 
 @triton.jit
-def pinned(v):
-    """v, computed once per element. Otherwise Triton repeats a vector's loads and arithmetic in
-    every thread that needs an element, after the product; it does not repeat a reduction."""
-    return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
+def _entries(s, side, position, length, stride_weight, unit):
+    """-> one direction's part of the entries of positives, whose logits are s, in G."""
+    reference, total, coef = _load_side(side, position, length, stride_weight, unit)
+    return (exponential(s, reference, True) - total) * coef
 
 
 @triton.jit
@@ -313,27 +338,19 @@ def info_nce_extremes_kernel(
 
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
-CHANGING = [
-    "n",
-    "m",
-    "offset",
-    "row_side",
-    "column_side",
-    "first_tile",
-    "row_block",
-    "column_block",
-]
+CHANGING = ["n", "m", "offset", "first_tile", "first_row_block", "first_column_block"]
+CHANGING += ["stride_row_weight", "stride_column_weight"]
 # Slices of vectors begin anywhere; another alignment would compile the kernel again.
-SLICED = ["entry_ptr", "partial_sum_ptr", "row_peak_ptr", "column_peak_ptr"]
+SLICED = ["entry_ptr", "partial_sum_ptr"]
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
 def info_nce_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
-    logit_scale_ptr, factor_ptr,  # [], [] for the finish: scale / lift
-    row_peak_ptr, column_peak_ptr, pair_weight,  # the largest |weight|, read with LIFT
-    extremes_ptr, row_block, column_block,  # [blocks, 2], or None; the first of them
-    row_side, column_side,  # Side: [N]; [M] with BOTH_DIRECTIONS
+    logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
+    row_side, column_side,  # Side of [N], of [M] with BOTH_DIRECTIONS
+    stride_row_weight, stride_column_weight,  # 0: one weight for all
+    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2] or None; the first of them
     entry_ptr, partial_sum_ptr, first_tile,  # [N], [tiles]
     n, m, d, offset, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -345,31 +362,34 @@ def info_nce_gradient_kernel(
     base2_scale = logit_scale * LOG2E
     lift = tl.full((), 1.0, tl.float32)
     if LIFT:
-        peak = tl.abs(tl.load(row_peak_ptr))
+        peak = tl.abs(tl.load(row_side.peak_ptr))
         if BOTH_DIRECTIONS:
-            peak += tl.abs(tl.load(column_peak_ptr))
+            peak += tl.abs(tl.load(column_side.peak_ptr))
         lift = _lift(peak * pair_weight)
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
-    row_reference, row_sum, row_coef = _load_side(row_side, rows, n, unit)
-    # All loads come before any use of one: their latencies pass together.
     cols = col0 + tl.arange(0, BLOCK_M)
+    row_reference, _, row_coef = _load_side(row_side, rows, n, stride_row_weight, unit)
+    # All loads come before any use of one: their latencies pass together.
     if BOTH_DIRECTIONS:
-        column_reference, _, column_coef = _load_side(column_side, cols, m, unit)
+        column_reference, _, column_coef = _load_side(
+            column_side, cols, m, stride_column_weight, unit
+        )
     if extremes_ptr is None:
         low, high = tl.min(row_reference), tl.max(row_reference)
         if BOTH_DIRECTIONS:
             low = tl.minimum(low, tl.min(column_reference))
             high = tl.maximum(high, tl.max(column_reference))
     else:
-        at = extremes_ptr + 2 * (row_block + row0 // BLOCK_N)
-        low, high = tl.load(at), tl.load(at + 1)
+        block_ptr = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
+        low, high = tl.load(block_ptr), tl.load(block_ptr + 1)
         if BOTH_DIRECTIONS:
-            at = extremes_ptr + 2 * (column_block + col0 // BLOCK_M)
-            low, high = tl.minimum(low, tl.load(at)), tl.maximum(high, tl.load(at + 1))
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    fast = (general == 0) & (high - low < SPREAD)
-    if fast:
+            block_ptr = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
+            low = tl.minimum(low, tl.load(block_ptr))
+            high = tl.maximum(high, tl.load(block_ptr + 1))
+    masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    near = high - low < SPREAD
+    if near & (masked == 0):  # a path of its own: a branch after the products costs all tiles 4 %
         factor = (row_coef * tl.exp2(high - row_reference))[:, None]
         if BOTH_DIRECTIONS:
             column_factor = column_coef * tl.exp2(high - column_reference)
@@ -380,26 +400,50 @@ def info_nce_gradient_kernel(
         tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         store_gradient(p, row0, col0, g, stride_g)
     else:
-        partial_sum = 0.0
-        for column_slice in range(0, BLOCK_M, SLICE_M):
-            first = col0 + column_slice
-            slice_cols = first + tl.arange(0, SLICE_M)
-            acc = products(
-                x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
-            )
-            positive = slice_cols[None, :] == rows[:, None] + offset
-            e = exponential(acc * base2_scale, row_reference[:, None], positive)
-            p = (e - tl.where(positive, row_sum[:, None], 0.0)) * row_coef[:, None]
+        if near & can_hide(base2_scale):
+            row_factor = row_coef * tl.exp2(high - row_reference)
             if BOTH_DIRECTIONS:
-                reference, total, coef = _load_side(column_side, slice_cols, m, unit)
-                e = exponential(acc * base2_scale, reference[None, :], positive)
-                p += (e - tl.where(positive, total[None, :], 0.0)) * coef[None, :]
-            p = tl.where((rows[:, None] < n) & (slice_cols[None, :] < m), p, 0.0)
-            partial_sum += tl.sum(p * acc)
-            shift = offset - col0 - column_slice
-            store_entries(p, rows, positive, shift, n, m - col0 - column_slice, entry_ptr)
-            p = tl.where(positive, 0.0, p)
-            store_gradient(p, row0, first, g_ptr, stride_g)
+                column_factor = column_coef * tl.exp2(high - column_reference)
+            acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+            acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
+            factor = row_factor[:, None]
+            if BOTH_DIRECTIONS:
+                factor += pinned(column_factor)[None, :]
+            p = tl.exp2(acc * base2_scale - high) * factor
+            partial_sum = tl.sum(p * acc)
+            store_gradient(p, row0, col0, g, stride_g)
+        else:
+            partial_sum = 0.0
+            positive_product = tl.zeros((BLOCK_N,), tl.float32)
+            for column_slice in range(0, BLOCK_M, SLICE_M):
+                slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
+                if BOTH_DIRECTIONS:
+                    reference, total, coef = _load_side(
+                        column_side, slice_cols, m, stride_column_weight, unit
+                    )
+                acc = products(
+                    x_ptr, y_ptr, row0, col0 + column_slice, n, m, d, strides,
+                    BLOCK_N, SLICE_M, BLOCK_D, EVEN_D,
+                )  # fmt: skip
+                p = tl.exp2(acc * base2_scale - row_reference[:, None]) * row_coef[:, None]
+                if BOTH_DIRECTIONS:
+                    e = tl.exp2(acc * base2_scale - pinned(reference)[None, :])
+                    p += e * pinned(coef)[None, :]
+                positive = slice_cols[None, :] == (rows + offset)[:, None]
+                inside = (rows < n)[:, None] & (slice_cols < m)[None, :]
+                p = tl.where(inside & (positive == 0), p, 0.0)
+                positive_product += tl.sum(tl.where(positive, acc, 0.0), 1)
+                partial_sum += tl.sum(p * acc)
+                store_gradient(p, row0, col0 + column_slice, g_ptr, stride_g)
+        if masked:
+            partner = rows + offset
+            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            s = positive_product * base2_scale
+            entry = _entries(s, row_side, rows, n, stride_row_weight, unit)
+            if BOTH_DIRECTIONS:
+                entry += _entries(s, column_side, partner, m, stride_column_weight, unit)
+            tl.store(entry_ptr + rows, entry, mask=held)
+            partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
         tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, logit_scale / lift)
@@ -416,11 +460,11 @@ def info_nce_fwd(
 ) -> InfoNceForward:
     """The strip x [N, D] against y [M, D], as in ops/info_nce_loss.py: the losses, times
     ``pair_weight`` in each direction, or their sum, and statistics."""
-    n, m = len(x), len(y)
+    n, m = x.shape[0], y.shape[0]
     num_columns = m if both_directions else 0
     length = m if both_directions else n
     merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
-    programs = 1 if length <= ONE_PROGRAM else triton.cdiv(length, merge.block_n)
+    programs = 1 if length <= ONE_PROGRAM else cdiv(length, merge.block_n)
     row_reference = x.new_empty(n, dtype=torch.float32)
     row_sum = torch.empty_like(row_reference)
     column_reference = x.new_empty(num_columns, dtype=torch.float32)
@@ -434,27 +478,27 @@ def info_nce_fwd(
         partial_sums.zero_()
     config = launch.choose("info_nce_forward", x, y)
     parts = min(config.warps, config.block_n // config.part)
-    blocks_m = triton.cdiv(m, config.block_m)
+    blocks_m = cdiv(m, config.block_m)
     # Rows per wave: as many tiles as keep the partial sums within their bound.
     bytes_of_block = 8 * (config.block_n * blocks_m + parts * m)
     blocks_of_wave = max(1, PARTIAL_BYTES // max(1, bytes_of_block))
     wave = max(1, min(n, blocks_of_wave * config.block_n))
     row_part = x.new_empty(2 * blocks_m * wave, dtype=torch.float32)
-    blocks_n = triton.cdiv(wave, config.block_n)
+    blocks_n = cdiv(wave, config.block_n)
     column_part = x.new_empty(2 * blocks_n * parts * num_columns, dtype=torch.float32)
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             last = min(first + wave, n)
             part = x[first:last]
-            blocks_n = triton.cdiv(len(part), config.block_n)
-            blocks_m = triton.cdiv(m, config.block_m)
+            blocks_n = cdiv(part.shape[0], config.block_n)
+            blocks_m = cdiv(m, config.block_m)
             info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
                 row_ptr=row_part, column_ptr=column_part, positive_ptr=positive[first:last],
                 BOTH_DIRECTIONS=both_directions, PARTS=parts, PART=config.part,
             )  # fmt: skip
             info_nce_merge_kernel[(programs,)](
-                row_part_ptr=row_part, blocks_m=blocks_m, height=len(part),
+                row_part_ptr=row_part, blocks_m=blocks_m, height=part.shape[0],
                 column_part_ptr=column_part, blocks_n=blocks_n * parts, m=m,
                 positive_ptr=positive, row_reference_ptr=row_reference, row_sum_ptr=row_sum,
                 column_reference_ptr=column_reference, column_sum_ptr=column_sum,
@@ -489,17 +533,17 @@ def info_nce_bwd(
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
-    n = len(x)
+    n = x.shape[0]
     num_columns = len(column_reference)  # 0 of one direction
     config = launch.choose("info_nce_gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
     row_peak = _peak(row_weight) if lifted else row_weight
     column_peak = _peak(column_weight) if lifted else column_weight
-    blocks_n = triton.cdiv(n, config.block_n)
+    blocks_n = cdiv(n, config.block_n)
     extremes = None
-    if max(n, len(y)) > ONE_PROGRAM:  # below, a launch would cost more than the exponentials
-        blocks = blocks_n + triton.cdiv(num_columns, config.block_m)
+    if max(n, y.shape[0]) > FEW:
+        blocks = blocks_n + cdiv(num_columns, config.block_m)
         extremes = x.new_empty((blocks, 2), dtype=torch.float32)
         with torch.cuda.device_of(x):
             info_nce_extremes_kernel[(blocks,)](
@@ -510,33 +554,39 @@ def info_nce_bwd(
     plan = waves.chunks(x, y, config)
     partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
 
-    def fill(chunk: waves.Chunk, g: Tensor, entries: Tensor) -> None:
+    entries = torch.empty_like(row_reference)
+
+    def fill(chunk: waves.Chunk, g: Tensor) -> None:
         rows, cols = chunk.rows, chunk.cols
         part_x, part_y = x[rows], y[cols]
         row_side = Side(
             reference_ptr=row_reference[rows],
             sum_ptr=row_sum[rows],
             weight_ptr=row_weight[rows],
-            stride_weight=row_weight.stride(0),
+            peak_ptr=row_peak,
         )
         column_side = Side(
             reference_ptr=column_reference[cols],
             sum_ptr=column_sum[cols],
             weight_ptr=column_weight[cols],
-            stride_weight=column_weight.stride(0),
+            peak_ptr=column_peak,
         )
         info_nce_gradient_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
-            logit_scale_ptr=logit_scale, factor_ptr=factor, offset=offset + rows.start - cols.start,
-            row_peak_ptr=row_peak, column_peak_ptr=column_peak, pair_weight=pair_weight,
-            extremes_ptr=extremes, row_block=rows.start // config.block_n,
-            column_block=blocks_n + cols.start // config.block_m,
+            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
             row_side=row_side, column_side=column_side,
+            stride_row_weight=row_weight.stride(0), stride_column_weight=column_weight.stride(0),
+            extremes_ptr=extremes, first_row_block=rows.start // config.block_n,
+            first_column_block=blocks_n + cols.start // config.block_m,
+            offset=offset + rows.start - cols.start,
             entry_ptr=entries[rows], partial_sum_ptr=partial_sums, first_tile=chunk.first_tile,
             BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
         )  # fmt: skip
 
-    return waves.gradients_by_chunks(x, y, factor, offset, plan, fill, partial_sums)
+    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
+        x, y, factor, offset, plan, fill, partial_sums[None], entries
+    )
+    return Gradients(dx, dy, dlogit_scale)
 
 
 def _peak(weight: Tensor) -> Tensor:

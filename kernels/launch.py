@@ -7,7 +7,10 @@ would change the bits of a result between runs. ``make kernels`` shows what ever
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -87,11 +90,13 @@ HALF: dict[str, dict[int, Launch]] = {
         100: replace(_SMALL, slice_m=32),  # slices of 16 spill
     },
 }
-# From D = DEEP on the products hide the rest of a tile on one CTA too, and a larger tile reads L2
-# less: 85 FLOPs per byte, not 64, of which 8 TB/s feed 56 % of an H100. Not on sm_100: its products
-# accumulate in tensor memory, which the model does not know, and no public figure to calibrate it
-# on was found; the sweep times the row there.
+# From D = DEEP on, the products of a tile take so long that one CTA hides the rest, and a larger
+# tile is better: L2 delivers 8 TB/s, which feed 56 % of an H100 at the 64 FLOPs per byte of
+# 128 x 128 and 74 % at the 85 of 128 x 256. With fewer than DEEP_TILES of them per SM, SMs would
+# idle. sm_100 has no such row: its products accumulate in tensor memory, which the model does not
+# know, and no public figure to calibrate it on was found; the sweep times the row there.
 DEEP = 512
+DEEP_TILES = 2
 HALF_DEEP: dict[str, dict[int, Launch]] = {
     "info_nce_gradient": {
         90: Launch(128, 256, 64, warps=8, stages=3, slice_m=32, descriptors=True)
@@ -188,6 +193,18 @@ def architecture(device: torch.device) -> int | None:
     return served_as(10 * major + minor)
 
 
+def cdiv(length: int, block: int) -> int:
+    """How many blocks a length takes. Triton's takes a microsecond on the host."""
+    return -(-length // block)
+
+
+def num_sms(device: torch.device) -> int:
+    """How many multiprocessors a device has; without a card an H100's."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def served_as(capability: int) -> int | None:
     """The architecture in the tables for a capability such as 86; None before 80."""
     return None if capability < 80 else SERVED_AS.get(capability, 89)
@@ -201,6 +218,17 @@ def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -
     major, minor = capability or torch.cuda.get_device_capability()
     if served_as(10 * major + minor) is None:
         return f"the Triton kernels need compute capability 8.0, this card has {major}.{minor}"
+    return _no_driver()
+
+
+def _no_driver() -> str | None:
+    """What is missing to build Triton's driver, which it does at its first launch."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or shutil.which(compiler) is None:
+        return "Triton needs a C compiler at its first launch; install gcc, or set CC"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        return f"Triton needs Python's headers; install python3-dev ({header} is missing)"
     return None
 
 
@@ -212,8 +240,10 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if x.dtype == torch.float32:
         return FLOAT_CONTRASTIVE if kernel.startswith("contrastive") else FLOAT_ANY
     config = HALF[kernel][arch]
-    if x.shape[1] >= DEEP:
-        config = HALF_DEEP.get(kernel, {}).get(arch, config)
+    deep = HALF_DEEP.get(kernel, {}).get(arch)
+    if deep is not None and x.shape[1] >= DEEP:
+        tiles = cdiv(len(x), deep.block_n) * cdiv(len(y), deep.block_m)
+        config = deep if tiles >= DEEP_TILES * num_sms(x.device) else config
     if x.shape[1] % config.block_d == 0 and aligned(x) and aligned(y):
         return config
     return HALF_ANY[kernel]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch
 from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
+from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import SampleLosses
 from protoclip.kernels.scratch import PROTOTYPE_BYTES
 from protoclip.kernels.tiles import LEFT_OUT, products, tile_options
@@ -43,7 +44,7 @@ G_UNIT = 4096.0
 ROW_VECTORS = ["labels_ptr", "loss_ptr", "nearest_ptr", "row_max_ptr", "row_sum_ptr", "dscale_ptr"]
 
 
-@triton.jit(do_not_specialize=["slices"], do_not_specialize_on_alignment=ROW_VECTORS)
+@triton.jit(do_not_specialize=["n", "slices"], do_not_specialize_on_alignment=ROW_VECTORS)
 def join_slices_kernel(
     q_ptr, logit_scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
@@ -189,13 +190,12 @@ def attend(
     n, d = q.shape
     k = len(keys)
     config = launch.prototype_config(q, full=best and expect, values=values)
-    row_tiles = triton.cdiv(n, config.block_n)
+    row_tiles = cdiv(n, config.block_n)
     # A separate tail takes registers, which only Hopper's one-pass configurations can spare.
     peel = values and launch.architecture(q.device) in (None, 90)
-    cores = 8  # the interpreter's, so that keys are cut into slices
-    if q.is_cuda:
-        cores = torch.cuda.get_device_properties(q.device).multi_processor_count
-    slices = key_slices(row_tiles, triton.cdiv(k, config.block_m), cores * config.ctas_per_sm)
+    # The interpreter's are few, so that keys are cut into slices.
+    cores = launch.num_sms(q.device) if q.is_cuda else 8
+    slices = key_slices(row_tiles, cdiv(k, config.block_m), cores * config.ctas_per_sm)
     row_max = q.new_empty((slices, n), dtype=torch.float32)
     parts = Slices(
         row_max=row_max,
@@ -235,7 +235,7 @@ def finish(
     slices, n = parts.row_max.shape
     config = launch.JOIN_SLICES
     with torch.cuda.device_of(q):
-        join_slices_kernel[(triton.cdiv(n, config.block_n),)](
+        join_slices_kernel[(cdiv(n, config.block_n),)](
             q_ptr=q, logit_scale_ptr=logit_scale, target_ptr=targets, labels_ptr=labels,
             max_ptr=parts.row_max, sum_ptr=parts.row_sum,
             best_ptr=parts.best, expected_ptr=parts.expected,
@@ -281,7 +281,7 @@ def weights(
     side = gradient or unread
     config = launch.prototype_config(q)
     with torch.cuda.device_of(q):
-        weights_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(k, config.block_m))](
+        weights_kernel[(cdiv(n, config.block_n), cdiv(k, config.block_m))](
             q_ptr=q, logit_scale_ptr=logit_scale, key_ptr=keys, labels_ptr=side.labels,
             max_ptr=row_max, sum_ptr=side.row_sum, weight_ptr=side.weight, out_ptr=out,
             n=n, k=k, d=d, first_key=first_key, strides=(*q.stride(), *keys.stride()),

@@ -25,8 +25,9 @@ from protoclip.kernels.tiles import (
     LOG2E,
     equal_ids,
     gradient_chunk,
-    id_rows,
-    is_general,
+    id_arguments,
+    id_pointers,
+    needs_mask,
     operands,
     products,
     tile_origin,
@@ -67,28 +68,38 @@ def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "offset", "tiles", "first_tile"],
-    do_not_specialize_on_alignment=["entry_ptr", "ids"],
+    do_not_specialize=[
+        "n",
+        "m",
+        "offset",
+        "tiles",
+        "first_tile",
+        "stride_query_ids",
+        "stride_key_ids",
+    ],
+    do_not_specialize_on_alignment=["entry_ptr", "query_ids_ptr", "key_ids_ptr"],
 )
 def sigmoid_loss_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, logit_bias_ptr,  # [], []
     entry_ptr,  # [N]
     partial_sum_ptr, tiles, first_tile,  # [3, tiles]: dlogit_scale, loss, dlogit_bias
-    n, m, d, offset, stride_g, strides, ids,  # [N] and [M] for each column of ids, or None
+    query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
+    n, m, d, offset, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, GRADIENTS: tl.constexpr, LIFTED: tl.constexpr,
-    SAME_POSITIVE: tl.constexpr,
+    SAME_POSITIVE: tl.constexpr, NUM_IDS: tl.constexpr,
 ):  # fmt: skip
     """Loss and, with GRADIENTS, lifted G and entries of one tile."""
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     logit_bias = tl.load(logit_bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
-    general = is_general(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
+    masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if ids is not None:
-        general = general | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
-    if not general:
+        masked = masked | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)
+    if not masked:
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         pair_loss, p = _softplus_sigmoid(acc * logit_scale + logit_bias)
         loss = tl.sum(pair_loss)
@@ -144,14 +155,19 @@ def sigmoid_loss(
     partial_sums = x.new_empty((3, tiles), dtype=torch.float32)
     lift = LIFT if x.dtype == torch.float16 else 1.0
 
-    def fill(chunk: waves.Chunk, g: Tensor | None, entries: Tensor) -> None:
+    entries = x.new_empty(x.shape[0], dtype=torch.float32)
+
+    def fill(chunk: waves.Chunk, g: Tensor | None) -> None:
         part_x, part_y = x[chunk.rows], y[chunk.cols]
+        ids = id_arguments(None, None)
+        if query_ids is not None and key_ids is not None:
+            ids = id_arguments(query_ids[:, chunk.rows], key_ids[:, chunk.cols])
         sigmoid_loss_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
             offset=offset + chunk.rows.start - chunk.cols.start,
             entry_ptr=entries[chunk.rows], partial_sum_ptr=partial_sums, tiles=tiles,
-            first_tile=chunk.first_tile, ids=id_rows(query_ids, key_ids, chunk.rows, chunk.cols),
+            first_tile=chunk.first_tile, **ids,
             GRADIENTS=writes_g, LIFTED=lift, SAME_POSITIVE=same_positive,
         )  # fmt: skip
 
@@ -159,13 +175,15 @@ def sigmoid_loss(
         factor = logit_scale.reshape(())
         if lift != 1.0:
             factor = factor.float() / lift
-        dx, dy, _ = waves.gradients_by_chunks(x, y, factor, offset, plan, fill, partial_sums[0])
+        dx, dy, totals = waves.gradients_by_chunks(
+            x, y, factor, offset, plan, fill, partial_sums, entries
+        )
     else:
         dx = x.new_zeros(x.shape if gradients else (0, x.shape[1]))
         dy = y.new_zeros(y.shape if gradients else (0, y.shape[1]))
         with torch.cuda.device_of(x):
             for chunk in plan:
-                fill(chunk, None, partial_sums[0])
-    # Sums of their own: an op's outputs must not alias.
-    dlogit_scale, loss, dlogit_bias = (sums.sum() for sums in partial_sums)
+                fill(chunk, None)
+        totals = tuple(sums.sum() for sums in partial_sums)
+    dlogit_scale, loss, dlogit_bias = totals
     return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)

@@ -3,9 +3,8 @@
 A tile is BLOCK_N rows of x [N, D] against BLOCK_M rows of y [M, D]. Operands come by pointer and
 strides (any D, any strides, any card) or by TMA descriptor (row strides of 16-byte multiples).
 
-A kernel has two paths. Whole tiles off the diagonal take the fast one, with no masks. The others go
-slice by slice, SLICE_M columns at a time: the general path needs more values an element, and held
-for a whole tile they would double the registers and halve the CTAs on an SM for every tile.
+Most tiles hold no positive, no hidden pair and no edge, and have no masks. What needs more values
+an element than registers hold for a whole tile goes slice by slice, SLICE_M columns at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from protoclip.kernels.launch import INTERPRETED, Launch
 
-ALL = slice(None)
 LOG2E = tl.constexpr(1.4426950408889634)
 LEFT_OUT = tl.constexpr(-100)  # in place of a label, as in torch's cross-entropy
+HIDDEN = tl.constexpr(1e30)  # finite: times a weight of 0 it is 0
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 bit patterns as integers
 
@@ -38,10 +37,33 @@ def tile_origin(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def is_general(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def needs_mask(row0, col0, n, m, offset, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Whether a tile crosses the edge or holds a positive."""
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | ((row0 + offset < col0 + BLOCK_M) & (row0 + BLOCK_N + offset > col0))
+
+
+@triton.jit
+def can_hide(base2_scale):
+    """Whether a product in fp32 can stand for a logit of -HIDDEN."""
+    return (tl.abs(base2_scale) > 1e-8) & (tl.abs(base2_scale) < 1e8)
+
+
+@triton.jit
+def hide(acc, base2_scale, row0, col0, n, m, offset):
+    """-> the products of a tile, with logits of -HIDDEN at positives and past the ends, and the
+    products of the positives [rows], 0 where it holds none."""
+    rows, cols = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[None, :]
+    shift = row0 + offset - col0
+    hidden = -HIDDEN / base2_scale
+    positive_product = tl.zeros((acc.shape[0],), tl.float32)
+    if (row0 + acc.shape[0] > n) | (col0 + acc.shape[1] > m):
+        acc = tl.where((rows < n - row0) & (cols < m - col0), acc, hidden)
+    if (shift < acc.shape[1]) & (shift > -acc.shape[0]):
+        positive_product = tl.sum(tl.where(cols == rows + shift, acc, 0.0), 1)
+        # Compared the other way round, so that no register has to keep the first result.
+        acc = tl.where(rows == cols - shift, hidden, acc)
+    return acc, positive_product
 
 
 @triton.jit
@@ -94,20 +116,45 @@ def products(
 
 
 @triton.jit
-def equal_ids(ids, row, col):
-    """-> where a row and a column share an id, [rows, cols]. ids: as ``id_rows`` gives them."""
+def pinned(v):
+    """v, computed once per element. Otherwise Triton repeats a vector's loads and arithmetic in
+    every thread that needs an element, after the product; it does not repeat a reduction."""
+    return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
+
+
+@triton.jit
+def id_pointers(query_ids_ptr, key_ids_ptr, stride_query, stride_key, NUM_IDS: tl.constexpr):
+    """-> for each column of ids a pointer to those of rows and one to those of columns, or None."""
+    if NUM_IDS == 0:
+        return None
+    elif NUM_IDS == 1:
+        return query_ids_ptr, key_ids_ptr
+    else:
+        return (
+            query_ids_ptr, key_ids_ptr, query_ids_ptr + stride_query, key_ids_ptr + stride_key
+        )  # fmt: skip
+
+
+@triton.jit
+def equal_ids(ids, row, col, PINNED: tl.constexpr = False):
+    """-> where a row and a column share an id, [rows, cols]. ids: of ``id_pointers``."""
     same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
     for i in tl.static_range(0, len(ids), 2):
-        same = same | (tl.load(ids[i] + row)[:, None] == tl.load(ids[i + 1] + col)[None, :])
+        row_ids, col_ids = tl.load(ids[i] + row), tl.load(ids[i + 1] + col)
+        if PINNED:
+            row_ids, col_ids = pinned(row_ids), pinned(col_ids)
+        same = same | (row_ids[:, None] == col_ids[None, :])
     return same
 
 
 @triton.jit
-def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
+def with_ids(
+    positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr, PINNED: tl.constexpr = False
+):  # fmt: skip
     """-> the positives and the pairs seen of a tile where pairs with an equal id are positives too,
     or else are not seen unless they are positives."""
     if ids is not None:
-        same = equal_ids(ids, row, col)
+        same = equal_ids(ids, row, col, PINNED)
         if SAME_POSITIVE:
             positive = positive | same
         else:
@@ -115,14 +162,17 @@ def with_ids(positive, seen, ids, row, col, SAME_POSITIVE: tl.constexpr):
     return positive, seen
 
 
-def id_rows(
-    query_ids: Tensor | None, key_ids: Tensor | None, rows: slice = ALL, cols: slice = ALL
-) -> tuple[Tensor, ...] | None:
-    """[R, N], [R, M] -> [N] and [M] of some rows and columns for each of the R, or None."""
+def id_arguments(query_ids: Tensor | None, key_ids: Tensor | None) -> dict[str, Any]:
+    """Arguments of a kernel that compares ids, [R, N] and [R, M], R <= 2, or None."""
     if query_ids is None or key_ids is None:
-        return None
-    pairs = zip(query_ids[:, rows], key_ids[:, cols], strict=True)
-    return tuple(t for pair in pairs for t in pair)
+        query_ids = key_ids = None
+    return {
+        "query_ids_ptr": query_ids,
+        "key_ids_ptr": key_ids,
+        "stride_query_ids": 0 if query_ids is None else query_ids.stride(0),
+        "stride_key_ids": 0 if key_ids is None else key_ids.stride(0),
+        "NUM_IDS": 0 if query_ids is None else len(query_ids),
+    }
 
 
 def tile_options(depth: int, config: Launch) -> dict[str, Any]:
@@ -139,7 +189,7 @@ def operands(x: Tensor, y: Tensor, config: Launch) -> dict[str, Any]:
     """Arguments of a kernel over tiles of x y^T: the features for whole tiles, by descriptor where
     the configuration says so, and by pointer for slices; their sizes; what it is compiled for."""
     n, d = x.shape
-    m = len(y)
+    m = y.shape[0]
     x_tile, y_tile = x, y
     if config.descriptors:  # ``launch.choose`` gives those to aligned features only
         x_tile = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])

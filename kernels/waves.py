@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels.launch import FINISH, Launch
-from protoclip.kernels.results import Gradients
+from protoclip.kernels.launch import FINISH, Launch, cdiv
 from protoclip.kernels.scratch import GRADIENT_BYTES
 
 SIDE = 8192  # rows of a chunk of that size, more where there are fewer columns
@@ -40,8 +40,8 @@ class Chunk:
 def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> list[Chunk]:
     """Row by row, chunks whose G fits ``GRADIENT_BYTES`` (but one tile always may); one chunk where
     no G is kept."""
-    n, m, block_n, block_m = len(x), len(y), config.block_n, config.block_m
-    rows, cols = triton.cdiv(n, block_n), triton.cdiv(m, block_m)  # in tiles
+    n, m, block_n, block_m = x.shape[0], y.shape[0], config.block_n, config.block_m
+    rows, cols = cdiv(n, block_n), cdiv(m, block_m)  # in tiles
     if bounded:
         budget = GRADIENT_BYTES // x.element_size() // (block_n * block_m)  # tiles
         cols = min(cols, max(1, budget * block_n // SIDE))
@@ -52,7 +52,7 @@ def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> lis
         for j in range(0, m, max(1, cols) * block_m):
             height = min(rows * block_n, n - i)
             width = min(cols * block_m, m - j)
-            tile_rows, tile_cols = triton.cdiv(height, block_n), triton.cdiv(width, block_m)
+            tile_rows, tile_cols = cdiv(height, block_n), cdiv(width, block_m)
             chunk = Chunk(
                 rows=slice(i, i + height),
                 cols=slice(j, j + width),
@@ -85,29 +85,34 @@ def store_entries(g, rows, positive, shift, n, width, entry_ptr):
     tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
 
 
+class ChunkedGradients(NamedTuple):
+    dx: Tensor  # [N, D], in the features' dtype
+    dy: Tensor  # [M, D], the same
+    totals: tuple[Tensor, ...]  # fp32 [] each
+
+
 def gradients_by_chunks(
     x: Tensor,
     y: Tensor,
     factor: Tensor,
     offset: int,
     plan: list[Chunk],
-    fill: Callable[[Chunk, Tensor, Tensor], None],
+    fill: Callable[[Chunk, Tensor], None],
     partial_sums: Tensor,
-) -> Gradients:
-    """dx [N, D], dy [M, D] in the features' dtype, neither empty, and the total of the partial
-    sums, fp32.
+    entries: Tensor | None,
+) -> ChunkedGradients:
+    """The gradients, neither of them empty, and the totals of the rows of ``partial_sums``.
 
-    ``fill(chunk, g, entries)`` launches a kernel that writes a chunk of G (whole tiles; 0 past the
-    end and at the positives), the entries [N] of the positives it holds, row i's at column
-    i + offset, and ``partial_sums`` [tiles]. ``factor`` [] is applied to the fp32 sums of the
-    products. Where one chunk holds all of G this is four launches: ``fill``, two products, the
-    finish.
+    ``fill(chunk, g)`` launches a kernel that writes a chunk of G (whole tiles), ``partial_sums``
+    [sums, tiles], and the positives' ``entries`` [N], row i's at column i + offset, if they are not
+    in G. ``factor`` [] is applied to the fp32 sums of the products. Where one chunk holds all of G
+    this is four launches: ``fill``, two products, the finish.
     """
-    (n, d), m = x.shape, len(y)
+    (n, d), m = x.shape, y.shape[0]
     dx = x.new_empty(x.shape)  # contiguous, whatever the strides of x
     dy = y.new_empty(y.shape)
-    entries = x.new_empty(n, dtype=torch.float32)
-    total = x.new_empty((), dtype=torch.float32)
+    # Tensors of their own: the outputs of an op must not alias.
+    totals = tuple(x.new_empty((), dtype=torch.float32) for _ in partial_sums)
     scratch = x.new_empty(max(c.shape[0] * c.shape[1] for c in plan))
     sum_x = x.new_empty((plan[0].rows.stop, d), dtype=torch.float32)
     sum_y = x.new_empty((m, d), dtype=torch.float32)
@@ -116,26 +121,26 @@ def gradients_by_chunks(
             rows, cols = chunk.rows, chunk.cols
             height, width = rows.stop - rows.start, cols.stop - cols.start
             g = scratch[: chunk.shape[0] * chunk.shape[1]].view(chunk.shape)
-            fill(chunk, g, entries)
+            fill(chunk, g)
             g = g[:height, :width]
             multiply(g, y[cols], sum_x[:height], accumulate=cols.start > 0)
             multiply(g.T, x[rows], sum_y[cols], accumulate=rows.start > 0)
             if cols.stop < m:
                 continue
-            programs = triton.cdiv(height, FINISH.block_n)
+            programs = cdiv(height, FINISH.block_n)
             if rows.stop == n:  # dy and the total too
-                programs += triton.cdiv(m, FINISH.block_n) + 1
-            finish_kernel[(programs, max(1, triton.cdiv(d, FINISH.block_d)))](
+                programs += cdiv(m, FINISH.block_n) + 1
+            finish_kernel[(programs, max(1, cdiv(d, FINISH.block_d)))](
                 sum_x_ptr=sum_x, dx_ptr=dx[rows], rows=height,
                 sum_y_ptr=sum_y, dy_ptr=dy, cols=m,
                 x_ptr=x, y_ptr=y, factor_ptr=factor, entry_ptr=entries,
-                partial_sum_ptr=partial_sums, tiles=len(partial_sums), total_ptr=total,
+                partial_sum_ptr=partial_sums, tiles=partial_sums.shape[1], total_ptrs=totals,
                 n=n, d=d, first=rows.start, offset=offset,
                 stride_x_n=x.stride(0), stride_x_d=x.stride(1),
                 stride_y_m=y.stride(0), stride_y_d=y.stride(1),
                 BLOCK_N=FINISH.block_n, BLOCK_D=FINISH.block_d, **FINISH.options,
             )  # fmt: skip
-    return Gradients(dx, dy, total)
+    return ChunkedGradients(dx, dy, totals)
 
 
 def multiply(
@@ -164,12 +169,14 @@ def _finish_side(
     depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < n) & (depth[None, :] < d)
     at = rows.to(tl.int64)[:, None] * d + depth[None, :]
-    partner = rows.to(tl.int64) + first + offset
-    paired = (rows < n) & (partner >= 0) & (partner < m)
-    other_at = partner[:, None] * stride_other_m + depth[None, :].to(tl.int64) * stride_other_d
-    other = tl.load(other_ptr + other_at, mask=paired[:, None] & mask, other=0.0)
-    entry = tl.load(entry_ptr + rows + first + shift, mask=paired, other=0.0)
-    value = tl.load(sum_ptr + at, mask=mask, other=0.0) + entry[:, None] * other.to(tl.float32)
+    value = tl.load(sum_ptr + at, mask=mask, other=0.0)
+    if entry_ptr is not None:
+        partner = rows.to(tl.int64) + first + offset
+        paired = (rows < n) & (partner >= 0) & (partner < m)
+        other_at = partner[:, None] * stride_other_m + depth[None, :].to(tl.int64) * stride_other_d
+        other = tl.load(other_ptr + other_at, mask=paired[:, None] & mask, other=0.0)
+        entry = tl.load(entry_ptr + rows + first + shift, mask=paired, other=0.0)
+        value += entry[:, None] * other.to(tl.float32)
     tl.store(grad_ptr + at, (value * factor).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -180,16 +187,16 @@ FINISH_SIZES = ["rows", "cols", "tiles", "n", "first", "offset"]
 def finish_kernel(
     sum_x_ptr, dx_ptr, rows,  # [rows, D]
     sum_y_ptr, dy_ptr, cols,  # [M, D]
-    x_ptr, y_ptr, factor_ptr, entry_ptr,  # [N, D], [M, D], [], [N]
-    partial_sum_ptr, tiles, total_ptr,  # [tiles], []
+    x_ptr, y_ptr, factor_ptr, entry_ptr,  # [N, D], [M, D], [], [N] or None
+    partial_sum_ptr, tiles, total_ptrs,  # [sums, tiles], [] each
     n, d, first, offset,  # row i of dx is row first + i of x
     stride_x_n, stride_x_d, stride_y_m, stride_y_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grad = factor (sum + entry * the partner's features), rounded once; total = the sum of the
+    """grad = factor (sum + entry * the partner's features), rounded once; totals = the sums of the
     partial sums.
 
-    The grid says how much of it: rows of dx, then of dy, then the total, by tiles of D.
+    The grid says how much of it: rows of dx, then of dy, then the totals, by tiles of D.
     """
     program = tl.program_id(0)
     programs_x, programs_y = tl.cdiv(rows, BLOCK_N), tl.cdiv(cols, BLOCK_N)
@@ -205,8 +212,10 @@ def finish_kernel(
             cols, n, d, 0, -offset, -offset, stride_x_n, stride_x_d, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     elif tl.program_id(1) == 0:
-        total = tl.zeros((1024,), tl.float32)
-        for start in range(0, tiles, 1024):
-            at = start + tl.arange(0, 1024)
-            total += tl.load(partial_sum_ptr + at, mask=at < tiles, other=0.0)
-        tl.store(total_ptr, tl.sum(total))
+        for i in tl.static_range(len(total_ptrs)):
+            total = tl.zeros((1024,), tl.float32)
+            for start in range(0, tiles, 1024):
+                at = start + tl.arange(0, 1024)
+                total += tl.load(partial_sum_ptr + at, mask=at < tiles, other=0.0)
+            tl.store(total_ptrs[i], tl.sum(total))
+            partial_sum_ptr += tiles

@@ -3,8 +3,9 @@
 // Blocks run one after another; a block's threads are coroutines that give way at barriers and at
 // warp-wide instructions, which take place when all 32 lanes have come. Beyond computing, it is
 // strict: shared memory starts as NaN, an asynchronous copy leaves NaN until it is waited for,
-// misaligned copies, bank conflicts of ldmatrix and deadlocks abort. The tensor core cuts its sums
-// to fp32 towards zero, twice in 16 products, which is no better than the real ones.
+// misaligned copies, bank conflicts of ldmatrix and deadlocks abort. The tensor core aligns the
+// accumulator and 16 products to the largest of them, cuts each to 2^-23 of it and then their sum:
+// the model that csrc/kmeans_assign_rows.cuh takes its bound from.
 #pragma once
 
 #include <setjmp.h>
@@ -349,12 +350,18 @@ void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
       }
     }
     for (int row = 0; row < 16; ++row) {
-      double* sum = sums[row];
-      for (int k = 0; k < 16; ++k) {
-        for (int i = 0; i < 8; ++i) sum[i] += x[row][k] * y[k][i];
-        if (k % 8 == 7) {
-          for (int i = 0; i < 8; ++i) sum[i] = emulation::cut_to_float(sum[i]);
+      for (int i = 0; i < 8; ++i) {
+        double addends[17], largest = std::fabs(sums[row][i]), sum = 0;
+        addends[16] = sums[row][i];
+        for (int k = 0; k < 16; ++k) {
+          addends[k] = x[row][k] * y[k][i];
+          largest = std::max(largest, std::fabs(addends[k]));
         }
+        const double unit = std::ldexp(1, std::max(std::ilogb(largest), -126) - 23);
+        for (const double addend : addends) {
+          sum += largest > 0 && std::isfinite(largest) ? std::trunc(addend / unit) * unit : addend;
+        }
+        sums[row][i] = emulation::cut_to_float(sum);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import protoclip
 from protoclip.kernels.results import InfoNceForward, SampleLosses
-from protoclip.ops import info_nce, sigmoid_loss
+from protoclip.ops import dispatch, info_nce, sigmoid_loss
 from protoclip.ops import prototype_cross_entropy as cross_entropy
 from protoclip.ops.dispatch import TABLE, function, resolve
 
@@ -283,6 +284,16 @@ def test_meta_tensors_give_shapes() -> None:
     assert labels.shape == squared.shape == (4,)
     means, counts = protoclip.segment_mean(META_X, META_LABELS, 3)
     assert means.shape == (3, 8) and counts.shape == (3,)
+
+
+@pytest.mark.parametrize("device_type", ["xpu", "mps"])
+def test_a_gpu_without_kernels_is_told_once(device_type: str) -> None:
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match=f"none runs on {device_type}"):
+        assert dispatch.resolve("info_nce", "auto", device_type, torch.float32) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.resolve("info_nce", "auto", device_type, torch.float32)
 
 
 def test_a_named_backend_refuses_meta_tensors() -> None:

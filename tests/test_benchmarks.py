@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler_util as profiler
 
-from benchmarks import gpu, report, test_contrastive
+from benchmarks import gpu, machine, report, test_contrastive
 
 RECORDS = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -113,6 +115,93 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows() -> None:
     assert re.search(
         r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", output
     )
+
+
+def test_the_card_that_is_used_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES may hide card 0."""
+    commands: list[str] = []
+
+    def output(*command: str) -> str:
+        commands.extend(command)
+        return "1700 MHz, 600 W, 50, none"
+
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
+    monkeypatch.setattr(machine, "_output", output)
+    properties = SimpleNamespace(uuid="11-22")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    assert machine.card_state()["sm_clock"] == "1700 MHz"
+    assert "--id=GPU-11-22" in commands
+
+
+# ---- one kernel that crashes ----
+
+CRASHING = """
+import os
+from triton.runtime.interpreter import GridExecutor
+
+launch = GridExecutor.__call__
+
+def launch_or_crash(executor, *arguments, **keywords):
+    if executor.fn.__name__ == "sigmoid_loss_kernel":
+        os.abort()
+    return launch(executor, *arguments, **keywords)
+
+GridExecutor.__call__ = launch_or_crash
+"""
+
+
+@pytest.fixture
+def crashing_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file of tests whose kernel takes the process with it, in every process started later."""
+    (tmp_path / "sitecustomize.py").write_text(CRASHING)
+    (tmp_path / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--bare', action='store_true')\n"
+    )
+    test = tmp_path / "test_that_crashes.py"
+    test.write_text("from benchmarks import gpu\n\n\ndef test_siglip():\n    gpu.sing('siglip')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{report.ROOT}")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PROTOCLIP_REHEARSE", "1")
+    return test
+
+
+def test_a_canary_that_dies_leaves_the_others(
+    crashing_kernel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(report.ROOT)
+    monkeypatch.setattr(gpu, "CANARIES", dict.fromkeys(("siglip", "soft targets"), list))
+    assert not gpu.canary(seconds=100)
+    assert capsys.readouterr().out == "siglip: crashed, SIGABRT\nsoft targets: ran\n"
+
+
+def test_a_canary_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never_right() -> None:
+        raise AssertionError("dx over the budget")
+
+    monkeypatch.setitem(gpu.CANARIES, "siglip", never_right)
+    assert gpu.sing("siglip") == gpu.WRONG
+    assert capsys.readouterr().out == "wrong, dx over the budget\n"
+
+
+def test_make_gpu_goes_on_after_a_crash(crashing_kernel: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        ["benchmarks/gpu.sh", "tests"],
+        cwd=report.ROOT,
+        env=os.environ
+        | {
+            "PROTOCLIP_REHEARSE_TEST": str(crashing_kernel),
+            "PYTHON": sys.executable,
+            "OUT": str(tmp_path / "out"),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    summary = (tmp_path / "out" / "gpu-summary.log").read_text()
+    assert "tests-test_that_crashes: exit 134" in summary
+    assert "tests-test_segment_mean: exit 0" in summary
 
 
 CPU = torch.autograd.DeviceType.CPU

@@ -3,18 +3,23 @@ row: ``make kernels``), and the hot paths on Hopper spend their time as it says.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.compile_report.model import Bound, Clk  # noqa: E402
+from benchmarks.compile_report import model  # noqa: E402
+from benchmarks.compile_report.model import Bound, Clk, Slice  # noqa: E402
 from benchmarks.compile_report.report import Cost  # noqa: E402
 from protoclip.kernels import launch  # noqa: E402
 
@@ -40,7 +45,7 @@ def python(*arguments: str) -> str:
 def costs() -> list[Cost]:
     """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others; all
     forms and types take minutes."""
-    forms = ("large", "gradients", "ids", "all", "soft", "own", "128", "256")
+    forms = ("large", "small", "gradients", "ids", "all", "soft", "own", "128", "256")
     chosen = [f"sm_90 bf16 {form}" for form in forms]
     chosen += [f"sm_{arch} sigmoid_loss ids" for arch in (80, 89, 100)]
     chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
@@ -49,6 +54,9 @@ def costs() -> list[Cost]:
 
 def from_json(line: dict[str, Any]) -> Cost:
     line["clk"] = Clk(*line["clk"])
+    line["tile"] = tuple(line["tile"])
+    if line["slice"] is not None:
+        line["slice"] = Slice(*line["slice"])
     if line["bound"] is not None:
         line["bound"] = Bound(*line["bound"])
     return Cost(**line)
@@ -140,6 +148,70 @@ def test_hot_paths_on_hopper_leave_the_time_to_the_products(
     if path.most_shared_time is not None:
         port_clk = 4 * (counts["SHFL"] + counts["LDS"] + counts["STS"]) * cost.warps / 4
         assert port_clk <= path.most_shared_time * cost.clk.products
+
+
+SLICED = ["info_nce_forward", "info_nce_gradient", "contrastive_forward", "contrastive_gradient"]
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize("kernel", SLICED)
+def test_a_slice_loads_before_its_products(costs: list[Cost], kernel: str) -> None:
+    """Once an element: 24 loads a thread after the products took 34 us of a tile."""
+    for cost in matching(costs, kernel=kernel, arch=90, dtype="bf16"):
+        assert cost.slice is not None and cost.slice.loads <= 4
+
+
+def tile_clk(cost: Cost, masked: bool) -> float:
+    """Of one tile on an SM of its own."""
+    around = cost.masked if masked else cost.clk.before + cost.clk.after
+    return 1.05 * cost.clk.products + around
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize("depth", [128, 512])
+@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient"])
+def test_a_tile_of_the_diagonal_costs_little_more_than_others(
+    costs: list[Cost], kernel: str, depth: int
+) -> None:
+    cost = only(costs, kernel=kernel, form="large", depth=depth, arch=90, dtype="bf16")
+    assert tile_clk(cost, masked=True) <= 2 * tile_clk(cost, masked=False)
+
+
+def span_us(cost: Cost, n: int) -> float:
+    """Until the last of n x n pairs' tiles is done, each given to the SM that is free first, in the
+    order of the grid (kernels/tiles.py)."""
+    height, width = cost.tile
+    groups = -(-n // (8 * height))
+    tiles = [
+        (8 * group + row, column)
+        for group in range(groups)
+        for column in range(-(-n // width))
+        for row in range(min(8, -(-n // height) - 8 * group))
+    ]
+    free = [0.0] * model.SMS
+    for row, column in tiles:
+        begin, end = row * height, (row + 1) * height
+        masked = begin < (column + 1) * width and column * width < end
+        heapq.heapreplace(free, free[0] + tile_clk(cost, masked))
+    return max(free) / model.CLOCK * 1e6
+
+
+@counts_of_triton_3_9
+@pytest.mark.parametrize(
+    "n, form, most_us", [(1024, "small", 15), (4096, "large", 45), (8192, "large", 140)]
+)
+def test_the_gradient_of_few_pairs_fills_the_card(
+    costs: list[Cost], n: int, form: str, most_us: float
+) -> None:
+    """34, 68 and 168 us where a tile of the diagonal went slice by slice."""
+    cost = only(costs, kernel="info_nce_gradient", form=form, depth=512, arch=90, dtype="bf16")
+    assert span_us(cost, n) <= most_us
+
+
+def test_a_wide_tile_is_for_those_who_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compiling_for", 90)
+    rows = [torch.empty(n, 512, dtype=torch.bfloat16) for n in (1024, 8192)]
+    assert [launch.choose("info_nce_gradient", x, x).block_m for x in rows] == [128, 256]
 
 
 @dataclass(frozen=True)
@@ -235,6 +307,56 @@ def test_cards_that_cannot_run_the_kernels_are_refused_in_words() -> None:
     assert launch.why_not((8, 6)) is None
     assert "compute capability 8.0, this card has 7.5" in str(launch.why_not((7, 5)))
     assert "AMD" in str(launch.why_not((9, 4), hip="6.4"))
+
+
+def test_without_a_compiler_triton_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It builds its driver at the first launch, and the first loss would die there."""
+    monkeypatch.delenv("CC", raising=False)
+    assert launch.why_not((9, 0)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        assert "install python3-dev" in str(launch.why_not((9, 0)))
+    monkeypatch.setenv("PATH", "")
+    assert "install gcc, or set CC" in str(launch.why_not((9, 0)))
+
+
+def test_backends_say_so_where_path_is_empty() -> None:
+    """On a machine whose card is claimed, in a process of its own: answers are kept."""
+    code = (
+        "import torch, protoclip\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.get_device_capability = lambda device=None: (9, 0)\n"
+        "print(protoclip.backends('info_nce')['triton'])"
+    )
+    bare = {"PATH": "", "PROTOCLIP_DISABLE_JIT": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True)
+    assert "C compiler" in run.stdout, run.stderr
+
+
+def test_a_last_batch_compiles_nothing_again() -> None:
+    """N, N - 1, N - 4 and N - 37 are divisible by other powers of two."""
+    code = (
+        "import json\n"
+        f"from {REPORT}.launches import Case, call, variants\n"
+        "forms = [('info_nce', 'large', 'bf16', 512), ('contrastive', 'ids', 'bf16', 512),\n"
+        "    ('contrastive', 'all', 'fp16', 128), ('sigmoid_loss', 'ids', 'bf16', 512),\n"
+        "    ('sigmoid_loss', 'gradients', 'fp16', 128), ('prototypes', 'soft', 'bf16', 128),\n"
+        "    ('prototypes', 'hard', 'bf16', 512), ('clusters', 'own', 'fp32', 128),\n"
+        "    ('clusters', 'own', 'bf16', 64)]\n"
+        "for form in forms:\n"
+        "    with variants(90) as asked:\n"
+        "        call(Case(90, *form), 512)\n"
+        "        first = {kernel: len(keys) for kernel, keys in asked.items()}\n"
+        "        for n in (511, 508, 475):\n"
+        "            call(Case(90, *form), n)\n"
+        "    again = {kernel: len(keys) for kernel, keys in asked.items()}\n"
+        "    print(json.dumps([form, first, again]))"
+    )
+    lines = [json.loads(line) for line in python("-c", code).splitlines()]
+    assert len(lines) == 9 and all(first for _, first, _ in lines)
+    assert [form for form, first, again in lines if again != first] == []
 
 
 def test_no_slice_compiles_again() -> None:

@@ -39,6 +39,14 @@ interpreted = pytest.mark.skipif(
     TRITON_MISSING is not None or DEVICE == "cuda",
     reason=str(TRITON_MISSING or "a compiled kernel cannot be changed while it runs"),
 )
+
+
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows for batches that fill the card are for this file's small ones too."""
+    monkeypatch.setattr(launch, "DEEP_TILES", 0)
+
+
 N = 384  # three rows and columns of tiles of 128, one off the diagonal of 128 x 256
 
 

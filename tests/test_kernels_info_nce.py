@@ -3,8 +3,11 @@ how often they launch: below a few thousand pairs that is what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,16 +164,17 @@ def test_a_loss_near_zero_keeps_its_gradient(dtype: torch.dtype) -> None:
         assert error <= 2 * torch.finfo(dtype).eps, name
 
 
-@pytest.mark.parametrize("reduction, one_program", [("mean", 64), ("sum", 1024)])
+@pytest.mark.parametrize("reduction, few", [("mean", 64), ("sum", 1024)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean_and_sum_are_within_budget(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, one_program: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str, few: int
 ) -> None:
     """The sum of the losses from one program or several, whose gradient looks for the extremes of
     its references first; one upstream gradient for all pairs."""
     from protoclip.kernels import info_nce
 
-    monkeypatch.setattr(info_nce, "ONE_PROGRAM", one_program)
+    monkeypatch.setattr(info_nce, "ONE_PROGRAM", few)
+    monkeypatch.setattr(info_nce, "FEW", few)
     x, y = features(100, 24, "cones", dtype)
     assert_info_nce_within_budget(
         x, y, logit_scale=14.3, weights=torch.tensor(-2.5), reduction=reduction
@@ -265,6 +269,7 @@ def test_many_waves_and_chunks_are_within_budget(
     from protoclip.kernels import info_nce, waves
 
     monkeypatch.setattr(info_nce, "ONE_PROGRAM", 64)
+    monkeypatch.setattr(info_nce, "FEW", 64)
     monkeypatch.setattr(info_nce, "PARTIAL_BYTES", 2 * (8 * 32 * 3 + 12 * 161))
     monkeypatch.setattr(waves, "SIDE", 64)
     monkeypatch.setattr(waves, "GRADIENT_BYTES", 64 * 128 * dtype.itemsize)
@@ -475,7 +480,7 @@ class Launches(TorchDispatchMode):
     """Names of what reaches the device, in order: Triton kernels, and torch's ops but for those
     that only look at a tensor or make room for one."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, computes: bool = True) -> None:
         super().__init__()
         self.names: list[str] = []
         from protoclip.kernels.info_nce import info_nce_forward_kernel
@@ -484,6 +489,8 @@ class Launches(TorchDispatchMode):
 
         def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
             self.names.append(kernel.__name__)
+            if not computes:
+                return None
             with _disable_current_modes():  # the interpreter itself computes with torch
                 return launch(kernel, *args, **kwargs)
 
@@ -520,6 +527,108 @@ def test_forward_and_backward_of_a_small_batch_are_six_launches(
     forward = ["info_nce_forward_kernel", "info_nce_merge_kernel"]
     backward = ["info_nce_gradient_kernel", "addmm", "addmm", "finish_kernel"]
     assert launches.names == forward + backward
+
+
+def count_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Tensor], *leaves: Tensor
+) -> int:
+    """How many kernels a forward and backward pass asks of a device; none is run."""
+    upstream = torch.rand((), device=DEVICE)
+    with Launches(monkeypatch, computes=False) as launches:
+        torch.autograd.grad(loss(*leaves), leaves, upstream)
+    return len(launches.names)
+
+
+@pytest.mark.parametrize(
+    "form, most", [("info_nce", 7), ("ids", 43), ("siglip", 9), ("prototypes", 10)]
+)
+def test_a_step_of_1024_pairs_is_few_kernels(
+    monkeypatch: pytest.MonkeyPatch, form: str, most: int
+) -> None:
+    """Triton's, torch's and the products together. Of ids nine code them as int32; 14 and 6 more
+    are the gaps of rows and columns and their gradients, in torch."""
+    x, y = features(1024, 64, "alike", torch.bfloat16)
+    leaves = [leaf(x), leaf(y), leaf(14.3, device=DEVICE)]
+    labels = torch.arange(1024, device=DEVICE)
+    scale = torch.tensor(14.3, device=DEVICE)
+    bias = torch.tensor(-10.0, device=DEVICE)
+    losses: dict[str, Callable[..., Tensor]] = {
+        "info_nce": partial(protoclip.info_nce, backend="triton"),
+        "ids": partial(protoclip.info_nce, ids=labels // 2, backend="triton"),
+        "siglip": lambda *args: sigmoid_loss(*args, bias, backend="triton"),
+        "prototypes": lambda x: protoclip.prototype_cross_entropy(
+            x, y.detach(), labels, scale, backend="triton"
+        ),
+    }
+    leaves = leaves[:1] if form == "prototypes" else leaves
+    assert count_of_a_step(monkeypatch, losses[form], *leaves) <= most
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cuda:0 the tensors of cuda:1 would be an illegal access. No kernel is run."""
+    from protoclip.kernels.info_nce import info_nce_forward_kernel
+
+    guards = 0
+    launched: list[str] = []
+    unguarded: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        nonlocal guards
+        guards += 1
+        yield
+        guards -= 1
+
+    def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        (launched if guards else unguarded).append(kernel.__name__)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(type(info_nce_forward_kernel), "run", run)
+    x, y = features(40, 64, "alike", torch.bfloat16)
+    labels = torch.arange(40, device=DEVICE)
+    scale = torch.tensor(14.3, device=DEVICE)
+    leaves = [leaf(x), leaf(y)]
+    losses = [
+        protoclip.info_nce(*leaves, scale, backend="triton"),
+        protoclip.info_nce(*leaves, scale, ids=labels // 2, backend="triton"),
+        sigmoid_loss(*leaves, scale, -scale, backend="triton"),
+        protoclip.prototype_cross_entropy(*leaves, labels, scale, backend="triton"),
+    ]
+    for loss in losses:
+        torch.autograd.grad(loss, leaves)
+    protoclip.soft_targets(x, y, 0.1, backend="triton")
+    protoclip.kmeans_assign(x.float(), y.float(), backend="triton")
+    protoclip.segment_mean(x, labels, 40, backend="triton")
+    assert len(set(launched)) >= 13 and unguarded == []
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the file is the CPU's")
+def test_rows_further_apart_than_two_to_the_31_are_right(tmp_path: Path) -> None:
+    """In a file without the bytes between."""
+    stride = (1 << 31) + 8
+    size = 2 * stride + 16
+    file = tmp_path / "sparse"
+    with file.open("wb") as empty:
+        empty.truncate(2 * size)
+    flat = torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
+    x, y = features(3, 16, "alike", torch.bfloat16)
+    apart = flat.as_strided((3, 16), (stride, 1)).copy_(x)
+    scale = torch.tensor(14.3)
+
+    def run(x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        results: list[Tensor] = []
+        for loss in (
+            protoclip.info_nce(x, y, scale, backend="triton"),
+            protoclip.info_nce(x, y, scale, ids=torch.arange(3) // 2, backend="triton"),
+            sigmoid_loss(x, y, scale, -scale, backend="triton"),
+        ):
+            results += [loss, *torch.autograd.grad(loss, x)]
+        labels, distances = protoclip.kmeans_assign(x.detach(), y, backend="triton")
+        return [*results, labels, distances]
+
+    for got, expected in zip(run(apart), run(x), strict=True):
+        assert torch.equal(got, expected)
 
 
 def training_step() -> Callable[[], tuple[Tensor, ...]]:

@@ -219,8 +219,8 @@ def test_the_cuda_half_is_built_for_every_card_that_is_there(
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda i: cards[i])
     assert native.cuda_architectures() == "8.0;9.0a;10.0a"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-    assert native.cuda_architectures() == "8.6"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0;9.0+PTX")  # of a container
+    assert native.cuda_architectures() == "7.5;8.0;9.0+PTX;10.0a"
 
 
 @pytest.mark.parametrize("before", [None, "8.6"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,11 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compile_report.model import MEASURED_PRODUCTS
-from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles
+from benchmarks.compile_report.model import MEASURED_PRODUCTS, REGISTERS, SHARED, SMS
+from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles, waves
 from protoclip.kernels import prototype_cross_entropy as prototypes
+from protoclip.ops import dispatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+RELATIVES = (86, 103, 110, 120, 121)  # cards that take the rows of another architecture
 
 
 class Case(NamedTuple):
@@ -43,7 +48,7 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Calls that lead to every row of the launch table; more forms of them on Hopper."""
-    for arch in launch.ARCHITECTURES:
+    for arch in (*launch.ARCHITECTURES, *RELATIVES):
         for dtype, depth in (("bf16", 128), ("bf16", 512), ("fp32", 512), ("fp16", 43)):
             yield Case(arch, "info_nce", "large", dtype, depth)
             yield Case(arch, "sigmoid_loss", "gradients", dtype, depth)
@@ -69,13 +74,14 @@ def cases() -> Iterator[Case]:
         yield Case(90, "gemm", tile, "bf16", 8192)
 
 
-def call(case: Case) -> None:
-    """The launchers as the trainer calls them, forward and backward."""
-    CALLS[case.op](case, torch.ones(()))
+def call(case: Case, rows: int | None = None) -> None:
+    """The launchers as the trainer calls them, forward and backward, on so many rows."""
+    if rows is None:  # so many that InfoNCE takes the row of large batches
+        rows = 3072 if case.form == "large" else 512
+    CALLS[case.op](case, rows, torch.ones(()))
 
 
-def _info_nce(case: Case, logit_scale: torch.Tensor) -> None:
-    n = 512 if case.form == "small" else 2048
+def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     both_directions = case.form != "rows"
@@ -98,9 +104,8 @@ def _info_nce(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
+def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
-    n = 512
     position = torch.zeros(n, dtype=torch.int32)
     ids = None if case.form == "own" else torch.zeros(2, n, dtype=torch.int32)
     pairs: dict[str, Any] = {
@@ -128,11 +133,11 @@ def _contrastive(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _sigmoid_loss(case: Case, logit_scale: torch.Tensor) -> None:
-    ids = torch.zeros(2, 512, dtype=torch.int32) if case.form == "ids" else None
+def _sigmoid_loss(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    ids = torch.zeros(2, n, dtype=torch.int32) if case.form == "ids" else None
     sigmoid_loss.sigmoid_loss(
-        case.features(512),
-        case.features(512),
+        case.features(n),
+        case.features(n),
         logit_scale,
         logit_bias=logit_scale,
         offset=0,
@@ -143,13 +148,13 @@ def _sigmoid_loss(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
+def _prototypes(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     """Both kinds of targets with all that can be asked for; or one kind and trained prototypes."""
-    features = case.features(256)
+    features = case.features(n)
     keys = case.features(2048)
     hard = case.features(0)
     soft = case.features(2048)
-    labels = torch.zeros(256, dtype=torch.int64)
+    labels = torch.zeros(n, dtype=torch.int64)
     if case.form == "all":
         for targets in (soft, hard):
             prototypes.prototype_cross_entropy_fwd(
@@ -173,12 +178,12 @@ def _prototypes(case: Case, logit_scale: torch.Tensor) -> None:
     )
 
 
-def _soft_targets(case: Case, logit_scale: torch.Tensor) -> None:
+def _soft_targets(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     prototypes.soft_targets(case.features(2048), case.features(2048), temperature=0.1)
 
 
-def _clusters(case: Case, logit_scale: torch.Tensor) -> None:
-    points = case.features(512)
+def _clusters(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    points = case.features(n)
     centroids = case.features(256)
     labels, _ = clusters.kmeans_assign(points, centroids)
     clusters.segment_mean(points, labels, len(centroids))
@@ -195,17 +200,17 @@ def gemm_kernel(
     out.store([row0, col0], acc.to(out.dtype))
 
 
-def _gemm(case: Case, logit_scale: torch.Tensor) -> None:
-    x = case.features(512)
-    y = case.features(512)
+def _gemm(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    x = case.features(n)
+    y = case.features(n)
     config = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
     operands = tiles.operands(x, y, config)
     del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["SLICE_M"]
-    out = tiles.gradient_chunk(x.new_empty(512, 512), config)["g"]
+    out = tiles.gradient_chunk(x.new_empty(n, n), config)["g"]
     gemm_kernel[(1, 1)](**operands, out=out)
 
 
-CALLS: dict[str, Callable[[Case, torch.Tensor], None]] = {
+CALLS: dict[str, Callable[[Case, int, torch.Tensor], None]] = {
     "info_nce": _info_nce,
     "contrastive": _contrastive,
     "sigmoid_loss": _sigmoid_loss,
@@ -223,6 +228,93 @@ class Compiled(NamedTuple):
     code: Any  # Triton's
     constants: dict[str, int]  # sizes and switches, but no tensors: a session of tests keeps these
     config: launch.Launch
+
+
+def driver_for(arch: int, launched: list[str]) -> SimpleNamespace:
+    """A driver of Triton's that compiles for a card, launches nothing and notes what was asked."""
+
+    class Launcher:
+        launch_pdl = False
+
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.name = source.fn.__name__
+
+        def __call__(self, *_: Any) -> None:
+            launched.append(self.name)
+
+    class Utils:
+        get_device_properties = staticmethod(
+            lambda device: {
+                "max_shared_mem": SHARED[arch] - 1024,
+                "multiprocessor_count": SMS,
+                "max_num_regs": REGISTERS,
+                "warpSize": 32,
+            }
+        )
+        load_binary = staticmethod(lambda name, kernel, shared, device: (1, 1, 0, 0, 1024))
+        unload_module = staticmethod(lambda module: None)
+
+    target = GPUTarget("cuda", arch, 32)
+    return SimpleNamespace(
+        get_current_device=lambda: arch,  # each has its own compiled kernels
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        utils=Utils,
+        launcher_cls=Launcher,
+        map_python_to_cpp_type=lambda name: name,
+    )
+
+
+@contextmanager
+def without_a_card(arch: int) -> Iterator[list[str]]:
+    """Let Triton's backends take CPU tensors as a card would and compute nothing: what is left is
+    what a call costs on the host. Yields the names of the kernels launched."""
+    launched: list[str] = []
+
+    def no_product(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor | None = None,
+        *,
+        accumulate: bool = False,
+    ) -> torch.Tensor:
+        return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32) if out is None else out
+
+    products = (waves.multiply, prototypes.multiply)
+    tables = {op: dict(rows) for op, rows in dispatch.TABLE.items()}
+    driver.set_active(driver_for(arch, launched))
+    launch.compiling_for = launch.served_as(arch)
+    waves.multiply = prototypes.multiply = no_product
+    for rows in dispatch.TABLE.values():
+        if "triton" in rows:
+            rows["triton"] = replace(rows["triton"], device_types=("cpu",), why_not=lambda: None)
+    try:
+        yield launched
+    finally:
+        launch.compiling_for = None
+        waves.multiply, prototypes.multiply = products
+        for op, rows in tables.items():
+            dispatch.TABLE[op].update(rows)
+
+
+@contextmanager
+def variants(arch: int) -> Iterator[dict[str, set[str]]]:
+    """For each kernel that is launched inside, what Triton would compile it for: more than one
+    means that a run waits for the compiler again. Nothing is compiled."""
+    asked: dict[str, set[str]] = {}
+
+    def ask(*, key: str, fn: Any, **_: Any) -> bool:
+        asked.setdefault(fn.name.rsplit(".")[-1], set()).add(str(key))
+        return True  # leave it
+
+    hook = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = ask
+    try:
+        with recording(arch):
+            yield asked
+    finally:
+        triton.knobs.runtime.jit_cache_hook = hook
 
 
 @contextmanager
@@ -246,16 +338,10 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
         return options.__get__(chosen)
 
     if arch is not None:
-        target = GPUTarget("cuda", arch, 32)
-        compiler = SimpleNamespace(
-            get_current_device=lambda: arch,  # each has its own compiled kernels
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: target,
-        )
-        driver.set_active(compiler)
+        driver.set_active(driver_for(arch, []))
     JITFunction.run = compile_only
     launch.Launch.options = property(remembered)
-    launch.compiling_for = arch
+    launch.compiling_for = None if arch is None else launch.served_as(arch)
     try:
         yield compiled
     finally:

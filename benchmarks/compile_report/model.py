@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.compile_report.disassembly import Block
+from benchmarks.compile_report.disassembly import Block, Instruction
 
 SMS = 132
 CLOCK = 1.70e9  # Hz, under load
 L2_RATE = 8e12  # bytes a second
 REGISTERS = 65536  # of an SM
-SHARED = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}  # 1 KiB a CTA is reserved
+SHARED = dict.fromkeys((86, 89, 120, 121), 100 << 10)  # of an SM; 1 KiB a CTA is reserved
+SHARED |= dict.fromkeys((90, 100, 103, 110), 228 << 10) | {80: 164 << 10}
 LATENCY = {"LDG": 550, "LDS": 30, "LDSM": 33, "SHFL": 25, "MUFU": 22, "F2F": 22, "I2F": 22}
 LATENCY |= {"F2I": 22, "STS": 10, "STG": 10, "S2R": 25, "LDC": 40, "ATOM": 600}  # others 12
 XU = {"MUFU", "F2F", "F2I", "I2F"}  # 16 lanes a clk and SM
@@ -92,20 +94,29 @@ class Clk(NamedTuple):
     after: int
 
 
+class Slice(NamedTuple):
+    """Of a tile that goes slice by slice."""
+
+    clk: int  # issue, with its products
+    loads: int  # LDG of a warp after the products
+
+
 class HotPath(NamedTuple):
     clk: Clk
     counts: dict[str, int]  # instructions of a warp after the products, by name
+    masked: int  # clk around the products of a tile that holds positives or crosses the edge
+    slice: Slice | None
 
 
 def hot_path(
-    blocks: list[Block], warps: int, depth: int, block_d: int, products_are_held: bool
+    code: dict[str, Block], warps: int, depth: int, block_d: int, products_are_held: bool
 ) -> HotPath:
-    """The path of whole tiles, by the order of the blocks: what leads to the one with the most
-    products, its steps over ``depth`` of ``block_d`` each, and what follows up to the most
-    exponentials.
+    """The path of whole tiles: what leads to the block with the most products, by the order of the
+    blocks, its steps over ``depth`` of ``block_d`` each, and what is run after it.
 
-    Where a block holds both (attention), or the products of rows that are held and their maxima
-    (k-means), it is the whole path, and one step counts."""
+    Where a block holds both products and exponentials (attention), or the products of rows that are
+    held and their maxima (k-means), it is the whole path, and one step counts."""
+    blocks = list(code.values())
     texts = ("\n".join(instruction.text for instruction in block) for block in blocks)
     # m64 nN k16 of 16-bit operands takes the SM's tensor cores N / 2 clk.
     widths = (re.findall(r"HGMMA\.64x(\d+)x16", text) for text in texts)
@@ -113,27 +124,100 @@ def hot_path(
     exponentials = [sum(i.name == "MUFU" for i in block) for block in blocks]
     product_clk = max(products)
     if not product_clk:
-        return HotPath(Clk(before=0, products=0, after=0), {})
+        return HotPath(Clk(before=0, products=0, after=0), {}, masked=0, slice=None)
     hot = products.index(product_clk)
+    steps = -(-depth // block_d)
+    per_scheduler = max(1, warps // 4)
+
+    def clk(blocks: list[Block]) -> int:
+        return sum(issue_clk(block, per_scheduler) for block in blocks)
+
     if exponentials[hot] > 16 or products_are_held:
         before: list[Block] = []
-        after = [blocks[hot]]
+        after = masked = [blocks[hot]]
+        of_slice = None
     else:
-        product_clk *= -(-depth // block_d)
-        start = hot  # other paths that are listed first end in products or exponentials
-        while start > 1 and not products[start - 1] and exponentials[start - 1] <= 16:
-            start -= 1
-        before = [blocks[0], *blocks[max(start, 1) : hot]]
-        end = max(range(hot + 1, len(blocks)), key=exponentials.__getitem__, default=hot)
-        after = blocks[hot + 1 : end + 1]
+        product_clk *= steps
+
+        def leading_to(loop: int) -> list[Block]:
+            start = loop  # other paths that are listed first end in products or exponentials
+            while start > 1 and not products[start - 1] and exponentials[start - 1] <= 16:
+                start -= 1
+            return [blocks[0], *blocks[max(start, 1) : loop]]
+
+        before = leading_to(hot)
+        after = _followed(code, hot + 1, masked=False)
+        # The last one with as many products: masks may have a path of their own.
+        with_masks = len(products) - 1 - products[::-1].index(products[hot])
+        masked = leading_to(with_masks) + _followed(code, with_masks + 1, masked=True)
+        of_slice = _slice(code, products, steps, clk)
     counts = collections.Counter(i.name for block in after for i in block)
-    per_scheduler = max(1, warps // 4)
-    clk = Clk(
-        before=sum(issue_clk(block, per_scheduler) for block in before),
-        products=product_clk,
-        after=sum(issue_clk(block, per_scheduler) for block in after),
+    return HotPath(
+        Clk(before=clk(before), products=product_clk, after=clk(after)),
+        {name: counts[name] for name in COUNTED},
+        masked=clk(masked),
+        slice=of_slice,
     )
-    return HotPath(clk, {name: counts[name] for name in COUNTED})
+
+
+def _target(instruction: Instruction) -> str | None:
+    """The label that a branch leads to."""
+    found = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction.text)
+    return found[1] if found else None
+
+
+def _followed(code: dict[str, Block], first: int, masked: bool) -> list[Block]:
+    """What is run from a block to the end of the kernel. Branches forward under a condition are
+    taken, so that masks are skipped; with ``masked`` only those that skip products."""
+    labels = list(code)
+    blocks = list(code.values())
+    followed: list[Block] = []
+    index = first
+    while index < len(blocks):
+        following = index + 1
+        run: Block = []
+        for instruction in blocks[index]:
+            run.append(instruction)
+            if instruction.name == "EXIT":  # where a condition is on it, slices follow
+                return [*followed, run]
+            label = _target(instruction)
+            if label is None or labels.index(label) <= index:
+                continue
+            skipped = blocks[index + 1 : labels.index(label)]
+            if (
+                not instruction.text.startswith("@")
+                or not masked
+                or any(i.name == "HGMMA" for block in skipped for i in block)
+            ):
+                following = labels.index(label)
+                break
+        followed.append(run)
+        index = following
+    return followed
+
+
+def _slice(
+    code: dict[str, Block],
+    products: list[int],
+    steps: int,
+    clk: Callable[[list[Block]], int],
+) -> Slice | None:
+    """The loop over slices: around the loop over their products."""
+    labels = list(code)
+    blocks = list(code.values())
+    for inner, product_clk in enumerate(products):
+        if not 0 < product_clk < max(products):
+            continue
+        for last in range(inner + 1, len(blocks)):
+            targets = [_target(instruction) for instruction in blocks[last]]
+            first = min((labels.index(label) for label in targets if label), default=inner)
+            if first < inner:
+                around = blocks[first:inner] + blocks[inner + 1 : last + 1]
+                after = blocks[inner + 1 : last + 1]
+                loads = sum(i.name == "LDG" for block in after for i in block)
+                taken = max(product_clk, clk([blocks[inner]]))
+                return Slice(clk=clk(around) + steps * taken, loads=loads)
+    return None
 
 
 def busy_share(clk: Clk, ctas: int) -> float:

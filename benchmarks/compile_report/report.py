@@ -29,7 +29,8 @@ TILED = {
     "weights",
     "screen",
 }
-TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+TENSOR_CORE = dict.fromkeys((80, 86, 89, 120, 121), "mma.sync") | {90: "wgmma"}
+TENSOR_CORE |= dict.fromkeys((100, 103, 110), "tcgen05.mma")
 SHAPES = {  # of the GPU table: op, depth -> rows, columns
     ("info_nce", 128): (32_768, 32_768),
     ("info_nce", 512): (32_768, 32_768),
@@ -62,6 +63,8 @@ class Cost:
     problems: list[str]  # promises that the row does not keep
     clk: model.Clk
     counts: dict[str, int]  # instructions of a warp after the products
+    masked: int  # clk around the products of a tile that holds positives or crosses the edge
+    slice: model.Slice | None  # of tiles that go slice by slice
     busy: float | None  # without products on wgmma: None
     bound: model.Bound | None
 
@@ -102,7 +105,7 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         if ctas < promised:
             problems.append(f"{ctas} CTAs an SM, the row promises {promised}")
     path = model.hot_path(
-        list(code.values()),
+        code,
         metadata.num_warps,
         depth=case.depth,
         block_d=constants.get("BLOCK_D", case.depth),
@@ -136,6 +139,8 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         problems=problems,
         clk=path.clk,
         counts=path.counts,
+        masked=path.masked,
+        slice=path.slice,
         busy=busy,
         bound=bound,
     )
@@ -165,6 +170,10 @@ def _lines(cost: Cost) -> str:
             f"clk {clk.before} + {clk.products} + {clk.after}, "
             f"busy at most {cost.busy:.0%};{counts}"
         )
+        if cost.masked > clk.before + clk.after:
+            lines.append(f"with masks {cost.masked} clk around the products")
+        if cost.slice is not None:
+            lines.append(f"a slice {cost.slice.clk} clk, LDG {cost.slice.loads}")
     if cost.bound is not None:
         n, m = SHAPES[cost.op, cost.depth]
         bound = cost.bound

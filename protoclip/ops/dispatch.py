@@ -173,14 +173,16 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     for name in AUTO_ORDER.get(device_type, ()):
         if name in TABLE[op] and why_not(op, name, device_type, dtype) is None:
             return name
-    if device_type == "cuda" and dtype in FLOATS:
-        _warn_slow(op)
+    if device_type in ("cuda", "xpu", "mps") and dtype in FLOATS:
+        _warn_slow(op, device_type)
     return "reference"
 
 
 @cache  # once for each op
-def _warn_slow(op: str) -> None:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in backends(op).items() if reason)
+def _warn_slow(op: str, device_type: str) -> None:
+    reasons = f"none runs on {device_type}"
+    if device_type == "cuda":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in backends(op).items() if reason)
     warnings.warn(
         f"{op}: expected a fast backend on this GPU, got none ({reasons}), so plain torch runs, "
         "many times slower; install what is missing, or pass backend='reference' to accept it",

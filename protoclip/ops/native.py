@@ -169,12 +169,17 @@ def _recipe(half: str) -> Build:
 
 
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST if it is set, else the architectures of all cards in this machine:
-    "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact architecture has."""
-    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return wanted
+    """Those of TORCH_CUDA_ARCH_LIST, which a container may have set for other cards, and of all
+    cards in this machine: "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact
+    architecture has."""
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    architectures = [architecture for architecture in architectures if architecture]
+    numbers = {architecture.removesuffix("+PTX").rstrip("af") for architecture in architectures}
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(cards))
+    for major, minor in sorted(cards):
+        if f"{major}.{minor}" not in numbers:
+            architectures.append(f"{major}.{minor}{'a' if major >= 9 else ''}")
+    return ";".join(architectures)
 
 
 def _cpu_flags() -> str:

@@ -50,7 +50,7 @@ def gaps_of(statistics: Tensor) -> Gaps:
     """[4, N] of base-2 logits -> [N] each."""
     rows = PairStatistics._make(statistics.unbind())
     mean = rows.positive_sum / rows.num_positives.clamp_min(1)
-    gap = LN2 * (rows.sum.log2() + (rows.max - mean))
+    gap = LN2 * (rows.sum.log2() + (rows.reference - mean))
     return Gaps(gap=gap, mean=LN2 * mean, num_positives=rows.num_positives)
 
 

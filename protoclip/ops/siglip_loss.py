@@ -26,7 +26,6 @@ from protoclip.ops.operators import (
     refuse_gradient,
     save,
     saved_values,
-    scaled,
     single,
     wants_gradient,
     without_autocast,
@@ -91,21 +90,45 @@ def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
+    return SigmoidGradients(*(torch.empty_like(saved) for saved in arguments[1:]))
+
+
+@operator("sigmoid_loss_bwd", _sigmoid_gradients_shapes, SigmoidGradients)
+def sigmoid_gradients(
+    grad: Tensor, dx: Tensor, dy: Tensor, dlogit_scale: Tensor, dlogit_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The upstream gradient [] times what the forward pass saved."""
+    grad = grad.float()
+    return SigmoidGradients(
+        dx=(grad * dx).to(dx.dtype),
+        dy=(grad * dy).to(dy.dtype),
+        dlogit_scale=grad * dlogit_scale,
+        dlogit_bias=grad * dlogit_bias,
+    )
+
+
 def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
     if grads.loss is None:
         return {}
     saved = saved_values(ctx)
-    dlogit_scale = scaled(grad=grads.loss, saved=saved.dlogit_scale)
-    dlogit_bias = scaled(grad=grads.loss, saved=saved.dlogit_bias)
+    gradients = sigmoid_gradients(
+        grad=grads.loss,
+        dx=saved.dx,
+        dy=saved.dy,
+        dlogit_scale=saved.dlogit_scale,
+        dlogit_bias=saved.dlogit_bias,
+    )
     return {
-        "x": scaled(grad=grads.loss, saved=saved.dx),
-        "y": scaled(grad=grads.loss, saved=saved.dy),
-        "logit_scale": gradient_like(dlogit_scale, saved.logit_scale),
-        "logit_bias": gradient_like(dlogit_bias, saved.logit_bias),
+        "x": gradients.dx,
+        "y": gradients.dy,
+        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
+        "logit_bias": gradient_like(gradients.dlogit_bias, saved.logit_bias),
     }
 
 
 define_gradient(fused_sigmoid_loss, save=_save_sigmoid, backward=_sigmoid_backward)
+refuse_gradient(sigmoid_gradients, "sigmoid_loss")
 
 
 def _rows_gradients_shapes(arguments: Any) -> SigmoidGradients:
