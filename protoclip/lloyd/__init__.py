@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
 from protoclip.ops import checks
 from protoclip.ops.clusters import assignment, kmeans_assign
-from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 EMPTY_CLUSTERS = ("move", "split")
