@@ -182,7 +182,8 @@ def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list
     prototypes = torch.eye(2).repeat(600, 1)  # every prototype 600 times, over many tiles
     features = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     bank = Bank(prototypes, torch.tensor([0, 1]))
-    losses = protoclip.prototype_losses(features, [bank], logit_scale, backend="cpu")
+    scale = torch.tensor(logit_scale)  # a negative Python number is refused
+    losses = protoclip.prototype_losses(features, [bank], scale, backend="cpu")
     assert losses.nearest[0].tolist() == expected
 
 
