@@ -1,6 +1,6 @@
 """The losses: OpenCLIP's with OpenCLIP's signatures, ProtoCLIP's, and the training objective.
 
-None of them forms a matrix of logits. What happens over ranks is in ``protoclip.global_losses``,
+None of them forms a matrix of logits. What happens over ranks is in ``losses.global_losses``,
 the computation on one process in ``protoclip.ops``.
 """
 

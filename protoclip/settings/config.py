@@ -1,7 +1,7 @@
 """Every setting of a run, its checks, and its way to JSON and back; presets.
 
 A setting's field holds its default, meaning and limits. Its flag has OpenCLIP's name if OpenCLIP
-has the flag, otherwise the ProtoCLIP authors' name if they have it; ``protoclip.flags`` makes the
+has the flag, otherwise the ProtoCLIP authors' name if they have it; ``settings.flags`` makes the
 parsers.
 """
 
