@@ -59,6 +59,9 @@ MODEL = "ViT-B-32"
 WEIGHTS = "laion2b_s34b_b79k"
 MAPPED = 2000  # samples on the page's map
 FACES = 400  # samples of which the map shows pictures at once (page.js); of more it shows dots
+SHEET = 24  # pictures of a group on the page, where the map does not show all of them anyway
+THUMB = 96  # pixels of a picture on the page
+NAMED_GROUPS = 40  # groups whose names stand below the map
 SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
 LARGEST_K = 300  # --k auto
 FEWEST = 6  # --k auto: rows
@@ -256,7 +259,7 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         return Points(
             dataset=Subset(dataset, positions),
             rows=rows,
-            of=f"the rows of {args.features}",
+            of=f"the rows of {short(args.features)}",
             shown=shown,
             weights=None if weights is None else weights[positions],
         )
@@ -281,10 +284,11 @@ def encode_pictures(args: argparse.Namespace) -> Points:
             weights = None if weights is None else weights[readable]
             dataset = Subset(dataset, readable)
             rows = encoder.images(dataset)
+    source = short(args.run) if args.run else f"{short(name)} ({short(pretrained)})"
     return Points(
         dataset=dataset,
         rows=F.normalize(rows, dim=1),
-        of=f"the pictures' features by {args.run or f'{name} ({pretrained})'}",
+        of=f"the pictures' features by {source}",
         shown=shown,
         weights=weights,
     )
@@ -350,7 +354,7 @@ def read_features(args: argparse.Namespace) -> Points:
     return Points(
         dataset=dataset,
         rows=rows,
-        of=f"the rows of {args.data}",
+        of=f"the rows of {short(args.data)}",
         shown=("captions",) if captions else ("names",),
         weights=read_weights(args.weights, len(rows)),
     )
@@ -518,6 +522,11 @@ def explained(points: Points, squared: Tensor) -> str:
     return f"The groups account for {max(0.0, 1 - within / total):.0%} of the variance."
 
 
+def short(path: str) -> str:
+    """The last part of a path: the command on the page has the whole."""
+    return Path(path).name or path
+
+
 def write_page(
     points: Points, groups: Groups, k: int, seconds: Mapping[str, float], why: str
 ) -> str:
@@ -527,7 +536,7 @@ def write_page(
     counts = counts[counts > 0]
     noun = "picture" if "images" in points.shown else "row"
     text = [
-        f"{plural(len(labels), noun)} of {points.dataset.name} in "
+        f"{plural(len(labels), noun)} of {short(points.dataset.name)} in "
         f"{plural(len(counts), 'group')}{why}; "
         f"the smallest has {int(counts.min()):,}, the largest {int(counts.max()):,}, the median "
         f"{int(counts.median()):,}.",
@@ -535,12 +544,20 @@ def write_page(
     ]
     if empty_groups := fewer_groups(labels, k):
         text.append(f"{empty_groups[0].upper()}{empty_groups[1:]}.")
-    thumbs = snapshot.Thumbnails()
+    thumbs = snapshot.Thumbnails(THUMB)
     dataset = points.dataset
+    images = len(labels) if len(labels) <= FACES else SHEET
     nearness = dict.fromkeys(points.shown, -groups.squared)
-    block = snapshot.cluster_block(dataset, labels, nearness, thumbs)
+    block = snapshot.cluster_block(dataset, labels, nearness, thumbs, images=images)
     for card in block["cards"]:
         card["members"] = [printable(dataset.keys[i]) for i in groups.members(card["cluster"])]
+        shown = [thumbs.tiny[item["picture"]] for item in card.get("images", ())]
+        card["duplicates"] = snapshot.near_duplicates(shown)
+    if number := sum(len(card["duplicates"]) for card in block["cards"]):
+        text.append(
+            f"{plural(number, 'picture')} marked ≈ {'looks' if number == 1 else 'look'} nearly the "
+            "same as another of the group."
+        )
     mapped = snapshot.every(torch.arange(len(labels)), MAPPED)
     mapped_rows = points.rows[mapped.to(points.rows.device)].cpu()
     encoded = Encoded(image=mapped_rows, text=mapped_rows[:0])
@@ -550,15 +567,20 @@ def write_page(
         projected=encoded,
         clusters={"k-means": labels[mapped]},
     )
+    plane = snapshot.plane(
+        samples, thumbs if "images" in points.shown else None, reads=len(mapped) <= FACES
+    )
+    words = {card["cluster"]: card["words"] for card in block["cards"]}
+    if plane and len(groups.ends) <= NAMED_GROUPS and any(words.values()):
+        names = [words.get(group) or f"group {group}" for group in range(len(groups.ends))]
+        plane["by"]["cluster (k-means)"]["names"] = names
     page_content = snapshot.Snapshot(
         pictures=thumbs.made,
         clusters=[{"name": "k-means", "of": points.of, **block}],
-        plane=snapshot.plane(
-            samples, thumbs if "images" in points.shown else None, reads=len(mapped) <= FACES
-        ),
+        plane=plane,
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
-    name = Path(dataset.name).name or dataset.name
+    name = short(dataset.name)
     outcome = Outcome(dataset.name, "", "", {}, seconds=seconds)
     return page.render([page.Run(name, None, {}, outcome, snapshot=page_content)], text)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 VOID = {"br", "col", "hr", "img", "input", "link", "meta"}
 NOT_SHOWN = {"script", "style", "template"}
@@ -106,3 +112,43 @@ def parse_page(text: str) -> Element:
     reader.close()
     assert reader._open == [reader.page], f"<{reader._open[-1].tag}> is not closed"
     return reader.page
+
+
+def pictures_in(page: Element) -> list[str]:
+    """The thumbnails of galleries and maps; the browser puts them where they belong."""
+    scripts = [
+        script
+        for script in page.all("script", type="application/json")
+        if script.attributes.get("id", "").startswith("pictures of ")
+    ]
+    assert scripts
+    return [picture for script in scripts for picture in json.loads(script.source)]
+
+
+def browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+needs_browser = pytest.mark.skipif(
+    browser() is None, reason="no Chromium here; Debian: apt-get install chromium"
+)
+
+
+def in_browser(path: Path, script: str, folder: Path) -> Any:
+    """What a script that is added to a page writes, as JSON, into ``<pre id=state>``, in a window
+    that is narrow and dark; fails if the page logs an error. ``folder``: for its own files."""
+    copy = folder / "with-script.html"
+    copy.write_text(path.read_text().replace("</body>", script + "</body>"))
+    shown = subprocess.run(
+        [
+            str(browser()), "--headless", "--no-sandbox", "--disable-gpu",
+            "--disable-dev-shm-usage", "--hide-scrollbars",
+            f"--user-data-dir={folder / 'profile'}", "--dump-dom",
+            "--virtual-time-budget=8000", "--enable-logging=stderr", "--window-size=500,2400",
+            "--blink-settings=preferredColorScheme=0", copy.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "CONSOLE" not in shown.stderr, shown.stderr[-2000:]  # where errors are logged
+    return json.loads(parse_page(shown.stdout).one("pre", id="state").text)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import errno
+import io
 import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from html_page import read_page
+from html_page import Element, in_browser, needs_browser, pictures_in, read_page
 from PIL import Image
 from sklearn.metrics import silhouette_score
 from torch import Tensor
@@ -221,7 +225,7 @@ def test_a_person_with_a_folder_never_reads_of_pairs(
     "pictures, decoded",
     [
         (60, 60),  # up to 400 the map shows them all
-        (450, 3 * 8),  # of more, the page has those of the groups
+        (450, 3 * 24),  # of more, the page has those nearest to the groups' means
     ],
 )
 def test_only_pictures_that_are_shown_are_decoded(
@@ -318,7 +322,127 @@ def test_the_page_lists_every_member_from_the_nearest_on(photos: Path, out: Path
     rank = {row["file"]: int(row["rank"]) for row in rows_of(out / "clusters.csv")}
     for card in cards:
         assert [rank[name] for name in card["members"]] == list(range(1, card["samples"] + 1))
-        assert len(card["images"]) == 8
+        names = [image["caption"] for image in card["images"]]
+        assert names == card["members"]  # all as pictures
+
+
+def group_cards(page: Element) -> list[dict[str, Any]]:
+    script = page.section("prototypes").one("script", type="application/json")
+    cards: list[dict[str, Any]] = json.loads(script.source)
+    return cards
+
+
+def two_kinds(names: Sequence[str]) -> np.ndarray:
+    """Features of pictures by whether "Beach" is in their path."""
+    rng = np.random.default_rng(0)
+    centre = np.array([["Beach" in name] * 8 for name in names]) * 10.0
+    return centre + rng.standard_normal(centre.shape)
+
+
+def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) -> None:
+    for number in range(20):
+        draw(photos / f"all/trips/IMG_BeachDay_{number:03}.png", number)
+        draw(photos / f"all/scans/{number:03} copy.png", 100 + number)
+    flags = known_features(photos, two_kinds(ImageFolder(photos, [""], ()).keys))
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    page = read_page(out / "report.html")
+    words = {tuple(sorted(card["words"].split(", "))) for card in group_cards(page)}
+    assert words == {("beach", "day", "trips"), ("scans",)}  # not: all, IMG, copy
+    assert "in the names of files" in page.section("prototypes").text
+    plane = json.loads(page.section("map").one("script", type="application/json").source)
+    assert sorted(plane["by"]["cluster (k-means)"]["names"]) == sorted(
+        card["words"] for card in group_cards(page)
+    )
+
+
+def test_groups_without_words_are_numbers(photos: Path, out: Path) -> None:
+    for number in range(20):
+        draw(photos / f"DSC_{number:04}.png", number)
+    flags = known_features(photos)
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    page = read_page(out / "report.html")
+    assert [card["words"] for card in group_cards(page)] == ["", ""]
+    assert "the words that set" not in page.section("prototypes").text
+
+
+def test_near_duplicates_are_marked_and_others_are_not(photos: Path, out: Path) -> None:
+    for number in range(12):
+        draw(photos / f"{number}.png", number)
+    original = Image.open(photos / "3.png")
+    original.resize((80, 80)).save(photos / "larger.jpg", quality=85)
+    original.point(lambda value: min(255, value + 8)).save(photos / "lighter.png")
+    original.rotate(90).save(photos / "turned.png")
+    rows = np.random.default_rng(0).standard_normal((15, 8))
+    flags = known_features(photos, rows)
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    page = read_page(out / "report.html")
+    marked = {}
+    for card in group_cards(page):
+        for place, first in card["duplicates"].items():
+            marked[card["members"][int(place)]] = card["members"][first]
+    alike = {"3.png", "larger.jpg", "lighter.png"}
+    together = [alike & set(card["members"]) for card in group_cards(page)]
+    assert len(marked) == sum(max(0, len(names) - 1) for names in together) >= 1
+    assert set(marked) | set(marked.values()) <= alike
+    words = "1 picture marked ≈ looks" if len(marked) == 1 else "2 pictures marked ≈ look"
+    assert words in page.section("summary").text
+
+
+def test_the_page_names_paths_in_its_command_only(photos: Path, out: Path) -> None:
+    for number in range(20):
+        draw(photos / f"{number}.png", number)
+    flags = known_features(photos)
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    page = read_page(out / "report.html")
+    assert "20 pictures of photos in 2 groups" in page.text
+    assert "the rows of x.npz" in page.section("summary").text
+    for section in ("summary", "prototypes", "map"):
+        assert str(photos.parent) not in page.section(section).text
+    assert str(photos.parent) not in page.one("h1").text + page.one("p", class_="answer").text
+
+
+def test_pictures_of_any_shape_fill_their_frame(photos: Path, out: Path) -> None:
+    for number in range(20):
+        size = [(300, 100), (100, 250), (40, 30)][number % 3]
+        draw(photos / f"{number}.png", number)
+        Image.open(photos / f"{number}.png").resize(size).save(photos / f"{number}.png")
+    flags = known_features(photos)
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    pictures = pictures_in(read_page(out / "report.html"))
+    sizes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures}
+    assert sizes == {(96, 96), (30, 30)}
+
+
+OPEN_ALL = """<script>
+addEventListener("load", () => setTimeout(() => {
+  const out = document.createElement("pre"), card = document.querySelector(".proto");
+  const button = card.querySelector("button");
+  const seen = () => [card.querySelectorAll("img").length, button.getAttribute("aria-expanded")];
+  const states = [seen()];
+  button.focus();
+  for (let i = 0; i < 2; i++) { button.click(); states.push(seen()); }
+  out.id = "state";
+  out.textContent = JSON.stringify({
+    states, focus: document.activeElement === button,
+    marks: [...document.querySelectorAll(".proto figure b")].length,
+    wide: document.scrollingElement.scrollWidth - innerWidth,
+    square: [...card.querySelectorAll("img")].every(i => Math.abs(i.width - i.height) <= 1),
+  });
+  document.body.append(out);
+}, 500));
+</script>"""
+
+
+@needs_browser
+def test_a_group_opens_and_closes_by_its_button(photos: Path, out: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        draw(photos / f"holiday {number}.png", number % 6)  # copies, more than one in a group
+    flags = known_features(photos)
+    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    largest = group_cards(read_page(out / "report.html"))[0]
+    state = in_browser(out / "report.html", OPEN_ALL, tmp_path)
+    assert state["states"] == [[8, "false"], [largest["samples"], "true"], [8, "false"]]
+    assert state["focus"] and state["square"] and state["wide"] <= 0 and state["marks"] > 0
 
 
 # ---- groups as folders ----

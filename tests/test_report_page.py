@@ -8,14 +8,13 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from html_page import Element, parse_page, read_page
+from html_page import Element, in_browser, needs_browser, parse_page, pictures_in, read_page
 from PIL import Image
 from ranks import metrics
 from report_run import make_run
@@ -70,17 +69,6 @@ def copy(runs: Runs, tmp_path: Path) -> Path:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def pictures_in(page: Element) -> list[str]:
-    """The thumbnails of galleries and maps; the browser puts them where they belong."""
-    scripts = [
-        script
-        for script in page.all("script", type="application/json")
-        if script.attributes.get("id", "").startswith("pictures of ")
-    ]
-    assert scripts
-    return [picture for script in scripts for picture in json.loads(script.source)]
 
 
 # ---- the command ----
@@ -250,6 +238,39 @@ def test_each_score_has_its_floor(runs: Runs, copy: Path) -> None:
     assert "chance 0.083" in floor.one("span").attributes["title"]
     answers = [answer.text for answer in page.all("p", class_="answer")]
     assert any(text.startswith("ours:") and text.endswith("(chance 8).") for text in answers)
+
+
+def folded_away(page: Element) -> set[int]:
+    """The elements of the summary that show only when a reader unfolds them."""
+    parts = page.section("summary").all("details")
+    closed = [part for part in parts if "open" not in part.attributes]
+    return {id(element) for part in closed for element in part.all()}
+
+
+def test_the_table_folds_after_its_headline_numbers(compared: Element) -> None:
+    first, whole = compared.section("summary").all("table", class_="numbers")
+    shown = [row.text for row in first.all("abbr")]
+    assert shown[0].startswith("zero-shot") and "image → text R@5" in shown
+    assert "modality gap" not in shown and len(shown) <= 6
+    folded = folded_away(compared)
+    assert id(first) not in folded and id(whole) in folded
+    assert set(shown) < {row.text for row in whole.all("abbr")}
+
+
+@pytest.mark.parametrize("frequent, is_left_out", [(0.1, False), (0.3, True)])
+def test_a_class_score_below_the_most_frequent_class_is_left_out(
+    copy: Path, frequent: float, is_left_out: bool
+) -> None:
+    results = read_json(copy / "results.json")
+    results["trained"]["HO"]["metrics"]["group/acc1"] = 0.2
+    floor = results["trained"]["HO"] | {"metrics": {"group/acc1": frequent}}
+    results["floors"] = {"frequent": {"HO": floor}}
+    (copy / "results.json").write_text(json.dumps(results))
+    summary = read_page(write_report([copy])).section("summary")
+    first, whole = summary.all("table", class_="numbers")
+    assert ("zero-shot group" in first.text) != is_left_out
+    assert "zero-shot group" in whole.text  # every number is there
+    assert ("below the most frequent class: zero-shot group." in summary.text) == is_left_out
 
 
 def test_the_words_of_the_tables_are_explained_and_no_others(compared: Element) -> None:
@@ -429,21 +450,11 @@ def test_a_seed_counts_once_in_a_baseline(two_seeds: list[Path], tmp_path: Path)
 # ---- words of clusters ----
 
 
-class Captioned:
-    """Samples of which only captions are known."""
-
-    def __init__(self, words: list[str]) -> None:
-        self.words = words
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return (self.words[i],)
-
-
 def words_of(clusters: dict[int, list[str]]) -> dict[int, str]:
     """The words of clusters of captions."""
     captions = [caption for members in clusters.values() for caption in members]
     labels = [cluster for cluster, members in clusters.items() for _ in members]
-    return words_of_clusters(Captioned(captions), torch.tensor(labels))  # type: ignore[arg-type]
+    return words_of_clusters(captions.__getitem__, torch.tensor(labels))
 
 
 def test_a_word_of_one_caption_of_several_does_not_describe_a_cluster() -> None:
@@ -581,27 +592,10 @@ function check() {
 </script>"""
 
 
-def browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.mark.skipif(browser() is None, reason="no Chromium here; Debian: apt-get install chromium")
+@needs_browser
 def test_a_real_browser_shows_it_narrow_and_dark(runs: Runs, tmp_path: Path) -> None:
     path = write_report([runs.plain, runs.ours], tmp_path / "page.html")
-    path.write_text(path.read_text().replace("</body>", CHECK + "</body>"))
-    shown = subprocess.run(
-        [
-            str(browser()), "--headless", "--no-sandbox", "--disable-gpu",
-            "--disable-dev-shm-usage", "--hide-scrollbars",
-            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-            "--virtual-time-budget=8000", "--enable-logging=stderr", "--window-size=500,2400",
-            "--blink-settings=preferredColorScheme=0", path.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert "CONSOLE" not in shown.stderr, shown.stderr[-2000:]  # where errors are logged
-    state = json.loads(parse_page(shown.stdout).one("pre", id="state").text)
+    state = in_browser(path, CHECK, tmp_path)
     assert state["sections"] == SECTIONS
     assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
     assert state["wide"] <= 0  # nothing sticks out on a narrow screen

@@ -6,32 +6,59 @@ const make = (tag, fields = {}) => Object.assign(document.createElement(tag), fi
 const image = (run, number, words) =>
   make("img", { src: "data:image/webp;base64," + thumbs(run)[number], alt: words, title: words });
 
+const count = (n, noun) => `${n.toLocaleString()} ${noun}${n === 1 ? "" : "s"}`;
+
 const STEP = 24;  // cards of a gallery at once
+const FEW = 8;  // pictures of a card: two full rows
 
 function gallery(box) {
   const cards = parsed(box.querySelector("script")), list = box.querySelector(".protos");
   const end = make("div", { className: "tools" });
   let shown = 0;
   const card = one => {
+    const name = "#" + one.cluster, items = one.images ?? [], alike = one.duplicates ?? {};
     const head = make("p"), row = make("div", { className: "thumbs" }), words = make("ul");
-    head.append(make("b", { textContent: "#" + one.cluster }), ` ${one.samples.toLocaleString()} ${box.dataset.unit}${one.samples === 1 ? "" : "s"}`);
-    for (const more of [one.class, one.words]) if (more) head.append(" · " + more);
-    row.append(...(one.images ?? []).map(item => image(box.dataset.run, item.picture, item.caption)));
+    const facts = [count(one.samples, box.dataset.unit), one.class];
+    if (one.words) facts.unshift(name);
+    const copies = Object.keys(alike).length;
+    if (copies) facts.push(count(copies, "near-duplicate"));
+    head.append(make("span", { textContent: facts.filter(Boolean).join(" · ") }));
+    const tile = (item, i) => {
+      const whole = make("figure");
+      const same = i in alike ? `, nearly the same as ${one.members[alike[i]]}` : "";
+      whole.append(image(box.dataset.run, item.picture, item.caption + same));
+      if (same) whole.append(make("b", { textContent: "≈" }));
+      if (one.members) whole.append(make("figcaption", { textContent: one.members[i].split("/").pop(), title: one.members[i] }));
+      return whole;
+    };
+    row.append(...items.slice(0, FEW).map(tile));
     words.append(...[...new Set(one.captions ?? one.names ?? [])].map(text => make("li", { textContent: text })));
     const whole = make("div", { className: "proto" });
-    whole.append(head, row, words);
-    if (one.members) {  // every name, written when it is asked for: there may be very many
-      const all = make("details"), names = make("pre");
-      const plural = one.members.length === 1 ? "" : "s";
-      all.append(make("summary", { textContent: `all ${one.members.length.toLocaleString()} name${plural}` }), names);
-      all.ontoggle = () => { if (all.open) names.textContent = one.members.join("\n"); };
-      whole.append(all);
+    whole.append(make("h3", { textContent: one.words || name }), head, row, words);
+    if (one.members) {  // all pictures and names, written when they are asked for: there may be very many
+      const all = make("button"), names = make("pre"), rest = one.members.slice(items.length);
+      const show = open => {
+        whole.classList.toggle("open", open);
+        all.textContent = open ? "show fewer" : items.length ? "show all" : "all names";
+        all.setAttribute("aria-expanded", open);
+        all.setAttribute("aria-label", `${all.textContent} of ${one.words || name}`);
+        row.replaceChildren(...items.slice(0, open ? items.length : FEW).map(tile));
+        names.textContent = rest.map((text, i) => {
+          const same = alike[i + items.length];
+          return same === undefined ? text : `${text} ≈ ${one.members[same]}`;
+        }).join("\n");
+        names.hidden = !open || !rest.length;
+      };
+      all.onclick = () => show(!whole.classList.contains("open"));
+      show(false);
+      head.append(all);
+      whole.append(names);
     }
     return whole;
   };
-  const more = count => {  // the sections below stay near: the rest comes when it is asked for
+  const more = number => {  // the sections below stay near: the rest comes when it is asked for
     const first = shown;
-    list.append(...cards.slice(shown, shown += count).map(card));
+    list.append(...cards.slice(shown, shown += number).map(card));
     const left = cards.length - shown;
     end.replaceChildren(...(left <= 0 ? [] : left <= STEP ? [[left, `show the other ${left}`]] :
       [[STEP, `show ${STEP} more`], [left, `show all ${cards.length.toLocaleString()}`]]).map(([next, words]) => {
@@ -125,7 +152,7 @@ function map(box) {
       return item;
     }));
     if (here < 0) hint.textContent = "Point at a dot to see its sample, or press the arrow keys on the map. " + (
-      !own ? "" : names.length ? "Click a name to see only that class."
+      !own ? "" : names.length ? "Click a name to see only its dots."
       : `${total.toLocaleString()} cluster${total === 1 ? "" : "s"}, each in its own colour; click a dot, or press Enter, to see only its cluster.`);
   }
 

@@ -43,6 +43,7 @@ BESIDE_EPOCHS = "beside_epochs"
 # Settings in which a run and its baseline may differ, besides those of the method.
 FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
+TOP = ("/acc1", "recall@5")  # of the headline numbers, those that the page shows unfolded
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
 RETRIEVAL = "text_retrieval_recall@1"  # what a run without classes is summed up by
 MEANINGS = {  # the words of a table's rows -> what they mean
@@ -217,6 +218,22 @@ def best_floor(runs: Sequence[Run], key: str, metric: str) -> Floor | None:
     return Floor(floors[best], best, every)
 
 
+def says_nothing(runs: Sequence[Run], key: str, metric: str) -> bool:
+    """Whether every run names fewer images right than the most frequent class alone would."""
+    floors = [
+        run.outcome.floors.get("frequent", {}).get(key, results.NOTHING).metrics for run in runs
+    ]
+    frequent = max((floor[metric] for floor in floors if metric in floor), default=-math.inf)
+    scores = [run.outcome.trained.get(key, results.NOTHING).metrics for run in runs]
+    return all(score.get(metric, -math.inf) < frequent for score in scores)
+
+
+def top_rows(scores: SetResults) -> list[tuple[str, str]]:
+    """The rows of a set that the page shows unfolded: (metric, words)."""
+    rows = [row for row in rows_of(scores.metrics) if row[0].endswith(HEADLINE)]
+    return [row for row in rows if row[0].endswith(TOP)] or rows[:2]
+
+
 def meaning(words: str) -> str:
     """What a row of a table says, from its words; "" if they are unknown."""
     terms = [text for term, text in MEANINGS.items() if re.search(rf"{re.escape(term)}\b", words)]
@@ -379,6 +396,16 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
     for run in columns:
         sets = {**run.outcome.trained, **sets}
     rows = [words for scores in sets.values() for _, words in rows_of(scores.metrics)]
+    ends = {key: top_rows(sets[key]) for key in [*list(sets)[:1], *list(sets)[-1:]]}
+    top = {
+        key: [row for row in rows_of_set if not says_nothing(columns, key, row[0])]
+        for key, rows_of_set in ends.items()
+    }
+    left_out = {
+        words
+        for key, rows_of_set in ends.items()
+        for _, words in set(rows_of_set).difference(top[key])
+    }
     terms = {
         term: text
         for term, text in (MEANINGS | LABELS).items()
@@ -411,7 +438,8 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         beside=runs[0].outcome.beside if len(runs) == 1 else floors,
         floors={**results.FLOORS, "untrained": "the model before its first step"},
         change=change,
-        headline=HEADLINE,
+        top=top,
+        left_out=sorted(left_out),
         curves=figures.charts([*figures.CURVES, *own], series),
         churn=figures.charts(figures.CHURN, series),
     )

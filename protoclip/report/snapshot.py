@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from protoclip.common.files import plural, printable, write_atomic
@@ -48,7 +49,16 @@ SHEET = 16  # clusters on the contact sheet
 WORDS = 5  # per cluster
 VOCABULARY = 20_000  # words in all captions
 COMMON = 0.1  # of a cluster's captions have each of its words; rarer ones do not describe it
-MOSTLY = 0.25  # of a cluster: a class with a smaller share does not describe it
+MOSTLY = 0.25  # of a cluster: rarer classes and words of file names do not describe it
+NAME_WORDS = 3  # of file names, per cluster
+EVERYWHERE = 0.9  # of all files: a word of more of their names tells no clusters apart
+CAMERA = {  # words that cameras and programs put into the names of files
+    "copy", "dsc", "dscf", "dscn", "edit", "edited", "final", "image", "images", "img", "mvimg",
+    "photo", "photos", "pic", "picture", "pictures", "pxl", "untitled",
+}  # fmt: skip
+TINY = 24  # pixels across, at which near-duplicates are compared
+VISIBLE = 24  # of 255: a smaller difference of two pixels is compression or scaling
+ALIKE = 0.01  # of the values of two near-duplicates differ visibly, at most
 ASKED = 400  # queries that are evaluated
 SHOWN = 4  # queries of each kind that are shown
 CELLS = 14  # classes of a full confusion table, at most
@@ -150,30 +160,41 @@ def _origin(dataset: PairDataset, i: int) -> tuple[PairDataset, int]:
 
 
 class Thumbnails:
-    """Small pictures, each read and encoded once."""
+    """Small square pictures, each read and encoded once."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = SIDE) -> None:
+        self.side = side
         self.made: list[str] = []
+        self.tiny: list[np.ndarray] = []  # the same in TINY x TINY pixels: uint8 [T, T, 3]
         self._numbers: dict[tuple[int, int, int], int] = {}  # data set, place, side -> number
 
     def item(
-        self, dataset: PairDataset, i: int, hit: bool = False, side: int = SIDE
+        self, dataset: PairDataset, i: int, hit: bool = False, side: int = 0
     ) -> dict[str, Any]:
+        side = side or self.side
         source, place = _origin(dataset, i)
         key = (id(source), place, side)
         if key not in self._numbers:
-            image = dataset.image(i).convert("RGB")
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+            image = square(dataset.image(i).convert("RGB"), side)
             stream = io.BytesIO()
             image.save(stream, "webp", quality=78)
             self._numbers[key] = len(self.made)
+            self.tiny.append(np.asarray(image.resize((TINY, TINY), Image.Resampling.BOX)))
             self.made.append(base64.b64encode(stream.getvalue()).decode("ascii"))
         return {"picture": self._numbers[key], "caption": caption_of(dataset, i), "hit": hit}
 
     def number(self, dataset: PairDataset, i: int) -> int:
         """The number of sample ``i``'s picture among those made so far; -1: it is not there."""
         source, place = _origin(dataset, i)
-        return self._numbers.get((id(source), place, SIDE), -1)
+        return self._numbers.get((id(source), place, self.side), -1)
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of a picture, which is also what CLIP sees of it, at most ``side`` pixels wide."""
+    side = min(side, *image.size)
+    width, height = (math.ceil(x * side / min(image.size)) for x in image.size)
+    image.thumbnail((width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (side, side))
 
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
@@ -210,6 +231,7 @@ def cluster_block(
     near: Mapping[str, Tensor],
     thumbs: Thumbnails,
     sizes: Tensor | None = None,
+    images: int = IMAGES,
 ) -> dict[str, Any]:
     """Numbers of a clustering, and a card for each cluster, from the largest to the smallest.
 
@@ -219,6 +241,7 @@ def cluster_block(
         near: what to show ("images", "captions", "names") -> [N], larger is nearer.
         thumbs: collects the pictures.
         sizes: int64 [K], samples of each cluster in all of the data; None: as in ``labels``.
+        images: pictures of a cluster, at most.
     """
     clustered = labels >= 0
     if sizes is None:
@@ -228,8 +251,17 @@ def cluster_block(
     before = len(labels) - int(clustered.sum())  # rows without a cluster are sorted to the front
     first = before + counts.cumsum(0) - counts
     ranked = {kind: np.lexsort((-x.numpy(), labels.numpy())) for kind, x in near.items()}
-    words = words_of_clusters(dataset, labels) if "captions" in near else {}
-    images = min(IMAGES, max(1, PICTURES // len(order)))
+    if "captions" in near:
+        words = words_of_clusters(lambda i: dataset.captions(i)[0], labels)
+    else:
+        words = words_of_clusters(
+            lambda i: words_of_path(dataset.keys[i]),
+            labels,
+            most=NAME_WORDS,
+            common=MOSTLY,
+            everywhere=EVERYWHERE,
+        )
+    images = min(images, max(1, PICTURES // len(order)))
     most = {"images": images, "captions": CAPTIONS, "names": CAPTIONS}
     show: dict[str, Callable[[int], Any]] = {
         "images": partial(thumbs.item, dataset),
@@ -276,11 +308,47 @@ def contact_sheet(snapshot: Snapshot) -> np.ndarray | None:
     return np.asarray(sheet)
 
 
-def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
+def near_duplicates(pictures: Sequence[np.ndarray]) -> dict[int, int]:
+    """Tiny pictures that look like an earlier one: place -> the earliest such place.
+
+    They are compared as they are shown, small, so that another size or compression, or a light
+    edit, hides no copy; another crop does.
+    """
+    duplicates: dict[int, int] = {}
+    values = np.array(pictures, dtype=np.int16).reshape(len(pictures), TINY * TINY * 3)
+    for i in range(1, len(values)):
+        differ = (np.abs(values[:i] - values[i]) > VISIBLE).mean(1)
+        if (alike := np.flatnonzero(differ <= ALIKE)).size:
+            duplicates[i] = int(alike[0])
+    return duplicates
+
+
+def words_of_path(path: str) -> str:
+    """The words in the names of a file and its folders: "trips/BeachDay_012.jpg" has 3."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", os.path.splitext(path)[0])
+    words = re.findall(r"[^\W\d_]{2,}", apart)
+    return " ".join(word for word in words if word.lower() not in CAMERA)
+
+
+def words_of_clusters(
+    text_of: Callable[[int], str],
+    labels: Tensor,
+    *,
+    most: int = WORDS,
+    common: float = COMMON,
+    everywhere: float = 1.0,
+) -> dict[int, str]:
     """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere.
 
-    A word of a single caption says nothing of the others: each stands in ``COMMON`` of them and,
-    unless the cluster has but one, in two. A cluster without such a word has no entry.
+    A word of a single text says nothing of the others: each stands in a share ``common`` of them
+    and, unless the cluster has but one, in two. A cluster without such a word has no entry.
+
+    Args:
+        text_of: the text of sample i.
+        labels: int64 [N], negative: in no cluster.
+        most: words of a cluster.
+        common: share of a cluster's texts that have each of its words.
+        everywhere: share of all texts; a word that stands in more of them is left out.
     """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
@@ -290,11 +358,12 @@ def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
         token_pattern=r"[^\W\d_]{2,}",
         max_features=VOCABULARY,
         binary=True,
+        max_df=everywhere,
     )
     clustered = (labels >= 0).nonzero().flatten().numpy()
     try:
-        times = counter.fit_transform(dataset.captions(i)[0] for i in clustered.tolist())
-    except ValueError:  # stop words only
+        times = counter.fit_transform(map(text_of, clustered.tolist()))
+    except ValueError:  # no words that count
         return {}
     count = len(clustered)
     member = csr_matrix((np.ones(count), (labels.numpy()[clustered], np.arange(count))))
@@ -307,9 +376,9 @@ def words_of_clusters(dataset: PairDataset, labels: Tensor) -> dict[int, str]:
         row = slice(captions.indptr[cluster], captions.indptr[cluster + 1])
         counts = captions.data[row]
         word_ids = captions.indices[row]
-        common = counts >= max(min(2, sizes[cluster]), COMMON * sizes[cluster])
-        score = counts[common] * rarity[word_ids[common]]
-        best = word_ids[common][np.argsort(-score, kind="stable")[:WORDS]]
+        is_common = counts >= max(min(2, sizes[cluster]), common * sizes[cluster])
+        score = counts[is_common] * rarity[word_ids[is_common]]
+        best = word_ids[is_common][np.argsort(-score, kind="stable")[:most]]
         if len(best):
             words[cluster] = ", ".join(names[best])
     return words
