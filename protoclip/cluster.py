@@ -61,6 +61,7 @@ MAPPED = 2000  # samples on the page's map
 FACES = 400  # samples of which the map shows pictures at once (page.js); of more it shows dots
 SHEET = 24  # pictures of a group on the page, where the map does not show all of them anyway
 THUMB = 96  # pixels of a picture on the page
+SHARP = 1500  # pictures of that size, at most; more are smaller, so that the page can be mailed
 NAMED_GROUPS = 40  # groups whose names stand below the map
 SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
 LARGEST_K = 300  # --k auto
@@ -544,15 +545,16 @@ def write_page(
     ]
     if empty_groups := fewer_groups(labels, k):
         text.append(f"{empty_groups[0].upper()}{empty_groups[1:]}.")
-    thumbs = snapshot.Thumbnails(THUMB)
     dataset = points.dataset
     images = len(labels) if len(labels) <= FACES else SHEET
+    shown = min(len(labels), images * len(counts))
+    thumbs = snapshot.Thumbnails(THUMB if shown <= SHARP else snapshot.SIDE)
     nearness = dict.fromkeys(points.shown, -groups.squared)
     block = snapshot.cluster_block(dataset, labels, nearness, thumbs, images=images)
     for card in block["cards"]:
         card["members"] = [printable(dataset.keys[i]) for i in groups.members(card["cluster"])]
-        shown = [thumbs.tiny[item["picture"]] for item in card.get("images", ())]
-        card["duplicates"] = snapshot.near_duplicates(shown)
+        tiny = [thumbs.tiny[item["picture"]] for item in card.get("images", ())]
+        card["duplicates"] = snapshot.near_duplicates(tiny)
     if number := sum(len(card["duplicates"]) for card in block["cards"]):
         text.append(
             f"{plural(number, 'picture')} marked ≈ {'looks' if number == 1 else 'look'} nearly the "

@@ -322,7 +322,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["five.npy"], "--k auto: expected at least 6 pictures or rows, got 5; give --k"),
         (["words.npy", "--k", "2"], "expected numbers [N, d] with d >= 1 in words.npy"),
         (["no.npy"], "DATA: expected a file of features, found no file no.npy"),
-        (["photoz"], "expected a folder of pictures, a .csv or .tsv, shards, builtin:NAME or feat"),
+        (["photoz"], "expected a folder of pictures, a .csv or .tsv, shards, .parquet files, "),
         (["pictures/a.png"], ".safetensors), got pictures/a.png"),
         (["pictures/*.png"], "DATA: expected a folder of pictures"),
         (["empty"], "empty: expected pictures in it, or in folders in it, found none among 0"),

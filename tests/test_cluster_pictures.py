@@ -401,7 +401,12 @@ def test_the_page_names_paths_in_its_command_only(photos: Path, out: Path) -> No
     assert str(photos.parent) not in page.one("h1").text + page.one("p", class_="answer").text
 
 
-def test_pictures_of_any_shape_fill_their_frame(photos: Path, out: Path) -> None:
+@pytest.mark.parametrize("sharp, side", [(20, 96), (19, 64)])
+def test_pictures_of_any_shape_fill_their_frame(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, sharp: int, side: int
+) -> None:
+    """Of many pictures the page has smaller ones."""
+    monkeypatch.setattr("protoclip.cluster.SHARP", sharp)
     for number in range(20):
         size = [(300, 100), (100, 250), (40, 30)][number % 3]
         draw(photos / f"{number}.png", number)
@@ -410,7 +415,7 @@ def test_pictures_of_any_shape_fill_their_frame(photos: Path, out: Path) -> None
     assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
     pictures = pictures_in(read_page(out / "report.html"))
     sizes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures}
-    assert sizes == {(96, 96), (30, 30)}
+    assert sizes == {(side, side), (30, 30)}
 
 
 OPEN_ALL = """<script>
