@@ -29,7 +29,7 @@ from protoclip.report import figures
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 from protoclip.runs.run_folder import OWN_TERMS
-from protoclip.settings.config import parse_json
+from protoclip.settings.config import TrainConfig, parse_json, to_dict
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent
@@ -116,11 +116,14 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs differ only in the method: same data, encoder, steps and seed (any seed if
-    the other is a mean over several)."""
+    the other is a mean over several). A setting that a run did not have yet was at its default."""
+    defaults = to_dict(TrainConfig())
 
     def common(settings: Mapping[str, Any]) -> Any:
-        parts = [settings.get(section, {}).items() for section in ("data", "model", "optim")]
-        return [{key: value for key, value in part if key not in FREE} for part in parts]
+        parts = [
+            defaults[section] | settings.get(section, {}) for section in ("data", "model", "optim")
+        ]
+        return [{key: value for key, value in part.items() if key not in FREE} for part in parts]
 
     seed = config.get("run", {}).get("seed")
     other_run = other.get("run", {})
