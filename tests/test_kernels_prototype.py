@@ -133,7 +133,8 @@ def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list
     prototypes = torch.eye(2, device=DEVICE).repeat(200, 1)  # each 200 times, over many tiles
     features = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=DEVICE)
     bank = Bank(prototypes, torch.tensor([0, 1], device=DEVICE))
-    losses = protoclip.prototype_losses(features, [bank], logit_scale, backend="triton")
+    scale = torch.tensor(logit_scale, device=DEVICE)  # a negative Python number is refused
+    losses = protoclip.prototype_losses(features, [bank], scale, backend="triton")
     assert losses.nearest[0].tolist() == expected
 
 

@@ -16,9 +16,9 @@ from ranks import on_ranks
 from torch import Tensor
 
 import protoclip
-from protoclip import starts
 from protoclip.episodes.prototypes import PrototypeBuilder
 from protoclip.evaluate.metrics import group_scores
+from protoclip.lloyd import starts
 from protoclip.ops.clusters import assignment, segment_mean
 from protoclip.settings.config import EpisodeConfig
 

@@ -268,7 +268,7 @@ def test_non_finite_input_makes_the_losses_it_reaches_non_finite(
         assert not rows[used].any() and rows[~used].all()
     looked_up = int(problem.labels[0])
     assert not finite(replace(problem, targets=spoiled(soft_targets, looked_up)))[0]
-    assert not finite(replace(hard, logit_scale=bad))[used].any()
+    assert not finite(replace(hard, logit_scale=torch.tensor(bad)))[used].any()
 
 
 @pytest.mark.parametrize("label", [-1, 5])

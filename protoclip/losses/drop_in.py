@@ -32,7 +32,7 @@ class _OverRanks(nn.Module):
 
     def _look_once(self, rows: Tensor) -> None:
         """ValueError if the ranks' batches differ; a warning if the loss is of one of several."""
-        if self._looked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._looked:  # else a second graph
             return
         self._looked = True
         name = type(self).__name__
