@@ -128,7 +128,7 @@ def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     seed = config.get("run", {}).get("seed")
     other_run = other.get("run", {})
     same_seed = "seeds" in other_run or other_run.get("seed") == seed
-    return common(config) == common(other) and same_seed
+    return bool(config) and common(config) == common(other) and same_seed  # {}: no training
 
 
 def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
