@@ -136,18 +136,21 @@ def headlines(records: Iterable[Record]) -> str:
     record = newest_cpu(records)
     if record is None:
         return "No record yet."
-    run = record["runs"][-1]
     ratios = [row["ratio"] for row in record["rows"] if row["ratio"] is not None]
     lines = []
-    for name, group in headline_cases(record).items():
+    shown = headline_cases(record)
+    numbers = sorted({row["run"] for group in shown.values() for row in group})
+    runs = [record["runs"][number] for number in numbers] or record["runs"][-1:]
+    when = " and ".join(f"{run['date'][:10]} at {run['commit'] or 'no commit'}" for run in runs)
+    for name, group in shown.items():
         ours = group[0]
         time = f"{digits(ours['median_ms'])} ms"
         lines.append([f"{name}, {sizes(ours)}", time, mib(ours), _peers(group)])
     head = ["", "protoclip", "extra memory", "others: time as a multiple of ours (extra memory)"]
     return (
-        f"{run['machine']}, torch {run['versions']['torch']}, recorded {run['date'][:10]} at "
-        f"{run['commit'] or 'an unknown commit'}. Of the {len(ratios)} comparisons in this record "
-        f"the other is faster in {sum(r < 1 for r in ratios)}.\n\n{table(head, lines)}"
+        f"{runs[-1]['machine']}, torch {runs[-1]['versions']['torch']}, recorded {when}. Of the "
+        f"{len(ratios)} comparisons in this record the other is faster in "
+        f"{sum(r < 1 for r in ratios)}.\n\n{table(head, lines)}"
     )
 
 
