@@ -216,7 +216,7 @@ def run(name: str, checkout: Path, with_ours: bool) -> Outcomes:
         outcomes = Outcomes(set(), set(), {})
         for case in cases:
             test = f"{case.get('classname')}.{case.get('name')}"
-            faults = [fault for kind in ("failure", "error") for fault in case.findall(kind)]
+            faults = [fault for tag in ("failure", "error") for fault in case.findall(tag)]
             if faults:
                 outcomes.failed[test] = f"{faults[0].get('message')} {faults[0].text}"
             elif case.find("skipped") is not None:

@@ -175,10 +175,10 @@ def draw_peers(record: Record) -> str:
         y += 22
         for row in rows:
             length = longest * (row["ratio"] or 1.0) / slowest
-            kind = "ours" if row is rows[0] else "peer"
+            name = "ours" if row is rows[0] else "peer"
             parts.append(text(0, y + 14, variant(row)))
             parts.append(
-                f'<rect x="{left}" y="{y + 3:g}" width="{length:.1f}" height="13" class="{kind}"/>'
+                f'<rect x="{left}" y="{y + 3:g}" width="{length:.1f}" height="13" class="{name}"/>'
             )
             parts.append(text(left + length + 6, y + 14, cost(row)))
             y += 20
@@ -264,8 +264,8 @@ def learnt(folder: Path, earlier: Learnt | None = None) -> Learnt:
     keys.update(*(group["drawings"] for group in groups))
     sources = {
         "/".join(filter(None, (icon.family, icon.style, icon.name))): icon.svg
-        for read in FAMILIES.values()
-        for icon in read()
+        for read_family in FAMILIES.values()
+        for icon in read_family()
     }
     return {
         "run": run,
@@ -321,8 +321,8 @@ def draw_names(record: Learnt) -> str:
         parts.append(nested(record["drawings"][drawing["drawing"]], x, y + 2, side))
         for rank, answer in enumerate(drawing["answers"]):
             words = f"{rank + 1}. {answer['name']}" + (" ✓" if answer["right"] else "")
-            kind = "right" if answer["right"] else ""
-            parts.append(text(x + side + 14, y + 14 + rank * LINE, words, kind))
+            name = "right" if answer["right"] else ""
+            parts.append(text(x + side + 14, y + 14 + rank * LINE, words, name))
         if not any(answer["right"] for answer in drawing["answers"]):
             words = f"(it is: {drawing['name']})"
             parts.append(text(x + side + 14, y + 14 + NEAREST * LINE, words, "muted"))
@@ -334,12 +334,12 @@ def names_title(record: Learnt) -> str:
     """The picture of names in a sentence: its alt text."""
     named = record["named"]
     first = [drawing["name"] for drawing in named if drawing["answers"][0]["right"]]
-    others = [drawing["name"] for drawing in named if not drawing["answers"][0]["right"]]
+    missed = [drawing["name"] for drawing in named if not drawing["answers"][0]["right"]]
     sentence = (
         f"{len(named)} drawings of a family of icons that the model has never seen, each with its "
         f"{NEAREST} nearest of {record['classes']} names. Right at once: {', '.join(first)}"
     )
-    return sentence + (f". Not at once: {', '.join(others)}." if others else ".")
+    return sentence + (f". Not at once: {', '.join(missed)}." if missed else ".")
 
 
 def draw_groups(record: Learnt) -> str:

@@ -235,9 +235,9 @@ def encode_pictures(args: argparse.Namespace) -> Points:
             f"{source_flags[0]}: expected one source of features; leave out {source_flags[1]}"
         )
     path = Path(args.data)
-    kind = data_kind(args.data)
-    is_image_folder = kind == "folder"
-    if not kind:
+    source_type = data_kind(args.data)
+    is_image_folder = source_type == "folder"
+    if not source_type:
         raise ValueError(
             "DATA: expected a folder of pictures, a .csv or .tsv, shards, .parquet files, "
             f"builtin:NAME or features ({', '.join(SUFFIXES)}), got {args.data}"
@@ -245,8 +245,8 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     dataset: PairDataset
     if is_image_folder:
         dataset = ImageFolder(path, [""], ())
-        if others := ", ".join(f"{n:,} {kind}" for kind, n in dataset.others.most_common()):
-            print(f"left out files that Pillow cannot open: {others}", file=sys.stderr)
+        if left_out := ", ".join(f"{n:,} {ending}" for ending, n in dataset.others.most_common()):
+            print(f"left out files that Pillow cannot open: {left_out}", file=sys.stderr)
         if odd := ", ".join(plural(n, reason) for reason, n in dataset.odd.most_common()):
             print(f"left out {odd}: regular files are read, each once", file=sys.stderr)
     else:

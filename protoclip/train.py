@@ -55,6 +55,7 @@ from protoclip.training.checks import (
     check_settings,
     uses_prototypes,
 )
+from protoclip.training.stops import Stopped
 from protoclip.training.summary import announce, conclude
 from protoclip.training.trainer import Setup, Trainer
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep_freed_memory()  # the process is ours; called from Python, main changes nothing
         try:
             train(config)
-        except schedule.Stopped as stop:
+        except Stopped as stop:
             return stop.code
         return 0
 
@@ -176,7 +177,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             device=device,
             precision=precision,
             active=trainer.active,
-            features=trainer.features,
+            features=trainer.features.source,
             episode_samples=setup.episode_samples,
             teacher_remark=remark,
         )
@@ -197,7 +198,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
                 before=before,
                 after=after,
             )
-    except schedule.Stopped as stop:
+    except Stopped as stop:
         folder.say(stop.message)
         raise
     except BaseException as error:

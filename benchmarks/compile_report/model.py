@@ -162,8 +162,8 @@ def hot_path(
 
 def _target(instruction: Instruction) -> str | None:
     """The label that a branch leads to."""
-    found = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction.text)
-    return found[1] if found else None
+    label = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction.text)
+    return label[1] if label else None
 
 
 def _followed(code: dict[str, Block], first: int, masked: bool) -> list[Block]:

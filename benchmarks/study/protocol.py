@@ -74,8 +74,9 @@ from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import ModelConfig, TrainConfig
 from protoclip.settings.flags import parse
-from protoclip.training.schedule import Stopped, make_plan
+from protoclip.training.schedule import make_plan
 from protoclip.training.step import seed_everything
+from protoclip.training.stops import Stopped
 from protoclip.training.trainer import Setup, Trainer
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"

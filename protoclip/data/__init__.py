@@ -63,9 +63,9 @@ def open_dataset(
     """
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
-    kind = data_kind(spec)
+    source_type = data_kind(spec)
     builtin, _, argument = spec.removeprefix("builtin:").partition(":")
-    if kind != "builtin":
+    if source_type != "builtin":
         builtin = ""
     heldout: np.ndarray | None = None
     if builtin == "icons":
@@ -78,13 +78,13 @@ def open_dataset(
         if not count.isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
         dataset = ShapesDataset(int(count))
-    elif kind == "shards":
+    elif source_type == "shards":
         dataset = ShardDataset(spec)
-    elif kind == "table":
+    elif source_type == "table":
         dataset = CsvDataset(spec, keep_going=keep_going, **table)
-    elif kind == "folder":
+    elif source_type == "folder":
         dataset = open_class_folders(Path(spec), class_template)
-    elif kind == "parquet":
+    elif source_type == "parquet":
         keys = {name: key for name, key in table.items() if name.endswith("_key")}
         dataset = ParquetDataset(spec, class_template=class_template, **keys)
     else:

@@ -182,11 +182,11 @@ def read_templates(source: str, flag: str = "--templates") -> tuple[str, ...]:
     if source in ("openai", "simple"):
         import open_clip
 
-        known = {
+        named_templates = {
             "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
             "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
         }
-        return tuple(template("{}") for template in known[source])
+        return tuple(template("{}") for template in named_templates[source])
     is_template = "{}" in source or "{c}" in source
     if not is_template and not os.path.isfile(source):
         raise DataError(

@@ -327,5 +327,7 @@ def builtin_icons() -> IconDataset:
         _folder(package)
     state = ";".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES.values())
     return load_icons(
-        "builtin:icons", state, lambda: [icon for read in FAMILIES.values() for icon in read()]
+        "builtin:icons",
+        state,
+        lambda: [icon for icons in FAMILIES.values() for icon in icons()],
     )

@@ -269,22 +269,25 @@ def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: s
     def columns_where(matches: Any) -> list[str]:
         return [field.name for field in schema if matches(field.name, field.type)]
 
-    def is_binary(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    def is_binary(arrow_type: Any) -> bool:
+        return pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
 
-    def is_text(kind: Any) -> bool:
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            kind = kind.value_type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    def is_string(arrow_type: Any) -> bool:
+        return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type)
 
-    def can_be_picture(kind: Any) -> bool:
-        in_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return in_struct or is_binary(kind)
+    def is_text(arrow_type: Any) -> bool:
+        if pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type):
+            arrow_type = arrow_type.value_type
+        if pa.types.is_dictionary(arrow_type):
+            arrow_type = arrow_type.value_type
+        return is_string(arrow_type)
 
-    def is_picture(name: str, kind: Any) -> bool:
-        return can_be_picture(kind) and features.get(name, "Image") == "Image"
+    def can_be_picture(arrow_type: Any) -> bool:
+        in_struct = pa.types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0
+        return in_struct or is_binary(arrow_type)
+
+    def is_picture(name: str, arrow_type: Any) -> bool:
+        return can_be_picture(arrow_type) and features.get(name, "Image") == "Image"
 
     def only(names: list[str], usual: Sequence[str]) -> str:
         """The first of the usual names, or the only one there is."""
@@ -294,15 +297,15 @@ def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: s
     images = columns_where(is_picture)
     image = csv_img_key if csv_img_key in schema.names else only(images, ("image", "jpg", "png"))
     if image in schema.names:
-        kind = schema.field(image).type
-        if not (can_be_picture(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        arrow_type = schema.field(image).type
+        if not (can_be_picture(arrow_type) or is_string(arrow_type)):
             raise DataError(
-                f"{where}: expected bytes, paths or a struct with bytes in {image!r}, got {kind}; "
-                "name the column of pictures with --csv-img-key"
+                f"{where}: expected bytes, paths or a struct with bytes in {image!r}, got "
+                f"{arrow_type}; name the column of pictures with --csv-img-key"
             )
     classes = columns_where(lambda name, _: isinstance(features.get(name), tuple))
     label = only(classes, ("label", "class"))
-    texts = columns_where(lambda _, kind: is_text(kind))
+    texts = columns_where(lambda _, arrow_type: is_text(arrow_type))
     caption = next((name for name in (csv_caption_key, *CAPTIONS) if name in texts), "")
     if not caption and not label:
         caption = only(texts, ())
@@ -362,6 +365,6 @@ def read_column(group: RowGroup, column: str) -> Any:
         if not is_same or table.num_rows != group.rows:
             raise DataError(f"{group.file}: changed while in use; start again")
         values = _cache[key] = table.column(column).combine_chunks()
-        while len(_cache) > 1 and sum(kept.nbytes for kept in _cache.values()) > CACHE_BYTES:
+        while len(_cache) > 1 and sum(column.nbytes for column in _cache.values()) > CACHE_BYTES:
             _cache.popitem(last=False)
         return values

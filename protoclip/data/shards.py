@@ -166,8 +166,8 @@ def data_kind(spec: str) -> str:
     if spec.lower().endswith((".csv", ".tsv")):
         return "table"
     if os.path.isdir(spec):
-        kinds = {".tar": "shards", ".parquet": "parquet"}
-        return next((kind for ending, kind in kinds.items() if _in_folder(spec, ending)), "folder")
+        types = {".tar": "shards", ".parquet": "parquet"}
+        return next((name for ending, name in types.items() if _in_folder(spec, ending)), "folder")
     if ".parquet" in spec:
         return "parquet"
     return "shards" if ".tar" in spec or spec.startswith("pipe:") or "://" in spec else ""
@@ -202,7 +202,7 @@ def expand(spec: str, ending: str = ".tar") -> tuple[str, ...]:
 def _files(pattern: str, ending: str) -> list[str]:
     if os.path.isdir(pattern):
         files = _in_folder(pattern, ending)
-        splits = {found[0] for file in files if (found := SPLIT.match(os.path.basename(file)))}
+        splits = {match[0] for file in files if (match := SPLIT.match(os.path.basename(file)))}
         if len(splits) > 1:
             raise DataError(
                 f"{pattern}: holds files of {' and '.join(sorted(splits))}; name those of one, "

@@ -55,14 +55,13 @@ class Features:
     text_h: Tensor  # [N, Dh], unit rows
 
 
-def table_bytes(samples: int, ranks: int, dim: int) -> int:
-    """Bytes of a rank's table: image and text rows of Dh values, and the episode of each row."""
-    return math.ceil(samples / ranks) * (2 * dim * DTYPE.itemsize + torch.int32.itemsize)
-
-
-def buffer_bytes(episode: int, ranks: int, dim: int) -> int:
-    """Bytes of a rank's buffer for an episode of ``episode`` draws."""
-    return math.ceil(episode / ranks) * (2 * dim * DTYPE.itemsize + torch.int64.itemsize)
+def stored_bytes(samples: int, drawn: int, ranks: int, dim: int) -> int:
+    """Bytes that a rank stores: image and text rows of ``dim`` values, of its share of all samples,
+    each with its episode, and of an episode's ``drawn`` samples, each with its position."""
+    row = 2 * dim * DTYPE.itemsize
+    table = math.ceil(samples / ranks) * (row + torch.int32.itemsize)
+    buffer = math.ceil(drawn / ranks) * (row + torch.int64.itemsize)
+    return table + buffer
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def teacher_spec(config: TrainConfig) -> tuple[str, str]:
         return spec, ""
     alone = ", internal prototypes only" if config.loss.w_proto else ""
     if not config.data.train_data.startswith("builtin:"):
-        how = f"--external-teacher {MINILM} or a file gives one"
-        return "", f"external teacher: none{alone}; {how}"
+        remedy = f"--external-teacher {MINILM} or a file gives one"
+        return "", f"external teacher: none{alone}; {remedy}"
     if reason := minilm_missing():
         return "", f"external teacher: none{alone}: {reason}"
     return MINILM, ""

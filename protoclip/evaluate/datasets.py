@@ -81,12 +81,12 @@ def open_layout(
             return Layout(test, train, NAMES, captions=1, parts=_icon_parts())
         return Layout(test, train, TEMPLATES, captions=1, key="HO", title="Held-out pairs")
     words: Sequence[str] = read_templates(templates)
-    kind = data_kind(data)
-    if kind == "folder":
+    source_type = data_kind(data)
+    if source_type == "folder":
         return _image_folder(Path(data), split, words)
     index_together(data)
     dataset: Any = open_dataset(data, **open_kwargs)
-    if csv_label_key and kind == "table":
+    if csv_label_key and source_type == "table":
         rows = read_table(
             data,
             (csv_label_key,),

@@ -370,9 +370,9 @@ def _lloyd(
         facts = _facts(rows, distances, _moved(centroids, updated, limit), (counts == 0).any())
         if progress is not None:
             progress(iteration, facts[0])
-        read = _read_later(facts)
+        wait_for_facts = _read_later(facts)
         ahead = assign(updated) if updated.is_cuda else None  # while the host reads
-        inertia, moving, empty = read()
+        inertia, moving, empty = wait_for_facts()
         history.append(inertia)
         if best is None or not best.inertia < inertia:
             best = _State(centroids, labels, distances, inertia)

@@ -407,8 +407,10 @@ def soft_targets(
             f"{source_centroids.shape[0]} on {source_centroids.device}"
         )
     if not isinstance(temperature, (int, float)):
-        kind = type(temperature).__name__
-        raise TypeError(f"{op}: expected temperature as a Python number, got {kind}; use .item()")
+        type_name = type(temperature).__name__
+        raise TypeError(
+            f"{op}: expected temperature as a Python number, got {type_name}; use .item()"
+        )
     if temperature <= 0:
         return (prototypes if prototypes.dtype == torch.float64 else prototypes.float()).clone()
     source_centroids, prototypes = checks.promoted(source_centroids, prototypes)

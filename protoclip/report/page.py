@@ -262,10 +262,10 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     if math.isnan(value):
         return None
     half = results.half_width(run_scores, other_scores, metric, other.outcome)
-    kind = "same"
+    direction = "same"
     if abs(value) > half:
-        kind = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
-    return Change(value, half, kind)
+        direction = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
+    return Change(value, half, direction)
 
 
 def verdict(run: Run, baseline: Run | None) -> str:
@@ -353,8 +353,8 @@ def write_report(
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
-    others = "-".join(Path(folder).resolve().name for folder in folders[:-1])
-    name = f"report-with-{others[:100]}.html" if others else NAME
+    compared = "-".join(Path(folder).resolve().name for folder in folders[:-1])
+    name = f"report-with-{compared[:100]}.html" if compared else NAME
     path = output_file(output or Path(folders[-1]) / name, "--out")
     write_atomic(path, render(runs))
     return path
@@ -415,7 +415,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         if any(re.search(rf"\b{re.escape(term)}\b", words) for words in rows)
     }
     # A chart each: their units differ. One with "loss" in its name is among the others already.
-    own = [
+    own_charts = [
         figures.Chart(name, re.escape(name), zero=False)
         for name in dict.fromkeys(name for run in runs for name in run.own_terms)
         if not re.fullmatch(figures.CURVES[0].pattern, name)
@@ -443,6 +443,6 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         change=change,
         top=top,
         left_out=sorted(left_out),
-        curves=figures.charts([*figures.CURVES, *own], series),
+        curves=figures.charts([*figures.CURVES, *own_charts], series),
         churn=figures.charts(figures.CHURN, series),
     )

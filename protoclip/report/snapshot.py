@@ -209,7 +209,7 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
     for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
         labels = samples.clusters[name].cpu()
         if bool((labels >= 0).any()):
-            near = {kind: nearness(features, labels) for kind, features in rows.items()}
+            near = {shown: nearness(features, labels) for shown, features in rows.items()}
             block = cluster_block(
                 samples.dataset, labels, near, thumbs, sizes=samples.sizes.get(name)
             )
@@ -250,7 +250,7 @@ def cluster_block(
     order = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
     before = len(labels) - int(clustered.sum())  # rows without a cluster are sorted to the front
     first = before + counts.cumsum(0) - counts
-    ranked = {kind: np.lexsort((-x.numpy(), labels.numpy())) for kind, x in near.items()}
+    ranked = {shown: np.lexsort((-x.numpy(), labels.numpy())) for shown, x in near.items()}
     if "captions" in near:
         words = words_of_clusters(lambda i: dataset.captions(i)[0], labels)
     else:
@@ -280,8 +280,8 @@ def cluster_block(
             times = torch.bincount(classes.ids[next(iter(ranked.values()))[members]])
             if (share := float(times.max() / times.sum())) >= MOSTLY:
                 card["class"] = f"{share:.0%} are {classes.names[int(times.argmax())]}"
-        for kind, rows in ranked.items():
-            card[kind] = [show[kind](i) for i in rows[members][: most[kind]].tolist()]
+        for shown, rows in ranked.items():
+            card[shown] = [show[shown](i) for i in rows[members][: most[shown]].tolist()]
         cards.append(card)
     return {
         "clusters": len(order),
@@ -442,12 +442,12 @@ def geometry(judged: EvalSet) -> dict[str, Any]:
     image = _unit(judged.image)
     text = _unit(judged.text)
     matching = image[judged.owner.cpu()]
-    others = text.roll(max(1, len(text) // 3), 0)
+    other_captions = text.roll(max(1, len(text) // 3), 0)
     gap = image.mean(0) - text.mean(0)
     direction = F.normalize(gap, dim=0)
     return {
         "gap": float(gap.norm()),
-        "cosines": _histogram((matching * text).sum(1), (matching * others).sum(1)),
+        "cosines": _histogram((matching * text).sum(1), (matching * other_captions).sum(1)),
         "along": _histogram(image @ direction, text @ direction),
     }
 
@@ -539,8 +539,8 @@ def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list
             shown = []
             for row in every(rows, SHOWN).tolist():
                 query = show_query(int(asked[row]), True)
-                found = zip(best[row].tolist(), hits[row].tolist(), strict=True)
-                items = [show_answer(j, hit) for j, hit in found]
+                ranking = zip(best[row].tolist(), hits[row].tolist(), strict=True)
+                items = [show_answer(j, hit) for j, hit in ranking]
                 missed = not hits[row].any()
                 right = picture(int(right_picture[row]), True) if missed else None
                 shown.append({"query": query, "answers": items, "right": right})

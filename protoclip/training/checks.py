@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from protoclip.distributed import is_distributed
+from protoclip.distributed import GlobalBatchNorm1d, is_distributed
 from protoclip.episodes.teacher import teacher_spec
 from protoclip.lloyd import load_faiss
 from protoclip.losses import Term
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
 from protoclip.settings.config import LossConfig, TrainConfig
-from protoclip.training.schedule import parse_interval
+from protoclip.training.stops import parse_interval
 
 # Names of metrics, which no term of a user's own may have.
 LOGGED = {
@@ -155,3 +155,14 @@ def _check_kmeans(backend: str, device: torch.device) -> None:
         for op in ("kmeans_assign", "segment_mean"):
             if reason := why_not(op, backend, device.type, torch.float32):
                 raise ValueError(f"--kmeans-backend {backend}: {reason}; use --kmeans-backend auto")
+
+
+def depends_on_split(model: nn.Module) -> bool:
+    """Whether dropout or batch norm makes a step depend on how its batch is split."""
+    for module in model.modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        chances = [getattr(module, name, 0) for name in ("p", "prob", "drop_prob", "dropout")]
+        dropout = any(isinstance(chance, float) and chance > 0 for chance in chances)
+        if dropout or (norm and not isinstance(module, GlobalBatchNorm1d)):
+            return True
+    return False

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from protoclip.common.files import mebibytes
-from protoclip.episodes.feature_store import buffer_bytes, table_bytes, wants_to_reuse
+from protoclip.episodes.feature_store import stored_bytes, wants_to_reuse
 from protoclip.episodes.prototypes import check_clusters
 from protoclip.episodes.teacher import teacher_spec
 from protoclip.model import ProtoModel, build_model, processor_multiplies_bf16
@@ -203,9 +203,9 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
             parts["prototype scratch"] = min(weights, scratch.PROTOTYPE_BYTES)
         parts["labels"] = run.episode * (len(widths) * INT32 + INT64)
         if run.reuses:
-            parts["stored features (host if the GPU is full)"] = table_bytes(
-                run.samples, run.ranks, dh
-            ) + buffer_bytes(run.episode, run.ranks, dh)
+            parts["stored features (host if the GPU is full)"] = stored_bytes(
+                run.samples, run.episode, run.ranks, dh
+            )
         else:
             parts["features of the episode"] = math.ceil(run.episode / run.ranks) * 2 * dh * FP32
     parts["teacher"] = run.samples * run.teacher_dim * FP32

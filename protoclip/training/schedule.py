@@ -1,27 +1,19 @@
-"""The schedule of a run: steps, episodes, samples, learning rate, checkpoints, and stopping.
+"""The schedule of a run: steps, episodes, samples, learning rate.
 
-Apart from the clock and the signals, everything follows from (seed, step): there is no state.
+Everything follows from (seed, step): there is no state.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import re
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
-from types import FrameType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from protoclip.common.seeds import generator
-from protoclip.distributed import max_later, own_slice, world_size
+from protoclip.distributed import own_slice, world_size
 from protoclip.settings.config import OptimConfig, TrainConfig
 
 # Streams of random numbers: samples, and an episode's draws.
@@ -31,7 +23,6 @@ EPISODES = 2
 TRAINING = 0
 FEATURES = 1
 CLUSTERS = 2
-FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
 @dataclass(frozen=True)
@@ -171,103 +162,3 @@ def episode_seed(seed: int, episode_number: int, purpose: int) -> int:
     """The seed for one purpose, TRAINING or FEATURES, in an episode."""
     random = generator(seed, EPISODES, episode_number, purpose)
     return int(torch.randint(2**31, (), generator=random))
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message, code)
-        self.message = message
-        self.code = code
-
-
-class SaveInterval(NamedTuple):
-    """How often to save: every so many steps, or seconds, or (both 0) not at all."""
-
-    steps: int
-    seconds: float
-
-    @property
-    def never(self) -> bool:
-        return not (self.steps or self.seconds)
-
-
-def parse_interval(text: str) -> SaveInterval:
-    """Parse --save-every: "500steps", "90s", "10m", "2h", or "0" for never.
-
-    Raises:
-        ValueError: any other text.
-    """
-    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|0|", text.strip())
-    if match is None:
-        raise ValueError(
-            "--save-every: expected a number with steps, s, m or h (500steps, 10m), or 0 for only "
-            f"at the end, got {text!r}"
-        )
-    number = int(match[1] or 0)
-    seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    if match[2] in seconds_per_unit:
-        return SaveInterval(steps=0, seconds=number * seconds_per_unit[match[2]])
-    return SaveInterval(steps=number, seconds=0.0)
-
-
-class StopRequest(IntEnum):
-    """Whether a rank wants to stop, and why; of several ranks the largest counts."""
-
-    NONE = 0
-    SIGNAL = 1
-    CTRL_C = 2
-
-
-class Requests(NamedTuple):
-    """What should happen between two steps."""
-
-    save: bool
-    stop: StopRequest
-
-
-def agree_later(requests: Requests) -> Callable[[], Requests]:
-    """Start to tell all ranks; call the result to wait for what they request together."""
-    pending = max_later(torch.tensor([float(requests.save), float(requests.stop)]))
-
-    def wait() -> Requests:
-        save, stop = pending().tolist()
-        return Requests(save=bool(save), stop=StopRequest(int(stop)))
-
-    return wait
-
-
-class StopSignals:
-    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``asked`` to the signal's
-    name; a second Ctrl-C ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = ""
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        second_ctrl_c = number == signal.SIGINT and self.asked == "SIGINT"
-        self.asked = signal.Signals(number).name
-        if second_ctrl_c:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
-                os.write(2, FIRST_CTRL_C)
-
-    @property
-    def request(self) -> StopRequest:
-        """What this rank wants."""
-        if self.asked == "SIGINT":
-            return StopRequest.CTRL_C
-        return StopRequest.SIGNAL if self.asked else StopRequest.NONE

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from protoclip.common.phases import Phases
@@ -24,6 +23,7 @@ from protoclip.losses import Losses, OwnTerms, ProtoLoss, Term, TermInputs, capt
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.settings.config import OptimConfig
 from protoclip.training.optimiser import build_optimiser, load_optimiser
+from protoclip.training.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Stepper:
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         by_rank = [norm for norm in norms if not isinstance(norm, GlobalBatchNorm1d)]
         self._statistics_of_rank = [buffer for norm in by_rank for buffer in norm.buffers()]
-        self.replica: nn.Module = Replica(model, self.terms)
-        self._replicated: tuple[bool, bool] | None = None  # what DDP wraps: heads, frozen images
+        self.replicas = Replicas(model, self.terms, clip_trains=loss.config.w_clip > 0)
 
     def step(
         self,
@@ -111,12 +110,11 @@ class Stepper:
         statistics = [buffer.clone() for buffer in self._buffers()]
 
         def forward() -> tuple[Losses, Encoded | None]:
-            # Through DDP's forward, which arms its hooks.
-            return self.replica(
+            return self.replicas(
                 lambda: self._forward(step_number, batches, index, ids, episode, project)
             )
 
-        if self._replicate(heads=self._trains_heads(episode)):
+        if self.replicas.follow(heads=self._trains_heads(episode)):
             self._order_buckets(forward, statistics)
         with self.phases.measure("forward"):
             losses, projected = forward()
@@ -243,23 +241,6 @@ class Stepper:
     def _trains_heads(self, episode: Episode | None) -> bool:
         return episode is not None or self.loss.config.w_distill > 0
 
-    def _replicate(self, heads: bool) -> bool:
-        """Over ranks, let DDP average the gradients of what trains now; returns whether that has
-        changed since the last step."""
-        trained = (heads, self.model.image_locked)
-        if not is_distributed() or trained == self._replicated:
-            return False
-        self._replicated = trained
-        self.replica = DistributedDataParallel(
-            Replica(self.model if heads else self.model.clip, self.terms),
-            gradient_as_bucket_view=True,
-            # A term may use its weights in some steps only.
-            find_unused_parameters=self.loss.config.w_clip == 0
-            or any(True for _ in self.terms.parameters()),
-        )
-        self.replica.broadcast_buffers = False
-        return True
-
     def _order_buckets(
         self, forward: Callable[[], tuple[Losses, Any]], statistics: Sequence[Tensor]
     ) -> None:
@@ -284,31 +265,6 @@ class Stepper:
         self.skipped_steps, self.consecutive_skips = torch.tensor(
             skipped, device=self.device
         ).unbind()
-
-
-class Replica(nn.Module):
-    """What DistributedDataParallel wraps: what is trained, and a forward that calls a function
-    that uses it."""
-
-    def __init__(self, model: nn.Module, terms: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.terms = terms
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        """Call the function and return its result."""
-        return function()
-
-
-def depends_on_split(model: nn.Module) -> bool:
-    """Whether dropout or batch norm makes a step depend on how its batch is split."""
-    for module in model.modules():
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        chances = [getattr(module, name, 0) for name in ("p", "prob", "drop_prob", "dropout")]
-        dropout = any(isinstance(chance, float) and chance > 0 for chance in chances)
-        if dropout or (norm and not isinstance(module, GlobalBatchNorm1d)):
-            return True
-    return False
 
 
 def repeated(ids: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ Read ``Trainer.run`` down; one step is in ``step.py``.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,14 +21,7 @@ from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
 from protoclip.data.loader import EpochOrder, Faults
 from protoclip.distributed import progress_hidden
 from protoclip.episodes import prototypes
-from protoclip.episodes.feature_store import (
-    Features,
-    FeatureSource,
-    FeatureStore,
-    buffer_bytes,
-    choose_features,
-    table_bytes,
-)
+from protoclip.episodes.feature_store import Features
 from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate.during import PeriodicEvaluation
 from protoclip.losses import ProtoLoss, Term
@@ -39,9 +31,16 @@ from protoclip.runs.run_folder import NullRunFolder
 from protoclip.runs.state import TrainingState
 from protoclip.settings.config import TrainConfig
 from protoclip.training import schedule
-from protoclip.training.checks import ActiveLosses, active_losses, loss_weights
+from protoclip.training.checks import (
+    ActiveLosses,
+    active_losses,
+    depends_on_split,
+    loss_weights,
+)
+from protoclip.training.features import EpisodeFeatures
 from protoclip.training.log import Log, scalars_of
-from protoclip.training.step import Step, Stepper, depends_on_split
+from protoclip.training.step import Step, Stepper
+from protoclip.training.stops import SaveTimes, Stopped, StopRequest, StopSignals
 
 
 @dataclass(frozen=True)
@@ -116,50 +115,30 @@ class Trainer:
             internal=self.active.internal,
             classes=classes,
         )
-        self.features = self._choose_features(reuses)
-        self.store: FeatureStore | None = None
-        if self.features.reuses:
-            self.store = FeatureStore(
-                len(self.dataset),
-                self.plan.steps_per_episode,
-                self.plan.global_batch_size,
-                setup.device,
-                self.features.table_device,
-            )
+        self.features = EpisodeFeatures(
+            self.config.episode,
+            self.plan,
+            samples=len(self.dataset),
+            dim=model.projection_dim,
+            device=setup.device,
+            needed=self.active.prototypes,
+            reuses=reuses,
+            extract=self._extract_features,
+        )
         self.watch = prototypes.Watch()
         self.faults = Faults(
             self.dataset, self.config.data.max_bad_fraction, lambda text: self.folder.say(text)
         )
         self.episode: Episode | None = None
         self.step = 0
-        self.signals = schedule.StopSignals()
+        self.signals = StopSignals()
+        self.saves = SaveTimes(self.config.run.save_every, self.signals)
         self.log = Log(self.config, self.plan, self.phases, setup.device)
-        self._save_every = schedule.parse_interval(self.config.run.save_every)
-        self._saved_time = time.monotonic()
-        self._saved_step = -1
-        nothing = schedule.Requests(save=False, stop=schedule.StopRequest.NONE)
-        self._agreed_requests: Callable[[], schedule.Requests] = lambda: nothing
-
-    def _choose_features(self, reuses: bool | None) -> FeatureSource:
-        """Where the features of clusters and labels come from."""
-        if not self.active.prototypes:
-            return FeatureSource(False, "none")
-        size = self._stored_bytes(distributed.world_size())
-        episode = self.config.episode
-        if reuses is not None:
-            episode = replace(episode, features="reuse" if reuses else "extract")
-        return choose_features(episode, self.plan.epochs, size, self.setup.device)
-
-    def _stored_bytes(self, ranks: int) -> int:
-        """Bytes of stored features on each of ``ranks``."""
-        dim = self.model.projection_dim
-        drawn = self.plan.steps_per_episode * self.plan.global_batch_size
-        return table_bytes(len(self.dataset), ranks, dim) + buffer_bytes(drawn, ranks, dim)
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint is: weights, their two moments, and stored features."""
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        return 3 * weights + (self._stored_bytes(1) if self.store is not None else 0)
+        return 3 * weights + self.features.checkpoint_bytes()
 
     def run(self) -> None:
         """Train to the end of the plan.
@@ -184,7 +163,7 @@ class Trainer:
             for episode_number in range(first_episode, plan.episodes):
                 self.run_episode(episode_number, bar)
             self._finish_line()
-            if self._saved_step != self.step:
+            if self.saves.saved_step != self.step:
                 self.save(None)
 
     def run_episode(self, episode_number: int, bar: tqdm) -> None:
@@ -206,7 +185,7 @@ class Trainer:
                 lr=lr,
                 image_lr=schedule.image_learning_rate(config, plan, step_number),
             )
-            self._store_features(step_number, episode_number, outcome)
+            self.features.put(step_number, episode_number, outcome)
             self.watch.count(outcome.losses.hits)
             self.step += 1
             self._log_or_check(outcome, step_batches, lr)
@@ -228,7 +207,9 @@ class Trainer:
             self.model.lock_image()
         elif done == 0 and warmed_up and self.active.prototypes:
             samples = draws
-            if self.store is not None:  # also of steps that only a resume with more steps would do
+            if (
+                self.features.source.reuses
+            ):  # also of steps that only a resume with more steps would do
                 samples = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
             self.episode = self._build_episode(episode_number, samples.unique())
         self.model.train()
@@ -270,13 +251,10 @@ class Trainer:
         positions; None while too few of them have stored features."""
         seed = self.config.run.seed
         with self.phases.measure("features"):
+            features = self.features.of_samples(episode_number, samples)
             recent = None
-            if self.store is None:
-                features = self._extract_features(episode_number, samples)
-            else:
-                features = self.store.of_positions(samples)
-                if self.builder.teacher is not None:
-                    recent = self.store.of_episode(episode_number - 1)
+            if self.builder.teacher is not None:
+                recent = self.features.of_episode(episode_number - 1)
         with self.phases.measure("clusters"):
             random = generator(seed, schedule.EPISODES, episode_number, schedule.CLUSTERS)
             episode = self.builder.build(samples, features, random, recent, self.episode)
@@ -311,18 +289,6 @@ class Trainer:
             yield batch
             if self.signals.asked and not distributed.is_distributed():
                 self._save_or_stop()  # nothing has changed since the last step
-
-    def _store_features(self, step_number: int, episode_number: int, outcome: Step) -> None:
-        """Put the step's projections into the buffer, which moves to the table after the episode's
-        last step; those of a skipped step belong to no sample."""
-        if self.store is None or outcome.projected is None:
-            return
-        positions = outcome.index.where(outcome.finite, -1)
-        steps = self.plan.steps_of(episode_number)
-        projected = outcome.projected
-        self.store.put(step_number - steps.start, positions, projected.image, projected.text)
-        if step_number == steps[-1]:  # before anything can save
-            self.store.end_episode(episode_number)
 
     def _log_or_check(self, outcome: Step, step_batches: Sequence[Batch], lr: float) -> None:
         """After a step: begin a line if one is due, and finish the one before. A line that need
@@ -372,26 +338,19 @@ class Trainer:
         self._save_or_stop()
 
     def _save_or_stop(self) -> None:
-        """Save if --save-every asks for it, the first time after one step; save and stop if a
-        signal does."""
-        requests = self._agreed_requests()  # of one step ago
-        every = self._save_every
-        is_first = self._saved_step < 0 and not every.never
-        by_step = every.steps and self.step % every.steps == 0
-        if requests.stop or requests.save or is_first or by_step:
+        """Save if it is time; save and stop if a signal asks for it."""
+        requests = self.saves.requests(self.step)
+        if requests.save or requests.stop:
             self.save(None)
         if requests.stop:
-            by_ctrl_c = requests.stop == schedule.StopRequest.CTRL_C
+            by_ctrl_c = requests.stop == StopRequest.CTRL_C
             signal = "Ctrl-C" if by_ctrl_c else self.signals.asked or "a signal to another rank"
-            raise schedule.Stopped(
+            raise Stopped(
                 f"stopped by {signal} after step {self.step}; continue with --resume "
                 f"{self.folder.path}",
                 code=130 if by_ctrl_c else 0,
             )
-        due = 0 < every.seconds <= time.monotonic() - self._saved_time  # by this rank's clock
-        self._agreed_requests = schedule.agree_later(
-            schedule.Requests(save=due, stop=self.signals.request)
-        )
+        self.saves.agree()
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
@@ -409,15 +368,11 @@ class Trainer:
             )
             self.folder.checkpoint(payload, epoch)
         if epoch is None:
-            self._saved_time = time.monotonic()
-            self._saved_step = self.step
+            self.saves.saved(self.step)
 
     def state(self) -> TrainingState:
         """The state between two steps; a collective call."""
         faults_by_rank = distributed.gather_objects(sorted(self.faults.positions))
-        stored = None
-        if self.store is not None:
-            stored = self.store.state_dict(self.folder.path / "checkpoints")
         return TrainingState(
             batch_size=self.plan.global_batch_size,
             passes=self._passes,
@@ -426,7 +381,7 @@ class Trainer:
             scaler=self.stepper.scaler.state_dict(),
             episode=None if self.episode is None else self.episode.state_dict(),
             watch=self.watch.state_dict(),
-            features=stored,
+            features=self.features.state_dict(self.folder.path / "checkpoints"),
             skipped=[int(self.stepper.skipped_steps), int(self.stepper.consecutive_skips)],
             faults=sorted({fault for faults in faults_by_rank for fault in faults}),
             seconds=self.phases.seconds(),
@@ -444,8 +399,7 @@ class Trainer:
         self.model.load_state(dict(payload))
         self.stepper.terms.load_state(payload["protoclip"].get("own_terms", {}))
         self.stepper.load_state(payload["optimizer"], saved.scaler, saved.skipped)
-        if self.store is not None:
-            self.store.load_state_dict(saved.features or {})
+        self.features.load_state_dict(saved.features)
         if saved.episode is not None:
             self.episode = Episode.from_state(saved.episode, device)
         self.watch.load_state_dict(saved.watch, device)

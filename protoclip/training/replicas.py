@@ -1,0 +1,63 @@
+"""What DistributedDataParallel wraps, which changes when heads start or the image tower stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from protoclip.distributed import is_distributed
+from protoclip.losses import OwnTerms
+from protoclip.model import ProtoModel
+
+
+class Replicas:
+    """Calls a function that uses the model; the backward pass of its result averages the gradients
+    of what trains over the ranks.
+
+    Args:
+        clip_trains: whether every step uses both towers; the heads are used where they train.
+    """
+
+    def __init__(self, model: ProtoModel, terms: OwnTerms, *, clip_trains: bool) -> None:
+        self.model = model
+        self.terms = terms
+        # A term may use its weights in some steps only.
+        self.find_unused = not clip_trains or any(True for _ in terms.parameters())
+        self.module: nn.Module = Replica(model, terms)
+        self._wrapped: tuple[bool, bool] | None = None  # heads, image tower locked
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """The function's result; through DDP's forward, which arms its hooks."""
+        return self.module(function)
+
+    def follow(self, *, heads: bool) -> bool:
+        """Let DDP average the gradients of what trains now; returns whether that has changed since
+        the last step. ``heads``: whether they train."""
+        trained = (heads, self.model.image_locked)
+        if not is_distributed() or trained == self._wrapped:
+            return False
+        self._wrapped = trained
+        self.module = DistributedDataParallel(
+            Replica(self.model if heads else self.model.clip, self.terms),
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.find_unused,
+        )
+        self.module.broadcast_buffers = False
+        return True
+
+
+class Replica(nn.Module):
+    """What DistributedDataParallel wraps: what is trained, and a forward that calls a function
+    that uses it."""
+
+    def __init__(self, model: nn.Module, terms: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.terms = terms
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """Call the function and return its result."""
+        return function()
