@@ -41,7 +41,7 @@ class Problem:
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return F.normalize(torch.randn(*shape), dim=-1).to(dtype)
+    return F.normalize(torch.randn(shape), dim=-1).to(dtype)
 
 
 def random_problem(

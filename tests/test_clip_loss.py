@@ -116,12 +116,13 @@ def test_subclasses_find_logits_and_labels(logit_bias: Tensor | None) -> None:
 @pytest.mark.parametrize("negative_only", [False, True])
 def test_subclasses_of_siglip_find_logits_and_labels(negative_only: bool) -> None:
     ours, theirs = protoclip.SigLipLoss(), open_clip_loss.SigLipLoss()
-    scalars = torch.tensor(14.3), torch.tensor(-10.0)
-    for bias in (scalars[1], None):
-        expected = theirs.get_logits(*features(), scalars[0], bias)
-        assert torch.equal(ours.get_logits(*features(), scalars[0], bias), expected)
-    size = ("cpu", torch.float32, 5, negative_only)
-    assert torch.equal(ours.get_ground_truth(*size), theirs.get_ground_truth(*size))
+    scale = torch.tensor(14.3)
+    image, text = features()
+    for bias in (torch.tensor(-10.0), None):
+        expected = theirs.get_logits(image, text, scale, bias)
+        assert torch.equal(ours.get_logits(image, text, scale, bias), expected)
+    expected = theirs.get_ground_truth("cpu", torch.float32, 5, negative_only)
+    assert torch.equal(ours.get_ground_truth("cpu", torch.float32, 5, negative_only), expected)
 
 
 def test_settings_are_open_clips_attributes() -> None:
@@ -361,14 +362,15 @@ def test_distillation_forms_no_matrix() -> None:
                     matrices.append(str(function))
             return results
 
-    pairs = Pairs(*map(leaf, features(n, 20)))
+    x, y = (leaf(rows) for rows in features(n, 20))
+    of_images, of_texts = features(n, 31, seed=8)
     loss = protoclip.losses.DistillClipLoss()
     with Results():
-        terms = loss(*pairs, 30.0, *features(n, 31, seed=8), 40.0, output_dict=True)
+        terms = loss(x, y, 30.0, of_images, of_texts, 40.0, output_dict=True)
         terms["distill_loss"].backward()
     assert not matrices
     with Results():
-        open_clip_loss.DistillClipLoss()(*pairs, 30.0, *features(n, 31, seed=8), 40.0)
+        open_clip_loss.DistillClipLoss()(x, y, 30.0, of_images, of_texts, 40.0)
     assert len(matrices) > 4
 
 

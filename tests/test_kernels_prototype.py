@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def unit(*shape: int, dtype: torch.dtype) -> Tensor:
-    return F.normalize(torch.randn(*shape, device=DEVICE), dim=-1).to(dtype)
+    return F.normalize(torch.randn(shape, device=DEVICE), dim=-1).to(dtype)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])

@@ -44,7 +44,7 @@ D = 24
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator), dim=-1).to(dtype)
+    return F.normalize(torch.randn(shape, generator=generator), dim=-1).to(dtype)
 
 
 def dtypes_of(backend: str) -> list[torch.dtype]:

@@ -95,33 +95,33 @@ def test_memory_is_within_15_percent(ranks: int, batch: int) -> None:
         assert predicted == pytest.approx(measured, rel=0.15), parts
 
 
-def saved_for_backward(*flags: str) -> int:
+def saved_for_backward(*flags: str, precision: str = "fp32") -> int:
     """Bytes, of a model with several blocks in each tower."""
+    flags = ("--precision", precision, *flags)
     run = run_of("--device", "cpu", "--method", "clip", "--model", "protoclip-tiny", *flags)
     return memory(measure_shape(run), run)["saved for backward"]
 
 
 def test_settings_of_the_towers_count() -> None:
-    fp32 = ("--precision", "fp32")
-    plain = saved_for_backward(*fp32)
-    assert saved_for_backward("--grad-checkpointing", *fp32) < 0.6 * plain
-    assert 0.4 * plain < saved_for_backward("--precision", "amp_bf16") < 0.7 * plain
-    assert saved_for_backward("--lock-image", *fp32) < plain
+    plain = saved_for_backward()
+    assert saved_for_backward("--grad-checkpointing") < 0.6 * plain
+    assert 0.4 * plain < saved_for_backward(precision="amp_bf16") < 0.7 * plain
+    assert saved_for_backward("--lock-image") < plain
 
 
-def parts_of(*flags: object) -> dict[str, float]:
-    run = run_of("--precision", "fp32", *flags)
+def parts_of(*flags: object, device: str = "cpu") -> dict[str, float]:
+    flags = ("--precision", "fp32", "--device", device, "--method", "clip", *flags)
+    run = run_of(*flags)
     return memory(measure_shape(run), run)
 
 
 def test_logits_that_the_loss_keeps_count() -> None:
     """On one CPU process up to 64 MiB; SigLIP's loss and those over ranks keep none."""
-    on_cpu = ("--device", "cpu", "--method", "clip", "--batch-size")
-    assert parts_of(*on_cpu, 1024)["kept logits"] == 4 * 1024**2
-    assert "kept logits" not in parts_of(*on_cpu, 8192)
-    assert "kept logits" not in parts_of(*on_cpu, 1024, "--siglip")
-    assert "kept logits" not in parts_of(*on_cpu, 1024, "--ranks", 2)
-    assert "kept logits" not in parts_of("--device", "cuda", "--method", "clip")
+    assert parts_of("--batch-size", 1024)["kept logits"] == 4 * 1024**2
+    assert "kept logits" not in parts_of("--batch-size", 8192)
+    assert "kept logits" not in parts_of("--batch-size", 1024, "--siglip")
+    assert "kept logits" not in parts_of("--batch-size", 1024, "--ranks", 2)
+    assert "kept logits" not in parts_of(device="cuda")
 
 
 def test_scratch_of_a_gpu_is_bounded_for_each_loss() -> None:

@@ -14,7 +14,7 @@ import protoclip
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
+    return F.normalize(torch.randn(shape, dtype=dtype), dim=-1)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0, 0.0])

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def unit(*shape: int) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=1)
+    return F.normalize(torch.randn(shape, dtype=torch.float64), dim=1)
 
 
 @pytest.fixture
