@@ -77,7 +77,7 @@ struct SoftmaxGradient {
       const auto columns = std::minmax_element(column, column + tile.columns);
       low = std::min(low, *columns.first), high = std::max(high, *columns.second);
     }
-    return high - low <= kSharedSpread ? shared(tile, low) : exact(tile);
+    return high - low <= kSpread ? shared(tile, low) : exact(tile);
   }
 
   // `weigh(i, j, v) -> G` on vectors of base-2 logits, for all of the tile.

@@ -22,7 +22,7 @@ namespace protoclip {
 
 // Logits this far apart (base 2) still share one reference value: 2^-126 is below the rounding of
 // the smallest maximum's sum.
-constexpr float kSharedSpread = 80.f;
+constexpr float kSpread = 80.f;  // SPREAD of the Triton kernels, which share a reference both ways
 
 // (max, sum of 2^(s - max)) of `count` rows or columns, merged into a running pair.
 inline void merge(float* max, float* sum, const float* other_max, const float* other_sum,
@@ -205,7 +205,7 @@ class Statistics {
     const float low = std::min(
         *std::min_element(scratch.row.max.get(), scratch.row.max.get() + range.rows),
         *std::min_element(scratch.column.max.get(), scratch.column.max.get() + range.columns));
-    if (!has_own && top - low <= kSharedSpread)
+    if (!has_own && top - low <= kSpread)
       sums_shared(range, top, scratch);
     else
       sums_exact(range, scratch);

@@ -72,8 +72,10 @@ def attention_kernel(
     sign, step = split_scale(logit_scale_ptr)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     at = slice_index.to(tl.int64) * n + first_row
-    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    used, columns = i < n - first_row, tl.arange(0, BLOCK_D)
+    i = tl.arange(0, BLOCK_N)
+    j = tl.arange(0, BLOCK_M)
+    used = i < n - first_row
+    columns = tl.arange(0, BLOCK_D)
     rows = tl.minimum(first_row + i, n - 1)
     q = i
     if VALUES:

@@ -108,7 +108,8 @@ def screen_kernel(
         if THREE:
             rows = tl.load(rows_ptr + at, mask=used, other=0)
         best, second, tile = _none_yet(BLOCK_N, BLOCK_M)
-        keys, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        keys = tl.arange(0, BLOCK_M)
+        depth = tl.arange(0, BLOCK_D)
         if HELD:
             x = load_tile(x_ptr, rows, used, depth, d, stride_x_n, stride_x_d, EVEN_D)
             high = x.to(c_ptr.dtype.element_ty)
@@ -308,7 +309,8 @@ def sum_kernel(
     Position i is row i, or row ``rows[i]``."""
     part = tl.program_id(0).to(tl.int64)
     depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first, last = tl.load(first_ptr + part), tl.load(last_ptr + part)
+    first = tl.load(first_ptr + part)
+    last = tl.load(last_ptr + part)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)

@@ -43,7 +43,7 @@ from protoclip.kernels.tiles import (
 from protoclip.kernels.waves import store_gradient
 
 
-class TilePairs(NamedTuple):
+class Pairs(NamedTuple):
     """``Pairs`` of ops/pairs.py as the kernels take them; None: not used."""
 
     own_ptr: Tensor  # [N], position of each row's own column
@@ -297,7 +297,8 @@ def contrastive_gradient_kernel(
     row_reference, row_probability_weight, row_positive_weight = _load_side(
         row_side, num_rows, row, lift
     )
-    low, high = tl.min(row_reference), tl.max(row_reference)
+    low = tl.min(row_reference)
+    high = tl.max(row_reference)
     if BOTH_DIRECTIONS:
         column_reference, column_probability_weight, _ = _load_side(
             column_side, num_columns, col, lift
@@ -367,7 +368,8 @@ def contrastive_fwd(
     both_directions: bool,
 ) -> ContrastiveStatistics:
     """Statistics of a strip; own to same_positive as in ops/pairs.py."""
-    n, m = x.shape[0], y.shape[0]
+    n = x.shape[0]
+    m = y.shape[0]
     if not min(n, m):
         return ContrastiveStatistics(
             rows=_without_keys(x, n), columns=_without_keys(x, m if both_directions else 0)
@@ -375,7 +377,7 @@ def contrastive_fwd(
     config = launch.choose("contrastive_forward", x, y)
     blocks_m = cdiv(m, config.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
-    pairs = TilePairs(own, exclude, key_bias)
+    pairs = Pairs(own, exclude, key_bias)
     num_columns = m if both_directions else 0
     row_statistics = x.new_empty((4, n), dtype=torch.float32)
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
@@ -436,10 +438,11 @@ def contrastive_bwd(
     column_side = PairSide(column_statistics.contiguous(), column_weights.contiguous())
     plan = waves.chunks(x, y, config)
     partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
-    pairs = TilePairs(own, exclude, key_bias)
+    pairs = Pairs(own, exclude, key_bias)
 
     def fill(chunk: waves.Chunk, g: Tensor) -> None:
-        part_x, part_y = x[chunk.rows], y[chunk.cols]
+        part_x = x[chunk.rows]
+        part_y = y[chunk.cols]
         sums = None
         if key_bias is not None:
             blocks = chunk.shape[0] // config.block_n

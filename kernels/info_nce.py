@@ -249,7 +249,8 @@ def info_nce_merge_kernel(
             loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
         if BOTH_DIRECTIONS:
             inside = column < m
-            reference, total = empty, tl.zeros((BLOCK,), tl.float32)
+            reference = empty
+            total = tl.zeros((BLOCK,), tl.float32)
             if HAS_BEFORE:
                 reference = tl.load(column_reference_ptr + column, mask=inside, other=0.0)
                 total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
@@ -376,13 +377,15 @@ def info_nce_gradient_kernel(
             column_side, cols, m, stride_column_weight, unit
         )
     if extremes_ptr is None:
-        low, high = tl.min(row_reference), tl.max(row_reference)
+        low = tl.min(row_reference)
+        high = tl.max(row_reference)
         if BOTH_DIRECTIONS:
             low = tl.minimum(low, tl.min(column_reference))
             high = tl.maximum(high, tl.max(column_reference))
     else:
         block_ptr = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
-        low, high = tl.load(block_ptr), tl.load(block_ptr + 1)
+        low = tl.load(block_ptr)
+        high = tl.load(block_ptr + 1)
         if BOTH_DIRECTIONS:
             block_ptr = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
             low = tl.minimum(low, tl.load(block_ptr))
@@ -460,7 +463,8 @@ def info_nce_fwd(
 ) -> InfoNceForward:
     """The strip x [N, D] against y [M, D], as in ops/info_nce_loss.py: the losses, times
     ``pair_weight`` in each direction, or their sum, and statistics."""
-    n, m = x.shape[0], y.shape[0]
+    n = x.shape[0]
+    m = y.shape[0]
     num_columns = m if both_directions else 0
     length = m if both_directions else n
     merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
@@ -557,8 +561,10 @@ def info_nce_bwd(
     entries = torch.empty_like(row_reference)
 
     def fill(chunk: waves.Chunk, g: Tensor) -> None:
-        rows, cols = chunk.rows, chunk.cols
-        part_x, part_y = x[rows], y[cols]
+        rows = chunk.rows
+        cols = chunk.cols
+        part_x = x[rows]
+        part_y = y[cols]
         row_side = Side(
             reference_ptr=row_reference[rows],
             sum_ptr=row_sum[rows],

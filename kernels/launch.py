@@ -265,9 +265,11 @@ def prototype_config(x: Tensor, *, full: bool = False, values: bool = False) -> 
 def assign_config(x: Tensor) -> Launch:
     """The configuration for points x [N, D] against centroids: in one term, or of fp32 points in
     three."""
-    configs, wide = ASSIGN, ASSIGN_WIDE
+    configs = ASSIGN
+    wide = ASSIGN_WIDE
     if x.dtype == torch.float32:
-        configs, wide = ASSIGN_OPEN[architecture(x.device) or 90], ASSIGN_OPEN_WIDE
+        configs = ASSIGN_OPEN[architecture(x.device) or 90]
+        wide = ASSIGN_OPEN_WIDE
     return next((config for width, config in configs.items() if x.shape[1] <= width), wide)
 
 

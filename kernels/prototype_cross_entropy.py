@@ -135,8 +135,10 @@ def weights_kernel(
     EVEN_D: tl.constexpr, GRADIENT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, key tiles): W, or UNIT * G where GRADIENT. first_key: of this wave."""
-    row0, col0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
-    rows, cols = row0 + tl.arange(0, BLOCK_N), col0 + tl.arange(0, BLOCK_M)
+    row0 = tl.program_id(0) * BLOCK_N
+    col0 = tl.program_id(1) * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_N)
+    cols = col0 + tl.arange(0, BLOCK_M)
     used = rows < n
     sign, step = split_scale(logit_scale_ptr)
     s = sign * products(

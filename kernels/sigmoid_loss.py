@@ -119,7 +119,8 @@ def sigmoid_loss_kernel(
             )
             is_own = cols[None, :] == rows[:, None] + offset
             inside = (rows[:, None] < n) & (cols[None, :] < m)
-            row, col = tl.minimum(rows, n - 1), tl.minimum(cols, m - 1)
+            row = tl.minimum(rows, n - 1)
+            col = tl.minimum(cols, m - 1)
             positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE)
             pair_loss, p = _losses(acc * logit_scale + logit_bias, positive, seen)
             loss += tl.sum(pair_loss)
@@ -158,7 +159,8 @@ def sigmoid_loss(
     entries = x.new_empty(x.shape[0], dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor | None) -> None:
-        part_x, part_y = x[chunk.rows], y[chunk.cols]
+        part_x = x[chunk.rows]
+        part_y = y[chunk.cols]
         ids = id_arguments(None, None)
         if query_ids is not None and key_ids is not None:
             ids = id_arguments(query_ids[:, chunk.rows], key_ids[:, chunk.cols])

@@ -21,14 +21,15 @@ from protoclip.kernels.launch import INTERPRETED, Launch
 LOG2E = tl.constexpr(1.4426950408889634)
 LEFT_OUT = tl.constexpr(-100)  # in place of a label, as in torch's cross-entropy
 HIDDEN = tl.constexpr(1e30)  # finite: times a weight of 0 it is 0
-SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1
+SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1; C++: kSpread
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 bit patterns as integers
 
 
 @triton.jit
 def tile_origin(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
     """-> first row and first column of a tile; GROUP row blocks share the y they read in L2."""
-    blocks_n, blocks_m = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
+    blocks_n = tl.cdiv(n, BLOCK_N)
+    blocks_m = tl.cdiv(m, BLOCK_M)
     group = pid // (GROUP * blocks_m)
     first = group * GROUP
     height = tl.minimum(blocks_n - first, GROUP)
@@ -53,7 +54,8 @@ def can_hide(base2_scale):
 def hide(acc, base2_scale, row0, col0, n, m, offset):
     """-> the products of a tile, with logits of -HIDDEN at positives and past the ends, and the
     products of the positives [rows], 0 where it holds none."""
-    rows, cols = tl.arange(0, acc.shape[0])[:, None], tl.arange(0, acc.shape[1])[None, :]
+    rows = tl.arange(0, acc.shape[0])[:, None]
+    cols = tl.arange(0, acc.shape[1])[None, :]
     shift = row0 + offset - col0
     hidden = -HIDDEN / base2_scale
     positive_product = tl.zeros((acc.shape[0],), tl.float32)
@@ -71,7 +73,8 @@ def dot(a, b, acc=None):
     """acc + a @ b, fp32. fp32 operands run on FMA units: tensor cores truncate their accumulators,
     which takes three-term TF32 out of the error budget at scale 100."""
     if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
@@ -87,7 +90,8 @@ def products_at(
     y_ptrs = y + cols[None, :] * stride_y_m + depth[:, None].to(tl.int64) * stride_y_d
     for start_d in range(0, d, BLOCK_D):
         if EVEN_D:
-            a, b = tl.load(x_ptrs), tl.load(y_ptrs)
+            a = tl.load(x_ptrs)
+            b = tl.load(y_ptrs)
         else:
             a = tl.load(x_ptrs, mask=depth[None, :] < d - start_d, other=0.0)
             b = tl.load(y_ptrs, mask=depth[:, None] < d - start_d, other=0.0)
@@ -140,9 +144,11 @@ def equal_ids(ids, row, col, PINNED: tl.constexpr = False):
     """-> where a row and a column share an id, [rows, cols]. ids: of ``id_pointers``."""
     same = tl.zeros((row.shape[0], col.shape[0]), tl.int1)
     for i in tl.static_range(0, len(ids), 2):
-        row_ids, col_ids = tl.load(ids[i] + row), tl.load(ids[i + 1] + col)
+        row_ids = tl.load(ids[i] + row)
+        col_ids = tl.load(ids[i + 1] + col)
         if PINNED:
-            row_ids, col_ids = pinned(row_ids), pinned(col_ids)
+            row_ids = pinned(row_ids)
+            col_ids = pinned(col_ids)
         same = same | (row_ids[:, None] == col_ids[None, :])
     return same
 
@@ -190,7 +196,8 @@ def operands(x: Tensor, y: Tensor, config: Launch) -> dict[str, Any]:
     the configuration says so, and by pointer for slices; their sizes; what it is compiled for."""
     n, d = x.shape
     m = y.shape[0]
-    x_tile, y_tile = x, y
+    x_tile = x
+    y_tile = y
     if config.descriptors:  # ``launch.choose`` gives those to aligned features only
         x_tile = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])
         y_tile = TensorDescriptor.from_tensor(y, [config.block_m, config.block_d])

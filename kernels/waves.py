@@ -40,8 +40,13 @@ class Chunk:
 def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> list[Chunk]:
     """Row by row, chunks whose G fits ``GRADIENT_BYTES`` (but one tile always may); one chunk where
     no G is kept."""
-    n, m, block_n, block_m = x.shape[0], y.shape[0], config.block_n, config.block_m
-    rows, cols = cdiv(n, block_n), cdiv(m, block_m)  # in tiles
+    n = x.shape[0]
+    m = y.shape[0]
+    block_n = config.block_n
+    block_m = config.block_m
+    # in tiles
+    rows = cdiv(n, block_n)
+    cols = cdiv(m, block_m)
     if bounded:
         budget = GRADIENT_BYTES // x.element_size() // (block_n * block_m)  # tiles
         cols = min(cols, max(1, budget * block_n // SIDE))
@@ -52,7 +57,8 @@ def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> lis
         for j in range(0, m, max(1, cols) * block_m):
             height = min(rows * block_n, n - i)
             width = min(cols * block_m, m - j)
-            tile_rows, tile_cols = cdiv(height, block_n), cdiv(width, block_m)
+            tile_rows = cdiv(height, block_n)
+            tile_cols = cdiv(width, block_m)
             chunk = Chunk(
                 rows=slice(i, i + height),
                 cols=slice(j, j + width),
@@ -71,7 +77,8 @@ def store_gradient(g, row0, col0, g_ptr, stride_g):
     if isinstance(g_ptr, tl.tensor_descriptor):
         g_ptr.store([row0, col0], g.to(g_ptr.dtype))
     else:
-        rows, cols = row0 + tl.arange(0, g.shape[0]), col0 + tl.arange(0, g.shape[1])
+        rows = row0 + tl.arange(0, g.shape[0])
+        cols = col0 + tl.arange(0, g.shape[1])
         at = rows.to(tl.int64)[:, None] * stride_g + cols[None, :]
         tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty))
 
@@ -118,8 +125,10 @@ def gradients_by_chunks(
     sum_y = x.new_empty((m, d), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for chunk in plan:
-            rows, cols = chunk.rows, chunk.cols
-            height, width = rows.stop - rows.start, cols.stop - cols.start
+            rows = chunk.rows
+            cols = chunk.cols
+            height = rows.stop - rows.start
+            width = cols.stop - cols.start
             g = scratch[: chunk.shape[0] * chunk.shape[1]].view(chunk.shape)
             fill(chunk, g)
             g = g[:height, :width]
@@ -199,7 +208,8 @@ def finish_kernel(
     The grid says how much of it: rows of dx, then of dy, then the totals, by tiles of D.
     """
     program = tl.program_id(0)
-    programs_x, programs_y = tl.cdiv(rows, BLOCK_N), tl.cdiv(cols, BLOCK_N)
+    programs_x = tl.cdiv(rows, BLOCK_N)
+    programs_y = tl.cdiv(cols, BLOCK_N)
     factor = tl.load(factor_ptr).to(tl.float32)
     if program < programs_x:
         _finish_side(
