@@ -134,9 +134,9 @@ def attention_kernel(
             # The label's product is the diagonal of one more tile of the same dot: the same bits as
             # in the sum, so that a loss near zero does not cancel.
             label = tl.load(labels_ptr + first_row + i, mask=used, other=LEFT_OUT)
-            known = (label >= 0) & (label < k)
+            labelled = (label >= 0) & (label < k)
             s, _ = _products(
-                q, q_ptr, rows, key_ptr, label, known, d, strides, BLOCK_D, EVEN_D, VALUES, True
+                q, q_ptr, rows, key_ptr, label, labelled, d, strides, BLOCK_D, EVEN_D, VALUES, True
             )
             diagonal = sign * tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
             tl.store(positive_ptr + first_row + i, diagonal, mask=used)

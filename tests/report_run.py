@@ -15,29 +15,34 @@ from protoclip.settings.config import DataConfig, TrainConfig, to_dict
 
 def make_run(path: Path, method="protoclip", noise=1.0):
     """A folder for the report: features around the groups of builtin:shapes, not trained ones."""
-    data, judged = "builtin:shapes:300", 60
+    data = "builtin:shapes:300"
+    judged = 60
     path.mkdir(parents=True)
     config = TrainConfig(method=method, data=DataConfig(train_data=data))
     (path / "config.json").write_text(json.dumps(to_dict(config)))
     train = open_dataset(data, "train")
     heldout = open_dataset(data, "heldout")
-    ids, names = train.labels["group"].ids, train.labels["group"].names
+    ids = train.labels["group"].ids
+    names = train.labels["group"].names
     g = torch.Generator().manual_seed(len(path.name))
     centre = torch.randn(len(names), 16, generator=g)
 
     def around(ids, spread):
         return centre[ids] + spread * torch.randn(len(ids), 16, generator=g)
 
-    image, text = around(ids, noise), around(ids, noise) + 1
-    own = heldout.labels["group"].ids[:judged]
-    image_h = around(own, 1.0)
+    image = around(ids, noise)
+    text = around(ids, noise) + 1
+    groups = heldout.labels["group"].ids[:judged]
+    image_h = around(groups, 1.0)
     labels = {
-        name: type(known)(known.ids[:judged], known.names) for name, known in heldout.labels.items()
+        name: type(values)(values.ids[:judged], values.names)
+        for name, values in heldout.labels.items()
     }
-    text_h, rows = image_h + noise * torch.randn(len(own), 16, generator=g), torch.arange(len(own))
-    one = EvalSet(image_h, text_h, rows, labels, {"group": centre}, title="Held-out pairs")
-    after = evaluate_features({"HO": one}, tasks=("zeroshot", "retrieval", "geometry"))
-    worse = EvalSet(image_h.roll(1, 0), one.text, one.owner, labels, {"group": centre})
+    text_h = image_h + noise * torch.randn(len(groups), 16, generator=g)
+    rows = torch.arange(len(groups))
+    shown = EvalSet(image_h, text_h, rows, labels, {"group": centre}, title="Held-out pairs")
+    after = evaluate_features({"HO": shown}, tasks=("zeroshot", "retrieval", "geometry"))
+    worse = EvalSet(image_h.roll(1, 0), shown.text, shown.owner, labels, {"group": centre})
     before = evaluate_features({"HO": worse}, tasks=("zeroshot", "retrieval", "geometry"))
     lines = [
         {"step": s, "contrastive_loss": 5 - s / 50, "proto_loss": 4.0, "lr": 1e-3,
@@ -51,9 +56,10 @@ def make_run(path: Path, method="protoclip", noise=1.0):
     if method == "protoclip":
         clusters = {"image": ids * 3 + torch.arange(len(ids)) % 3, "external": ids}
     encoded = Encoded(image, text)
-    unit = Encoded(*(torch.nn.functional.normalize(x, dim=1) for x in (image, text)))
+    normalize = torch.nn.functional.normalize
+    unit = Encoded(normalize(image, dim=1), normalize(text, dim=1))
     snapshot = take_snapshot(
-        Samples(train, encoded, unit, clusters), (Subset(heldout, range(len(own))), one),
+        Samples(train, encoded, unit, clusters), (Subset(heldout, range(len(groups))), shown),
         facts={"memory_bytes": {"forward": 2**30}},
     )  # fmt: skip
     save_snapshot(path, snapshot)

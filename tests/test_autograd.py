@@ -147,10 +147,10 @@ def test_forward_mode_is_the_derivative(
 @each_loss
 def test_the_hessian_is_the_derivative_of_the_gradient(loss: str) -> None:
     """Along X, where one number is the Hessian."""
-    one = torch.ones(())
-    got = hessian(lambda factor: of_features(loss, "auto")(factor * X))(one)
+    unit = torch.ones(())
+    got = hessian(lambda factor: of_features(loss, "auto")(factor * X))(unit)
     gradient = grad(of_features(loss, "reference"))
-    _, expected = jvp(lambda factor: (gradient(factor * X) * X).sum(), (one,), (one,))
+    _, expected = jvp(lambda factor: (gradient(factor * X) * X).sum(), (unit,), (unit,))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 

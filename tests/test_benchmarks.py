@@ -78,10 +78,10 @@ def test_nothing_is_timed_whose_other_logits_are_wrong(case: str) -> None:
     batch = test_contrastive.make_batch(case, shape, torch.bfloat16, cone=True)
     written_out = test_contrastive.written_out(case, shape, torch.bfloat16)
     form = written_out.form
-    others = written_out.truth.logits.masked_fill(form.taken_out, 0)
+    kept_logits = written_out.truth.logits.masked_fill(form.taken_out, 0)
     queries, keys = form.sides(batch.x.double(), batch.y.double())
     logits = batch.scale.detach() * queries @ keys.T
-    dx, dy = torch.autograd.grad(logits, (batch.x, batch.y), others)
+    dx, dy = torch.autograd.grad(logits, (batch.x, batch.y), kept_logits)
 
     def assert_parity(factor: float) -> None:
         def faulty(batch: test_contrastive.Batch) -> Tensor:

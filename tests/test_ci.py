@@ -21,15 +21,16 @@ fi
 
 def calls_of_ci(folder: Path, fails_at: int = 0, root: bool = True) -> tuple[int, list[str]]:
     """The exit code of .ci/run and the calls that it made; call number ``fails_at`` fails."""
-    tools, calls = folder / "tools", folder / "calls"
+    tools = folder / "tools"
+    calls = folder / "calls"
     tools.mkdir()
     for name in ("apt-get", "python3"):
         (tools / name).write_text(TOOL)
         (tools / name).chmod(0o755)
     (tools / "id").write_text(f"#!/bin/bash\necho {0 if root else 1000}\n")
     (tools / "id").chmod(0o755)
-    told = {"PATH": f"{tools}:/usr/bin:/bin", "CALLS": str(calls), "FAILS_AT": str(fails_at)}
-    done = subprocess.run([ROOT / ".ci" / "run"], env=os.environ | told, capture_output=True)
+    variables = {"PATH": f"{tools}:/usr/bin:/bin", "CALLS": str(calls), "FAILS_AT": str(fails_at)}
+    done = subprocess.run([ROOT / ".ci" / "run"], env=os.environ | variables, capture_output=True)
     return done.returncode, calls.read_text().splitlines()
 
 

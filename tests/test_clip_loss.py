@@ -115,7 +115,8 @@ def test_subclasses_find_logits_and_labels(logit_bias: Tensor | None) -> None:
 
 @pytest.mark.parametrize("negative_only", [False, True])
 def test_subclasses_of_siglip_find_logits_and_labels(negative_only: bool) -> None:
-    ours, theirs = protoclip.SigLipLoss(), open_clip_loss.SigLipLoss()
+    ours = protoclip.SigLipLoss()
+    theirs = open_clip_loss.SigLipLoss()
     scale = torch.tensor(14.3)
     image, text = features()
     for bias in (torch.tensor(-10.0), None):
@@ -308,11 +309,13 @@ class Distilled(nn.Module):
     def __init__(self, loss: nn.Module, rank: int = 0) -> None:
         super().__init__()
         self.loss = loss
-        self.teacher = Pairs(*(t[20 * rank :] for t in features(60, 31, seed=8)))
+        image, text = features(60, 31, seed=8)
+        self.teacher = Pairs(image[20 * rank :], text[20 * rank :])
 
     def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
         n = len(image_features)
-        image, text = self.teacher.image[:n], self.teacher.text[:n]
+        image = self.teacher.image[:n]
+        text = self.teacher.text[:n]
         scale = torch.tensor(30.0)
         terms = self.loss(image_features, text_features, logit_scale, image, text, scale)
         assert len(terms) == 2
@@ -427,12 +430,13 @@ SCALARS_OF = {"CoCaLoss": SCALARS["ClipLoss"], "DistillClipLoss": SCALARS["ClipL
 def warnings_without_a_rank() -> dict[str, list[str]]:
     """Of three calls of each loss that was not told of the other ranks."""
     words = {}
+    image, text = features()
     for name, scalars in SCALARS.items():
         loss = getattr(protoclip, name)()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(3):
-                loss(*features(), **scalars)
+                loss(image, text, **scalars)
         words[name] = [str(each.message) for each in caught]
     return words
 
@@ -530,7 +534,8 @@ def test_a_loss_that_does_not_know_of_the_other_ranks_warns_once(
         assert f"{name}: expected rank= and world_size=2" in words
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        getattr(protoclip, name)()(*features(), **SCALARS[name])
+        image, text = features()
+        getattr(protoclip, name)()(image, text, **SCALARS[name])
 
 
 @pytest.mark.parametrize("name", SCALARS)

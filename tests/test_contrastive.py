@@ -671,7 +671,11 @@ def test_unknown_labels_of_sup_con_are_no_class(backend: str) -> None:
         protoclip.sup_con(x, row_labels, 5.0, reduction="none", backend=backend)
         for row_labels in (unknown, alone)
     ]
-    assert torch.equal(*by_row) and not by_row[0][[1, 4, 5]].any() and by_row[0][[0, 2]].all()
+    assert (
+        torch.equal(by_row[0], by_row[1])
+        and not by_row[0][[1, 4, 5]].any()
+        and by_row[0][[0, 2]].all()
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def test_icons_hold_out_a_family_and_a_tenth_of_the_concepts() -> None:
     assert not any(key.startswith("lucide/") for key in train.keys)
     heldout_ids = heldout.labels["concept"].ids
     trained = train.labels["concept"].ids.unique()
-    others = [i for i, key in enumerate(heldout.keys) if not key.startswith("lucide/")]
-    new = heldout_ids[others].unique()
+    of_other_families = [i for i, key in enumerate(heldout.keys) if not key.startswith("lucide/")]
+    new = heldout_ids[of_other_families].unique()
     assert not torch.isin(new, trained).any()
     assert 0.09 < len(new) / (len(new) + len(trained)) < 0.11
     # The family's other concepts are trained by other families.

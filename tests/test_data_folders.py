@@ -49,13 +49,13 @@ def test_class_folders_are_pairs(animals: Path) -> None:
 def test_names_of_classes_and_the_train_split(animals: Path, tmp_path: Path) -> None:
     (animals / "classnames.txt").write_text("Katze\nHund\nUhu\n")
     assert open_dataset(str(animals)).captions(0) == ("a photo of a Katze.",)
-    both = tmp_path / "both"
-    both.mkdir()
-    (animals / "classnames.txt").rename(both / "classnames.txt")
-    animals.rename(both / "train")
-    (both / "val" / "cat").mkdir(parents=True)
-    picture(0).save(both / "val" / "cat" / "unseen.png")
-    dataset = open_dataset(str(both))
+    parts = tmp_path / "both"
+    parts.mkdir()
+    (animals / "classnames.txt").rename(parts / "classnames.txt")
+    animals.rename(parts / "train")
+    (parts / "val" / "cat").mkdir(parents=True)
+    picture(0).save(parts / "val" / "cat" / "unseen.png")
+    dataset = open_dataset(str(parts))
     assert len(dataset) == 3 * PICTURES and dataset.captions(0) == ("a photo of a Katze.",)
 
 

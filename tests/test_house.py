@@ -42,12 +42,12 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 def own_modules(path: Path) -> set[str]:
     """The files of protoclip that a file imports, by module."""
-    found = set()
+    modules = set()
     for name in imported(path):
         module = name if name in MODULES else name.rpartition(".")[0]
         if module in MODULES and module != module_of(path):
-            found.add(module)
-    return found
+            modules.add(module)
+    return modules
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -93,8 +93,8 @@ def test_the_products_of_a_greedy_start_only_choose(
 
 def test_a_greedy_start_has_the_same_bits_on_any_number_of_threads() -> None:
     points = blobs(6000, 16, 80)
-    one, two = on_threads(lambda: start(points, 80, init="k-means++"), counts=(1, 2))
-    assert torch.equal(one.centroids, two.centroids)
+    on_one, on_two = on_threads(lambda: start(points, 80, init="k-means++"), counts=(1, 2))
+    assert torch.equal(on_one.centroids, on_two.centroids)
 
 
 # ---- empty clusters ----

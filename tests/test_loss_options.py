@@ -533,10 +533,10 @@ def test_decoupled_nt_xent_by_hand(backend: str) -> None:
     second = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
     views = torch.cat([first, second])
     dots = views @ views.T
-    others = {0: (1, 3), 1: (0, 2), 2: (1, 3), 3: (0, 2)}
+    keys_seen = {0: (1, 3), 1: (0, 2), 2: (1, 3), 3: (0, 2)}
     expected = [
         torch.logsumexp(5 * dots[i, list(keys)], dim=0) - 5 * dots[i, (i + 2) % 4]
-        for i, keys in others.items()
+        for i, keys in keys_seen.items()
     ]
     options = {"decoupled": True, "backend": backend}
     losses = protoclip.nt_xent(first, second, 5.0, reduction="none", **options)
@@ -680,7 +680,8 @@ def test_the_sigmoid_loss_with_options_is_its_formula(
 def test_options_of_siglip_form_no_matrix_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     n = 700
     monkeypatch.setattr(siglip_loss, "STRIP_LOGITS", 10 * n)
-    image, text = leaf(unit(n, D)), leaf(unit(n, D, seed=1))
+    image = leaf(unit(n, D))
+    text = leaf(unit(n, D, seed=1))
     arguments = {"weights": torch.rand(n), "label_smoothing": 0.1, "ids": torch.arange(n) // 2}
     with LargestResult() as largest:
         protoclip.SigLipLoss()(image, text, 10.0, torch.tensor(-5.0), **arguments).backward()

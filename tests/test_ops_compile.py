@@ -277,8 +277,8 @@ def test_an_exported_program_takes_any_batch(name: str, strict: bool) -> None:
     program = torch.export.export(
         module, tuple(example.values()), dynamic_shapes={"tensors": shapes}, strict=strict
     )
-    others = module.tensors_of(other_size)
-    assert torch.equal(program.module()(*others.values()), module.call(**others))
+    tensors = module.tensors_of(other_size)
+    assert torch.equal(program.module()(*tensors.values()), module.call(**tensors))
 
 
 @pytest.mark.parametrize("backend", usable("segment_mean"))

@@ -21,14 +21,15 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def texts_of(svg):
     """(x, words) of each line of text; the picture must be well-formed XML."""
-    found = ElementTree.fromstring(svg).iter(f"{SVG}text")
-    return [(float(one.get("x")), one.text) for one in found]
+    texts = ElementTree.fromstring(svg).iter(f"{SVG}text")
+    return [(float(element.get("x")), element.text) for element in texts]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder whose page shows two unseen drawings and one group of eight drawings."""
-    icons, thumbs = builtin_icons(), Thumbnails()
+    icons = builtin_icons()
+    thumbs = Thumbnails()
     place = {key: i for i, key in enumerate(icons.keys)}
     anchor, bug = (
         thumbs.item(icons, place[f"lucide/{name}"], side=128) for name in ("anchor", "bug")
@@ -141,7 +142,8 @@ def test_the_words_for_the_peers_have_every_number_that_is_drawn():
     speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     panels = pictures.shown_peers(speed)
     assert len(panels) == len(pictures.SHOWN)
-    title, svg = pictures.peers_title(speed), pictures.draw_peers(speed)
+    title = pictures.peers_title(speed)
+    svg = pictures.draw_peers(speed)
     drawn = [text for _, text in texts_of(svg)]
     assert drawn.count("protoclip") == len(panels) and "open_clip" in drawn
     for rows in panels.values():

@@ -286,8 +286,8 @@ def test_distillation_is_the_divergence_of_the_off_diagonal_softmaxes() -> None:
     expected = 0.0
     for rows in (students.image, students.text):
         for i in range(5):
-            others = [j for j in range(5) if j != i]
-            p = torch.softmax(teacher_rows[others] @ teacher_rows[i] / 0.2, dim=0)
-            q = torch.softmax(9 * rows[others] @ rows[i], dim=0)
+            other_rows = [j for j in range(5) if j != i]
+            p = torch.softmax(teacher_rows[other_rows] @ teacher_rows[i] / 0.2, dim=0)
+            q = torch.softmax(9 * rows[other_rows] @ rows[i], dim=0)
             expected += float((p * (p / q).log()).sum()) / 10
     assert float(got) == pytest.approx(expected, rel=1e-5)

@@ -19,7 +19,8 @@ from protoclip.ops.dispatch import TABLE
 from protoclip.settings.commands import PARSERS
 
 ROOT = Path(__file__).parent.parent
-README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 ALL = (README, CONTRIBUTING, *DOCS)
 INDEX = ROOT / "docs" / "README.md"

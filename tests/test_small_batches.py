@@ -83,7 +83,8 @@ def test_a_queue_adds_the_last_steps_features_as_negatives() -> None:
             F.normalize(torch.cat([getattr(key, name) for key in keys]), dim=1)
             for name in ("image", "text")
         )
-        images, texts = image_keys[:4], text_keys[:4]
+        images = image_keys[:4]
+        texts = text_keys[:4]
         by_image = F.cross_entropy(scale * images @ text_keys.T, torch.arange(4))
         by_text = F.cross_entropy(scale * texts @ image_keys.T, torch.arange(4))
         torch.testing.assert_close(total, (by_image + by_text) / 2, rtol=1e-5, atol=1e-6)
@@ -210,7 +211,8 @@ def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -
     tasks = finish(done)
     assert len({task.key for task in tasks}) == len(tasks)
     seeds = seeds_by_row(task for task in tasks if task.stage == "main")
-    eight, three = list(range(100, 108)), [100, 101, 102]
+    eight = list(range(100, 108))
+    three = [100, 101, 102]
     for tower in (MLP, CNN):
         for batch in (64, 256):
             for row in (CLIP, EQUAL_TIME, WITH_TEACHER, OURS):
@@ -248,8 +250,10 @@ def test_each_method_s_best_batch_has_the_same_time(done: protocol.Done) -> None
 
 # ---- the report ----
 
-OURS_64, EQUAL_64 = [0.62, 0.63, 0.61, 0.64] * 2, [0.60, 0.62, 0.60, 0.61] * 2
-OURS_256, EQUAL_256 = [0.61, 0.60, 0.62, 0.63] * 2, [0.61, 0.61, 0.61, 0.62] * 2
+OURS_64 = [0.62, 0.63, 0.61, 0.64] * 2
+EQUAL_64 = [0.60, 0.62, 0.60, 0.61] * 2
+OURS_256 = [0.61, 0.60, 0.62, 0.63] * 2
+EQUAL_256 = [0.61, 0.61, 0.61, 0.62] * 2
 
 
 def judged_runs(tower: str, seeds: int = 8) -> list[dict[str, Any]]:

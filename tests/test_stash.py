@@ -33,7 +33,8 @@ def measured_cases() -> list[Measured]:
     page = Path(__file__).parents[1] / "docs" / "speed.md"
     cases = []
     for row in re.findall(r"^\| N = ([\d,]+), D = (\d+) \|(.*)\|$", page.read_text(), re.MULTILINE):
-        n, d = int(row[0].replace(",", "")), int(row[1])
+        n = int(row[0].replace(",", ""))
+        d = int(row[1])
         bf16_kept, _, fp32_kept, _ = row[2].split("|")
         cases.append(Measured(n, d, BF16, "**" in bf16_kept))
         cases.append(Measured(n, d, FP32, "**" in fp32_kept))

@@ -200,7 +200,8 @@ def read_late(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Let a CPU stand in for a card, whose numbers are on their way until they are read; returns
     what happens, in order: ("begun" or "read", number of the line)."""
     events: list[tuple[str, int]] = []
-    original_init, original_copy = log.Log.__init__, log.start_copy
+    original_init = log.Log.__init__
+    original_copy = log.start_copy
 
     def init(self: log.Log, *arguments: Any) -> None:
         original_init(self, *arguments)
