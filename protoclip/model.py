@@ -37,6 +37,7 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # OpenCLIP's --siglip
 HUB_TIMEOUT = 10.0  # seconds
 STEP = 8  # token tensors are padded to multiples of it, so that kernels see few shapes
+COMPILED_STEP = 32  # the same under --torchcompile, which compiles the text tower for each length
 MOST_REMEMBERED = 32_768  # captions whose tokens are kept, of 8 bytes a token
 
 
@@ -69,6 +70,7 @@ class ProtoModel(nn.Module):
         tokenizer: Callable[[list[str]], Tensor],
         heads: tuple[Projection, Projection] | None,
         siglip: bool = False,
+        token_step: int = STEP,
     ) -> None:
         super().__init__()
         self.clip: Any = clip
@@ -78,7 +80,7 @@ class ProtoModel(nn.Module):
         self.tokenizer = tokenizer  # OpenCLIP's own
         self.short_tokenizer = tokenizer  # for encode and encode_text
         if can_shorten(clip):
-            self.short_tokenizer = ShortTokenizer(tokenizer, _end_id(clip))
+            self.short_tokenizer = ShortTokenizer(tokenizer, _end_id(clip), token_step)
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
         self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
@@ -320,7 +322,8 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         heads = (copy.deepcopy(text_head), text_head)
     if config.grad_checkpointing:
         clip.set_grad_checkpointing()
-    model = ProtoModel(clip, tokenizer, heads, config.siglip)
+    token_step = COMPILED_STEP if config.torchcompile else STEP
+    model = ProtoModel(clip, tokenizer, heads, config.siglip, token_step)
     if config.lock_image:
         model.lock_image()
     if config.lock_text:
@@ -375,17 +378,18 @@ class ShortTokenizer:
 
     tokenizer: Callable[[list[str]], Tensor]
     end_id: int | None
+    step: int = STEP
     # Captions come again every epoch, and splitting one takes as long as cropping a picture.
     remembered: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """-> int64 [B, L], L a multiple of ``STEP`` or the whole context."""
+        """-> int64 [B, L], L a multiple of ``step`` or the whole context."""
         tokens = self._tokenize(texts)
         length = int(_ends(tokens, self.end_id).max()) + 1
-        return tokens[:, : -(-length // STEP) * STEP]
+        return tokens[:, : -(-length // self.step) * self.step]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShortTokenizer, (self.tokenizer, self.end_id)  # a worker remembers its own captions
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker remembers its own captions
+        return ShortTokenizer, (self.tokenizer, self.end_id, self.step)
 
     def _tokenize(self, texts: list[str]) -> Tensor:
         """The tokenizer's result, int64 [B, context]."""

@@ -21,7 +21,7 @@ import torch
 
 from protoclip import distributed
 from protoclip.common.files import mebibytes
-from protoclip.common.host import keep_freed_memory, start_again_if_busy
+from protoclip.common.host import choose_workers, keep_freed_memory, start_again_if_busy
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
 from protoclip.data.loader import EpochOrder
@@ -57,6 +57,7 @@ from protoclip.training.checks import (
 )
 from protoclip.training.stops import Stopped
 from protoclip.training.summary import announce, conclude
+from protoclip.training.towers import tf32_products
 from protoclip.training.trainer import Setup, Trainer
 
 __all__ = ["Term", "TermInputs", "Trained", "gathered_rows", "main", "make_config", "train"]
@@ -120,7 +121,9 @@ def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Train
     device = choose_device(config.run.device)
     info = distributed.find_rank()
     joined = distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
-    trained = _train(config, device, terms or {})
+    exactly = tf32_products(False) if device.type == "cuda" else contextlib.nullcontext()
+    with exactly:  # except in the towers while they train
+        trained = _train(config, device, terms or {})
     if joined:
         distributed.stop()
     return trained
@@ -143,7 +146,9 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
             return Trained(path, read_results(path / "results.json").trained)
     precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
-    setup = Setup(config, plan, dataset, order, device, precision)
+    # The config keeps "auto", so that a run can go on on another machine.
+    workers = choose_workers(config.data.workers, device, distributed.world_size())
+    setup = Setup(config, plan, dataset, order, device, precision, workers=workers)
     if uses_prototypes(config):
         prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
@@ -154,7 +159,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
         teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
-    evaluation = Evaluation(config, run_data, device, precision, phases)
+    evaluation = Evaluation(config, run_data, device, precision, phases, workers)
     reuses = None if resume is None else resume.training["features"] is not None
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses, terms)
     notes = [free_space(path, trainer.checkpoint_bytes())]

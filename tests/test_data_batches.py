@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +14,14 @@ import pytest
 import torch
 from pairs import MEAN, STD, assert_equal, load, tokenize
 from PIL import Image
+from ranks import config_of
 from torch import Tensor
 from torchvision import transforms
 
+from protoclip.common import host
 from protoclip.data import Draws, EpochOrder, build_transform, open_dataset
+from protoclip.data.loader import Loader
+from protoclip.settings.config import DataConfig, from_dict
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +96,84 @@ def test_augmentations_differ_in_strength() -> None:
 
 def test_worker_processes_can_be_spawned() -> None:
     """Everything a worker needs survives pickling: macOS, and Python 3.14's default."""
-    from protoclip.data.loader import _Source
+    from protoclip.data.loader import _Request, _SharedDraws, _Source
 
     dataset = open_dataset("builtin:icons", "heldout")
     transform = build_transform(32, MEAN, STD, "paper")
     draws = Draws(torch.arange(8), 0, numbers=torch.arange(8))
-    source = _Source(dataset, draws, 4, transform, tokenize, "random", False)
-    pickled = pickle.dumps(source)
+    source = _Source(dataset, 4, transform, tokenize, "random", False)
+    assert draws.numbers is not None
+    pickled = pickle.dumps(_SharedDraws(source, draws.positions, draws.numbers))
     assert len(pickled) < dataset.dataset.pictures.nbytes / 20  # the table, not the pictures
-    assert_equal([pickle.loads(pickled)[4]], [source.load(4)])
+    request = _Request(first=4, total=8, seed=0)
+    assert_equal([pickle.loads(pickled)[request]], [source.load(draws, 4)])
+
+
+def loader_of(dataset: Any, **options: Any) -> Loader:
+    transform = build_transform(32, MEAN, STD, "paper")
+    return Loader(dataset, 8, transform, tokenize, **options)
+
+
+def test_workers_live_from_order_to_order(icons: Any, draws: Tensor) -> None:
+    """The same processes, whatever the length of the next order; a longer one than the first needs
+    new ones, as does one that was broken off."""
+    orders = [draws, draws[5:], draws[:20], torch.cat([draws, draws])]
+    expected = [load(icons, positions, seed=seed) for seed, positions in enumerate(orders)]
+    with contextlib.closing(loader_of(icons, workers=2)) as loader:
+
+        def pids(number: int, batch_count: int = 99) -> set[int | None]:
+            stream = loader.batches(Draws(orders[number], seed=number))
+            got = list(itertools.islice(stream, min(batch_count, len(expected[number]))))
+            assert_equal(got, expected[number][:batch_count])
+            assert loader._pool is not None
+            return {process.pid for process in loader._pool.processes}
+
+        first = pids(0)
+        assert len(first) == 2 and pids(1) == pids(2) == first
+        longer = pids(3)
+        assert not longer & first
+        pids(3, batch_count=2)
+        assert not pids(0) & longer
+    assert not any(Path(f"/proc/{pid}").exists() for pid in first | longer)
+
+
+def test_a_worker_that_dies_between_two_orders_is_replaced(icons: Any, draws: Tensor) -> None:
+    with contextlib.closing(loader_of(icons, workers=1)) as loader:
+        assert_equal(list(loader.batches(Draws(draws, seed=5))), load(icons, draws))
+        assert loader._pool is not None
+        (process,) = loader._pool.processes
+        process.kill()
+        process.join()
+        assert_equal(list(loader.batches(Draws(draws, seed=5))), load(icons, draws))
+
+
+def test_a_cpu_reads_in_the_training_process_and_a_card_has_its_share_of_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(host, "usable_cores", lambda: 24)
+    cpu = torch.device("cpu")
+    card = torch.device("cuda")
+    automatic = config_of().data.workers
+    assert host.choose_workers(automatic, cpu, ranks=2) == 0
+    assert host.choose_workers(automatic, card, ranks=1) == 8
+    assert host.choose_workers(automatic, card, ranks=32) == 6
+    assert host.choose_workers(3, cpu, ranks=1) == host.choose_workers(3, card, ranks=1) == 3
+    monkeypatch.setattr(host, "usable_cores", lambda: 2)
+    assert host.choose_workers(automatic, card, ranks=4) == 1
+
+
+def test_workers_are_a_number_or_a_word(tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    words.write_text('{"workers": "auto", "data": {"prefetch_factor": 4}}')
+    automatic = config_of().data.workers
+    assert config_of("--workers", "auto").data.workers == automatic
+    assert config_of("--preset", str(words)).data.workers == automatic
+    assert config_of("--preset", str(words), "--workers", "5").data.workers == 5
+    with pytest.raises(SystemExit):
+        config_of("--workers", "many")
+    with pytest.raises(ValueError, match="expected int for workers, got 'many'"):
+        from_dict(DataConfig, {"workers": "many"})
 
 
 def dataset(shards: int = 20, per_shard: int = 10, remote: bool = False) -> Any:

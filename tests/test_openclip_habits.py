@@ -32,7 +32,6 @@ def code_of(argv: list[str]) -> Any:
         ("train", ["--xyz"], "--xyz: no such flag; see --help"),
         ("train", ["--ema-decay", "0.9"], "--ema-decay: extraction uses the model itself"),
         ("train", ["--distill-model", "ViT-B-32"], "protoclip openclip"),
-        ("train", ["--torchcompile"], "protoclip openclip"),
         ("train", ["--imagenet-val", "x"], "protoclip evaluate RUN --data DIR"),
         ("train", ["--k", "3", "9"], "expected a flag, got '9'"),
         ("train", ["--k", "many"], "--k: invalid int value: 'many'"),

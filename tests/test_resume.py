@@ -28,6 +28,7 @@ from ranks import (
 )
 from torch import Tensor
 
+from protoclip.data import loader
 from protoclip.runs import checkpoint
 from protoclip.train import main
 from protoclip.training.step import Stepper
@@ -273,3 +274,35 @@ def test_auto_starts_a_named_run_and_goes_on_with_it(tmp_path: Path, flags: list
     assert main([*flags, "--max-steps", "2"]) == 0
     assert main([*flags, "--max-steps", "4"]) == 0
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_workers_chosen_for_a_machine_stay_out_of_the_config(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine for which --workers auto means two processes, in a run of three episodes; then one
+    for which it means none."""
+    flags = [*flags, "--logs", str(tmp_path), "--save-every", "9steps", "--max-steps", "11"]
+    assert main([*flags, "--name", "whole"]) == 0
+    started: list[set[Any]] = []
+    original = loader._Pool.load
+
+    def load(pool: Any, *arguments: Any) -> Any:
+        batches = original(pool, *arguments)
+        started.append({process.pid for process in pool.processes})
+        return batches
+
+    monkeypatch.setattr(loader._Pool, "load", load)
+    monkeypatch.setattr("protoclip.train.choose_workers", lambda *_: 2)
+    assert main([*flags, "--name", "cut"]) == 0
+    in_training = [pids for pids in started if started.count(pids) > 1]
+    assert len(in_training) == 3 and len(set.union(*in_training)) == 2
+    run = tmp_path / "cut"
+    assert json.loads((run / "config.json").read_text())["data"]["workers"] == -1
+    assert newest_checkpoint(run)["protoclip"]["config"]["data"]["workers"] == -1
+    (run / "checkpoints" / checkpoint.LATEST).unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr("protoclip.training.summary.draw_plots", lambda *_: None)
+    monkeypatch.setattr("protoclip.training.summary.page.write_report", lambda runs: runs[0])
+    assert main(["--resume", str(run)]) == 0
+    assert "after step 9" in (run / "out.log").read_text()
+    assert losses(run) == losses(tmp_path / "whole")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+MOST_WORKERS = 8  # that --workers auto starts for a GPU
 PACKAGE = Path(__file__).resolve().parents[1]
 # Options of glibc's mallopt.
 TRIM_THRESHOLD = -1
@@ -36,9 +37,9 @@ def busy_note(device: torch.device) -> str:
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower()
     if device.type != "cpu" or policy == "passive" or torch.get_num_threads() == 1:
         return ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     load = os.getloadavg()[0]
-    if load <= (cores or 1):
+    if load <= cores:
         return ""
     return (
         f"note: the load is {load:.1f} on {cores} cores; threads that spin while they wait then "
@@ -61,6 +62,25 @@ def start_again_if_busy(device: torch.device) -> None:
         print(f"{what}: starting again with OMP_WAIT_POLICY=passive", file=sys.stderr, flush=True)
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, os.environ | {"OMP_WAIT_POLICY": "passive"})
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_workers(setting: int, device: torch.device, ranks: int) -> int:
+    """The number of processes that read images. A ``setting`` below 0 is automatic: none beside
+    training on a CPU; on a GPU this process's share of the machine's cores, at most MOST_WORKERS.
+    """
+    if setting >= 0:
+        return setting
+    if device.type == "cpu":
+        return 0
+    on_this_machine = min(ranks, torch.cuda.device_count()) or 1  # a process has a GPU
+    return min(MOST_WORKERS, max(1, usable_cores() // on_this_machine))
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,9 +122,17 @@ def batches(
     workers: int = 0,
     captions: str = "random",
     faults: Faults | None = None,
-    pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Load pairs in the given order.
+    """Load pairs in one order; its worker processes end with it. Arguments as in ``Loader``."""
+    loader = Loader(
+        dataset, batch_size, transform, tokenizer, workers=workers, captions=captions, faults=faults
+    )
+    with contextlib.closing(loader):
+        yield from loader.batches(draws)
+
+
+class Loader:
+    """Loads pairs in one order after another, by worker processes that live until ``close``.
 
     Caption and augmentation of draw j depend only on (seed, j), so the batches are the same for
     any number of workers and any start. The caller's global random state does not change.
@@ -132,19 +141,100 @@ def batches(
         transform: picture -> [3, H, W]; its randomness must come from torch's default generator.
         tokenizer: list of B captions -> int64 [B, L].
         workers: number of extra processes; 0 loads in this one.
+        prefetch_factor: batches that each worker loads ahead.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
         faults: notes unreadable pairs; each is replaced by another of the draws, chosen by
             (seed, j). None: an unreadable pair raises a DataError that names it.
         pin_memory: whether batches of workers come in pinned memory; needs a GPU.
     """
-    source = _Source(dataset, draws, batch_size, transform, tokenizer, captions, faults is not None)
-    firsts = range(draws.start, len(draws.positions), batch_size)
-    if workers:
-        loaded = _in_workers(source, firsts, workers, pin_memory)
-    else:
-        loaded = map(source.load, firsts)
-    return loaded if faults is None else map(faults.noted, loaded)
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        batch_size: int,
+        transform: Transform | Callable[[Image.Image], Tensor],
+        tokenizer: Tokenizer,
+        *,
+        workers: int = 0,
+        prefetch_factor: int = 2,
+        captions: str = "random",
+        faults: Faults | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._source = _Source(
+            dataset, batch_size, transform, tokenizer, captions, faults is not None
+        )
+        self._workers = workers
+        self._prefetch_factor = prefetch_factor
+        self._faults = faults
+        self._pin_memory = pin_memory
+        self._pool: _Pool | None = None
+
+    def batches(self, draws: Draws) -> Iterator[Batch]:
+        """Load the pairs of ``draws``; the batches of an earlier call are no longer valid."""
+        firsts = range(draws.start, len(draws.positions), self._source.batch_size)
+        if self._workers:
+            loaded = self._in_workers(draws, firsts)
+        else:
+            loaded = (self._source.load(draws, first) for first in firsts)
+        return loaded if self._faults is None else map(self._faults.noted, loaded)
+
+    def close(self) -> None:
+        """End the worker processes; they start again when they are needed."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def _in_workers(self, draws: Draws, firsts: range) -> Iterator[Batch]:
+        """Yield batches in order; replace dead workers and continue where they stopped."""
+        dataset = self._source.dataset
+        done = 0
+        crashes = 0
+        while done < len(firsts):
+            pool = self._pool_for(draws, len(firsts))
+            try:
+                for batch in pool.load(draws, firsts[done:]):
+                    if isinstance(batch, DataError):
+                        raise batch
+                    done += 1
+                    crashes = 0
+                    pool.is_idle = done == len(firsts)
+                    yield batch
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                # Other than torch's own messages: the connection that carries a tensor is gone.
+                dead = wait([process.sentinel for process in pool.processes], timeout=PATIENCE)
+                if "DataLoader worker" not in str(error) and not dead:
+                    raise
+                crashes += 1
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+            finally:
+                if not pool.is_idle:
+                    self.close()
+            index = draws.positions[firsts[done] :][: self._source.batch_size].tolist()
+            keys = ", ".join(dataset.keys[i] for i in index[:8])
+            if crashes == CRASHES:
+                raise DataError(
+                    f"{dataset.name}: a data worker died {CRASHES} times at the same batch "
+                    f"({reason}); use fewer --workers, or look at the samples: {keys}, ..."
+                )
+            logger.warning("a data worker died (%s) near %s, ...; starting it again", reason, keys)
+
+    def _pool_for(self, draws: Draws, batch_count: int) -> _Pool:
+        """The idle workers of the order before, or new ones if it was shorter or broken off."""
+        pool = self._pool
+        if pool is not None and pool.is_idle and len(draws.positions) <= len(pool.positions):
+            return pool
+        self.close()
+        self._pool = _Pool(
+            self._source,
+            capacity=len(draws.positions),
+            workers=min(self._workers, batch_count),
+            prefetch_factor=self._prefetch_factor,
+            pin_memory=self._pin_memory,
+        )
+        return self._pool
 
 
 @dataclass(frozen=True)
@@ -152,22 +242,21 @@ class _Source:
     """Makes the batch that begins at a given draw; picklable for workers."""
 
     dataset: PairDataset
-    draws: Draws
     batch_size: int
     transform: Transform | Callable[[Image.Image], Tensor]
     tokenizer: Tokenizer
     captions: str
     replace_bad: bool
 
-    def load(self, first: int) -> Batch:
-        positions = self.draws.positions.numpy()
+    def load(self, draws: Draws, first: int) -> Batch:
+        positions = draws.positions.numpy()
         index = positions[first : first + self.batch_size].copy()
         if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
             prefetch(positions[first : first + AHEAD * self.batch_size])
-        if self.draws.numbers is None:
+        if draws.numbers is None:
             draw_numbers = np.arange(first, first + len(index))
         else:
-            draw_numbers = self.draws.numbers[first : first + len(index)].numpy()
+            draw_numbers = draws.numbers[first : first + len(index)].numpy()
         texts: list[str] = []
         images: list[Any] = []
         bad: list[tuple[int, str]] = []
@@ -175,7 +264,7 @@ class _Source:
         # The larger part of a Transform takes the whole batch at once, below.
         transform_one = transform.pixels if isinstance(transform, Transform) else transform
         with torch.random.fork_rng(devices=[]):
-            draw_seeds = mix(self.draws.seed, draw_numbers)
+            draw_seeds = mix(draws.seed, draw_numbers)
             caption_seeds = mix(0, draw_seeds).tolist()
             seeds = zip(draw_seeds.tolist(), caption_seeds, strict=True)
             for row, (draw_seed, caption_seed) in enumerate(seeds):
@@ -189,7 +278,7 @@ class _Source:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
                         bad.append((int(index[row]), str(error)))
-                        index[row] = self._another(draw_seed, len(bad), index)
+                        index[row] = self._another(positions, draw_seed, len(bad), index)
         if isinstance(transform, Transform):
             stacked = transform.batch(images)
         else:
@@ -208,72 +297,100 @@ class _Source:
             return captions[0]
         return captions[caption_seed % len(captions)]
 
-    def _another(self, draw_seed: int, attempt: int, batch: np.ndarray) -> int:
-        """A pair to replace a bad one, preferably not in the batch already."""
-        positions = self.draws.positions.numpy()
+    def _another(
+        self, positions: np.ndarray, draw_seed: int, attempt: int, batch: np.ndarray
+    ) -> int:
+        """One of the positions to replace a bad pair, preferably not in the batch already."""
         candidates = positions[
             (mix(draw_seed, attempt, np.arange(64)) % len(positions)).astype(int)
         ]
         return int(candidates[np.isin(candidates, batch).argmin()])
 
-    # torch's DataLoader calls this.
-    def __getitem__(self, first: int) -> Batch | DataError:
+
+class _Request(NamedTuple):
+    """A batch for a worker to load: its first draw, and of which draws."""
+
+    first: int
+    total: int  # number of all draws
+    seed: int
+
+
+@dataclass(frozen=True)
+class _SharedDraws:
+    """Makes the batches that a worker is asked for, from draws in memory that it shares."""
+
+    source: _Source
+    positions: Tensor  # int64 [capacity], as in ``Draws``
+    numbers: Tensor
+
+    def __getitem__(self, request: _Request) -> Batch | DataError:
+        draws = Draws(
+            positions=self.positions[: request.total],
+            seed=request.seed,
+            numbers=self.numbers[: request.total],
+        )
         try:
-            return self.load(first)
+            return self.source.load(draws, request.first)
         except DataError as error:
             return error  # raised in a worker, it would arrive wrapped in a traceback
 
 
-def _in_workers(source: _Source, firsts: range, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Yield batches in order; replace dead workers and continue where they stopped."""
-    done = 0
-    crashes = 0
-    while done < len(firsts):
-        loader: torch.utils.data.DataLoader[Batch | DataError] = torch.utils.data.DataLoader(
-            source,  # type: ignore[arg-type]
+class _Pool:
+    """Worker processes that load the batches of one order after another.
+
+    Attributes:
+        is_idle: whether all batches that were asked for have come, so that the draws may change.
+        processes: the workers.
+    """
+
+    def __init__(
+        self,
+        source: _Source,
+        *,
+        capacity: int,
+        workers: int,
+        prefetch_factor: int,
+        pin_memory: bool,
+    ) -> None:
+        self.is_idle = True
+        self.positions = torch.empty(capacity, dtype=torch.int64).share_memory_()
+        self.numbers = torch.empty(capacity, dtype=torch.int64).share_memory_()
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self._requests: list[_Request] = []
+        self._iterator: Any = iter(())
+        self._loader: Any = torch.utils.data.DataLoader(
+            _SharedDraws(source, self.positions, self.numbers),  # type: ignore[arg-type]
             batch_size=None,
-            sampler=firsts[done:],
-            num_workers=min(workers, len(firsts) - done),
+            sampler=self._requests,
+            num_workers=workers,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=True,
             pin_memory=pin_memory,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # otherwise it uses the caller's
         )
-        started: list[multiprocessing.process.BaseProcess] = []
         # Kill workers that are stuck, here or at exit: they ignore SIGTERM.
-        cleanup = Finalize(None, _kill, (started,), exitpriority=1)
-        iterator: Any = iter(())
+        self._cleanup = Finalize(None, _kill, (self.processes,), exitpriority=1)
+
+    def load(self, draws: Draws, firsts: range) -> Iterator[Batch | DataError]:
+        """Load the batches that begin at ``firsts``."""
+        total = len(draws.positions)
+        self.positions[:total] = draws.positions
+        self.numbers[:total] = torch.arange(total) if draws.numbers is None else draws.numbers
+        self._requests[:] = [_Request(first, total, draws.seed) for first in firsts]
+        self.is_idle = False
         handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            iterator = iter(loader)
-            # When a worker dies, torch's handler raises at an arbitrary place in the program;
-            # without it the iterator notices within seconds.
-            signal.signal(signal.SIGCHLD, handler)
-            started += iterator._workers
-            for batch in iterator:
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
-                done += 1
-                crashes = 0
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            # Other than torch's own messages: the connection that carries a tensor is gone.
-            dead = wait([process.sentinel for process in started], timeout=PATIENCE)
-            if "DataLoader worker" not in str(error) and not dead:
-                raise
-            crashes += 1
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-        finally:
-            iterator = iter(())  # stops the workers that still answer
-            cleanup()
-        index = source.draws.positions[firsts[done] :][: source.batch_size].tolist()
-        keys = ", ".join(source.dataset.keys[i] for i in index[:8])
-        if crashes == CRASHES:
-            raise DataError(
-                f"{source.dataset.name}: a data worker died {CRASHES} times at the same batch "
-                f"({reason}); use fewer --workers, or look at the samples: {keys}, ..."
-            )
-        logger.warning("a data worker died (%s) near %s, ...; starting it again", reason, keys)
+        self._iterator = iter(self._loader)
+        # When a worker dies, torch's handler raises at an arbitrary place in the program;
+        # without it the iterator notices within seconds.
+        signal.signal(signal.SIGCHLD, handler)
+        self.processes[:] = self._iterator._workers
+        return self._iterator
+
+    def close(self) -> None:
+        """End the workers."""
+        self._loader = self._iterator = None  # stops the workers that still answer
+        self._cleanup()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -65,11 +65,12 @@ class Evaluation:
         device: torch.device,
         precision: str,
         phases: Phases,
+        workers: int,
     ) -> None:
         self.device = device
         self.phases = phases
         self.autocast = autocast_for(precision, device)
-        self.workers = config.data.workers
+        self.workers = workers
         self.arguments = open_arguments(config)
         builtin = config.data.train_data.startswith("builtin:")
         self.data = config.data.val_data or (config.data.train_data if builtin else "")

@@ -41,7 +41,13 @@ RECORDED_NAME = "CLIP (recorded)"
 # In the record's run settings: epochs of the run that takes as long, where CLIP has more of them.
 BESIDE_EPOCHS = "beside_epochs"
 # Settings in which a run and its baseline may differ, besides those of the method.
-FREE = ("workers", "add_projection_head", "projection_hidden_dim", "projection_dim")
+FREE = (
+    "workers",
+    "prefetch_factor",
+    "add_projection_head",
+    "projection_hidden_dim",
+    "projection_dim",
+)
 HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
 TOP = ("/acc1", "recall@5")  # of the headline numbers, those that the page shows unfolded
 LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")

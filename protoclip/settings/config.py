@@ -39,11 +39,13 @@ def option(
     low: Any = 0,
     high: Any = None,
     fixed: bool = False,
+    words: Mapping[str, int] | None = None,
 ) -> Any:
     """A dataclass field that is also a flag.
 
     ``low`` and ``high`` limit numbers, inclusively. ``fixed``: the setting decides the order of the
-    samples or the set of tensors, so a resumed run must keep it.
+    samples or the set of tensors, so a resumed run must keep it. ``words`` stand for numbers, in
+    flags and files.
     """
     metadata = {
         "help": help,
@@ -52,6 +54,7 @@ def option(
         "low": low,
         "high": high,
         "fixed": fixed,
+        "words": words or {},
     }
     return field(default=default, metadata=metadata)
 
@@ -77,8 +80,12 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None 
             "The file is from another version of protoclip, or misspelt"
         )
     changes = {}
+    fields = dataclasses.fields(base)  # type: ignore[arg-type]
+    words = {item.name: item.metadata.get("words", {}) for item in fields}
     for key, value in values.items():
         expected = type(settings[key])
+        if isinstance(value, str):
+            value = words[key].get(value, value)
         if dataclasses.is_dataclass(expected) and isinstance(value, Mapping):
             value = from_dict(expected, value, settings[key])
         elif expected is float and type(value) is int:
@@ -170,7 +177,14 @@ class DataConfig:
         choices=("random", "canonical", "first"),
         fixed=True,
     )
-    workers: int = option(0, "processes that read images; 0: in the training process")
+    workers: int = option(
+        -1,
+        "processes that read images; 0: in the training process; auto: none on a CPU, on a GPU a "
+        "process for each core, at most 8",
+        low=-1,
+        words={"auto": -1},
+    )
+    prefetch_factor: int = option(2, "batches that each of them loads ahead", low=1)
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,9 @@ class ModelConfig:
         False, "SigLIP's sigmoid loss and logit bias instead of InfoNCE", fixed=True
     )
     grad_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    torchcompile: bool = option(
+        False, "compile towers and heads for training: minutes at the start, faster steps"
+    )
     add_projection_head: bool = option(
         True, "put projection heads before the prototypes", fixed=True
     )

@@ -14,8 +14,9 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from protoclip.settings.config import (
@@ -135,12 +136,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flag(
-    group: Any, flag: str, default: Any, help: str, choices: Sequence[str] = (), setting: str = ""
+    group: Any,
+    flag: str,
+    default: Any,
+    help: str,
+    choices: Sequence[str] = (),
+    setting: str = "",
+    words: Mapping[str, int] | None = None,
 ) -> None:
     """Add a flag with the type of its default; ``flag`` is its name, or several between blanks. The
     help shows the default. With ``setting``, a dotted name, the parsed flags hold a value only if
-    the command line gives the flag."""
-    if default not in ("", "\t"):
+    the command line gives the flag. ``words`` may be given for numbers."""
+    if words:
+        names = {number: word for word, number in words.items()}
+        help += f" (default: {names.get(default, default)})"
+    elif default not in ("", "\t"):
         help += f" (default: {default})"
     arguments: dict[str, Any] = {"default": default, "help": help}
     if isinstance(default, bool):
@@ -152,6 +162,9 @@ def add_flag(
     else:
         arguments["type"] = type(default)
         arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[type(default)]
+        if words:
+            arguments["type"] = partial(word_or_number, words)
+            arguments["metavar"] = "|".join(["N", *words])
     if setting:
         arguments["dest"] = setting
         arguments["default"] = argparse.SUPPRESS
@@ -170,6 +183,7 @@ def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str]
                 item.metadata["help"],
                 choices=item.metadata["choices"],
                 setting=prefix + item.name,
+                words=item.metadata["words"],
             )
 
 
@@ -278,6 +292,15 @@ def _with_dataset_type(dataset_type: str, config: TrainConfig) -> TrainConfig:
         return config
     spec = f"builtin:shapes:{config.data.train_num_samples or 2000}"
     return replace(config, data=replace(config.data, train_data=spec, train_num_samples=0))
+
+
+def word_or_number(words: Mapping[str, int], text: str) -> int:
+    """The number that a flag's text stands for; for argparse."""
+    try:
+        return words[text] if text in words else int(text)
+    except ValueError:
+        expected = " or ".join(["a number", *words])
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
 def precision_name(name: str) -> str:

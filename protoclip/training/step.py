@@ -17,13 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
 from protoclip.data import Batch
-from protoclip.distributed import GlobalBatchNorm1d, broadcast, is_distributed, rank
+from protoclip.distributed import is_distributed, rank
 from protoclip.episodes.prototypes import Episode
 from protoclip.losses import Losses, OwnTerms, ProtoLoss, Term, TermInputs, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.settings.config import OptimConfig
+from protoclip.training.buffers import Flat, copy_back, flat_copy, keep_if
 from protoclip.training.optimiser import build_optimiser, load_optimiser
 from protoclip.training.replicas import Replicas
+from protoclip.training.towers import Towers
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Stepper:
         precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
         seed: the run's seed; dropout follows from it, the step and the rank.
         terms: losses of the user's own, by name.
+        compiled: whether ``torch.compile`` makes towers and heads.
     Attributes:
         skipped_steps: all of them, int64 scalar on the device.
         consecutive_skips: those since the last step that was taken, likewise.
@@ -63,6 +66,7 @@ class Stepper:
         phases: Phases | None = None,
         seed: int = 0,
         terms: Mapping[str, Term] | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.loss = loss
@@ -70,6 +74,7 @@ class Stepper:
         self.device = next(model.parameters()).device
         self.phases = phases or Phases(self.device)
         self.autocast = autocast_for(precision, self.device)
+        self.towers = Towers(model, compiled=compiled, tf32=self.device.type == "cuda")
         self.clip_norm = config.grad_clip_norm
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.terms = OwnTerms(terms).to(self.device)
@@ -79,8 +84,6 @@ class Stepper:
         self.consecutive_skips = torch.zeros_like(self.skipped_steps)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        by_rank = [norm for norm in norms if not isinstance(norm, GlobalBatchNorm1d)]
-        self._statistics_of_rank = [buffer for norm in by_rank for buffer in norm.buffers()]
         self.replicas = Replicas(model, self.terms, clip_trains=loss.config.w_clip > 0)
 
     def step(
@@ -107,7 +110,7 @@ class Stepper:
         batches = [self._on_device(batch) for batch in batches]
         index = torch.cat([batch.index for batch in batches])
         ids = self._ids(batches, index)
-        statistics = [buffer.clone() for buffer in self._buffers()]
+        statistics = flat_copy(self._buffers())
 
         def forward() -> tuple[Losses, Encoded | None]:
             return self.replicas(
@@ -119,7 +122,7 @@ class Stepper:
         with self.phases.measure("forward"):
             losses, projected = forward()
         with self.phases.measure("backward"):
-            self.scaler.scale(losses.total).backward()
+            self.towers.backward(self.scaler.scale(losses.total))
             self.scaler.unscale_(self.adamw)
             norm = nn.utils.clip_grad_norm_(
                 [*self.model.parameters(), *self.terms.parameters()],
@@ -171,7 +174,7 @@ class Stepper:
                 text=torch.cat([text for _, text in parts]),
             )
         with self.autocast():
-            projected = model.project(encoded) if project else None
+            projected = self.towers.project(encoded) if project else None
         losses = self.loss(
             encoded,
             projected,
@@ -202,7 +205,7 @@ class Stepper:
     def _encode(self, step_number: int, part: int, batch: Batch) -> tuple[Tensor, Tensor]:
         seed_everything(self.seed, step_number, rank(), part)
         with self.autocast():
-            encoded = self.model.encode(batch.image, batch.tokens)
+            encoded = self.towers.encode(batch.image, batch.tokens)
         return encoded.image, encoded.text
 
     def _update(self, finite: Tensor) -> None:
@@ -224,12 +227,10 @@ class Stepper:
             return torch.cat([caption_ids(batch.tokens) for batch in batches])
         return None
 
-    def _count_skipped(self, finite: Tensor, statistics: Sequence[Tensor]) -> None:
-        """Count a step that was not finite, and put back the statistics from before it."""
-        for buffer, before in zip(self._buffers(), statistics, strict=True):
-            torch.where(finite, buffer, before, out=buffer)
-        # Evaluation and checkpoints then hold the same values on all ranks.
-        broadcast(*self._statistics_of_rank, *self.terms.buffers())
+    def _count_skipped(self, finite: Tensor, statistics: Flat) -> None:
+        """Count a step that was not finite, and put back the statistics from before it. Evaluation
+        and checkpoints then hold the same values on all ranks."""
+        keep_if(finite, self._buffers(), statistics)
         skipped = (~finite).long()
         self.skipped_steps = self.skipped_steps + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped
@@ -241,15 +242,13 @@ class Stepper:
     def _trains_heads(self, episode: Episode | None) -> bool:
         return episode is not None or self.loss.config.w_distill > 0
 
-    def _order_buckets(
-        self, forward: Callable[[], tuple[Losses, Any]], statistics: Sequence[Tensor]
-    ) -> None:
+    def _order_buckets(self, forward: Callable[[], tuple[Losses, Any]], statistics: Flat) -> None:
         """An extra pass, which changes nothing else: DDP orders its buckets once, after the first
         backward pass, so a resumed run then sums in the same order as the original run."""
-        forward()[0].total.backward()
+        losses, _ = forward()
+        self.towers.backward(losses.total)
         self.adamw.zero_grad(set_to_none=True)
-        for buffer, before in zip(self._buffers(), statistics, strict=True):
-            buffer.copy_(before)
+        copy_back(self._buffers(), statistics)
 
     def load_state(
         self, optimiser: Mapping[str, Any], scaler: Mapping[str, Any], skipped: Sequence[int]

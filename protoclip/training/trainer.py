@@ -5,6 +5,7 @@ Read ``Trainer.run`` down; one step is in ``step.py``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +18,8 @@ from tqdm import tqdm
 from protoclip import distributed
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import generator
-from protoclip.data import Batch, Draws, PairDataset, batches, build_transform
-from protoclip.data.loader import EpochOrder, Faults
+from protoclip.data import Batch, Draws, PairDataset, build_transform
+from protoclip.data.loader import EpochOrder, Faults, Loader
 from protoclip.distributed import progress_hidden
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import Features
@@ -54,6 +55,7 @@ class Setup:
     device: torch.device
     precision: str  # "fp32", "amp_bf16" or "amp"
     teacher: Tensor | None = None  # [dataset, d] fp32, on the device
+    workers: int = 0  # processes that read images
 
     @property
     def episode_samples(self) -> int:
@@ -90,9 +92,6 @@ class Trainer:
         self.evaluations = evaluations
         teacher = setup.teacher is not None
         self.active = active_losses(self.config, teacher=teacher)
-        self.transform = build_transform(
-            model.image_size, model.mean, model.std, self.config.data.augmentation
-        )
         self.stepper = Stepper(
             model,
             ProtoLoss(
@@ -103,6 +102,7 @@ class Trainer:
             self.phases,
             self.config.run.seed,
             terms,
+            self.config.model.torchcompile,
         )
         classes = {
             name: labels.ids.to(setup.device)
@@ -129,6 +129,17 @@ class Trainer:
         self.faults = Faults(
             self.dataset, self.config.data.max_bad_fraction, lambda text: self.folder.say(text)
         )
+        self.loader = Loader(
+            self.dataset,
+            self.config.optim.batch_size,
+            build_transform(model.image_size, model.mean, model.std, self.config.data.augmentation),
+            model.short_tokenizer,
+            workers=setup.workers,
+            prefetch_factor=self.config.data.prefetch_factor,
+            captions=self.config.data.captions,
+            faults=self.faults,
+            pin_memory=setup.device.type == "cuda",
+        )
         self.episode: Episode | None = None
         self.step = 0
         self.signals = StopSignals()
@@ -150,6 +161,7 @@ class Trainer:
         self.log.begin(self.step)
         with (
             self.signals,
+            contextlib.closing(self.loader),
             tqdm(
                 initial=self.step * plan.global_batch_size,
                 total=plan.total_steps * plan.global_batch_size,
@@ -220,7 +232,7 @@ class Trainer:
             start=done * plan.global_batch_size // distributed.world_size(),
             numbers=draw_numbers,
         )
-        return self._batches(own_draws)
+        return self.loader.batches(own_draws)
 
     def _draw(self, steps: range) -> Tensor:
         """The positions that these steps train on, over all ranks."""
@@ -231,20 +243,6 @@ class Trainer:
             replacement=self.config.episode.replacement,
             order=self.setup.order.permutation,
         )
-
-    def _batches(self, draws: Draws) -> Iterator[Batch]:
-        stream = batches(
-            self.dataset,
-            draws,
-            self.config.optim.batch_size,
-            self.transform,
-            self.model.short_tokenizer,
-            workers=self.config.data.workers,
-            captions=self.config.data.captions,
-            faults=self.faults,
-            pin_memory=self.setup.device.type == "cuda",
-        )
-        return iter(stream)
 
     def _build_episode(self, episode_number: int, samples: Tensor) -> Episode | None:
         """Build the prototypes of an episode that trains on ``samples``, int64 [M] sorted
@@ -274,10 +272,9 @@ class Trainer:
             seed=schedule.episode_seed(self.config.run.seed, episode_number, schedule.FEATURES),
             numbers=draw_numbers,
         )
-        stream = self._batches(draws)
         return prototypes.extract(
             self.model,
-            self._stoppable(stream),
+            self._stoppable(self.loader.batches(draws)),
             device=self.setup.device,
             autocast=self.stepper.autocast,
         )

@@ -1,0 +1,47 @@
+"""Copies of many small buffers, such as batch norm's statistics, with few kernels.
+
+A ResNet-50 has 159 of them; copied one by one, a step would launch hundreds of kernels for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protoclip.distributed import broadcast
+
+Flat = dict[torch.dtype, Tensor]  # the values of buffers, one after the other
+
+
+def flat_copy(buffers: Sequence[Tensor]) -> Flat:
+    """A copy of the buffers."""
+    return {
+        dtype: torch.cat([buffer.flatten() for buffer in of_dtype])
+        for dtype, of_dtype in _by_dtype(buffers).items()
+    }
+
+
+def copy_back(buffers: Sequence[Tensor], values: Flat) -> None:
+    """Write values into the buffers that they were copied from."""
+    for dtype, of_dtype in _by_dtype(buffers).items():
+        parts = values[dtype].split([buffer.numel() for buffer in of_dtype])
+        shaped = [part.view_as(buffer) for part, buffer in zip(parts, of_dtype, strict=True)]
+        torch._foreach_copy_(of_dtype, shaped)
+
+
+def keep_if(taken: Tensor, buffers: Sequence[Tensor], before: Flat) -> None:
+    """Put back the values from before a step unless it was ``taken``, a bool scalar for which the
+    host does not wait; then every rank gets those of rank 0."""
+    now = flat_copy(buffers)
+    values = {dtype: torch.where(taken, now[dtype], before[dtype]) for dtype in now}
+    broadcast(*values.values())
+    copy_back(buffers, values)
+
+
+def _by_dtype(buffers: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in buffers:
+        groups.setdefault(buffer.dtype, []).append(buffer)
+    return groups
