@@ -90,7 +90,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
     distributed.start(distributed.find_rank(), CPU, 60)
     trainer = tiny_trainer(folder, flags)
     model = trainer.model
-    project = model.project
+    project = trainer.stepper.towers.project
     labels_by_step: dict[int, list[np.ndarray]] = {}
 
     with recorded_labels() as recorder:
@@ -102,7 +102,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
                 return Encoded(noise_like(projected.image), noise_like(projected.text))
             return projected
 
-        model.project = project_or_noise
+        trainer.stepper.towers.project = project_or_noise
         trainer.run()
     distributed.stop()
     return labels_by_step
