@@ -6,8 +6,9 @@ Run from the root of this repository, for checkouts of the peers:
 
 Each suite runs twice, as it is and with our classes in place before its tests are imported. A test
 that fails both times is the peer's or the environment's (no network, another version); one that
-fails only with ours is ours, unless it asks for what no user sees. ``--write`` puts the table into
-docs/peer-suites.md. lightly's tests need requests and pytest-mock.
+fails only with ours is ours, unless it asks for what we keep private or refuse. ``--write`` puts
+the table into docs/peer-suites.md. lightly's tests need requests and pytest-mock.
+sentence-transformers' tests load models from a hub; both runs give them one of random weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from torch import Tensor
 import protoclip
 
 PAGE = Path(__file__).parent.parent / "docs" / "peer-suites.md"
-VARIABLE = "PROTOCLIP_PEER"  # in the tests' process: the suite whose classes are replaced
+SUITE = "PROTOCLIP_PEER"  # in the tests' process: the suite that runs
+OURS = "PROTOCLIP_PEER_OURS"  # in the tests' process: whether its classes are replaced
 
 
 def replace_open_clip() -> None:
@@ -102,6 +104,8 @@ def replace_pytorch_metric_learning() -> None:
             if is_special(self, labels, indices_tuple, reducers.AvgNonZeroReducer):
                 return super().forward(embeddings, labels, indices_tuple, ref_emb, ref_labels)
             pairs = pairs_of(embeddings, labels, ref_emb, ref_labels)
+            if bool((pairs["query_ids"][:, None] == pairs["key_ids"]).all()):
+                return 0 * embeddings.sum()  # its rule: without a negative there is no loss
             rows = protoclip.contrastive(
                 **pairs, logit_scale=1 / self.temperature, same_id="positive", reduction="none"
             )
@@ -133,10 +137,35 @@ def replace_pytorch_metric_learning() -> None:
 
 
 def replace_sentence_transformers() -> None:
-    from sentence_transformers import losses
+    from sentence_transformers.sentence_transformer import losses
 
     for name in ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"):
         setattr(losses, name, getattr(protoclip.sentence_transformers, name))
+
+
+def use_a_small_model() -> None:
+    """A BERT of random weights in place of every model that sentence-transformers' tests load."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = Path(tempfile.mkdtemp())
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=512,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    original = SentenceTransformer.__init__
+
+    def from_the_folder(self: Any, name: str | None = None, *args: Any, **options: Any) -> None:
+        original(self, name if name is None else str(folder), *args, **options)
+
+    SentenceTransformer.__init__ = from_the_folder
 
 
 @dataclass(frozen=True)
@@ -147,7 +176,8 @@ class Suite:
     replace: Callable[[], None]
     source: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
-    # Part of a test's name or message -> why it fails with ours, and is not our fault.
+    prepare: Callable[[], None] | None = None  # before both runs
+    # Part of a test's name or message -> what it asks for, which we do not give.
     excused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -164,8 +194,9 @@ SUITES = {
         replace=replace_open_clip,
         source="src",
         excused={
-            "'SigLipLoss' object has no attribute '_loss'": "the private `SigLipLoss._loss`",
-            "'SigLipLoss' object has no attribute '_chunked_loss'": "a private method",
+            "'SigLipLoss' object has no attribute '_loss'": (
+                "OpenCLIP's private `SigLipLoss._loss`, to compare it with and without chunks"
+            ),
         },
     ),
     "pytorch_metric_learning": Suite(
@@ -177,17 +208,29 @@ SUITES = {
     "lightly": Suite(
         tests=("tests/loss/test_ntx_ent_loss.py", "tests/loss/test_dcl_loss.py"),
         replace=replace_lightly,
+        excused={"of at least 0, got -1;": "a negative temperature, which we refuse"},
     ),
     "sentence_transformers": Suite(
-        tests=("tests/test_cmnrl.py",), replace=replace_sentence_transformers
+        tests=(
+            "tests/sentence_transformer/losses/test_cmnrl.py",
+            "tests/sentence_transformer/losses/test_gradcache.py",
+            "tests/sentence_transformer/losses/test_merged_forward.py",
+            "tests/sentence_transformer/losses/test_adaptive_layer.py",
+        ),
+        replace=replace_sentence_transformers,
+        prepare=use_a_small_model,
     ),
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """As a plugin of the peer's tests."""
-    if name := os.environ.get(VARIABLE):
-        SUITES[name].replace()
+    if name := os.environ.get(SUITE):
+        suite = SUITES[name]
+        if suite.prepare is not None:
+            suite.prepare()
+        if os.environ[OURS] == "yes":
+            suite.replace()
 
 
 class Outcomes(NamedTuple):
@@ -206,12 +249,14 @@ def run(name: str, checkout: Path, with_ours: bool) -> Outcomes:
         raise SystemExit(f"{name}: expected a checkout with {suite.tests[0]}, got {checkout}")
     paths = [str(checkout / suite.source), str(PAGE.parent.parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    environment |= {VARIABLE: name if with_ours else "", **suite.environment}
+    environment |= {SUITE: name, OURS: "yes" if with_ours else "no", **suite.environment}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.peer_suites"]
         command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}", *tests]
         subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL)
+        if not report.exists():
+            raise SystemExit(f"{name}: pytest could not start; its message is above")
         cases = ElementTree.parse(report).getroot().iter("testcase")
         outcomes = Outcomes(set(), set(), {})
         for case in cases:
@@ -232,7 +277,7 @@ class Result(NamedTuple):
     name: str
     commit: str
     ours: Outcomes
-    failed_alone: set[str]
+    failed_alone: list[str]
     excused: dict[str, list[str]]  # reason -> tests
     faults: list[str]  # ours
 
@@ -253,14 +298,15 @@ def compare(name: str, checkout: Path) -> Result:
             excused.setdefault(reasons[0], []).append(test)
         else:
             faults.append(test)
-    return Result(name, commit, ours, ours.failed.keys() & alone.failed.keys(), excused, faults)
+    failed_alone = sorted(ours.failed.keys() & alone.failed.keys())
+    return Result(name, commit, ours, failed_alone, excused, faults)
 
 
 def table(results: list[Result]) -> str:
     """The page's table, and the tests that fail with ours only."""
     lines = [
-        "| suite | commit | passed | skipped | failed | fails without ours too | asks for what is "
-        "private | our fault |",
+        "| suite | commit | passed | skipped | failed | fails without ours too | asks for what we "
+        "do not give | our fault |",
         "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
@@ -272,7 +318,9 @@ def table(results: list[Result]) -> str:
             f"| {excused} | {len(result.faults)} |"
         )
         for reason, tests in result.excused.items():
-            notes.append(f"- {result.name}: {len(tests)} tests ask for {reason}.")
+            ask = "tests ask" if len(tests) > 1 else "test asks"
+            notes.append(f"- {result.name}: {len(tests)} {ask} for {reason}.")
+        notes += [f"- {result.name}, without ours too: `{test}`" for test in result.failed_alone]
         notes += [f"- {result.name}, ours: `{test}`" for test in result.faults]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
