@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
+import os
 import pickle
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +177,52 @@ def test_workers_are_a_number_or_a_word(tmp_path: Path) -> None:
         config_of("--workers", "many")
     with pytest.raises(ValueError, match="expected int for workers, got 'many'"):
         from_dict(DataConfig, {"workers": "many"})
+
+
+class KilledWithTheLock:
+    """Pairs of icons; the first worker that reads one is killed while it asks whether it should
+    end, so it holds the lock of that question."""
+
+    def __init__(self, pairs: Any, flag: Path) -> None:
+        self.pairs = pairs
+        self.flag = flag
+        self.name = "killed"
+        self.keys = pairs.keys
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def captions(self, i: int) -> Any:
+        return self.pairs.captions(i)
+
+    def image(self, i: int) -> Any:
+        if not self.flag.exists():
+            self.flag.touch()
+            frame: Any = inspect.currentframe()
+            while "done_event" not in frame.f_locals:
+                frame = frame.f_back
+            if lock := getattr(frame.f_locals["done_event"], "_cond", None):
+                lock.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.pairs.image(i)
+
+
+def test_a_worker_killed_with_a_lock_is_replaced(icons: Any, draws: Tensor, tmp_path: Path) -> None:
+    hung = []
+
+    def give_up(*_: Any) -> None:
+        hung.append(True)
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        loaded = load(KilledWithTheLock(icons, tmp_path / "flag"), draws, workers=1)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert not hung
+    assert_equal(loaded, load(icons, draws))
 
 
 def dataset(shards: int = 20, per_shard: int = 10, remote: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import multiprocessing
@@ -367,6 +368,7 @@ class _Pool:
             persistent_workers=True,
             pin_memory=pin_memory,
             worker_init_fn=_ignore_signals,
+            multiprocessing_context=_context_without_locks(),
             generator=torch.Generator(),  # otherwise it uses the caller's
         )
         # Kill workers that are stuck, here or at exit: they ignore SIGTERM.
@@ -391,6 +393,27 @@ class _Pool:
         """End the workers."""
         self._loader = self._iterator = None  # stops the workers that still answer
         self._cleanup()
+
+
+class _Flag:
+    """What torch uses of an Event, without its lock: a worker that is killed while it holds the
+    lock would leave the training process waiting for ever."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def set(self) -> None:
+        self._value.fill_(True)
+
+    def is_set(self) -> bool:
+        return bool(self._value)
+
+
+def _context_without_locks() -> Any:
+    """Python's way to start processes, with ``_Flag`` for an Event."""
+    context: Any = copy.copy(multiprocessing.get_context())
+    context.Event = _Flag
+    return context
 
 
 def _ignore_signals(worker: int) -> None:
