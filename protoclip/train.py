@@ -213,6 +213,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             raise full_disk(error, path) from error
         raise
     finally:
+        trainer.stepper.replicas.end()
         folder.close()
     return Trained(path, after)
 

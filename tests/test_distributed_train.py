@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +12,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import TINY, exit_codes, logs_of, metrics, on_ranks, start_command, tiny_run
+from ranks import (
+    TINY,
+    bare_run,
+    exit_codes,
+    logs_of,
+    metrics,
+    on_ranks,
+    output_of,
+    start_command,
+    tiny_run,
+)
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from protoclip import distributed
 from protoclip.data import Batch
@@ -195,3 +208,24 @@ def test_ranks_and_passes_give_the_exact_gradients(tmp_path: Path) -> None:
             bound = 1e-12 * max(np.abs(gradient).max() for gradient in expected.values())
             for name, gradient in gradients.items():
                 assert np.abs(gradient - expected[name]).max() <= bound, name
+
+
+def say_what_is_left_of_ddp() -> None:
+    """When the run leaves its process group."""
+    original = distributed.stop
+
+    def stop() -> None:
+        modules = [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+        print("DDP modules:", len(modules), file=sys.stderr, flush=True)
+        original()
+
+    distributed.stop = stop
+
+
+def test_ddp_is_dropped_before_the_run_leaves_its_group(tmp_path: Path) -> None:
+    """As the last owner of the group, DDP would end it, and wait for gloo's threads with Python's
+    lock, which they may be waiting for."""
+    argv = bare_run(tmp_path, "--max-steps", "6")
+    processes = start_command(tmp_path, argv, fault=say_what_is_left_of_ddp, bare=True)
+    assert exit_codes(processes) == [0, 0], logs_of(tmp_path)
+    assert "DDP modules: 0" in output_of(tmp_path)[1], logs_of(tmp_path)

@@ -48,6 +48,13 @@ class Replicas:
         self.module.broadcast_buffers = False
         return True
 
+    def end(self) -> None:
+        """Drop DDP, before its process group is destroyed. As the last owner of a gloo group, DDP
+        would wait for gloo's threads while it holds Python's lock; a thread that needs the lock to
+        free its last work would never end."""
+        self.module = Replica(self.model, self.terms)
+        self._wrapped = None
+
 
 class Replica(nn.Module):
     """What DistributedDataParallel wraps: what is trained, and a forward that calls a function
