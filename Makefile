@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity check-arm faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity check-arm dist-check faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -38,6 +38,9 @@ check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch
 	done; \
 	$(ARM_CXX) $$flags tests/arm_check.cpp -o build/arm_check && \
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm_check
+
+dist-check:  ## wheel and sdist of the last commit, each installed in an empty environment and run; ten minutes, 6 GB
+	.ci/dist-check
 
 faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then every other fault: about an hour
 	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \

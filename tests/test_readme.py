@@ -107,9 +107,8 @@ def test_links_lead_somewhere(page):
 
 def test_readme_and_the_index_lead_to_every_page():
     assert "](docs/README.md)" in PAGES["README.md"] and "](CONTRIBUTING.md)" in PAGES["README.md"]
-    rows = [line for line in PAGES["docs/README.md"].splitlines() if line.startswith("| ")]
     others = [page.name for page in DOCS if page != INDEX]
-    assert [name for name in others if not any(f"]({name})" in row for row in rows)] == []
+    assert [name for name in others if f"]({name}): " not in PAGES["docs/README.md"]] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
