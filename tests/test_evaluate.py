@@ -41,6 +41,7 @@ from protoclip.evaluate.tasks import (
     take,
 )
 from protoclip.model import build_model
+from protoclip.report import page
 from protoclip.runs import checkpoint
 from protoclip.settings.config import ModelConfig
 
@@ -336,6 +337,17 @@ def test_the_table_has_a_row_per_metric_and_the_change() -> None:
     assert row_of(table, "text -> image R@5")[-3:] == ["-", "-", "-"]
     assert row_of(table, "linear probe group")
     assert len({len(line) for line in table[1:6]}) == 1  # aligned
+
+
+def test_equal_captions_are_counted_once_in_words() -> None:
+    features = torch.eye(40)
+    captions = torch.arange(40) // 4
+    sets = {"HO": EvalSet(features, features, torch.arange(40), caption_ids=captions)}
+    trained = evaluate_features(sets, tasks={"retrieval"})
+    results = Outcome("pairs.csv", "tiny", "x.pt", trained)
+    assert "40 images, 10 different captions" in format_table(results)
+    answer = page.answer(page.Run("run", Path("run"), {}, results))
+    assert "among 10 different captions (chance 10)." in answer
 
 
 def test_the_table_ends_with_times_and_memory() -> None:

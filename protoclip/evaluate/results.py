@@ -59,6 +59,14 @@ class SetResults:
     captions: int
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
+    different_captions: int | None = None  # None: not counted, or all differ
+
+    @property
+    def number_of_captions(self) -> str:
+        """In words, how many captions a picture is compared with."""
+        if self.different_captions is None or self.different_captions == self.captions:
+            return f"{self.captions:,} captions"
+        return f"{self.different_captions:,} different captions"
 
 
 TRAIN = "TRAIN"  # the key of a set of pairs that the model was trained on
@@ -108,7 +116,7 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str 
 
     blocks = []
     for key, trained in outcome.trained.items():
-        size = f"{trained.samples:,} images, {trained.captions:,} captions"
+        size = f"{trained.samples:,} images, {trained.number_of_captions}"
         lines = [f"{trained.title} ({key}): {size}", line("", heads)]
         beside = [results.get(key, NOTHING) for results in columns.values()]
         for name, words in rows_of(trained.metrics):

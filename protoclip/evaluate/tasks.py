@@ -437,6 +437,7 @@ def _score(
             values["text_uniformity"] = metrics.uniformity(eval_set.text)
         values["image_uniformity"] = metrics.uniformity(eval_set.image)
     means = {name: float(score.double().mean()) for name, score in sampled.items()}
+    caption_ids = eval_set.caption_ids
     unweighted = {
         name: score for name, score in sampled.items() if not name.endswith(metrics.MEAN_PER_CLASS)
     }
@@ -446,6 +447,7 @@ def _score(
         captions=len(eval_set.text),
         metrics=means | values,
         intervals=metrics.bootstrap_intervals(unweighted),
+        different_captions=None if caption_ids is None else len(caption_ids.unique()),
     )
 
 

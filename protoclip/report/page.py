@@ -181,7 +181,7 @@ def answer(run: Run) -> str:
             guess = run.outcome.floors["chance"].get(key, results.NOTHING)
             chance = guess.metrics.get(metric, math.nan)
         elif metric == RETRIEVAL:
-            chance = 1 / scores.captions
+            chance = 1 / (scores.different_captions or scores.captions)
         digits = ".1g" if chance < 0.1 else ".0f"
         beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
         right = f"{100 * scores.metrics[metric]:.0f} of 100"
@@ -195,7 +195,7 @@ def answer(run: Run) -> str:
             subject += f" of {run.outcome.data}"
         if metric == RETRIEVAL:
             return (
-                f"It finds the caption of {right} {subject} among {scores.captions:,} captions"
+                f"It finds the caption of {right} {subject} among {scores.number_of_captions}"
                 f"{beside}."
             )
         return f"It names {right} {subject}{beside}."
