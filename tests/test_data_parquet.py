@@ -27,6 +27,7 @@ from protoclip.cluster import main as cluster_command
 from protoclip.data import DataError, EpochOrder, Subset, open_dataset, parquet
 from protoclip.data.__main__ import main as data_command
 from protoclip.evaluate.datasets import open_layout
+from protoclip.training.summary import left_out
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -150,6 +151,11 @@ def test_bad_rows_are_left_out_named_and_counted(
         "row 2": "all captions are empty",
         "row 3": "all captions are empty",
     }
+    said = left_out(dataset.skipped, path).splitlines()
+    assert said[:2] == [
+        "left out of the data: 4 samples",
+        f"  {path}, row 1: the picture is missing",
+    ]
     assert list(dataset.keys) == [f"bad.parquet/{row}" for row in (0, 4, 5, 6)]
     for i, reason in ((1, "4: the picture is missing"), (2, "5: the picture does not decode")):
         with pytest.raises(DataError, match=f"bad.parquet, bad.parquet/{reason}"):

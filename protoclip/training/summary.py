@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +26,8 @@ from protoclip.runs.run_folder import NullRunFolder, sum_up
 from protoclip.settings.config import ModelConfig, TrainConfig, to_dict
 from protoclip.training import schedule
 from protoclip.training.checks import ActiveLosses, uses_prototypes
+
+NAMED = 5  # left-out samples that the log names
 
 
 def announce(
@@ -55,6 +58,8 @@ def announce(
         f"model: {config.model.model} on {device}, {precision}{by_itself}, "
         f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )
+    if skipped := getattr(dataset, "skipped", ()):
+        folder.say(left_out(skipped, dataset.name))
     builtin = config.data.train_data.startswith("builtin:")
     if config.model.model == ModelConfig().model and not builtin:
         folder.say(
@@ -88,6 +93,18 @@ def announce(
         f"features: {features.reason}; {'internal ' if active.internal else ''}prototypes train "
         f"from step {first + 1} on{limits}\n{teacher_remark}"
     )
+
+
+def left_out(skipped: Sequence[tuple[str, str, str]], data: str) -> str:
+    """The first samples, (file, row or key, reason), that could not be used when the data was
+    opened."""
+    lines = [f"left out of the data: {plural(len(skipped), 'sample')}"]
+    lines += [
+        f"  {', '.join(filter(None, (file, key)))}: {why}" for file, key, why in skipped[:NAMED]
+    ]
+    if len(skipped) > NAMED:
+        lines.append(f"  ... (protoclip data --check {data} lists all)")
+    return "\n".join(lines)
 
 
 def conclude(
