@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:  # argparse exits after its help
             sys.stdout.flush()
+    except KeyboardInterrupt:  # while a module is imported: a command says so itself
+        print("protoclip: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader is gone, as after | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ PROG = "protoclip cluster"
 CSV = "clusters.csv"
 CENTROIDS = "centroids.safetensors"
 FEATURES = "features.npz"
-MARK = ".protoclip-cluster"  # in a folder that the command made or wrote to
+MARK = ".protoclip-cluster"  # says which files of a folder the command wrote
 # OpenCLIP's own example.
 MODEL = "ViT-B-32"
 WEIGHTS = "laion2b_s34b_b79k"
@@ -127,16 +129,23 @@ class Groups:
 def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
     out = Path(args.out)
-    began_at = time.perf_counter()
     is_file = Path(args.data).suffix in SUFFIXES
     is_encoded = not (is_file or args.features)
     names = [CSV, CENTROIDS, page.NAME]
     if is_encoded:
         names.append(FEATURES)
-    open_output(out, names, args.overwrite)
-    points = read_features(args) if is_file else encode_pictures(args)
-    if is_encoded:
-        write_rows(out / FEATURES, points.rows.cpu().numpy(), points.dataset.keys)
+    with open_output(out, names, args.overwrite):
+        began_at = time.perf_counter()
+        points = read_features(args) if is_file else encode_pictures(args)
+        if is_encoded:
+            with whole_files(out) as temporary:
+                write_rows(temporary / FEATURES, points.rows.cpu().numpy(), points.dataset.keys)
+                write_mark(temporary, out)
+        write_groups(args, out, points, began_at)
+
+
+def write_groups(args: argparse.Namespace, out: Path, points: Points, began_at: float) -> None:
+    """K, k-means, and the files; ``began_at``: on the clock of ``time.perf_counter``."""
     rows = points.rows.to(choose_device(args.device))
     features_done_at = time.perf_counter()
     k, why = choose_k(args.k, rows, args.seed)
@@ -189,6 +198,7 @@ def run(args: argparse.Namespace) -> None:
         clusters.save(temporary / CENTROIDS)
         html = write_page(points, groups, k, seconds, why)
         write_atomic(temporary / page.NAME, printable_lines(html))
+        write_mark(temporary, out)
     if args.link_to or args.copy_to:
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
@@ -196,27 +206,57 @@ def run(args: argparse.Namespace) -> None:
     print(f"{clusters}\n{name}/{CSV}, {CENTROIDS}; look at {name}/{page.NAME}")
 
 
-def open_output(out: Path, names: Sequence[str], overwrite: bool) -> None:
+@contextlib.contextmanager
+def open_output(out: Path, names: Sequence[str], overwrite: bool) -> Iterator[None]:
     """Make the folder in which files of these names will be written; ValueError if that would
-    replace a file of others, or, without ``overwrite``, those of an earlier run."""
+    replace a file of others, or, without ``overwrite``, those of an earlier run. A new folder in
+    which nothing was written goes again."""
     check_above(out / CSV, "--out")
     present = [name for name in names if (out / name).exists()]
     shown = printable(str(out))
-    if present and not (out / MARK).exists():
+    written = read_mark(out)
+    if others := [name for name in present if written.get(name) != state_of(out / name)]:
         raise ValueError(
-            f"--out: {shown} holds {', '.join(present)}, which {PROG} did not write there; choose "
-            "a new folder"
+            f"--out: {shown} holds {', '.join(others)}, which {PROG} did not write there, or which "
+            "changed since; choose a new folder"
         )
     if CSV in present and not overwrite:
         raise ValueError(
             f"--out: {shown} holds an earlier run of {PROG}; choose another folder, or replace it "
             "with --overwrite"
         )
+    is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / MARK).touch()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise ValueError(f"--out: {shown} cannot be created ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                out.rmdir()
+
+
+def state_of(file: Path) -> list[int]:
+    """What tells whether a file has been changed."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def read_mark(out: Path) -> dict[str, list[int]]:
+    """The files that the command wrote in a folder, by name, with their state then."""
+    try:
+        return json.loads((out / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_mark(temporary: Path, out: Path) -> None:
+    """Write the mark that ``out`` gets with the files in ``temporary``."""
+    written = read_mark(out) | {file.name: state_of(file) for file in temporary.iterdir()}
+    write_atomic(temporary / MARK, json.dumps(written))
 
 
 def encode_pictures(args: argparse.Namespace) -> Points:

@@ -127,9 +127,12 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
             return 130
         if not isinstance(error, (ValueError, OSError)):
             raise
-        from protoclip.common.files import printable_lines
+        from protoclip.common.files import DISK_FULL, printable_lines
 
-        _say_once(f"{name}: error: {printable_lines(str(error))}")
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            text = f"{error.filename}: {error.strerror}; free some space and start again"
+        _say_once(f"{name}: error: {printable_lines(text)}")
         return 2
     stop()
     return code or 0

@@ -8,7 +8,6 @@ and check everything, resume, train episode by episode, evaluate, report.
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 import sys
 import traceback
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from protoclip import distributed
-from protoclip.common.files import mebibytes
+from protoclip.common.files import DISK_FULL, mebibytes
 from protoclip.common.host import choose_workers, keep_freed_memory, start_again_if_busy
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
@@ -38,6 +37,7 @@ from protoclip.model import (
     choose_precision,
     put_channels_last,
 )
+from protoclip.ops.dispatch import resolve
 from protoclip.runs import checkpoint
 from protoclip.runs.resume import (
     check_resume,
@@ -62,7 +62,6 @@ from protoclip.training.trainer import Setup, Trainer
 
 __all__ = ["Term", "TermInputs", "Trained", "gathered_rows", "main", "make_config", "train"]
 PROG = "protoclip train"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,6 +187,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
         )
         for note in filter(None, [evaluation.remark, *notes]):
             folder.say(note)
+        resolve("info_nce", "auto", device.type, torch.float32)  # compile before the clocks start
         before = evaluation.untrained(path, model, resumed=resume is not None)
         trainer.run()
         after = evaluation.full(model, "evaluating the trained model")

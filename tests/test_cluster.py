@@ -277,6 +277,29 @@ def test_an_earlier_run_is_replaced_if_that_is_asked_for(
     assert (out / "features.npz").read_text() == "of an earlier encoding"
 
 
+def test_a_run_that_failed_leaves_no_folder_and_no_claim_to_one(
+    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = features.folder / "o"
+    assert cluster(["nosuch", "--k", "2", "--out", str(out)]) == 2
+    assert not out.exists()
+    out.mkdir()
+    assert cluster(["nosuch", "--k", "2", "--out", str(out)]) == 2
+    (out / "report.html").write_text("mine")
+    assert cluster([features.rows_path, "--k", "2", "--out", str(out), "--overwrite"]) == 2
+    assert (out / "report.html").read_text() == "mine"
+
+
+def test_a_page_that_changed_since_is_not_replaced(
+    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = cluster_features(features, "o", "--k", "3")
+    (out / "report.html").write_text("mine")
+    assert cluster([features.rows_path, "--k", "2", "--out", str(out), "--overwrite"]) == 2
+    assert "holds report.html, which" in capsys.readouterr().err
+    assert (out / "report.html").read_text() == "mine"
+
+
 def test_names_that_look_like_formulas_stay_paths(features: FeatureFile) -> None:
     """A spreadsheet that opens the table would run them."""
     names = ["=1+2.png", "+a.png", "-b.png", "@c.png", "d=1.png", "e.png"]

@@ -22,10 +22,11 @@ from report_run import make_run
 from benchmarks.study.record_baseline import main as record_baseline
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
+from protoclip.evaluate.tasks import EvalSet
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import load_snapshot, words_of_clusters
+from protoclip.report.snapshot import Thumbnails, load_snapshot, retrieval, words_of_clusters
 from protoclip.settings.config import TrainConfig, to_dict
 from protoclip.train import main as train
 
@@ -124,6 +125,26 @@ def test_folders_that_are_not_runs_are_refused_in_one_line(
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
     assert not (copy / "report.html").exists()
+
+
+def test_an_example_shows_five_different_captions() -> None:
+    """Each caption stands for two pictures."""
+    ids = torch.arange(24) // 2
+    text = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))[ids]
+    judged = EvalSet(text + 0.1, text, torch.arange(24), caption_ids=ids)
+    dataset = CaptionsOfTwo(24)
+    to_captions = retrieval(dataset, judged, Thumbnails())[0]
+    assert to_captions["to"] == "caption" and to_captions["queries"]
+    for query in to_captions["queries"]:
+        captions = [answer["caption"] for answer in query["answers"]]
+        assert len(set(captions)) == len(captions) == 5 and query["answers"][0]["hit"]
+
+
+class CaptionsOfTwo(ShapesDataset):
+    """Pairs of pictures with one caption."""
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return (f"pair {i // 2}",)
 
 
 # ---- what is on the page ----

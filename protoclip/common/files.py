@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import itertools
 import os
@@ -25,6 +26,7 @@ from protoclip.common.paths import cache_dir
 # A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
 STALL = 60.0  # seconds without a byte before a download fails
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _copies: dict[str, str] = {}  # URL -> path of the copies that this process has used
 _coming: set[str] = set()
 os.register_at_fork(after_in_child=_coming.clear)  # threads do not survive a fork

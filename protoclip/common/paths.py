@@ -18,7 +18,7 @@ def cache_dir() -> Path:
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:
     """Return the path if a file can be written there, else raise ValueError; folders may be new."""
-    if os.path.isdir(path):
+    if os.path.isdir(path) or str(path).endswith(os.sep):
         raise ValueError(f"{flag}: expected a file, got the folder {path}; add a name to it")
     check_above(Path(path), flag)
     return Path(path)

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     results.write_records(folder, outcome)
     ranks = distributed.world_size()
     on_ranks = f" on {ranks} ranks" if ranks > 1 else ""
-    notes.append(f"Evaluated in {took:.1f} s{on_ranks}, written to {output}")
+    notes.append(f"Evaluated in {took:.1f} s{on_ranks} ({args.precision}), written to {output}")
     notes.append(f"CLIP_benchmark's JSON: {folder}")
     print("\n".join([results.format_table(outcome), *notes]))
 

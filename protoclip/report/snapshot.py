@@ -519,10 +519,15 @@ def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list
     def picture(row: int, hit: bool) -> dict[str, Any]:
         return thumbs.item(dataset, row, hit)
 
+    first_of_text = np.unique(texts.numpy(), return_index=True)[1]
     groups = []
-    for to, queries, answers in (("caption", image, text), ("image", text, image)):
+    for to, queries, answers, positions in (
+        ("caption", image, text, torch.from_numpy(np.sort(first_of_text))),
+        ("image", text, image, torch.arange(len(image))),
+    ):
         asked = every(torch.arange(len(queries)), ASKED)
-        best = (queries[asked] @ answers.T).topk(min(5, len(answers)), dim=1).indices  # [Q, 5]
+        cosines = queries[asked] @ answers[positions].T
+        best = positions[cosines.topk(min(5, len(positions)), dim=1).indices]  # [Q, 5]
         if to == "caption":
             show_query = picture
             show_answer = caption

@@ -113,7 +113,7 @@ def evaluate_parser() -> Parser:
         "what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH"
     )
     for flag, default, help_text in (
-        ("--data", "", "see below (default: what the run was evaluated on)"),
+        ("--data", "", "see below (default: the held-out pairs of the run)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
         ("--model", "", "for a checkpoint of OpenCLIP's trainer: its model name or config .json"),
         ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
