@@ -309,7 +309,7 @@ def test_the_words_of_the_tables_are_explained_and_no_others(compared: Element) 
 
 def test_the_page_says_who_won(compared: Element) -> None:
     summary = compared.section("summary")
-    assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ headline numbers", summary.text)
+    assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ scores", summary.text)
     assert "ProtoCLIP also pulls" in summary.text
 
 

@@ -275,7 +275,7 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
 
 
 def verdict(run: Run, baseline: Run | None) -> str:
-    """How the run stands beside the baseline, counted over the headline metrics."""
+    """How the run stands beside the baseline, counted over its scores, those that fold too."""
     if baseline is None:
         path = run.path or run.name
         clip = f"{path}-clip"
@@ -305,7 +305,7 @@ def verdict(run: Run, baseline: Run | None) -> str:
     count = len(better + worse + same)
     text = (
         f"{run.label} {head} {baseline.label}: of {count} "
-        f"headline numbers {len(better)} are better, {len(worse)} worse, {len(same)} within chance "
+        f"scores {len(better)} are better, {len(worse)} worse, {len(same)} within chance "
         f"(95 % intervals, one seed of the run, {baseline.outcome.seeds} of the baseline); by "
         f"chance {0.025 * count:.1f} are expected each way."
     )
