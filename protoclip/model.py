@@ -198,9 +198,11 @@ class ProtoModel(nn.Module):
             raise ValueError(f"checkpoint: it does not fit this model ({reason})") from error
 
 
-def register_configs(model: str = "") -> str:
+def register_configs(model: str = "", *, audio: bool = False) -> str:
     """Register protoclip's models and the config file ``model`` with OpenCLIP; returns the name.
 
+    Args:
+        audio: whether the model may have an audio tower instead of an image tower, as CLAP.
     Raises:
         ValueError: not a valid config file, which OpenCLIP would skip silently or crash on.
     """
@@ -212,8 +214,9 @@ def register_configs(model: str = "") -> str:
         config = parse_json(Path(model).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model: expected an OpenCLIP config in {model}: {error}") from error
-    keys = {"embed_dim", "vision_cfg", "text_cfg"}
-    if missing := sorted(keys - set(config if isinstance(config, dict) else ())):
+    found = set(config if isinstance(config, dict) else ())
+    tower = "audio_cfg" if audio and "audio_cfg" in found else "vision_cfg"
+    if missing := sorted({"embed_dim", tower, "text_cfg"} - found):
         raise ValueError(f"--model: the OpenCLIP config {model} lacks {', '.join(missing)}")
     open_clip.add_model_config(Path(model))
     return Path(model).stem

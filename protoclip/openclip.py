@@ -248,7 +248,7 @@ def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str
     parsed, words_for_openclip = parser.parse_known_args(list(argv))
     settings = vars(parsed)
     dedup = settings.pop("dedup") == "caption"
-    model = register_configs(settings.pop("model"))
+    model = register_configs(settings.pop("model"), audio=hasattr(open_clip, "create_task"))
     proto = ProtoConfig(**settings) if settings else None
     if model:
         words_for_openclip += ["--model", model]

@@ -21,6 +21,7 @@ import open_clip_train.data
 import open_clip_train.main as trainer
 import torch
 import torch.distributed as dist
+from open_clip.transformer import MultimodalTransformer
 
 from protoclip import openclip as command
 from protoclip.model import register_configs
@@ -30,6 +31,16 @@ open_clip_train.data._SAMPLE_SHUFFLE_SIZE = 1
 open_clip_train.data._SAMPLE_SHUFFLE_INITIAL = 1
 
 
+original_decoder = MultimodalTransformer.__init__
+
+
+def initialised(decoder: MultimodalTransformer, *arguments: Any, **options: Any) -> None:
+    """OpenCLIP leaves a weight of CoCa's decoder as the memory was, so two runs would differ."""
+    original_decoder(decoder, *arguments, **options)
+    torch.nn.init.normal_(decoder.text_projection, std=len(decoder.text_projection) ** -0.5)
+
+
+MultimodalTransformer.__init__ = initialised
 torch.compile = functools.partial(torch.compile, backend="aot_eager")  # of --torchcompile
 original_init = dist.init_process_group
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -11,6 +13,7 @@ import torch
 import protoclip
 from protoclip import losses
 from protoclip import openclip as command
+from protoclip.model import register_configs
 
 
 def args(**changes):
@@ -29,6 +32,20 @@ def test_our_flags_are_popped_and_theirs_stay() -> None:
     assert rest == ["--local-loss", "--model", "x"] and not dedup
     assert proto == protoclip.ProtoConfig(k=7, weight=0.5, pbt=False)
     assert command.split_flags(["--lr", "1e-3"]) == (None, False, ["--lr", "1e-3"])
+
+
+def test_a_config_with_an_audio_tower_is_open_clip_4s(tmp_path: Path) -> None:
+    path = tmp_path / "clap.json"
+    path.write_text(json.dumps({"embed_dim": 16, "audio_cfg": {}, "text_cfg": {}}))
+    words = ["--model", str(path)]
+    if hasattr(open_clip, "create_task"):
+        assert command.split_flags(words)[2] == ["--model", "clap"]
+    else:
+        with pytest.raises(ValueError, match="clap.json lacks vision_cfg"):
+            command.split_flags(words)
+    assert register_configs(str(path), audio=True) == "clap"
+    with pytest.raises(ValueError, match="clap.json lacks vision_cfg"):  # no trainer of ours
+        register_configs(str(path))
 
 
 def test_create_loss_gives_ours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from ranks import TINY
 
 from protoclip import export
 from protoclip.data import open_dataset
@@ -27,15 +29,42 @@ STEPS = 4
 PROTO = ["--proto-queue", "32", "--proto-k", "4"]  # prototypes from the third step
 ACCUMULATED = ["--accum-freq", "2"]
 
+TEXT = TINY["text_cfg"]
+MODELS = {
+    "nano-coca": {
+        "embed_dim": 32,
+        "vision_cfg": TINY["vision_cfg"]
+        | {"attentional_pool": True, "attn_pooler_queries": 4, "output_tokens": True}
+        | {"attn_pooler_heads": 2},
+        "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": TEXT | {"attn_pooler_heads": 2},
+        "custom_text": True,
+    },
+    "nano-clap": {
+        "embed_dim": 16,
+        "audio_cfg": {"model_name": "tiny", "sample_rate": 16000, "clip_samples": 64000},
+        "text_cfg": TEXT,
+    },
+}
+TERMS = {  # task -> the terms of its loss
+    "coca": {"contrastive_loss", "caption_loss"},
+    "distill": {"contrastive_loss", "distill_loss"},
+    "clap": {"contrastive_loss"},
+}
+HAS_CLAP = all(map(importlib.util.find_spec, ("open_clip.task", "torchaudio", "torchlibrosa")))
+
 Terms = dict[str, float]  # of one call of a loss
 Calls = dict[str, list[Terms]]  # by case
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, nano: Path) -> Path:
-    """Model config, and two shards of builtin:icons with enough pairs for an epoch of two ranks."""
+    """Model configs, and two shards of builtin:icons with enough pairs for an epoch of two
+    ranks."""
     folder = tmp_path_factory.mktemp("openclip")
     shutil.copy(nano, folder)
+    for name, config in MODELS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
     pairs = Subset(open_dataset("builtin:icons"), range(0, 2 * BATCH * STEPS))
     export_shards(pairs, folder / "shards", per_shard=BATCH * STEPS)
     return folder
@@ -49,13 +78,14 @@ def flags(
     data: str = "icons",
     precision: str = "fp32",
     batch: int = BATCH,
+    model: str = "nano",
 ) -> list[str]:
-    source = ["--dataset-type", "synthetic"]
+    source = ["--dataset-type", data]
     if data == "icons":
         source = ["--train-data", f"{folder}/shards/{{00000..00001}}.tar"]
     return [
         *source, "--train-num-samples", str(BATCH * STEPS), "--batch-size", str(batch),
-        "--model", f"{folder}/nano.json", "--precision", precision, "--device", "cpu",
+        "--model", f"{folder}/{model}.json", "--precision", precision, "--device", "cpu",
         "--epochs", "1", "--warmup", "1", "--lr", "1e-3", "--workers", "0",
         "--log-every-n-steps", "1", "--logs", f"{folder}/logs", "--name", name, *(more or []),
     ]  # fmt: skip
@@ -106,7 +136,16 @@ def one_process(folder: Path) -> Calls:
             f"{who} accum": flags(folder, f"{who}-accum", ACCUMULATED, batch=BATCH // 2),
             f"{who} bf16": flags(folder, f"{who}-bf16", precision="amp_bf16"),
             f"{who} siglip": flags(folder, f"{who}-siglip", ["--siglip"]),
+            f"{who} coca": flags(folder, f"{who}-coca", model="nano-coca"),
         }
+    teacher = ["--distill-model", "nano", "--distill-pretrained"]
+    teacher += [f"{folder}/logs/theirs-icons/checkpoints/epoch_1.pt"]
+    for who in ("theirs", "ours"):
+        cases[f"{who} distill"] = flags(folder, f"{who}-distill", teacher)
+        if HAS_CLAP:
+            cases[f"{who} clap"] = flags(
+                folder, f"{who}-clap", data="synthetic-audio", model="nano-clap"
+            )
     resumed = ["--proto-warmup", "99", "--resume", "latest", "--epochs", "2"]
     cases |= {
         "proto synthetic": flags(folder, "p-synthetic", PROTO, data="synthetic"),
@@ -129,6 +168,17 @@ def test_plain_losses_are_open_clips_step_by_step(one_process: Calls, case: str)
     noise = 4e-3 if case == "bf16" else 2e-5
     assert contrastive(ours) == pytest.approx(contrastive(theirs), rel=noise)
     assert case == "synthetic" or len(set(contrastive(ours))) > 2  # it is not one constant
+
+
+@pytest.mark.parametrize("task", TERMS)
+def test_losses_of_other_tasks_are_open_clips_step_by_step(one_process: Calls, task: str) -> None:
+    if task == "clap" and not HAS_CLAP:
+        pytest.skip("needs OpenCLIP 4, torchaudio and torchlibrosa")
+    ours = one_process[f"ours {task}"]
+    assert len(ours) == STEPS and len(set(contrastive(ours))) > 1
+    for terms, their_terms in zip(ours, one_process[f"theirs {task}"], strict=True):
+        assert set(terms) == TERMS[task]
+        assert terms == pytest.approx(their_terms, rel=2e-5)
 
 
 @pytest.mark.parametrize("case", ["synthetic", "icons", "accum", "bf16"])
