@@ -5,8 +5,10 @@ import tarfile
 import zipfile
 
 wheel, sdist = sys.argv[1:]
-in_wheel = zipfile.ZipFile(wheel).namelist()
-in_sdist = [name.partition("/")[2] for name in tarfile.open(sdist).getnames()]
+with zipfile.ZipFile(wheel) as archive:
+    in_wheel = archive.namelist()
+with tarfile.open(sdist) as source:
+    in_sdist = [name.partition("/")[2] for name in source.getnames()]
 for names in (in_wheel, in_sdist):
     assert any(name.endswith("LICENSE") for name in names), "no licence"
 for needed in ("protoclip/csrc/bindings.cpp", "protoclip/kernels/launch.py", "protoclip/py.typed"):
