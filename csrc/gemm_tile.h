@@ -42,6 +42,17 @@ inline void transpose(const BFloat16* in, int64_t ld_in, int64_t m, int64_t n, B
                                        std::min<int64_t>(32, m - i), std::min<int64_t>(32, n - j));
 }
 
+inline Floats load(const BFloat16* p) {
+#ifdef __AVX512BW__
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return (Floats)_mm512_slli_epi32(wide, 16);
+#else
+  Floats v;
+  for (int64_t lane = 0; lane < kLanes; ++lane) v[lane] = static_cast<float>(p[lane]);
+  return v;
+#endif
+}
+
 inline void to_bf16(const float* in, int64_t n, BFloat16* out) {
   int64_t i = 0;
 #ifdef __AVX512BF16__
@@ -134,15 +145,21 @@ struct CpuMatrixUnits {
   bool bf16, amx;
 };
 
-inline CpuMatrixUnits cpu_matrix_units() {
+inline CpuMatrixUnits find_matrix_units() {
 #if defined(__x86_64__) && defined(__AVX512BF16__)  // -march=native: what this machine has
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  static const bool works = brgemm_works<BFloat16>();
+  const bool works = brgemm_works<BFloat16>();
   return {works, works && (edx >> 22 & 1) != 0};
 #else
   return {false, false};
 #endif
+}
+
+// Asked once: on a virtual machine cpuid is answered by its host.
+inline CpuMatrixUnits cpu_matrix_units() {
+  static const CpuMatrixUnits units = find_matrix_units();
+  return units;
 }
 
 // brgemm adds a whole depth in one chain; sums of shorter chains keep the error near MKL's.

@@ -22,8 +22,8 @@ namespace protoclip {
 
 class MemoryPool {
  public:
-  static constexpr int64_t kSmallest = 1 << 20;  // below, malloc's own lists serve
-  static constexpr int64_t kAtMost = 128 << 20;  // idle bytes, kept for the next call
+  static constexpr int64_t kSmallest = 64 << 10;  // below, malloc's own lists serve
+  static constexpr int64_t kAtMost = 128 << 20;   // idle bytes, kept for the next call
 
   static MemoryPool& instance() {
     static MemoryPool* pool = new MemoryPool;  // never destroyed: tensors may outlive statics
@@ -35,18 +35,19 @@ class MemoryPool {
     const int64_t size = whole_pages(bytes);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+      for (auto block = blocks_.rbegin(); block != blocks_.rend();
+           ++block)  // the latest: in caches
         if (block->size == size) {
           void* data = block->data;
           idle_bytes_ -= size;
-          blocks_.erase(block);
+          blocks_.erase(std::next(block).base());
           return data;
         }
     }
-    void* data = std::aligned_alloc(kPage, size);
+    void* data = std::aligned_alloc(page_of(bytes), size);
     if (data == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    madvise(data, size, MADV_HUGEPAGE);
+    if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);
 #endif
     return data;
   }
@@ -70,13 +71,18 @@ class MemoryPool {
   }
 
  private:
-  static constexpr int64_t kPage = 2 << 20;
+  static constexpr int64_t kPage = 4 << 10, kHugePage = 2 << 20;
   struct Block {
     void* data;
     int64_t size;
   };
 
-  static int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+  // Half a huge page is taken whole.
+  static int64_t page_of(int64_t bytes) { return bytes < kHugePage / 2 ? kPage : kHugePage; }
+  static int64_t whole_pages(int64_t bytes) {
+    const int64_t page = page_of(bytes);
+    return (bytes + page - 1) / page * page;
+  }
 
   void drop_oldest() {
     std::free(blocks_.front().data);

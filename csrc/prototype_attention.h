@@ -76,8 +76,7 @@ class OnlineSoftmax {
     if (0 <= label - first && label - first < columns) *positive = s[label - first];
     float factor = 1.f;
     if (!(top <= state.max)) {  // NaN too
-      const float* place = std::find(s, s + columns, top);
-      state.best = first + (place - s) % columns;
+      state.best = first + place_of(top, s, columns);
       factor = state.rebase(top);
     }
     const Floats reference = broadcast(state.max);
@@ -98,6 +97,15 @@ class OnlineSoftmax {
   }
 
  private:
+  // The first place of `value`, which lanes past the last column do not have; 0 of NaN.
+  static int64_t place_of(float value, const float* s, int64_t columns) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const Ints equal = load(s + j) == value;
+      if (any(equal)) return std::find(s + j, s + columns, value) - s;
+    }
+    return 0;
+  }
+
   // Dot products to logits; lanes past the last become finite numbers that weigh nothing. Returns
   // the maximum, NaN or less where a logit is NaN: its weight shows it.
   static float scale(Base2 base2, int64_t columns, float* s) {

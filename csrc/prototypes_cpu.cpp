@@ -32,9 +32,7 @@ template <typename Input>
 float dot(const Input* a, const Input* b, int64_t n) {
   Floats total{};
   int64_t e = 0;
-  for (; e + kLanes <= n; e += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane)
-      total[lane] += static_cast<float>(a[e + lane]) * static_cast<float>(b[e + lane]);
+  for (; e + kLanes <= n; e += kLanes) total += load(a + e) * load(b + e);
   float rest = 0.f;
   for (; e < n; ++e) rest += static_cast<float>(a[e]) * static_cast<float>(b[e]);
   return sum(total) + rest;
@@ -69,18 +67,20 @@ struct FinishRow {
     out.loss[row] = static_cast<float>(kLn2 * (std::log2(state.sum) + (state.max - positive)) +
                                        0. * state.logits);
     if (gradient == nullptr) return;
-    float product = 0.f;
     const float weights = static_cast<float>(state.sum);
-    for (int64_t e = 0; e < out.d; ++e) {
-      gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
-      product += gradient[e] * static_cast<float>(h[e]);
-    }
+    int64_t e = 0;
+    for (; e + kLanes <= out.d; e += kLanes)
+      store(gradient + e, load(acc + e) / weights - load(target + e));
+    for (; e < out.d; ++e) gradient[e] = acc[e] / weights - static_cast<float>(target[e]);
     if (out.scale_gradient == nullptr) return;
-    // From the logits, which no rounding of the weights touches; a scale of 0 leaves none.
-    const double difference = state.logits / state.sum - positive;
-    out.scale_gradient[row] = std::abs(logit_scale) < 1e-30f
-                                  ? product
-                                  : static_cast<float>(difference / (logit_scale * kLog2E));
+    if (std::abs(logit_scale) < 1e-30f) {
+      float product = 0.f;
+      for (e = 0; e < out.d; ++e) product += gradient[e] * static_cast<float>(h[e]);
+      out.scale_gradient[row] = product;
+    } else {  // from the logits, which no rounding of the weights touches
+      const double difference = state.logits / state.sum - positive;
+      out.scale_gradient[row] = static_cast<float>(difference / (logit_scale * kLog2E));
+    }
   }
 };
 

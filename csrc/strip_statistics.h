@@ -4,7 +4,8 @@
 //
 // The parallel tasks are chunks of rows by chunks of columns; their partial statistics, at most
 // kColumnChunks a row and kRowChunks a column, are merged in order. Chunks depend on the shape
-// alone, so the bits do not depend on the number of threads.
+// alone, so the bits do not depend on the number of threads. y is transposed once for all chunks of
+// rows where that takes kMostTransposed bytes at most.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -59,6 +60,7 @@ class Statistics {
   static constexpr int64_t kRows = Stash::kRows, kColumns = Stash::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 4, kColumnChunks = 32;  // at most: the parallel tasks
+  static constexpr int64_t kMostTransposed = 8 << 20;           // of 4,096 x 512 in fp32
 
  public:
   // Where there is a `stash`, the dot products stay there for the backward pass.
@@ -76,11 +78,21 @@ class Statistics {
         row_stride_(round_up(strip.n, kRows)),
         column_stride_(round_up(strip.m, kColumns)),
         rows_(column_chunks_, row_stride_),
-        by_column_(row_chunks_, column_stride_) {
-    for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
+        by_column_(row_chunks_, column_stride_),
+        transposed_size_(Ops::depth(strip.d) * column_stride_),
+        transposes_once_(row_chunks_ > 1 &&
+                         transposed_size_ * int64_t{sizeof(Input)} <= kMostTransposed),
+        transposed_(transposes_once_ ? transposed_size_ : 0) {
+    for (int i = 0; i < at::get_num_threads(); ++i)
+      scratch_.emplace_back(transposes_once_ ? 0 : strip.d);
   }
 
   void run(float* positive) {
+    at::parallel_for(0, transposes_once_ ? blocks(strip_.m, kColumns) : 0, 1,
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t tile = begin; tile < end; ++tile)
+                         transpose(tile * kColumns, transposed(tile * kColumns));
+                     });
     at::parallel_for(0, row_chunks_ * column_chunks_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
         chunk(task / column_chunks_, task % column_chunks_, positive);
@@ -165,6 +177,16 @@ class Statistics {
     }
   };
 
+  // y transposed, of the tile of columns from `column` on.
+  Input* transposed(int64_t column) const {
+    return transposed_.get() + column * Ops::depth(strip_.d);
+  }
+
+  void transpose(int64_t column, Input* out) const {
+    Ops::right_transposed(strip_.y + column * strip_.ld_y, strip_.ld_y,
+                          std::min(kColumns, strip_.m - column), strip_.d, out, kColumns);
+  }
+
   void chunk(int64_t row_chunk, int64_t column_chunk, float* positive) {
     Scratch& scratch = scratch_[at::get_thread_num()];
     const int64_t row_begin = row_chunk * row_chunk_, column_begin = column_chunk * column_chunk_;
@@ -175,22 +197,22 @@ class Statistics {
     by_column_.clear(row_chunk, column_begin, round_up(column_end, kColumns));
     for (int64_t column = column_begin; column < column_end; column += kColumns) {
       const int64_t columns = std::min(kColumns, column_end - column);
-      Ops::right_transposed(strip_.y + column * strip_.ld_y, strip_.ld_y, columns, strip_.d,
-                            scratch.right.get(), kColumns);
+      const Input* right = transposes_once_ ? transposed(column) : scratch.right.get();
+      if (!transposes_once_) transpose(column, scratch.right.get());
       for (int64_t row = row_begin; row < row_end; row += kRows) {
         const TileRange range{row, std::min(kRows, row_end - row), column, columns};
-        tile(range, positive, scratch);
+        tile(range, right, positive, scratch);
         rows_.add(rows + row, scratch.row, range.rows);
         if (both_directions_) by_column_.add(by_column + column, scratch.column, range.columns);
       }
     }
   }
 
-  void tile(const TileRange& range, float* positive, Scratch& scratch) {
+  void tile(const TileRange& range, const Input* right, float* positive, Scratch& scratch) {
     float* s = scratch.s.get();
     float* dots = stash_ ? stash_.tile(range.row, range.column) : s;
     multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
-             scratch.right.get(), kColumns, dots, kColumns);
+             right, kColumns, dots, kColumns);
     const bool has_own = pairs_.has_own(range);
     maxima(range, dots, scratch);
     if constexpr (!Pairs::kMatched) {
@@ -316,6 +338,9 @@ class Statistics {
   Stash stash_;
   int64_t row_chunk_, column_chunk_, row_chunks_, column_chunks_, row_stride_, column_stride_;
   Partials rows_, by_column_;
+  int64_t transposed_size_;  // of all of y, in whole tiles
+  bool transposes_once_;
+  Buffer<Input> transposed_;
   std::vector<Scratch> scratch_;
 };
 
