@@ -11,10 +11,12 @@ import pytest
 import torch
 from ranks import on_ranks
 
+import protoclip
 from protoclip import distributed
 from protoclip.distributed import find_rank
+from protoclip.model import processor_multiplies_bf16
 from protoclip.plan import main
-from protoclip.training.memory_plan import build_run, measure_shape, memory
+from protoclip.training.memory_plan import build_run, cpu_scratch, measure_shape, memory
 
 CLUSTERS = 2000
 SAMPLES = 100_000
@@ -125,6 +127,48 @@ def test_logits_that_the_loss_keeps_count() -> None:
     assert "kept logits" not in parts_of_clip("--batch-size", 1024, "--siglip")
     assert "kept logits" not in parts_of_clip("--batch-size", 1024, "--ranks", 2)
     assert "kept logits" not in parts_of_clip(device="cuda")
+
+
+@pytest.mark.skipif(
+    bool(protoclip.backends("info_nce")["cpu"]), reason="the C++ backend is not here"
+)
+@pytest.mark.parametrize(
+    ("n", "m", "d", "dtype", "rounding"),
+    [
+        (256, 256, 512, torch.float32, 1 << 19),  # small blocks are whole pages of 4 KiB
+        (256, 256, 512, torch.bfloat16, 1 << 19),
+        (
+            1100,
+            4500,
+            256,
+            torch.float32,
+            2 << 20,
+        ),  # more than a block of G, in 2 MiB pages
+        (1100, 4500, 2048, torch.bfloat16, 10 << 20),  # the same, and four more buffers
+    ],
+)
+def test_scratch_of_a_cpu_is_what_its_kernels_take(
+    n: int, m: int, d: int, dtype: torch.dtype, rounding: int
+) -> None:
+    """What a gradient pass has taken it leaves to the next one, which takes no more."""
+    native = torch.ops.protoclip_native
+    x = torch.randn(n, d, dtype=dtype)
+    y = torch.randn(m, d, dtype=dtype)
+    scale = torch.tensor(0.01)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        native.release_memory()
+        for _ in range(2):
+            native.sigmoid_loss(x, y, scale, scale, 0, True, None, None, False)
+            taken = native.idle_memory()
+            tile = d * 64 * x.element_size() + (1 << 17)  # of a thread
+            bf16 = dtype == torch.bfloat16 and processor_multiplies_bf16()
+            planned = cpu_scratch(n, m, d, bf16)
+            assert planned <= taken <= planned + tile + rounding
+    finally:
+        torch.set_num_threads(threads)
+        native.release_memory()
 
 
 def test_scratch_of_a_gpu_is_bounded_for_each_loss() -> None:

@@ -30,9 +30,12 @@ from protoclip.training.checks import active_losses
 
 # Bytes of a number.
 FP32 = 4
+BF16 = 2
 INT32 = 4
 INT64 = 8
-CPU_SCRATCH = 64 << 20  # the most that the C++ kernels use
+# Of the logits' gradient in csrc/strip_gradient.h.
+CPU_BLOCK_ROWS = 1024
+CPU_BLOCK_COLUMNS = 4096
 MINILM_DIM = 384  # width of MiniLM's features without reduction
 
 
@@ -122,6 +125,17 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
     )
 
 
+def cpu_scratch(n: int, m: int, d: int, bf16: bool) -> int:
+    """Bytes that InfoNCE's C++ gradient of [N, D] against [M, D] holds beside its results: a block
+    of the logits' gradient; for bf16 features also the block's rows again and fp32 sums
+    (csrc/strip_gradient.h)."""
+    rows = min(n, CPU_BLOCK_ROWS)
+    columns = min(m, CPU_BLOCK_COLUMNS)
+    if not bf16:
+        return rows * columns * FP32
+    return (rows * columns + (rows + columns) * d) * BF16 + (rows + m) * d * FP32
+
+
 class _Forward(NamedTuple):
     """What a forward pass leaves."""
 
@@ -178,7 +192,8 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
         # The gathered texts, and their gradient in fp32 before it is scattered.
         parts["gathered features"] = rows * d * (bytes_of_feature + FP32)
     if run.on_cpu:
-        parts["InfoNCE scratch"] = rows * d * FP32 + min(8192 * d * FP32, CPU_SCRATCH)
+        gradients = (run.local_batch + rows) * d * bytes_of_feature
+        parts["InfoNCE scratch"] = gradients + cpu_scratch(run.local_batch, rows, d, run.amp)
         if run.ranks == 1 and not run.config.model.siglip:  # losses over ranks keep no logits
             dtype = torch.bfloat16 if run.amp else torch.float32
             parts["kept logits"] = stash_bytes(run.local_batch, rows, d, dtype)
