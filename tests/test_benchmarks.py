@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler_util as profiler
 
-from benchmarks import gpu, machine, report, test_contrastive
+from benchmarks import gpu, loader, machine, report, test_contrastive
 
 RECORDS = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -327,3 +327,21 @@ def test_candidates_that_no_process_began_in_time_are_not_timed(swept_sigmoid: g
     more_than_processes = [candidate] * 20
     problems = gpu.compile_all(more_than_processes, 90, seconds=0)
     assert problems[-1] == ["no time to compile it"]
+
+
+def test_both_loaders_read_the_photographs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PHOTOGRAPHS", 96)
+    folder = tmp_path / "shards"
+    assert loader.main([str(folder)]) == 0
+    (ours,) = loader.our_batches(folder, workers=1, batches=1)
+    images, texts = next(loader.open_clips_batches(folder, workers=1, batches=3))
+    assert images.shape == ours.image.shape == (32, 3, 224, 224)
+    assert texts.shape[1] == 77 and ours.tokens.shape[1] < 77
+    assert abs(images.mean() - ours.image.mean()) < 0.1
+    assert abs(images.std() - ours.image.std()) < 0.1
+    assert loader.main([str(folder), "--rounds", "1", "--batches", "3"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = [row.split("|") for row in printed if row.startswith(("| 1 ", "| 2 "))]
+    assert len(rows) == 2 and all(float(row[4]) > 0 for row in rows)

@@ -175,3 +175,22 @@ def test_the_page_of_many_gpus_says_what_plan_says(capsys):
         loss = memory["gathered features"] + memory["InfoNCE scratch"]
         assert planned["global_batch"] == int(batch)
         assert [f"{sum(memory.values()) / 2**30:.1f}", f"{loss / 2**30:.2f}"] == gib
+
+
+def test_the_page_of_many_gpus_predicts_what_plan_predicts(capsys):
+    """Numbers that nobody has measured are called predicted."""
+    page = PAGES["docs/many-gpus.md"]
+    (command,) = (words for name, words in shown(page) if name == "plan" and words)
+    assert plan.main([*command, "--json"]) == 0
+    predicted = {row["ranks"]: row for row in json.loads(capsys.readouterr().out)["predicted"]}
+    section = page.partition("### The time of a step, predicted\n")[2]
+    rows = re.findall(r"^\|((?: [\d.,]+ \|){8}) (\w+) \|$", section, re.MULTILINE)
+    assert len(rows) == 4
+    for numbers, bound in rows:
+        gpus, *cells = (float(cell.replace(",", "")) for cell in numbers.split("|")[:-1])
+        row = predicted[int(gpus)]
+        mebibytes = [row[name] / 2**20 for name in ("gathered_bytes", "reduced_bytes")]
+        parts = ("towers", "losses", "network", "data", "seconds")
+        milliseconds = [1e3 * row[name] for name in parts]
+        assert cells == [round(number, 1) for number in mebibytes + milliseconds]
+        assert bound == row["bound"]

@@ -13,8 +13,9 @@ EVERYDAY = """
     --accum-freq --lr --warmup --name --resume --save-every --seed --device --precision
 """
 PLANNED = """
-    --ranks --samples --json --model --grad-checkpointing --k --episode-size --external-teacher
-    --batch-size --accum-freq --device --precision
+    --ranks --samples --json --tflops --nvlink --infiniband --latency --gpus-per-machine
+    --pairs-per-worker --model --grad-checkpointing --k --episode-size --external-teacher
+    --batch-size --accum-freq --workers --device --precision
 """
 MINILM = "builtin:minilm"
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
@@ -35,11 +36,12 @@ def train_parser() -> Parser:
 
 
 def plan_parser() -> Parser:
-    """Flags of ``protoclip plan``: those of train, and three of its own."""
+    """Flags of ``protoclip plan``: those of train, and some of its own."""
     parser = build_parser(
         "protoclip plan",
-        "Estimate the memory of each process of a run; takes the flags of protoclip train. "
-        "--device cpu plans for CPUs, anything else for GPUs.",
+        "Estimate the memory of each process of a run, and predict the time of a step on 8 to "
+        "1,024 GPUs; takes the flags of protoclip train. --device cpu plans for CPUs, without "
+        "times, anything else for GPUs.",
         PLANNED.split(),
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
@@ -47,6 +49,15 @@ def plan_parser() -> Parser:
     add_flag(group, "--ranks", 1, "processes, one GPU each")
     add_flag(group, "--samples", 3_000_000, "pairs in the dataset")
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    words = "What the prediction assumes of a machine; the defaults are for H100s, not measured"
+    group = parser.add_argument_group("Rates", words)
+    add_flag(group, "--tflops", 400.0, "TFLOP/s of towers and losses; the peak in bf16 is 989")
+    add_flag(group, "--nvlink", 360.0, "GB/s of a GPU, each way; the peak is 450")
+    add_flag(group, "--infiniband", 40.0, "GB/s of a GPU, each way; the peak of NDR is 50")
+    words = "microseconds of a collective call on one machine, and again when machines double"
+    add_flag(group, "--latency", 20.0, words)
+    add_flag(group, "--gpus-per-machine", 8, "GPUs that NVLink connects")
+    add_flag(group, "--pairs-per-worker", 300.0, "photographs a second that a worker process reads")
     return parser
 
 

@@ -1,15 +1,15 @@
 """The memory of a run before it starts: bytes of a rank, by part.
 
-Shapes are exact: the model's forward pass runs on tensors
-without data, which shows what autograd keeps. Time is not predicted.
+Shapes are exact: the model's forward pass runs on tensors without data, which shows what autograd
+keeps. Losses of a user's own are not known to a command line, and not counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -238,17 +238,20 @@ def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
         "",
         f"Memory per rank at the peak of a step: {mebibytes(sum(parts.values()))}",
     ]
-    return "\n".join(lines + [f"  {name:<42}{mebibytes(size):>14}" for name, size in parts.items()])
+    lines += [f"  {name:<42}{mebibytes(size):>14}" for name, size in parts.items()]
+    lines.append("  (losses of your own are not counted: 16 bytes a weight, and what they keep)")
+    return "\n".join(lines)
 
 
-def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, bool]:
-    """The run that a command line describes, and whether to print JSON.
+def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, Mapping[str, Any]]:
+    """The run that a command line describes, and the values of the command's own flags.
 
     Raises:
         ValueError: settings that no run can have.
     """
     config, flags = parse_more(plan_parser(), argv)
-    for name in ("ranks", "samples"):
+    for name in ("ranks", "samples", "gpus_per_machine"):
         if flags[name] < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {flags[name]}")
-    return PlannedRun(config, flags["ranks"], flags["samples"]), flags["json"]
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected at least 1, got {flags[name]}")
+    return PlannedRun(config, flags["ranks"], flags["samples"]), flags
