@@ -49,7 +49,7 @@ from protoclip.runs.resume import (
 from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig
-from protoclip.settings.flags import parse
+from protoclip.settings.flags import parse, words_of
 from protoclip.training import schedule
 from protoclip.training.checks import (
     check_settings,
@@ -86,15 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_config(**settings: Any) -> TrainConfig:
     """A run's settings from keywords: the names of the flags with underscores, such as
-    ``train_data="pairs.csv", w_clip=0.5, PBT=False``."""
-    argv = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            argv.append(f"--{flag}={value}")
-    return parse(train_parser(), with_saved_config(argv))
+    ``train_data="pairs.csv", w_clip=0.5, PBT=False``.
+
+    Raises:
+        TypeError: no such setting.
+        ValueError: a value that a setting cannot have, or settings that contradict each other.
+    """
+    parser = train_parser()
+    parser.raises = True
+    return parse(parser, with_saved_config(words_of(parser, settings)))
 
 
 class Trained(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import metrics, on_ranks, tiny_run
+from ranks import config_of, metrics, on_ranks, tiny_run
 from torch import Tensor, nn
 
 import protoclip
@@ -86,9 +86,13 @@ def test_the_page_runs_on_one_rank_and_two_and_resumes(tmp_path: Path) -> None:
     assert len(whole) == 7
     assert values(tmp_path / "logs" / "cut") == whole
     on_ranks(2, run_page, tmp_path, settings(tmp_path, name="two", batch_size=6))
-    torch.testing.assert_close(
-        torch.tensor(values(tmp_path / "logs" / "two")), torch.tensor(whole), rtol=1e-4, atol=1e-5
-    )
+    two = values(tmp_path / "logs" / "two")
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(whole), rtol=1e-4, atol=1e-5)
+    cut = settings(tmp_path, name="cut-two", batch_size=6, save_every="2steps")
+    on_ranks(2, run_page, tmp_path, cut, True)
+    assert len(metrics(tmp_path / "logs" / "cut-two")) == STOPS_AT
+    on_ranks(2, run_page, tmp_path, cut)
+    assert values(tmp_path / "logs" / "cut-two") == two
     _, payload = checkpoint.load_newest(tmp_path / "logs" / "two")
     saved = payload["protoclip"]["own_terms"]["spread"]
     assert saved["weight"] == 0.1 and saved["state"]["log_t"] != torch.tensor(0.7)
@@ -207,6 +211,40 @@ def train_on_rank(folder: Path) -> tuple[int, int]:
     module = Recorder()
     train(make_config(**settings(folder, batch_size=6)), terms={"mine": Term(module)})
     return int(module.calls), len(module.inputs)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "words"),
+    [
+        ({"epcohs": 3}, TypeError, "epcohs: no such setting; did you mean epochs[?]"),
+        ({"w_cilp": 0.5}, TypeError, "did you mean w_clip[?]"),
+        ({"data": "x.csv"}, TypeError, "data: no such setting; did you mean train_data[?]"),
+        ({"learning_rate": 1}, TypeError, "learning_rate: the flag is --lr"),
+        ({"xyzzy": 3}, TypeError, "protoclip train --help-all lists them"),
+        ({"print_config": True}, TypeError, "print_config: no such setting"),
+        ({"epochs": "many"}, ValueError, "--epochs: invalid float value: 'many'"),
+        ({"epochs": -1}, ValueError, "--epochs: expected at least 0"),
+        ({"method": "simclr"}, ValueError, "--method: invalid choice: 'simclr'"),
+        ({"batch_size": True}, ValueError, "--batch-size: expected one argument"),
+    ],
+)
+def test_a_slip_in_a_notebook_is_an_error_that_names_the_remedy(
+    keywords: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(error, match=words):
+        make_config(**keywords)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_keywords_are_flags() -> None:
+    config = make_config(PBT=False, w_clip=0.5, train_data="a b.csv", workers="auto", lr=1e-4)
+    assert config == config_of(
+        "--no-PBT", "--w-clip", "0.5", "--train-data", "a b.csv", "--workers", "auto",
+        "--lr", "1e-4",
+    )  # fmt: skip
 
 
 def test_the_pass_that_orders_buckets_puts_buffers_back(tmp_path: Path) -> None:

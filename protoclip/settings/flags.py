@@ -83,7 +83,10 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names a remedy.
 
     --help shows only the ``everyday`` flags, if any are given, and ``example``; --help-all all.
+    ``raises``: whether an error raises ValueError; else it ends the process with code 2.
     """
+
+    raises = False
 
     def __init__(
         self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
@@ -101,7 +104,10 @@ class Parser(argparse.ArgumentParser):
         return super().format_help() + self.example
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        message = message.removeprefix("argument ")
+        if self.raises:
+            raise ValueError(message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
@@ -227,6 +233,35 @@ def build_parser(
             group = parser.add_argument_group(title, " ".join(about.split()) or None)
             add_options(group, section, f"{name}.")
     return parser
+
+
+def words_of(parser: Parser, keywords: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same as keywords: flags with underscores, bools for switches.
+
+    Raises:
+        TypeError: a keyword that is not a flag of the parser.
+    """
+    ends = ("--help", "--help-all", "--print-config")  # and gives no config
+    flags = [flag for flag in parser._option_string_actions if flag not in ends]
+    words = []
+    for name, value in keywords.items():
+        flag = "--" + name.replace("_", "-")
+        if flag not in flags:
+            raise TypeError(_no_such_keyword(name, flag, flags))
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def _no_such_keyword(name: str, flag: str, flags: Sequence[str]) -> str:
+    if flag in RETIRED:
+        return f"{name}: {RETIRED[flag]}"
+    near = ["--train-data"] if flag in DATA_NAMES else difflib.get_close_matches(flag, flags, n=1)
+    if near:
+        return f"{name}: no such setting; did you mean {near[0][2:].replace('-', '_')}?"
+    return f"{name}: no such setting; protoclip train --help-all lists them, as flags"
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
