@@ -80,7 +80,8 @@ class Statistics {
         rows_(column_chunks_, row_stride_),
         by_column_(row_chunks_, column_stride_),
         transposed_size_(Ops::depth(strip.d) * column_stride_),
-        transposes_once_(row_chunks_ > 1 &&
+        // Of one tile of columns every task may as well have its own, in its caches.
+        transposes_once_(row_chunks_ > 1 && column_chunks_ > 1 &&
                          transposed_size_ * int64_t{sizeof(Input)} <= kMostTransposed),
         transposed_(transposes_once_ ? transposed_size_ : 0) {
     for (int i = 0; i < at::get_num_threads(); ++i)
