@@ -39,7 +39,15 @@ from protoclip.common.files import (
     write_csv,
 )
 from protoclip.common.paths import check_above
-from protoclip.data import DataError, Labels, PairDataset, Subset, data_kind, open_dataset
+from protoclip.data import (
+    DataError,
+    Labels,
+    PairDataset,
+    Subset,
+    data_kind,
+    left_out_files,
+    open_dataset,
+)
 from protoclip.data.folders import ImageFolder
 from protoclip.distributed import run_command
 from protoclip.episodes.teacher import SUFFIXES, read_rows, write_rows
@@ -284,14 +292,12 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         )
     dataset: PairDataset
     if is_image_folder:
-        dataset = ImageFolder(path, [""], ())
-        if left_out := ", ".join(f"{n:,} {ending}" for ending, n in dataset.others.most_common()):
-            print(f"left out files that Pillow cannot open: {left_out}", file=sys.stderr)
-        if odd := ", ".join(plural(n, reason) for reason, n in dataset.odd.most_common()):
-            print(f"left out {odd}: regular files are read, each once", file=sys.stderr)
+        dataset = ImageFolder(path)
     else:
         options = {name: value for name, value in vars(args).items() if name in TABLE}
         dataset = open_dataset(args.data, **options)
+    for line in left_out_files(dataset):
+        print(line, file=sys.stderr)
     open_group_folder(args, dataset)
     weights = read_weights(args.weights, len(dataset))
     shown = ("images",) if is_image_folder else ("images", "captions")

@@ -22,15 +22,17 @@ from protoclip.data.types import (
     PairDataset,
     Pictures,
     Subset,
+    fault_of,
     heldout_mask,
     heldout_pictures,
+    left_out_files,
     picture_numbers,
 )
 
 __all__ = [
     "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Pictures",
-    "Subset", "Transform", "batches", "build_transform", "data_kind", "heldout_pictures",
-    "index_together", "open_dataset", "picture_numbers",
+    "Subset", "Transform", "batches", "build_transform", "data_kind", "fault_of",
+    "heldout_pictures", "index_together", "left_out_files", "open_dataset", "picture_numbers",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.common.files import whole_file, write_atomic
-from protoclip.data import DataError, PairDataset, open_dataset
+from protoclip.data import DataError, PairDataset, fault_of, left_out_files, open_dataset
 from protoclip.distributed import run_command
 from protoclip.settings.commands import data_parser
 from protoclip.settings.config import TABLE
@@ -37,6 +38,8 @@ def run(args: Any) -> int:
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     data = args.check or args.export
     dataset = open_dataset(data, args.split, seed=args.seed, keep_going=bool(args.check), **table)
+    for line in left_out_files(dataset):
+        print(line, file=sys.stderr)
     if args.check:
         return int(check_data(dataset) > 0)
     if not args.out:
@@ -55,17 +58,9 @@ def check_data(dataset: PairDataset) -> int:
     total = len(skipped) + len(dataset)
     num_bad = len(skipped)
 
-    def fault_of(i: int) -> str:
-        try:
-            dataset.image(i)
-            dataset.captions(i)
-            return ""
-        except DataError as error:
-            return str(error)
-
     # Threads suffice because Pillow releases the interpreter's lock while it decodes.
     with ThreadPool() as pool:
-        faults = pool.imap(fault_of, range(len(dataset)), chunksize=64)
+        faults = pool.imap(functools.partial(fault_of, dataset), range(len(dataset)), chunksize=64)
         for fault in tqdm(faults, "checking", len(dataset), leave=False, disable=None):
             if fault:
                 tqdm.write(fault)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from protoclip.common.files import DataError, lines_of, plural, printable
 from protoclip.data.images import NEEDS_HEIF, decode, no_picture
@@ -18,17 +19,41 @@ from protoclip.data.types import Labels, StringTable
 
 LABEL = "class"
 CLASS_TEMPLATE = "--class-template"
+NAMED = 10  # empty class folders that are listed
 
 
 def open_class_folders(root: Path, template: str) -> ImageFolder:
     """The pairs in the class folders of ``root/train`` if it has some, or else of ``root``."""
     train = root / "train"
     has_train = train.is_dir() and any(path.is_dir() for path in train.iterdir())
-    chosen = train if has_train else root
-    folders = class_folders(chosen)
-    return ImageFolder(
-        chosen, folders, class_names(root, folders), read_templates(template, CLASS_TEMPLATE)
-    )
+    part = train if has_train else root
+    (pairs,) = open_parts(root, [part], read_templates(template, CLASS_TEMPLATE))
+    return pairs
+
+
+def open_parts(
+    root: Path, parts: Sequence[Path], templates: Sequence[str] = ("{}",)
+) -> list[ImageFolder]:
+    """The pairs of each part of ``root``, such as root/train, with the same classes in all of them.
+
+    A class folder that has no pictures in any part is no class, unless its class was named.
+    """
+    folders = sorted({name for part in parts for name in class_folders(part)})
+    given_names = class_names(root, folders)
+    names = given_names or [printable(name) for name in folders]
+    datasets = [ImageFolder(part, folders, names, templates) for part in parts]
+    if not given_names:
+        filled = torch.cat([dataset.labels[LABEL].ids for dataset in datasets]).unique()
+        for dataset in datasets:
+            dataset.keep_classes(filled)
+        ids = set(filled.tolist())
+        empty = [name for number, name in enumerate(names) if number not in ids]
+        if empty:
+            where = printable(str(parts[0] if len(parts) == 1 else root))
+            count = plural(len(empty), "class folder")
+            shown = ", ".join(empty[:NAMED]) + (", ..." if len(empty) > NAMED else "")
+            datasets[0].left_out.append(f"{where}: left out {count} without pictures: {shown}")
+    return datasets
 
 
 def class_folders(root: Path) -> list[str]:
@@ -43,9 +68,9 @@ def class_folders(root: Path) -> list[str]:
 
 
 def class_names(root: Path, folders: Sequence[str]) -> Sequence[str]:
-    """The names of classes: the lines of ``root/classnames.txt``, OpenCLIP's names for ImageNet's
-    thousand folders, or else the folders'."""
-    names: Sequence[str] = [printable(name) for name in folders]
+    """The names that classes were given: the lines of ``root/classnames.txt``, or OpenCLIP's names
+    for ImageNet's thousand folders; () if they have only their folders' names."""
+    names: Sequence[str] = ()
     path = root / "classnames.txt"
     if path.is_file():
         names = [name.strip() for name in lines_of(path.read_text(encoding="utf-8").rstrip())]
@@ -54,6 +79,8 @@ def class_names(root: Path, folders: Sequence[str]) -> Sequence[str]:
 
         # ImageNet's WordNet ids sort in the order of OpenCLIP's names.
         names = open_clip.IMAGENET_CLASSNAMES
+    else:
+        return ()
     if len(names) != len(folders) or not all(names):
         raise DataError(
             f"{path}: expected a line for each of the {len(folders)} class folders, in the order "
@@ -65,15 +92,18 @@ def class_names(root: Path, folders: Sequence[str]) -> Sequence[str]:
 class ImageFolder:
     """``root/CLASS/.../picture``; captions are the class in each of the templates.
 
-    ``folders`` are the class folders by id, ``names`` the names of the classes; (): no classes,
-    and the path serves as the caption.
+    ``folders`` are the class folders by id, ``names`` the names of the classes. Without them, all
+    pictures in ``root`` and below, and the path serves as the caption.
+
+    Attributes:
+        left_out: what is not among the pairs and why, a line each.
     """
 
     def __init__(
         self,
         root: Path,
-        folders: Sequence[str],
-        names: Sequence[str],
+        folders: Sequence[str] = (),
+        names: Sequence[str] = (),
         templates: Sequence[str] = ("{}",),
     ) -> None:
         self.name = str(root)
@@ -83,35 +113,46 @@ class ImageFolder:
         self.others: Counter[str] = Counter()
         self.odd: Counter[str] = Counter()  # everything else that was left out, by reason
         keys: list[str] = []
-        classes: list[int] = []
-        for label, folder in enumerate(folders):
-            for path in _regular_files(os.path.join(root, folder), self.odd):
-                is_hidden = Path(path).name.startswith(".")
-                if is_hidden and not Path(path).suffix:
-                    continue
-                reason = no_picture(path)
-                if not reason:
-                    keys.append(os.path.relpath(path, root))
-                    classes.append(label)
-                elif not is_hidden:
-                    self.others[reason] += 1
+        for path in _regular_files(self.root, folders, self.odd):
+            if reason := no_picture(path):
+                self.others[reason] += 1
+            else:
+                keys.append(os.path.relpath(path, root))
         if not keys:
             where = "as CLASS/picture.png" if names else "in it, or in folders in it"
             got = f"among {plural(self.others.total(), 'file')}"
             if heic := self.others[NEEDS_HEIF]:
                 got += f", {heic:,} of them {NEEDS_HEIF}"
             raise DataError(f"{root}: expected pictures {where}, found none {got}")
+        self.labels: Mapping[str, Labels] = {}
+        if folders:
+            numbers = {folder: number for number, folder in enumerate(folders)}
+            ids = torch.tensor([numbers[key.partition(os.sep)[0]] for key in keys])
+            ids, order = ids.sort(stable=True)
+            keys = [keys[i] for i in order.tolist()]
+            self.labels = {LABEL: Labels(ids, tuple(names))}
         self.keys: Sequence[str] = StringTable(keys)
-        self._classes = Labels(torch.tensor(classes), tuple(names))
-        self.labels: Mapping[str, Labels] = {LABEL: self._classes} if names else {}
+        self.left_out: list[str] = []
+        shown = printable(self.name)
+        if others := ", ".join(f"{n:,} {reason}" for reason, n in self.others.most_common()):
+            self.left_out.append(f"{shown}: left out files that Pillow cannot open: {others}")
+        if odd := ", ".join(plural(n, reason) for reason, n in self.odd.most_common()):
+            self.left_out.append(f"{shown}: left out {odd}: regular files are read, each once")
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def keep_classes(self, ids: Tensor) -> None:
+        """Drop the classes, all without pictures, that are not among these sorted ids."""
+        classes = self.labels[LABEL]
+        names = tuple(classes.names[i] for i in ids.tolist())
+        self.labels = {LABEL: Labels(torch.searchsorted(ids, classes.ids), names)}
+
     def captions(self, i: int) -> tuple[str, ...]:
-        if not self._classes.names:
+        if not self.labels:
             return (printable(self.keys[i]),)
-        name = self._classes.names[int(self._classes.ids[i])]
+        classes = self.labels[LABEL]
+        name = classes.names[int(classes.ids[i])]
         return tuple(template.replace("{}", name) for template in self.templates)
 
     def path(self, i: int) -> str:
@@ -126,18 +167,18 @@ class ImageFolder:
             raise DataError(f"{shown}: {error.strerror}; fix the file") from error
 
 
-def _regular_files(root: str, odd: Counter[str]) -> list[str]:
-    """Paths of the regular files in a folder and in all folders below it, by folder, then name.
+def _regular_files(root: str, folders: Sequence[str], odd: Counter[str]) -> list[str]:
+    """Paths of the regular files in a folder and in all folders below it, by folder, then name;
+    with ``folders`` only of those in these folders of ``root`` and below.
 
     Links are followed, but a file or folder that has several paths is listed once, by a path
     without links if it has one. ``odd`` counts what is left out, by reason.
     """
-    if not os.path.isdir(root):  # a class of another split
-        return []
     files: list[tuple[str, str]] = []  # folder and name
     waiting = [(root, os.path.realpath(root))]  # folders to read, each with its real path
     seen = {waiting[0][1]}  # real paths
     links: list[os.DirEntry[str]] = []
+    chosen = set(folders)
 
     def take(entry: os.DirEntry[str], real: str) -> None:
         is_folder = entry.is_dir()
@@ -168,6 +209,8 @@ def _regular_files(root: str, odd: Counter[str]) -> list[str]:
         except OSError:
             odd["unreadable folder"] += 1
             continue
+        if folders and folder == root:
+            entries = [x for x in entries if x.name in chosen and os.path.isdir(x.path)]
         for entry in entries:
             if entry.is_symlink():
                 links.append(entry)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
 
 
@@ -171,6 +172,23 @@ def picture_numbers(dataset: Any) -> np.ndarray:
     if isinstance(dataset, Subset):
         return picture_numbers(dataset.dataset)[dataset.indices]
     return dataset.pictures() if hasattr(dataset, "pictures") else np.arange(len(dataset))
+
+
+def fault_of(dataset: PairDataset, i: int) -> str:
+    """Why pair ``i`` cannot be read, or ""."""
+    try:
+        dataset.image(i)
+        dataset.captions(i)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def left_out_files(dataset: Any) -> Sequence[str]:
+    """What a folder holds that is not among its pairs, a line for each reason."""
+    if isinstance(dataset, (Subset, Pictures)):
+        return left_out_files(dataset.dataset)
+    return getattr(dataset, "left_out", ())
 
 
 def heldout_pictures(pictures: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from protoclip.common.files import whole_file
 from protoclip.common.paths import cache_dir, check_above
-from protoclip.data import PairDataset, open_dataset
+from protoclip.data import PairDataset, left_out_files, open_dataset
 from protoclip.model import autocast_for, choose_device, choose_precision
 from protoclip.settings.commands import MINILM
 from protoclip.settings.config import TABLE, TrainConfig
@@ -280,6 +281,8 @@ def write_features(args: Any) -> None:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     dataset = open_dataset(args.data, **table)
+    for line in left_out_files(dataset):
+        print(line, file=sys.stderr)
     device = choose_device(args.device)
     if args.paper and args.model == MINILM:
         raise ValueError("--paper: expected --model with a text model, such as roberta-large")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from protoclip import distributed
 from protoclip.common.paths import output_file
-from protoclip.data import PairDataset
+from protoclip.data import PairDataset, left_out_files
 from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import held_out_layout, open_layout
@@ -45,7 +45,13 @@ def run(args: argparse.Namespace) -> None:
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
-    layout = held_out_layout(held_out) if held_out is not None else open_layout(data, **columns)
+    if held_out is None:
+        layout = open_layout(data, **columns)
+    else:
+        layout = held_out_layout(held_out, left_out_files(held_out))
+    if distributed.is_main():
+        for line in layout.left_out:
+            print(line, file=sys.stderr)
     notes = []
     for task, reason in tasks.impossible(wanted, layout).items():
         if args.tasks not in ("", "all"):

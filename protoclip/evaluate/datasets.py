@@ -19,13 +19,7 @@ from protoclip.data import (
     index_together,
     open_dataset,
 )
-from protoclip.data.folders import (
-    LABEL,
-    ImageFolder,
-    class_folders,
-    class_names,
-    read_templates,
-)
+from protoclip.data.folders import LABEL, open_parts, read_templates
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.tables import read_table
 
@@ -45,6 +39,7 @@ class Layout:
     key: str = "ALL"  # the set's name in the results
     title: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)  # by key; {}: ``test`` is one set
+    left_out: Sequence[str] = ()  # what is not in the data and why, lines for the log
 
 
 @dataclass(frozen=True)
@@ -103,9 +98,9 @@ def open_layout(
     return Layout(dataset, templates=words)
 
 
-def held_out_layout(pairs: PairDataset) -> Layout:
+def held_out_layout(pairs: PairDataset, left_out: Sequence[str] = ()) -> Layout:
     """The pairs that a run held out of its own data, as an evaluation set."""
-    return Layout(pairs, key="HO", title="Held-out pairs")
+    return Layout(pairs, key="HO", title="Held-out pairs", left_out=left_out)
 
 
 def _icon_parts() -> dict[str, Part]:
@@ -149,11 +144,14 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
     if not chosen.is_dir():
         raise DataError(f"--split {split}: no folder {chosen}; name one that holds class folders")
     with_train = chosen not in (root, train) and train.is_dir()
-    folders = sorted({*class_folders(chosen), *(class_folders(train) if with_train else ())})
-    names = class_names(root, folders)
-    test = ImageFolder(chosen, folders, names)
-    rest = ImageFolder(train, folders, names) if with_train else None
-    return Layout(test, rest, words, captions=0)
+    datasets = open_parts(root, [chosen, train] if with_train else [chosen])
+    return Layout(
+        test=datasets[0],
+        train=datasets[1] if with_train else None,
+        templates=words,
+        captions=0,
+        left_out=tuple(line for dataset in datasets for line in dataset.left_out),
+    )
 
 
 def class_prompts(

@@ -24,6 +24,7 @@ from protoclip.data import (
     PairDataset,
     Subset,
     batches,
+    fault_of,
     picture_numbers,
 )
 from protoclip.data.loader import Faults
@@ -53,7 +54,7 @@ class Evaluation:
     """The evaluation data of a run, and the scores of its model on it.
 
     Attributes:
-        remark: a line for the log about the data, or "".
+        remarks: lines for the log about the data.
         during: the evaluations between the steps of training.
         sets: the encoded sets of the last full evaluation, by name.
     """
@@ -78,7 +79,7 @@ class Evaluation:
         self.quick_sets: dict[str, PairDataset] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
         self._probe_train: tasks.EvalSet | None = None
-        self.remark = ""  # for the log: what stands in for --val-data
+        self.remarks: list[str] = []
         if not self.data:
             with phases.measure("evaluation", on_host=True):
                 layout = own_layout(run_data, self.workers)
@@ -86,9 +87,10 @@ class Evaluation:
             if layout is not None:
                 self.data = layout.test.name
                 self.quick_sets[layout.key] = layout.test
-                self.remark = _remark(run_data, len(layout.test))
+                self.remarks = [_remark(run_data, len(layout.test)), *layout.left_out]
         else:
             layout = open_layout(self.data, **self.arguments)
+            self.remarks = list(layout.left_out)
             if layout.parts:
                 parts = layout.parts
                 self.quick_sets = {key: part.test for key, part in parts.items() if part.captions}
@@ -158,8 +160,8 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
     """The held-out pairs of --val-fraction, or a sample of the training pairs; None if fewer than
     two of them can be read. A collective call."""
     if run_data.held_out is not None:
-        readable = only_readable(run_data.held_out, workers)
-        return held_out_layout(readable) if len(readable) > 1 else None
+        pairs, left_out = only_readable(run_data.held_out, workers)
+        return held_out_layout(pairs, left_out) if len(pairs) > 1 else None
     training: Any = run_data.training
     # A picture with several captions is asked for once, so that no caption has two right answers.
     rows = torch.from_numpy(np.sort(np.unique(picture_numbers(training), return_index=True)[1]))
@@ -168,12 +170,12 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
     if not getattr(training, "remote", False):  # the first rows need the fewest shards
         chosen = torch.linspace(0, len(rows) - 1, count).round().long()
     rows = rows[chosen]
-    sample = only_readable(Subset(training, rows, training.name), workers)
+    sample, left_out = only_readable(Subset(training, rows, training.name), workers)
     if len(sample) < 2:
         return None
     few = f"{len(sample):,} of the" if len(sample) < len(training) else f"All {len(sample):,}"
     title = f"{few} pairs that it was trained on"
-    return Layout(sample, captions=1, key=results.TRAIN, title=title)
+    return Layout(sample, captions=1, key=results.TRAIN, title=title, left_out=left_out)
 
 
 def _remark(run_data: RunData, count: int) -> str:
@@ -186,12 +188,20 @@ def _remark(run_data: RunData, count: int) -> str:
     )
 
 
-def only_readable(dataset: PairDataset, workers: int) -> PairDataset:
-    """The pairs whose pictures can be read, as training leaves the others out too. A collective
-    call: each rank tries a slice."""
+class Readable(NamedTuple):
+    """The pairs of a data set that can be read."""
+
+    pairs: PairDataset
+    left_out: list[str]  # a line about the others, for the log
+
+
+def only_readable(dataset: PairDataset, workers: int) -> Readable:
+    """Leave out the pairs whose pictures cannot be read, as training does. A collective call: each
+    rank tries a slice."""
     share = own_slice(len(dataset))
     positions = torch.arange(share.start, share.stop)
-    faults = Faults(dataset, 1.0, lambda _: None)
+    faults = Faults(dataset, 1.0, lambda _: None)  # has the loader replace bad pairs
+    reasons: dict[int, str] = {}  # by position
     first = 0
     while first < len(positions):
         draws = Draws(positions, seed=0, start=first)
@@ -199,28 +209,22 @@ def only_readable(dataset: PairDataset, workers: int) -> PairDataset:
             dataset, draws, BATCH, _no_pixels, _no_tokens, workers=workers, faults=faults
         )
         try:
-            for _ in stream:
+            for batch in stream:
+                reasons.update(batch.bad)
                 first += BATCH
         except DataError:  # too few pairs can be read to replace the others of this batch
-            batch = positions[first : first + BATCH].tolist()
-            faults.positions.update(i for i in batch if not _is_readable(dataset, i))
+            for i in positions[first : first + BATCH].tolist():
+                if fault := fault_of(dataset, i):
+                    reasons[i] = fault
             first += BATCH
-    faults_by_rank = gather_objects(sorted(faults.positions))
-    unreadable = [position for rank_faults in faults_by_rank for position in rank_faults]
-    if not unreadable:
-        return dataset
-    readable = torch.ones(len(dataset), dtype=torch.bool)
-    readable[unreadable] = False
-    return Subset(dataset, readable.nonzero().flatten(), dataset.name)
-
-
-def _is_readable(dataset: PairDataset, i: int) -> bool:
-    try:
-        dataset.captions(i)
-        dataset.image(i)
-    except DataError:
-        return False
-    return True
+    for of_rank in gather_objects(reasons):
+        reasons.update(of_rank)
+    if not reasons:
+        return Readable(dataset, [])
+    readable = [i for i in range(len(dataset)) if i not in reasons]
+    count = plural(len(reasons), "unreadable pair")
+    line = f"evaluation: left out {count}, first {reasons[min(reasons)]}"
+    return Readable(Subset(dataset, readable, dataset.name), [line])
 
 
 def _no_pixels(image: Any) -> Tensor:
