@@ -60,7 +60,7 @@ class Statistics {
   static constexpr int64_t kRows = Stash::kRows, kColumns = Stash::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 4, kColumnChunks = 32;  // at most: the parallel tasks
-  static constexpr int64_t kMostTransposed = 8 << 20;           // of 4,096 x 512 in fp32
+  static constexpr int64_t kMostTransposed = 2 << 20;           // 1,024 x 512 in fp32
 
  public:
   // Where there is a `stash`, the dot products stay there for the backward pass.
