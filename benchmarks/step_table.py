@@ -3,7 +3,8 @@
 The real ``Stepper.step`` runs on the meta device, where nothing can be read: PyTorch's operations
 (each is a kernel, those over lists of tensors some) and the bytes that come from the host are
 counted there. What our losses launch is counted on the CPU, with Triton's interpreter that is given
-nothing to run: Triton's kernels, products, and PyTorch's operations inside our ops. For machines without a card.
+nothing to run: Triton's kernels, products, and PyTorch's operations inside our ops. A machine with
+a card has the profiler instead.
 """
 
 from __future__ import annotations
