@@ -7,7 +7,7 @@ import argparse
 import json
 import re
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.compile_report import model
 from benchmarks.compile_report.disassembly import (
@@ -65,6 +65,7 @@ class Cost:
     counts: dict[str, int]  # instructions of a warp after the products
     masked: int  # clk around the products of a tile that holds positives or crosses the edge
     slice: model.Slice | None  # of tiles that go slice by slice
+    slices: int  # of such a tile
     busy: float | None  # without products on wgmma: None
     bound: model.Bound | None
 
@@ -111,21 +112,10 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         block_d=constants.get("BLOCK_D", case.depth),
         products_are_held=bool(constants.get("HELD")),
     )
-    busy = bound = None
+    busy = None
     if path.clk.products:
         busy = model.busy_share(path.clk, max(1, ctas))
-    shape = SHAPES.get((case.op, case.depth))
-    if path.clk.products and shape is not None:
-        bound = model.bound(
-            path.clk,
-            max(1, ctas),
-            shape=shape,
-            tile=tile,
-            depth=case.depth,
-            keys_stream=kernel == "attention",
-            writes_tile=kernel.endswith("gradient"),
-        )
-    return Cost(
+    cost = Cost(
         **case._asdict(),
         kernel=kernel,
         tile=tile,
@@ -141,8 +131,26 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
         counts=path.counts,
         masked=path.masked,
         slice=path.slice,
+        slices=tile[1] // constants.get("SLICE_M", tile[1] or 1),
         busy=busy,
-        bound=bound,
+        bound=None,
+    )
+    shape = SHAPES.get((case.op, case.depth))
+    if path.clk.products and shape is not None:
+        return replace(cost, bound=bound(cost, shape))
+    return cost
+
+
+def bound(cost: Cost, shape: tuple[int, int]) -> model.Bound:
+    """The prediction for a kernel over tiles and so many rows and columns."""
+    return model.bound(
+        cost.clk,
+        max(1, cost.ctas_per_sm),
+        shape=shape,
+        tile=cost.tile,
+        depth=cost.depth,
+        keys_stream=cost.kernel == "attention",
+        writes_tile=cost.kernel.endswith("gradient"),
     )
 
 
@@ -176,8 +184,8 @@ def _lines(cost: Cost) -> str:
             lines.append(f"a slice {cost.slice.clk} clk, LDG {cost.slice.loads}")
     if cost.bound is not None:
         n, m = SHAPES[cost.op, cost.depth]
-        bound = cost.bound
-        line = f"{n} x {m}: {bound.ms:.2f} ms, {bound.tflops:.0f} TFLOP/s by {bound.limit}"
+        line = f"{n} x {m}: {cost.bound.ms:.2f} ms, {cost.bound.tflops:.0f} TFLOP/s by "
+        line += cost.bound.limit
         if measured := _measured_by_others(cost):
             low, high = measured
             line += f" (measured by others: {low} to {high})"
