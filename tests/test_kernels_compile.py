@@ -23,6 +23,7 @@ from benchmarks.compile_report.model import Bound, Clk, Slice  # noqa: E402
 from benchmarks.compile_report.report import Cost  # noqa: E402
 from protoclip.kernels import launch  # noqa: E402
 
+CARDS = (80, 86, 89, 90, 100, 120)  # each with its own rows, and two that take another's
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 REPORT = "benchmarks.compile_report"
@@ -43,12 +44,13 @@ def python(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def costs() -> list[Cost]:
-    """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others; all
-    forms and types take minutes."""
+    """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others, on
+    cards of 100 KiB those that take most; all forms and types take minutes."""
     forms = ("large", "small", "gradients", "ids", "all", "soft", "own", "128", "256")
     chosen = [f"sm_90 bf16 {form}" for form in forms]
     chosen += [f"sm_{arch} sigmoid_loss ids" for arch in (80, 89, 100)]
     chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
+    chosen += ["sm_86 prototypes soft 256", "sm_120 clusters fp32 512", "sm_120 info_nce bf16 512"]
     return [from_json(line) for line in json.loads(python("-m", REPORT, "--json", *chosen))]
 
 
@@ -96,7 +98,7 @@ MAY_SPILL = {  # but not in a loop
 
 def test_every_kernel_and_architecture_is_compiled(costs: list[Cost]) -> None:
     assert {cost.kernel for cost in costs} >= SPILL_NOTHING | MAY_SPILL
-    assert {cost.arch for cost in costs} == set(launch.ARCHITECTURES)
+    assert {cost.arch for cost in costs} == set(CARDS)
 
 
 def test_rows_keep_their_promise(costs: list[Cost]) -> None:
@@ -335,8 +337,19 @@ def test_backends_say_so_where_path_is_empty() -> None:
     assert "C compiler" in run.stdout, run.stderr
 
 
-def test_a_last_batch_compiles_nothing_again() -> None:
-    """N, N - 1, N - 4 and N - 37 are divisible by other powers of two."""
+@dataclass(frozen=True)
+class Asked:
+    """Of one form of a launcher's calls on a card: kernel -> variants it is compiled for."""
+
+    form: tuple[str, str, str, int]
+    arch: int
+    first: dict[str, int]  # by a whole batch
+    again: dict[str, int]  # and by shorter ones
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Asked]:
+    """N - 1, N - 4 and N - 37 are divisible by other powers of two. Nothing is compiled."""
     code = (
         "import json\n"
         f"from {REPORT}.launches import Case, call, variants\n"
@@ -345,18 +358,27 @@ def test_a_last_batch_compiles_nothing_again() -> None:
         "    ('sigmoid_loss', 'gradients', 'fp16', 128), ('prototypes', 'soft', 'bf16', 128),\n"
         "    ('prototypes', 'hard', 'bf16', 512), ('clusters', 'own', 'fp32', 128),\n"
         "    ('clusters', 'own', 'bf16', 64)]\n"
-        "for form in forms:\n"
-        "    with variants(90) as asked:\n"
-        "        call(Case(90, *form), 512)\n"
-        "        first = {kernel: len(keys) for kernel, keys in asked.items()}\n"
-        "        for n in (511, 508, 475):\n"
-        "            call(Case(90, *form), n)\n"
-        "    again = {kernel: len(keys) for kernel, keys in asked.items()}\n"
-        "    print(json.dumps([form, first, again]))"
+        f"for arch in {CARDS}:\n"
+        "    for form in forms:\n"
+        "        with variants(arch) as asked:\n"
+        "            call(Case(arch, *form), 512)\n"
+        "            first = {kernel: len(keys) for kernel, keys in asked.items()}\n"
+        "            for n in (511, 508, 475):\n"
+        "                call(Case(arch, *form), n)\n"
+        "        again = {kernel: len(keys) for kernel, keys in asked.items()}\n"
+        "        print(json.dumps(dict(form=form, arch=arch, first=first, again=again)))"
     )
-    lines = [json.loads(line) for line in python("-c", code).splitlines()]
-    assert len(lines) == 9 and all(first for _, first, _ in lines)
-    assert [form for form, first, again in lines if again != first] == []
+    return [Asked(**json.loads(line)) for line in python("-c", code).splitlines()]
+
+
+def test_a_last_batch_compiles_nothing_again(asked: list[Asked]) -> None:
+    assert len(asked) == 9 * len(CARDS) and all(call.first for call in asked)
+    assert [call for call in asked if call.again != call.first] == []
+
+
+def test_every_card_launches_the_same_kernels(asked: list[Asked]) -> None:
+    on_hopper = {tuple(call.form): call.first for call in asked if call.arch == 90}
+    assert [call for call in asked if call.first != on_hopper[tuple(call.form)]] == []
 
 
 def test_no_slice_compiles_again() -> None:
@@ -374,7 +396,8 @@ def test_no_slice_compiles_again() -> None:
         "        info_nce.info_nce_bwd(\n"
         "            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset, 1.0)\n"
         "    for _ in range(3):\n"
-        "        prototypes.prototype_cross_entropy_fwd(x[:n], x, x, y, w[0], True, False, False)\n"
+        "        prototypes.prototype_cross_entropy_fwd(\n"
+        "            x[:n], x, x, y, w[0], True, False, False, 'mean')\n"
         "print(json.dumps([[kernel.name, id(kernel.code)] for kernel in recorded]))"
     )
     codes: dict[str, list[int]] = {}
