@@ -32,15 +32,17 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " -> (Tensor, Tensor, Tensor)",
       cpu(&protoclip::info_nce_bwd));
   m.def(
-      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
-      " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
-      " bool both_directions, Tensor(a!)? stash=None) -> (Tensor, Tensor)",
+      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own, int first,"
+      " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
+      " bool both_directions, float pair_weight, bool summed, Tensor(a!)? stash=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::contrastive_fwd));
   m.def(
-      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor own, Tensor? exclude,"
-      " Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
-      " Tensor row_statistics, Tensor column_statistics, Tensor row_weights,"
-      " Tensor column_weights, Tensor? stash=None)"
+      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own, int first,"
+      " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
+      " Tensor row_statistics, Tensor column_statistics, Tensor row_gap_weight,"
+      " Tensor? row_mean_weight, Tensor column_gap_weight, Tensor? column_mean_weight,"
+      " float pair_weight, Tensor? stash=None)"
       " -> (Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::contrastive_bwd));
   m.def(
@@ -49,11 +51,19 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::sigmoid_loss));
   m.def(
+      "sigmoid_loss_bwd(Tensor grad, Tensor dx, Tensor dy, Tensor dlogit_scale,"
+      " Tensor dlogit_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+      cpu(&protoclip::sigmoid_loss_bwd));
+  m.def(
       "prototype_cross_entropy_fwd(Tensor features, Tensor prototypes, Tensor targets, Tensor "
       "labels,"
-      " Tensor logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " Tensor logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient,"
+      " str reduction) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::prototype_cross_entropy_fwd));
+  m.def(
+      "prototype_cross_entropy_scale(Tensor grad, Tensor divisor, Tensor logit_scale,"
+      " Tensor gradient, Tensor scale_gradient, Tensor features) -> (Tensor, Tensor)",
+      cpu(&protoclip::prototype_cross_entropy_scale));
   m.def(
       "prototype_cross_entropy_bwd(Tensor features, Tensor prototypes, Tensor labels,"
       " Tensor logit_scale, Tensor row_max, Tensor row_sum, Tensor weight, bool hard) -> Tensor",

@@ -1,7 +1,6 @@
 // InfoNCE, the contrastive loss and the sigmoid loss on the CPU: the statistics of a strip, and its
 // gradients. Contracts: ops/info_nce_loss.py, ops/query_losses.py, ops/siglip_loss.py.
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -38,21 +37,26 @@ struct GradientSide {
     }
   }
 
-  // Of the contrastive loss: statistics [4, length], and the weights of the LSE and of the mean
-  // positive, [2, length]; or [4, 0] and [2, 0].
-  GradientSide(const Tensor& statistics, const Tensor& weights, int64_t length)
+  // Of the contrastive loss: statistics [4, length], or [4, 0], and the weights of the gap and of
+  // the mean positive (none: 0).
+  GradientSide(const Tensor& statistics, const Tensor& gap_weights, const Optional& mean_weights,
+               float pair_weight, int64_t length)
       : GradientSide(length) {
+    const Tensor gap = gap_weights.to(at::kFloat).contiguous();
+    const Tensor mean = mean_weights.has_value() ? mean_weights->to(at::kFloat).contiguous() : gap;
     const float* rows = statistics.const_data_ptr<float>();
     const float *max = rows + kMaxRow * length, *sum = rows + kSumRow * length,
                 *num_positives = rows + kNumPositivesRow * length;
-    const float* lse_weight = weights.const_data_ptr<float>();
-    const float* mean_weight = lse_weight + length;
+    const float *gap_weight = gap.const_data_ptr<float>(),
+                *mean_weight = mean.const_data_ptr<float>();
     for (int64_t i = 0; i < statistics.size(1); ++i) {
+      const float lse_weight = gap_weight[i] * pair_weight;  // gap = LSE - mean
+      const float of_mean = mean_weights.has_value() ? mean_weight[i] * pair_weight : 0.f;
       if (sum[i] != 0.f) {
         reference.get()[i] = max[i];
-        probability_weight.get()[i] = lse_weight[i] / sum[i];
+        probability_weight.get()[i] = lse_weight / sum[i];
       }
-      positive_weight.get()[i] = mean_weight[i] / std::max(num_positives[i], 1.f);
+      positive_weight.get()[i] = (of_mean - lse_weight) / std::max(num_positives[i], 1.f);
     }
   }
 };
@@ -197,6 +201,16 @@ GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, 
   });
 }
 
+// LSE - mean positive, and mean positive, in nats.
+struct Gaps {
+  Tensor gap, mean;
+};
+
+Gaps gaps(const SideStatistics& side) {
+  const Tensor mean = side.positive_sum / side.num_positives.clamp_min(1);
+  return {(side.sum.log2() + (side.max - mean)) * kLn2, mean * kLn2};
+}
+
 Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
 
 }  // namespace
@@ -245,33 +259,40 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
 }
 
-std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
-                                           const Tensor& logit_scale, const Tensor& own,
-                                           const Optional& exclude, const Optional& query_ids,
-                                           const Optional& key_ids, const Optional& key_bias,
-                                           bool same_positive, bool both_directions,
-                                           const Optional& stash) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
+    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Optional& key_bias, bool same_positive, bool both_directions, double pair_weight,
+    bool summed, const Optional& stash) {
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, logit_scale);
-  const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
-                           same_positive);
-  const auto [rows, by_column] = forward(in, pairs, both_directions, stash_of(op, stash, in));
-  return {stacked(rows), stacked(by_column)};
+  const MatchedPairs pairs(op, x.size(0), y.size(0), own, first, exclude, query_ids, key_ids,
+                           key_bias, same_positive);
+  const auto [by_row, by_column] = forward(in, pairs, both_directions, stash_of(op, stash, in));
+  const Tensor rows = stacked(by_row), columns = stacked(by_column);
+  const Gaps of_rows = gaps(by_row), of_columns = gaps(by_column);
+  if (!summed) return {of_rows.gap, of_rows.mean, of_columns.gap, of_columns.mean, rows, columns};
+  const Tensor total = (of_rows.gap.sum() + of_columns.gap.sum()) * pair_weight;
+  const auto none = [] { return at::empty({0}, at::kFloat); };
+  return {total, none(), none(), none(), rows, columns};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
-    const Tensor& column_statistics, const Tensor& row_weights, const Tensor& column_weights,
+    const Tensor& column_statistics, const Tensor& row_gap_weight, const Optional& row_mean_weight,
+    const Tensor& column_gap_weight, const Optional& column_mean_weight, double pair_weight,
     const Optional& stash) {
   const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, logit_scale);
-  const MatchedPairs pairs(op, x.size(0), y.size(0), own, exclude, query_ids, key_ids, key_bias,
-                           same_positive);
-  const GradientSide row(row_statistics.contiguous(), row_weights.contiguous(), x.size(0));
-  const GradientSide column(column_statistics.contiguous(), column_weights.contiguous(), y.size(0));
-  Tensor dkey_bias = at::zeros({y.size(0)}, at::TensorOptions(at::kFloat));
+  const MatchedPairs pairs(op, x.size(0), y.size(0), own, first, exclude, query_ids, key_ids,
+                           key_bias, same_positive);
+  const GradientSide row(row_statistics.contiguous(), row_gap_weight, row_mean_weight,
+                         static_cast<float>(pair_weight), x.size(0));
+  const GradientSide column(column_statistics.contiguous(), column_gap_weight, column_mean_weight,
+                            static_cast<float>(pair_weight), y.size(0));
+  Tensor dkey_bias = at::zeros({pairs.has_key_bias() ? y.size(0) : 0}, at::kFloat);
   const SoftmaxGradient<MatchedPairs> epilogue{
       row,
       column,
@@ -361,8 +382,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
   Gradients out(in);
   GradientSums sums;
   if (key_ids.has_value()) {
-    const Tensor own = at::arange(offset, offset + x.size(0), at::TensorOptions(at::kInt));
-    const MatchedPairs pairs(op, x.size(0), y.size(0), own, {}, query_ids, key_ids, {},
+    const MatchedPairs pairs(op, x.size(0), y.size(0), {}, offset, {}, query_ids, key_ids, {},
                              same_positive);
     sums = sigmoid(in, logit_bias.item<float>(), pairs, gradients, out);
   } else {
@@ -371,6 +391,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
   if (!gradients) out.dx = out.dy = at::empty({0, in.x.size(1)}, in.x.options());
   return {scalar(sums.loss), out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot),
           scalar(sums.g)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_loss_bwd(const Tensor& grad, const Tensor& dx,
+                                                            const Tensor& dy,
+                                                            const Tensor& dlogit_scale,
+                                                            const Tensor& dlogit_bias) {
+  return {dx * grad, dy * grad, dlogit_scale * grad, dlogit_bias * grad};
 }
 
 }  // namespace protoclip

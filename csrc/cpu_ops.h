@@ -33,26 +33,36 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
                                                 const Tensor& column_sum, const Tensor& row_weight,
                                                 const Tensor& column_weight, int64_t offset,
                                                 double pair_weight, const Optional& stash);
-std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
-                                           const Tensor& logit_scale, const Tensor& own,
-                                           const Optional& exclude, const Optional& query_ids,
-                                           const Optional& key_ids, const Optional& key_bias,
-                                           bool same_positive, bool both_directions,
-                                           const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
+    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Optional& key_bias, bool same_positive, bool both_directions, double pair_weight,
+    bool summed, const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& own,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
     const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
-    const Tensor& column_statistics, const Tensor& row_weights, const Tensor& column_weights,
+    const Tensor& column_statistics, const Tensor& row_gap_weight, const Optional& row_mean_weight,
+    const Tensor& column_gap_weight, const Optional& column_mean_weight, double pair_weight,
     const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
     int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
     bool same_positive);
+std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_loss_bwd(const Tensor& grad, const Tensor& dx,
+                                                            const Tensor& dy,
+                                                            const Tensor& dlogit_scale,
+                                                            const Tensor& dlogit_bias);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
-    const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient);
+    const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient,
+    c10::string_view reduction);
+std::tuple<Tensor, Tensor> prototype_cross_entropy_scale(const Tensor& grad, const Tensor& divisor,
+                                                         const Tensor& logit_scale,
+                                                         const Tensor& gradient,
+                                                         const Tensor& scale_gradient,
+                                                         const Tensor& features);
 Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototypes,
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,

@@ -54,10 +54,11 @@ class MatchedPairs {
     }
   };
 
-  MatchedPairs(const char* op, int64_t n, int64_t m, const at::Tensor& own,
-               const std::optional<at::Tensor>& exclude, const std::optional<at::Tensor>& query_ids,
-               const std::optional<at::Tensor>& key_ids, const std::optional<at::Tensor>& key_bias,
-               bool same_positive)
+  // Without `own` row i's own column is column first + i.
+  MatchedPairs(const char* op, int64_t n, int64_t m, const std::optional<at::Tensor>& own,
+               int64_t first, const std::optional<at::Tensor>& exclude,
+               const std::optional<at::Tensor>& query_ids, const std::optional<at::Tensor>& key_ids,
+               const std::optional<at::Tensor>& key_bias, bool same_positive)
       : same_positive_(same_positive),
         has_key_bias_(key_bias.has_value()),
         ids_(key_ids.has_value() ? key_ids->size(0) : 0),
@@ -68,10 +69,11 @@ class MatchedPairs {
         query_ids_(2 * n, -1),
         key_ids_(2 * stride_, -2),  // no query's; also past the last
         key_bias_(stride_, 0.f) {
-    TORCH_CHECK(own.numel() == n && ids_ <= 2 &&
+    TORCH_CHECK((!own.has_value() || own->numel() == n) && ids_ <= 2 &&
                     (ids_ == 0 || (query_ids->numel() == ids_ * n && key_ids->numel() == ids_ * m)),
                 op, ": expected own [N] and ids [R, N] and [R, M], R <= 2");
-    copy<int32_t>(own, own_.get(), n);
+    if (own.has_value()) copy<int32_t>(*own, own_.get(), n);
+    for (int64_t i = 0; !own.has_value() && i < n; ++i) own_.get()[i] = first + i;
     if (exclude.has_value()) copy<int32_t>(*exclude, exclude_.get(), n);
     for (int64_t r = 0; r < ids_; ++r) {
       copy<int32_t>((*query_ids)[r], query_ids_.get() + r * n, n);

@@ -1,6 +1,9 @@
 // Prototype cross-entropy on the CPU, its losses and gradients and the gradient of trainable
 // prototypes, and soft targets. Contract: ops/prototypes.py.
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
 
@@ -110,9 +113,10 @@ void forward(const Tensor& h, const Tensor& prototypes, const Tensor& targets, c
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entropy_fwd(
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
-    const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient) {
+    const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient,
+    c10::string_view reduction) {
   const int64_t n = features.size(0), d = features.size(1), graded = need_grad ? n : 0;
   const auto fp32 = at::TensorOptions(at::kFloat);
   const Tensor loss = at::empty({n}, fp32), gradient = at::empty({graded, d}, fp32),
@@ -136,7 +140,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cross_entro
     dispatch_arithmetic(arithmetic,
                         [&](auto a) { forward<decltype(a)::value>(h, c, m, y, hard, scale, out); });
   }
-  return {loss, gradient, nearest, max, sum, scale_gradient};
+  if (reduction == "none")
+    return {loss, at::empty({0}, fp32), gradient, nearest, max, sum, scale_gradient};
+  Tensor divisor = at::ones({}, fp32);
+  if (reduction == "mean") divisor = labels.ne(kLeftOut).sum().clamp_min(1).to(at::kFloat);
+  return {loss.sum() / divisor, divisor, gradient, nearest, max, sum, scale_gradient};
+}
+
+std::tuple<Tensor, Tensor> prototype_cross_entropy_scale(const Tensor& grad, const Tensor& divisor,
+                                                         const Tensor& logit_scale,
+                                                         const Tensor& gradient,
+                                                         const Tensor& scale_gradient,
+                                                         const Tensor& features) {
+  const Tensor weight =
+      (divisor.numel() == 0 ? grad : grad / divisor).to(at::kFloat).expand({features.size(0)});
+  Tensor of_features = at::empty({0, features.size(1)}, features.options());
+  if (gradient.size(0) == features.size(0)) {
+    const Tensor scaled = weight * logit_scale.reshape({});
+    of_features = (gradient * scaled.unsqueeze(1)).to(features.scalar_type());
+  }
+  Tensor of_scale = at::zeros({}, at::TensorOptions(at::kFloat));
+  if (scale_gradient.numel() > 0) of_scale = (weight * scale_gradient).sum();
+  return {of_features, of_scale};
 }
 
 namespace {

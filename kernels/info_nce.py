@@ -63,7 +63,7 @@ from protoclip.kernels.tiles import (
     products,
     tile_origin,
 )
-from protoclip.kernels.waves import store_entries, store_gradient
+from protoclip.kernels.waves import rows_of, store_entries, store_gradient
 
 LN2 = math.log(2.0)
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
@@ -269,7 +269,7 @@ def info_nce_merge_kernel(
 
 
 @triton.jit
-def _lift(peak):
+def lift_to(peak):
     """-> a power of two that lets |G| <= peak fill fp16's range; weights are about 1/N."""
     exponent = tl.minimum(tl.maximum(14.0 - tl.ceil(tl.log2(peak)), -80.0), 80.0)
     return tl.where((peak > 0) & (peak < float("inf")), tl.exp2(exponent), 1.0)
@@ -366,7 +366,7 @@ def info_nce_gradient_kernel(
         peak = tl.abs(tl.load(row_side.peak_ptr))
         if BOTH_DIRECTIONS:
             peak += tl.abs(tl.load(column_side.peak_ptr))
-        lift = _lift(peak * pair_weight)
+        lift = lift_to(peak * pair_weight)
     unit = pair_weight * lift
     rows = row0 + tl.arange(0, BLOCK_N)
     cols = col0 + tl.arange(0, BLOCK_M)
@@ -493,12 +493,13 @@ def info_nce_fwd(
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             last = min(first + wave, n)
-            part = x[first:last]
+            rows = slice(first, last)
+            part = rows_of(x, rows)
             blocks_n = cdiv(part.shape[0], config.block_n)
             blocks_m = cdiv(m, config.block_m)
             info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
-                row_ptr=row_part, column_ptr=column_part, positive_ptr=positive[first:last],
+                row_ptr=row_part, column_ptr=column_part, positive_ptr=rows_of(positive, rows),
                 BOTH_DIRECTIONS=both_directions, PARTS=parts, PART=config.part,
             )  # fmt: skip
             info_nce_merge_kernel[(programs,)](
@@ -542,8 +543,8 @@ def info_nce_bwd(
     config = launch.choose("info_nce_gradient", x, y)
     factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
-    row_peak = _peak(row_weight) if lifted else row_weight
-    column_peak = _peak(column_weight) if lifted else column_weight
+    row_peak = peak_of(row_weight) if lifted else row_weight
+    column_peak = peak_of(column_weight) if lifted else column_weight
     blocks_n = cdiv(n, config.block_n)
     extremes = None
     if max(n, y.shape[0]) > FEW:
@@ -563,18 +564,18 @@ def info_nce_bwd(
     def fill(chunk: waves.Chunk, g: Tensor) -> None:
         rows = chunk.rows
         cols = chunk.cols
-        part_x = x[rows]
-        part_y = y[cols]
+        part_x = rows_of(x, rows)
+        part_y = rows_of(y, cols)
         row_side = Side(
-            reference_ptr=row_reference[rows],
-            sum_ptr=row_sum[rows],
-            weight_ptr=row_weight[rows],
+            reference_ptr=rows_of(row_reference, rows),
+            sum_ptr=rows_of(row_sum, rows),
+            weight_ptr=rows_of(row_weight, rows),
             peak_ptr=row_peak,
         )
         column_side = Side(
-            reference_ptr=column_reference[cols],
-            sum_ptr=column_sum[cols],
-            weight_ptr=column_weight[cols],
+            reference_ptr=rows_of(column_reference, cols),
+            sum_ptr=rows_of(column_sum, cols),
+            weight_ptr=rows_of(column_weight, cols),
             peak_ptr=column_peak,
         )
         info_nce_gradient_kernel[(chunk.tiles,)](
@@ -585,7 +586,8 @@ def info_nce_bwd(
             extremes_ptr=extremes, first_row_block=rows.start // config.block_n,
             first_column_block=blocks_n + cols.start // config.block_m,
             offset=offset + rows.start - cols.start,
-            entry_ptr=entries[rows], partial_sum_ptr=partial_sums, first_tile=chunk.first_tile,
+            entry_ptr=rows_of(entries, rows), partial_sum_ptr=partial_sums,
+            first_tile=chunk.first_tile,
             BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
         )  # fmt: skip
 
@@ -595,7 +597,7 @@ def info_nce_bwd(
     return Gradients(dx, dy, dlogit_scale)
 
 
-def _peak(weight: Tensor) -> Tensor:
+def peak_of(weight: Tensor) -> Tensor:
     """The largest |weight|; one number expanded, as of a mean, is its own."""
     if len(weight) == 0 or weight.stride(0) == 0:
         return weight

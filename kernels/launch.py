@@ -178,7 +178,10 @@ MERGE = Launch(64, 8, 0, warps=4, stages=3)
 MERGE_ALL = Launch(256, 8, 0, warps=16, stages=3)
 EXTREMES = Launch(0, 0, 0, warps=1, stages=3)  # its blocks are the gradient's
 # Gradients and prototypes' losses: rows and columns of D.
+SCALE = Launch(4096, 0, 0, warps=4, stages=1)
+ID_CODES = Launch(64, 128, 0, warps=4, stages=1)
 FINISH = Launch(16, 0, 128, warps=4, stages=1)
+REDUCE = Launch(1024, 0, 0, warps=4, stages=1)
 JOIN_SLICES = Launch(32, 0, 64, warps=4, stages=1)
 
 # An architecture for tensors on any device: to compile, not to run.

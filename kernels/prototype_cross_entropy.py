@@ -30,7 +30,7 @@ from torch import Tensor
 from protoclip.kernels import launch
 from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
 from protoclip.kernels.launch import cdiv
-from protoclip.kernels.results import SampleLosses
+from protoclip.kernels.results import SampleLosses, ScaledGradients
 from protoclip.kernels.scratch import PROTOTYPE_BYTES
 from protoclip.kernels.tiles import LEFT_OUT, products, tile_options
 from protoclip.kernels.waves import multiply
@@ -49,6 +49,7 @@ def join_slices_kernel(
     q_ptr, logit_scale_ptr, target_ptr, labels_ptr,  # [N, D], [], [K, D], [N]
     max_ptr, sum_ptr, best_ptr, expected_ptr,  # [slices, N]
     positive_ptr, acc_ptr,  # [N], [slices, N, D]; joined, acc may be the gradient
+    partial_ptr,  # [2, programs] or None: sum of the losses, number of labels
     loss_ptr, gradient_ptr, nearest_ptr, row_max_ptr, row_sum_ptr, dscale_ptr,  # [N], [N, D], ...
     n, d, slices, k,
     stride_q_n, stride_q_d, stride_t_k, stride_t_d,
@@ -94,7 +95,13 @@ def join_slices_kernel(
         positive *= sign
     loss = LN2 * (tl.log2(row_sum) + step * (row_max - positive))
     absent = tl.where(label == LEFT_OUT, 0.0, float("nan"))
-    tl.store(loss_ptr + rows, tl.where(labelled, loss, absent), mask=used)
+    loss = tl.where(labelled, loss, absent)
+    if partial_ptr is None:
+        tl.store(loss_ptr + rows, loss, mask=used)
+    else:
+        at = partial_ptr + tl.program_id(0)
+        tl.store(at, tl.sum(loss))
+        tl.store(at + tl.num_programs(0), tl.sum(tl.where(label == LEFT_OUT, 0.0, 1.0)))
     if GRADIENT:
         dscale = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, d, BLOCK_D):
@@ -120,6 +127,62 @@ def join_slices_kernel(
             dscale = tl.where(sign == 0, dscale, difference)
         if dscale_ptr is not None:
             tl.store(dscale_ptr + rows, dscale, mask=used)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def reduce_kernel(
+    partial_ptr, parts, loss_ptr, divisor_ptr,  # [2, parts], [], []
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum of the losses over a count: with MEAN the number of labels, else 1."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + at, mask=at < parts, other=0.0)
+        count += tl.load(partial_ptr + parts + at, mask=at < parts, other=0.0)
+    divisor = 1.0
+    if MEAN:
+        divisor = tl.maximum(tl.sum(count), 1.0)
+    tl.store(loss_ptr, tl.sum(total) / divisor)
+    tl.store(divisor_ptr, divisor)
+
+
+@triton.jit(
+    do_not_specialize=["n", "stride_grad"],
+    do_not_specialize_on_alignment=["grad_ptr", "scale_gradient_ptr"],
+)
+def scale_samples_kernel(
+    grad_ptr, divisor_ptr, stride_grad,  # [N] or [], [] or None
+    logit_scale_ptr, gradient_ptr, scale_gradient_ptr,  # [], [N, D] or None, [N] or None
+    dfeatures_ptr, dlogit_scale_ptr,  # [N, D], []
+    n, d,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Saved gradients times the upstream one: rows of the features', then the scale's."""
+    divisor = 1.0
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr)
+    program = tl.program_id(0)
+    if program < tl.cdiv(n, BLOCK_N):
+        if gradient_ptr is not None:
+            rows = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask = (rows < n)[:, None] & (columns < d)[None, :]
+            weight = tl.load(grad_ptr + rows * stride_grad, mask=rows < n, other=0.0)
+            weight = weight.to(tl.float32) * (tl.load(logit_scale_ptr).to(tl.float32) / divisor)
+            at = rows[:, None] * d + columns[None, :]
+            value = weight[:, None] * tl.load(gradient_ptr + at, mask=mask, other=0.0)
+            tl.store(dfeatures_ptr + at, value.to(dfeatures_ptr.dtype.element_ty), mask=mask)
+    elif tl.program_id(1) == 0:
+        total = tl.zeros((1024,), tl.float32)
+        if scale_gradient_ptr is not None:
+            for start in range(0, n, 1024):
+                at = start + tl.arange(0, 1024)
+                grad = tl.load(grad_ptr + at.to(tl.int64) * stride_grad, mask=at < n, other=0.0)
+                scale_gradient = tl.load(scale_gradient_ptr + at, mask=at < n, other=0.0)
+                total += grad.to(tl.float32) * scale_gradient
+        tl.store(dlogit_scale_ptr, tl.sum(total) / divisor)
 
 
 @triton.jit(
@@ -229,11 +292,12 @@ def finish(
     out: SampleLosses,
     *,
     hard: bool,
+    partial: Tensor | None,
     gradient: bool = False,
     joined: bool = False,
 ) -> None:
     """Join the parts, whose acc may be ``joined`` already, into the results; the
-    gradients with ``gradient`` only."""
+    gradients with ``gradient`` only. Losses go to ``partial`` sums if there are such."""
     slices, n = parts.row_max.shape
     config = launch.JOIN_SLICES
     with torch.cuda.device_of(q):
@@ -241,7 +305,7 @@ def finish(
             q_ptr=q, logit_scale_ptr=logit_scale, target_ptr=targets, labels_ptr=labels,
             max_ptr=parts.row_max, sum_ptr=parts.row_sum,
             best_ptr=parts.best, expected_ptr=parts.expected,
-            positive_ptr=parts.positive, acc_ptr=parts.acc,
+            positive_ptr=parts.positive, acc_ptr=parts.acc, partial_ptr=partial,
             loss_ptr=out.loss, gradient_ptr=out.gradient, nearest_ptr=out.nearest,
             row_max_ptr=out.row_max, row_sum_ptr=out.row_sum,
             dscale_ptr=out.scale_gradient if out.scale_gradient.numel() else None,
@@ -316,21 +380,27 @@ def prototype_cross_entropy_fwd(
     need_grad: bool,
     need_nearest: bool,
     need_scale_gradient: bool,
+    reduction: str,
 ) -> SampleLosses:
     """The losses, as in ops/prototypes.py."""
     n, d = features.shape
-    loss = features.new_empty(n, dtype=torch.float32)
+    row_max = features.new_empty(n, dtype=torch.float32)
     graded = n if need_grad else 0
+    by_row = reduction == "none"
     out = SampleLosses(
-        loss=loss,
-        gradient=loss.new_empty((graded, d)),
-        nearest=loss.new_empty(n if need_nearest else 0, dtype=torch.int64),
-        row_max=torch.empty_like(loss),
-        row_sum=torch.empty_like(loss),
-        scale_gradient=loss.new_empty(graded if need_scale_gradient else 0),
+        loss=row_max.new_empty((n,) if by_row else ()),
+        divisor=row_max.new_empty((0,) if by_row else ()),
+        gradient=row_max.new_empty((graded, d)),
+        nearest=row_max.new_empty(n if need_nearest else 0, dtype=torch.int64),
+        row_max=row_max,
+        row_sum=torch.empty_like(row_max),
+        scale_gradient=row_max.new_empty(graded if need_scale_gradient else 0),
     )
     if not n:
-        return out
+        return out._replace(loss=torch.zeros_like(out.loss), divisor=torch.ones_like(out.divisor))
+    partial = None
+    if not by_row:
+        partial = row_max.new_empty((2, cdiv(n, launch.JOIN_SLICES.block_n)))
     logit_scale = logit_scale.reshape(()).float()
     half = features.dtype != torch.float32
     one_pass = need_grad and half and d <= launch.WIDEST_ATTENTION
@@ -351,7 +421,25 @@ def prototype_cross_entropy_fwd(
         best=need_nearest,
         expect=expect,
     )
-    finish(features, logit_scale, targets, labels, parts, out, hard=hard, gradient=one_pass)
+    finish(
+        features,
+        logit_scale,
+        targets,
+        labels,
+        parts,
+        out,
+        hard=hard,
+        partial=partial,
+        gradient=one_pass,
+    )
+    if partial is not None:
+        config = launch.REDUCE
+        with torch.cuda.device_of(features):
+            reduce_kernel[(1,)](
+                partial_ptr=partial, parts=partial.shape[1],
+                loss_ptr=out.loss, divisor_ptr=out.divisor,
+                MEAN=reduction == "mean", BLOCK=config.block_n, **config.options,
+            )  # fmt: skip
     if need_grad and not one_pass:
         weighted_values(features, keys, keys, logit_scale, out.row_max, out.gradient)
         finish(
@@ -362,10 +450,40 @@ def prototype_cross_entropy_fwd(
             parts._replace(acc=out.gradient),
             out,
             hard=hard,
+            partial=partial,
             gradient=True,
             joined=True,
         )
     return out
+
+
+def prototype_cross_entropy_scale(
+    grad: Tensor,
+    divisor: Tensor,
+    logit_scale: Tensor,
+    gradient: Tensor,
+    scale_gradient: Tensor,
+    features: Tensor,
+) -> ScaledGradients:
+    """The saved gradients times the upstream one, as in ops/prototypes.py."""
+    n, d = features.shape
+    scaled = ScaledGradients(
+        dfeatures=features.new_empty(gradient.shape),
+        dlogit_scale=features.new_empty((), dtype=torch.float32),
+    )
+    config = launch.FINISH
+    grid = (cdiv(n, config.block_n) + 1, max(1, cdiv(d, config.block_d)))
+    with torch.cuda.device_of(features):
+        scale_samples_kernel[grid](
+            grad_ptr=grad, divisor_ptr=divisor if divisor.numel() else None,
+            stride_grad=grad.stride(0) if grad.ndim else 0,
+            logit_scale_ptr=logit_scale,
+            gradient_ptr=gradient.contiguous() if gradient.numel() else None,
+            scale_gradient_ptr=scale_gradient.contiguous() if scale_gradient.numel() else None,
+            dfeatures_ptr=scaled.dfeatures, dlogit_scale_ptr=scaled.dlogit_scale,
+            n=n, d=d, BLOCK_N=config.block_n, BLOCK_D=config.block_d, **config.options,
+        )  # fmt: skip
+    return scaled
 
 
 def prototype_cross_entropy_bwd(

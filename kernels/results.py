@@ -36,18 +36,30 @@ class PairStatistics(NamedTuple):
     num_positives: Tensor
 
 
-class ContrastiveStatistics(NamedTuple):
-    """Each in the rows of ``PairStatistics``."""
+class IdCodes(NamedTuple):
+    """Ids as small numbers, equal for equal ids of a column; a query's id that no key has is -1."""
 
-    rows: Tensor  # [4, N]
-    columns: Tensor  # [4, M], or [4, 0] of one direction
+    query: Tensor  # int32 [R, N]
+    key: Tensor  # int32 [R, M], in [0, M)
+
+
+class ContrastiveForward(NamedTuple):
+    """Losses in nats and statistics. ``gap`` is LSE - mean positive. Summed, ``gap`` is [], the
+    weighted total of all rows' and columns', and the means and the columns' gap are [0]."""
+
+    gap: Tensor  # of each row [N]
+    mean: Tensor  # [N]
+    column_gap: Tensor  # [M], or [0] of one direction
+    column_mean: Tensor
+    row_statistics: Tensor  # [4, N], in the rows of ``PairStatistics``
+    column_statistics: Tensor  # [4, M], or [4, 0] of one direction
 
 
 class ContrastiveGradients(NamedTuple):
     dx: Tensor  # [N, D], in x's dtype
     dy: Tensor  # [M, D], in y's dtype
     dlogit_scale: Tensor  # fp32 []
-    dkey_bias: Tensor  # fp32 [M]
+    dkey_bias: Tensor  # fp32 [M], or [0] without biases
 
 
 class SigmoidLoss(NamedTuple):
@@ -60,12 +72,29 @@ class SigmoidLoss(NamedTuple):
     dlogit_bias: Tensor  # fp32 []
 
 
+class SigmoidGradients(NamedTuple):
+    """Gradients of the sigmoid loss."""
+
+    dx: Tensor  # [N, D]
+    dy: Tensor  # [M, D]
+    dlogit_scale: Tensor  # []
+    dlogit_bias: Tensor  # []
+
+
 class SampleLosses(NamedTuple):
     """Losses of samples against prototypes; what is not wanted is [0], or [0, D]."""
 
-    loss: Tensor  # [N], 0 where ignored
+    loss: Tensor  # [N], 0 where ignored; or [], their mean or sum
+    divisor: Tensor  # that a mean or (1) a sum is divided by [], or [0] where losses are [N]
     gradient: Tensor  # of the features, sum_k p_k C_k - m_y: [N, D], 0 where ignored
     nearest: Tensor  # int64 [N], the prototype with the largest logit
     row_max: Tensor  # [N], in the units of the backend's own backward
     row_sum: Tensor  # [N]
     scale_gradient: Tensor  # of logit_scale, features . gradient: [N]
+
+
+class ScaledGradients(NamedTuple):
+    """Gradients of samples' losses for upstream ones."""
+
+    dfeatures: Tensor  # [N, D] in the features' dtype, or [0, D]
+    dlogit_scale: Tensor  # fp32 []

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch, waves
-from protoclip.kernels.results import SigmoidLoss
+from protoclip.kernels.launch import cdiv
+from protoclip.kernels.results import SigmoidGradients, SigmoidLoss
 from protoclip.kernels.tiles import (
     LOG2E,
     equal_ids,
@@ -33,7 +34,7 @@ from protoclip.kernels.tiles import (
     tile_origin,
     with_ids,
 )
-from protoclip.kernels.waves import store_entries, store_gradient
+from protoclip.kernels.waves import rows_of, store_entries, store_gradient
 
 LIFT = 16384.0  # of G in fp16, whose normal numbers end at 6e-5
 
@@ -137,6 +138,33 @@ def sigmoid_loss_kernel(
     tl.store(at + 2 * tl.cast(tiles, tl.int64), dlogit_bias)
 
 
+@triton.jit(do_not_specialize=["size_x", "size_y"])
+def scale_gradients_kernel(
+    grad_ptr,  # []
+    dx_ptr, scaled_dx_ptr, size_x, dy_ptr, scaled_dy_ptr, size_y,  # contiguous
+    total_ptrs, scaled_total_ptrs,  # [] each
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All gradients times one number: blocks of dx, then of dy."""
+    program = tl.program_id(0)
+    blocks_x = tl.cdiv(size_x, BLOCK)
+    grad = tl.load(grad_ptr).to(tl.float32)
+    if program < blocks_x:
+        _scale_block(program, grad, dx_ptr, scaled_dx_ptr, size_x, BLOCK)
+    else:
+        _scale_block(program - blocks_x, grad, dy_ptr, scaled_dy_ptr, size_y, BLOCK)
+    if program == 0:
+        for i in tl.static_range(len(total_ptrs)):
+            tl.store(scaled_total_ptrs[i], grad * tl.load(total_ptrs[i]))
+
+
+@triton.jit
+def _scale_block(block, grad, from_ptr, to_ptr, size, BLOCK: tl.constexpr):
+    at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = grad * tl.load(from_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(to_ptr + at, value.to(to_ptr.dtype.element_ty), mask=at < size)
+
+
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -159,8 +187,8 @@ def sigmoid_loss(
     entries = x.new_empty(x.shape[0], dtype=torch.float32)
 
     def fill(chunk: waves.Chunk, g: Tensor | None) -> None:
-        part_x = x[chunk.rows]
-        part_y = y[chunk.cols]
+        part_x = rows_of(x, chunk.rows)
+        part_y = rows_of(y, chunk.cols)
         ids = id_arguments(None, None)
         if query_ids is not None and key_ids is not None:
             ids = id_arguments(query_ids[:, chunk.rows], key_ids[:, chunk.cols])
@@ -168,7 +196,7 @@ def sigmoid_loss(
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
             offset=offset + chunk.rows.start - chunk.cols.start,
-            entry_ptr=entries[chunk.rows], partial_sum_ptr=partial_sums, tiles=tiles,
+            entry_ptr=rows_of(entries, chunk.rows), partial_sum_ptr=partial_sums, tiles=tiles,
             first_tile=chunk.first_tile, **ids,
             GRADIENTS=writes_g, LIFTED=lift, SAME_POSITIVE=same_positive,
         )  # fmt: skip
@@ -189,3 +217,27 @@ def sigmoid_loss(
         totals = tuple(sums.sum() for sums in partial_sums)
     dlogit_scale, loss, dlogit_bias = totals
     return SigmoidLoss(loss, dx, dy, dlogit_scale, dlogit_bias)
+
+
+def sigmoid_loss_bwd(
+    grad: Tensor, dx: Tensor, dy: Tensor, dlogit_scale: Tensor, dlogit_bias: Tensor
+) -> SigmoidGradients:
+    """The gradients of ``sigmoid_loss`` times the upstream one []."""
+    scaled = SigmoidGradients(
+        dx=dx.new_empty(dx.shape),
+        dy=dy.new_empty(dy.shape),
+        dlogit_scale=torch.empty_like(dlogit_scale),
+        dlogit_bias=torch.empty_like(dlogit_bias),
+    )
+    config = launch.SCALE
+    programs = cdiv(dx.numel(), config.block_n) + cdiv(dy.numel(), config.block_n)
+    with torch.cuda.device_of(dx):
+        scale_gradients_kernel[(max(programs, 1),)](
+            grad_ptr=grad,
+            dx_ptr=dx.contiguous(), scaled_dx_ptr=scaled.dx, size_x=dx.numel(),
+            dy_ptr=dy.contiguous(), scaled_dy_ptr=scaled.dy, size_y=dy.numel(),
+            total_ptrs=(dlogit_scale, dlogit_bias),
+            scaled_total_ptrs=(scaled.dlogit_scale, scaled.dlogit_bias),
+            BLOCK=config.block_n, **config.options,
+        )  # fmt: skip
+    return scaled

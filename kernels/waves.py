@@ -71,6 +71,11 @@ def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> lis
     return plan
 
 
+def rows_of(x: Tensor, rows: slice) -> Tensor:
+    """x[rows]; all of it is x itself, which saves a call of 2 us."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
+
+
 @triton.jit
 def store_gradient(g, row0, col0, g_ptr, stride_g):
     """Write a part of G. The scratch holds whole tiles: no mask, which would split the stores."""
@@ -120,7 +125,7 @@ def gradients_by_chunks(
     dy = y.new_empty(y.shape)
     # Tensors of their own: the outputs of an op must not alias.
     totals = tuple(x.new_empty((), dtype=torch.float32) for _ in partial_sums)
-    scratch = x.new_empty(max(c.shape[0] * c.shape[1] for c in plan))
+    scratch = x.new_empty(max(chunk.shape[0] * chunk.shape[1] for chunk in plan))
     sum_x = x.new_empty((plan[0].rows.stop, d), dtype=torch.float32)
     sum_y = x.new_empty((m, d), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -129,18 +134,20 @@ def gradients_by_chunks(
             cols = chunk.cols
             height = rows.stop - rows.start
             width = cols.stop - cols.start
-            g = scratch[: chunk.shape[0] * chunk.shape[1]].view(chunk.shape)
+            g = rows_of(scratch, slice(0, chunk.shape[0] * chunk.shape[1])).view(chunk.shape)
             fill(chunk, g)
-            g = g[:height, :width]
-            multiply(g, y[cols], sum_x[:height], accumulate=cols.start > 0)
-            multiply(g.T, x[rows], sum_y[cols], accumulate=rows.start > 0)
+            if chunk.shape != (height, width):
+                g = g[:height, :width]
+            sums = rows_of(sum_x, slice(0, height))
+            multiply(g, rows_of(y, cols), sums, accumulate=cols.start > 0)
+            multiply(g.T, rows_of(x, rows), rows_of(sum_y, cols), accumulate=rows.start > 0)
             if cols.stop < m:
                 continue
             programs = cdiv(height, FINISH.block_n)
             if rows.stop == n:  # dy and the total too
                 programs += cdiv(m, FINISH.block_n) + 1
             finish_kernel[(programs, max(1, cdiv(d, FINISH.block_d)))](
-                sum_x_ptr=sum_x, dx_ptr=dx[rows], rows=height,
+                sum_x_ptr=sum_x, dx_ptr=rows_of(dx, rows), rows=height,
                 sum_y_ptr=sum_y, dy_ptr=dy, cols=m,
                 x_ptr=x, y_ptr=y, factor_ptr=factor, entry_ptr=entries,
                 partial_sum_ptr=partial_sums, tiles=partial_sums.shape[1], total_ptrs=totals,

@@ -64,8 +64,12 @@ def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> 
 CONTRACTS = {
     "info_nce": ("info_nce_fwd", "info_nce_bwd"),
     "contrastive": ("contrastive_fwd", "contrastive_bwd"),
-    "sigmoid_loss": ("sigmoid_loss",),
-    "prototype_cross_entropy": ("prototype_cross_entropy_fwd", "prototype_cross_entropy_bwd"),
+    "sigmoid_loss": ("sigmoid_loss", "sigmoid_loss_bwd"),
+    "prototype_cross_entropy": (
+        "prototype_cross_entropy_fwd",
+        "prototype_cross_entropy_scale",
+        "prototype_cross_entropy_bwd",
+    ),
     "soft_targets": ("soft_targets",),
     "kmeans_assign": ("kmeans_assign", "kmeans_encode", "kmeans_assign_coded"),
     "segment_mean": ("segment_mean",),
@@ -131,6 +135,7 @@ def test_the_gradient_of_the_scale_is_there_if_it_was_asked_for(backend: str) ->
                 need_grad=True,
                 need_nearest=False,
                 need_scale_gradient=asked,
+                reduction="none",
             )
         )
     assert results[True].scale_gradient.shape == (4,)

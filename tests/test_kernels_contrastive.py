@@ -52,6 +52,52 @@ def test_waves_and_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wave_bytes", [1, 1 << 20], ids=["in waves", "in one"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_a_batch_is_that_of_its_pairs(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: torch.dtype, wave_bytes: int
+) -> None:
+    """The kernels reduce it themselves, and multiply by the upstream gradient."""
+    from protoclip.kernels import contrastive
+
+    monkeypatch.setattr(contrastive, "PARTIAL_BYTES", wave_bytes)
+    problem = random_problem("own", 150, 150, 20, dtype, device=DEVICE)
+    ids = torch.arange(150, device=DEVICE)[:, None] // torch.tensor([2, 9], device=DEVICE)
+
+    def run(asked: str) -> Results:
+        leaves = {"image": leaf(problem.queries), "text": leaf(problem.keys)}
+        loss = protoclip.info_nce(
+            leaves["image"], leaves["text"], 20.0, ids=ids, reduction=asked, backend="triton"
+        )
+        if asked == "none":
+            loss = loss.mean() if reduction == "mean" else loss.sum()
+        return loss_and_gradients(loss * 3, **leaves)
+
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(run(reduction), run("none"), rtol=2 * rounding, atol=rounding / 8)
+
+
+def test_codes_tell_ids_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That differ in the upper half only, that are negative, that no key has; of few keys by
+    comparing them all, of many by a sort."""
+    from protoclip.ops import id_codes
+
+    torch.manual_seed(0)
+    key_ids = torch.randint(-20, 20, (150, 2), device=DEVICE) * 2**32 + 7
+    query_ids = torch.randint(-25, 25, (90, 2), device=DEVICE) * 2**32 + 7
+    equal = (query_ids[:, None] == key_ids[None]).permute(2, 0, 1)
+    alike = (key_ids[:, None] == key_ids[None]).permute(2, 0, 1)
+    for most_compared in (150, 149):
+        monkeypatch.setattr(id_codes, "MOST_COMPARED", most_compared)
+        codes = id_codes.coder_of("triton")(query_ids, key_ids)
+        assert codes.query.dtype == codes.key.dtype == torch.int32
+        assert torch.equal(codes.query[:, :, None] == codes.key[:, None], equal)
+        assert torch.equal(codes.key[:, :, None] == codes.key[:, None], alike)
+        assert torch.equal(codes.query == -1, ~equal.any(dim=2))
+        assert codes.key.min() >= 0 and codes.key.max() < 150
+
+
 def test_fp16_keeps_small_weights() -> None:
     problem = random_problem("positive", 40, 70, 16, torch.float16, 30.0, device=DEVICE)
     weights = gap_weights(problem, size=1e-6, least=0.0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_same_bits, assert_within_budget, leaf
+from budget import Results, assert_same_bits, assert_within_budget, leaf, loss_and_gradients
 from prototype_problem import DTYPES, Problem, assert_problem_within_budget, computed
 from torch import Tensor
 
@@ -57,6 +57,36 @@ def test_loss_and_gradients_are_within_budget(shape: Shape, dtype: torch.dtype, 
         weights = torch.rand(shape.n, device=DEVICE) + 0.5
         problem = Problem(features, prototypes, labels, targets, logit_scale, weights)
         assert_problem_within_budget(problem, "triton")
+
+
+@pytest.mark.parametrize("labelled", [0, 1, 60])
+@pytest.mark.parametrize("d", [8, 300], ids=["one pass", "in waves"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_a_batch_is_that_of_its_samples(
+    reduction: str, dtype: torch.dtype, d: int, labelled: int
+) -> None:
+    """The kernels reduce it themselves, and multiply by the upstream gradient."""
+    torch.manual_seed(0)
+    values = {
+        "features": unit(70, d, dtype=dtype),
+        "prototypes": unit(33, d, dtype=dtype),
+        "logit_scale": torch.tensor(20.0, device=DEVICE),
+    }
+    labels = torch.randint(0, 33, (70,), device=DEVICE)
+    labels[labelled:] = -100
+
+    def run(asked: str) -> Results:
+        leaves = {name: leaf(value) for name, value in values.items()}
+        loss = protoclip.prototype_cross_entropy(
+            **leaves, labels=labels, reduction=asked, backend="triton"
+        )
+        if asked == "none":
+            loss = loss.sum() / max(labelled, 1) if reduction == "mean" else loss.sum()
+        return loss_and_gradients(loss * 3, **leaves)
+
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(run(reduction), run("none"), rtol=2 * rounding, atol=rounding / 8)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0])

@@ -318,8 +318,9 @@ def trained(request: pytest.FixtureRequest) -> Problem:
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no gradients"])
-def test_opcheck_accepts_the_op(trained: Problem, gradients: bool) -> None:
+def test_opcheck_accepts_the_op(trained: Problem, gradients: bool, reduction: str) -> None:
     def argument(tensor: Tensor) -> Tensor:
         return tensor if gradients else tensor.detach()
 
@@ -332,14 +333,23 @@ def test_opcheck_accepts_the_op(trained: Problem, gradients: bool) -> None:
         "need_grad": gradients,
         "need_nearest": gradients,
         "need_scale_gradient": gradients,
+        "reduction": reduction,
         "backend": "cpu",
     }
     torch.library.opcheck(torch.ops.protoclip.prototype_cross_entropy, (), arguments)
 
 
 def test_opcheck_accepts_the_op_that_scales_gradients() -> None:
-    arguments = {"grad": torch.ones(2, 6, 1), "saved": torch.ones(2, 6, 8)}
-    torch.library.opcheck(torch.ops.protoclip.scaled, (), arguments)
+    arguments = {
+        "grad": torch.tensor(2.0),
+        "divisor": torch.tensor(2.0),
+        "logit_scale": torch.tensor(10.0),
+        "gradient": torch.ones(6, 8),
+        "scale_gradient": torch.ones(6),
+        "features": torch.ones(6, 8),
+        "backend": "cpu",
+    }
+    torch.library.opcheck(torch.ops.protoclip.prototype_cross_entropy_scale, (), arguments)
 
 
 def test_compiled_code_and_autocast_change_no_bit(trained: Problem) -> None:

@@ -107,9 +107,11 @@ def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
 def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
     position = torch.zeros(n, dtype=torch.int32)
-    ids = None if case.form == "own" else torch.zeros(2, n, dtype=torch.int32)
+    codes = contrastive.id_codes(None, torch.zeros(n, 2, dtype=torch.int64)).key
+    ids = None if case.form == "own" else codes
     pairs: dict[str, Any] = {
-        "own": position,
+        "own": None if case.form == "ids" else position,
+        "first": 0,
         "exclude": position if case.form == "all" else None,
         "query_ids": ids,
         "key_ids": ids,
@@ -119,23 +121,34 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     x = case.features(n)
     y = case.features(n)
     forward = contrastive.contrastive_fwd(
-        x, y, logit_scale, **pairs, both_directions=case.form != "own"
+        x,
+        y,
+        logit_scale,
+        **pairs,
+        both_directions=case.form != "own",
+        pair_weight=1.0,
+        summed=case.form == "ids",
     )
+    rows = torch.ones(n)
+    columns = torch.ones(forward.column_statistics.shape[1])
     contrastive.contrastive_bwd(
         x,
         y,
         logit_scale,
         **pairs,
-        row_statistics=forward.rows,
-        column_statistics=forward.columns,
-        row_weights=torch.ones(2, forward.rows.shape[1]),
-        column_weights=torch.ones(2, forward.columns.shape[1]),
+        row_statistics=forward.row_statistics,
+        column_statistics=forward.column_statistics,
+        row_gap_weight=rows,
+        row_mean_weight=rows if case.form == "all" else None,
+        column_gap_weight=columns,
+        column_mean_weight=columns if case.form == "all" else None,
+        pair_weight=1.0,
     )
 
 
 def _sigmoid_loss(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     ids = torch.zeros(2, n, dtype=torch.int32) if case.form == "ids" else None
-    sigmoid_loss.sigmoid_loss(
+    results = sigmoid_loss.sigmoid_loss(
         case.features(n),
         case.features(n),
         logit_scale,
@@ -145,6 +158,9 @@ def _sigmoid_loss(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         query_ids=ids,
         key_ids=ids,
         same_positive=True,
+    )
+    sigmoid_loss.sigmoid_loss_bwd(
+        logit_scale, results.dx, results.dy, results.dlogit_scale, results.dlogit_bias
     )
 
 
@@ -159,13 +175,21 @@ def _prototypes(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         for targets in (soft, hard):
             prototypes.prototype_cross_entropy_fwd(
                 features, keys, targets, labels, logit_scale,
-                need_grad=True, need_nearest=True, need_scale_gradient=True,
+                need_grad=True, need_nearest=True, need_scale_gradient=True, reduction="none",
             )  # fmt: skip
         return
     forward = prototypes.prototype_cross_entropy_fwd(
         features, keys, hard if case.form == "hard" else soft, labels, logit_scale,
-        need_grad=True, need_nearest=False, need_scale_gradient=False,
+        need_grad=True, need_nearest=False, need_scale_gradient=False, reduction="mean",
     )  # fmt: skip
+    prototypes.prototype_cross_entropy_scale(
+        logit_scale,
+        forward.divisor,
+        logit_scale,
+        forward.gradient,
+        forward.scale_gradient,
+        features,
+    )
     prototypes.prototype_cross_entropy_bwd(
         features,
         keys,
@@ -173,7 +197,7 @@ def _prototypes(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         logit_scale,
         forward.row_max,
         forward.row_sum,
-        weight=forward.loss,
+        weight=forward.row_sum,
         hard=case.form == "hard",
     )
 

@@ -37,6 +37,7 @@ from protoclip.ops.contrastive_losses import (
     two_views,
 )
 from protoclip.ops.dispatch import resolve
+from protoclip.ops.id_codes import coder_of
 from protoclip.ops.info_nce_loss import info_nce, info_nce_gradients, info_nce_strip
 from protoclip.ops.operators import ANY_FLOAT, accumulator, gradient_like, wants_gradient
 from protoclip.ops.pairs import SAME_ID, Matching, Pairs, SameId, check_ids, pairs_of
@@ -45,7 +46,6 @@ from protoclip.ops.query_losses import (
     contrastive_gradients,
     gaps_of,
     one_way_parts,
-    side_weights,
 )
 from protoclip.ops.siglip_loss import fused_sigmoid_loss, sigmoid_losses
 from protoclip.ops.stash import no_stash
@@ -87,7 +87,7 @@ def global_info_nce(
     if all_ids is None:
         image_losses, text_losses = _GlobalInfoNce.apply(x, y, logit_scale, backend_name)
     else:
-        pairs = pairs_of(op, x, len(all_ids), matching)
+        pairs = pairs_of(op, x, len(all_ids), matching, coder_of(backend_name))
         image_losses, text_losses = _GlobalContrastive.apply(x, y, logit_scale, pairs, backend_name)
     return (image_losses + text_losses).mean() / 2
 
@@ -315,7 +315,7 @@ def global_sigmoid_loss(
             average=mean_over_ranks if is_distributed() else None,
         )
     matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
-    pairs = pairs_of(op, x, len(x) * world_size(), matching)
+    pairs = pairs_of(op, x, len(x) * world_size(), matching, coder_of(backend_name))
     gradients = wants_gradient(x, y, logit_scale, logit_bias)
     total = _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, backend_name)
     return total / max(len(x), 1) if reduction == "mean" else total
@@ -390,6 +390,7 @@ class _GlobalContrastive(torch.autograd.Function):
             logit_scale=logit_scale,
             **pairs.tensors(),
             both_directions=True,
+            reduction="none",
             backend=backend,
             keep_stash=False,
         )
@@ -411,8 +412,11 @@ class _GlobalContrastive(torch.autograd.Function):
             **ctx.pairs.tensors(),
             row_statistics=row_statistics,
             column_statistics=column_statistics,
-            row_weights=side_weights(row_grad, None, row_statistics),
-            column_weights=side_weights(gather_rows(column_grad), None, column_statistics),
+            row_gap_weight=row_grad,
+            row_mean_weight=None,
+            column_gap_weight=gather_rows(column_grad),
+            column_mean_weight=None,
+            reduction="none",
             backend=ctx.backend,
             stash=no_stash(x),
         )

@@ -38,6 +38,8 @@ class Backend:
     why_not: Callable[[], str | None]  # None: usable on this machine
     # Whether forward functions fill a ``stash`` that backward functions read (stash.py).
     keeps_stash: bool = False
+    # Whether it has a kernel that turns ids into small numbers (id_codes.py).
+    codes_ids: bool = False
     # To how many centroids points are assigned faster once they are coded; -1: they cannot be.
     most_coded_clusters: float = -1
 
@@ -98,7 +100,7 @@ TABLE: dict[str, dict[str, Backend]] = {
     "info_nce": {"cpu": CPU_WITH_STASH, "triton": kernels("info_nce"), "reference": REFERENCE},
     "contrastive": {
         "cpu": CPU_WITH_STASH,
-        "triton": kernels("contrastive"),
+        "triton": replace(kernels("contrastive"), codes_ids=True),
         "reference": REFERENCE,
     },
     "sigmoid_loss": {"cpu": CPU, "triton": kernels("sigmoid_loss"), "reference": REFERENCE},

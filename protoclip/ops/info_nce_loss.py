@@ -34,7 +34,7 @@ from protoclip.ops.operators import (
     without_autocast,
 )
 from protoclip.ops.pairs import Matching, SameId
-from protoclip.ops.query_losses import query_losses
+from protoclip.ops.query_losses import pair_loss, query_losses
 from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
 from protoclip.ops.sums import plain_smoothing
 
@@ -301,9 +301,21 @@ def info_nce(
     backend_name = resolve(table_row, backend, x.device.type, x.dtype)
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
+    reduces = weights is None and not label_smoothing and reduction != "none"
     if ids is not None:
         pairs.check_ids(op, "ids", ids, n, x.device)
         matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
+        if reduces and backend_name != "reference":
+            return pair_loss(
+                op,
+                x,
+                y,
+                logit_scale,
+                matching,
+                reduction=reduction,
+                backend=backend_name,
+                stash=stash,
+            )
         by_query = query_losses(
             op,
             x,
@@ -321,7 +333,6 @@ def info_nce(
         with without_autocast(x.device.type):
             losses = reference.info_nce(x, y, logit_scale, label_smoothing)
     else:
-        reduces = weights is None and not label_smoothing
         losses = diagonal_losses(
             x,
             y,

@@ -7,7 +7,7 @@ more.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import SimpleNamespace
@@ -91,17 +91,38 @@ def define_gradient(
     registered = _REGISTERED[function]
     arguments = _arguments_of(registered.op)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = output if isinstance(output, tuple) else (output,)
-        save(ctx, arguments(*inputs), registered.results(*tensors))
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            values = inputs[:-1]
+            output = _without_autograd(registered.op, inputs[-1], values)
+            tensors = output if isinstance(output, tuple) else (output,)
+            save(ctx, arguments(*values), registered.results(*tensors))
+            return output
 
-    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        by_name = backward(ctx, registered.results(*grads))
-        return tuple(map(by_name.get, arguments._fields))
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            by_name = backward(ctx, registered.results(*grads))
+            return (*map(by_name.get, arguments._fields), None)
 
-    torch.library.register_autograd(
-        registered.op._schema.name, gradients, setup_context=setup_context, lib=_LIBRARY
-    )
+    _define_autograd(registered.op, Gradient)
+
+
+def _without_autograd(op: Any, keyset: Any, values: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+
+
+def _define_autograd(op: Any, gradient: type[torch.autograd.Function]) -> None:
+    """What ``torch.library.register_autograd`` does, for ops without defaults, in half its time (30
+    us a call)."""
+
+    def call(keyset: Any, *values: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+            return gradient.apply(*values, keyset)
+        return _without_autograd(op, keyset, values)
+
+    _LIBRARY.impl(op._schema.name, call, "Autograd", with_keyset=True)
 
 
 def save(ctx: Any, **values: Any) -> None:
@@ -121,14 +142,21 @@ def saved_values(ctx: Any) -> Any:
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:
     """Asking for a gradient of the function's op, a second derivative of ``public``, raises."""
 
-    def refuse(ctx: Any, *_: Tensor | None) -> None:
-        raise RuntimeError(
-            f"{public}: its fused backends have no second derivative; use backend='reference' for "
-            "it"
-        )
+    op = _REGISTERED[function].op
 
-    name = _REGISTERED[function].op._schema.name
-    torch.library.register_autograd(name, refuse, lib=_LIBRARY)
+    class Refused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            return _without_autograd(op, inputs[-1], inputs[:-1])
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor | None) -> None:
+            raise RuntimeError(
+                f"{public}: its fused backends have no second derivative; use backend='reference' "
+                "for it"
+            )
+
+    _define_autograd(op, Refused)
 
 
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
@@ -155,6 +183,8 @@ def empty(x: Tensor, *shape: int) -> Tensor:
 
 def gradient_like(gradient: Tensor, scalar: Tensor) -> Tensor:
     """The gradient of a scalar, [] or [1], in its dtype and shape."""
+    if gradient.dtype == scalar.dtype and gradient.ndim == scalar.ndim:
+        return gradient
     return gradient.to(scalar.dtype).reshape(scalar.shape)
 
 
@@ -203,15 +233,3 @@ def in_transform() -> bool:
 def wants_gradient(*inputs: Tensor) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-
-
-@operator("scaled", lambda arguments: torch.empty_like(arguments.saved), single)
-def scaled(grad: Tensor, saved: Tensor) -> Tensor:
-    """The upstream gradient times what the forward pass saved.
-
-    An op, so that a second derivative raises: plain autograd would ignore that ``saved`` depends on
-    the inputs."""
-    return (grad.float() * saved).to(saved.dtype)
-
-
-refuse_gradient(scaled, "this loss")

@@ -16,6 +16,7 @@ the sets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip.kernels.results import IdCodes
 from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
 
 SAME_ID = ("exclude", "positive")
 SameId = Literal["exclude", "positive"]
+CodeIds = Callable[[Tensor | None, Tensor], IdCodes]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Matching:
 class Pairs:
     """The backends' arguments about N queries and M keys; None: not used."""
 
-    own: Tensor  # int32 [N], position of each query's own key; -1: it has none
+    own: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
+    first: int = 0  # without ``own``, the position of query i's own key is first + i
     exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
     query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
     key_ids: Tensor | None = None  # int32 [R, M]
@@ -72,6 +76,13 @@ class Pairs:
         """The arguments about pairs of the contrastive op and its backends, by name."""
         return pair_tensors(self)
 
+    def own_positions(self, queries: Tensor) -> Tensor:
+        """``own`` of the queries [N, D], whether it was given or not."""
+        if self.own is not None:
+            return self.own
+        last = self.first + queries.shape[0]
+        return torch.arange(self.first, last, dtype=torch.int32, device=queries.device)
+
     def ids(self) -> dict[str, Any]:
         """The arguments about pairs of SigLIP's op and its backends, by name."""
         names = ("query_ids", "key_ids", "same_positive")
@@ -80,7 +91,7 @@ class Pairs:
 
 def pair_tensors(values: Any) -> dict[str, Any]:
     """The attributes of ``values`` that are the contrastive op's arguments about pairs, by name."""
-    names = ("own", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
+    names = ("own", "first", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
     return {name: getattr(values, name) for name in names}
 
 
@@ -92,8 +103,11 @@ class Gaps(NamedTuple):
     num_positives: Tensor
 
 
-def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
-    """Check the arguments for queries [N, D] and M keys, and convert them for the backends."""
+def pairs_of(
+    op: str, queries: Tensor, m: int, matching: Matching, code_ids: CodeIds | None = None
+) -> Pairs:
+    """Check the arguments for queries [N, D] and M keys, and convert them for the backends;
+    ``code_ids`` takes the place of ``sorted_ids``."""
     n = queries.shape[0]
     device = queries.device
     checks.one_of(op, "same_id", matching.same_id, SAME_ID)
@@ -106,33 +120,30 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
     if exclude is not None:
         _check_integers(op, "exclude", exclude, [(n,)], device)
     same_positive = matching.key_ids is not None and matching.same_id == "positive"
+    own_keys = _OwnKeys()
+    first = matching.first
     if matching.positives is not None:
         own_keys = _own_keys(op, matching.positives, n, m, device, exclude, key_bias)
     elif same_positive:
-        own_keys = _OwnKeys(first=None)
-    else:
-        if exclude is not None or matching.first + n > m:
-            raise ValueError(
-                f"{op}: expected positives, the position of each query's own key, got none with "
-                + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
-                + "; without them query i's own key is key i"
-            )
-        positions = torch.arange(matching.first, matching.first + n, device=device)
-        own_keys = _OwnKeys(first=positions)
-    query_codes, key_codes = _codes(op, matching, own_keys.first, n, m, device)
+        first = -n  # there are no keys at -n to -1
+    elif exclude is not None or matching.first + n > m:
+        raise ValueError(
+            f"{op}: expected positives, the position of each query's own key, got none with "
+            + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
+            + "; without them query i's own key is key i"
+        )
+    codes = _codes(op, matching, own_keys.first, n, m, device, code_ids or sorted_ids)
     wrong = own_keys.wrong
     if exclude is not None:
         beyond = exclude >= m
         wrong = beyond if wrong is None else wrong | beyond
         exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
-    own = own_keys.first
-    if own is None:
-        own = torch.full((n,), -1, device=device)
     return Pairs(
-        own=own.int(),
+        own=None if own_keys.first is None else own_keys.first.int(),
+        first=first,
         exclude=exclude,
-        query_ids=query_codes,
-        key_ids=key_codes,
+        query_ids=None if codes is None else codes.query,
+        key_ids=None if codes is None else codes.key,
         key_bias=key_bias,
         same_positive=same_positive,
         others=own_keys.others,
@@ -144,7 +155,8 @@ def pairs_of(op: str, queries: Tensor, m: int, matching: Matching) -> Pairs:
 class _OwnKeys(NamedTuple):
     """The own keys of N queries; None: there are none such."""
 
-    first: Tensor | None  # int64 [N], position of the first; -1: none
+    # int64 [N], position of the first; -1: none. None: query i's is key ``Matching.first`` + i.
+    first: Tensor | None = None
     others: Tensor | None = None  # int64 [N, P]; -1: none
     left_out: Tensor | None = None  # bool [N]
     wrong: Tensor | None = None  # bool [N], a position is out of range
@@ -212,37 +224,59 @@ def _check_integers(
 
 
 def _codes(
-    op: str, matching: Matching, own: Tensor | None, n: int, m: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as small numbers: a key's id becomes its first position in the sorted ids; a query's id
-    that no key has becomes -1."""
-    query_ids, key_ids = matching.query_ids, matching.key_ids
+    op: str,
+    matching: Matching,
+    own: Tensor | None,
+    n: int,
+    m: int,
+    device: torch.device,
+    code_ids: CodeIds,
+) -> IdCodes | None:
+    query_ids = matching.query_ids
+    key_ids = matching.key_ids
     if key_ids is None:
         if query_ids is None:
-            return None, None
+            return None
         raise ValueError(
             f"{op}: expected key_ids with query_ids, got none; without key_ids no key has an id"
         )
     check_ids(op, "key_ids", key_ids, m, device)
-    key_columns = _by_column(key_ids)  # [R, M]
-    ordered = key_columns.sort(dim=1).values
-    key_codes = torch.searchsorted(ordered, key_columns)
     if query_ids is not None:
-        shapes: list[tuple[int, ...]] = [(n,), (n, 1)] if key_columns.shape[0] == 1 else [(n, 2)]
+        two_columns = key_ids.shape == (m, 2)
+        shapes: list[tuple[int, ...]] = [(n, 2)] if two_columns else [(n,), (n, 1)]
         _check_integers(op, "query_ids", query_ids, shapes, device)
-        columns = _by_column(query_ids)
-        if not m:
-            return torch.full_like(columns, -1).int(), key_codes.int()
-        position = torch.searchsorted(ordered, columns).clamp_max(m - 1)
-        query_codes = position.where(ordered.gather(1, position) == columns, -1)
-    elif own is not None:  # the padding is for queries without their own key
-        query_codes = F.pad(key_codes, (0, 1), value=-1)[:, own]
-    else:
+    elif matching.positives is None and matching.same_id == "positive":
         raise ValueError(
             f"{op}: expected query_ids, got none, and no positives whose ids could be used; "
             "pass one of the two"
         )
-    return query_codes.int(), key_codes.int()
+    other_queries = None if query_ids is key_ids else query_ids
+    codes = code_ids(other_queries, key_ids)
+    if other_queries is not None:
+        return codes
+    if query_ids is key_ids:
+        return IdCodes(codes.key, codes.key)
+    if own is None:
+        return IdCodes(codes.key[:, matching.first : matching.first + n], codes.key)
+    # The padding is for queries without their own key.
+    return IdCodes(F.pad(codes.key, (0, 1), value=-1)[:, own], codes.key)
+
+
+def sorted_ids(query_ids: Tensor | None, key_ids: Tensor) -> IdCodes:
+    """Codes of ids [N] or [N, R] and [M] or [M, R], without query ids [R, 0]: a key's is its id's
+    first position in the sorted ids."""
+    key_columns = _by_column(key_ids)  # [R, M]
+    ordered = key_columns.sort(dim=1).values
+    key_codes = torch.searchsorted(ordered, key_columns, out_int32=True)
+    if query_ids is None:
+        return IdCodes(key_codes[:, :0], key_codes)
+    columns = _by_column(query_ids)
+    m = key_ids.shape[0]
+    if not m:
+        return IdCodes(torch.full_like(columns, -1).int(), key_codes)
+    position = torch.searchsorted(ordered, columns).clamp_max(m - 1)
+    query_codes = position.where(ordered.gather(1, position) == columns, -1)
+    return IdCodes(query_codes.int(), key_codes)
 
 
 def _by_column(ids: Tensor) -> Tensor:

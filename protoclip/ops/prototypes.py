@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.kernels.results import SampleLosses
+from protoclip.kernels.results import SampleLosses, ScaledGradients
 from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.dispatch import function, resolve
@@ -30,7 +30,6 @@ from protoclip.ops.operators import (
     refuse_gradient,
     save,
     saved_values,
-    scaled,
     single,
     wanted_gradients,
     wants_gradient,
@@ -44,8 +43,10 @@ def _sample_losses_shapes(arguments: Any) -> SampleLosses:
     features = arguments.features
     n, d = features.shape
     graded = n if arguments.need_grad else 0
+    by_row = arguments.reduction == "none"
     return SampleLosses(
-        loss=empty(features, n),
+        loss=empty(features, n) if by_row else empty(features),
+        divisor=empty(features, 0) if by_row else empty(features),
         gradient=empty(features, graded, d),
         nearest=features.new_empty(n if arguments.need_nearest else 0, dtype=torch.int64),
         row_max=empty(features, n),
@@ -64,9 +65,11 @@ def sample_losses(
     need_grad: bool,
     need_nearest: bool,
     need_scale_gradient: bool,
+    reduction: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss of each sample; ``targets`` is [0, D] for hard labels."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each sample, or their sum, or their mean over those with a label; ``targets`` is
+    [0, D] for hard labels."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_fwd")
     return run(
         features=features,
@@ -77,6 +80,37 @@ def sample_losses(
         need_grad=need_grad,
         need_nearest=need_nearest,
         need_scale_gradient=need_scale_gradient,
+        reduction=reduction,
+    )
+
+
+def _scaled_gradients_shapes(arguments: Any) -> ScaledGradients:
+    return ScaledGradients(
+        dfeatures=arguments.features.new_empty(arguments.gradient.shape),
+        dlogit_scale=empty(arguments.features),
+    )
+
+
+@operator("prototype_cross_entropy_scale", _scaled_gradients_shapes, ScaledGradients)
+def scaled_gradients(
+    grad: Tensor,
+    divisor: Tensor,
+    logit_scale: Tensor,
+    gradient: Tensor,
+    scale_gradient: Tensor,
+    features: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """What the forward pass saved times the upstream gradient, [N] or, with a ``divisor``, []. A
+    saved gradient of no rows is not wanted."""
+    run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_scale")
+    return run(
+        grad=grad,
+        divisor=divisor,
+        logit_scale=logit_scale,
+        gradient=gradient,
+        scale_gradient=scale_gradient,
+        features=features,
     )
 
 
@@ -124,6 +158,7 @@ def _save_sample_losses(ctx: Any, arguments: Any, results: SampleLosses) -> None
         row_max=results.row_max,
         row_sum=results.row_sum,
         scale_gradient=results.scale_gradient,
+        divisor=results.divisor,
     )
 
 
@@ -133,14 +168,24 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
     by_name: dict[str, Any] = {}
     wanted = wanted_gradients(ctx, sample_losses)
     saved = saved_values(ctx)
-    if wanted.features:  # weight the gradient from the forward pass
-        weight = (saved.logit_scale.reshape(()) * grads.loss)[:, None]
-        gradient = scaled(grad=weight, saved=saved.gradient)
-        by_name["features"] = gradient.to(saved.features.dtype)
-    if wanted.logit_scale:
-        terms = scaled(grad=grads.loss, saved=saved.scale_gradient)
-        by_name["logit_scale"] = gradient_like(terms.sum(), saved.logit_scale)
+    if wanted.features or wanted.logit_scale:
+        gradients = scaled_gradients(
+            grad=grads.loss,
+            divisor=saved.divisor,
+            logit_scale=saved.logit_scale,
+            gradient=saved.gradient if wanted.features else saved.gradient[:0],
+            scale_gradient=saved.scale_gradient,
+            features=saved.features,
+            backend=saved.backend,
+        )
+        if wanted.features:
+            by_name["features"] = gradients.dfeatures
+        if wanted.logit_scale:
+            by_name["logit_scale"] = gradient_like(gradients.dlogit_scale, saved.logit_scale)
     if wanted.prototypes:
+        weight = grads.loss
+        if weight.ndim == 0:
+            weight = (weight / saved.divisor).expand(saved.row_sum.shape[0])
         by_name["prototypes"] = prototype_gradient(
             features=saved.features,
             prototypes=saved.prototypes,
@@ -148,7 +193,7 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
             logit_scale=saved.logit_scale,
             row_max=saved.row_max,
             row_sum=saved.row_sum,
-            weight=grads.loss,
+            weight=weight,
             hard=saved.hard,
             backend=saved.backend,
         )
@@ -156,6 +201,7 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
 
 
 define_gradient(sample_losses, save=_save_sample_losses, backward=_sample_losses_backward)
+refuse_gradient(scaled_gradients, "prototype_cross_entropy")
 refuse_gradient(prototype_gradient, "prototype_cross_entropy")
 
 
@@ -226,9 +272,18 @@ def prototype_cross_entropy(
     if weights is not None:
         backend_name = resolve(op, backend, features.device.type, features.dtype)
         checks.weights(op, weights, features, backend_name)
-    losses, _ = _sample_losses(op, features, bank, logit_scale, backend, need_nearest=False)
-    if weights is None and not label_smoothing:
-        return _reduced(losses, labels, reduction)
+    reduces = weights is None and not label_smoothing
+    losses, _ = _sample_losses(
+        op,
+        features,
+        bank,
+        logit_scale,
+        backend,
+        need_nearest=False,
+        reduction=reduction if reduces else "none",
+    )
+    if reduces:
+        return losses
     if label_smoothing:
         spread = _mean_below_target(features, bank, logit_scale).to(losses.dtype)
         losses = losses + label_smoothing * spread
@@ -284,8 +339,10 @@ def prototype_losses(
     losses = []
     nearest = []
     for bank in banks:
-        of_samples, index = _sample_losses(op, features, bank, logit_scale, backend, True)
-        losses.append(_reduced(of_samples, bank.labels, reduction))
+        loss, index = _sample_losses(
+            op, features, bank, logit_scale, backend, need_nearest=True, reduction=reduction
+        )
+        losses.append(loss)
         nearest.append(index)
     return PrototypeLosses(torch.stack(losses), torch.stack(nearest))
 
@@ -297,8 +354,9 @@ def _sample_losses(
     logit_scale: Tensor,
     backend: str,
     need_nearest: bool,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [N] and, where asked for, the nearest prototypes int64 [N]."""
+    """Losses [N], or their mean or sum, and, where asked for, the nearest prototypes int64 [N]."""
     hard = features.new_empty((0, features.shape[1]))
     targets = hard if bank.targets is None else bank.targets
     dtype = checks.common_dtype([features, bank.prototypes, targets])
@@ -308,7 +366,11 @@ def _sample_losses(
     backend_name = resolve(op, backend, features.device.type, features.dtype)
     if backend_name == "reference":
         with without_autocast(features.device.type):
-            return _reference(op, features, prototypes, targets, bank.labels, logit_scale)
+            losses, nearest = _reference(
+                op, features, prototypes, targets, bank.labels, logit_scale
+            )
+        count = (bank.labels != LEFT_OUT).sum() if reduction == "mean" else 0
+        return reduce(losses, reduction, count), nearest
     results = sample_losses(
         features,
         prototypes,
@@ -318,14 +380,10 @@ def _sample_losses(
         need_grad=wants_gradient(features, logit_scale),
         need_nearest=need_nearest,
         need_scale_gradient=wants_gradient(logit_scale),
+        reduction=reduction,
         backend=backend_name,
     )
     return results.loss, results.nearest
-
-
-def _reduced(losses: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    count = (labels != LEFT_OUT).sum() if reduction == "mean" else 0
-    return reduce(losses, reduction, count)
 
 
 def _check_inputs(op: str, features: Tensor, banks: Sequence[Bank], reduction: str) -> None:

@@ -14,9 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protoclip.kernels.results import ContrastiveGradients, PairStatistics
+from protoclip.kernels.results import (
+    ContrastiveForward,
+    ContrastiveGradients,
+    PairStatistics,
+)
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import function, resolve
+from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
     define_gradient,
     empty,
@@ -27,22 +32,22 @@ from protoclip.ops.operators import (
     saved_values,
     without_autocast,
 )
-from protoclip.ops.pairs import Gaps, Matching, Pairs, SameId, pair_tensors
+from protoclip.ops.pairs import Gaps, Matching, SameId, pair_tensors
 from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
 from protoclip.ops.sums import LN2, log_add, logits_of_negatives, smoothing, with_others
 
 NUM_POSITIVES = PairStatistics._fields.index("num_positives")  # a row of the statistics
 
 
-class ContrastiveForward(NamedTuple):
-    """Results of the forward pass."""
+class ContrastiveLoss(NamedTuple):
+    """Results of the forward pass: ``ContrastiveForward``, and the stash."""
 
-    gap: Tensor  # of each row [N], in nats
-    mean: Tensor  # [N]
-    column_gap: Tensor  # [M], or [0] of one direction
+    gap: Tensor
+    mean: Tensor
+    column_gap: Tensor
     column_mean: Tensor
-    row_statistics: Tensor  # [4, N], in the rows of PairStatistics
-    column_statistics: Tensor  # [4, M], or [4, 0]
+    row_statistics: Tensor
+    column_statistics: Tensor
     stash: Tensor
 
 
@@ -54,60 +59,71 @@ def gaps_of(statistics: Tensor) -> Gaps:
     return Gaps(gap=gap, mean=LN2 * mean, num_positives=rows.num_positives)
 
 
-def side_weights(gap: Tensor | None, mean: Tensor | None, statistics: Tensor) -> Tensor:
-    """Gradients of gap and mean -> gradients of the LSE and of the mean positive, [2, N]."""
-    zero = statistics.new_zeros(statistics.shape[1])
-    gap = zero if gap is None else gap
-    mean = zero if mean is None else mean
-    return torch.stack([gap, mean - gap])
+def _direction_weight(reduction: str, n: int) -> float:
+    """What a gap of one direction counts in the loss of a batch of pairs."""
+    return 0.5 / max(n, 1) if reduction == "mean" else 0.5
 
 
-def _contrastive_shapes(arguments: Any) -> ContrastiveForward:
+def _contrastive_shapes(arguments: Any) -> ContrastiveLoss:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
-    return ContrastiveForward(
-        gap=empty(x, n),
-        mean=empty(x, n),
-        column_gap=empty(x, m),
-        column_mean=empty(x, m),
+    by_row = arguments.reduction == "none"
+    return ContrastiveLoss(
+        gap=empty(x, n) if by_row else empty(x),
+        mean=empty(x, n if by_row else 0),
+        column_gap=empty(x, m if by_row else 0),
+        column_mean=empty(x, m if by_row else 0),
         row_statistics=empty(x, 4, n),
         column_statistics=empty(x, 4, m),
         stash=fake_stash("contrastive", arguments.backend, x, y, arguments.keep_stash),
     )
 
 
-@operator("contrastive", _contrastive_shapes, ContrastiveForward)
+@operator("contrastive", _contrastive_shapes, ContrastiveLoss)
 def contrastive_gaps(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own: Tensor,
+    own: Tensor | None,
+    first: int,
     exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     key_bias: Tensor | None,
     same_positive: bool,
     both_directions: bool,
+    reduction: str,
     backend: str,
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gap and mean positive of each row and, with ``both_directions``, of each column; ``own`` to
+    """Gap and mean positive of each row and, with ``both_directions``, of each column; or, for
+    "mean" and "sum" (N = M, both directions), the loss of the batch of pairs. ``own`` to
     ``same_positive`` are ``Pairs.tensors()``."""
     stash = empty_stash("contrastive", backend, x, y, keep_stash)
     run = with_stash(function("contrastive", backend, "contrastive_fwd"), stash)
-    pairs = Pairs(own, exclude, query_ids, key_ids, key_bias, same_positive)
-    row_statistics, column_statistics = run(
-        x=x, y=y, logit_scale=logit_scale, **pairs.tensors(), both_directions=both_directions
+    results = run(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        own=own,
+        first=first,
+        exclude=exclude,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        key_bias=key_bias,
+        same_positive=same_positive,
+        both_directions=both_directions,
+        pair_weight=_direction_weight(reduction, x.shape[0]),
+        summed=reduction != "none",
     )
-    rows = gaps_of(row_statistics)
-    columns = gaps_of(column_statistics)
-    return ContrastiveForward(
-        gap=rows.gap,
-        mean=rows.mean,
-        column_gap=columns.gap,
-        column_mean=columns.mean,
-        row_statistics=row_statistics,
-        column_statistics=column_statistics,
+    forward = ContrastiveForward._make(results)
+    return ContrastiveLoss(
+        gap=forward.gap,
+        mean=forward.mean,
+        column_gap=forward.column_gap,
+        column_mean=forward.column_mean,
+        row_statistics=forward.row_statistics,
+        column_statistics=forward.column_statistics,
         stash=stash,
     )
 
@@ -118,7 +134,7 @@ def _contrastive_gradients_shapes(arguments: Any) -> ContrastiveGradients:
         dx=x.new_empty(x.shape),
         dy=y.new_empty(y.shape),
         dlogit_scale=empty(x),
-        dkey_bias=empty(x, y.shape[0]),
+        dkey_bias=empty(x, 0 if arguments.key_bias is None else y.shape[0]),
     )
 
 
@@ -127,7 +143,8 @@ def contrastive_gradients(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own: Tensor,
+    own: Tensor | None,
+    first: int,
     exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -135,27 +152,41 @@ def contrastive_gradients(
     same_positive: bool,
     row_statistics: Tensor,
     column_statistics: Tensor,
-    row_weights: Tensor,
-    column_weights: Tensor,
+    row_gap_weight: Tensor,
+    row_mean_weight: Tensor | None,
+    column_gap_weight: Tensor,
+    column_mean_weight: Tensor | None,
+    reduction: str,
     backend: str,
     stash: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients for weights [2, N] and [2, M] as ``side_weights`` gives them."""
+    """The gradients for upstream gradients of the gaps, [N] and [M] of any stride, even 0, and of
+    the means (None: 0). Of one direction the columns' are [0]."""
+    # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
+    weight = 1.0 if reduction == "none" else _direction_weight(reduction, x.shape[0])
     run = with_stash(function("contrastive", backend, "contrastive_bwd"), stash)
-    pairs = Pairs(own, exclude, query_ids, key_ids, key_bias, same_positive)
     return run(
         x=x,
         y=y,
         logit_scale=logit_scale,
-        **pairs.tensors(),
+        own=own,
+        first=first,
+        exclude=exclude,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        key_bias=key_bias,
+        same_positive=same_positive,
         row_statistics=row_statistics,
         column_statistics=column_statistics,
-        row_weights=row_weights,
-        column_weights=column_weights,
+        row_gap_weight=row_gap_weight,
+        row_mean_weight=row_mean_weight,
+        column_gap_weight=column_gap_weight,
+        column_mean_weight=column_mean_weight,
+        pair_weight=weight,
     )
 
 
-def _save_contrastive(ctx: Any, arguments: Any, results: ContrastiveForward) -> None:
+def _save_contrastive(ctx: Any, arguments: Any, results: ContrastiveLoss) -> None:
     save(
         ctx,
         **arguments._asdict(),
@@ -166,10 +197,19 @@ def _save_contrastive(ctx: Any, arguments: Any, results: ContrastiveForward) -> 
     ctx.set_materialize_grads(False)
 
 
-def _contrastive_backward(ctx: Any, grads: ContrastiveForward) -> dict[str, Tensor]:
+def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]:
     if all(g is None for g in (grads.gap, grads.mean, grads.column_gap, grads.column_mean)):
         return {}
     saved = saved_values(ctx)
+    row_gap = grads.gap
+    column_gap = grads.column_gap
+    if saved.reduction != "none":
+        row_gap = grads.gap.expand(saved.row_statistics.shape[1])
+        column_gap = grads.gap.expand(saved.column_statistics.shape[1])
+    if row_gap is None:
+        row_gap = saved.row_statistics.new_zeros(()).expand(saved.row_statistics.shape[1])
+    if column_gap is None:
+        column_gap = saved.row_statistics.new_zeros(()).expand(saved.column_statistics.shape[1])
     gradients = contrastive_gradients(
         x=saved.x,
         y=saved.y,
@@ -177,8 +217,11 @@ def _contrastive_backward(ctx: Any, grads: ContrastiveForward) -> dict[str, Tens
         **pair_tensors(saved),
         row_statistics=saved.row_statistics,
         column_statistics=saved.column_statistics,
-        row_weights=side_weights(grads.gap, grads.mean, saved.row_statistics),
-        column_weights=side_weights(grads.column_gap, grads.column_mean, saved.column_statistics),
+        row_gap_weight=row_gap,
+        row_mean_weight=grads.mean,
+        column_gap_weight=column_gap,
+        column_mean_weight=grads.column_mean,
+        reduction=saved.reduction,
         backend=saved.backend,
         stash=saved.stash,
     )
@@ -194,6 +237,32 @@ def _contrastive_backward(ctx: Any, grads: ContrastiveForward) -> dict[str, Tens
 
 define_gradient(contrastive_gaps, save=_save_contrastive, backward=_contrastive_backward)
 refuse_gradient(contrastive_gradients, "contrastive")
+
+
+def pair_loss(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    matching: Matching,
+    *,
+    reduction: str,
+    backend: str,
+    stash: bool | None,
+) -> Tensor:
+    """The loss, "mean" or "sum", of N pairs in both directions by a fused backend, where each row
+    is a query whose own key is the same row of the other."""
+    matched = pairs.pairs_of(op, x, y.shape[0], matching, coder_of(backend))
+    return contrastive_gaps(
+        x=x,
+        y=y,
+        logit_scale=logit_scale,
+        **matched.tensors(),
+        both_directions=True,
+        reduction=reduction,
+        backend=backend,
+        keep_stash=keeps_stash(stash, x, y, logit_scale),
+    ).gap
 
 
 class QueryLosses(NamedTuple):
@@ -220,8 +289,8 @@ def query_losses(
 ) -> QueryLosses:
     """Queries x against keys y; ``matching`` says which are positives and negatives.
     ``both_directions``: keys are compared with queries too, for which N = M and ids are equal."""
-    matched = pairs.pairs_of(op, x, y.shape[0], matching)
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
+    matched = pairs.pairs_of(op, x, y.shape[0], matching, coder_of(backend_name))
     if backend_name == "reference" or x.device.type == "cpu":
         pairs.refuse_wrong(op, matched, y.shape[0])
     column_gap: Tensor | None = None
@@ -240,6 +309,7 @@ def query_losses(
             logit_scale=logit_scale,
             **matched.tensors(),
             both_directions=both_directions,
+            reduction="none",
             backend=backend_name,
             keep_stash=keeps_stash(stash, *differentiable),
         )

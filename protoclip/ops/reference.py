@@ -5,12 +5,11 @@ Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); auto
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip.kernels.results import SigmoidGradients
 from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.operators import accumulator, in_transform
@@ -41,10 +40,10 @@ def info_nce(
     return (image_to_text + text_to_image) / 2
 
 
-def relations(pairs: Pairs, num_keys: int) -> tuple[Tensor, Tensor]:
-    """The keys that each query sees, and its positives: bool [N, M] each."""
-    keys = torch.arange(num_keys, device=pairs.own.device)
-    positive = keys == pairs.own[:, None]
+def relations(pairs: Pairs, queries: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """The keys that each of the queries [N, D] sees, and its positives: bool [N, M] each."""
+    keys = torch.arange(num_keys, device=queries.device)
+    positive = keys == pairs.own_positions(queries)[:, None]
     seen = torch.ones_like(positive)
     if pairs.query_ids is not None and pairs.key_ids is not None:
         equal = pairs.query_ids[:, :, None] == pairs.key_ids[:, None, :]  # [R, N, M]
@@ -68,7 +67,7 @@ def contrastive(
     logits = _wide(logit_scale).reshape(()) * (_wide(x) @ _wide(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
-    seen, positive = relations(pairs, y.shape[0])
+    seen, positive = relations(pairs, x, y.shape[0])
     rows = _gaps(logits, seen, positive)
     return rows, _gaps(logits.T, seen.T, positive.T) if both_directions else None
 
@@ -86,15 +85,6 @@ def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> Gaps:
     return Gaps(gap.where(total != 0, -torch.inf), mean, count)
 
 
-class SigmoidGradients(NamedTuple):
-    """Gradients of the sigmoid loss."""
-
-    dx: Tensor
-    dy: Tensor
-    dlogit_scale: Tensor  # []
-    dlogit_bias: Tensor  # []
-
-
 def sigmoid_loss(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
 ) -> Tensor:
@@ -102,7 +92,7 @@ def sigmoid_loss(
     keys seen, z = 1 at positives and -1 elsewhere."""
     logits = _wide(logit_scale).reshape(()) * _wide(x) @ _wide(y).T  # [N, M]
     logits = logits + _wide(logit_bias).reshape(())
-    seen, positive = relations(pairs, y.shape[0])
+    seen, positive = relations(pairs, x, y.shape[0])
     # Not softplus, whose exponential overflows in fp32 above a logit of 89.
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
     return losses.where(seen, 0).sum(dim=1)
@@ -115,7 +105,7 @@ def sigmoid_gradients(
     x, y = _wide(x), _wide(y)
     scale = _wide(logit_scale).reshape(())
     dots = x @ y.T
-    seen, positive = relations(pairs, y.shape[0])
+    seen, positive = relations(pairs, x, y.shape[0])
     sign = torch.where(positive, 1.0, -1.0).to(dots.dtype)
     logits = scale * dots + _wide(logit_bias).reshape(())
     dlogits = (-sign * torch.sigmoid(-sign * logits) * grad[:, None]).where(seen, 0)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip.kernels.results import SigmoidLoss
+from protoclip.kernels.results import SigmoidGradients, SigmoidLoss
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import function, resolve
+from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
     accumulator,
     define_gradient,
@@ -31,7 +32,6 @@ from protoclip.ops.operators import (
     without_autocast,
 )
 from protoclip.ops.pairs import Matching, Pairs, SameId
-from protoclip.ops.reference import SigmoidGradients
 from protoclip.ops.sums import signed_sums
 
 STRIP_LOGITS = 1 << 20  # logits that torch forms at once where no kernel does: 4 MiB
@@ -86,26 +86,32 @@ def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
         dy=results.dy,
         dlogit_scale=results.dlogit_scale,
         dlogit_bias=results.dlogit_bias,
+        backend=arguments.backend,
     )
     ctx.set_materialize_grads(False)
 
 
 def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
-    return SigmoidGradients(*(torch.empty_like(saved) for saved in arguments[1:]))
+    return SigmoidGradients(
+        dx=torch.empty_like(arguments.dx),
+        dy=torch.empty_like(arguments.dy),
+        dlogit_scale=torch.empty_like(arguments.dlogit_scale),
+        dlogit_bias=torch.empty_like(arguments.dlogit_bias),
+    )
 
 
 @operator("sigmoid_loss_bwd", _sigmoid_gradients_shapes, SigmoidGradients)
 def sigmoid_gradients(
-    grad: Tensor, dx: Tensor, dy: Tensor, dlogit_scale: Tensor, dlogit_bias: Tensor
+    grad: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    dlogit_scale: Tensor,
+    dlogit_bias: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The upstream gradient [] times what the forward pass saved."""
-    grad = grad.float()
-    return SigmoidGradients(
-        dx=(grad * dx).to(dx.dtype),
-        dy=(grad * dy).to(dy.dtype),
-        dlogit_scale=grad * dlogit_scale,
-        dlogit_bias=grad * dlogit_bias,
-    )
+    run = function("sigmoid_loss", backend, "sigmoid_loss_bwd")
+    return run(grad=grad, dx=dx, dy=dy, dlogit_scale=dlogit_scale, dlogit_bias=dlogit_bias)
 
 
 def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
@@ -118,6 +124,7 @@ def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
         dy=saved.dy,
         dlogit_scale=saved.dlogit_scale,
         dlogit_bias=saved.dlogit_bias,
+        backend=saved.backend,
     )
     return {
         "x": gradients.dx,
@@ -152,9 +159,9 @@ def sigmoid_rows(
     same_positive: bool,
 ) -> Tensor:
     """The loss of each image, [N], from ``STRIP_LOGITS`` logits at a time."""
-    pairs = Pairs(own=own, query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
+    pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     losses = empty(x, x.shape[0])
-    for rows, strip in _strips(pairs, y.shape[0]):
+    for rows, strip in _strips(pairs, own, y.shape[0]):
         losses[rows] = reference.sigmoid_loss(x[rows], y, logit_scale, logit_bias, strip)
     return losses
 
@@ -172,12 +179,12 @@ def sigmoid_rows_gradients(
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Its gradients for those of the rows, [N]; forms the logits again."""
-    pairs = Pairs(own=own, query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
+    pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     dx = torch.empty_like(x)
     dy = torch.zeros_like(y, dtype=accumulator(y))
     dlogit_scale = torch.zeros((), dtype=accumulator(x), device=x.device)
     dlogit_bias = torch.zeros_like(dlogit_scale)
-    for rows, strip in _strips(pairs, y.shape[0]):
+    for rows, strip in _strips(pairs, own, y.shape[0]):
         gradients = reference.sigmoid_gradients(
             x[rows], y, logit_scale, logit_bias, strip, grad[rows]
         )
@@ -188,13 +195,13 @@ def sigmoid_rows_gradients(
     return SigmoidGradients(dx, dy.to(y.dtype), dlogit_scale, dlogit_bias)
 
 
-def _strips(pairs: Pairs, m: int) -> Iterator[tuple[slice, Pairs]]:
+def _strips(pairs: Pairs, own: Tensor, m: int) -> Iterator[tuple[slice, Pairs]]:
     """Rows whose logits against m keys are formed together, and their pairs."""
     step = max(1, STRIP_LOGITS // max(m, 1))
-    for start in range(0, pairs.own.shape[0], step):
+    for start in range(0, own.shape[0], step):
         rows = slice(start, start + step)
         query_ids = None if pairs.query_ids is None else pairs.query_ids[:, rows]
-        yield rows, replace(pairs, own=pairs.own[rows], query_ids=query_ids)
+        yield rows, replace(pairs, own=own[rows], query_ids=query_ids)
 
 
 def _save_rows(ctx: Any, arguments: Any, results: Tensor) -> None:
@@ -304,8 +311,8 @@ def sigmoid_losses(
         pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
-    matched = pairs.pairs_of(op, x, m, matching)
     backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
+    matched = pairs.pairs_of(op, x, m, matching, coder_of(backend_name))
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
     tensors: dict[str, Any] = {"x": x, "y": y, "logit_scale": logit_scale, "logit_bias": logit_bias}
@@ -314,7 +321,7 @@ def sigmoid_losses(
         with without_autocast(x.device.type):
             losses = reference.sigmoid_loss(**tensors, pairs=matched)
     elif weights is not None or reduction == "none":
-        losses = sigmoid_rows(**tensors, own=matched.own, **matched.ids())
+        losses = sigmoid_rows(**tensors, own=matched.own_positions(x), **matched.ids())
     else:
         by_row = False
         losses = fused_sigmoid_loss(

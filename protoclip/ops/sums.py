@@ -32,7 +32,7 @@ def smoothing(
     """Mean logit of each query's positives minus that of all it sees, [N]: label smoothing adds
     it, times epsilon, to the loss. ``negative_logits`` [N, H]: of keys that only this query
     sees."""
-    sums = KeySums(keys, pairs)
+    sums = KeySums(queries, keys, pairs)
     positive, num_positives = _logits(queries, logit_scale, sums.positive())
     seen, num_seen = _logits(queries, logit_scale, sums.seen())
     if negative_logits is not None:
@@ -51,7 +51,7 @@ class Positives(NamedTuple):
 
 def positive_means(queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pairs) -> Positives:
     """The mean logit of each query's positives, without the log-sum-exp over what it sees."""
-    total, count = _logits(queries, logit_scale, KeySums(keys, pairs).positive())
+    total, count = _logits(queries, logit_scale, KeySums(queries, keys, pairs).positive())
     return Positives((total / count.clamp_min(1)).to(accumulator(queries)), count)
 
 
@@ -59,7 +59,7 @@ def signed_sums(
     queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
 ) -> Tensor:
     """Sum of SigLIP's logits of each query's positives minus that of its negatives, [N]."""
-    sums = KeySums(keys, pairs)
+    sums = KeySums(queries, keys, pairs)
     bias = logit_bias.double().reshape(())
     positive, num_positives = _logits(queries, logit_scale, sums.positive())
     seen, num_seen = _logits(queries, logit_scale, sums.seen())
@@ -87,7 +87,7 @@ def with_others(
     """``gap`` and ``mean`` of the first own keys -> those of all own keys, [N] each."""
     others = pairs.others
     assert others is not None
-    sums = KeySums(keys, pairs)
+    sums = KeySums(queries, keys, pairs)
     total, count = _logits(queries, logit_scale, sums.positive())
     all_mean = (total / count.clamp_min(1)).to(mean.dtype)
     gap = gap + (mean - all_mean)
@@ -131,9 +131,10 @@ def _logits(queries: Tensor, logit_scale: Tensor, sums: Tensor) -> tuple[Tensor,
 class KeySums:
     """Sums of the rows (key, bias, 1) over each query's sets, fp64 [N, D + 2]."""
 
-    def __init__(self, keys: Tensor, pairs: Pairs) -> None:
+    def __init__(self, queries: Tensor, keys: Tensor, pairs: Pairs) -> None:
         self._pairs = pairs
-        self._own = pairs.own[:, None].long()  # [N, P], not excluded; -1: none
+        # [N, P], not excluded; -1: none
+        self._own = pairs.own_positions(queries)[:, None].long()
         if pairs.others is not None:
             self._own = torch.cat([self._own, pairs.others], dim=1)
         if pairs.exclude is not None:
