@@ -35,7 +35,7 @@ CONTEXT.set_forkserver_preload(
     ["protoclip.train", "torch.distributed", "sklearn.neighbors", "sklearn.feature_extraction.text"]
     + ["matplotlib.figure", "matplotlib.backends.backend_svg", "scipy.stats"]
 )
-LIMIT = 120.0  # seconds without computing until a group of ranks counts as hanging
+LIMIT = 120.0  # seconds in which nobody could use a core until a group of ranks counts as hanging
 LONGEST = 600.0  # seconds, however much it computes
 STACKS = signal.SIGUSR2  # makes a process of these tests write the stacks of all of its threads
 TINY = {
@@ -58,28 +58,40 @@ def compile_first() -> None:
 
 
 class Patience:
-    """How long to wait for processes: a busy machine slows them down, a hang computes nothing."""
+    """How long to wait for processes: on a busy machine they wait for a core, a hang does not."""
 
     def __init__(self, processes: list[Any]) -> None:
         self.pids = [process.pid for process in processes]
-        self.began_at = self.computed_at = time.monotonic()
-        self.cpu_seconds = 0.0
+        self.began_at = self.active_at = self.looked_at = time.monotonic()
+        self.active_seconds = 0.0
 
     def is_over(self) -> bool:
         now = time.monotonic()
-        cpu_seconds = sum(map(_cpu_seconds, self.pids))
-        if cpu_seconds > self.cpu_seconds + 1:
-            self.cpu_seconds = cpu_seconds
-            self.computed_at = now
-        return now > min(self.computed_at + LIMIT, self.began_at + LONGEST)
+        if now < self.looked_at + 1:
+            return False
+        self.looked_at = now
+        active_seconds = sum(map(_active_seconds, self.pids))
+        if abs(active_seconds - self.active_seconds) > 1:  # less when a thread has ended
+            self.active_seconds = active_seconds
+            self.active_at = now
+        return now > min(self.active_at + LIMIT, self.began_at + LONGEST)
 
 
-def _cpu_seconds(pid: int) -> float:
-    """Of a process, without its children; 0 if it has ended."""
+def _active_seconds(pid: int) -> float:
+    """How long the threads of a process and of its data workers have run or waited for a core."""
+    seconds = 0.0
+    for process in (pid, *_children(pid)):
+        for task in Path(f"/proc/{process}/task").glob("*"):
+            with contextlib.suppress(OSError):  # it has ended
+                running, waiting, _ = (task / "schedstat").read_text().split()
+                seconds += (int(running) + int(waiting)) / 1e9
+    return seconds
+
+
+def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
 
 
 def ask_for_stacks(processes: list[Any]) -> None:
@@ -87,8 +99,7 @@ def ask_for_stacks(processes: list[Any]) -> None:
     logs; what the kernel knows of the threads goes to stderr."""
     for process in processes:
         with contextlib.suppress(OSError):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            for pid in [process.pid, *map(int, children.split())]:
+            for pid in [process.pid, *_children(process.pid)]:
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     place = (task / "wchan").read_text()
                     name = (task / "comm").read_text().strip()
