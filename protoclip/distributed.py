@@ -6,6 +6,7 @@ names it and ends the others); the process group's timeout handles one that hang
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import io
@@ -106,9 +107,16 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
     return True
 
 
+# Kept until the process ends: as the last owner of a gloo group, DDP would wait for gloo's threads
+# while it holds Python's lock, and a thread that frees its last work needs that lock.
+_ended_groups: list[Any] = []
+atexit.register(_ended_groups.clear)
+
+
 def stop() -> None:
     """Leave the other processes; can be called twice."""
     if dist.is_initialized():
+        _ended_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,6 +209,23 @@ def test_ranks_and_passes_give_the_exact_gradients(tmp_path: Path) -> None:
             bound = 1e-12 * max(np.abs(gradient).max() for gradient in expected.values())
             for name, gradient in gradients.items():
                 assert np.abs(gradient - expected[name]).max() <= bound, name
+
+
+def threads_that_end_with_ddp() -> int:
+    """After the process has left its group."""
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    module = DistributedDataParallel(torch.nn.Linear(8, 8))
+    module(torch.zeros(4, 8)).sum().backward()
+    distributed.stop()
+    threads = len(os.listdir("/proc/self/task"))
+    del module
+    gc.collect()
+    return threads - len(os.listdir("/proc/self/task"))
+
+
+def test_ddp_that_outlives_its_group_waits_for_no_thread() -> None:
+    """It would wait with Python's lock, which a thread of gloo may need to free its last work."""
+    assert on_ranks(2, threads_that_end_with_ddp) == [0, 0]
 
 
 def say_what_is_left_of_ddp() -> None:
