@@ -1198,7 +1198,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
         monkeypatch.setattr(
             sums.KeySums,
             "__init__",
-            lambda self, keys, pairs: ORIGINAL_INIT(self, keys, replace(pairs, exclude=None)),
+            lambda self, queries, keys, pairs: ORIGINAL_INIT(
+                self, queries, keys, replace(pairs, exclude=None)
+            ),
         )
     else:
         raise ValueError(mistake)

@@ -59,6 +59,7 @@ from benchmarks.study.report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score,
 from benchmarks.study.split import Rules, Split, by_lot, make_split
 from protoclip.common.paths import cache_dir
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
+from protoclip.data.loader import Loader
 from protoclip.episodes.prototypes import INTERNAL
 from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import PeriodicEvaluation
@@ -267,28 +268,23 @@ class Towers:
         return built
 
 
-@dataclass(frozen=True)
-class FeatureBatches:
-    """The fixed features of the pairs of a data set, and their captions' tokens, by position."""
+class FeatureLoader(Loader):
+    """Loads the fixed features of pairs [pairs, F], by position, in the place of pictures."""
 
-    features: Tensor  # [pairs, F]
-    dataset: IconPairs
-    tokenizer: ShortTokenizer
+    def __init__(
+        self, features: Tensor, dataset: IconPairs, batch_size: int, tokenizer: ShortTokenizer
+    ) -> None:
+        super().__init__(dataset, batch_size, lambda picture: picture, tokenizer)
+        self.features = features
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.tokenizer = tokenizer
 
-    def __call__(self, draws: Draws, size: int) -> Iterator[Batch]:
-        for first in range(draws.start, len(draws.positions), size):
-            index = draws.positions[first : first + size]
+    def batches(self, draws: Draws) -> Iterator[Batch]:
+        for first in range(draws.start, len(draws.positions), self.batch_size):
+            index = draws.positions[first : first + self.batch_size]
             texts = [self.dataset.captions(i)[0] for i in index.tolist()]
             yield Batch(index, self.features[index], self.tokenizer(texts))
-
-
-class FeatureTrainer(Trainer):
-    """The trainer with fixed features in the place of pictures; all else is its own."""
-
-    source: FeatureBatches
-
-    def _batches(self, draws: Draws) -> Iterator[Batch]:
-        return self.source(draws, self.config.optim.batch_size)
 
 
 @dataclass(frozen=True)
@@ -384,11 +380,14 @@ class Run:
         self.outside = 0.0  # CPU seconds of measuring
         interval_epochs = plan.steps_per_episode / plan.steps_per_epoch
         evaluations = [PeriodicEvaluation(self._measure, interval_epochs)]
-        trainer_class = FeatureTrainer if task.tower == MLP else Trainer
-        self.trainer = trainer_class(setup, self.model, self.folder, evaluations=evaluations)
-        if isinstance(self.trainer, FeatureTrainer):
-            features = data.features[torch.from_numpy(rows)]
-            self.trainer.source = FeatureBatches(features, pairs, self.model.short_tokenizer)
+        self.trainer = Trainer(setup, self.model, self.folder, evaluations=evaluations)
+        if task.tower == MLP:
+            self.trainer.loader = FeatureLoader(
+                data.features[torch.from_numpy(rows)],
+                pairs,
+                config.optim.batch_size,
+                self.model.short_tokenizer,
+            )
 
     def open_teacher(self, config: TrainConfig, pairs: IconPairs) -> Tensor | None:
         """The teacher's features of the pairs, [pairs, d]."""
