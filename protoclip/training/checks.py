@@ -89,7 +89,9 @@ def check_terms(terms: Mapping[str, Term]) -> None:
     """Raise ValueError or TypeError for terms that cannot be trained or logged."""
     for name, term in terms.items():
         if not isinstance(term, Term) or not isinstance(term.module, nn.Module):
-            raise TypeError(f"term {name!r}: expected Term(module, weight), got {term!r}")
+            raise TypeError(
+                f"term {name!r}: expected Term(module, weight) with an nn.Module, got {term!r}"
+            )
         if not 0 < term.weight < math.inf:
             raise ValueError(f"term {name!r}: expected a weight above 0, got {term.weight}")
         if not name.isidentifier() or name in LOGGED or name.startswith(("seconds_", "val_")):
