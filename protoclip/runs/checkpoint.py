@@ -171,9 +171,7 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             if path == paths[-1]:
                 raise
             logger.warning("%s; trying the one before", error)
-    remedy = "train again"
-    if not (Path(run) / "config.json").is_file():
-        remedy = "check the path, or use --resume auto, which starts where there is none"
+    remedy = "train again" if (Path(run) / "config.json").is_file() else "check the path"
     raise ValueError(
         f"checkpoint: expected a checkpoint or a run folder with one, found nothing at {run}; "
         f"{remedy}"

@@ -69,6 +69,11 @@ def find_resume(config: TrainConfig) -> Resume | None:
             f"--resume: {path} has no checkpoint to continue from, as its run ended before its "
             f"first save; start it again with --resume auto --logs {path.parent} --name {path.name}"
         )
+    if not path.exists():
+        raise ValueError(
+            f"--resume: found nothing at {path}; check the path, or use --resume auto, which "
+            "starts where there is none"
+        )
     file, payload = checkpoint.load_newest(path)
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     saved = payload.get("protoclip", {})
