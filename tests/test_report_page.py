@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from html_page import Element, in_browser, needs_browser, parse_page, pictures_in, read_page
@@ -20,6 +21,7 @@ from ranks import metrics
 from report_run import make_run
 
 from benchmarks.study.record_baseline import main as record_baseline
+from protoclip.cluster import main as cluster
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.evaluate.tasks import EvalSet
@@ -90,6 +92,53 @@ def test_the_page_of_several_runs_is_beside_the_last_ones_own(runs: Runs) -> Non
     before = own.read_bytes()
     assert write_report([runs.plain, runs.ours]) == runs.ours / "report-with-plain.html"
     assert own.read_bytes() == before
+
+
+def test_a_comparison_with_runs_of_other_folders_has_a_name_of_its_own(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """Runs named alike in two folders: one comparison does not replace the other."""
+    ours = shutil.copytree(runs.ours, tmp_path / "first" / "ours")
+    first_clip = shutil.copytree(runs.plain, tmp_path / "first" / "clip")
+    second_clip = shutil.copytree(runs.plain, tmp_path / "second" / "clip")
+    assert write_report([first_clip, ours]) == ours / "report-with-clip.html"
+    assert write_report([second_clip, ours]) == ours / "report-with-second-clip.html"
+    many = [tmp_path / "first" / f"a run with a rather long name, seed {i}" for i in range(5)]
+    assert len({reading.default_name([*many[:n], ours]) for n in (2, 3, 4, 5)}) == 4
+
+
+def test_a_file_that_is_no_report_is_not_replaced(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = tmp_path / "rows.npy"
+    np.save(features, np.eye(20, 4, dtype=np.float32))
+    assert cluster([str(features), "--k", "2", "--out", str(tmp_path / "groups")]) == 0
+    groups = tmp_path / "groups" / "report.html"  # made of the same template
+    notes = copy / "report.html"
+    notes.write_text("<html><title>my notes</title></html>")
+    for path, flags in (
+        (features, ["--out", str(features)]),
+        (groups, ["--out", str(groups)]),
+        (notes, []),
+    ):
+        before = path.read_bytes()
+        capsys.readouterr()
+        assert main([str(copy), *flags]) == 2
+        assert (
+            f"--out: {path} exists and is not a page of protoclip report" in capsys.readouterr().err
+        )
+        assert path.read_bytes() == before
+
+
+def test_a_report_is_replaced_without_asking(runs: Runs, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    assert main([str(runs.ours), "--out", str(path)]) == 0
+    before = path.read_text()
+    assert main([str(runs.plain), str(runs.ours), "--out", str(path)]) == 0
+    assert path.read_text() != before
+    # A page of an earlier version does not say what wrote it.
+    path.write_text(re.sub("<meta name=.generator.*>", "", before))
+    assert main([str(runs.ours), "--out", str(path)]) == 0
 
 
 @pytest.mark.parametrize("flag", ["--out", "--output"])

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -355,15 +356,43 @@ def write_report(
             the others, as in report-with-A.html, and leaves the run's own page alone.
     Returns:
         The path of the file.
+    Raises:
+        ValueError: a folder holds no run, or the file exists and is no report.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(run.path)) for run in runs]
-    compared = "-".join(Path(folder).resolve().name for folder in folders[:-1])
-    name = f"report-with-{compared[:100]}.html" if compared else NAME
-    path = output_file(output or Path(folders[-1]) / name, "--out")
+    path = output_file(output or Path(folders[-1]) / default_name(folders), "--out")
+    if path.exists() and not is_report(path):
+        raise ValueError(
+            f"--out: {path} exists and is not a page of protoclip report; choose another name "
+            "or remove it"
+        )
     write_atomic(path, render(runs))
     return path
+
+
+def default_name(folders: Sequence[str | os.PathLike[str]]) -> str:
+    """The name of the page in the last folder: of a comparison with the names of the other runs,
+    and with the folders that lead to those that do not lie beside the last one."""
+    if len(folders) == 1:
+        return NAME
+    beside = Path(folders[-1]).resolve().parent
+    paths = [os.path.relpath(Path(folder).resolve(), beside) for folder in folders[:-1]]
+    words = "-".join(part for path in paths for part in Path(path).parts if part != os.pardir)
+    if len(words) > 100:
+        words = f"{words[:91]}-{zlib.crc32(os.fsencode(words)):08x}"
+    return f"report-with-{words}.html"
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that ``write_report`` wrote; those of ``protoclip cluster`` are made
+    of the same template."""
+    if not path.is_file():  # reading a pipe would wait
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return b"<title>protoclip: " in head and b'content="protoclip cluster"' not in head
 
 
 def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
