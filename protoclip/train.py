@@ -205,6 +205,8 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
                 phases=phases,
                 before=before,
                 after=after,
+                steps=plan.total_steps,
+                skipped_steps=trainer.log.reported_skips,
             )
     except Stopped as stop:
         folder.say(stop.message)

@@ -174,6 +174,19 @@ def test_a_skipped_step_puts_buffers_back(
     assert len(module.inputs) == 3 and module.calls == 2
 
 
+def test_a_term_that_is_never_finite_ends_the_run_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
+) -> None:
+    class Nan(nn.Module):
+        def forward(self, inputs: TermInputs) -> Tensor:
+            return inputs.image_features.sum() * float("nan")
+
+    monkeypatch.chdir(tmp_path)
+    words = r"7 of 7 steps were skipped, .* \(in the last one: .*\bmine, .*\bloss, grad_norm\)"
+    with pytest.raises(ValueError, match=words):
+        train(make_config(**settings(tmp_path)), terms={"mine": Term(Nan())})
+
+
 @pytest.mark.parametrize(
     ("name", "term", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from protoclip.data import Batch
 from protoclip.episodes.prototypes import EXTERNAL, Episode, PrototypeSet
 from protoclip.losses import Losses, ProtoLoss
 from protoclip.model import build_model
+from protoclip.report import page
 from protoclip.runs import checkpoint
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
@@ -48,11 +50,19 @@ def newest_checkpoint(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("features", ["extract", "reuse"])
 def test_a_bad_step_is_skipped_and_counted(
-    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, features: str
+    tmp_path: Path,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    features: str,
 ) -> None:
     poison(monkeypatch, {2, 6})  # warm-up, and with prototypes
     assert main([*flags, "--episode-features", features]) == 0
+    assert "warning: 2 of 12 steps were skipped, because" in capsys.readouterr().err
     run = tmp_path / "logs" / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert (results["steps"], results["skipped_steps"]) == (12, 2)
+    assert "run: 2 of 12 steps were skipped" in page.render([page.read_run(run)])
     records = {line["step"]: line for line in metrics(run)}
     assert sorted(records) == list(range(1, 13))
     assert [step for step in records if "loss" not in records[step]] == [3, 7]
@@ -61,7 +71,8 @@ def test_a_bad_step_is_skipped_and_counted(
     tensors = [*payload["state_dict"].values(), *payload["protoclip"]["heads"].values()]
     assert all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point())
     log = (run / "out.log").read_text()
-    assert "step 3 skipped" in log and ".tar/" in log
+    assert "step 3 skipped: contrastive_loss, loss, grad_norm not finite, 1 so far" in log
+    assert ".tar/" in log
 
 
 @pytest.mark.parametrize("log_every", ["1", "50"])
@@ -80,6 +91,24 @@ def test_too_many_bad_steps_in_a_row_save_and_stop(
     state = newest_checkpoint(tmp_path / "logs" / "run")["protoclip"]
     assert state["step"] == 7
     assert state["training"]["skipped"] == [3, 3]
+
+
+def test_a_run_that_took_hardly_a_step_ends_with_an_error(
+    tmp_path: Path,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Never so many in a row that it would have ended before."""
+    poison(monkeypatch, set(range(12)) - {5})
+    assert main(flags) == 2
+    message = capsys.readouterr().err
+    assert "training: 11 of 12 steps were skipped, as loss or gradient was not finite" in message
+    assert "so the model has not been trained; lower --lr" in message
+    assert "Traceback" not in message
+    run = tmp_path / "logs" / "run"
+    assert not (run / "results.json").exists()
+    assert main(["--resume", str(run)]) == 2  # nothing is left to do, and it is no better
 
 
 def test_vectors_scalars_and_heads_do_not_decay() -> None:

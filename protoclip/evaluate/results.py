@@ -87,12 +87,24 @@ class Outcome:
     peak_memory_bytes: int | None = None
     floors: Mapping[str, Results] = field(default_factory=dict)  # by ``FLOORS``: without a model
     seeds: int = 1  # if more: means over this many runs, and intervals for one more run
+    steps: int = 0  # of training
+    skipped_steps: int = 0  # those whose loss or gradient was not finite
 
     @property
     def beside(self) -> dict[str, Results]:
         """The results to show beside the trained model, those that there are."""
         columns = {**self.floors, "untrained": self.untrained}
         return {name: results for name, results in columns.items() if results}
+
+    @property
+    def skipped(self) -> str:
+        """A sentence about skipped steps, "" without any."""
+        if not self.skipped_steps:
+            return ""
+        return (
+            f"{self.skipped_steps:,} of {self.steps:,} steps were skipped, because loss or "
+            "gradient was not finite; out.log names them"
+        )
 
 
 def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str = "") -> str:

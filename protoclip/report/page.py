@@ -430,6 +430,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
     }
     floors = next((run.outcome.floors for run in runs if run.outcome.floors), {})
     warnings = [sentence for run in runs if (sentence := collapse_of(run))]
+    warnings += [f"{run.name}: {run.outcome.skipped}." for run in runs if run.outcome.skipped]
     sets: dict[str, SetResults] = {}
     for run in columns:
         sets = {**run.outcome.trained, **sets}

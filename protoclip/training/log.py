@@ -42,11 +42,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Skipped:
-    """New skipped steps, up to ``step``; the key of that step's first sample."""
+    """New skipped steps, up to ``step``; the key of that step's first sample, and which of its
+    numbers were not finite, as far as they were read."""
 
     step: int
     in_a_row: int
     key: str
+    numbers: list[str]
 
 
 class Log:
@@ -58,6 +60,7 @@ class Log:
         loss: as last written.
         episode_metrics: of a new episode, until the next line holds them.
         reported_skips: skipped steps, as last read.
+        last_skipped: the last of them since this process began.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Log:
         self.loss = math.nan
         self.episode_metrics: Mapping[str, float] = {}
         self.reported_skips = 0
+        self.last_skipped: Skipped | None = None
         self._line: Line | None = None
         self.begin(0)
 
@@ -139,8 +143,13 @@ class Log:
             return None
         self.reported_skips = total
         samples = [keys[position] for position in line.positions]
-        folder.note(f"step {line.step} skipped: not finite, {total} so far; samples: {samples}")
-        return Skipped(line.step, in_a_row, samples[0])
+        numbers = [name for name, value in values.items() if not math.isfinite(value)]
+        which = ", ".join(numbers) or "loss or gradient"
+        folder.note(
+            f"step {line.step} skipped: {which} not finite, {total} so far; samples: {samples}"
+        )
+        self.last_skipped = Skipped(line.step, in_a_row, samples[0], numbers)
+        return self.last_skipped
 
     def _write(self, folder: NullRunFolder, line: Line, values: Mapping[str, float]) -> None:
         """Write one line of metrics and one line of progress; numbers that are not finite, and

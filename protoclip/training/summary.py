@@ -118,6 +118,8 @@ def conclude(
     phases: Phases,
     before: Results | None,
     after: Results | None,
+    steps: int,
+    skipped_steps: int,
 ) -> None:
     """Draw the plots; print the table, the time per phase and the peak memory; write results.json
     and the report."""
@@ -137,6 +139,8 @@ def conclude(
         floors=evaluation.floors(model),
         seconds=phases.seconds(),
         peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
+        steps=steps,
+        skipped_steps=skipped_steps,
     )
     recorded = page.recorded_baseline(to_dict(config)) if after else None
     if recorded is None:
@@ -150,6 +154,8 @@ def conclude(
         results.write_results(folder.path / "results.json", outcome)
         if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
             folder.say(answer)
+    if outcome.skipped:
+        folder.say(f"warning: {outcome.skipped}")
     if "tensorboard" in config.run.report_to:
         scores = {
             f"{results_of_set.title}/{name}": value

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import distributed
+from protoclip.common.files import plural
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import generator
 from protoclip.data import Batch, Draws, PairDataset, build_transform
@@ -42,6 +43,12 @@ from protoclip.training.features import EpisodeFeatures
 from protoclip.training.log import Log, scalars_of
 from protoclip.training.step import Step, Stepper
 from protoclip.training.stops import SaveTimes, Stopped, StopRequest, StopSignals
+
+MOST_SKIPPED = 0.9  # of all steps; a run with more has trained nothing
+IF_NOT_FINITE = (
+    "lower --lr, use --precision fp32, or find the operation with torch.autograd."
+    "set_detect_anomaly(True)"
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked the run to stop; the state is saved.
+            ValueError: hardly a step had a finite loss and gradient; the state is saved.
         """
         plan = self.plan
         self.log.begin(self.step)
@@ -177,6 +185,20 @@ class Trainer:
             self._finish_line()
             if self.saves.saved_step != self.step:
                 self.save(None)
+        self._check_taken()
+
+    def _check_taken(self) -> None:
+        """ValueError if hardly a step of the run was taken."""
+        skipped = self.log.reported_skips
+        if skipped <= MOST_SKIPPED * self.plan.total_steps:
+            return
+        last = self.log.last_skipped
+        numbers = f" (in the last one: {', '.join(last.numbers)})" if last and last.numbers else ""
+        raise ValueError(
+            f"training: {skipped:,} of {plural(self.plan.total_steps, 'step')} were skipped, as "
+            f"loss or gradient was not finite{numbers}, so the model has not been trained; "
+            f"{IF_NOT_FINITE}; then remove {self.folder.path} and start again"
+        )
 
     def run_episode(self, episode_number: int, bar: tqdm) -> None:
         """Build the episode's prototypes, if it has any, then run its steps."""
@@ -312,9 +334,9 @@ class Trainer:
             self.save(None)
             raise ValueError(
                 f"training: loss or gradient was not finite in {skipped.in_a_row} steps in a row, "
-                f"up to step {skipped.step} (its samples are in out.log, first {skipped.key}); "
-                "lower --lr, use --precision fp32, or find the operation with torch.autograd."
-                f"set_detect_anomaly(True); the last finite weights are in {self.folder.path}"
+                f"up to step {skipped.step} (its numbers and samples are in out.log, first "
+                f"{skipped.key}); {IF_NOT_FINITE}; the last finite weights are in "
+                f"{self.folder.path}"
             )
 
     def _between_steps(self) -> None:
