@@ -82,7 +82,14 @@ def test_the_sigmoid_loss_is_right_or_refused(
     }
 
     def loss() -> Tensor:
-        return sigmoid_loss(*leaves.values(), offset=offset, backend=backend)
+        return sigmoid_loss(
+            leaves["x"],
+            leaves["y"],
+            leaves["logit_scale"],
+            leaves["logit_bias"],
+            offset=offset,
+            backend=backend,
+        )
 
     if offset < 0 or offset + n > m:
         with pytest.raises(ValueError, match="offset"):

@@ -553,24 +553,26 @@ def test_forward_and_backward_of_a_small_batch_are_six_launches(
     """Of OpenCLIP's loss."""
     monkeypatch.setenv("PROTOCLIP_BACKEND", "triton")
     x, y = features(252, 64, "alike", dtype)
-    leaves = [leaf(x), leaf(y), leaf(20.0, device=DEVICE)]
+    image = leaf(x)
+    text = leaf(y)
+    scale = leaf(20.0, device=DEVICE)
     loss = protoclip.ClipLoss()
     upstream = torch.rand((), device=DEVICE)
-    loss(*leaves)
+    loss(image, text, scale)
     with Launches(monkeypatch) as launches:
-        torch.autograd.grad(loss(*leaves), leaves, upstream)
+        torch.autograd.grad(loss(image, text, scale), [image, text, scale], upstream)
     forward = ["info_nce_forward_kernel", "info_nce_merge_kernel"]
     backward = ["info_nce_gradient_kernel", "addmm", "addmm", "finish_kernel"]
     assert launches.names == forward + backward
 
 
 def count_of_a_step(
-    monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Tensor], *leaves: Tensor
+    monkeypatch: pytest.MonkeyPatch, loss: Callable[[], Tensor], leaves: list[Tensor]
 ) -> int:
     """How many kernels a forward and backward pass asks of a device; none is run."""
     upstream = torch.rand((), device=DEVICE)
     with Launches(monkeypatch, computes=False) as launches:
-        torch.autograd.grad(loss(*leaves), leaves, upstream)
+        torch.autograd.grad(loss(), leaves, upstream)
     return len(launches.names)
 
 
@@ -590,25 +592,27 @@ def test_a_step_of_1024_pairs_is_few_kernels(
 ) -> None:
     """Triton's, torch's and the products together."""
     x, y = features(1024, 64, "alike", torch.bfloat16)
-    leaves = [leaf(x), leaf(y), leaf(14.3, device=DEVICE)]
+    image = leaf(x)
+    text = leaf(y)
+    scale = leaf(14.3, device=DEVICE)
     labels = torch.arange(1024, device=DEVICE)
-    scale = torch.tensor(14.3, device=DEVICE)
+    constant_scale = torch.tensor(14.3, device=DEVICE)
     bias = torch.tensor(-10.0, device=DEVICE)
     two_columns = labels[:, None] // torch.tensor([2, 3], device=DEVICE)
-    losses: dict[str, Callable[..., Tensor]] = {
-        "info_nce": partial(protoclip.info_nce, backend="triton"),
-        "ids": partial(protoclip.info_nce, ids=labels // 2, backend="triton"),
-        "two columns of ids": partial(protoclip.info_nce, ids=two_columns, backend="triton"),
-        "siglip": lambda *args: sigmoid_loss(*args, bias, backend="triton"),
-        "siglip with ids": lambda *args: sigmoid_loss(
-            *args, bias, ids=two_columns, backend="triton"
-        ),
-        "prototypes": lambda x: protoclip.prototype_cross_entropy(
-            x, y.detach(), labels, scale, backend="triton"
+    info_nce = partial(protoclip.info_nce, image, text, scale, backend="triton")
+    siglip = partial(sigmoid_loss, image, text, scale, bias, backend="triton")
+    losses: dict[str, Callable[[], Tensor]] = {
+        "info_nce": info_nce,
+        "ids": lambda: info_nce(ids=labels // 2),
+        "two columns of ids": lambda: info_nce(ids=two_columns),
+        "siglip": siglip,
+        "siglip with ids": lambda: siglip(ids=two_columns),
+        "prototypes": lambda: protoclip.prototype_cross_entropy(
+            image, y, labels, constant_scale, backend="triton"
         ),
     }
-    leaves = leaves[:1] if form == "prototypes" else leaves
-    assert count_of_a_step(monkeypatch, losses[form], *leaves) <= most
+    leaves = [image] if form == "prototypes" else [image, text, scale]
+    assert count_of_a_step(monkeypatch, losses[form], leaves) <= most
 
 
 def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,15 +638,16 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
     x, y = features(40, 64, "alike", torch.bfloat16)
     labels = torch.arange(40, device=DEVICE)
     scale = torch.tensor(14.3, device=DEVICE)
-    leaves = [leaf(x), leaf(y)]
+    image = leaf(x)
+    text = leaf(y)
     losses = [
-        protoclip.info_nce(*leaves, scale, backend="triton"),
-        protoclip.info_nce(*leaves, scale, ids=labels // 2, backend="triton"),
-        sigmoid_loss(*leaves, scale, -scale, backend="triton"),
-        protoclip.prototype_cross_entropy(*leaves, labels, scale, backend="triton"),
+        protoclip.info_nce(image, text, scale, backend="triton"),
+        protoclip.info_nce(image, text, scale, ids=labels // 2, backend="triton"),
+        sigmoid_loss(image, text, scale, -scale, backend="triton"),
+        protoclip.prototype_cross_entropy(image, text, labels, scale, backend="triton"),
     ]
     for loss in losses:
-        torch.autograd.grad(loss, leaves)
+        torch.autograd.grad(loss, [image, text])
     protoclip.soft_targets(x, y, 0.1, backend="triton")
     protoclip.kmeans_assign(x.float(), y.float(), backend="triton")
     protoclip.segment_mean(x, labels, 40, backend="triton")
@@ -681,11 +686,13 @@ def test_rows_further_apart_than_two_to_the_31_are_right(tmp_path: Path) -> None
 def training_step() -> Callable[[], tuple[Tensor, ...]]:
     """The loss of 300 pairs and its gradients."""
     x, y = features(300, 64, "alike", torch.bfloat16)
-    leaves = [leaf(x), leaf(y), leaf(20.0, device=DEVICE)]
+    image = leaf(x)
+    text = leaf(y)
+    scale = leaf(20.0, device=DEVICE)
 
     def step() -> tuple[Tensor, ...]:
-        loss = protoclip.info_nce(*leaves, backend="triton")
-        return loss, *torch.autograd.grad(loss, leaves)
+        loss = protoclip.info_nce(image, text, scale, backend="triton")
+        return loss, *torch.autograd.grad(loss, [image, text, scale])
 
     return step
 
