@@ -194,6 +194,7 @@ def test_a_term_that_is_never_finite_ends_the_run_and_is_named(
         ("two words", Term(Recorder()), "a name that is a word"),
         ("mine", Term(Recorder(), 0.0), "a weight above 0"),
         ("mine", Recorder(), "expected Term"),
+        (0, Term(Recorder()), "term 0: expected a name that is a word"),
     ],
 )
 def test_terms_that_cannot_work_are_refused_before_a_folder_is_made(
@@ -203,6 +204,67 @@ def test_terms_that_cannot_work_are_refused_before_a_folder_is_made(
     with pytest.raises((ValueError, TypeError), match=words):
         train(make_config(**settings(tmp_path)), terms={name: term})
     assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize("terms", [[Term(Recorder())], Term(Recorder())])
+def test_terms_without_names_are_refused(
+    terms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = rf"expected a dict .*, got a {type(terms).__name__}; write terms={{'mine': Term"
+    with pytest.raises(TypeError, match=words):
+        train(make_config(**settings(tmp_path)), terms=terms)
+    assert not Path("logs").exists()
+
+
+class Growing(nn.Module):
+    """A queue that is longer after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(0, 16))
+
+    def forward(self, inputs: TermInputs) -> Tensor:
+        self.queue = torch.cat([self.queue, inputs.image_features.detach()])
+        return inputs.image_features.mean()
+
+
+class Rounding(Growing):
+    """One whose dtype changes."""
+
+    def forward(self, inputs: TermInputs) -> Tensor:
+        self.queue = self.queue.half()
+        return inputs.image_features.mean()
+
+
+class Late(nn.Module):
+    """One that is made in the first step."""
+
+    def forward(self, inputs: TermInputs) -> Tensor:
+        self.register_buffer("queue", torch.zeros(4, 16))
+        return inputs.image_features.mean()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (Growing(), r"(0, 16), torch.float32), got (12, 16), torch.float32 after a step"),
+        (Rounding(), r"(0, 16), torch.float32), got (0, 16), torch.float16 after a step"),
+        (Late(), r"(absent), got (4, 16), torch.float32 after a step"),
+    ],
+)
+def test_a_buffer_that_changes_its_shape_is_named(
+    module: nn.Module,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_evaluation: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        train(make_config(**settings(tmp_path)), terms={"mine": Term(module)})
+    assert str(error.value).startswith("term 'mine': expected its buffer 'queue' to stay as it was")
+    assert words in str(error.value) and "register it in __init__" in str(error.value)
 
 
 def test_a_term_that_is_no_scalar_is_named(

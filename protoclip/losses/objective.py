@@ -74,6 +74,7 @@ class OwnTerms(nn.Module):
         terms = terms or {}
         self.weights = {name: term.weight for name, term in terms.items()}
         self.losses = nn.ModuleList(term.module for term in terms.values())
+        self._buffers_before = {name: buffers_of(term.module) for name, term in terms.items()}
 
     def forward(self, losses: Losses, inputs: TermInputs) -> Losses:
         """The losses with each term, unweighted, and their weighted sum added to the total."""
@@ -84,9 +85,24 @@ class OwnTerms(nn.Module):
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"term {name!r}: expected a scalar tensor, got {got}; take a mean")
+            self._check_buffers(name, module)
             terms[name] = value.reshape(())
             total = total + weight * terms[name]
         return replace(losses, total=total, terms=terms)
+
+    def _check_buffers(self, name: str, module: nn.Module) -> None:
+        """ValueError if a call has changed what buffers a module has, or how they are shaped."""
+        before = self._buffers_before[name]
+        after = buffers_of(module)
+        for buffer in sorted(before.keys() | after.keys()):
+            expected = before.get(buffer, "absent")
+            got = after.get(buffer, "absent")
+            if got != expected:
+                raise ValueError(
+                    f"term {name!r}: expected its buffer {buffer!r} to stay as it was made "
+                    f"({expected}), got {got} after a step; register it in __init__ with its final "
+                    "shape, and fill it in place, as in self.queue[start:end] = rows"
+                )
 
     def state(self) -> dict[str, dict[str, Any]]:
         """For a checkpoint: weight and state of each term, by name."""
@@ -106,6 +122,13 @@ class OwnTerms(nn.Module):
                 raise ValueError(
                     f"--resume: term {name!r} has another module ({reason})"
                 ) from error
+
+
+def buffers_of(module: nn.Module) -> dict[str, str]:
+    """Shape and dtype of a module's buffers, in words, by name."""
+    return {
+        name: f"{tuple(buffer.shape)}, {buffer.dtype}" for name, buffer in module.named_buffers()
+    }
 
 
 class ProtoLoss(nn.Module):

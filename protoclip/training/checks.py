@@ -87,6 +87,11 @@ def uses_prototypes(config: TrainConfig) -> bool:
 
 def check_terms(terms: Mapping[str, Term]) -> None:
     """Raise ValueError or TypeError for terms that cannot be trained or logged."""
+    if not isinstance(terms, Mapping):
+        raise TypeError(
+            "train(terms=): expected a dict that gives each term the name under which it is "
+            f"logged, got a {type(terms).__name__}; write terms={{'mine': Term(module)}}"
+        )
     for name, term in terms.items():
         if not isinstance(term, Term) or not isinstance(term.module, nn.Module):
             raise TypeError(
@@ -94,7 +99,12 @@ def check_terms(terms: Mapping[str, Term]) -> None:
             )
         if not 0 < term.weight < math.inf:
             raise ValueError(f"term {name!r}: expected a weight above 0, got {term.weight}")
-        if not name.isidentifier() or name in LOGGED or name.startswith(("seconds_", "val_")):
+        if (
+            not isinstance(name, str)
+            or not name.isidentifier()
+            or name in LOGGED
+            or name.startswith(("seconds_", "val_"))
+        ):
             raise ValueError(
                 f"term {name!r}: expected a name that is a word and that no other metric has; "
                 "rename the term"
