@@ -85,6 +85,42 @@ def test_settings_that_decide_the_run_are_refused(run: Run, flags: list[str], wo
     run.assert_refused(*flags, words=(words,))
 
 
+@pytest.mark.parametrize(
+    ("module", "flags", "remedy"),
+    [
+        (
+            "protoclip.train",
+            ["--resume", "logs/nowhere"],
+            "--resume: found nothing at logs/nowhere; check the path, or use --resume auto, "
+            "which starts where there is none\n",
+        ),
+        (
+            "protoclip.evaluate.__main__",
+            ["logs/nowhere"],
+            "found nothing at logs/nowhere; check the path\n",
+        ),
+        (
+            "protoclip.export",
+            ["logs/nowhere", "--out", "out"],
+            "found nothing at logs/nowhere; check the path\n",
+        ),
+    ],
+    ids=["train", "evaluate", "export"],
+)
+def test_a_command_that_finds_no_run_names_no_flag_of_another(
+    module: str,
+    flags: list[str],
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(module).main(flags) == 2
+    assert capsys.readouterr().err.endswith(remedy)
+    assert list(tmp_path.iterdir()) == []
+
+
 NO_OTHER_SETTINGS = (
     "has done all of its steps", "optim.lr was", "is 0.5", "--epochs", "--pretrained",
 )  # fmt: skip
