@@ -9,7 +9,7 @@ import torch
 from pairs import load, picture, refused, same
 
 from protoclip.cluster import main as cluster_command
-from protoclip.data import DataError, Faults, images, open_dataset
+from protoclip.data import DataError, Faults, images, left_out_files, open_dataset
 from protoclip.data.__main__ import main as data_command
 from protoclip.evaluate.__main__ import main as evaluate_command
 from protoclip.evaluate.datasets import open_layout
@@ -136,6 +136,15 @@ def test_what_is_no_picture_is_counted_by_every_command(
     capsys.readouterr()
     assert evaluate_command([str(tmp_path / "run")]) == 0  # on the pairs that it held out
     assert line in capsys.readouterr().err
+
+
+def test_what_macos_keeps_beside_a_picture_is_none(animals: Path) -> None:
+    (animals / "cat" / "._0.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(90))
+    picture(300).save(animals / "cat" / "._my own.png")
+    dataset = open_dataset(str(animals))
+    assert len(dataset) == 3 * PICTURES + 1 and "cat/._my own.png" in dataset.keys
+    left_out = f"{animals}: left out files that Pillow cannot open: 1 ._NAME by macOS, 1 .txt"
+    assert list(left_out_files(dataset)) == [left_out]
 
 
 @needs_no_heif

@@ -34,6 +34,9 @@ DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the 
 
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 NEEDS_HEIF = "HEIC: pip install pillow-heif"
+# On disks of other systems macOS keeps attributes of x.jpg in ._x.jpg, which begins so.
+APPLE_DOUBLE = b"\0\5\x16\7"
+BY_MACOS = "._NAME by macOS"
 
 logger = logging.getLogger(__name__)
 _warn = functools.lru_cache(logger.warning)  # once for each file
@@ -103,9 +106,14 @@ def is_heic(beginning: bytes) -> bool:
 def no_picture(path: str) -> str:
     """Why Pillow opens no picture at a path, in words to count by; "" if it does.
 
-    The ending of the name decides where Pillow knows it, else the content of the file.
+    The ending of the name decides where Pillow knows it, else the content of the file, and of
+    ``._NAME`` whether macOS wrote it.
     """
     can_open_heic()
+    if os.path.basename(path).startswith("._"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(4) == APPLE_DOUBLE:
+                return BY_MACOS
     ending = os.path.splitext(path)[1].lower()
     words = printable(ending) or "without an ending"
     image_format = Image.registered_extensions().get(ending)
