@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import config_of, metrics, on_ranks, tiny_run
+from ranks import (
+    CONTEXT,
+    compile_first,
+    config_of,
+    exit_codes,
+    logs_of,
+    metrics,
+    on_ranks,
+    steps_of,
+    tiny_run,
+    wait_until,
+)
 from torch import Tensor, nn
 
 import protoclip
@@ -97,6 +109,29 @@ def test_the_page_runs_on_one_rank_and_two_and_resumes(tmp_path: Path) -> None:
     saved = payload["protoclip"]["own_terms"]["spread"]
     assert saved["weight"] == 0.1 and saved["state"]["log_t"] != torch.tensor(0.7)
     assert not any("log_t" in name for name in payload["state_dict"])
+
+
+def run_page_into_a_log(folder: Path, changes: dict[str, Any]) -> None:
+    log = os.open(folder / "rank0.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    run_page(folder, changes)
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 0), ("SIGINT", 130)])
+def test_a_signal_ends_a_script_as_it_ends_the_command(
+    tmp_path: Path, sent: str, code: int
+) -> None:
+    compile_first()
+    changes = settings(tmp_path, max_steps=1_000_000)
+    process = CONTEXT.Process(target=run_page_into_a_log, args=(tmp_path, changes))
+    process.start()
+    wait_until(lambda: steps_of(tmp_path, "run") >= 3, [process], tmp_path)
+    os.kill(process.pid, signal.Signals[sent])
+    assert exit_codes([process]) == [code]
+    printed = logs_of(tmp_path)
+    assert "continue with --resume logs/run" in printed
+    assert "Traceback" not in printed and "logs/run None" not in printed  # the page's last line
 
 
 class Recorder(nn.Module):

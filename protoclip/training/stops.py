@@ -23,13 +23,18 @@ from protoclip.distributed import max_later
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved."""
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved.
+
+    It ends a script that does not catch it without a traceback, with ``protoclip train``'s exit
+    code; like Ctrl-C's own exception, it is not caught by ``except Exception``.
+    """
+
+    code: int
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(message, code)
+        super().__init__(code)
         self.message = message
-        self.code = code
 
 
 class SaveInterval(NamedTuple):
