@@ -129,21 +129,36 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
     try:
         code = work()
     except BaseException as error:
-        # An interrupted torch.save raises an error of its own.
-        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-            _say_once(f"{name}: interrupted")
-            return 130
-        if not isinstance(error, (ValueError, OSError)):
-            raise
-        from protoclip.common.files import DISK_FULL, printable_lines
-
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            text = f"{error.filename}: {error.strerror}; free some space and start again"
-        _say_once(f"{name}: error: {printable_lines(text)}")
-        return 2
+        try:
+            return _code_of(error, name)
+        finally:
+            _leave_after_error()
     stop()
     return code or 0
+
+
+def _code_of(error: BaseException, name: str) -> int:
+    """Say what went wrong and return the exit code; raises an error that is not the user's."""
+    # An interrupted torch.save raises an error of its own.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        _say_once(f"{name}: interrupted")
+        return 130
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
+    from protoclip.common.files import DISK_FULL, printable_lines
+
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        text = f"{error.filename}: {error.strerror}; free some space and start again"
+    _say_once(f"{name}: error: {printable_lines(text)}")
+    return 2
+
+
+def _leave_after_error() -> None:
+    """Leave the other processes unless that could wait for some that are gone: torch first lets
+    NCCL's work finish (pytorch/pytorch#141510); there the end of the process has to do."""
+    if dist.is_initialized() and "nccl" not in dist.get_backend_config():
+        stop()
 
 
 def _say_once(text: str) -> None:

@@ -116,14 +116,19 @@ def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Train
         ValueError: something in the config does not exist, or settings contradict each other.
             Nothing has been written then.
         OSError: the disk is full; the last checkpoint, if there is one, is intact.
-        Stopped: a signal asked the run to stop; the state is saved.
+        Stopped: a signal asked the run to stop; the state is saved. It is a ``SystemExit``.
     """
     device = choose_device(config.run.device)
     info = distributed.find_rank()
     joined = distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
     exactly = tf32_products(False) if device.type == "cuda" else contextlib.nullcontext()
-    with exactly:  # except in the towers while they train
-        trained = _train(config, device, terms or {})
+    try:
+        with exactly:  # except in the towers while they train
+            trained = _train(config, device, terms or {})
+    except Stopped:  # on every rank
+        if joined:
+            distributed.stop()
+        raise
     if joined:
         distributed.stop()
     return trained

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import (
     bare_run,
     exit_codes,
     free_port,
     logs_of,
     metrics,
+    on_ranks,
     output_of,
     start_command,
     steps_of,
@@ -24,6 +28,7 @@ from ranks import (
     wait_until,
 )
 
+from protoclip import distributed
 from protoclip.distributed import find_rank
 
 
@@ -115,6 +120,31 @@ def evaluate_on_ranks(
     argv = ["tiny.json", "--pretrained", "random", "--data", data, "--output", output]
     command = "protoclip.evaluate.__main__"
     return exit_codes(start_command(folder, argv, ranks, fault=fault, command=command))
+
+
+def fail_alone() -> tuple[int, bool, float]:
+    """Exit code, whether the process is still one of the group, and how long it took."""
+
+    def work() -> None:
+        distributed.start(find_rank(), torch.device("cpu"), timeout=100)
+        later = distributed.max_later(torch.ones(1))
+        if distributed.rank() == 1:
+            raise ValueError("only here")
+        later()
+        distributed.sum_over_ranks(torch.ones(1))
+
+    began_at = time.monotonic()
+    try:
+        code = distributed.run_command(work, "protoclip")
+    except RuntimeError:  # the other one is gone
+        code = 1
+    return code, dist.is_initialized(), time.monotonic() - began_at
+
+
+def test_a_rank_that_fails_leaves_the_group_and_lets_go_of_the_others() -> None:
+    outcomes = on_ranks(2, fail_alone)
+    assert [(code, still_member) for code, still_member, _ in outcomes] == [(1, False), (2, False)]
+    assert max(seconds for _, _, seconds in outcomes) < 50
 
 
 def test_evaluation_ends_when_a_rank_is_killed(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_a_signal_ends_a_script_as_it_ends_the_command(
     process = CONTEXT.Process(target=run_page_into_a_log, args=(tmp_path, changes))
     process.start()
     wait_until(lambda: steps_of(tmp_path, "run") >= 3, [process], tmp_path)
+    assert process.pid is not None
     os.kill(process.pid, signal.Signals[sent])
     assert exit_codes([process]) == [code]
     printed = logs_of(tmp_path)
