@@ -598,12 +598,13 @@ def test_a_step_of_1024_pairs_is_few_kernels(
     labels = torch.arange(1024, device=DEVICE)
     constant_scale = torch.tensor(14.3, device=DEVICE)
     bias = torch.tensor(-10.0, device=DEVICE)
+    halves = labels // 2
     two_columns = labels[:, None] // torch.tensor([2, 3], device=DEVICE)
     info_nce = partial(protoclip.info_nce, image, text, scale, backend="triton")
     siglip = partial(sigmoid_loss, image, text, scale, bias, backend="triton")
     losses: dict[str, Callable[[], Tensor]] = {
         "info_nce": info_nce,
-        "ids": lambda: info_nce(ids=labels // 2),
+        "ids": lambda: info_nce(ids=halves),
         "two columns of ids": lambda: info_nce(ids=two_columns),
         "siglip": siglip,
         "siglip with ids": lambda: siglip(ids=two_columns),
