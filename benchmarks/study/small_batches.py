@@ -43,7 +43,16 @@ from benchmarks.study.protocol import (
     labelled,
 )
 from benchmarks.study.report import CLIP, EQUAL_TIME, INTERNAL_ONLY, score
-from benchmarks.study.small_batches_report import BEGIN, END, OURS, PAGE, section
+from benchmarks.study.small_batches_report import (
+    BEGIN,
+    END,
+    OURS,
+    PAGE,
+    SEEDS,
+    Cost,
+    costs,
+    section,
+)
 from benchmarks.study.split import Rules, Split, by_lot
 from protoclip.common.seeds import generator
 from protoclip.episodes.teacher import load_teacher, minilm
@@ -90,7 +99,7 @@ class Size(study.Size):
     batches: tuple[int, int] = (64, 256)  # of the planned comparisons
     axis: tuple[int, ...] = (32, 128, 512, 1024)
     amounts: tuple[int, ...] = (15_000, 100_000)  # icons, at the small batch
-    planned_seeds: Mapping[str, int] = field(default_factory=lambda: {MLP: 16, CNN: 8})
+    planned_seeds: Mapping[str, int] = field(default_factory=lambda: dict(SEEDS))
     seeds: int = 8  # of the other judged rows
     few_seeds: int = 3  # of the axis, and of tuning
     pairs: int = 5  # timed, a batch and tower
@@ -193,32 +202,6 @@ def time_teacher(task: Task, size: Size, data: Data) -> dict[str, Any]:
     load_teacher(str(data.icons.folder / "teacher.npz"), pairs)
     seconds = time.process_time() - began
     return {"metrics": {}, "cpu_seconds": round(seconds, 2), "texts": len(texts)}
-
-
-# What a run costs
-
-
-@dataclass(frozen=True)
-class Cost:
-    """CPU seconds of a run's first episodes; every later one takes as long as the last of them."""
-
-    first: tuple[float, ...]
-
-    def seconds(self, episodes: float) -> float:
-        """Of a run of so many episodes."""
-        return sum(self.first) + (episodes - len(self.first)) * self.first[-1]
-
-    def episodes(self, seconds: float) -> float:
-        """How many can be done in so many seconds."""
-        return len(self.first) + (seconds - sum(self.first)) / self.first[-1]
-
-
-def costs(records: Sequence[Mapping[str, Any]], row: str) -> tuple[Cost, Cost]:
-    """CLIP's and the row's, means over the timed pairs."""
-    seconds = [record["seconds_by_episode"] for record in records]
-    clip = statistics.fmean(value for by_row in seconds for value in by_row[CLIP])
-    columns = zip(*(by_row[row] for by_row in seconds), strict=True)
-    return Cost((clip,)), Cost(tuple(map(statistics.fmean, columns)))
 
 
 # Many runs
@@ -445,6 +428,9 @@ class SmallBatches(study.Study):
     def report(self, done: Done, out: Path, folder: Path) -> None:
         text = section([*done.values()], FLOORS)
         print(text)
+        untimed = sum(task.key not in done for task in Order(self.size, done).timed())
+        if untimed and not self.timed:
+            print(f"\n{untimed} timed runs are missing (--pairs); rows of equal time wait for them")
         if out == self.results:
             write_between(PAGE, BEGIN, END, text)
 
