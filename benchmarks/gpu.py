@@ -236,15 +236,18 @@ def _swept() -> list[Swept]:
     n = 16_384
     rows = [
         Swept(
-            path=(table, kernel, arch),
+            path=(table, row, arch),
             kernel=kernel,
             launched=Launched("info_nce", "large", "bf16", d),
             step=partial(_info_nce, n, d, phase),
             assert_right=partial(assert_right, "info_nce", d),
         )
-        for kernel, phase in (("info_nce_forward", "forward"), ("info_nce_gradient", "backward"))
+        for row, kernel, phase in (
+            ("info_nce_forward", "info_nce_forward", "forward"),
+            ("info_nce_gradient", "softmax_gradient", "backward"),
+        )
         for table, d in (("HALF", 256), ("HALF_DEEP", 512))
-        if arch in vars(launch)[table].get(kernel, {})
+        if arch in vars(launch)[table].get(row, {})
     ]
     rows.append(
         Swept(

@@ -4,22 +4,19 @@ A tile first compares its ids and positions. Most tiles contain no positive and 
 they run as in ``info_nce.py`` and need no masks. The others go slice by slice, and mask each logit
 by a row and a column of ids, positions and biases. For the rows and the columns of each tile, the
 forward pass writes the maximum and the sum of the visible logits, and the sum and count of the
-positives' logits; a second, small kernel merges them. The backward pass recomputes the logits and
-writes G, with the positives, in chunks that ``waves.py`` multiplies. Sums are fp32 in a fixed
-order.
+positives' logits; a second, small kernel merges them. The backward pass is that of
+``softmax_gradient.py``. Sums are fp32 in a fixed order.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch, waves
-from protoclip.kernels.info_nce import exact, exponential, join, lift_to, peak_of
+from protoclip.kernels import launch
+from protoclip.kernels.info_nce import exact, join
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import (
     ContrastiveForward,
@@ -28,93 +25,27 @@ from protoclip.kernels.results import (
     PairStatistics,
 )
 from protoclip.kernels.scratch import PARTIAL_BYTES
+from protoclip.kernels.softmax_gradient import (
+    Pairs,
+    column_slice_of,
+    exponential,
+    holds_pairs,
+    side_of,
+    softmax_gradients,
+)
 from protoclip.kernels.tiles import (
+    ID_STRIDES,
+    IDS,
     LOG2E,
-    SPREAD,
-    equal_ids,
-    gradient_chunk,
     id_arguments,
     id_pointers,
     operands,
-    pinned,
     products,
     tile_origin,
-    with_ids,
 )
-from protoclip.kernels.waves import rows_of, store_gradient
+from protoclip.kernels.waves import rows_of
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-class Pairs(NamedTuple):
-    """``Pairs`` of ops/pairs.py as the kernels take them; None: not used."""
-
-    own_ptr: Tensor | None  # [N], position of each row's own column; None: row + own_offset
-    exclude_ptr: Tensor | None  # [N], position of its excluded column
-    key_bias_ptr: Tensor | None  # [M]
-
-
-@triton.jit
-def _own_column(pairs, row, own_offset, PINNED: tl.constexpr):
-    """The positions of the rows' own columns."""
-    if pairs.own_ptr is None:
-        return row + own_offset
-    elif PINNED:
-        return pinned(tl.load(pairs.own_ptr + row))
-    else:
-        return tl.load(pairs.own_ptr + row)
-
-
-@triton.jit
-def _holds_pairs(
-    pairs, own_offset, ids, row0, col0, n, m, first_row, first_col,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
-    rows = row0 + tl.arange(0, BLOCK_N)
-    cols = col0 + tl.arange(0, BLOCK_M)
-    row = first_row + tl.minimum(rows, n - 1)
-    col = first_col + tl.minimum(cols, m - 1)
-    column0 = first_col + col0
-    place = _own_column(pairs, row, own_offset, False) - column0
-    inside = (place >= 0) & (place < BLOCK_M)
-    if pairs.exclude_ptr is not None:
-        place = tl.load(pairs.exclude_ptr + row) - column0
-        inside = inside | ((place >= 0) & (place < BLOCK_M))
-    holds = tl.max(inside.to(tl.int32), 0)
-    if pairs.key_bias_ptr is not None:
-        absent = tl.load(pairs.key_bias_ptr + col) == -float("inf")
-        holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
-    if ids is not None:
-        holds = tl.maximum(holds, tl.max(equal_ids(ids, row, col).to(tl.int32)))
-    edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
-    return edge | (holds > 0)
-
-
-@triton.jit
-def _column_slice(
-    x, y, base2_scale, pairs, own_offset, ids, row0, col0, n, m, d, first_row, first_col, strides,
-    BLOCK_N: tl.constexpr, SLICE_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    SAME_POSITIVE: tl.constexpr,
-):  # fmt: skip
-    """-> of some columns of a tile: products, base-2 logits, the keys seen, and the positives."""
-    rows = row0 + tl.arange(0, BLOCK_N)
-    cols = col0 + tl.arange(0, SLICE_M)
-    row = first_row + tl.minimum(rows, n - 1)
-    col = first_col + tl.minimum(cols, m - 1)
-    inside = (rows < n)[:, None] & (cols < m)[None, :]
-    is_own = _own_column(pairs, row, own_offset, True)[:, None] == col[None, :]
-    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE, PINNED=True)
-    if pairs.exclude_ptr is not None:
-        seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
-    if pairs.key_bias_ptr is not None:
-        key_bias = pinned(tl.load(pairs.key_bias_ptr + col))
-        seen = seen & (key_bias != -float("inf"))[None, :]
-    acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D)
-    s = acc * base2_scale
-    if pairs.key_bias_ptr is not None:
-        s += (key_bias * LOG2E)[None, :]
-    return acc, s, seen, positive & seen
 
 
 @triton.jit
@@ -136,10 +67,6 @@ def _store_statistics(ptr, at, mask, length, statistics):
     """Write PairStatistics of the rows or columns of a tile, ``length`` apart."""
     for i in tl.static_range(len(statistics)):
         tl.store(ptr + i * length + at, statistics[i], mask=mask)
-
-
-ID_STRIDES = ["stride_query_ids", "stride_key_ids"]
-IDS = ["query_ids_ptr", "key_ids_ptr"]  # slices, which begin anywhere
 
 
 @triton.jit(
@@ -166,7 +93,7 @@ def contrastive_forward_kernel(
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
     at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
     zeros = tl.zeros((BLOCK_N,), tl.float32)
-    if not _holds_pairs(
+    if not holds_pairs(
         pairs, own_offset, ids, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M
     ):  # fmt: skip
         s = base2_scale * products(
@@ -192,7 +119,7 @@ def contrastive_forward_kernel(
         row_num_positives = zeros
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
-            _, s, seen, positive = _column_slice(
+            _, s, seen, positive = column_slice_of(
                 x_ptr, y_ptr, base2_scale, pairs, own_offset, ids, row0, first, n, m, d,
                 first_row, 0, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
@@ -334,139 +261,6 @@ def id_codes_kernel(
         )  # fmt: skip
 
 
-class PairSide(NamedTuple):
-    """What the rows or the columns bring into G."""
-
-    statistics_ptr: Tensor  # [4, length], in the rows of ``PairStatistics``
-    gap_weight_ptr: Tensor  # [length], of any stride
-    mean_weight_ptr: Tensor | None  # [length]; None: 0
-    gap_peak_ptr: Tensor  # [], the largest |weight|, read with LIFT
-    mean_peak_ptr: Tensor | None  # []
-
-
-@triton.jit
-def _load_side(side, length, position, stride_weight, unit):
-    """-> reference, weight of a probability and weight of a positive."""
-    at = side.statistics_ptr + position
-    reference = tl.load(at)
-    total = tl.load(at + length)
-    num_positives = tl.load(at + 3 * length)
-    lse_weight = tl.load(side.gap_weight_ptr + position * stride_weight) * unit
-    positive_weight = -lse_weight  # a gap is LSE - mean
-    if side.mean_weight_ptr is not None:
-        positive_weight += tl.load(side.mean_weight_ptr + position) * unit
-    used = total != 0  # NaN too
-    probability_weight = tl.where(used, lse_weight / total, 0.0)
-    positive_weight = positive_weight / tl.maximum(num_positives, 1.0)
-    return tl.where(used, reference, 0.0), probability_weight, positive_weight
-
-
-@triton.jit
-def _peak(side):
-    """-> the largest weight that a side may bring."""
-    peak = 2 * tl.abs(tl.load(side.gap_peak_ptr))
-    if side.mean_peak_ptr is not None:
-        peak += tl.abs(tl.load(side.mean_peak_ptr))
-    return peak
-
-
-SIZES = ["n", "m", "first_row", "first_col", "first_tile", "num_rows", "num_columns", "own_offset"]
-SIZES += ["stride_row_weight", "stride_column_weight", *ID_STRIDES]
-SLICED = ["partial_sum_ptr", "dkey_bias_ptr", *IDS]
-
-
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SLICED)
-def contrastive_gradient_kernel(
-    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
-    logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
-    row_side, column_side,  # PairSide of all rows and, with BOTH_DIRECTIONS, of all columns
-    num_rows, num_columns, stride_row_weight, stride_column_weight,  # 0: one weight for all
-    partial_sum_ptr, dkey_bias_ptr, first_tile,  # [tiles], [row blocks, M] or None
-    pairs, own_offset,
-    query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
-    n, m, d, first_row, first_col, stride_g, strides,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
-    NUM_IDS: tl.constexpr, LIFT: tl.constexpr,
-):  # fmt: skip
-    """G of one tile times the lift, its part of sum G x.y, and its column sums."""
-    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
-    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
-    base2_scale = logit_scale * LOG2E
-    lift = tl.full((), 1.0, tl.float32)
-    if LIFT:  # weights are about 1/N: let G fill fp16's range
-        peak = _peak(row_side)
-        if BOTH_DIRECTIONS:
-            peak += _peak(column_side)
-        lift = lift_to(peak * pair_weight)
-    unit = pair_weight * lift
-    row = first_row + tl.minimum(row0 + tl.arange(0, BLOCK_N), n - 1)
-    col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
-    # All loads come before any use of one: their latencies pass together.
-    row_reference, row_probability_weight, row_positive_weight = _load_side(
-        row_side, num_rows, row, stride_row_weight, unit
-    )
-    low = tl.min(row_reference)
-    high = tl.max(row_reference)
-    if BOTH_DIRECTIONS:
-        column_reference, column_probability_weight, _ = _load_side(
-            column_side, num_columns, col, stride_column_weight, unit
-        )
-        low = tl.minimum(low, tl.min(column_reference))
-        high = tl.maximum(high, tl.max(column_reference))
-    masked = _holds_pairs(
-        pairs, own_offset, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M
-    )
-    sums_ptr = dkey_bias_ptr
-    if dkey_bias_ptr is not None:
-        sums_ptr += (row0 // BLOCK_N) * m + col0
-    if (masked == 0) & (high - low < SPREAD):
-        factor = (row_probability_weight * tl.exp2(high - row_reference))[:, None]
-        if BOTH_DIRECTIONS:
-            column_factor = column_probability_weight * tl.exp2(high - column_reference)
-        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        if BOTH_DIRECTIONS:
-            factor += pinned(column_factor)[None, :]
-        shift = acc * base2_scale - high
-        if pairs.key_bias_ptr is not None:
-            shift += (tl.load(pairs.key_bias_ptr + col) * LOG2E)[None, :]
-        p = tl.exp2(shift) * factor
-        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
-        if dkey_bias_ptr is not None:
-            tl.store(sums_ptr + tl.arange(0, BLOCK_M), tl.sum(p, 0) / lift)
-        store_gradient(p, row0, col0, g, stride_g)
-    else:
-        partial_sum = 0.0
-        for column_slice in range(0, BLOCK_M, SLICE_M):
-            first = col0 + column_slice
-            if BOTH_DIRECTIONS:
-                slice_col = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
-                reference, probability_weight, positive_weight = _load_side(
-                    column_side, num_columns, slice_col, stride_column_weight, unit
-                )
-            acc, s, seen, positive = _column_slice(
-                x_ptr, y_ptr, base2_scale, pairs, own_offset, ids, row0, first, n, m, d,
-                first_row, first_col, strides,
-                BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
-            )  # fmt: skip
-            p = exponential(s, row_reference[:, None], positive) * row_probability_weight[:, None]
-            at_positive = tl.broadcast_to(row_positive_weight[:, None], p.shape)
-            if BOTH_DIRECTIONS:
-                e = exponential(s, pinned(reference)[None, :], positive)
-                p += e * pinned(probability_weight)[None, :]
-                at_positive += pinned(positive_weight)[None, :]
-            p = tl.where(seen, tl.where(positive, p + at_positive, p), 0.0)
-            partial_sum += tl.sum(p * acc)
-            if dkey_bias_ptr is not None:
-                cols = column_slice + tl.arange(0, SLICE_M)
-                tl.store(sums_ptr + cols, tl.sum(p, 0) / lift, mask=col0 + cols < m)
-            store_gradient(p, row0, first, g_ptr, stride_g)
-        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
-    if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
-        tl.store(factor_ptr, logit_scale / lift)
-
-
 def id_codes(query_ids: Tensor | None, key_ids: Tensor) -> IdCodes:
     """Codes of int64 ids, [N] or [N, R] and [M] or [M, R], as in ops/pairs.py; a key's is the
     position of the first key with its id."""
@@ -597,60 +391,25 @@ def contrastive_bwd(
         no_bias = zero.new_zeros(num_biases)
         return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, no_bias)
     kernel = "contrastive_gradient" if key_bias is None else "contrastive_gradient_with_biases"
-    config = launch.choose(kernel, x, y)
-    factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
-    num_columns = column_statistics.shape[1]
-    row_side = pair_side(row_statistics, row_gap_weight, row_mean_weight, lifted)
-    column_side = pair_side(column_statistics, column_gap_weight, column_mean_weight, lifted)
-    plan = waves.chunks(x, y, config)
-    partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
-    dkey_bias = factor.new_zeros(num_biases) if num_biases else factor.new_empty(0)
-    pairs = Pairs(own, exclude, key_bias)
-
-    def fill(chunk: waves.Chunk, g: Tensor) -> None:
-        part_x = rows_of(x, chunk.rows)
-        part_y = rows_of(y, chunk.cols)
-        sums = None
-        if key_bias is not None:
-            blocks = chunk.shape[0] // config.block_n
-            sums = x.new_empty((blocks, part_y.shape[0]), dtype=torch.float32)
-        contrastive_gradient_kernel[(chunk.tiles,)](
-            **operands(part_x, part_y, config), **gradient_chunk(g, config),
-            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
-            row_side=row_side, column_side=column_side,
-            num_rows=x.shape[0], num_columns=num_columns,
-            stride_row_weight=row_gap_weight.stride(0),
-            stride_column_weight=column_gap_weight.stride(0),
-            partial_sum_ptr=partial_sums, dkey_bias_ptr=sums, first_tile=chunk.first_tile,
-            pairs=pairs, own_offset=first,
-            first_row=chunk.rows.start, first_col=chunk.cols.start,
-            **id_arguments(query_ids, key_ids),
-            BOTH_DIRECTIONS=num_columns > 0, SAME_POSITIVE=same_positive, LIFT=lifted,
-        )  # fmt: skip
-        if sums is not None:
-            dkey_bias[chunk.cols] += sums.sum(dim=0)
-
-    # The positives are in G: there are no entries.
-    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
-        x, y, factor, 0, plan, fill, partial_sums[None], entries=None
+    rows = row_statistics.contiguous()
+    columns = column_statistics.contiguous()
+    return softmax_gradients(
+        x,
+        y,
+        logit_scale,
+        row_side=side_of(rows, None, row_gap_weight, row_mean_weight, lifted),
+        column_side=side_of(columns, None, column_gap_weight, column_mean_weight, lifted),
+        pairs=Pairs(own, exclude, key_bias),
+        own_offset=first,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_positive=same_positive,
+        num_columns=column_statistics.shape[1],
+        pair_weight=pair_weight,
+        config=launch.choose(kernel, x, y),
+        diagonal=False,
     )
-    return ContrastiveGradients(dx=dx, dy=dy, dlogit_scale=dlogit_scale, dkey_bias=dkey_bias)
-
-
-def pair_side(
-    statistics: Tensor, gap_weight: Tensor, mean_weight: Tensor | None, lifted: bool
-) -> PairSide:
-    """The arguments of rows or columns; the peaks only matter where G is ``lifted``."""
-    gap_peak = gap_weight
-    mean_peak = None
-    if mean_weight is not None:
-        mean_weight = mean_weight.contiguous()
-        mean_peak = mean_weight
-    if lifted:
-        gap_peak = peak_of(gap_weight)
-        mean_peak = None if mean_weight is None else peak_of(mean_weight)
-    return PairSide(statistics.contiguous(), gap_weight, mean_weight, gap_peak, mean_peak)
 
 
 def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForward:

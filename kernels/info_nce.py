@@ -20,11 +20,8 @@ rows, REPEATS = 2:
 So a warp sums its own [REPEATS, PART] rows, and a tile writes PARTS sums of each column.
 
 **Backward.** G = w_row P_row + w_column P_column without the positives is written in chunks in the
-features' dtype; ``waves.py`` multiplies it and adds the positives' entries, w_row (P_row - 1) +
-w_column (P_column - 1), in fp32. Where all references of a tile are within fp32's range of the
-largest one, h, one exponential serves both probabilities, 2^(s - h) (a_row + a_column), and nothing
-is loaded or divided after the product. Large batches compute the extremes of the references
-beforehand, once per block. Tiles of wide range take two exponentials, slice by slice.
+features' dtype (``softmax_gradient.py``); ``waves.py`` multiplies it and adds the positives'
+entries, w_row (P_row - 1) + w_column (P_column - 1), in fp32.
 
 **Masks.** A tile on the diagonal or the edge puts logits of -HIDDEN in place of the positives and
 of what is past the ends, and goes on as all others do. The positives' products leave the tile as
@@ -39,38 +36,34 @@ here; ``torch.backends.cuda.matmul`` settings hold for the backward's two produc
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch, waves
+from protoclip.kernels import launch
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import Gradients, InfoNceForward
 from protoclip.kernels.scratch import PARTIAL_BYTES
+from protoclip.kernels.softmax_gradient import Pairs, side_of, softmax_gradients
 from protoclip.kernels.tiles import (
     HIDDEN,
     LOG2E,
     SPREAD,
     can_hide,
-    gradient_chunk,
     hide,
     needs_mask,
     operands,
-    pinned,
     products,
     tile_origin,
 )
-from protoclip.kernels.waves import rows_of, store_entries, store_gradient
+from protoclip.kernels.waves import rows_of, store_entries
 
 LN2 = math.log(2.0)
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
 # for 1,024 would take 20 us by the model.
 ONE_PROGRAM = 256
-# Up to so many, looking for extremes beforehand would cost more than what it saves.
-FEW = 1024
 
 
 @triton.jit
@@ -268,190 +261,6 @@ def info_nce_merge_kernel(
         tl.store(partial_sum_ptr + tl.program_id(0), tl.sum(partial_sum))
 
 
-@triton.jit
-def lift_to(peak):
-    """-> a power of two that lets |G| <= peak fill fp16's range; weights are about 1/N."""
-    exponent = tl.minimum(tl.maximum(14.0 - tl.ceil(tl.log2(peak)), -80.0), 80.0)
-    return tl.where((peak > 0) & (peak < float("inf")), tl.exp2(exponent), 1.0)
-
-
-@triton.jit
-def exponential(s, reference, positive):
-    """2^(s - reference), the positive's exponent snapped to 0 where the forward used it as the
-    reference: an fma rounds scale x.y otherwise than the product stored then."""
-    exponent = s - reference
-    snap = positive & (tl.abs(exponent) <= tl.abs(reference) * 2.4e-7)  # 4 units in the last place
-    return tl.exp2(tl.where(snap, 0.0, exponent))
-
-
-class Side(NamedTuple):
-    """What the rows or the columns of a chunk of G bring into it, [length] each. Tensors only: a
-    number in a tuple compiles the kernel again where its divisibility by 16 changes."""
-
-    reference_ptr: Tensor
-    sum_ptr: Tensor
-    weight_ptr: Tensor
-    peak_ptr: Tensor  # [], the largest |weight|, read with LIFT
-
-
-@triton.jit
-def _load_side(side, position, length, stride_weight, unit):
-    """-> reference, sum, weight / sum of rows or columns; past the end those of the last one."""
-    at = tl.minimum(position, length - 1)
-    # Loads under a mask stay where they are: others would move behind the branch that uses them.
-    used = position >= 0
-    weight = tl.load(side.weight_ptr + at * stride_weight, mask=used, other=0.0) * unit
-    total = tl.load(side.sum_ptr + at, mask=used, other=1.0)
-    reference = tl.load(side.reference_ptr + at, mask=used, other=0.0)
-    return reference, total, weight / total
-
-
-@triton.jit
-def _entries(s, side, position, length, stride_weight, unit):
-    """-> one direction's part of the entries of positives, whose logits are s, in G."""
-    reference, total, coef = _load_side(side, position, length, stride_weight, unit)
-    return (exponential(s, reference, True) - total) * coef
-
-
-@triton.jit
-def _extremes(reference_ptr, position, length):
-    """-> the smallest and the largest reference of a block."""
-    reference = tl.load(reference_ptr + tl.minimum(position, length - 1))
-    return tl.min(reference), tl.max(reference)
-
-
-@triton.jit(do_not_specialize=["n", "m"])
-def info_nce_extremes_kernel(
-    row_reference_ptr, column_reference_ptr, n, m, out_ptr,  # [N], [M], [row and column blocks, 2]
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """The extremes of the references of each block of rows and of columns of G."""
-    program = tl.program_id(0)
-    blocks_n = tl.cdiv(n, BLOCK_N)
-    if program < blocks_n:
-        rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
-        low, high = _extremes(row_reference_ptr, rows, n)
-    else:
-        cols = (program - blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-        low, high = _extremes(column_reference_ptr, cols, m)
-    tl.store(out_ptr + 2 * program, low)
-    tl.store(out_ptr + 2 * program + 1, high)
-
-
-# What differs from chunk to chunk, or between one weight for all and one for each.
-CHANGING = ["n", "m", "offset", "first_tile", "first_row_block", "first_column_block"]
-CHANGING += ["stride_row_weight", "stride_column_weight"]
-# Slices of vectors begin anywhere; another alignment would compile the kernel again.
-SLICED = ["entry_ptr", "partial_sum_ptr"]
-
-
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=SLICED)
-def info_nce_gradient_kernel(
-    x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
-    logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
-    row_side, column_side,  # Side of [N], of [M] with BOTH_DIRECTIONS
-    stride_row_weight, stride_column_weight,  # 0: one weight for all
-    extremes_ptr, first_row_block, first_column_block,  # [blocks, 2] or None; the first of them
-    entry_ptr, partial_sum_ptr, first_tile,  # [N], [tiles]
-    n, m, d, offset, stride_g, strides,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, LIFT: tl.constexpr,
-):  # fmt: skip
-    """G of one tile, and its part of sum G x.y / logit_scale before G is rounded."""
-    row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
-    logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
-    base2_scale = logit_scale * LOG2E
-    lift = tl.full((), 1.0, tl.float32)
-    if LIFT:
-        peak = tl.abs(tl.load(row_side.peak_ptr))
-        if BOTH_DIRECTIONS:
-            peak += tl.abs(tl.load(column_side.peak_ptr))
-        lift = lift_to(peak * pair_weight)
-    unit = pair_weight * lift
-    rows = row0 + tl.arange(0, BLOCK_N)
-    cols = col0 + tl.arange(0, BLOCK_M)
-    row_reference, _, row_coef = _load_side(row_side, rows, n, stride_row_weight, unit)
-    # All loads come before any use of one: their latencies pass together.
-    if BOTH_DIRECTIONS:
-        column_reference, _, column_coef = _load_side(
-            column_side, cols, m, stride_column_weight, unit
-        )
-    if extremes_ptr is None:
-        low = tl.min(row_reference)
-        high = tl.max(row_reference)
-        if BOTH_DIRECTIONS:
-            low = tl.minimum(low, tl.min(column_reference))
-            high = tl.maximum(high, tl.max(column_reference))
-    else:
-        block_ptr = extremes_ptr + 2 * (first_row_block + row0 // BLOCK_N)
-        low = tl.load(block_ptr)
-        high = tl.load(block_ptr + 1)
-        if BOTH_DIRECTIONS:
-            block_ptr = extremes_ptr + 2 * (first_column_block + col0 // BLOCK_M)
-            low = tl.minimum(low, tl.load(block_ptr))
-            high = tl.maximum(high, tl.load(block_ptr + 1))
-    masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
-    near = high - low < SPREAD
-    if near & (masked == 0):  # a path of its own: a branch after the products costs all tiles 4 %
-        factor = (row_coef * tl.exp2(high - row_reference))[:, None]
-        if BOTH_DIRECTIONS:
-            column_factor = column_coef * tl.exp2(high - column_reference)
-        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-        if BOTH_DIRECTIONS:
-            factor += pinned(column_factor)[None, :]
-        p = tl.exp2(acc * base2_scale - high) * factor
-        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
-        store_gradient(p, row0, col0, g, stride_g)
-    else:
-        if near & can_hide(base2_scale):
-            row_factor = row_coef * tl.exp2(high - row_reference)
-            if BOTH_DIRECTIONS:
-                column_factor = column_coef * tl.exp2(high - column_reference)
-            acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-            acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
-            factor = row_factor[:, None]
-            if BOTH_DIRECTIONS:
-                factor += pinned(column_factor)[None, :]
-            p = tl.exp2(acc * base2_scale - high) * factor
-            partial_sum = tl.sum(p * acc)
-            store_gradient(p, row0, col0, g, stride_g)
-        else:
-            partial_sum = 0.0
-            positive_product = tl.zeros((BLOCK_N,), tl.float32)
-            for column_slice in range(0, BLOCK_M, SLICE_M):
-                slice_cols = col0 + column_slice + tl.arange(0, SLICE_M)
-                if BOTH_DIRECTIONS:
-                    reference, total, coef = _load_side(
-                        column_side, slice_cols, m, stride_column_weight, unit
-                    )
-                acc = products(
-                    x_ptr, y_ptr, row0, col0 + column_slice, n, m, d, strides,
-                    BLOCK_N, SLICE_M, BLOCK_D, EVEN_D,
-                )  # fmt: skip
-                p = tl.exp2(acc * base2_scale - row_reference[:, None]) * row_coef[:, None]
-                if BOTH_DIRECTIONS:
-                    e = tl.exp2(acc * base2_scale - pinned(reference)[None, :])
-                    p += e * pinned(coef)[None, :]
-                positive = slice_cols[None, :] == (rows + offset)[:, None]
-                inside = (rows < n)[:, None] & (slice_cols < m)[None, :]
-                p = tl.where(inside & (positive == 0), p, 0.0)
-                positive_product += tl.sum(tl.where(positive, acc, 0.0), 1)
-                partial_sum += tl.sum(p * acc)
-                store_gradient(p, row0, col0 + column_slice, g_ptr, stride_g)
-        if masked:
-            partner = rows + offset
-            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
-            s = positive_product * base2_scale
-            entry = _entries(s, row_side, rows, n, stride_row_weight, unit)
-            if BOTH_DIRECTIONS:
-                entry += _entries(s, column_side, partner, m, stride_column_weight, unit)
-            tl.store(entry_ptr + rows, entry, mask=held)
-            partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
-        tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
-    if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
-        tl.store(factor_ptr, logit_scale / lift)
-
-
 def info_nce_fwd(
     x: Tensor,
     y: Tensor,
@@ -538,67 +347,21 @@ def info_nce_bwd(
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
-    n = x.shape[0]
-    num_columns = len(column_reference)  # 0 of one direction
-    config = launch.choose("info_nce_gradient", x, y)
-    factor = x.new_empty((), dtype=torch.float32)
     lifted = x.dtype == torch.float16
-    row_peak = peak_of(row_weight) if lifted else row_weight
-    column_peak = peak_of(column_weight) if lifted else column_weight
-    blocks_n = cdiv(n, config.block_n)
-    extremes = None
-    if max(n, y.shape[0]) > FEW:
-        blocks = blocks_n + cdiv(num_columns, config.block_m)
-        extremes = x.new_empty((blocks, 2), dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            info_nce_extremes_kernel[(blocks,)](
-                row_reference_ptr=row_reference, column_reference_ptr=column_reference,
-                n=n, m=num_columns, out_ptr=extremes,
-                BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
-            )  # fmt: skip
-    plan = waves.chunks(x, y, config)
-    partial_sums = x.new_empty(sum(chunk.tiles for chunk in plan), dtype=torch.float32)
-
-    entries = torch.empty_like(row_reference)
-
-    def fill(chunk: waves.Chunk, g: Tensor) -> None:
-        rows = chunk.rows
-        cols = chunk.cols
-        part_x = rows_of(x, rows)
-        part_y = rows_of(y, cols)
-        row_side = Side(
-            reference_ptr=rows_of(row_reference, rows),
-            sum_ptr=rows_of(row_sum, rows),
-            weight_ptr=rows_of(row_weight, rows),
-            peak_ptr=row_peak,
-        )
-        column_side = Side(
-            reference_ptr=rows_of(column_reference, cols),
-            sum_ptr=rows_of(column_sum, cols),
-            weight_ptr=rows_of(column_weight, cols),
-            peak_ptr=column_peak,
-        )
-        info_nce_gradient_kernel[(chunk.tiles,)](
-            **operands(part_x, part_y, config), **gradient_chunk(g, config),
-            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
-            row_side=row_side, column_side=column_side,
-            stride_row_weight=row_weight.stride(0), stride_column_weight=column_weight.stride(0),
-            extremes_ptr=extremes, first_row_block=rows.start // config.block_n,
-            first_column_block=blocks_n + cols.start // config.block_m,
-            offset=offset + rows.start - cols.start,
-            entry_ptr=rows_of(entries, rows), partial_sum_ptr=partial_sums,
-            first_tile=chunk.first_tile,
-            BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
-        )  # fmt: skip
-
-    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
-        x, y, factor, offset, plan, fill, partial_sums[None], entries
+    gradients = softmax_gradients(
+        x,
+        y,
+        logit_scale,
+        row_side=side_of(row_reference, row_sum, row_weight, None, lifted),
+        column_side=side_of(column_reference, column_sum, column_weight, None, lifted),
+        pairs=Pairs(own_ptr=None, exclude_ptr=None, key_bias_ptr=None),
+        own_offset=offset,
+        query_ids=None,
+        key_ids=None,
+        same_positive=False,
+        num_columns=len(column_reference),
+        pair_weight=pair_weight,
+        config=launch.choose("info_nce_gradient", x, y),
+        diagonal=True,
     )
-    return Gradients(dx, dy, dlogit_scale)
-
-
-def peak_of(weight: Tensor) -> Tensor:
-    """The largest |weight|; one number expanded, as of a mean, is its own."""
-    if len(weight) == 0 or weight.stride(0) == 0:
-        return weight
-    return torch.linalg.vector_norm(weight, torch.inf)
+    return Gradients(gradients.dx, gradients.dy, gradients.dlogit_scale)

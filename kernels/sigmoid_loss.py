@@ -23,6 +23,8 @@ from protoclip.kernels import launch, waves
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import SigmoidGradients, SigmoidLoss
 from protoclip.kernels.tiles import (
+    ID_STRIDES,
+    IDS,
     LOG2E,
     equal_ids,
     gradient_chunk,
@@ -69,16 +71,8 @@ def _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit(
-    do_not_specialize=[
-        "n",
-        "m",
-        "offset",
-        "tiles",
-        "first_tile",
-        "stride_query_ids",
-        "stride_key_ids",
-    ],
-    do_not_specialize_on_alignment=["entry_ptr", "query_ids_ptr", "key_ids_ptr"],
+    do_not_specialize=["n", "m", "offset", "tiles", "first_tile", *ID_STRIDES],
+    do_not_specialize_on_alignment=["entry_ptr", *IDS],
 )
 def sigmoid_loss_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices

@@ -126,6 +126,10 @@ def pinned(v):
     return tl.sum(tl.join(v, tl.zeros_like(v)), 1)
 
 
+ID_STRIDES = ["stride_query_ids", "stride_key_ids"]
+IDS = ["query_ids_ptr", "key_ids_ptr"]  # slices, which begin anywhere
+
+
 @triton.jit
 def id_pointers(query_ids_ptr, key_ids_ptr, stride_query, stride_key, NUM_IDS: tl.constexpr):
     """-> for each column of ids a pointer to those of rows and one to those of columns, or None."""

@@ -78,16 +78,15 @@ def only(costs: list[Cost], **facts: object) -> Cost:
 
 SPILL_NOTHING = {
     "info_nce_forward",
-    "info_nce_gradient",
+    "softmax_gradient",
     "sigmoid_loss",
     "contrastive_forward",
-    "contrastive_gradient",
 }
 MAY_SPILL = {  # but not in a loop
     "attention",
     "weights",
     "info_nce_merge",
-    "info_nce_extremes",
+    "reference_extremes",
     "finish",
     "join_slices",
     "screen",
@@ -122,9 +121,9 @@ class HotPath:
 
 HOT_PATHS = [
     HotPath("info_nce_forward", "large", 512, 128, least_busy=0.95, most_shared_time=0.25),
-    HotPath("info_nce_gradient", "large", 512, 128, least_busy=0.60, most_shared_time=0.25),
+    HotPath("softmax_gradient", "large", 512, 128, least_busy=0.60, most_shared_time=0.25),
     HotPath("info_nce_forward", "large", 128, 128),
-    HotPath("info_nce_gradient", "large", 128, 128),
+    HotPath("softmax_gradient", "large", 128, 128),
     # Two of them rescale its rows.
     HotPath("attention", "soft", 128, 66, least_busy=0.80, most_shared_time=0.25),
     HotPath("attention", "soft", 256, 34, least_busy=0.90, most_shared_time=0.25),
@@ -152,7 +151,7 @@ def test_hot_paths_on_hopper_leave_the_time_to_the_products(
         assert port_clk <= path.most_shared_time * cost.clk.products
 
 
-SLICED = ["info_nce_forward", "info_nce_gradient", "contrastive_forward", "contrastive_gradient"]
+SLICED = ["info_nce_forward", "contrastive_forward", "softmax_gradient"]
 
 
 @counts_of_triton_3_9
@@ -171,7 +170,7 @@ def tile_clk(cost: Cost, masked: bool) -> float:
 
 @counts_of_triton_3_9
 @pytest.mark.parametrize("depth", [128, 512])
-@pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient"])
+@pytest.mark.parametrize("kernel", ["info_nce_forward", "softmax_gradient"])
 def test_a_tile_of_the_diagonal_costs_little_more_than_others(
     costs: list[Cost], kernel: str, depth: int
 ) -> None:
@@ -206,7 +205,7 @@ def test_the_gradient_of_few_pairs_fills_the_card(
     costs: list[Cost], n: int, form: str, most_us: float
 ) -> None:
     """34, 68 and 168 us where a tile of the diagonal went slice by slice."""
-    cost = only(costs, kernel="info_nce_gradient", form=form, depth=512, arch=90, dtype="bf16")
+    cost = only(costs, kernel="softmax_gradient", form=form, depth=512, arch=90, dtype="bf16")
     assert span_us(cost, n) <= most_us
 
 
@@ -228,7 +227,7 @@ class PathWithIds:
 
 PATHS_WITH_IDS = [
     PathWithIds("contrastive_forward", exponentials=128, most_barriers=41),
-    PathWithIds("contrastive_gradient", exponentials=128, most_barriers=8),
+    PathWithIds("softmax_gradient", exponentials=128, most_barriers=8),
     PathWithIds("sigmoid_loss", exponentials=96, most_barriers=9),  # three sums
 ]
 
@@ -403,7 +402,7 @@ def test_no_slice_compiles_again() -> None:
     codes: dict[str, list[int]] = {}
     for kernel, compiled_code in json.loads(python("-c", code)):
         codes.setdefault(kernel, []).append(compiled_code)
-    gradients = codes["info_nce_gradient_kernel"]
+    gradients = codes["softmax_gradient_kernel"]
     assert len(gradients) > 20 and len(set(gradients)) == 1
     attention = codes["attention_kernel"]
     assert len(attention) == 3 and len(set(attention)) == 1

@@ -371,7 +371,7 @@ def whole_tiles_without_a_positive(rows: int, columns: int, row: launch.Launch) 
     return sum(i + row.block_n <= j or j + row.block_m <= i for i, j in tiles)
 
 
-BY_DESCRIPTOR = ("info_nce_forward_kernel", "info_nce_gradient_kernel", "sigmoid_loss_kernel")
+BY_DESCRIPTOR = ("info_nce_forward_kernel", "softmax_gradient_kernel", "sigmoid_loss_kernel")
 
 
 def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
@@ -456,9 +456,9 @@ def assert_noticed(fault: str, problem: Problem) -> None:
 @pytest.mark.parametrize(
     "family, module",
     [
-        ("info_nce", "info_nce"),
-        ("ids excluded", "contrastive"),
-        ("contrastive, one way", "contrastive"),
+        ("info_nce", "softmax_gradient"),
+        ("ids excluded", "softmax_gradient"),
+        ("contrastive, one way", "softmax_gradient"),
         ("siglip, ids positive", "sigmoid_loss"),
     ],
 )
@@ -482,7 +482,8 @@ def test_a_kernel_that_writes_a_wrong_tile_fails(
 @interpreted
 @pytest.mark.parametrize("same_id", ["exclude", "positive"])
 @pytest.mark.parametrize(
-    "problem_with, module", [(info_nce_problem, "contrastive"), (siglip_problem, "sigmoid_loss")]
+    "problem_with, module",
+    [(info_nce_problem, "softmax_gradient"), (siglip_problem, "sigmoid_loss")],
 )
 def test_a_kernel_that_overlooks_equal_ids_fails(
     monkeypatch: pytest.MonkeyPatch,

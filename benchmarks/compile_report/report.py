@@ -21,10 +21,9 @@ from benchmarks.compile_report.launches import Case, Compiled, call, cases, reco
 # Kernels over tiles of products, whose row of the launch table makes promises.
 TILED = {
     "info_nce_forward",
-    "info_nce_gradient",
     "sigmoid_loss",
     "contrastive_forward",
-    "contrastive_gradient",
+    "softmax_gradient",
     "attention",
     "weights",
     "screen",
