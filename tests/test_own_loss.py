@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import (
     CONTEXT,
     compile_first,
@@ -133,6 +134,30 @@ def test_a_signal_ends_a_script_as_it_ends_the_command(
     printed = logs_of(tmp_path)
     assert "continue with --resume logs/run" in printed
     assert "Traceback" not in printed and "logs/run None" not in printed  # the page's last line
+
+
+def stop_on_rank(folder: Path) -> tuple[int, bool]:
+    """The exit code that a run asks for which is told to stop, and whether it is still in a
+    process group then."""
+    os.chdir(folder)
+    bare()
+    original = Stepper.step
+
+    def step(self: Stepper, number: int, *arguments: Any, **options: Any) -> Any:
+        if number == STOPS_AT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, number, *arguments, **options)
+
+    Stepper.step = step  # type: ignore[method-assign]
+    try:
+        train(make_config(**settings(folder, batch_size=6, max_steps=100)))
+    except SystemExit as stop:
+        return stop.code, dist.is_initialized()
+    raise AssertionError("it went on")
+
+
+def test_ranks_that_stop_leave_their_group(tmp_path: Path) -> None:
+    assert on_ranks(2, stop_on_rank, tmp_path) == [(0, False), (0, False)]
 
 
 class Recorder(nn.Module):
