@@ -339,6 +339,12 @@ def test_the_table_has_a_row_per_metric_and_the_change() -> None:
     assert len({len(line) for line in table[1:6]}) == 1  # aligned
 
 
+def test_a_set_without_captions_has_none_in_its_heading() -> None:
+    sets = {"HO": SetResults("Held-out", 389, 0, {"concept/acc1": 0.3})}
+    table = format_table(Outcome("builtin:icons", "tiny", "x.pt", sets)).splitlines()
+    assert table[0] == "Held-out (HO): 389 images"
+
+
 def test_equal_captions_are_counted_once_in_words() -> None:
     features = torch.eye(40)
     captions = torch.arange(40) // 4

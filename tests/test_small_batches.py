@@ -117,6 +117,8 @@ def test_a_rival_trains_and_is_judged(icons: Icons, row: str) -> None:
     assert record["pairs"] == 300
     assert record["samples"] == 57 * 16  # 3 epochs of 300 in batches of 16
     assert record["metrics"]["zero-shot"] > 0.3  # of 46 concepts
+    drawings, right = np.array([*record["named"].values()]).sum(0)
+    assert record["metrics"]["zero-shot"] == pytest.approx(right / drawings, abs=1e-5)
     if row == QUEUE:
         assert len(run.trainer.stepper.loss.queue) == QUEUES[QUEUE]
 
@@ -164,6 +166,14 @@ def test_equal_time_is_the_row_s_time_in_epochs_of_clip(done: protocol.Done) -> 
 def test_rows_for_another_s_time_wait_until_it_is_known() -> None:
     rows = {task.row for task in Order(FULL, {}).all() if task.stage != "floor"}
     assert rows == {CLIP, OURS, SHUFFLED}
+
+
+def test_a_report_says_what_rows_wait_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, done: protocol.Done
+) -> None:
+    some = {key: run | ORIGIN | {"texts": 9} for key, run in list(done.items())[:-3]}
+    small_batches.SmallBatches().report(some, tmp_path, tmp_path)
+    assert "\n3 timed runs are missing (--pairs)" in capsys.readouterr().out
 
 
 # ---- the order of the runs ----
@@ -216,7 +226,9 @@ def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -
     for tower in (MLP, CNN):
         for batch in (64, 256):
             for row in (CLIP, EQUAL_TIME, WITH_TEACHER, OURS):
-                assert seeds.pop((tower, row, batch, 60_000)) == eight
+                planned = tower == MLP and row in (EQUAL_TIME, OURS)
+                expected = list(range(100, 116)) if planned else eight
+                assert seeds.pop((tower, row, batch, 60_000)) == expected
     for row in (*QUEUES, *small_batches.CONTROLS):
         assert seeds.pop((MLP, row, 64, 60_000)) == eight
     for row in (EQUAL_TIME, OURS):
@@ -231,7 +243,7 @@ def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -
 
 def test_what_is_planned_comes_first_and_seed_by_seed(done: protocol.Done) -> None:
     judged = [task for task in finish(done) if task.stage == "main"]
-    first = judged[:32]
+    first = judged[:64]
     assert {(task.tower, task.row, task.batch) for task in first} == {
         (MLP, row, batch) for row in (EQUAL_TIME, OURS) for batch in (64, 256)
     }
@@ -250,13 +262,14 @@ def test_each_method_s_best_batch_has_the_same_time(done: protocol.Done) -> None
 
 # ---- the report ----
 
-OURS_64 = [0.62, 0.63, 0.61, 0.64] * 2
-EQUAL_64 = [0.60, 0.62, 0.60, 0.61] * 2
-OURS_256 = [0.61, 0.60, 0.62, 0.63] * 2
-EQUAL_256 = [0.61, 0.61, 0.61, 0.62] * 2
+OURS_64 = [0.62, 0.63, 0.61, 0.64] * 4
+EQUAL_64 = [0.60, 0.62, 0.60, 0.61] * 4
+OURS_256 = [0.61, 0.60, 0.62, 0.63] * 4
+EQUAL_256 = [0.61, 0.61, 0.61, 0.62] * 4
 
 
-def judged_runs(tower: str, seeds: int = 8) -> list[dict[str, Any]]:
+def judged_runs(tower: str) -> list[dict[str, Any]]:
+    """All planned runs of a tower; ours names one more drawing of two in "a", none in "b"."""
     values = {
         (OURS, 64): OURS_64,
         (EQUAL_TIME, 64): EQUAL_64,
@@ -265,8 +278,9 @@ def judged_runs(tower: str, seeds: int = 8) -> list[dict[str, Any]]:
     }
     return [
         scored(Task("main", tower, row, 100 + i, 1e-3, 4.0, batch, 60_000), value)
+        | {"named": {"a": [2, 1 + (row == OURS)], "b": [2, 1]}}
         for (row, batch), of_seeds in values.items()
-        for i, value in enumerate(of_seeds[:seeds])
+        for i, value in enumerate(of_seeds[: small_batches_report.SEEDS[tower]])
     ]
 
 
@@ -281,7 +295,29 @@ def test_there_is_no_answer_before_the_last_planned_run() -> None:
     assert not planned_of(found)
     text = small_batches_report.section([run | ORIGIN for run in found], protocol.FLOORS)
     assert text.startswith("**No answer yet**")
-    assert "31 of 32 (MLP over HOG and pixels) and 0 of 32 (default CNN)" in text
+    assert "63 of 64 (MLP over HOG and pixels) and 0 of 32 (default CNN)" in text
+    assert "+0." not in text and "svg" not in text  # no result in the making
+
+
+def test_a_diverged_run_leaves_out_its_pair_and_too_many_are_no_answer() -> None:
+    found = judged_runs(MLP)
+    of_256 = [run for run in found if (run["row"], run["batch"]) == (OURS, 256)]
+    of_256[0]["metrics"] = {}
+    tests = planned_of(found)
+    assert tests[MLP, "AMI", small_batches_report.GAIN][0].seeds == 16
+    assert tests[MLP, "AMI", small_batches_report.MORE][0].seeds == 15
+    for run in of_256[:5]:
+        run["metrics"] = {}
+    assert {test for _, _, test in planned_of(found)} == {small_batches_report.GAIN}
+    text = small_batches_report.section([run | ORIGIN for run in found], protocol.FLOORS)
+    assert "n = 16 |" in text and "no answer: too many runs diverged" in text
+
+
+def test_a_row_with_runs_of_two_lengths_is_an_error() -> None:
+    found = judged_runs(MLP)
+    found[3]["epochs"] = 4.5
+    with pytest.raises(ValueError, match=r"one learning rate and length, got 0.001, 4 epochs and"):
+        planned_of(found)
 
 
 ORIGIN = {"machine": "M", "commit": "abc", "torch": "2.13"}
@@ -308,6 +344,7 @@ def test_the_page_has_the_planned_table_and_the_rest_says_that_it_is_exploratory
     found = [run | ORIGIN for run in judged_runs(MLP)]
     text = small_batches_report.section(found, protocol.FLOORS)
     assert text.startswith("| a teacher's prototypes")
+    assert "at 64 more drawings in 1 of 2 sets, fewer in 0" in text
     (line,) = [
         line for line in text.splitlines() if line.startswith("| MLP over HOG and pixels: A")
     ]

@@ -171,6 +171,13 @@ def test_a_run_too_short_for_prototypes_says_so(
     assert re.search(words, message)
 
 
+def test_the_first_lines_say_why_the_loss_will_jump(trained: Path) -> None:
+    log = (trained / "out.log").read_text()
+    assert (
+        "prototypes train from step 5 on; the loss is larger from there, as it includes them" in log
+    )
+
+
 @pytest.mark.parametrize("size", [0, 4000])
 @pytest.mark.parametrize("name", ["torn.pt", "torn.safetensors"])
 def test_torn_weights_are_named(tmp_path: Path, name: str, size: int) -> None:

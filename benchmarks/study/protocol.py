@@ -8,8 +8,9 @@ concepts with every name that contains their words; near-duplicates of held-out 
 train (``split.py``). A run trains on 60,000 of the other icons, drawn by its seed, for 4
 epochs in batches of 256 with one thread; episodes of N = 15,000 samples, K = N / 10 = 1,500.
 Tuning: every row on the same four learning rates and epochs (``GRID``), one seed, MLP tower, on
-twelve other sets and 70 other concepts, with the test families and concepts out as well. The
-highest mean of the primary metrics counts, for both towers.
+twelve other sets and 70 other concepts, with the test families out as well (drawings of the test
+concepts from other families stay in). The highest mean of the primary metrics counts, for both
+towers.
 Towers, in fp32: ``cnn``, the default model of ``protoclip train``; ``mlp``, two layers over fixed
 features (HOG and 12 x 12 pixels), for many seeds. Both have tokens renumbered to those that occur.
 Rows: ``ROWS``. All have the same flags but for what the row says.

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,13 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import protoclip
 from benchmarks.report import write_between
 from benchmarks.study import protocol as study
-from benchmarks.study.data import IconPairs
+from benchmarks.study.data import IconPairs, Icons
 from benchmarks.study.protocol import (
     CNN,
+    CONCEPT,
     FLOORS,
     MLP,
     PLAIN,
@@ -38,12 +40,24 @@ from benchmarks.study.protocol import (
     Data,
     Done,
     Towers,
+    labelled,
 )
 from benchmarks.study.report import CLIP, EQUAL_TIME, INTERNAL_ONLY, score
-from benchmarks.study.small_batches_report import BEGIN, END, OURS, PAGE, section
-from benchmarks.study.split import Rules, by_lot
+from benchmarks.study.small_batches_report import (
+    BEGIN,
+    END,
+    OURS,
+    PAGE,
+    SEEDS,
+    Cost,
+    costs,
+    section,
+)
+from benchmarks.study.split import Rules, Split, by_lot
 from protoclip.common.seeds import generator
 from protoclip.episodes.teacher import load_teacher, minilm
+from protoclip.evaluate.metrics import zero_shot_logits
+from protoclip.evaluate.tasks import Encoder
 from protoclip.losses.objective import Losses, ProtoLoss
 from protoclip.settings.config import LossConfig, TrainConfig
 
@@ -56,6 +70,8 @@ TEST_SETS = (
     "stash", "uiw",
 )  # fmt: skip
 FIRST_SEED = 100  # lower ones have been judged
+
+BAR = tqdm(disable=True)
 
 WITH_TEACHER = "CLIP, time of the teacher too"
 QUEUES = {"queue of 3 steps": 3, "queue of 15 steps": 15}
@@ -83,7 +99,8 @@ class Size(study.Size):
     batches: tuple[int, int] = (64, 256)  # of the planned comparisons
     axis: tuple[int, ...] = (32, 128, 512, 1024)
     amounts: tuple[int, ...] = (15_000, 100_000)  # icons, at the small batch
-    seeds: int = 8
+    planned_seeds: Mapping[str, int] = field(default_factory=lambda: dict(SEEDS))
+    seeds: int = 8  # of the other judged rows
     few_seeds: int = 3  # of the axis, and of tuning
     pairs: int = 5  # timed, a batch and tower
     few_pairs: int = 2  # at the other batches
@@ -99,6 +116,7 @@ TINY = Size(
     batches=(16, 32),
     axis=(64,),
     amounts=(200,),
+    planned_seeds={MLP: 2, CNN: 2},
     seeds=2,
     few_seeds=1,
     pairs=2,
@@ -155,6 +173,23 @@ class Run(study.Run):
             return teacher
         return teacher[torch.randperm(len(teacher), generator=generator(self.task.seed, 4))]
 
+    def finish(self) -> dict[str, Any]:
+        """Train to the end and judge; also how many drawings of each set were named."""
+        record = super().finish()
+        return record | {"named": named_by_set(self.encoder(), self.split, self.data.icons)}
+
+
+def named_by_set(encoder: Encoder, split: Split, icons: Icons) -> dict[str, list[int]]:
+    """By set, how many drawings of seen concepts there are and how many zero-shot names right."""
+    pairs = labelled(icons, split.judged_seen, split.seen, "seen")
+    named = zero_shot_logits(encoder.images(pairs), encoder.texts(list(split.seen))).argmax(1)
+    right = (named == pairs.labels[CONCEPT].ids).numpy()
+    sets = icons.set[split.judged_seen]
+    return {
+        name: [int((sets == name).sum()), int(right[sets == name].sum())]
+        for name in np.unique(sets).tolist()
+    }
+
 
 def time_teacher(task: Task, size: Size, data: Data) -> dict[str, Any]:
     """CPU seconds from nothing to a run's teacher: its names' features and their components."""
@@ -167,32 +202,6 @@ def time_teacher(task: Task, size: Size, data: Data) -> dict[str, Any]:
     load_teacher(str(data.icons.folder / "teacher.npz"), pairs)
     seconds = time.process_time() - began
     return {"metrics": {}, "cpu_seconds": round(seconds, 2), "texts": len(texts)}
-
-
-# What a run costs
-
-
-@dataclass(frozen=True)
-class Cost:
-    """CPU seconds of a run's first episodes; every later one takes as long as the last of them."""
-
-    first: tuple[float, ...]
-
-    def seconds(self, episodes: float) -> float:
-        """Of a run of so many episodes."""
-        return sum(self.first) + (episodes - len(self.first)) * self.first[-1]
-
-    def episodes(self, seconds: float) -> float:
-        """How many can be done in so many seconds."""
-        return len(self.first) + (seconds - sum(self.first)) / self.first[-1]
-
-
-def costs(records: Sequence[Mapping[str, Any]], row: str) -> tuple[Cost, Cost]:
-    """CLIP's and the row's, means over the timed pairs."""
-    seconds = [record["seconds_by_episode"] for record in records]
-    clip = statistics.fmean(value for by_row in seconds for value in by_row[CLIP])
-    columns = zip(*(by_row[row] for by_row in seconds), strict=True)
-    return Cost((clip,)), Cost(tuple(map(statistics.fmean, columns)))
 
 
 # Many runs
@@ -334,6 +343,12 @@ class Order:
             for row, lr, epochs, batch in chosen:
                 yield Task("main", tower, row, seed, lr, epochs, batch, icons)
 
+    def planned(self, tower: str) -> Tasks:
+        """The rows of the planned comparisons."""
+        size = self.size
+        seeds = size.planned_seeds[tower]
+        yield from self.rows(tower, (EQUAL_TIME, OURS), size.batches, seeds=seeds)
+
     def best(self) -> Tasks:
         """CLIP and ours at their best batches, for the time of ours at the small one."""
         size = self.size
@@ -365,9 +380,9 @@ class Order:
         size = self.size
         small = size.batches[:1]
         yield from (Task("floor", "", name, 0) for name in FLOORS)
-        yield from self.rows(MLP, (EQUAL_TIME, OURS), size.batches)
+        yield from self.planned(MLP)
         yield from self.rows(MLP, (CLIP, WITH_TEACHER), size.batches)
-        yield from self.rows(CNN, (EQUAL_TIME, OURS), size.batches)
+        yield from self.planned(CNN)
         yield from self.rows(MLP, (*QUEUES, *CONTROLS), small)
         yield from self.best()
         few = {"seeds": size.few_seeds, "tuning_seeds": 1}
@@ -402,6 +417,8 @@ class SmallBatches(study.Study):
                 row: Run(replace(task, row=row), self.size, data, towers)
                 for row in (CLIP, task.row)
             }
+            if task.tower == CNN:  # a first convolution sets up what the others find
+                Run(replace(task, row=CLIP), self.size, data, towers).trainer.run_episode(0, BAR)
             return {"metrics": {}, "seconds_by_episode": study.alternate(runs)}
         record = Run(task, self.size, data, towers).finish()
         for of_episodes in ("episodes", "entropies"):
@@ -411,6 +428,9 @@ class SmallBatches(study.Study):
     def report(self, done: Done, out: Path, folder: Path) -> None:
         text = section([*done.values()], FLOORS)
         print(text)
+        untimed = sum(task.key not in done for task in Order(self.size, done).timed())
+        if untimed and not self.timed:
+            print(f"\n{untimed} timed runs are missing (--pairs); rows of equal time wait for them")
         if out == self.results:
             write_between(PAGE, BEGIN, END, text)
 

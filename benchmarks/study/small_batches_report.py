@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import table
@@ -36,8 +38,9 @@ END = "<!-- small_batches: end -->"
 OURS = EXTERNAL_ONLY  # a teacher's prototypes alone
 METRICS = (*PRIMARY, *SECONDARY)
 BATCHES = (64, 256)  # of the planned comparisons
-SEEDS = 8
+SEEDS = {"mlp": 16, "cnn": 8}  # of the planned rows; fewer than three quarters are no answer
 ICONS = 60_000
+EPISODES = 16  # of a planned run of a teacher's prototypes
 PLANNED = len(TOWERS) * len(PRIMARY) * 2  # tests that Holm's correction counts
 
 
@@ -51,8 +54,15 @@ def runs_of(found: Iterable[Run], tower: str, stage: str = "main") -> Runs:
     runs: dict[str, dict[int, Run]] = {}
     for run in found:
         if run["stage"] == stage and run["tower"] == tower:
-            key = name(run["row"], run["batch"], run["icons"])
-            runs.setdefault(key, {})[run["seed"]] = run
+            of_row = runs.setdefault(name(run["row"], run["batch"], run["icons"]), {})
+            for other in of_row.values():
+                if (run["lr"], run["epochs"]) != (other["lr"], other["epochs"]):
+                    raise ValueError(
+                        f"{tower}, {run['row']}, batch {run['batch']}: expected runs of one "
+                        f"learning rate and length, got {other['lr']:g}, {other['epochs']:g} epochs"
+                        f" and {run['lr']:g}, {run['epochs']:g}; take the older runs out"
+                    )
+            of_row[run["seed"]] = run
     return runs
 
 
@@ -62,10 +72,21 @@ def gains(runs: Runs, metric: str, batch: int) -> dict[int, float]:
     return {seed: ours[seed] - equal[seed] for seed in ours.keys() & equal.keys()}
 
 
-def finished_of(runs: Runs) -> int:
-    """How many of a tower's planned runs are there."""
-    rows = [name(row, batch) for row in (OURS, EQUAL_TIME) for batch in BATCHES]
-    return sum(min(SEEDS, len(runs.get(row, {}))) for row in rows)
+PLANNED_ROWS = [name(row, batch) for row in (OURS, EQUAL_TIME) for batch in BATCHES]
+
+
+def wanted_of(tower: str) -> int:
+    """How many planned runs a tower has."""
+    return len(PLANNED_ROWS) * SEEDS[tower]
+
+
+def finished_of(tower: str, runs: Runs) -> int:
+    """How many of them are there, diverged ones too."""
+    return sum(min(SEEDS[tower], len(runs.get(row, {}))) for row in PLANNED_ROWS)
+
+
+def is_finished(tower: str, runs: Runs) -> bool:
+    return finished_of(tower, runs) == wanted_of(tower)
 
 
 Test = tuple[str, str, str]  # tower, metric, what is compared
@@ -73,36 +94,59 @@ GAIN, MORE = f"gain at {BATCHES[0]}", f"gain at {BATCHES[0]} minus at {BATCHES[1
 
 
 def planned(by_tower: Mapping[str, Runs]) -> dict[Test, tuple[Difference, float]]:
-    """The planned tests of the towers that are finished, and p after Holm over all twelve."""
+    """The planned tests of the towers that are finished, and p after Holm over all twelve; none
+    where too many runs diverged."""
     tests: dict[Test, Difference] = {}
     for tower, runs in by_tower.items():
-        if finished_of(runs) < 2 * len(BATCHES) * SEEDS:
+        if not is_finished(tower, runs):
             continue
         for metric in PRIMARY:
             small, large = (gains(runs, metric, batch) for batch in BATCHES)
-            of_gain, of_more = paired(small, dict.fromkeys(small, 0.0)), paired(small, large)
-            if of_gain is not None and of_more is not None:
-                tests |= {(tower, metric, GAIN): of_gain, (tower, metric, MORE): of_more}
+            found = {GAIN: paired(small, dict.fromkeys(small, 0.0)), MORE: paired(small, large)}
+            for test, delta in found.items():
+                if delta is not None and delta.seeds >= 0.75 * SEEDS[tower]:
+                    tests[tower, metric, test] = delta
     corrected = holm(tests, PLANNED)
     return {test: (delta, corrected[test]) for test, delta in tests.items()}
 
 
 def planned_table(by_tower: Mapping[str, Runs]) -> str:
-    """The planned family, with the gain at the large batch beside it."""
+    """The planned family, with the gain at the large batch beside it; by finished tower."""
     tests = planned(by_tower)
     lines = []
     for tower, runs in by_tower.items():
-        for metric in PRIMARY:
-            if (tower, metric, GAIN) in tests:
-                large = gains(runs, metric, BATCHES[1])
-                line = [f"{TOWERS[tower]}: {metric}"]
-                line += [delta.text(p) for delta, p in [tests[tower, metric, GAIN]]]
-                line += [text_of(paired(large, dict.fromkeys(large, 0.0)))]
-                line += [delta.text(p) for delta, p in [tests[tower, metric, MORE]]]
-                lines.append(line)
-    head = ["a teacher's prototypes, beside CLIP for their time", GAIN]
+        for metric in PRIMARY if is_finished(tower, runs) else ():
+            large = gains(runs, metric, BATCHES[1])
+            lines.append(
+                [
+                    f"{TOWERS[tower]}: {metric}",
+                    test_text(tests.get((tower, metric, GAIN))),
+                    text_of(paired(large, dict.fromkeys(large, 0.0))),
+                    test_text(tests.get((tower, metric, MORE))),
+                ]
+            )
+    head = ["a teacher's prototypes, beside CLIP for their time without the teacher's", GAIN]
     head += [f"at {BATCHES[1]} (not corrected)", MORE]
     return table(head, lines) if lines else ""
+
+
+def test_text(found: tuple[Difference, float] | None) -> str:
+    """A planned test's cell."""
+    if found is None:
+        return "no answer: too many runs diverged"
+    delta, p = found
+    return f"{delta.text(p)}, n = {delta.seeds}"
+
+
+def by_set(runs: Runs, batch: int) -> str:
+    """In how many of the judged sets zero-shot names more drawings, over all seeds."""
+    gained: Counter[str] = Counter()
+    for row, sign in ((OURS, 1), (EQUAL_TIME, -1)):
+        for run in runs[name(row, batch)].values():
+            for of_set, (_, right) in run.get("named", {}).items():
+                gained[of_set] += sign * right
+    more, fewer = (sum(sign * right > 0 for right in gained.values()) for sign in (1, -1))
+    return f"at {batch} more drawings in {more} of {len(gained)} sets, fewer in {fewer}"
 
 
 def rows_table(runs: Runs) -> str:
@@ -151,13 +195,37 @@ def best_table(runs: Runs) -> str:
         ours, clip = by_row[OURS], by_row[EQUAL_TIME]
         cells = [text_of(difference(runs, ours, clip, metric)) for metric in METRICS]
         lines.append(["difference", "", *cells])
-    return table(["each at its best batch", "seeds", *METRICS], lines) if lines else ""
+    head = ["each at its best batch, without the teacher's time", "seeds", *METRICS]
+    return table(head, lines) if lines else ""
 
 
-def ratio_of(pair: Run) -> float:
-    """CPU time of a row's timed episodes over CLIP's."""
-    seconds = pair["seconds_by_episode"]
-    return sum(seconds[pair["row"]]) / sum(seconds[CLIP])
+@dataclass(frozen=True)
+class Cost:
+    """CPU seconds of a run's first episodes; every later one takes as long as the last of them."""
+
+    first: tuple[float, ...]
+
+    def seconds(self, episodes: float) -> float:
+        """Of a run of so many episodes."""
+        return sum(self.first) + (episodes - len(self.first)) * self.first[-1]
+
+    def episodes(self, seconds: float) -> float:
+        """How many can be done in so many seconds."""
+        return len(self.first) + (seconds - sum(self.first)) / self.first[-1]
+
+
+def costs(records: Sequence[Run], row: str) -> tuple[Cost, Cost]:
+    """CLIP's and the row's, means over the timed pairs."""
+    seconds = [record["seconds_by_episode"] for record in records]
+    clip = statistics.fmean(value for by_row in seconds for value in by_row[CLIP])
+    columns = zip(*(by_row[row] for by_row in seconds), strict=True)
+    return Cost((clip,)), Cost(tuple(map(statistics.fmean, columns)))
+
+
+def ratio_of(pairs: Sequence[Run], row: str) -> float:
+    """CPU time of a row's run over CLIP's run of as many samples."""
+    clip, of_row = costs(pairs, row)
+    return of_row.seconds(EPISODES) / clip.seconds(EPISODES)
 
 
 def costs_table(found: Sequence[Run]) -> str:
@@ -168,14 +236,18 @@ def costs_table(found: Sequence[Run]) -> str:
             pairs.setdefault((run["tower"], run["row"], run["batch"]), []).append(run)
     lines = []
     for (tower, row, batch), timed in pairs.items():
-        ratios = [ratio_of(pair) for pair in timed]
+        ratios = [ratio_of([pair], row) for pair in timed]
         clip = [s for pair in timed for s in pair["seconds_by_episode"][CLIP]]
         last = [pair["seconds_by_episode"][row][-1] for pair in timed]
-        span = f"{statistics.fmean(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
+        span = f"{ratio_of(timed, row):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
         cells = [TOWERS[tower], name(row, batch), str(len(timed)), mean(clip, ".2f")]
         lines.append([*cells, mean(last, ".2f"), span])
     head = ["CPU seconds, timed alone", "", "pairs", "CLIP's episode", "the row's last episode"]
-    parts = [table([*head, "ratio of all episodes (lowest … highest)"], lines) if lines else ""]
+    parts = [
+        table([*head, f"ratio of {EPISODES} episodes (lowest … highest pair)"], lines)
+        if lines
+        else ""
+    ]
     parts += [
         f"The teacher of a run ({TOWERS[run['tower']]}, timed beside its pairs): "
         f"{run['texts']:,} names, {run['cpu_seconds']:.0f} CPU seconds."
@@ -209,15 +281,17 @@ def tuning_table(found: Iterable[Run]) -> str:
 
 
 def by_batch(runs: Runs) -> dict[str, dict[int, Difference]]:
-    """For the picture: the gain over CLIP at equal time by primary metric and batch, where there
-    are as many seeds as the rules say."""
+    """For the picture: the gain over CLIP at equal time by primary metric and batch; nothing
+    before the planned runs are finished."""
+    if not is_finished("mlp", runs):
+        return {}
     batches = {next(iter(by_seed.values()))["batch"] for by_seed in runs.values()}
     gained: dict[str, dict[int, Difference]] = {metric: {} for metric in PRIMARY}
     for batch in sorted(batches):
         for metric in PRIMARY:
             of_seeds = gains(runs, metric, batch)
             delta = paired(of_seeds, dict.fromkeys(of_seeds, 0.0))
-            if delta is not None and delta.seeds >= (SEEDS if batch in BATCHES else 3):
+            if delta is not None and delta.seeds >= 3:
                 gained[metric][batch] = delta
     return gained
 
@@ -230,20 +304,23 @@ def picture_title(gained: Mapping[str, Mapping[int, Difference]]) -> str:
         for metric, by_batch in gained.items()
     ]
     return (
-        "What a teacher's prototypes gain over CLIP at equal CPU time by batch size, with 95 % "
-        f"intervals ({TOWERS['mlp']}). {'; '.join(parts)}."
+        "What a teacher's prototypes gain over CLIP at equal CPU time, the teacher's not counted, "
+        f"by batch size, with 95 % intervals ({TOWERS['mlp']}). {'; '.join(parts)}."
     )
 
 
 def enough_for_picture(gained: Mapping[str, Mapping[int, Any]]) -> bool:
     """Whether there are two batches to compare."""
-    return all(len(of_metric) > 1 for of_metric in gained.values())
+    return bool(gained) and all(len(of_metric) > 1 for of_metric in gained.values())
 
 
 def section(found: Sequence[Run], floors: Sequence[str]) -> str:
     """What the page shows."""
     by_tower = {tower: runs_of(found, tower) for tower in TOWERS}
-    counts = [f"{finished_of(runs)} of 32 ({TOWERS[tower]})" for tower, runs in by_tower.items()]
+    counts = [
+        f"{finished_of(tower, runs)} of {wanted_of(tower)} ({TOWERS[tower]})"
+        for tower, runs in by_tower.items()
+    ]
     tuned = sum(run["stage"] == "tune" for run in found)
     parts = [
         planned_table(by_tower) or "**No answer yet**: no tower's planned runs are all finished.",
@@ -254,10 +331,13 @@ def section(found: Sequence[Run], floors: Sequence[str]) -> str:
     if enough_for_picture(gained):
         parts.append(f"![{picture_title(gained)}](small-batches.svg)")
     for tower, runs in by_tower.items():
+        if not is_finished(tower, runs):  # a result in the making is not shown
+            continue
+        sets = [by_set(runs, batch) for batch in BATCHES]
+        parts.append(f"Zero-shot names ({TOWERS[tower]}, all seeds): {'; '.join(sets)}.")
         tables = [rows_table(runs), beside_rivals(runs), best_table(runs_of(found, tower, "best"))]
-        if any(tables):
-            words = "Exploratory, not corrected: values of CLIP at equal time, differences to them."
-            parts.append(details(f"Every row: {TOWERS[tower]}", [words, *tables]))
+        words = "Exploratory, not corrected: values of CLIP at equal time, differences to them."
+        parts.append(details(f"Every row: {TOWERS[tower]}", [words, *tables]))
     parts.append(details("What needs no training", [floors_table(found, floors)]))
     parts.append(details("Time", [costs_table(found)]))
     parts.append(details("Tuning", [tuning_table(found)]))

@@ -96,7 +96,9 @@ def choose_features(
         if config.features == "auto" and config.infonce_warmup >= 1:
             why = f", as the run makes fewer than two passes over the data ({epochs:.3g})"
         return FeatureSource(False, "extracted" + why)
-    size = f"{bytes_of_rank / 2**20:,.1f} MiB on each rank"
+    size = f"{bytes_of_rank / 2**20:,.1f} MiB"
+    if world_size() > 1:
+        size += " on each rank"
     place = _place_for_table(bytes_of_rank, device)
     if place is None and config.features == "auto":
         return FeatureSource(False, f"extracted, as storing them takes {size}, more than is free")

@@ -128,7 +128,9 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str 
 
     blocks = []
     for key, trained in outcome.trained.items():
-        size = f"{trained.samples:,} images, {trained.number_of_captions}"
+        size = f"{trained.samples:,} images"
+        if trained.captions:
+            size += f", {trained.number_of_captions}"
         lines = [f"{trained.title} ({key}): {size}", line("", heads)]
         beside = [results.get(key, NOTHING) for results in columns.values()]
         for name, words in rows_of(trained.metrics):

@@ -84,6 +84,8 @@ def announce(
         limits = " at the earliest"
     if first >= plan.total_steps:
         limits += ", which this run does not reach"
+    elif first:
+        limits += "; the loss is larger from there, as it includes them"
     num_clusters = prototypes.check_clusters(episode, episode_samples)
     if config.loss.w_proto < 0 and active.external:
         teacher_remark += "; no internal prototypes beside it (--w-proto 1 adds them)"
