@@ -136,21 +136,25 @@ def headlines(records: Iterable[Record]) -> str:
     record = newest_cpu(records)
     if record is None:
         return "No record yet."
-    ratios = [row["ratio"] for row in record["rows"] if row["ratio"] is not None]
+    compared = [row for row in record["rows"] if row["ratio"] is not None]
     lines = []
     shown = headline_cases(record)
     numbers = sorted({row["run"] for group in shown.values() for row in group})
     runs = [record["runs"][number] for number in numbers] or record["runs"][-1:]
-    when = " and ".join(f"{run['date'][:10]} at {run['commit'] or 'no commit'}" for run in runs)
+    days = " and ".join(sorted({run["date"][:10] for run in runs}))
+    commits = ", ".join(dict.fromkeys(run["commit"] or "no commit" for run in runs))
+    slower = [row for row in compared if row["ratio"] < 1]
+    of_kmeans = sum(row["op"] == "kmeans" for row in slower)
     for name, group in shown.items():
         ours = group[0]
         time = f"{digits(ours['median_ms'])} ms"
         lines.append([f"{name}, {sizes(ours)}", time, mib(ours), _peers(group)])
     head = ["", "protoclip", "extra memory", "others: time as a multiple of ours (extra memory)"]
+    machine, versions = runs[-1]["machine"], runs[-1]["versions"]
     return (
-        f"{runs[-1]['machine']}, torch {runs[-1]['versions']['torch']}, recorded {when}. Of the "
-        f"{len(ratios)} comparisons in this record the other is faster in "
-        f"{sum(r < 1 for r in ratios)}.\n\n{table(head, lines)}"
+        f"{machine}, torch {versions['torch']}, recorded {days} at {commits}. "
+        f"Of the {len(compared)} comparisons in this record the other is faster in {len(slower)}, "
+        f"{of_kmeans} of them k-means ([which](docs/speed.md)).\n\n{table(head, lines)}"
     )
 
 
