@@ -310,7 +310,8 @@ def contrastive_fwd(
     num_columns = m if both_directions else 0
     if not min(n, m):
         return _without_pairs(x, n, num_columns, summed)
-    config = launch.choose("contrastive_forward", x, y)
+    kernel = "contrastive_forward" if key_bias is None else "contrastive_forward_with_biases"
+    config = launch.choose(kernel, x, y)
     blocks_m = cdiv(m, config.block_m)
     wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
     pairs = Pairs(own, exclude, key_bias)

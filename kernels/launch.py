@@ -45,10 +45,10 @@ class Launch:
         return options
 
 
-ARCHITECTURES = (80, 89, 90, 100)  # with rows of their own
+ARCHITECTURES = (80, 89, 90, 100, 120)  # with rows of their own
 # Other cards -> those with the same instructions and no more shared memory; unknown and newer ones
 # take 89's: mma.sync, the least shared memory.
-SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100}
+SERVED_AS = {80: 80, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
 
 _MMA = Launch(64, 128, 32, warps=4, stages=4, ctas_per_sm=2, slice_m=32)
 _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
@@ -59,7 +59,8 @@ _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, slice_m=32, des
 _CONTRASTIVE = replace(_HOPPER, block_m=64, slice_m=16)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, slice_m=32, descriptors=True)
 
-# Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
+# Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D; 120
+# is below.
 HALF: dict[str, dict[int, Launch]] = {
     "info_nce_forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
     "info_nce_gradient": {
@@ -82,6 +83,13 @@ HALF: dict[str, dict[int, Launch]] = {
         90: _CONTRASTIVE,
         100: _SMALL_SLICES,
     },
+    # The assembler spills to fit a third CTA, unless more registers are asked for.
+    "contrastive_forward_with_biases": {
+        80: replace(_SMALL_SLICES, max_registers=255),
+        89: replace(_SMALL_SLICES, max_registers=255),
+        90: _CONTRASTIVE,
+        100: _SMALL_SLICES,
+    },
     "contrastive_gradient": {80: _SMALL_SLICES, 89: _SMALL_SLICES, 90: _HOPPER, 100: _SMALL_SLICES},
     "contrastive_gradient_with_biases": {
         80: _SMALL_SLICES,
@@ -90,6 +98,9 @@ HALF: dict[str, dict[int, Launch]] = {
         100: replace(_SMALL, slice_m=32),  # slices of 16 spill
     },
 }
+for rows in HALF.values():
+    rows[120] = rows[89]  # the same instructions and as much shared memory
+HALF["contrastive_forward_with_biases"][120] = _SMALL_SLICES  # there it does not spill
 # From D = DEEP on, the products of a tile take so long that one CTA hides the rest, and a larger
 # tile is better: L2 delivers 8 TB/s, which feed 56 % of an H100 at the 64 FLOPs per byte of
 # 128 x 128 and 74 % at the 85 of 128 x 256. With fewer than DEEP_TILES of them per SM, SMs would
@@ -106,6 +117,7 @@ HALF_DEEP: dict[str, dict[int, Launch]] = {
 HALF_ANY: dict[str, Launch] = {
     "info_nce_forward": _PLAIN,
     "contrastive_forward": _PLAIN,
+    "contrastive_forward_with_biases": _PLAIN,
     "contrastive_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32),
     "contrastive_gradient_with_biases": Launch(
         64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32
@@ -134,7 +146,7 @@ ATTENTION: dict[int, dict[int, Launch]] = {
         256: Launch(64, 64, 256, warps=4, stages=2, ctas_per_sm=2),
     },
 }
-ATTENTION[89] = ATTENTION[80]
+ATTENTION[89] = ATTENTION[120] = ATTENTION[80]
 ATTENTION[100] = ATTENTION[80] | {
     128: Launch(128, 64, 128, warps=8, stages=2),
     256: Launch(64, 64, 256, warps=8, stages=2),
@@ -165,6 +177,8 @@ ASSIGN_OPEN = {
     arch: {64: _OPEN, 128: replace(_OPEN, block_d=128, block_m=64 if arch >= 90 else 32)}
     for arch in ARCHITECTURES
 }
+# Wider tiles of three terms need more than 255 registers on sm_120.
+ASSIGN_OPEN[120] = {64: replace(_OPEN, block_m=32), 128: ASSIGN_OPEN[89][128]}
 ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
 ASSIGN_EXACT = Launch(32, 64, 8, warps=8, stages=1)
 if INTERPRETED:  # there a program costs more than its products

@@ -295,12 +295,15 @@ def softmax_gradient_kernel(
         sums_ptr += (row0 // BLOCK_N) * m + col0
     near = high - low < SPREAD
     if near & (masked == 0):  # a path of its own: a branch after the products costs all tiles 4 %
-        factor = (row_probability_weight * tl.exp2(high - row_reference))[:, None]
+        factor = row_probability_weight * tl.exp2(high - row_reference)
         if BOTH_DIRECTIONS:
+            factor = factor[:, None]
             column_factor = column_probability_weight * tl.exp2(high - column_reference)
         acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
         if BOTH_DIRECTIONS:
             factor += pinned(column_factor)[None, :]
+        else:
+            factor = factor[:, None]  # before the products nine registers would spill
         shift = acc * base2_scale - high
         if pairs.key_bias_ptr is not None:
             shift += (tl.load(pairs.key_bias_ptr + col) * LOG2E)[None, :]
@@ -314,11 +317,12 @@ def softmax_gradient_kernel(
         positive_product = tl.zeros((BLOCK_N,), tl.float32)
         hides = near & can_hide(base2_scale) if DIAGONAL else False
         if hides:
-            factor = (row_probability_weight * tl.exp2(high - row_reference))[:, None]
+            row_factor = row_probability_weight * tl.exp2(high - row_reference)
             if BOTH_DIRECTIONS:
                 column_factor = column_probability_weight * tl.exp2(high - column_reference)
             acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
             acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
+            factor = row_factor[:, None]
             if BOTH_DIRECTIONS:
                 factor += pinned(column_factor)[None, :]
             p = tl.exp2(acc * base2_scale - high) * factor

@@ -27,7 +27,7 @@ from protoclip.ops import dispatch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-RELATIVES = (86, 103, 110, 120, 121)  # cards that take the rows of another architecture
+RELATIVES = (86, 103, 110, 121)  # cards that take the rows of another architecture
 
 
 class Case(NamedTuple):
