@@ -57,7 +57,7 @@ from protoclip.training.checks import (
     uses_prototypes,
 )
 from protoclip.training.stops import Stopped
-from protoclip.training.summary import announce, conclude
+from protoclip.training.summary import announce, conclude, find_first_prototype_step
 from protoclip.training.towers import tf32_products
 from protoclip.training.trainer import Setup, Trainer
 
@@ -179,6 +179,9 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
         trainer.folder = RunFolder(path, config, step, weights)
     folder = trainer.folder
     try:
+        first_prototype_step = find_first_prototype_step(
+            config, plan, trainer.active, trainer.features.source
+        )
         announce(
             folder,
             config,
@@ -189,6 +192,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             active=trainer.active,
             features=trainer.features.source,
             episode_samples=setup.episode_samples,
+            first_prototype_step=first_prototype_step,
             teacher_remark=remark,
         )
         # The same folder may give both kinds of pairs.
@@ -212,6 +216,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
                 after=after,
                 steps=plan.total_steps,
                 skipped_steps=trainer.log.reported_skips,
+                first_prototype_step=first_prototype_step,
             )
     except Stopped as stop:
         folder.say(stop.message)

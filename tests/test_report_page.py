@@ -358,7 +358,8 @@ def test_the_words_of_the_tables_are_explained_and_no_others(compared: Element) 
 
 def test_the_page_says_who_won(compared: Element) -> None:
     summary = compared.section("summary")
-    assert re.search(r"ours \(protoclip\) .* plain \(clip\): of \d+ scores", summary.text)
+    words = r"ours \(protoclip\) beside plain \(clip\): \d+ of \d+ scores differ by more than the "
+    assert re.search(words, summary.text)
     assert "ProtoCLIP also pulls" in summary.text
 
 
@@ -391,25 +392,141 @@ def test_a_run_without_prototypes_has_no_such_section(runs: Runs) -> None:
     assert "#prototypes" not in {link.attributes["href"] for link in page.one("nav").all("a")}
 
 
-def run_of(name: str, value: float, spread: float = 0.05) -> reading.Run:
-    """A run with one score and its interval."""
-    metric = "text_retrieval_recall@5"
+RECALLS = [f"{side}_retrieval_recall@{rank}" for side in ("text", "image") for rank in (1, 5)]
+
+
+def run_of(name: str, values: list[float], spread: float = 0.05, **outcome: Any) -> reading.Run:
+    """A run with four scores and their intervals."""
     results = SetResults(
-        "Held out", 9, 9, {metric: value}, {metric: (value - spread, value + spread)}
-    )
+        "Held out", 9, 9, dict(zip(RECALLS, values, strict=True)),
+        {metric: (x - spread, x + spread) for metric, x in zip(RECALLS, values, strict=True)},
+    )  # fmt: skip
     method = "clip" if name == "plain" else "protoclip"
-    return reading.Run(name, None, {"method": method}, Outcome("", "", "", {"HO": results}))
+    content = Outcome("", "", "", {"HO": results}, **outcome)
+    return reading.Run(name, None, {"method": method, "run": {"seed": 0}}, content)
 
 
 @pytest.mark.parametrize(
-    "value, words", [(0.5, "ahead of"), (0.1, "behind"), (0.32, "cannot be told")]
+    "values, count", [([0.5, 0.4, 0.2, 0.31], "3 of 4"), ([0.3] * 4, "0 of 4")]
 )
-def test_a_verdict_needs_intervals_that_exclude_zero(value: float, words: str) -> None:
-    assert words in reading.verdict(run_of("ours", value), run_of("plain", 0.30))
+def test_of_one_seed_each_no_run_is_called_ahead(values: list[float], count: str) -> None:
+    words = reading.verdict(run_of("ours", values), run_of("plain", [0.3] * 4))
+    assert f"{count} scores differ by more than the judged pictures explain" in words
+    assert "ahead" not in words and "behind" not in words
+    assert ("train several" in words) == (count != "0 of 4")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ([0.5, 0.5, 0.3, 0.3], "is ahead of"),
+        ([0.1, 0.1, 0.3, 0.3], "is behind"),
+        ([0.5, 0.5, 0.1, 0.1], "better in some and worse in other"),
+        ([0.5, 0.3, 0.3, 0.3], "cannot be told from"),  # chance does that to one of four
+        ([0.3, 0.3, 0.3, 0.3], "cannot be told from"),
+    ],
+)
+def test_of_several_seeds_a_verdict_needs_more_scores_than_chance_gives(
+    values: list[float], words: str
+) -> None:
+    baseline = run_of("plain", [0.3] * 4, seeds=5)
+    assert words in reading.verdict(run_of("ours", values), baseline)
+
+
+def test_chance_puts_some_of_many_scores_outside_their_intervals() -> None:
+    """Against draws of a binomial distribution."""
+    for count in (1, 4, 14, 17, 60):
+        outside = np.random.default_rng(0).binomial(count, 0.025, 200_000)
+        most = reading.most_by_chance(count)
+        assert (outside > most).mean() < 0.027
+        assert most == 0 or (outside > most - 1).mean() > 0.025
+
+
+def with_score(path: Path, value: float, frequent: float) -> reading.Run:
+    """The run with this zero-shot score, and that of the most frequent class."""
+    results = read_json(path / "results.json")
+    held_out = results["trained"]["HO"]
+    held_out["metrics"]["group/acc1"] = value
+    held_out["intervals"]["group/acc1"] = [value - 0.01, value + 0.01]
+    results["floors"] = {"frequent": {"HO": held_out | {"metrics": {"group/acc1": frequent}}}}
+    (path / "results.json").write_text(json.dumps(results))
+    return reading.read_run(path)
+
+
+@pytest.mark.parametrize("frequent, counts", [(0.1, True), (0.5, False)])
+def test_the_verdict_leaves_out_scores_below_the_most_frequent_class(
+    copy: Path, runs: Runs, tmp_path: Path, frequent: float, counts: bool
+) -> None:
+    plain = with_score(Path(shutil.copytree(runs.plain, tmp_path / "plain")), 0.2, frequent)
+    ours = with_score(copy, 0.4, frequent)
+    assert ("zero-shot group" in reading.verdict(ours, plain)) == counts
+
+
+def test_colours_are_those_of_the_verdict(compared: Element) -> None:
+    """A row that the verdict does not count, such as R@10, is neither better nor worse."""
+    summary = compared.section("summary")
+    said = re.search(r"(\d+) of \d+ scores differ .*?\((\d+) better, (\d+) worse", summary.text)
+    assert said is not None
+    differing, better, worse = map(int, said.groups())
+    whole = summary.all("table", class_="numbers")[1]
+    assert len(whole.all("span", class_="up")) == better
+    assert len(whole.all("span", class_="down")) == worse
+    assert differing == better + worse > 0
+    rows = [row for row in whole.all("tr") if row.all("abbr")]
+    for words in ("image → text R@10", "modality gap", "alignment (distance²)"):
+        (row,) = [row for row in rows if row.one("abbr").text == words]
+        assert len(row.all("span", class_="same")) == 1
+
+
+def test_the_verdict_says_what_differs_besides_the_method(copy: Path, runs: Runs) -> None:
+    plain = reading.read_run(runs.plain)
+    assert "differ in" not in reading.verdict(reading.read_run(copy), plain)
+    config = read_json(copy / "config.json")
+    config["run"]["seed"] = 7
+    config["optim"]["lr"] = 0.5
+    (copy / "config.json").write_text(json.dumps(config))
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 200, "loss": 1.0}')
+    words = reading.verdict(reading.read_run(copy), plain)
+    assert (
+        "they also differ in seed (7 and 0), number of steps (200 and 90), --lr (0.5 and " in words
+    )
+
+
+def never_reached(path: Path) -> Path:
+    """The run as if it had ended before its first prototypes."""
+    (path / "report.json").unlink()
+    lines = [{"step": step, "contrastive_loss": 5.0} for step in (1, 30)]
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "step, words",
+    [
+        (
+            61,
+            "they train from step 61 on, which its 30 steps do not reach. So far it is plain CLIP",
+        ),
+        (0, "ours has trained no prototypes. So far it is plain CLIP"),  # of an earlier version
+    ],
+)
+def test_a_run_that_never_reached_its_prototypes_is_not_judged_as_protoclip(
+    copy: Path, runs: Runs, capsys: pytest.CaptureFixture[str], step: int, words: str
+) -> None:
+    never_reached(copy)
+    results = read_json(copy / "results.json") | {"first_prototype_step": step, "steps": 30}
+    (copy / "results.json").write_text(json.dumps(results))
+    page = read_page(write_report([runs.plain, copy]))
+    heads = page.all("p", class_="answer")
+    assert any(words in head.text for head in heads)
+    assert "ours (protoclip without prototypes) beside plain" in page.section("summary").text
+    assert main([str(runs.plain), str(copy)]) == 0
+    assert words in capsys.readouterr().err
 
 
 def test_without_a_baseline_there_is_no_verdict() -> None:
-    assert "cannot be compared" in reading.verdict(run_of("ours", 0.5), None)
+    assert "cannot be compared" in reading.verdict(run_of("ours", [0.5] * 4), None)
 
 
 # ---- baselines ----
@@ -611,7 +728,10 @@ def test_a_run_ends_with_its_report_and_its_path(
     flags = ["--logs", str(tmp_path), "--name", "run", "--max-steps", "4", "--w-proto", "1"]
     assert train([*TINY, *flags, "--val-frequency", "0.4"]) == 0
     run = tmp_path / "run"
-    assert f"report: {run / 'report.html'}" in capsys.readouterr().err
+    output = capsys.readouterr().err
+    assert f"report: {run / 'report.html'}" in output
+    first = read_json(run / "results.json")["first_prototype_step"]
+    assert f"prototypes train from step {first} on" in output
     page = read_page(run / "report.html")
     assert "Held-out pairs" in page.section("summary").text
     assert "6 clusters of " in page.section("prototypes").text

@@ -89,6 +89,7 @@ class Outcome:
     seeds: int = 1  # if more: means over this many runs, and intervals for one more run
     steps: int = 0  # of training
     skipped_steps: int = 0  # those whose loss or gradient was not finite
+    first_prototype_step: int = 0  # counted from 1; 0: the method has no prototypes
 
     @property
     def beside(self) -> dict[str, Results]:

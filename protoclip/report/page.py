@@ -49,9 +49,9 @@ FREE = (
     "projection_hidden_dim",
     "projection_dim",
 )
-HEADLINE = ("recall@1", "recall@5", "acc1", "ami")
+HEADLINE = ("recall@1", "recall@5", "acc1", "ami")  # the scores that a verdict counts
+TAIL = 0.025  # of further seeds of a baseline are above its interval, and as many below
 TOP = ("/acc1", "recall@5")  # of the headline numbers, those that the page shows unfolded
-LOWER_IS_BETTER = ("rank", "modality_gap", "alignment", "uniformity")
 RETRIEVAL = "text_retrieval_recall@1"  # what a run without classes is summed up by
 MEANINGS = {  # the words of a table's rows -> what they mean
     "R@1": "share of queries whose first answer is right",
@@ -93,9 +93,33 @@ class Run:
         return str(self.config.get("method", ""))
 
     @property
+    def method_in_words(self) -> str:
+        """The method, and whether it came to its prototypes."""
+        return f"{self.method} without prototypes" if self.no_prototypes else self.method
+
+    @property
     def label(self) -> str:
         """Its name and method; the recorded baseline's name says its method."""
-        return self.name if self.name == RECORDED_NAME else f"{self.name} ({self.method})"
+        return self.name if self.name == RECORDED_NAME else f"{self.name} ({self.method_in_words})"
+
+    @property
+    def steps(self) -> int:
+        """Of training; 0: unknown."""
+        logged = [int(max(steps)) for steps, _ in self.series.values()]
+        return self.outcome.steps or max(logged, default=0)
+
+    @property
+    def no_prototypes(self) -> str:
+        """A sentence if a run of ProtoCLIP trained without prototypes to its end, else ""."""
+        clustered = self.snapshot.clusters or any(
+            name.endswith("_clusters") for name in self.series
+        )
+        if self.method != "protoclip" or not self.outcome.trained or not self.series or clustered:
+            return ""
+        reason = ""
+        if first := self.outcome.first_prototype_step:
+            reason = f": they train from step {first} on, which its {self.steps} steps do not reach"
+        return f"{self.name} has trained no prototypes{reason}. So far it is plain CLIP."
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -124,18 +148,35 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs differ only in the method: same data, encoder, steps and seed (any seed if
     the other is a mean over several). A setting that a run did not have yet was at its default."""
-    defaults = to_dict(TrainConfig())
-
-    def common(settings: Mapping[str, Any]) -> Any:
-        parts = [
-            defaults[section] | settings.get(section, {}) for section in ("data", "model", "optim")
-        ]
-        return [{key: value for key, value in part.items() if key not in FREE} for part in parts]
-
     seed = config.get("run", {}).get("seed")
     other_run = other.get("run", {})
     same_seed = "seeds" in other_run or other_run.get("seed") == seed
-    return bool(config) and common(config) == common(other) and same_seed  # {}: no training
+    same_settings = common_settings(config) == common_settings(other)
+    return bool(config) and same_settings and same_seed  # {}: no training
+
+
+def common_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that runs which differ only in the method have in common."""
+    defaults = to_dict(TrainConfig())
+    settings: dict[str, Any] = {}
+    for section in ("data", "model", "optim"):
+        settings |= defaults[section] | config.get(section, {})
+    return {name: value for name, value in settings.items() if name not in FREE}
+
+
+def differences(run: Run, baseline: Run) -> str:
+    """A sentence about what differs between two runs besides the method, "" if nothing does."""
+    if baseline.path == RECORDED:
+        beside = BESIDE_EPOCHS in baseline.config["run"]
+        return f"The baseline trained for {length_of(baseline)}." if beside else ""
+    seed, other_seed = (one.config.get("run", {}).get("seed") for one in (run, baseline))
+    pairs = {"seed": (seed, other_seed), "number of steps": (run.steps, baseline.steps)}
+    other_settings = common_settings(baseline.config)
+    for name, value in common_settings(run.config).items():
+        if name not in ("epochs", "max_steps"):  # the number of steps says it
+            pairs[f"--{name.replace('_', '-')}"] = (value, other_settings.get(name))
+    parts = [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if one != other]
+    return f"Mind that they also differ in {', '.join(parts)}." if parts else ""
 
 
 def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
@@ -256,7 +297,8 @@ class Change(NamedTuple):
 
     value: float
     half: float  # infinite if the metric has no interval
-    kind: str  # "up": clearly better, "down": clearly worse, "same"
+    counts: bool  # whether the verdict counts it
+    kind: str  # "up": clearly better, "down": clearly worse, "same"; always "same" if not counted
 
 
 def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
@@ -269,14 +311,33 @@ def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
     if math.isnan(value):
         return None
     half = results.half_width(run_scores, other_scores, metric, other.outcome)
+    counts = (
+        metric.endswith(HEADLINE)
+        and half < math.inf
+        and not says_nothing([run, other], key, metric)
+    )
     direction = "same"
-    if abs(value) > half:
-        direction = "up" if (value < 0) == metric.endswith(LOWER_IS_BETTER) else "down"
-    return Change(value, half, direction)
+    if counts and abs(value) > half:
+        direction = "up" if value > 0 else "down"
+    return Change(value, half, counts, direction)
+
+
+def most_by_chance(count: int) -> int:
+    """The most of ``count`` scores that lie on one side of the intervals of a baseline's seeds for
+    97.5 % of its further seeds, if the scores are independent."""
+    share = 0.0
+    for most in range(count):
+        share += math.comb(count, most) * TAIL**most * (1 - TAIL) ** (count - most)
+        if share >= 1 - TAIL:
+            return most
+    return count
 
 
 def verdict(run: Run, baseline: Run | None) -> str:
-    """How the run stands beside the baseline, counted over its scores, those that fold too."""
+    """How the run stands beside the baseline, counted over its scores, those that fold too.
+
+    Whether it is ahead can be told only from a baseline of several seeds.
+    """
     if baseline is None:
         path = run.path or run.name
         clip = f"{path}-clip"
@@ -288,32 +349,48 @@ def verdict(run: Run, baseline: Run | None) -> str:
         )
     better: list[str] = []
     worse: list[str] = []
-    same: list[str] = []
+    count = 0
     for key, scores in run.outcome.trained.items():
         for metric, words in rows_of(scores.metrics):
-            if not metric.endswith(HEADLINE):
-                continue
             difference = change(run, baseline, key, metric)
-            if difference is None or difference.half == math.inf:
+            if difference is None or not difference.counts:
                 continue
+            count += 1
             entry = f"{words} ({scores.title}, {number(difference.value, '+')})"
-            {"up": better, "down": worse, "same": same}[difference.kind].append(entry)
-    if not (better or worse or same):
-        return f"{run.name} and {baseline.name} have no metric in common."
-    head = "is ahead of" if better else "is behind" if worse else "cannot be told apart from"
-    if better and worse:
-        head = "is better in some and worse in other numbers than"
-    count = len(better + worse + same)
-    text = (
-        f"{run.label} {head} {baseline.label}: of {count} "
-        f"scores {len(better)} are better, {len(worse)} worse, {len(same)} within chance "
-        f"(95 % intervals, one seed of the run, {baseline.outcome.seeds} of the baseline); by "
-        f"chance {0.025 * count:.1f} are expected each way."
-    )
+            if difference.kind == "up":
+                better.append(entry)
+            elif difference.kind == "down":
+                worse.append(entry)
+    if not count:
+        return f"{run.name} and {baseline.name} have no score in common that says anything."
+    seeds = baseline.outcome.seeds
+    if seeds == 1:
+        text = (
+            f"{run.label} beside {baseline.label}: {len(better + worse)} of {count} scores differ "
+            f"by more than the judged pictures explain ({len(better)} better, {len(worse)} worse)."
+        )
+        if better or worse:
+            text += (
+                " Two seeds of one method differ so too, so train several of each to tell them "
+                "apart."
+            )
+    else:
+        most = most_by_chance(count)
+        is_ahead = len(better) > most
+        is_behind = len(worse) > most
+        head = "is ahead of" if is_ahead else "is behind" if is_behind else "cannot be told from"
+        if is_ahead and is_behind:
+            head = "is better in some and worse in other scores than"
+        text = (
+            f"{run.label} {head} {baseline.label}: of {count} scores {len(better)} are better and "
+            f"{len(worse)} worse than where 95 % of further seeds of the baseline fall (estimated "
+            f"from {seeds}). Chance gives up to {most} each way, and more where scores rise and "
+            "fall together."
+        )
     for word, names in (("Better", better), ("Worse", worse)):
         if names:
             text += f" {word}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}."
-    return text
+    return " ".join(filter(None, (text, differences(run, baseline))))
 
 
 def as_html(words: str) -> Markup:
@@ -400,6 +477,7 @@ def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
     runs = [read_run(folder) for folder in folders]
     baseline = find_baseline(runs)
     answers = [f"{run.name}: {sentence}" for run in runs if (sentence := answer(run))]
+    answers += [run.no_prototypes for run in runs if run.no_prototypes]
     return answers + [verdict(run, baseline) for run in runs if run is not baseline]
 
 

@@ -41,6 +41,7 @@ def announce(
     active: ActiveLosses,
     features: FeatureSource,
     episode_samples: int,
+    first_prototype_step: int,
     teacher_remark: str,
 ) -> None:
     """Print what the run will do, in the user's units."""
@@ -75,16 +76,12 @@ def announce(
         folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
         return
     episode = config.episode
-    stored = features.reuses and active.internal
-    # Drawn with replacement, some samples come again before the second pass.
-    after_first_pass = stored and not episode.replacement
-    first = plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
     limits = ""
-    if stored and episode.replacement:
+    if features.reuses and active.internal and episode.replacement:
         limits = " at the earliest"
-    if first >= plan.total_steps:
+    if first_prototype_step > plan.total_steps:
         limits += ", which this run does not reach"
-    elif first:
+    elif first_prototype_step > 1:
         limits += "; the loss is larger from there, as it includes them"
     num_clusters = prototypes.check_clusters(episode, episode_samples)
     if config.loss.w_proto < 0 and active.external:
@@ -93,8 +90,20 @@ def announce(
         f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
         f"{num_clusters} prototypes per source\n"
         f"features: {features.reason}; {'internal ' if active.internal else ''}prototypes train "
-        f"from step {first + 1} on{limits}\n{teacher_remark}"
+        f"from step {first_prototype_step} on{limits}\n{teacher_remark}"
     )
+
+
+def find_first_prototype_step(
+    config: TrainConfig, plan: schedule.Plan, active: ActiveLosses, features: FeatureSource
+) -> int:
+    """The step that trains prototypes first, counted from 1; 0: the method has none."""
+    if not uses_prototypes(config):
+        return 0
+    episode = config.episode
+    # Drawn with replacement, some samples come again before the second pass.
+    after_first_pass = features.reuses and active.internal and not episode.replacement
+    return 1 + plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
 
 
 def left_out(skipped: Sequence[tuple[str, str, str]], data: str) -> str:
@@ -122,6 +131,7 @@ def conclude(
     after: Results | None,
     steps: int,
     skipped_steps: int,
+    first_prototype_step: int,
 ) -> None:
     """Draw the plots; print the table, the time per phase and the peak memory; write results.json
     and the report."""
@@ -143,6 +153,7 @@ def conclude(
         peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
         steps=steps,
         skipped_steps=skipped_steps,
+        first_prototype_step=first_prototype_step,
     )
     recorded = page.recorded_baseline(to_dict(config)) if after else None
     if recorded is None:
