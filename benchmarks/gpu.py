@@ -460,7 +460,7 @@ def sweep(seconds: float) -> None:
             print(f"{swept} {row}: {problem}", file=sys.stderr)
         if not problems:
             usable[swept].append(row)
-    print(f"{len(candidates)} candidates compiled in {time.monotonic() - began:.0f} s")
+    print(f"candidates compiled: {len(candidates)}, in {time.monotonic() - began:.0f} s")
     for swept in rows:
         sweep_row(swept, usable[swept], seconds / 2 / len(rows))
 
@@ -478,7 +478,7 @@ def sweep_row(swept: Swept, candidates: list[launch.Launch], seconds: float) -> 
         return
     was = f"{times[before]:.3f} ms" if before in times else "not timed"
     result = f"{times[fastest]:.3f} ms, {was} before, fastest of {len(times)} rows timed"
-    print(f"{swept}: paste")
+    print(f"{swept}: {'of a rehearsal, not to paste' if REHEARSAL else 'paste'}")
     print(f"    {swept.path[-1]!r}: {fastest},  # {name()}, {time.strftime('%Y-%m-%d')}: {result}")
 
 

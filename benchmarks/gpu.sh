@@ -17,6 +17,10 @@ sizes=full patience=1
 if [ "${PROTOCLIP_REHEARSE:-}" = 1 ]; then
   sizes=tiny patience=4 # an interpreter on a busy CPU
   out=${OUT:-$(mktemp -d)} # no record
+elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "make gpu: expected a CUDA device that torch can use, got none; PROTOCLIP_REHEARSE=1 make gpu" \
+    "rehearses without a card" >&2
+  exit 2
 fi
 mkdir -p "$out"
 
@@ -47,6 +51,8 @@ pool=$(nproc)
 slower=$((16 / pool))         # than what the build's limit is made for
 if [ "$sizes" = tiny ]; then
   pool=1 tests=(${PROTOCLIP_REHEARSE_TEST:-}) last_tests=(tests/test_segment_mean.py)
+  echo "a rehearsal: Triton's interpreter at tiny sizes; its times say nothing of a GPU. Of the tests it" \
+    "runs" "${tests[@]}" "${last_tests[@]}" "only, the others are in make test" | tee -a "$out/gpu-summary.log"
 fi
 compile='for i in $(seq 0 $(($1 - 1))); do
   "$0" -m pytest -q --bare --compile-share "$i/$1" "${@:2}" >"$OUT_LOG.$i" 2>&1 & done; wait
@@ -71,11 +77,11 @@ fi
 if wanted tests; then
   for file in "${tests[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge 4 ]; do sleep 0.2; done
-    step "tests-$(basename "$file" .py)" 100 "$python" -m pytest -v --bare "$file" &
+    step "tests-$(basename "$file" .py)" 100 "$python" -m pytest -v -rs --bare "$file" &
   done
   wait
   for file in "${last_tests[@]}"; do
-    step "tests-$(basename "$file" .py)" 40 "$python" -m pytest -v --bare "$file"
+    step "tests-$(basename "$file" .py)" 40 "$python" -m pytest -v -rs --bare "$file"
   done
 fi
 wanted kernels && step kernels 90 "$python" -m benchmarks.gpu --seconds 45
@@ -96,5 +102,8 @@ if wanted train; then
     echo "train: skipped, ${missing##*$'\n'}" | tee -a "$out/gpu-summary.log"
   fi
 fi
+echo "== summary; all logs are in $out"
 cat "$out/gpu-summary.log"
+skipped=$(grep -hE '^SKIPPED|: skipped, |nothing is timed$' "$out"/gpu-*.log | sort -u)
+[ -z "$skipped" ] || printf 'skipped:\n%s\n' "$skipped"
 ! grep -qE 'exit [1-9]' "$out/gpu-summary.log"

@@ -313,7 +313,7 @@ def test_clusters(bench: Bench, name: str, phase: str, case: int) -> None:
     if DEVICE != "cpu":
         pytest.skip("scikit-learn and faiss take arrays on the host")
     if case >= len(CLUSTERINGS[bench.sizes]):
-        pytest.skip("no such size")
+        pytest.skip(f"--sizes {bench.sizes} has fewer clusterings than this")
     shape = CLUSTERINGS[bench.sizes][case]
     if shape.d == 128:
         points = mixture(*shape)

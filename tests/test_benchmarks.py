@@ -111,10 +111,9 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows() -> None:
     ).stdout
     assert "info_nce" in output and "protoclip::info_nce_bwd" in output
     assert "expected a CUDA device, got none" in output
-    assert "1 candidates compiled in" in output
-    assert re.search(
-        r"INTERPRETER: paste\n.*Launch\(block_n=.*ms before, fastest of 1 rows", output
-    )
+    assert "candidates compiled: 1" in output
+    assert "INTERPRETER: of a rehearsal, not to paste\n" in output
+    assert re.search(r"Launch\(block_n=.*ms before, fastest of 1 rows", output)
 
 
 def test_the_card_that_is_used_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +201,22 @@ def test_make_gpu_goes_on_after_a_crash(crashing_kernel: Path, tmp_path: Path) -
     summary = (tmp_path / "out" / "gpu-summary.log").read_text()
     assert "tests-test_that_crashes: exit 134" in summary
     assert "tests-test_segment_mean: exit 0" in summary
+    assert f"runs {crashing_kernel} tests/test_segment_mean.py only" in summary
+    assert f"all logs are in {tmp_path / 'out'}" in run.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+def test_make_gpu_without_a_card_says_how_to_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROTOCLIP_REHEARSE", raising=False)
+    run = subprocess.run(
+        ["benchmarks/gpu.sh"],
+        cwd=report.ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert "PROTOCLIP_REHEARSE=1 make gpu rehearses without a card" in run.stderr
 
 
 CPU = torch.autograd.DeviceType.CPU
