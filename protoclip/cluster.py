@@ -596,7 +596,15 @@ def write_page(
     shown = min(len(labels), images * len(counts))
     thumbs = snapshot.Thumbnails(THUMB if shown <= SHARP else snapshot.SIDE)
     nearness = dict.fromkeys(points.shown, -groups.squared)
-    block = snapshot.cluster_block(dataset, labels, nearness, thumbs, images=images)
+    block = snapshot.cluster_block(
+        dataset,
+        labels,
+        nearness,
+        thumbs,
+        all_clusters=labels,
+        all_labels=dataset.labels,
+        images=images,
+    )
     for card in block["cards"]:
         card["members"] = [printable(dataset.keys[i]) for i in groups.members(card["cluster"])]
         tiny = [thumbs.tiny[item["picture"]] for item in card.get("images", ())]

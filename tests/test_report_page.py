@@ -747,6 +747,9 @@ def test_a_run_ends_with_its_report_and_its_path(
         rows = list(csv.DictReader(table))
     assert len(rows) > 60
     for block in snapshot.clusters:  # a card's number counts all of the data, pictured or not
+        for label, value in block["purity"].items():
+            logged = [line.get(f"{block['name']}_purity_{label}") for line in metrics(run)]
+            assert value == pytest.approx([x for x in logged if x is not None][-1])
         sizes = Counter(row[block["name"]] for row in rows if row[block["name"]])
         assert {str(card["cluster"]): card["samples"] for card in block["cards"]} == sizes
     assert snapshot.facts["memory_bytes"]["forward"] > 2**20

@@ -87,7 +87,8 @@ def _encode_samples(
         _joined(encoded),
         _joined(projected),
         {source: labels[shown] for source, labels in clusters.items()},
-        {source: torch.bincount(labels[labels >= 0]) for source, labels in clusters.items()},
+        clusters,
+        dataset.labels,
     )
 
 

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from protoclip.common.files import plural, printable, write_atomic
-from protoclip.data import PairDataset, Subset
+from protoclip.data import Labels, PairDataset, Subset
 from protoclip.episodes.prototypes import purity
 from protoclip.evaluate.metrics import right_answers
 from protoclip.evaluate.tasks import EvalSet
@@ -43,6 +43,7 @@ SIDE = 64  # pixels of a thumbnail
 LARGE = 128  # pixels of a picture that stands alone
 CARDS = 20_000  # clusters per source
 IMAGES = 8  # images nearest to a cluster's mean
+ROW = 4  # pictures side by side on a card (page.css): more than a row are whole rows
 CAPTIONS = 5  # captions nearest to it
 PICTURES = 4000  # pictures on the cards of a source, which keeps the page small enough to mail
 SHEET = 16  # clusters on the contact sheet
@@ -81,8 +82,9 @@ class Samples:
     encoded: Encoded  # u, [N, D] each, for the map
     projected: Encoded  # h, [N, Dh] each, the space of the prototypes
     clusters: Mapping[str, Tensor]  # source -> int64 [N], negative: no prototype
-    # source -> int64 [K], the clusters' sizes, where the N samples are a part of the data
-    sizes: Mapping[str, Tensor] = field(default_factory=dict)
+    # Where the N samples are a part of the data: source -> int64 [all of the data], and its classes.
+    all_clusters: Mapping[str, Tensor] = field(default_factory=dict)
+    all_labels: Mapping[str, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,12 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
         if bool((labels >= 0).any()):
             near = {shown: nearness(features, labels) for shown, features in rows.items()}
             block = cluster_block(
-                samples.dataset, labels, near, thumbs, sizes=samples.sizes.get(name)
+                samples.dataset,
+                labels,
+                near,
+                thumbs,
+                all_clusters=samples.all_clusters.get(name, labels),
+                all_labels=samples.all_labels or samples.dataset.labels,
             )
             source = SOURCES.get(name, "the external teacher's features")
             blocks.append({"name": name, "of": source, **block})
@@ -230,25 +237,28 @@ def cluster_block(
     labels: Tensor,
     near: Mapping[str, Tensor],
     thumbs: Thumbnails,
-    sizes: Tensor | None = None,
+    *,
+    all_clusters: Tensor,
+    all_labels: Mapping[str, Labels],
     images: int = IMAGES,
 ) -> dict[str, Any]:
     """Numbers of a clustering, and a card for each cluster, from the largest to the smallest.
 
     Args:
-        dataset: N samples.
+        dataset: N samples, from which the page's pictures and words are chosen.
         labels: int64 [N], negative: in no cluster.
         near: what to show ("images", "captions", "names") -> [N], larger is nearer.
         thumbs: collects the pictures.
-        sizes: int64 [K], samples of each cluster in all of the data; None: as in ``labels``.
+        all_clusters: as ``labels``, of all of the data, which the numbers are of.
+        all_labels: classifications of all of the data.
         images: pictures of a cluster, at most.
     """
-    clustered = labels >= 0
-    if sizes is None:
-        sizes = torch.bincount(labels[clustered])
-    counts = torch.bincount(labels[clustered], minlength=len(sizes))  # those that can be shown
+    clustered = all_clusters >= 0
+    clusters = all_clusters[clustered]
+    sizes = torch.bincount(clusters)
+    counts = torch.bincount(labels[labels >= 0], minlength=len(sizes))  # those that can be shown
     order = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
-    before = len(labels) - int(clustered.sum())  # rows without a cluster are sorted to the front
+    before = len(labels) - int(counts.sum())  # rows without a cluster are sorted to the front
     first = before + counts.cumsum(0) - counts
     ranked = {shown: np.lexsort((-x.numpy(), labels.numpy())) for shown, x in near.items()}
     if "captions" in near:
@@ -262,13 +272,19 @@ def cluster_block(
             everywhere=EVERYWHERE,
         )
     images = min(images, max(1, PICTURES // len(order)))
+    if images > ROW:
+        images -= images % ROW
     most = {"images": images, "captions": CAPTIONS, "names": CAPTIONS}
     show: dict[str, Callable[[int], Any]] = {
         "images": partial(thumbs.item, dataset),
         "captions": partial(caption_of, dataset),
         "names": lambda i: printable(dataset.keys[i]),
     }
-    classes = next(iter(dataset.labels.values()), None)
+    classes = next(iter(all_labels.values()), None)
+    classes_of: Sequence[Tensor] = ()
+    if classes is not None:
+        by_cluster = classes.ids[clustered][clusters.argsort(stable=True)]
+        classes_of = by_cluster.split(sizes.tolist())
     cards = []
     for number, cluster in enumerate(order[:CARDS].tolist()):
         if (number + 1) * images > PICTURES:
@@ -276,9 +292,10 @@ def cluster_block(
         members = slice(int(first[cluster]), int(first[cluster] + counts[cluster]))
         card: dict[str, Any] = {"cluster": cluster, "samples": int(sizes[cluster])}
         card["words"] = words.get(cluster, "")
-        if classes is not None and counts[cluster] > 0:
-            times = torch.bincount(classes.ids[next(iter(ranked.values()))[members]])
-            if (share := float(times.max() / times.sum())) >= MOSTLY:
+        if classes is not None:
+            ids = classes_of[cluster]
+            times = torch.bincount(ids[ids >= 0], minlength=1)
+            if (share := int(times.max()) / len(ids)) >= MOSTLY:
                 card["class"] = f"{share:.0%} are {classes.names[int(times.argmax())]}"
         for shown, rows in ranked.items():
             card[shown] = [show[shown](i) for i in rows[members][: most[shown]].tolist()]
@@ -288,8 +305,7 @@ def cluster_block(
         "smallest": int(sizes[order[-1]]),
         "largest": int(sizes[order[0]]),
         "purity": {
-            name: purity(labels[clustered], classes.ids[clustered])
-            for name, classes in dataset.labels.items()
+            name: purity(clusters, classes.ids[clustered]) for name, classes in all_labels.items()
         },
         "cards": cards,
     }
