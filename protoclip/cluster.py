@@ -629,6 +629,10 @@ def write_page(
     words = {card["cluster"]: card["words"] for card in block["cards"]}
     if plane and len(groups.ends) <= NAMED_GROUPS and any(words.values()):
         names = [words.get(group) or f"group {group}" for group in range(len(groups.ends))]
+        times = Counter(names)
+        names = [
+            f"{name} #{group}" if times[name] > 1 else name for group, name in enumerate(names)
+        ]
         plane["by"]["cluster (k-means)"]["names"] = names
     page_content = snapshot.Snapshot(
         pictures=thumbs.made,

@@ -45,8 +45,8 @@ def make_run(path: Path, method="protoclip", noise=1.0):
     worse = EvalSet(image_h.roll(1, 0), shown.text, shown.owner, labels, {"group": centre})
     before = evaluate_features({"HO": worse}, tasks=("zeroshot", "retrieval", "geometry"))
     lines = [
-        {"step": s, "contrastive_loss": 5 - s / 50, "proto_loss": 4.0, "lr": 1e-3,
-         "logit_scale": 14.3, "image_churn": 0.5, "image_clusters": 20.0}
+        {"step": s, "contrastive_loss": 5 - s / 50, "proto_loss": 4.0, "lr": 1e-5 * s,
+         "logit_scale": 14.3 + s / 10, "image_churn": 0.5, "image_clusters": 20.0}
         for s in range(1, 90)
     ]  # fmt: skip
     lines.append({"step": 45, "val_HO_text_retrieval_recall@5": 0.3, "val_HO_group/acc1": 0.2})

@@ -348,6 +348,21 @@ def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) 
     )
 
 
+def test_groups_of_the_same_words_are_told_apart_by_their_numbers(photos: Path, out: Path) -> None:
+    for number in range(20):
+        draw(photos / f"{'trips' if number % 3 else 'scans'}/{number:03}.png", number)
+    kinds = [int(Path(key).stem) % 3 for key in ImageFolder(photos).keys]
+    rows = np.eye(3, 8, dtype=np.float32)[kinds]
+    flags = known_features(photos, rows)
+    assert cluster([str(photos), *flags, "--k", "3", "--out", str(out)]) == 0
+    page = read_page(out / "report.html")
+    plane = json.loads(page.section("map").one("script", type="application/json").source)
+    names = plane["by"]["cluster (k-means)"]["names"]
+    assert "scans" in names
+    others = [number for number, name in enumerate(names) if name != "scans"]
+    assert [names[number] for number in others] == [f"trips #{number}" for number in others]
+
+
 def test_groups_without_words_are_numbers(photos: Path, out: Path) -> None:
     for number in range(20):
         draw(photos / f"DSC_{number:04}.png", number)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,6 +239,59 @@ def test_the_curves_are_drawn_in_the_colours_of_the_page(page: Element) -> None:
     assert any("var(--c0)" in style for style in styles)
     fixed = [style for style in styles if re.search(r"#(?!000000)[0-9a-f]{6}\b", style)]
     assert fixed == []
+
+
+def test_what_stayed_the_same_is_a_number_and_no_chart(copy: Path) -> None:
+    lines = [
+        {
+            "step": step,
+            "external_churn": 0.0,
+            "external_clusters": 761.0,
+            "image_clusters": clusters,
+        }
+        for step, clusters in ((60, 20.0), (90, 19.0))
+    ]
+    (copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    churn = read_page(write_report([copy])).section("churn")
+    assert [caption.text for caption in churn.all("figcaption")] == ["Clusters in use"]
+    (row,) = churn.one("table").all("tr")
+    assert row.one("th").text.startswith("Churn Share of samples")
+    assert row.one("td").text == "external churn 0"
+
+
+def test_a_run_that_nobody_named_is_called_by_method_and_seed(runs: Runs, tmp_path: Path) -> None:
+    folder = "2026_11_29-12_35_23-protoclip-seed_0"
+    ours = Path(shutil.copytree(runs.ours, tmp_path / folder))
+    page = read_page(write_report([runs.plain, ours]))
+    assert page.one("h1").text == "protoclip: plain and protoclip, seed 0"
+    assert "protoclip, seed 0 beside plain (clip)" in page.section("summary").text
+    assert page.text.count(folder) == 1  # where the run lies
+    # Two that would have the same name keep those of their folders.
+    other = Path(shutil.copytree(runs.ours, tmp_path / folder.replace("12_35", "12_36")))
+    page = read_page(write_report([other, ours]))
+    assert page.one("h1").text == f"protoclip: {other.name} and {ours.name}"
+
+
+@pytest.mark.parametrize("times, shown", [((5, 2, 1), 2), ((1, 1), 0)])
+def test_a_single_confusion_is_not_listed(copy: Path, times: tuple[int, ...], shown: int) -> None:
+    report = read_json(copy / "report.json")
+    entry = {"label": "group", "right": 0.5, "names": [f"class {i}" for i in range(30)]}
+    entry["worst"] = [[i, i + 1, number] for i, number in enumerate(times)]
+    (copy / "report.json").write_text(json.dumps(report | {"confusions": [entry]}))
+    section = read_page(write_report([copy])).section("zeroshot")
+    assert len(section.all("td", class_="num")) == shown
+    assert ("No class was taken for the same other class twice" in section.text) == (shown == 0)
+
+
+def test_cards_of_many_clusters_have_whole_rows_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pictures, each in ((7, 4), (5, 4), (8, 8), (3, 3)):
+        monkeypatch.setattr("protoclip.report.snapshot.PICTURES", pictures * 36)  # image clusters
+        blocks = load_snapshot(make_run(tmp_path / str(pictures))).clusters
+        (block,) = [block for block in blocks if block["name"] == "image"]
+        assert block["clusters"] == 36
+        assert max(len(card["images"]) for card in block["cards"]) == each
 
 
 def test_lines_are_named_where_there_are_several(page: Element) -> None:
@@ -483,14 +537,16 @@ def test_the_verdict_says_what_differs_besides_the_method(copy: Path, runs: Runs
     assert "differ in" not in reading.verdict(reading.read_run(copy), plain)
     config = read_json(copy / "config.json")
     config["run"]["seed"] = 7
-    config["optim"]["lr"] = 0.5
+    config["optim"] |= {"lr": 0.5, "epochs": 2.0}
     (copy / "config.json").write_text(json.dumps(config))
-    with (copy / "metrics.jsonl").open("a") as file:
-        file.write('\n{"step": 200, "loss": 1.0}')
-    words = reading.verdict(reading.read_run(copy), plain)
-    assert (
-        "they also differ in seed (7 and 0), number of steps (200 and 90), --lr (0.5 and " in words
-    )
+    ours = reading.read_run(copy)
+    words = reading.verdict(ours, plain)
+    assert "they also differ in seed (7 and 0), --epochs (2.0 and 28.0), --lr (0.5 and " in words
+    # Runs that say how many steps they took.
+    ours = replace(ours, outcome=replace(ours.outcome, steps=200))
+    plain = replace(plain, outcome=replace(plain.outcome, steps=90))
+    words = reading.verdict(ours, plain)
+    assert "seed (7 and 0), number of steps (200 and 90), --lr (0.5 and " in words
 
 
 def never_reached(path: Path) -> Path:
@@ -776,6 +832,7 @@ function check() {
     said: canvas.closest(".map").querySelector("[data-hint]").textContent,
     images: document.images.length,
     broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
+    lowest: Math.min(...[...document.querySelectorAll(".legend button")].map(b => b.offsetHeight)),
     wide: document.scrollingElement.scrollWidth - innerWidth,
     inked: [...document.querySelectorAll("canvas")].map(c =>
       c.getContext("2d").getImageData(0, 0, c.width, c.height).data.some(v => v)),
@@ -793,6 +850,7 @@ def test_a_real_browser_shows_it_narrow_and_dark(runs: Runs, tmp_path: Path) -> 
     assert state["images"] > 50 and state["broken"] == 0 and state["cards"] > 0
     assert state["wide"] <= 0  # nothing sticks out on a narrow screen
     assert state["inked"] == [True, True]
+    assert state["lowest"] >= 32  # a finger finds it
     # By keyboard: the button of a gallery, and an arrow key on the map.
     assert state["more"] > 0 and state["focus"]
     assert re.match("(image of|caption): ", state["said"])

@@ -65,6 +65,11 @@ class Chart(NamedTuple):
     least: float = 0.0  # the smallest span of the y axis
     lines: Sequence[Line] = ()
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether three digits of each line say all that a curve would show."""
+        return all(len({f"{value:.3g}" for value in line.values}) == 1 for line in self.lines)
+
 
 CURVES = (
     Chart("Loss (nats)", "(.+)[Ll]oss", zero=False),  # the total would flatten its terms

@@ -34,7 +34,8 @@ function gallery(box) {
     row.append(...items.slice(0, FEW).map(tile));
     words.append(...[...new Set(one.captions ?? one.names ?? [])].map(text => make("li", { textContent: text })));
     const whole = make("div", { className: "proto" });
-    whole.append(make("h3", { textContent: one.words || name }), head, row, words);
+    whole.append(make("h3", { textContent: one.words || name }), head, row);
+    if (words.children.length) whole.append(make("small", { textContent: `${one.captions ? "Captions" : "Rows"} nearest to the mean:` }), words);
     if (one.members) {  // all pictures and names, written when they are asked for: there may be very many
       const all = make("button"), names = make("pre"), rest = one.members.slice(items.length);
       const show = open => {

@@ -76,6 +76,9 @@ LABELS = {  # the classifications of built-in data
 }
 
 
+DEFAULT_NAME = re.compile(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d-(\w+)-seed_(\d+)")  # of a run's folder
+
+
 @dataclass(frozen=True)
 class Run:
     """The content of one run folder; missing parts are empty."""
@@ -100,13 +103,9 @@ class Run:
     @property
     def label(self) -> str:
         """Its name and method; the recorded baseline's name says its method."""
-        return self.name if self.name == RECORDED_NAME else f"{self.name} ({self.method_in_words})"
-
-    @property
-    def steps(self) -> int:
-        """Of training; 0: unknown."""
-        logged = [int(max(steps)) for steps, _ in self.series.values()]
-        return self.outcome.steps or max(logged, default=0)
+        if self.name == RECORDED_NAME or self.name.startswith(f"{self.method_in_words},"):
+            return self.name
+        return f"{self.name} ({self.method_in_words})"
 
     @property
     def no_prototypes(self) -> str:
@@ -118,7 +117,8 @@ class Run:
             return ""
         reason = ""
         if first := self.outcome.first_prototype_step:
-            reason = f": they train from step {first} on, which its {self.steps} steps do not reach"
+            steps = self.outcome.steps
+            reason = f": they train from step {first} on, which its {steps} steps do not reach"
         return f"{self.name} has trained no prototypes{reason}. So far it is plain CLIP."
 
 
@@ -143,6 +143,16 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     if (path / OWN_TERMS).is_file():
         run = replace(run, own_terms=parse_json((path / OWN_TERMS).read_text(encoding="utf-8")))
     return run
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs of some folders, each with a name of its own, as short as may be."""
+    runs = [read_run(folder) for folder in folders]
+    short = [DEFAULT_NAME.sub(r"\1, seed \2", run.name) for run in runs]
+    names = [run.name for run in runs]
+    paths = [str(run.path) for run in runs]
+    unique = next((some for some in (short, names) if len(set(some)) == len(some)), paths)
+    return [replace(run, name=name) for run, name in zip(runs, unique, strict=True)]
 
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -170,10 +180,13 @@ def differences(run: Run, baseline: Run) -> str:
         beside = BESIDE_EPOCHS in baseline.config["run"]
         return f"The baseline trained for {length_of(baseline)}." if beside else ""
     seed, other_seed = (one.config.get("run", {}).get("seed") for one in (run, baseline))
-    pairs = {"seed": (seed, other_seed), "number of steps": (run.steps, baseline.steps)}
+    pairs = {"seed": (seed, other_seed)}
+    steps_known = run.outcome.steps and baseline.outcome.steps  # not in runs of earlier versions
+    if steps_known:
+        pairs["number of steps"] = (run.outcome.steps, baseline.outcome.steps)
     other_settings = common_settings(baseline.config)
     for name, value in common_settings(run.config).items():
-        if name not in ("epochs", "max_steps"):  # the number of steps says it
+        if not (steps_known and name in ("epochs", "max_steps")):
             pairs[f"--{name.replace('_', '-')}"] = (value, other_settings.get(name))
     parts = [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if one != other]
     return f"Mind that they also differ in {', '.join(parts)}." if parts else ""
@@ -371,8 +384,8 @@ def verdict(run: Run, baseline: Run | None) -> str:
         )
         if better or worse:
             text += (
-                " Two seeds of one method differ so too, so train several of each to tell them "
-                "apart."
+                " Two seeds of one method can differ by more than that, so train several of each "
+                "to tell them apart."
             )
     else:
         most = most_by_chance(count)
@@ -436,9 +449,7 @@ def write_report(
     Raises:
         ValueError: a folder holds no run, or the file exists and is no report.
     """
-    runs = [read_run(folder) for folder in folders]
-    if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(run.path)) for run in runs]
+    runs = read_runs(folders)
     path = output_file(output or Path(folders[-1]) / default_name(folders), "--out")
     if path.exists() and not is_report(path):
         raise ValueError(
@@ -474,7 +485,7 @@ def is_report(path: Path) -> bool:
 
 def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Each run in a sentence, and how it stands beside plain CLIP: what the page says first."""
-    runs = [read_run(folder) for folder in folders]
+    runs = read_runs(folders)
     baseline = find_baseline(runs)
     answers = [f"{run.name}: {sentence}" for run in runs if (sentence := answer(run))]
     answers += [run.no_prototypes for run in runs if run.no_prototypes]

@@ -82,7 +82,7 @@ class Samples:
     encoded: Encoded  # u, [N, D] each, for the map
     projected: Encoded  # h, [N, Dh] each, the space of the prototypes
     clusters: Mapping[str, Tensor]  # source -> int64 [N], negative: no prototype
-    # Where the N samples are a part of the data: source -> int64 [all of the data], and its classes.
+    # Of all of the data, where the N samples are a part of it: source -> int64 [all], and classes.
     all_clusters: Mapping[str, Tensor] = field(default_factory=dict)
     all_labels: Mapping[str, Labels] = field(default_factory=dict)
 
