@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import protoclip
-from protoclip.ops import sigmoid_loss
+from protoclip.ops import operators, sigmoid_loss
 
 torch.manual_seed(0)
 X = F.normalize(torch.randn(40, 8), dim=1)
@@ -201,3 +202,48 @@ def test_segment_means_can_be_vmapped() -> None:
 def test_labels_past_the_end_are_refused_in_forward_mode() -> None:
     with pytest.raises(ValueError, match="labels below num_segments=2, got 3"):
         derivative(lambda x: means_of_segments(x, 2))
+
+
+# ---- how ops get their gradient ----
+
+
+def test_torch_has_the_private_names_that_make_ops_fast() -> None:
+    lost = [name for name in operators.PRIVATE if not hasattr(torch._C, name)]
+    assert not lost, (
+        f"torch {torch.__version__} has no torch._C.{', '.join(lost)}: ops work, by "
+        "register_autograd, but each call takes about 28 us more; see operators._define_autograd"
+    )
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["private names", "register_autograd"])
+def test_an_op_has_its_gradient_with_and_without_private_names(
+    monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    if lost:
+        monkeypatch.setattr(operators, "PRIVATE", ("_no_such_name",))
+
+    def shapes(arguments: Any) -> Tensor:
+        return arguments.x.new_empty(arguments.x.shape)
+
+    @operators.operator(f"test_scaled_{lost}".lower(), shapes, operators.single)
+    def scaled(x: Tensor, by: float) -> Tensor:
+        return x * by
+
+    @operators.operator(f"test_square_{lost}".lower(), shapes, operators.single)
+    def square(x: Tensor, by: float) -> Tensor:
+        return by * x.square()
+
+    operators.define_gradient(
+        square,
+        save=lambda ctx, arguments, result: operators.save(ctx, x=arguments.x, by=arguments.by),
+        backward=lambda ctx, grad: {
+            "x": grad * scaled(operators.saved_values(ctx).x, 2 * operators.saved_values(ctx).by)
+        },
+    )
+    operators.refuse_gradient(scaled, "square")
+    x = torch.tensor([1.0, -3.0], requires_grad=True)
+    (dx,) = torch.autograd.grad(square(x, 0.5).sum(), x, create_graph=True)
+    assert dx.tolist() == [1.0, -3.0]
+    assert not square(x.detach(), 0.5).requires_grad
+    with pytest.raises(RuntimeError, match="square: its fused backends have no second derivative"):
+        dx.sum().backward()

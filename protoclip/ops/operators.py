@@ -91,36 +91,58 @@ def define_gradient(
     registered = _REGISTERED[function]
     arguments = _arguments_of(registered.op)
 
+    def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        save(ctx, arguments(*inputs), registered.results(*tensors))
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        by_name = backward(ctx, registered.results(*grads))
+        return tuple(map(by_name.get, arguments._fields))
+
+    _define_autograd(registered.op, keep, gradients)
+
+
+# Of torch._C; torch's own register_autograd is made of them in 2.11 to 2.13.
+PRIVATE = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
+
+
+def _define_autograd(
+    op: Any,
+    keep: Callable[[Any, Sequence[Any], Any], None],
+    gradients: Callable[..., tuple[Any, ...]],
+) -> None:
+    """What ``torch.library.register_autograd`` does, for ops without defaults, in half its time (30
+    us a call); and that itself where torch has lost a private name that this takes.
+
+    Args:
+        keep: (ctx, inputs, output) -> None.
+        gradients: (ctx, gradients of the results) -> gradients of the inputs.
+    """
+    if not all(hasattr(torch._C, name) for name in PRIVATE):
+        name = op._schema.name
+        torch.library.register_autograd(name, gradients, setup_context=keep, lib=_LIBRARY)
+        return
+
+    def without_autograd(keyset: Any, values: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             values = inputs[:-1]
-            output = _without_autograd(registered.op, inputs[-1], values)
-            tensors = output if isinstance(output, tuple) else (output,)
-            save(ctx, arguments(*values), registered.results(*tensors))
+            output = without_autograd(inputs[-1], values)
+            keep(ctx, values, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            by_name = backward(ctx, registered.results(*grads))
-            return (*map(by_name.get, arguments._fields), None)
-
-    _define_autograd(registered.op, Gradient)
-
-
-def _without_autograd(op: Any, keyset: Any, values: Sequence[Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *values)
-
-
-def _define_autograd(op: Any, gradient: type[torch.autograd.Function]) -> None:
-    """What ``torch.library.register_autograd`` does, for ops without defaults, in half its time (30
-    us a call)."""
+            return (*gradients(ctx, *grads), None)
 
     def call(keyset: Any, *values: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-            return gradient.apply(*values, keyset)
-        return _without_autograd(op, keyset, values)
+            return Gradient.apply(*values, keyset)
+        return without_autograd(keyset, values)
 
     _LIBRARY.impl(op._schema.name, call, "Autograd", with_keyset=True)
 
@@ -142,21 +164,13 @@ def saved_values(ctx: Any) -> Any:
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:
     """Asking for a gradient of the function's op, a second derivative of ``public``, raises."""
 
-    op = _REGISTERED[function].op
+    def refuse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        raise RuntimeError(
+            f"{public}: its fused backends have no second derivative; use backend='reference' for "
+            "it"
+        )
 
-    class Refused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            return _without_autograd(op, inputs[-1], inputs[:-1])
-
-        @staticmethod
-        def backward(ctx: Any, *_: Tensor | None) -> None:
-            raise RuntimeError(
-                f"{public}: its fused backends have no second derivative; use backend='reference' "
-                "for it"
-            )
-
-    _define_autograd(op, Refused)
+    _define_autograd(_REGISTERED[function].op, lambda ctx, inputs, output: None, refuse)
 
 
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
