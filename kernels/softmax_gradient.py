@@ -149,7 +149,7 @@ class Side(NamedTuple):
     sum_ptr: Tensor | None  # None: it is in the statistics
     weight_ptr: Tensor  # of any stride
     mean_weight_ptr: Tensor | None  # of a mean positive; None: 0
-    peak_ptr: Tensor  # [], the largest |weight|, read with LIFT
+    peak_ptr: Tensor | None  # [], the largest |weight|; None: G is not lifted
     mean_peak_ptr: Tensor | None
 
 
@@ -450,15 +450,13 @@ def side_of(
     mean_weight: Tensor | None,
     lifted: bool,
 ) -> Side:
-    """The arguments of rows or columns; the peaks only matter where G is ``lifted``."""
-    peak = weight
+    """The arguments of rows or columns, with peaks where G is ``lifted``."""
+    peak = peak_of(weight) if lifted else None
     mean_peak = None
     if mean_weight is not None:
         mean_weight = mean_weight.contiguous()
-        mean_peak = mean_weight
-    if lifted:
-        peak = peak_of(weight)
-        mean_peak = None if mean_weight is None else peak_of(mean_weight)
+        if lifted:
+            mean_peak = peak_of(mean_weight)
     return Side(reference, total, weight, mean_weight, peak, mean_peak)
 
 

@@ -12,7 +12,6 @@ read G about as long as they multiply it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,8 +25,7 @@ from protoclip.kernels.scratch import GRADIENT_BYTES
 SIDE = 8192  # rows of a chunk of that size, more where there are fewer columns
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A rectangle of the logits and the whole tiles that cover it."""
 
     rows: slice
@@ -125,7 +123,7 @@ def gradients_by_chunks(
     dy = y.new_empty(y.shape)
     # Tensors of their own: the outputs of an op must not alias.
     totals = tuple(x.new_empty((), dtype=torch.float32) for _ in partial_sums)
-    scratch = x.new_empty(max(chunk.shape[0] * chunk.shape[1] for chunk in plan))
+    scratch = x.new_empty(plan[0].shape)  # no later one is larger
     sum_x = x.new_empty((plan[0].rows.stop, d), dtype=torch.float32)
     sum_y = x.new_empty((m, d), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -134,7 +132,9 @@ def gradients_by_chunks(
             cols = chunk.cols
             height = rows.stop - rows.start
             width = cols.stop - cols.start
-            g = rows_of(scratch, slice(0, chunk.shape[0] * chunk.shape[1])).view(chunk.shape)
+            g = scratch
+            if chunk.shape != scratch.shape:
+                g = scratch.view(-1)[: chunk.shape[0] * chunk.shape[1]].view(chunk.shape)
             fill(chunk, g)
             if chunk.shape != (height, width):
                 g = g[:height, :width]

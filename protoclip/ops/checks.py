@@ -79,7 +79,7 @@ def equal_rows(
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the narrowest dtype that holds all of theirs, as torch promotes operands."""
     dtype = common_dtype(tensors)
-    return [x.to(dtype) for x in tensors]
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
