@@ -148,7 +148,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))  # asdict copies, and orders of many runs ask often
 
 
 Done = dict[str, dict[str, Any]]  # finished runs by key
