@@ -102,8 +102,8 @@ def planned(by_tower: Mapping[str, Runs]) -> dict[Test, tuple[Difference, float]
             continue
         for metric in PRIMARY:
             small, large = (gains(runs, metric, batch) for batch in BATCHES)
-            found = {GAIN: paired(small, dict.fromkeys(small, 0.0)), MORE: paired(small, large)}
-            for test, delta in found.items():
+            deltas = {GAIN: paired(small, dict.fromkeys(small, 0.0)), MORE: paired(small, large)}
+            for test, delta in deltas.items():
                 if delta is not None and delta.seeds >= 0.75 * SEEDS[tower]:
                     tests[tower, metric, test] = delta
     corrected = holm(tests, PLANNED)

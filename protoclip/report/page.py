@@ -151,8 +151,9 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
     short = [DEFAULT_NAME.sub(r"\1, seed \2", run.name) for run in runs]
     names = [run.name for run in runs]
     paths = [str(run.path) for run in runs]
-    unique = next((some for some in (short, names) if len(set(some)) == len(some)), paths)
-    return [replace(run, name=name) for run, name in zip(runs, unique, strict=True)]
+    choices = (choice for choice in (short, names) if len(set(choice)) == len(choice))
+    chosen = next(choices, paths)
+    return [replace(run, name=name) for run, name in zip(runs, chosen, strict=True)]
 
 
 def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -179,16 +180,18 @@ def differences(run: Run, baseline: Run) -> str:
     if baseline.path == RECORDED:
         beside = BESIDE_EPOCHS in baseline.config["run"]
         return f"The baseline trained for {length_of(baseline)}." if beside else ""
-    seed, other_seed = (one.config.get("run", {}).get("seed") for one in (run, baseline))
-    pairs = {"seed": (seed, other_seed)}
+    seeds = tuple(side.config.get("run", {}).get("seed") for side in (run, baseline))
+    values = {"seed": seeds}  # of the run and of the baseline, by what they are of
     steps_known = run.outcome.steps and baseline.outcome.steps  # not in runs of earlier versions
     if steps_known:
-        pairs["number of steps"] = (run.outcome.steps, baseline.outcome.steps)
+        values["number of steps"] = (run.outcome.steps, baseline.outcome.steps)
     other_settings = common_settings(baseline.config)
     for name, value in common_settings(run.config).items():
         if not (steps_known and name in ("epochs", "max_steps")):
-            pairs[f"--{name.replace('_', '-')}"] = (value, other_settings.get(name))
-    parts = [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if one != other]
+            values[f"--{name.replace('_', '-')}"] = (value, other_settings.get(name))
+    parts = [
+        f"{name} ({ours} and {theirs})" for name, (ours, theirs) in values.items() if ours != theirs
+    ]
     return f"Mind that they also differ in {', '.join(parts)}." if parts else ""
 
 
