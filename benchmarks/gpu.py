@@ -230,9 +230,9 @@ def _swept() -> list[Swept]:
         )
         return [swept]
     arch = launch.architecture(torch.device(DEVICE))
-    # A deep row is timed where the table has none too.
+    # A row of large batches is timed where the table has none too.
     for kernel in ("info_nce_forward", "info_nce_gradient"):
-        launch.HALF_DEEP.setdefault(kernel, {}).setdefault(arch, launch.HALF[kernel][arch])
+        launch.HALF_LARGE.setdefault(kernel, {}).setdefault(arch, launch.HALF[kernel][arch])
     n = 16_384
     rows = [
         Swept(
@@ -246,7 +246,7 @@ def _swept() -> list[Swept]:
             ("info_nce_forward", "info_nce_forward", "forward"),
             ("info_nce_gradient", "softmax_gradient", "backward"),
         )
-        for table, d in (("HALF", 256), ("HALF_DEEP", 512))
+        for table, d in (("HALF", 256), ("HALF_LARGE", 512))
         if arch in vars(launch)[table].get(row, {})
     ]
     rows.append(

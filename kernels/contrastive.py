@@ -2,10 +2,11 @@
 
 A tile first compares its ids and positions. Most tiles contain no positive and no hidden pair:
 they run as in ``info_nce.py`` and need no masks. The others go slice by slice, and mask each logit
-by a row and a column of ids, positions and biases. For the rows and the columns of each tile, the
-forward pass writes the maximum and the sum of the visible logits, and the sum and count of the
-positives' logits; a second, small kernel merges them. The backward pass is that of
-``softmax_gradient.py``. Sums are fp32 in a fixed order.
+by a row and a column of ids, positions and biases. For the rows of each tile, and for its columns
+by parts of the rows, the forward pass writes a reference near the largest visible logit and the sum
+of 2^(s - reference), and for both the sum and count of the positives' logits; a second, small
+kernel merges them. The backward pass is that of ``softmax_gradient.py``. Sums are fp32 in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch
-from protoclip.kernels.info_nce import exact, join
+from protoclip.kernels.info_nce import join, merge_blocks, store_columns, store_sums
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import (
     ContrastiveForward,
     ContrastiveGradients,
     IdCodes,
-    PairStatistics,
 )
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.softmax_gradient import (
@@ -46,27 +46,29 @@ from protoclip.kernels.tiles import (
 from protoclip.kernels.waves import rows_of
 
 LN2 = tl.constexpr(0.6931471805599453)
+HUGE_SUM = tl.constexpr(2.0**32)
 
 
 @triton.jit
-def _statistics(s, seen, positive, AXIS: tl.constexpr):
-    """-> PairStatistics of a tile along an axis."""
+def _exponentials(s, seen, positive, AXIS: tl.constexpr):
+    """-> the maxima of the visible logits along an axis and 2^(s - maximum); -inf and 0 if none."""
     visible = tl.where(seen, s, -float("inf"))
     top = tl.max(visible, AXIS)
     zero = tl.where(top == -float("inf"), 0.0, top)
-    return PairStatistics(
-        reference=top,
-        sum=tl.sum(exponential(visible, tl.expand_dims(zero, AXIS), positive), AXIS),
-        positive_sum=tl.sum(tl.where(positive, s, 0.0), AXIS),
-        num_positives=tl.sum(tl.where(positive, 1.0, 0.0), AXIS),
-    )
+    return top, exponential(visible, tl.expand_dims(zero, AXIS), positive)
 
 
 @triton.jit
-def _store_statistics(ptr, at, mask, length, statistics):
-    """Write PairStatistics of the rows or columns of a tile, ``length`` apart."""
-    for i in tl.static_range(len(statistics)):
-        tl.store(ptr + i * length + at, statistics[i], mask=mask)
+def _positives(s, positive, AXIS: tl.constexpr):
+    """-> along an axis, the sum of the positives' logits and their number."""
+    return tl.sum(tl.where(positive, s, 0.0), AXIS), tl.sum(tl.where(positive, 1.0, 0.0), AXIS)
+
+
+@triton.jit
+def _store_pair(ptr, at, mask, first, second):
+    """Write two numbers at each of some places."""
+    pointers = ptr + 2 * at[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pointers, tl.join(first, second), mask=mask[:, None])
 
 
 @triton.jit(
@@ -75,78 +77,82 @@ def _store_statistics(ptr, at, mask, length, statistics):
 )
 def contrastive_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for slices, []
-    row_ptr, column_ptr,  # [4, column blocks, N], [4, row blocks, M]
+    row_ptr, column_ptr,  # [2, column blocks, N, 2], [row blocks * (PARTS + 1), M, 2]
     pairs, own_offset,
     query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
     n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr, SAME_POSITIVE: tl.constexpr,
-    NUM_IDS: tl.constexpr,
+    NUM_IDS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Partial statistics of one tile."""
+    """Partial statistics of one tile: references and sums, then those of the positives."""
     ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
+    REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
     rows = row0 + tl.arange(0, BLOCK_N)
-    blocks_n = tl.cdiv(n, BLOCK_N).to(tl.int64)
-    blocks_m = tl.cdiv(m, BLOCK_M).to(tl.int64)
+    block = row0 // BLOCK_N
     at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
-    at_column = (row0 // BLOCK_N).to(tl.int64) * m + col0
-    zeros = tl.zeros((BLOCK_N,), tl.float32)
-    if not holds_pairs(
+    at_column = block.to(tl.int64) * m + col0
+    row_positive_ptr = row_ptr + 2 * tl.cdiv(m, BLOCK_M).to(tl.int64) * n
+    column_positive_ptr = column_ptr + 2 * tl.cdiv(n, BLOCK_N).to(tl.int64) * PARTS * m
+    row_positive_sum = tl.zeros((BLOCK_N,), tl.float32)
+    row_num_positives = tl.zeros((BLOCK_N,), tl.float32)
+    in_slices = holds_pairs(
         pairs, own_offset, ids, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M
-    ):  # fmt: skip
-        s = base2_scale * products(
-            x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D
-        )
-        cols = tl.arange(0, BLOCK_M)
+    )  # fmt: skip
+    if not in_slices:
+        base2_bias = None
         if pairs.key_bias_ptr is not None:
-            s += (tl.load(pairs.key_bias_ptr + col0 + cols) * LOG2E)[None, :]
-        top, e = exact(s, 1)
-        row_statistics = PairStatistics(top, tl.sum(e, 1), positive_sum=zeros, num_positives=zeros)
-        _store_statistics(row_ptr, at_row, None, blocks_m * n, row_statistics)
+            base2_bias = tl.load(pairs.key_bias_ptr + col0 + tl.arange(0, BLOCK_M)) * LOG2E
+        acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
+        in_slices = store_sums(
+            acc, base2_scale, base2_bias, row_ptr, column_ptr, row0, col0, n, m,
+            BOTH_DIRECTIONS, PARTS, PART,
+        )  # fmt: skip
         if BOTH_DIRECTIONS:
-            top, e = exact(s, 0)
             none = tl.zeros((BLOCK_M,), tl.float32)
-            column_statistics = PairStatistics(
-                top, tl.sum(e, 0), positive_sum=none, num_positives=none
-            )
-            _store_statistics(column_ptr, at_column + cols, None, blocks_n * m, column_statistics)
-    else:
+            cols = tl.arange(0, BLOCK_M)
+            _store_pair(column_positive_ptr, at_column + cols, col0 + cols < m, none, none)
+    if in_slices:
         row_max = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-        row_sum = zeros
-        row_positive_sum = zeros
-        row_num_positives = zeros
+        row_sum = tl.zeros((BLOCK_N,), tl.float32)
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
             _, s, seen, positive = column_slice_of(
                 x_ptr, y_ptr, base2_scale, pairs, own_offset, ids, row0, first, n, m, d,
                 first_row, 0, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
-            of_rows = _statistics(s, seen, positive, 1)
-            row_max, row_sum = join(row_max, row_sum, of_rows.reference, of_rows.sum)
-            row_positive_sum += of_rows.positive_sum
-            row_num_positives += of_rows.num_positives
+            top, e = _exponentials(s, seen, positive, 1)
+            row_max, row_sum = join(row_max, row_sum, top, tl.sum(e, 1))
+            positive_sum, num_positives = _positives(s, positive, 1)
+            row_positive_sum += positive_sum
+            row_num_positives += num_positives
             if BOTH_DIRECTIONS:
+                top, e = _exponentials(s, seen, positive, 0)
+                e = e.reshape(REPEATS, PARTS, PART, SLICE_M)
+                store_columns(column_ptr, block, first, m, top[None, :], e, PARTS)
+                positive_sum, num_positives = _positives(s, positive, 0)
                 cols = column_slice + tl.arange(0, SLICE_M)
-                of_columns = _statistics(s, seen, positive, 0)
-                _store_statistics(
-                    column_ptr, at_column + cols, col0 + cols < m, blocks_n * m, of_columns
-                )
-        of_rows = PairStatistics(row_max, row_sum, row_positive_sum, row_num_positives)
-        _store_statistics(row_ptr, at_row, rows < n, blocks_m * n, of_rows)
+                _store_pair(
+                    column_positive_ptr, at_column + cols, col0 + cols < m,
+                    positive_sum, num_positives,
+                )  # fmt: skip
+        _store_pair(row_ptr, at_row, rows < n, row_max, row_sum)
+    _store_pair(row_positive_ptr, at_row, rows < n, row_positive_sum, row_num_positives)
 
 
 @triton.jit
 def _merge_side(
-    part_ptr, blocks, length, out_ptr, stride, program,  # [4, blocks, length], [4, stride]
+    part_ptr, blocks, length,  # [blocks * (PARTS + 1), length, 2]
+    out_ptr, stride, program,  # [4, stride]
     gap_ptr, mean_ptr, partial_sum_ptr, pair_weight,  # [length] each and None, or None and []
-    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Merge the partials of some rows or columns; the last ones complete their losses."""
     position = program * BLOCK + tl.arange(0, BLOCK)
     inside = position < length
-    size = tl.cast(blocks, tl.int64) * length
     reference = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     positive_sum = tl.zeros((BLOCK,), tl.float32)
@@ -156,21 +162,22 @@ def _merge_side(
         total = tl.load(out_ptr + stride + position, mask=inside, other=0.0)
         positive_sum = tl.load(out_ptr + 2 * stride + position, mask=inside, other=0.0)
         num_positives = tl.load(out_ptr + 3 * stride + position, mask=inside, other=0.0)
+    reference, total = merge_blocks(
+        part_ptr, position, inside, length, blocks * PARTS, reference, total, DEPTH
+    )
+    positive_ptr = part_ptr + 2 * tl.cast(blocks, tl.int64) * PARTS * length
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
-        at = part_ptr + block[:, None].to(tl.int64) * length + position[None, :]
+        at = positive_ptr + 2 * (block[:, None].to(tl.int64) * length + position[None, :])
         mask = (block[:, None] < blocks) & inside[None, :]
-        r = tl.load(at, mask=mask, other=-float("inf"))
-        t = tl.load(at + size, mask=mask, other=0.0)
-        top = tl.max(r, 0)
-        zero = tl.where(top == -float("inf"), 0.0, top)
-        t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
-        reference, total = join(reference, total, top, t)
-        positive_sum += tl.sum(tl.load(at + 2 * size, mask=mask, other=0.0), 0)
-        num_positives += tl.sum(tl.load(at + 3 * size, mask=mask, other=0.0), 0)
-    statistics = PairStatistics(reference, total, positive_sum, num_positives)
-    _store_statistics(out_ptr, position, inside, stride, statistics)
+        positive_sum += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        num_positives += tl.sum(tl.load(at + 1, mask=mask, other=0.0), 0)
     if IS_LAST:
+        # A sampled reference may be far from the largest logit, and the gradient divides by sums.
+        far = (total > 0) & ((total < 1) | (total > HUGE_SUM)) & (total < float("inf"))
+        near = tl.floor(reference + tl.log2(tl.where(far, total, 1.0)))
+        total = tl.where(far, total * tl.exp2(reference - near), total)
+        reference = tl.where(far, near, reference)
         count = tl.maximum(num_positives, 1.0)
         mean = positive_sum / count
         mean += (positive_sum - mean * count) / count  # a GPU's quotient may be 2 ulp off
@@ -180,18 +187,23 @@ def _merge_side(
             tl.store(mean_ptr + position, mean * LN2, mask=inside)
         else:
             tl.store(partial_sum_ptr, pair_weight * tl.sum(tl.where(inside, gap, 0.0)))
+    tl.store(out_ptr + position, reference, mask=inside)
+    tl.store(out_ptr + stride + position, total, mask=inside)
+    tl.store(out_ptr + 2 * stride + position, positive_sum, mask=inside)
+    tl.store(out_ptr + 3 * stride + position, num_positives, mask=inside)
 
 
 @triton.jit(
     do_not_specialize=["blocks_m", "height", "first_row", "n", "blocks_n", "m", "first_program"]
 )
 def contrastive_merge_kernel(
-    row_part_ptr, blocks_m, height,  # [4, blocks_m, height]
+    row_part_ptr, blocks_m, height,  # [2 * blocks_m, height, 2]
     row_ptr, gap_ptr, mean_ptr, first_row, n,  # [4, N], [N], [N]
-    column_part_ptr, blocks_n,  # [4, blocks_n, M]
+    column_part_ptr, blocks_n,  # [blocks_n * (PARTS + 1), M, 2]
     column_ptr, column_gap_ptr, column_mean_ptr, m,  # [4, M], [M], [M]
     partial_sum_ptr, first_program, pair_weight,  # [programs of all waves], or None: not summed
-    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the rows of a wave, and of all columns, with those of earlier waves; and their
     losses, or sums of losses, once they are complete."""
@@ -203,13 +215,13 @@ def contrastive_merge_kernel(
         _merge_side(
             row_part_ptr, blocks_m, height, row_ptr + first_row, n, program,
             gap_ptr + first_row, mean_ptr + first_row, partial_sum_ptr, pair_weight,
-            False, True, BLOCK, DEPTH,
+            False, True, 1, BLOCK, DEPTH,
         )  # fmt: skip
     else:
         _merge_side(
             column_part_ptr, blocks_n, m, column_ptr, m, program - programs,
             column_gap_ptr, column_mean_ptr, partial_sum_ptr, pair_weight,
-            HAS_BEFORE, IS_LAST, BLOCK, DEPTH,
+            HAS_BEFORE, IS_LAST, PARTS, BLOCK, DEPTH,
         )  # fmt: skip
 
 
@@ -312,8 +324,10 @@ def contrastive_fwd(
         return _without_pairs(x, n, num_columns, summed)
     kernel = "contrastive_forward" if key_bias is None else "contrastive_forward_with_biases"
     config = launch.choose(kernel, x, y)
+    parts = min(config.warps, config.block_n // config.part)
     blocks_m = cdiv(m, config.block_m)
-    wave = max(1, PARTIAL_BYTES // (16 * (blocks_m * config.block_n + m))) * config.block_n
+    bytes_of_block = 8 * (2 * blocks_m * config.block_n + (parts + 1) * m)
+    wave = max(1, PARTIAL_BYTES // bytes_of_block) * config.block_n
     pairs = Pairs(own, exclude, key_bias)
     row_statistics = x.new_empty((4, n), dtype=torch.float32)
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
@@ -334,13 +348,15 @@ def contrastive_fwd(
         for height in heights:
             part = rows_of(x, slice(first_row, first_row + height))
             blocks_n = cdiv(height, config.block_n)
-            row_part = x.new_empty((4, blocks_m, height), dtype=torch.float32)
-            column_part = x.new_empty((4, blocks_n, num_columns), dtype=torch.float32)
+            row_part = x.new_empty(4 * blocks_m * height, dtype=torch.float32)
+            num_partials = 2 * blocks_n * (parts + 1) * num_columns
+            column_part = x.new_empty(num_partials, dtype=torch.float32)
             contrastive_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
                 row_ptr=row_part, column_ptr=column_part, pairs=pairs, own_offset=first,
                 first_row=first_row, **id_arguments(query_ids, key_ids),
                 BOTH_DIRECTIONS=both_directions, SAME_POSITIVE=same_positive,
+                PARTS=parts, PART=config.part,
             )  # fmt: skip
             programs = cdiv(height, merge.block_n)
             contrastive_merge_kernel[(programs + column_programs,)](
@@ -350,7 +366,7 @@ def contrastive_fwd(
                 column_ptr=column_statistics, column_gap_ptr=column_gap,
                 column_mean_ptr=column_mean, m=m,
                 partial_sum_ptr=partial_sums, first_program=first_program, pair_weight=pair_weight,
-                HAS_BEFORE=first_row > 0, IS_LAST=first_row + height == n,
+                HAS_BEFORE=first_row > 0, IS_LAST=first_row + height == n, PARTS=parts,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
             first_row += height

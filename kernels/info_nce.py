@@ -83,7 +83,7 @@ def exact(s, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr):
+def store_columns(ptr, block, col0, m, reference, e, PARTS: tl.constexpr):
     """Write the columns of a tile: for each part of its rows the reference and the sum of e, which
     is [repeats, PARTS, rows, columns]."""
     total = tl.sum(tl.sum(e, 0), 1)  # [PARTS, columns]
@@ -91,7 +91,7 @@ def _store_columns(ptr, block, col0, m, top, e, PARTS: tl.constexpr):
     first = block.to(tl.int64) * PARTS * m + col0
     at = 2 * (tl.arange(0, PARTS)[:, None] * m + cols[None, :])
     pointers = (ptr + 2 * first) + (at[:, :, None] + tl.arange(0, 2)[None, None, :])
-    statistics = tl.join(tl.broadcast_to(top, total.shape), total)
+    statistics = tl.join(tl.broadcast_to(reference, total.shape), total)
     tl.store(pointers, statistics, mask=(cols < m - col0)[None, :, None])
     return total
 
@@ -103,6 +103,48 @@ def _eight_columns(acc):
         if acc.shape[1] > 8:
             acc, _others = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
     return acc
+
+
+@triton.jit
+def store_sums(
+    acc, base2_scale, base2_bias, row_ptr, column_ptr, row0, col0, n, m,
+    BOTH_DIRECTIONS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Write the statistics of a tile's products, with one exponential an element: the reference of
+    each part of the rows is the maximum of eight columns. -> whether a sum left the safe range."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    REPEATS: tl.constexpr = BLOCK_N // PARTS // PART
+    rows = row0 + tl.arange(0, BLOCK_N)
+    if base2_bias is None:
+        sample = base2_scale * _eight_columns(acc)
+    else:
+        acc = acc * base2_scale + base2_bias[None, :]
+        sample = _eight_columns(acc)
+    sample = sample.reshape(REPEATS, PARTS, PART, 8)
+    top = tl.max(tl.max(tl.max(sample, 3), 2), 0)  # [PARTS]
+    empty = top < -HIDDEN / 2  # no pair was sampled
+    top = tl.where(empty, 0.0, top)
+    row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
+    if base2_bias is None:
+        e = tl.exp2(acc * base2_scale - row_top[:, None])
+    else:
+        e = tl.exp2(acc - row_top[:, None])
+    row_sum = tl.sum(e, 1)
+    at_row = (col0 // BLOCK_M).to(tl.int64) * n + rows
+    pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pointers, tl.join(row_top, row_sum), mask=(rows < n)[:, None])
+    least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
+    least = tl.where(rows < n, least, 1.0)
+    least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
+    if BOTH_DIRECTIONS:
+        e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
+        reference = tl.where(empty, -float("inf"), top)[:, None]
+        total = store_columns(column_ptr, row0 // BLOCK_N, col0, m, reference, e, PARTS)
+        cols = col0 + tl.arange(0, BLOCK_M)
+        used = (row0 + PART * tl.arange(0, PARTS) < n)[:, None] & (cols < m)[None, :]
+        least = tl.minimum(least, tl.min(tl.where(used, total, 1.0), 1))
+    return tl.min(least) < tl.exp2(-SPREAD)
 
 
 @triton.jit(do_not_specialize=["n", "m", "offset"])
@@ -128,26 +170,10 @@ def info_nce_forward_kernel(
             partner = rows + offset
             held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
             tl.store(positive_ptr + rows, base2_scale * positive_product, mask=held)
-        sample = (base2_scale * _eight_columns(acc)).reshape(REPEATS, PARTS, PART, 8)
-        top = tl.max(tl.max(tl.max(sample, 3), 2), 0)  # [PARTS]
-        empty = top < -HIDDEN / 2  # no pair was sampled
-        top = tl.where(empty, 0.0, top)
-        row_top = tl.broadcast_to(top[None, :, None], (REPEATS, PARTS, PART)).reshape(BLOCK_N)
-        e = tl.exp2(acc * base2_scale - row_top[:, None])
-        row_sum = tl.sum(e, 1)
-        pointers = row_ptr + 2 * at_row[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(pointers, tl.join(row_top, row_sum), mask=(rows < n)[:, None])
-        least = tl.where(row_sum <= tl.exp2(SPREAD), row_sum, 0.0)  # 0 for NaN too
-        least = tl.where(rows < n, least, 1.0)
-        least = tl.min(tl.min(least.reshape(REPEATS, PARTS, PART), 2), 0)
-        if BOTH_DIRECTIONS:
-            e = e.reshape(REPEATS, PARTS, PART, BLOCK_M)
-            reference = tl.where(empty, -float("inf"), top)[:, None]
-            total = _store_columns(column_ptr, block, col0, m, reference, e, PARTS)
-            cols = col0 + tl.arange(0, BLOCK_M)
-            used = (row0 + PART * tl.arange(0, PARTS) < n)[:, None] & (cols < m)[None, :]
-            least = tl.minimum(least, tl.min(tl.where(used, total, 1.0), 1))
-        is_wide = tl.min(least) < tl.exp2(-SPREAD)
+        is_wide = store_sums(
+            acc, base2_scale, None, row_ptr, column_ptr, row0, col0, n, m,
+            BOTH_DIRECTIONS, PARTS, PART,
+        )  # fmt: skip
     if is_wide:
         row_reference = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
@@ -166,7 +192,7 @@ def info_nce_forward_kernel(
             if BOTH_DIRECTIONS:
                 top, e = exact(s, 0)
                 e = e.reshape(REPEATS, PARTS, PART, SLICE_M)
-                _store_columns(column_ptr, block, first, m, top[None, :], e, PARTS)
+                store_columns(column_ptr, block, first, m, top[None, :], e, PARTS)
         tl.store(row_ptr + 2 * at_row, row_reference, mask=rows < n)
         tl.store(row_ptr + 2 * at_row + 1, row_sum, mask=rows < n)
 
@@ -184,9 +210,7 @@ def _add_positive(reference, total, positive):
 
 
 @triton.jit
-def _merge_blocks(
-    part_ptr, position, inside, length, blocks, reference, total, DEPTH: tl.constexpr
-):
+def merge_blocks(part_ptr, position, inside, length, blocks, reference, total, DEPTH: tl.constexpr):
     """-> the statistics of positions from those given and their partials, [blocks, length, 2]."""
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
@@ -230,7 +254,7 @@ def info_nce_merge_kernel(
             positive_ptr + row, mask=paired & (row < first + height), other=-float("inf")
         )
         here = paired & (row >= first) & (row < first + height)
-        reference, total = _merge_blocks(
+        reference, total = merge_blocks(
             row_part_ptr, row - first, here, height, blocks_m,
             empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
         )  # fmt: skip
@@ -247,7 +271,7 @@ def info_nce_merge_kernel(
             if HAS_BEFORE:
                 reference = tl.load(column_reference_ptr + column, mask=inside, other=0.0)
                 total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
-            reference, total = _merge_blocks(
+            reference, total = merge_blocks(
                 column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH
             )
             if IS_LAST:

@@ -55,8 +55,8 @@ _PLAIN = Launch(64, 64, 32, warps=4, stages=2, ctas_per_sm=2)
 _SMALL = Launch(64, 64, 32, warps=4, stages=4, ctas_per_sm=2)
 _SMALL_SLICES = replace(_SMALL, slice_m=16)
 _HOPPER = Launch(128, 128, 64, warps=4, stages=3, ctas_per_sm=2, slice_m=32, descriptors=True)
-# Masks and both exponentials need registers that a wider tile or slice does not leave.
-_CONTRASTIVE = replace(_HOPPER, block_m=64, slice_m=16)
+_HOPPER_SLICES = replace(_HOPPER, slice_m=16)  # what wider slices need of pairs spills
+_HOPPER_FEW = replace(_HOPPER, block_n=64, block_m=64)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, slice_m=32, descriptors=True)
 
 # Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D; 120
@@ -77,42 +77,53 @@ HALF: dict[str, dict[int, Launch]] = {
         90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
         100: _NARROW,
     },
-    "contrastive_forward": {
+    # Few pairs: most tiles hold some to tell apart and go slice by slice, a small one in less time.
+    "contrastive_forward": {80: _SMALL, 89: _SMALL, 90: _HOPPER_FEW, 100: _SMALL},
+    "contrastive_forward_with_biases": {
+        80: _SMALL,
+        89: _SMALL,
+        90: replace(_HOPPER_FEW, slice_m=16),  # wider slices spill
+        100: _SMALL_SLICES,
+    },
+    "contrastive_gradient": {
         80: _SMALL_SLICES,
         89: _SMALL_SLICES,
-        90: _CONTRASTIVE,
+        90: _HOPPER_FEW,
         100: _SMALL_SLICES,
     },
-    # The assembler spills to fit a third CTA, unless more registers are asked for.
-    "contrastive_forward_with_biases": {
-        80: replace(_SMALL_SLICES, max_registers=255),
-        89: replace(_SMALL_SLICES, max_registers=255),
-        90: _CONTRASTIVE,
-        100: _SMALL_SLICES,
-    },
-    "contrastive_gradient": {80: _SMALL_SLICES, 89: _SMALL_SLICES, 90: _HOPPER, 100: _SMALL_SLICES},
     "contrastive_gradient_with_biases": {
         80: _SMALL_SLICES,
         89: _SMALL_SLICES,
-        90: _CONTRASTIVE,
+        90: _HOPPER_FEW,
         100: replace(_SMALL, slice_m=32),  # slices of 16 spill
     },
 }
 for rows in HALF.values():
     rows[120] = rows[89]  # the same instructions and as much shared memory
-HALF["contrastive_forward_with_biases"][120] = _SMALL_SLICES  # there it does not spill
-# From D = DEEP on, the products of a tile take so long that one CTA hides the rest, and a larger
-# tile is better: L2 delivers 8 TB/s, which feed 56 % of an H100 at the 64 FLOPs per byte of
-# 128 x 128 and 74 % at the 85 of 128 x 256. With fewer than DEEP_TILES of them per SM, SMs would
-# idle. sm_100 has no such row: its products accumulate in tensor memory, which the model does not
-# know, and no public figure to calibrate it on was found; the sweep times the row there.
-DEEP = 512
-DEEP_TILES = 2
-HALF_DEEP: dict[str, dict[int, Launch]] = {
+HALF["contrastive_forward_with_biases"][120] = _SMALL_SLICES
+# The rows where there are LARGE_TILES such tiles per SM; of fewer of them SMs would idle.
+LARGE_TILES = 2
+HALF_LARGE: dict[str, dict[int, Launch]] = {
+    # From LEAST_DEPTH on, the products of a tile take so long that one CTA hides the rest, and a
+    # larger tile is better: L2 delivers 8 TB/s, which feed 56 % of an H100 at the 64 FLOPs per byte
+    # of 128 x 128 and 74 % at the 85 of 128 x 256. sm_100 has no such row: its products accumulate
+    # in tensor memory, which the model does not know, and no public figure to calibrate it on was
+    # found; the sweep times the row there.
     "info_nce_gradient": {
         90: Launch(128, 256, 64, warps=8, stages=3, slice_m=32, descriptors=True)
     },
+    "contrastive_forward": {
+        80: _MMA,
+        89: _MMA,
+        90: _HOPPER_SLICES,
+        100: replace(_HOPPER_SLICES, part=32),
+        120: _MMA,
+    },
+    "contrastive_gradient": {90: _HOPPER},
+    "contrastive_gradient_with_biases": {90: replace(_HOPPER_SLICES, block_m=64)},
 }
+HALF_LARGE["contrastive_forward_with_biases"] = HALF_LARGE["contrastive_forward"]
+LEAST_DEPTH = {"info_nce_gradient": 512}
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
     "info_nce_forward": _PLAIN,
@@ -257,10 +268,10 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if x.dtype == torch.float32:
         return FLOAT_CONTRASTIVE if kernel.startswith("contrastive") else FLOAT_ANY
     config = HALF[kernel][arch]
-    deep = HALF_DEEP.get(kernel, {}).get(arch)
-    if deep is not None and x.shape[1] >= DEEP:
-        tiles = cdiv(len(x), deep.block_n) * cdiv(len(y), deep.block_m)
-        config = deep if tiles >= DEEP_TILES * num_sms(x.device) else config
+    large = HALF_LARGE.get(kernel, {}).get(arch)
+    if large is not None and x.shape[1] >= LEAST_DEPTH.get(kernel, 0):
+        tiles = cdiv(len(x), large.block_n) * cdiv(len(y), large.block_m)
+        config = large if tiles >= LARGE_TILES * num_sms(x.device) else config
     if x.shape[1] % config.block_d == 0 and aligned(x) and aligned(y):
         return config
     return HALF_ANY[kernel]

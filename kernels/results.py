@@ -30,7 +30,7 @@ class PairStatistics(NamedTuple):
     """The rows of a tensor [4, N] or [4, M] of the contrastive loss's statistics, in their order
     (C++: StatisticsRow). Logits are base-2."""
 
-    reference: Tensor  # the largest of the logits seen
+    reference: Tensor  # near the largest of the logits seen
     sum: Tensor  # of 2^(logit - reference) over the logits seen
     positive_sum: Tensor  # of the positives' logits
     num_positives: Tensor

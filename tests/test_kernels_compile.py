@@ -46,7 +46,8 @@ def python(*arguments: str) -> str:
 def costs() -> list[Cost]:
     """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others, on
     cards of 100 KiB those that take most; all forms and types take minutes."""
-    forms = ("large", "small", "gradients", "ids", "rows", "all", "soft", "own", "128", "256")
+    forms = ("large", "small", "gradients", "ids", "few ids", "rows", "all", "few all")
+    forms += ("soft", "own", "128", "256")
     chosen = [f"sm_90 bf16 {form}" for form in forms]
     chosen += [f"sm_{arch} sigmoid_loss ids" for arch in (80, 89, 100)]
     chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
@@ -216,6 +217,15 @@ def test_a_wide_tile_is_for_those_who_fill_the_card(monkeypatch: pytest.MonkeyPa
     assert [launch.choose("info_nce_gradient", x, x).block_m for x in rows] == [128, 256]
 
 
+@counts_of_triton_3_9
+def test_few_pairs_with_ids_wait_for_no_long_tile(costs: list[Cost]) -> None:
+    """All tiles of the diagonal go slice by slice; of 128 x 128, four of 9,000 clk."""
+    for kernel in ("contrastive_forward", "softmax_gradient"):
+        cost = only(costs, kernel=kernel, form="few ids", arch=90)
+        assert cost.slice is not None
+        assert cost.slices * cost.slice.clk <= 16_000
+
+
 @dataclass(frozen=True)
 class PathWithIds:
     """Of a kernel on Hopper that compares ids, where a tile holds no equal pair."""
@@ -227,7 +237,7 @@ class PathWithIds:
 
 
 PATHS_WITH_IDS = [
-    PathWithIds("contrastive_forward", exponentials=128, most_barriers=41),
+    PathWithIds("contrastive_forward", exponentials=128, most_barriers=12),
     PathWithIds("softmax_gradient", exponentials=128, most_barriers=8),
     PathWithIds("sigmoid_loss", exponentials=96, most_barriers=9),  # three sums
 ]
@@ -250,11 +260,11 @@ def predicted_ms(costs: list[Cost], op: str, form: str) -> float:
     return sum(ms) + 4 * 32_768**2 * 512 / 660e9
 
 
-def test_ids_cost_at_most_half_as_much_again(costs: list[Cost]) -> None:
+def test_ids_cost_a_sixth_more_at_most(costs: list[Cost]) -> None:
     without_ids = predicted_ms(costs, "info_nce", "large")
-    assert predicted_ms(costs, "contrastive", "ids") <= 1.5 * without_ids
+    assert predicted_ms(costs, "contrastive", "ids") <= 1.15 * without_ids
     without_ids = predicted_ms(costs, "sigmoid_loss", "gradients")
-    assert predicted_ms(costs, "sigmoid_loss", "ids") <= 1.5 * without_ids
+    assert predicted_ms(costs, "sigmoid_loss", "ids") <= 1.2 * without_ids
 
 
 def test_a_tile_of_centroids_costs_no_reduction(costs: list[Cost]) -> None:

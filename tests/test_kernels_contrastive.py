@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from budget import Results, leaf, loss_and_gradients
 from test_contrastive import (
     DTYPES,
     KINDS,
+    Problem,
     Weights,
     assert_problem_within_budget,
     assert_strides_do_not_matter,
@@ -15,6 +17,7 @@ from test_contrastive import (
     gap_weights,
     random_problem,
 )
+from test_kernels_info_nce import features
 
 import protoclip
 
@@ -38,6 +41,38 @@ def test_losses_and_gradients_are_those_of_the_sets(
     torch.manual_seed(n)
     problem = random_problem(kind, n, m, d, dtype, logit_scale, device=DEVICE)
     assert_problem_within_budget(problem, "triton")
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "with biases"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["cones", "outcasts", "buried", "shallow"])
+def test_references_of_a_sample_serve_any_tile(
+    kind: str, dtype: torch.dtype, with_bias: bool
+) -> None:
+    """Most tiles hold no pair. The columns that one looks at are 280 binary orders below the
+    others, or 50, which its sums still bridge."""
+    x, y = features(160, 20, "alike" if kind == "shallow" else kind, dtype)
+    position = torch.arange(160, device=DEVICE)
+    if kind == "shallow":
+        y[position % 64 < 8] *= 0.6
+    bias = torch.where(position % 3 == 0, -2.0, 1.5) if with_bias else None
+    ids = position // 2
+    problem = Problem(x, y, 100.0, query_ids=ids, key_ids=ids, key_bias=bias)
+    assert_problem_within_budget(problem, "triton")
+
+
+def test_large_weights_of_small_sums_do_not_overflow() -> None:
+    """A row 58 binary orders below the others of its warp, and these as far below the rest of the
+    tile: the gradient divides by the one, multiplies by the other, and a scaled loss may be large.
+    """
+    torch.manual_seed(0)
+    x = F.normalize(4 + torch.randn(160, 20), dim=1)
+    y = x.to(DEVICE)
+    x = x * torch.where(torch.arange(160) % 32 < 16, 0.6, 1.0)[:, None]
+    x[3] /= 3
+    problem = Problem(x.to(DEVICE), y, 100.0)
+    weights = gap_weights(problem, size=2.0**24)
+    assert_problem_within_budget(problem, "triton", weights)
 
 
 def test_waves_and_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,13 @@ interpreted = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+LARGE_TILES = {"large": 0, "few": 1 << 60}  # per SM, from which on the rows of large batches serve
+
+
+@pytest.fixture(autouse=True, params=LARGE_TILES if DEVICE == "cuda" else ["large"])
+def rows_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Rows for batches that fill the card are for this file's small ones too."""
-    monkeypatch.setattr(launch, "DEEP_TILES", 0)
+    monkeypatch.setattr(launch, "LARGE_TILES", LARGE_TILES[request.param])
 
 
 N = 384  # three rows and columns of tiles of 128, one off the diagonal of 128 x 256
@@ -376,7 +379,7 @@ BY_DESCRIPTOR = ("info_nce_forward_kernel", "softmax_gradient_kernel", "sigmoid_
 
 def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
     rows = {f"HALF {kernel}": table[arch] for kernel, table in launch.HALF.items()}
-    rows |= {f"HALF_DEEP {k}": t[arch] for k, t in launch.HALF_DEEP.items() if arch in t}
+    rows |= {f"HALF_LARGE {k}": t[arch] for k, t in launch.HALF_LARGE.items() if arch in t}
     rows |= {f"HALF_ANY {kernel}": row for kernel, row in launch.HALF_ANY.items()}
     rows |= {f"ATTENTION {width}": row for width, row in launch.ATTENTION[arch].items()}
     for (of_arch, width), row in launch.ATTENTION_FULL.items():
@@ -415,8 +418,10 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
     monkeypatch.setattr(launch.Launch, "options", property(remembered))
     monkeypatch.setattr(type(info_nce_forward_kernel), "run", launched)
     monkeypatch.setattr(launch, "compiling_for", arch)
-    for case in CASES:
-        computed(problem_of(case.family, case.d, case.dtype), "triton")
+    for least_tiles in LARGE_TILES.values():
+        monkeypatch.setattr(launch, "LARGE_TILES", least_tiles)
+        for case in CASES:
+            computed(problem_of(case.family, case.d, case.dtype), "triton")
     missed = [name for name, row in rows_of_the_table(arch).items() if row not in reached]
     assert missed == []
 

@@ -95,13 +95,13 @@ def eager() -> dict[str, Step]:
 PROTOTYPES = 5000
 SMALL_US = 3.0  # of a kernel without products (6,300 clk merge 1,024 pairs), and of any product
 PRODUCT_RATE = 660e12  # of the library's products
-CASES = {  # up to DEEP pairs and beyond
+CASES = {  # up to FEW pairs and beyond
     "InfoNCE": ("info_nce", "small", "large"),
-    "InfoNCE with ids": ("contrastive", "ids", "ids"),
+    "InfoNCE with ids": ("contrastive", "few ids", "ids"),
     "SigLIP": ("sigmoid_loss", "gradients", "gradients"),
     "prototypes": ("prototypes", "soft", "soft"),
 }
-DEEP = 2048
+FEW = 2048
 
 
 def device_us(costs: list[report.Cost], n: int, launched: list[str], num_products: int) -> float:
@@ -159,7 +159,7 @@ def main() -> None:
                 num_launched = len(launched)
                 kernels, small, large = CASES[op]
                 device = device_us(
-                    costs[kernels, large if n > DEEP else small],
+                    costs[kernels, large if n > FEW else small],
                     n,
                     launched,
                     num_products=0 if op == "prototypes" else 2,

@@ -53,8 +53,8 @@ def cases() -> Iterator[Case]:
             yield Case(arch, "info_nce", "large", dtype, depth)
             yield Case(arch, "sigmoid_loss", "gradients", dtype, depth)
         yield Case(arch, "sigmoid_loss", "ids", "bf16", 512)
-        yield Case(arch, "contrastive", "ids", "bf16", 512)
-        yield Case(arch, "contrastive", "all", "bf16", 512)
+        for form in ("ids", "all", "few ids", "few all"):
+            yield Case(arch, "contrastive", form, "bf16", 512)
         yield Case(arch, "contrastive", "all", "fp32", 512)
         yield Case(arch, "contrastive", "own", "fp16", 43)
         for depth in (64, 128, 256, 512):
@@ -74,10 +74,13 @@ def cases() -> Iterator[Case]:
         yield Case(90, "gemm", tile, "bf16", 8192)
 
 
+LARGE = {("info_nce", "large"), ("contrastive", "ids"), ("contrastive", "all")}
+
+
 def call(case: Case, rows: int | None = None) -> None:
     """The launchers as the trainer calls them, forward and backward, on so many rows."""
-    if rows is None:  # so many that InfoNCE takes the row of large batches
-        rows = 3072 if case.form == "large" else 512
+    if rows is None:  # so many that the losses take their rows of large batches
+        rows = 3072 if (case.op, case.form) in LARGE else 512
     CALLS[case.op](case, rows, torch.ones(()))
 
 
@@ -106,17 +109,18 @@ def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
 
 def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
+    form = case.form.removeprefix("few ")
     position = torch.zeros(n, dtype=torch.int32)
     codes = contrastive.id_codes(None, torch.zeros(n, 2, dtype=torch.int64)).key
-    ids = None if case.form == "own" else codes
+    ids = None if form == "own" else codes
     pairs: dict[str, Any] = {
-        "own": None if case.form == "ids" else position,
+        "own": None if form == "ids" else position,
         "first": 0,
-        "exclude": position if case.form == "all" else None,
+        "exclude": position if form == "all" else None,
         "query_ids": ids,
         "key_ids": ids,
-        "key_bias": torch.zeros(n) if case.form == "all" else None,
-        "same_positive": case.form == "all",
+        "key_bias": torch.zeros(n) if form == "all" else None,
+        "same_positive": form == "all",
     }
     x = case.features(n)
     y = case.features(n)
@@ -125,9 +129,9 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         y,
         logit_scale,
         **pairs,
-        both_directions=case.form != "own",
+        both_directions=form != "own",
         pair_weight=1.0,
-        summed=case.form == "ids",
+        summed=form == "ids",
     )
     rows = torch.ones(n)
     columns = torch.ones(forward.column_statistics.shape[1])
@@ -139,9 +143,9 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         row_statistics=forward.row_statistics,
         column_statistics=forward.column_statistics,
         row_gap_weight=rows,
-        row_mean_weight=rows if case.form == "all" else None,
+        row_mean_weight=rows if form == "all" else None,
         column_gap_weight=columns,
-        column_mean_weight=columns if case.form == "all" else None,
+        column_mean_weight=columns if form == "all" else None,
         pair_weight=1.0,
     )
 
