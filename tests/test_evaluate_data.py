@@ -178,10 +178,10 @@ def test_the_bar_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     assert evaluate(tmp_path, root, "--tasks", "zeroshot,knn").code == 0
-    shares = re.findall(r"(\d+)%\|", terminal.getvalue())
-    counts = re.findall(r"(\d+)/(\d+) \[", terminal.getvalue())
-    done, total = counts[-1]
-    assert shares[-1] == "100" and done == total and int(done) > 30
+    shown = re.findall(r"(\d+)%\|.*?(\d+)/(\d+) \[.*?, (\w+)\]", terminal.getvalue())
+    assert [what for *_, what in shown if what == "texts"], terminal.getvalue()
+    share, done, total, what = shown[-1]
+    assert share == "100" and done == total == "15" and what == "pictures"
 
 
 def test_named_templates_are_open_clips() -> None:
@@ -231,6 +231,18 @@ def test_mistakes_are_refused_in_words(
     message = capsys.readouterr().err
     assert code == 2 and words in message and "Traceback" not in message
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--tasks", "knn"]], ids=["all", "some"])
+def test_a_file_that_is_no_results_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    data = image_folder(tmp_path / "digits", 20)
+    notes = tmp_path / "notes.json"
+    notes.write_text('{"milk": 2}')
+    assert command.main([*MODEL, "--data", str(data), "--output", str(notes), *flags]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert notes.read_text() == '{"milk": 2}'
 
 
 def assert_refused(

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     wanted = parse_tasks(args.tasks)
     output = output_file(args.out or _output(args), "--out")
+    earlier = results.read_results(output) if output.is_file() else None
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
     held_out = None if args.data else _own_held_out(loaded.config)
@@ -72,13 +73,11 @@ def run(args: argparse.Namespace) -> None:
         seconds={"loading": loaded_at - started, "evaluation": took},
         peak_memory_bytes=tasks.peak_memory_bytes(encoder.device),
     )
-    if output.is_file() and not args.tasks:
-        earlier = results.read_results(output)
-        if earlier.data == data and earlier.untrained is not None:
-            # The values from training belong in the same table.
-            outcome = dataclasses.replace(
-                earlier, trained=trained, model=loaded.name, pretrained=loaded.pretrained
-            )
+    if not args.tasks and earlier and earlier.data == data and earlier.untrained is not None:
+        # The values from training belong in the same table.
+        outcome = dataclasses.replace(
+            earlier, trained=trained, model=loaded.name, pretrained=loaded.pretrained
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"

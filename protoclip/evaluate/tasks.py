@@ -91,7 +91,7 @@ class Encoder:
             )
             return self._rows(self.model.clip.encode_image, (batch.image for batch in stream))
 
-        return self._shared(len(dataset), encode)
+        return self._shared(len(dataset), "pictures", encode)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -104,12 +104,14 @@ class Encoder:
             parts = (unique[i : min(i + self.batch_size, rows.stop)] for i in starts)
             return self._rows(self.model.encode_text, map(self.model.short_tokenizer, parts))
 
-        encoded = self._shared(len(unique), encode)
+        encoded = self._shared(len(unique), "texts", encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
-    def _shared(self, count: int, encode: Callable[[slice], Tensor]) -> Tensor:
-        """Encode ``count`` rows, each rank a slice, and return all of them."""
-        self.bar.total = (self.bar.total or 0) + count
+    def _shared(self, count: int, what: str, encode: Callable[[slice], Tensor]) -> Tensor:
+        """Encode ``count`` rows, each rank a slice, and return all of them. The bar counts them
+        from the start, beside what they are."""
+        self.bar.reset(count)
+        self.bar.set_postfix_str(what)
         share = own_slice(count)
         rows = encode(share) if share.start < share.stop else torch.empty(0)
         parts = [part for part in gather_objects(rows.cpu()) if len(part)]

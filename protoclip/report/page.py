@@ -533,7 +533,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         for key, rows_of_set in ends.items()
     }
     left_out = {
-        words
+        f"{words} ({sets[key].title})" if len(ends) > 1 else words
         for key, rows_of_set in ends.items()
         for _, words in set(rows_of_set).difference(top[key])
     }
@@ -549,8 +549,9 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         if not re.fullmatch(figures.CURVES[0].pattern, name)
     ]
     answers = {run.name: sentence for run in runs if (sentence := answer(run))}
+    title = " and ".join(run.name for run in runs)
     return environment.get_template("page.html.j2").render(
-        title="protoclip: " + " and ".join(run.name for run in runs),
+        title=title if title.startswith("protoclip") else f"protoclip: {title}",
         answers=answers,
         terms=terms,
         meaning=meaning,
