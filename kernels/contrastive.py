@@ -46,7 +46,6 @@ from protoclip.kernels.tiles import (
 from protoclip.kernels.waves import rows_of
 
 LN2 = tl.constexpr(0.6931471805599453)
-HUGE_SUM = tl.constexpr(2.0**32)
 
 
 @triton.jit
@@ -163,7 +162,7 @@ def _merge_side(
         positive_sum = tl.load(out_ptr + 2 * stride + position, mask=inside, other=0.0)
         num_positives = tl.load(out_ptr + 3 * stride + position, mask=inside, other=0.0)
     reference, total = merge_blocks(
-        part_ptr, position, inside, length, blocks * PARTS, reference, total, DEPTH
+        part_ptr, position, inside, length, blocks * PARTS, reference, total, DEPTH, True
     )
     positive_ptr = part_ptr + 2 * tl.cast(blocks, tl.int64) * PARTS * length
     for first in range(0, blocks, DEPTH):
@@ -173,11 +172,6 @@ def _merge_side(
         positive_sum += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
         num_positives += tl.sum(tl.load(at + 1, mask=mask, other=0.0), 0)
     if IS_LAST:
-        # A sampled reference may be far from the largest logit, and the gradient divides by sums.
-        far = (total > 0) & ((total < 1) | (total > HUGE_SUM)) & (total < float("inf"))
-        near = tl.floor(reference + tl.log2(tl.where(far, total, 1.0)))
-        total = tl.where(far, total * tl.exp2(reference - near), total)
-        reference = tl.where(far, near, reference)
         count = tl.maximum(num_positives, 1.0)
         mean = positive_sum / count
         mean += (positive_sum - mean * count) / count  # a GPU's quotient may be 2 ulp off
@@ -326,8 +320,11 @@ def contrastive_fwd(
     config = launch.choose(kernel, x, y)
     parts = min(config.warps, config.block_n // config.part)
     blocks_m = cdiv(m, config.block_m)
-    bytes_of_block = 8 * (2 * blocks_m * config.block_n + (parts + 1) * m)
-    wave = max(1, PARTIAL_BYTES // bytes_of_block) * config.block_n
+    bytes_of_block = 8 * (2 * blocks_m * config.block_n + (parts + 1) * num_columns)
+    wave = min(n, max(1, PARTIAL_BYTES // bytes_of_block) * config.block_n)
+    row_part = x.new_empty(4 * blocks_m * wave, dtype=torch.float32)
+    num_partials = 2 * cdiv(wave, config.block_n) * (parts + 1) * num_columns
+    column_part = x.new_empty(num_partials, dtype=torch.float32)
     pairs = Pairs(own, exclude, key_bias)
     row_statistics = x.new_empty((4, n), dtype=torch.float32)
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
@@ -348,9 +345,6 @@ def contrastive_fwd(
         for height in heights:
             part = rows_of(x, slice(first_row, first_row + height))
             blocks_n = cdiv(height, config.block_n)
-            row_part = x.new_empty(4 * blocks_m * height, dtype=torch.float32)
-            num_partials = 2 * blocks_n * (parts + 1) * num_columns
-            column_part = x.new_empty(num_partials, dtype=torch.float32)
             contrastive_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
                 row_ptr=row_part, column_ptr=column_part, pairs=pairs, own_offset=first,

@@ -210,14 +210,27 @@ def _add_positive(reference, total, positive):
 
 
 @triton.jit
-def merge_blocks(part_ptr, position, inside, length, blocks, reference, total, DEPTH: tl.constexpr):
-    """-> the statistics of positions from those given and their partials, [blocks, length, 2]."""
+def merge_blocks(
+    part_ptr, position, inside, length, blocks, reference, total,
+    DEPTH: tl.constexpr, LOWERED: tl.constexpr,
+):  # fmt: skip
+    """-> the statistics of positions from those given and their partials, [blocks, length, 2].
+
+    A sampled reference may be far above all logits of a row. ``LOWERED``: sums below 1 get one
+    below their logarithm first, so that a positive that leads, in a partial with its own logit as
+    the reference, stays the reference and counts exactly 1.
+    """
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
         at = part_ptr + 2 * (block[:, None].to(tl.int64) * length + position[None, :])
         mask = (block[:, None] < blocks) & inside[None, :]
         r = tl.load(at, mask=mask, other=-float("inf"))
         t = tl.load(at + 1, mask=mask, other=0.0)
+        if LOWERED:
+            low = (t > 0) & (t < 1)
+            base = tl.floor(r + tl.log2(tl.where(low, t, 1.0)))
+            t = tl.where(low, t * tl.exp2(r - base), t)
+            r = tl.where(low, base, r)
         top = tl.max(r, 0)
         zero = tl.where(top == -float("inf"), 0.0, top)
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
@@ -256,7 +269,7 @@ def info_nce_merge_kernel(
         here = paired & (row >= first) & (row < first + height)
         reference, total = merge_blocks(
             row_part_ptr, row - first, here, height, blocks_m,
-            empty, tl.zeros((BLOCK,), tl.float32), DEPTH,
+            empty, tl.zeros((BLOCK,), tl.float32), DEPTH, False,
         )  # fmt: skip
         reference, total = _add_positive(reference, total, positive)
         tl.store(row_reference_ptr + row, reference, mask=here)
@@ -272,7 +285,7 @@ def info_nce_merge_kernel(
                 reference = tl.load(column_reference_ptr + column, mask=inside, other=0.0)
                 total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
             reference, total = merge_blocks(
-                column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH
+                column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH, False
             )
             if IS_LAST:
                 reference, total = _add_positive(reference, total, positive)

@@ -101,7 +101,7 @@ HALF: dict[str, dict[int, Launch]] = {
 for rows in HALF.values():
     rows[120] = rows[89]  # the same instructions and as much shared memory
 HALF["contrastive_forward_with_biases"][120] = _SMALL_SLICES
-# The rows where there are LARGE_TILES such tiles per SM; of fewer of them SMs would idle.
+# The rows where there are LARGE_TILES such tiles per SM, whole ones; of fewer SMs would idle.
 LARGE_TILES = 2
 HALF_LARGE: dict[str, dict[int, Launch]] = {
     # From LEAST_DEPTH on, the products of a tile take so long that one CTA hides the rest, and a
@@ -270,8 +270,9 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     config = HALF[kernel][arch]
     large = HALF_LARGE.get(kernel, {}).get(arch)
     if large is not None and x.shape[1] >= LEAST_DEPTH.get(kernel, 0):
-        tiles = cdiv(len(x), large.block_n) * cdiv(len(y), large.block_m)
-        config = large if tiles >= LARGE_TILES * num_sms(x.device) else config
+        whole_tiles = (len(x) // large.block_n) * (len(y) // large.block_m)
+        fits = x.shape[1] % large.block_d == 0
+        config = large if fits and whole_tiles >= LARGE_TILES * num_sms(x.device) else config
     if x.shape[1] % config.block_d == 0 and aligned(x) and aligned(y):
         return config
     return HALF_ANY[kernel]

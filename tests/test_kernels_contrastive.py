@@ -75,6 +75,22 @@ def test_large_weights_of_small_sums_do_not_overflow() -> None:
     assert_problem_within_budget(problem, "triton", weights)
 
 
+def test_a_positive_that_leads_counts_exactly_one() -> None:
+    """Also where its warp's reference, of another row, is far above it: the loss is then no
+    difference of large numbers, and never negative."""
+    torch.manual_seed(0)
+    y = F.normalize(0.5 + torch.randn(160, 64), dim=1)
+    y[64] = F.normalize(y[5] + 0.02 * torch.randn(64), dim=0)  # in a column that is sampled
+    x = y.clone()
+    x[[1, 7, 11]] *= torch.tensor([0.9, 0.8, 0.93])[:, None]  # of the same warp as row 5
+    losses = protoclip.contrastive(
+        x.to(DEVICE), y.to(DEVICE), 43.0, positives=torch.arange(160, device=DEVICE),
+        reduction="none", backend="triton",
+    )  # fmt: skip
+    assert (losses >= 0).all()
+    assert (losses[[1, 7, 11]] == 0).all()  # exactly: below 1e-8
+
+
 def test_waves_and_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoclip.kernels import contrastive, waves
 
