@@ -23,6 +23,7 @@ from protoclip.kernels.results import (
     ContrastiveForward,
     ContrastiveGradients,
     IdCodes,
+    PairStatistics,
 )
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.softmax_gradient import (
@@ -181,10 +182,9 @@ def _merge_side(
             tl.store(mean_ptr + position, mean * LN2, mask=inside)
         else:
             tl.store(partial_sum_ptr, pair_weight * tl.sum(tl.where(inside, gap, 0.0)))
-    tl.store(out_ptr + position, reference, mask=inside)
-    tl.store(out_ptr + stride + position, total, mask=inside)
-    tl.store(out_ptr + 2 * stride + position, positive_sum, mask=inside)
-    tl.store(out_ptr + 3 * stride + position, num_positives, mask=inside)
+    statistics = PairStatistics(reference, total, positive_sum, num_positives)
+    for i in tl.static_range(len(statistics)):
+        tl.store(out_ptr + i * stride + position, statistics[i], mask=inside)
 
 
 @triton.jit(

@@ -123,7 +123,7 @@ HALF_LARGE: dict[str, dict[int, Launch]] = {
     "contrastive_gradient_with_biases": {90: replace(_HOPPER_SLICES, block_m=64)},
 }
 HALF_LARGE["contrastive_forward_with_biases"] = HALF_LARGE["contrastive_forward"]
-LEAST_DEPTH = {"info_nce_gradient": 512}
+LEAST_DEPTH = {"info_nce_forward": 512, "info_nce_gradient": 512}  # the sweep may add a forward row
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
     "info_nce_forward": _PLAIN,

@@ -316,6 +316,26 @@ def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(
     assert all(near.ctas_per_sm == 1 and near.max_registers is None for near in larger)
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_what_the_sweep_times_is_the_row_that_it_changes(
+    monkeypatch: pytest.MonkeyPatch, arch: int
+) -> None:
+    from protoclip.kernels import launch
+
+    monkeypatch.setattr(gpu, "REHEARSAL", False)
+    monkeypatch.setattr(launch, "compiling_for", arch)
+    for name in ("HALF", "HALF_LARGE"):
+        monkeypatch.setattr(launch, name, {k: dict(t) for k, t in vars(launch)[name].items()})
+    losses = [swept for swept in gpu._swept() if swept.path[0] in ("HALF", "HALF_LARGE")]
+    assert len(losses) == 5
+    for swept in losses:
+        table, kernel, _ = swept.path
+        marked = replace(swept.row, stages=9)
+        monkeypatch.setitem(vars(launch)[table][kernel], arch, marked)
+        x = torch.empty(16_384, swept.launched.depth, dtype=torch.bfloat16)
+        assert launch.choose(kernel, x, x) is marked, swept.path
+
+
 @pytest.fixture
 def swept_sigmoid() -> gpu.Swept:
     """In a process without the interpreter, as the sweep's pool has them."""

@@ -46,8 +46,8 @@ def peak_of_steps(batch_size: int) -> int:
 
 
 def steps(batch_size: int) -> None:
-    """Build a model and an episode's tensors, and take three steps. In the second, DDP orders its
-    buckets anew, and a thread of gloo may hold the old ones for a while."""
+    """Build a model and an episode's tensors, and take three steps. DDP replaces its buckets in the
+    second, and a thread of gloo may keep the old ones for a moment."""
     from protoclip.data import Batch
     from protoclip.episodes.prototypes import Episode, PrototypeSet
     from protoclip.losses import ProtoLoss
