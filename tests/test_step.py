@@ -219,7 +219,7 @@ def test_a_step_on_a_card_does_not_wait(case: str, nano: Path) -> None:
     try:
         outcome = take()
         scalars = log.scalars_of(outcome, stepper.model, _NoFaults())
-        read = log.start_copy(torch.stack([x.detach().float() for x in scalars.values()]))
+        read = log.start_copy_to_host(torch.stack([x.detach().float() for x in scalars.values()]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(read()) == len(scalars)
@@ -230,7 +230,7 @@ def read_late(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     what happens, in order: ("begun" or "read", number of the line)."""
     events: list[tuple[str, int]] = []
     original_init = log.Log.__init__
-    original_copy = log.start_copy
+    original_copy = log.start_copy_to_host
 
     def init(self: log.Log, *arguments: Any) -> None:
         original_init(self, *arguments)
@@ -248,7 +248,7 @@ def read_late(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return late
 
     monkeypatch.setattr(log.Log, "__init__", init)
-    monkeypatch.setattr(log, "start_copy", start)
+    monkeypatch.setattr(log, "start_copy_to_host", start)
     return events
 
 

@@ -1,14 +1,17 @@
-"""The machine that a process runs on: memory in use, malloc, and what else keeps the cores busy."""
+"""The machine that a process runs on: memory in use, malloc, what else keeps the cores busy, and
+numbers that come from its GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
-import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 MOST_WORKERS = 8  # that --workers auto starts for a GPU
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -88,4 +91,19 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+    return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
+
+
+def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy values to the host; the result waits for them, but for no work queued later."""
+    if not values.is_cuda:
+        return values.tolist
+    on_host = torch.empty_like(values, device="cpu", pin_memory=True)
+    on_host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.current_stream(values.device).record_event()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return on_host.tolist()
+
+    return read

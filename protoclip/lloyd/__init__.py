@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.common.host import start_copy_to_host
 from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
 from protoclip.ops import checks
 from protoclip.ops.clusters import assignment, kmeans_assign
@@ -369,14 +370,15 @@ def _lloyd(
         updated = rows.placed(updated, spherical)
         facts = _facts(rows, distances, _moved(centroids, updated, limit), (counts == 0).any())
         if progress is not None:
-            progress(iteration, facts[0])
-        wait_for_facts = _read_later(facts)
+            progress(iteration, _Facts._make(facts).inertia)
+        wait_for_facts = start_copy_to_host(facts)
         ahead = assign(updated) if updated.is_cuda else None  # while the host reads
-        inertia, moving, empty = wait_for_facts()
-        history.append(inertia)
-        if best is None or not best.inertia < inertia:
-            best = _State(centroids, labels, distances, inertia)
-        if empty and not splits:
+        read = _Facts._make(wait_for_facts())
+        history.append(read.inertia)
+        if best is None or not best.inertia < read.inertia:
+            best = _State(centroids, labels, distances, read.inertia)
+        moving = read.moving
+        if read.empty and not splits:
             relabelled = _moved_to_points(rows, updated, counts, labels, distances, spherical)
             if relabelled is not None:
                 means, counts = rows.means(values, relabelled, len(centroids))
@@ -397,17 +399,23 @@ def _lloyd(
     return _clusters(rows, best if best and best.inertia < last.inertia else last, history)
 
 
+class _Facts(NamedTuple):
+    """Of an iteration, over all ranks: numbers, or scalars that are still on the device."""
+
+    inertia: Any  # the weighted sum of squared distances
+    moving: Any  # ranks whose centroids moved, so that ranks that round differently stop together
+    empty: Any  # ranks that saw clusters without points
+
+
 def _facts(rows: PointSlice, distances: Tensor, moved: Tensor, empty: Tensor) -> Tensor:
-    """Over all ranks, fp64 [3]: the inertia, the weighted sum of squared distances [N]; on how many
-    ranks the centroids ``moved``, so that ranks that round differently still stop together; and the
-    same of whether clusters are ``empty``."""
+    """``_Facts`` as fp64 [3]. ``distances``: squared, [N]; ``moved``, ``empty``: bool []."""
     inertia = rows.by_weight(distances).sum() * rows.weight
     return rows.sum(torch.stack([inertia, moved.to(inertia), empty.to(inertia)]))
 
 
 def _inertia(rows: PointSlice, distances: Tensor) -> float:
     none = torch.zeros((), dtype=torch.bool, device=distances.device)
-    return float(_facts(rows, distances, none, none)[0])
+    return float(_Facts._make(_facts(rows, distances, none, none)).inertia)
 
 
 def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:
@@ -415,21 +423,6 @@ def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:
     if not limit:
         return (new != old).any()
     return ~(torch.linalg.vector_norm(new - old, dtype=torch.float64).square() <= limit)
-
-
-def _read_later(values: Tensor) -> Callable[[], list[float]]:
-    """A function that waits for values on the device, but not for work queued after them."""
-    if not values.is_cuda:
-        return values.tolist
-    host = torch.empty_like(values, device="cpu", pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    arrived = torch.cuda.current_stream(values.device).record_event()
-
-    def read() -> list[float]:
-        arrived.synchronize()
-        return host.tolist()
-
-    return read
 
 
 def _clusters(rows: PointSlice, state: _State, history: list[float]) -> Clusters:

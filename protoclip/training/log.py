@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from protoclip import distributed
+from protoclip.common.host import start_copy_to_host
 from protoclip.common.phases import Phases
 from protoclip.data.loader import Faults
 from protoclip.model import ProtoModel
@@ -29,7 +30,7 @@ LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 
 @dataclass(frozen=True)
 class Line:
-    """What was known when a line was begun; the rest is on its way to the host."""
+    """A line whose numbers are being copied to the host."""
 
     step: int
     time: float  # on the clock of ``time.perf_counter``
@@ -80,7 +81,7 @@ class Log:
 
     def begin(self, step: int) -> None:
         """Start the clocks of a process that goes on after ``step``."""
-        self._began_time = self._said_time = time.perf_counter()
+        self._began_time = self._last_printed_time = time.perf_counter()
         self._began_step = step
         self.pause(step)
 
@@ -125,8 +126,15 @@ class Log:
             self._logged_time = now
             self._logged_step = step
             self.episode_metrics = {}
-        names = [*scalars, *skips]
-        self._line = Line(step, now, record, positions, names, start_copy(values), bool(scalars))
+        self._line = Line(
+            step=step,
+            time=now,
+            record=record,
+            positions=positions,
+            names=[*scalars, *skips],
+            read=start_copy_to_host(values),
+            due=bool(scalars),
+        )
 
     def finish_line(self, folder: NullRunFolder, keys: Sequence[str]) -> Skipped | None:
         """Write the line that was begun, if any, and report new skipped steps; ``keys``: of the
@@ -148,7 +156,9 @@ class Log:
         folder.note(
             f"step {line.step} skipped: {which} not finite, {total} so far; samples: {samples}"
         )
-        self.last_skipped = Skipped(line.step, in_a_row, samples[0], numbers)
+        self.last_skipped = Skipped(
+            step=line.step, in_a_row=in_a_row, key=samples[0], numbers=numbers
+        )
         return self.last_skipped
 
     def _write(self, folder: NullRunFolder, line: Line, values: Mapping[str, float]) -> None:
@@ -178,27 +188,11 @@ class Log:
             f"{record['samples_per_second']:,.0f} samples/s, "
             f"ETA {datetime.timedelta(seconds=seconds_left)}"
         )
-        if not sys.stderr.isatty() and line.time - self._said_time >= LINE_SECONDS:
-            self._said_time = line.time
+        if not sys.stderr.isatty() and line.time - self._last_printed_time >= LINE_SECONDS:
+            self._last_printed_time = line.time
             folder.say(words)  # there is no progress bar
         else:
             folder.note(words)
-
-
-def start_copy(values: Tensor) -> Callable[[], list[float]]:
-    """Start to copy values to the host; call the result to wait for them."""
-    if values.device.type != "cuda":
-        return values.tolist
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    pinned.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read() -> list[float]:
-        arrived.synchronize()
-        return pinned.tolist()
-
-    return read
 
 
 def scalars_of(outcome: Step, model: ProtoModel, faults: Faults) -> dict[str, Tensor]:
