@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -230,6 +230,24 @@ class Episode:
         )
 
 
+class _Source(NamedTuple):
+    """What is clustered."""
+
+    name: str
+    points: Tensor  # [N, Ds], of this rank's samples
+    rows: Features  # the students' features of these samples
+    knows_all: bool  # also the episode's samples that are not among these
+
+
+class _BuiltSource(NamedTuple):
+    """What one source contributes to an episode."""
+
+    sets: list[PrototypeSet]
+    labels: Tensor  # int32 [M]
+    centroids: Tensor  # [K, Ds]
+    metrics: dict[str, float]
+
+
 @dataclass(frozen=True)
 class EpisodeBuilder:
     """Makes the prototypes of every episode of a run."""
@@ -262,60 +280,72 @@ class EpisodeBuilder:
         Raises:
             ValueError: features are not finite.
         """
-        device = features.index.device
-        positions = positions.to(device)
-        m = len(positions)
-        num_clusters = min(self.config.num_clusters or default_clusters(m), m)
-        group = dist.group.WORLD if is_distributed() else None
-        builder = PrototypeBuilder(self.config, group)
+        positions = positions.to(features.index.device)
         sets: list[PrototypeSet] = []
-        all_labels: dict[str, Tensor] = {}
+        labels: dict[str, Tensor] = {}
         centroids: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
-        for source, (points, rows) in self._sources(features, recent).items():
-            samples = int(sum_over_ranks(torch.tensor(len(points), device=device)))
-            if samples < num_clusters:
-                continue  # images and texts before the second pass over the data
-            k = num_clusters
-            if rows is not recent:  # if only some samples have features, clusters of the usual size
-                k = max(1, num_clusters * samples // m)
-            last = None if previous is None else previous.centroids.get(source)
-            clusters = builder.cluster(source, points, k, random, last)
-            students = {"image": rows.image_h, "text": rows.text_h}
-            sets += builder.translate(source, clusters, students)
-            if rows is recent:
-                index, labels = self._teacher_labels(positions, clusters.centroids)
-            else:
-                index = rows.index
-                labels = clusters.labels
-            all_labels[source] = _labels_of_all_ranks(positions, index, labels)
-            centroids[source] = clusters.centroids
-            values = health(points, clusters, builder.group)
-            values["empty"] = float(k - (clusters.counts > 0).sum())
-            values |= self._label_health(source, positions, all_labels[source], previous)
-            if source in INTERNAL and self.config.target_temperature > 0:
-                values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)
-            metrics |= {f"{source}_{name}": value for name, value in values.items()}
+        for source in self._sources(features, recent):
+            built = self._build_source(source, positions, random, previous)
+            if built is not None:
+                sets += built.sets
+                labels[source.name] = built.labels
+                centroids[source.name] = built.centroids
+                metrics |= built.metrics
         if not sets:
             return None
         return Episode(
             positions=positions,
-            labels=all_labels,
+            labels=labels,
             centroids=centroids,
             sets=tuple(sets),
             metrics=metrics,
         )
 
-    def _sources(
-        self, features: Features, recent: Features | None
-    ) -> dict[str, tuple[Tensor, Features]]:
-        """Each source's points to cluster, [N, Ds], and the students' features of these samples."""
-        sources = {}
+    def _build_source(
+        self,
+        source: _Source,
+        positions: Tensor,
+        random: torch.Generator,
+        previous: Episode | None,
+    ) -> _BuiltSource | None:
+        """None if fewer samples than clusters have features: images and texts before the second
+        pass over the data."""
+        m = len(positions)
+        num_clusters = min(self.config.num_clusters or default_clusters(m), m)
+        samples = int(sum_over_ranks(torch.tensor(len(source.points), device=positions.device)))
+        if samples < num_clusters:
+            return None
+        if not source.knows_all:  # if only some samples have features, clusters of the usual size
+            num_clusters = max(1, num_clusters * samples // m)
+        builder = PrototypeBuilder(self.config, dist.group.WORLD if is_distributed() else None)
+        last = None if previous is None else previous.centroids.get(source.name)
+        clusters = builder.cluster(source.name, source.points, num_clusters, random, last)
+        students = {"image": source.rows.image_h, "text": source.rows.text_h}
+        sets = builder.translate(source.name, clusters, students)
+        if source.knows_all:
+            index, labels = self._teacher_labels(positions, clusters.centroids)
+        else:
+            index = source.rows.index
+            labels = clusters.labels
+        all_labels = _labels_of_all_ranks(positions, index, labels)
+        values = health(source.points, clusters, builder.group)
+        values["empty"] = float(num_clusters - (clusters.counts > 0).sum())
+        values |= self._label_health(source.name, positions, all_labels, previous)
+        if source.name in INTERNAL and self.config.target_temperature > 0:
+            values["target_entropy"] = target_entropy(clusters, self.config.target_temperature)
+        metrics = {f"{source.name}_{name}": value for name, value in values.items()}
+        return _BuiltSource(sets, all_labels, clusters.centroids, metrics)
+
+    def _sources(self, features: Features, recent: Features | None) -> list[_Source]:
+        sources = []
         if self.internal:
-            sources = {"image": (features.image_h, features), "text": (features.text_h, features)}
+            sources.append(_Source("image", features.image_h, features, knows_all=False))
+            sources.append(_Source("text", features.text_h, features, knows_all=False))
         if self.teacher is not None:
             rows = features if recent is None else recent
-            sources[EXTERNAL] = (self.teacher.to(rows.image_h)[rows.index], rows)
+            points = self.teacher.to(rows.image_h)[rows.index]
+            sources.append(_Source(EXTERNAL, points, rows, knows_all=recent is not None))
         return sources
 
     def _teacher_labels(self, positions: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
