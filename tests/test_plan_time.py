@@ -92,10 +92,10 @@ def sent_in_a_step(run: PlannedRun) -> dict[str, int]:
 
     distributed.start(find_rank(), torch.device("cpu"), 60)
     config = run.config
-    active = active_losses(config, teacher=True)
+    active = active_losses(config, has_teacher=True)
     model = build_model(config.model)
     teacher = torch.randn(100, TEACHER_DIM)
-    loss = ProtoLoss(loss_weights(config, teacher=True), teacher)
+    loss = ProtoLoss(loss_weights(config, has_teacher=True), teacher)
     stepper = Stepper(model, loss, config.optim, config.run.precision)
     pairs = [("image", "text"), ("text", "image")] if active.internal else []
     pairs += [(EXTERNAL, "image"), (EXTERNAL, "text")] if active.external else []

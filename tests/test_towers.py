@@ -17,7 +17,7 @@ from protoclip.losses import ProtoLoss, Term, TermInputs
 from protoclip.model import ShortTokenizer, build_model
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
-from protoclip.training.buffers import copy_back, flat_copy, keep_if
+from protoclip.training.buffers import copy_back, flat_copy, restore_unless
 from protoclip.training.step import Stepper
 from protoclip.training.towers import Towers, tf32_products
 
@@ -206,15 +206,15 @@ def test_buffers_are_put_back_whole_or_not_at_all() -> None:
     before = flat_copy(state)
     for buffer in state:
         buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
-    keep_if(torch.tensor(False), state, before)
+    restore_unless(torch.tensor(False), state, before)
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
     for buffer in state:
         buffer.add_(1)
-    keep_if(torch.tensor(True), state, before)
+    restore_unless(torch.tensor(True), state, before)
     torch.testing.assert_close(state, [buffer + 1 for buffer in expected], rtol=0, atol=0)
     copy_back(state, before)
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
-    keep_if(torch.tensor(True), [], flat_copy([]))
+    restore_unless(torch.tensor(True), [], flat_copy([]))
 
 
 def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:
@@ -233,7 +233,7 @@ def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:
     for number in (3, 160):
         state = [torch.randn(8) for _ in range(number)]
         with Count() as count:
-            keep_if(torch.tensor(True), state, flat_copy(state))
+            restore_unless(torch.tensor(True), state, flat_copy(state))
         counts.append(count.calls)
     assert counts[0] == counts[1] <= 5
 

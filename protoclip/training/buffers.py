@@ -31,7 +31,7 @@ def copy_back(buffers: Sequence[Tensor], values: Flat) -> None:
         torch._foreach_copy_(of_dtype, shaped)
 
 
-def keep_if(taken: Tensor, buffers: Sequence[Tensor], before: Flat) -> None:
+def restore_unless(taken: Tensor, buffers: Sequence[Tensor], before: Flat) -> None:
     """Put back the values from before a step unless it was ``taken``, a bool scalar for which the
     host does not wait; then every rank gets those of rank 0."""
     now = flat_copy(buffers)

@@ -59,30 +59,30 @@ class ActiveLosses:
         return " and ".join(name for name, there in names.items() if there) or "InfoNCE alone"
 
 
-def loss_weights(config: TrainConfig, *, teacher: bool) -> LossConfig:
+def loss_weights(config: TrainConfig, *, has_teacher: bool) -> LossConfig:
     """The weights that a run trains with: ``w_proto`` as it stands, or if it is below 0 (automatic)
     0 where prototypes of a teacher are trained and 1 where not."""
     weights = config.loss
     if weights.w_proto >= 0:
         return weights
-    external = teacher and weights.w_proto_external > 0
+    external = has_teacher and weights.w_proto_external > 0
     return replace(weights, w_proto=0.0 if external else 1.0)
 
 
-def active_losses(config: TrainConfig, *, teacher: bool) -> ActiveLosses:
-    """The terms with a positive weight; ``teacher``: whether the run has one."""
-    weights = loss_weights(config, teacher=teacher)
+def active_losses(config: TrainConfig, *, has_teacher: bool) -> ActiveLosses:
+    """The terms with a positive weight."""
+    weights = loss_weights(config, has_teacher=has_teacher)
     proto = config.method == "protoclip"
     return ActiveLosses(
         internal=proto and weights.w_proto > 0,
-        external=proto and teacher and weights.w_proto_external > 0,
-        distillation=proto and teacher and weights.w_distill > 0,
+        external=proto and has_teacher and weights.w_proto_external > 0,
+        distillation=proto and has_teacher and weights.w_distill > 0,
     )
 
 
 def uses_prototypes(config: TrainConfig) -> bool:
     """Whether a prototype term has a positive weight, whether or not there is a teacher."""
-    return active_losses(config, teacher=True).prototypes
+    return active_losses(config, has_teacher=True).prototypes
 
 
 def check_terms(terms: Mapping[str, Term]) -> None:
@@ -146,14 +146,14 @@ def _check_val_fraction(config: TrainConfig) -> None:
 
 
 def _check_every_step_has_a_loss(config: TrainConfig) -> None:
-    teacher = bool(teacher_spec(config)[0])
-    terms = active_losses(config, teacher=teacher)
+    has_teacher = bool(teacher_spec(config)[0])
+    active = active_losses(config, has_teacher=has_teacher)
     from_the_start = not (config.episode.infonce_warmup or config.episode.lit_start)
-    always = terms.distillation or (terms.prototypes and from_the_start)
+    always = active.distillation or (active.prototypes and from_the_start)
     if config.loss.w_clip == 0 and not always:
         raise ValueError(
             f"--w-clip 0 leaves some steps without a loss, with --method {config.method} and "
-            f"{'an' if teacher else 'no'} external teacher; use --w-clip 1, or "
+            f"{'an' if has_teacher else 'no'} external teacher; use --w-clip 1, or "
             "prototypes from the first step on: --infonce-warmup-epoch 0 and --lit-start 0"
         )
 

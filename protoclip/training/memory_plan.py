@@ -36,6 +36,7 @@ INT64 = 8
 # Of the logits' gradient in csrc/strip_gradient.h.
 CPU_BLOCK_ROWS = 1024
 CPU_BLOCK_COLUMNS = 4096
+BATCH = 8  # pairs of the smaller of two passes, whose difference is what a pair takes
 MINILM_DIM = 384  # width of MiniLM's features without reduction
 
 
@@ -101,7 +102,7 @@ class Shape:
     saved_fixed_bytes: float  # the same, for any batch: the weights' copies under autocast
 
 
-def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
+def measure_shape(run: PlannedRun) -> Shape:
     """Run the forward pass at two batch sizes, without data.
 
     Raises:
@@ -109,9 +110,9 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
     """
     with torch.device("meta"):
         model = build_model(run.config.model, "meta")
-    small = _forward(model, run.amp, batch)
-    large = _forward(model, run.amp, 2 * batch)
-    per_sample = (large.saved_bytes - small.saved_bytes) / batch
+    small = _forward(model, run.amp, BATCH)
+    large = _forward(model, run.amp, 2 * BATCH)
+    per_sample = (large.saved_bytes - small.saved_bytes) / BATCH
     sizes = [p.numel() for p in model.parameters()]
     return Shape(
         weights=sum(sizes),
@@ -121,7 +122,7 @@ def measure_shape(run: PlannedRun, batch: int = 8) -> Shape:
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
         batch_bytes=3 * model.image_size**2 * FP32 + model.clip.context_length * INT64,
         saved_bytes=per_sample,
-        saved_fixed_bytes=small.saved_bytes - per_sample * batch,
+        saved_fixed_bytes=small.saved_bytes - per_sample * BATCH,
     )
 
 
@@ -200,14 +201,14 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     else:  # a chunk of the gradient of the logits, and both features' gradients in fp32
         chunk = min(run.local_batch * rows * bytes_of_feature, scratch.GRADIENT_BYTES)
         parts["InfoNCE scratch"] = chunk + (run.local_batch + rows) * d * FP32
-    terms = active_losses(run.config, teacher=run.teacher_dim > 0)
-    if terms.prototypes:
+    active = active_losses(run.config, has_teacher=run.teacher_dim > 0)
+    if active.prototypes:
         widths = []  # of the sources
         sets = 0
-        if terms.internal:  # image and text each teach the other
+        if active.internal:  # image and text each teach the other
             widths += [dh, dh]
             sets += 2
-        if terms.external:  # a teacher teaches both
+        if active.external:  # a teacher teaches both
             widths.append(run.teacher_dim)
             sets += 2
         num_clusters = check_clusters(run.config.episode, run.episode)

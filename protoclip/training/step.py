@@ -22,7 +22,7 @@ from protoclip.episodes.prototypes import Episode
 from protoclip.losses import Losses, OwnTerms, ProtoLoss, Term, TermInputs, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.settings.config import OptimConfig
-from protoclip.training.buffers import Flat, copy_back, flat_copy, keep_if
+from protoclip.training.buffers import Flat, copy_back, flat_copy, restore_unless
 from protoclip.training.optimiser import build_optimiser, load_optimiser
 from protoclip.training.replicas import Replicas
 from protoclip.training.towers import Towers
@@ -132,7 +132,8 @@ class Stepper:
             if not is_distributed():  # ranks share the gradient, not the loss
                 finite = finite & losses.total.detach().isfinite()
             self._update(finite)
-        self._count_skipped(finite, statistics)
+        self._restore_if_skipped(finite, statistics)
+        self._count_skipped(finite)
         same_caption = None
         if ids is not None and self.loss.config.dedup == "caption":
             same_caption = repeated(ids)
@@ -227,10 +228,12 @@ class Stepper:
             return torch.cat([caption_ids(batch.tokens) for batch in batches])
         return None
 
-    def _count_skipped(self, finite: Tensor, statistics: Flat) -> None:
-        """Count a step that was not finite, and put back the statistics from before it. Evaluation
-        and checkpoints then hold the same values on all ranks."""
-        keep_if(finite, self._buffers(), statistics)
+    def _restore_if_skipped(self, finite: Tensor, statistics: Flat) -> None:
+        """Put back the statistics from before a step that was not finite. Evaluation and
+        checkpoints then hold the same values on all ranks."""
+        restore_unless(finite, self._buffers(), statistics)
+
+    def _count_skipped(self, finite: Tensor) -> None:
         skipped = (~finite).long()
         self.skipped_steps = self.skipped_steps + skipped
         self.consecutive_skips = (self.consecutive_skips + 1) * skipped

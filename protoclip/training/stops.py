@@ -94,26 +94,26 @@ def agree_later(requests: Requests) -> Callable[[], Requests]:
 
 
 class StopSignals:
-    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``asked`` to the signal's
-    name; a second Ctrl-C ends the process at once."""
+    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``received`` to the
+    signal's name; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.received = ""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        second_ctrl_c = number == signal.SIGINT and self.asked == "SIGINT"
-        self.asked = signal.Signals(number).name
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        second_ctrl_c = number == signal.SIGINT and self.received == "SIGINT"
+        self.received = signal.Signals(number).name
         if second_ctrl_c:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
@@ -123,9 +123,9 @@ class StopSignals:
     @property
     def request(self) -> StopRequest:
         """What this rank wants."""
-        if self.asked == "SIGINT":
+        if self.received == "SIGINT":
             return StopRequest.CTRL_C
-        return StopRequest.SIGNAL if self.asked else StopRequest.NONE
+        return StopRequest.SIGNAL if self.received else StopRequest.NONE
 
 
 class SaveTimes:
@@ -145,12 +145,12 @@ class SaveTimes:
         nothing = Requests(save=False, stop=StopRequest.NONE)
         self._agreed: Callable[[], Requests] = lambda: nothing
 
-    def saved(self, step: int) -> None:
-        """Count from now on."""
+    def mark_saved(self, step: int) -> None:
+        """Restart the interval: the run was saved after ``step``."""
         self.saved_step = step
         self._saved_time = time.monotonic()
 
-    def requests(self, step: int) -> Requests:
+    def requests_after(self, step: int) -> Requests:
         """What to do after ``step``: what the ranks agreed on one step ago; also save every so many
         steps, and the first time after one step."""
         agreed = self._agreed()
@@ -158,8 +158,8 @@ class SaveTimes:
         by_step = self._every.steps and step % self._every.steps == 0
         return Requests(save=bool(agreed.save or is_first or by_step), stop=agreed.stop)
 
-    def agree(self) -> None:
-        """Tell all ranks what this one wants, for the next ``requests``."""
+    def exchange_requests(self) -> None:
+        """Tell all ranks what this one wants, for the next ``requests_after``."""
         seconds = time.monotonic() - self._saved_time  # by this rank's clock
         due = 0 < self._every.seconds <= seconds
         self._agreed = agree_later(Requests(save=due, stop=self._signals.request))

@@ -74,7 +74,7 @@ def measure_work(run: PlannedRun) -> Work:
         by_dtype[buffer.dtype] = by_dtype.get(buffer.dtype, 0) + buffer.nbytes
     passes = _count_flops(model)
     return Work(
-        flops=passes.both / BATCH,
+        flops=passes.forward_and_backward / BATCH,
         forward_flops=passes.forward / BATCH,
         embed_dim=passes.embed_dim,
         projection_dim=passes.projection_dim,
@@ -90,7 +90,7 @@ def measure_work(run: PlannedRun) -> Work:
 @dataclass(frozen=True)
 class _Flops:
     forward: int
-    both: int
+    forward_and_backward: int
     embed_dim: int
     projection_dim: int
 
@@ -109,15 +109,20 @@ def _count_flops(model: ProtoModel) -> _Flops:
             forward = counter.get_total_flops()
             outputs = (encoded.image, encoded.text, projected.image, projected.text)
             sum(x.sum() for x in outputs if x.requires_grad).backward()
-        both = counter.get_total_flops()
-    return _Flops(forward, both, encoded.image.shape[1], projected.image.shape[1])
+        forward_and_backward = counter.get_total_flops()
+    return _Flops(
+        forward=forward,
+        forward_and_backward=forward_and_backward,
+        embed_dim=encoded.image.shape[1],
+        projection_dim=projected.image.shape[1],
+    )
 
 
 @dataclass(frozen=True)
 class Collective:
     """A collective call of each rank."""
 
-    what: str
+    name: str
     kind: str  # "gather", "scatter", "reduce", "broadcast" or "send"
     bytes: int  # gathered: the result; scattered, reduced: what each rank adds to the sum
 
@@ -126,7 +131,7 @@ def collectives(work: Work, run: PlannedRun) -> list[Collective]:
     """What a step with prototypes calls, if the run has any; the gradient counts as one call."""
     if run.ranks == 1:
         return []
-    active = active_losses(run.config, teacher=run.teacher_dim > 0)
+    active = active_losses(run.config, has_teacher=run.teacher_dim > 0)
     heads_train = active.prototypes or active.distillation
     calls = [*_of_contrastive_loss(work, run), *_of_prototypes(active)]
     if active.projects and run.config.model.add_projection_head:
@@ -169,7 +174,8 @@ def _of_contrastive_loss(work: Work, run: PlannedRun) -> list[Collective]:
 
 def _of_prototypes(active: ActiveLosses) -> list[Collective]:
     """Each kind of prototypes counts the labelled samples of both students."""
-    return 2 * (active.internal + active.external) * [Collective("labelled", "reduce", FP32)]
+    num_kinds = int(active.internal) + int(active.external)
+    return 2 * num_kinds * [Collective("labelled", "reduce", FP32)]
 
 
 def _of_distillation(work: Work, run: PlannedRun) -> list[Collective]:
@@ -222,8 +228,8 @@ def predict(work: Work, run: PlannedRun, rates: Rates) -> Prediction:
         pair_flops += work.forward_flops
     towers = run.local_batch * pair_flops / rates.flops
     calls = collectives(work, run)
-    gradient = [call for call in calls if call.what == "gradient"]
-    others = [call for call in calls if call.what != "gradient"]
+    gradient = [call for call in calls if call.name == "gradient"]
+    others = [call for call in calls if call.name != "gradient"]
     # The gradient is reduced during the backward pass; the losses wait for everything else.
     backward = towers * (1 - work.forward_flops / pair_flops)
     hidden = min(backward, _seconds(gradient, run.ranks, rates))
@@ -242,14 +248,14 @@ def predict(work: Work, run: PlannedRun, rates: Rates) -> Prediction:
 
 
 def _flops_of_losses(work: Work, run: PlannedRun) -> float:
-    active = active_losses(run.config, teacher=run.teacher_dim > 0)
+    active = active_losses(run.config, has_teacher=run.teacher_dim > 0)
     pairs = run.local_batch * run.global_batch
     flops = 0.0
     if run.config.loss.w_clip > 0:
         flops += 2 * PRODUCTS_OF_LOSS * pairs * work.embed_dim
     if active.prototypes:
         clusters = check_clusters(run.config.episode, run.episode)
-        sets = 2 * (active.internal + active.external)
+        sets = 2 * (int(active.internal) + int(active.external))
         product = 2 * run.local_batch * clusters * work.projection_dim
         flops += sets * PRODUCTS_OF_PROTOTYPES * product
     if active.distillation:  # the teacher's similarities; those of two students, with gradients

@@ -97,19 +97,19 @@ class Trainer:
         self.folder = folder
         self.phases = phases or Phases(setup.device)
         self.evaluations = evaluations
-        teacher = setup.teacher is not None
-        self.active = active_losses(self.config, teacher=teacher)
+        has_teacher = setup.teacher is not None
+        self.active = active_losses(self.config, has_teacher=has_teacher)
+        weights = loss_weights(self.config, has_teacher=has_teacher)
+        loss = ProtoLoss(weights, setup.teacher, self.phases.measure)
         self.stepper = Stepper(
             model,
-            ProtoLoss(
-                loss_weights(self.config, teacher=teacher), setup.teacher, self.phases.measure
-            ),
+            loss,
             self.config.optim,
-            setup.precision,
-            self.phases,
-            self.config.run.seed,
-            terms,
-            self.config.model.torchcompile,
+            precision=setup.precision,
+            phases=self.phases,
+            seed=self.config.run.seed,
+            terms=terms,
+            compiled=self.config.model.torchcompile,
         )
         classes = {
             name: labels.ids.to(setup.device)
@@ -306,7 +306,7 @@ class Trainer:
         bar = tqdm(stream, "features", unit=" batches", leave=False, disable=progress_hidden())
         for batch in bar:
             yield batch
-            if self.signals.asked and not distributed.is_distributed():
+            if self.signals.received and not distributed.is_distributed():
                 self._save_or_stop()  # nothing has changed since the last step
 
     def _log_or_check(self, outcome: Step, step_batches: Sequence[Batch], lr: float) -> None:
@@ -358,18 +358,18 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Save if it is time; save and stop if a signal asks for it."""
-        requests = self.saves.requests(self.step)
+        requests = self.saves.requests_after(self.step)
         if requests.save or requests.stop:
             self.save(None)
         if requests.stop:
             by_ctrl_c = requests.stop == StopRequest.CTRL_C
-            signal = "Ctrl-C" if by_ctrl_c else self.signals.asked or "a signal to another rank"
+            signal = "Ctrl-C" if by_ctrl_c else self.signals.received or "a signal to another rank"
             raise Stopped(
                 f"stopped by {signal} after step {self.step}; continue with --resume "
                 f"{self.folder.path}",
                 code=130 if by_ctrl_c else 0,
             )
-        self.saves.agree()
+        self.saves.exchange_requests()
 
     def save(self, epoch: int | None) -> None:
         """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
@@ -387,7 +387,7 @@ class Trainer:
             )
             self.folder.checkpoint(payload, epoch)
         if epoch is None:
-            self.saves.saved(self.step)
+            self.saves.mark_saved(self.step)
 
     def state(self) -> TrainingState:
         """The state between two steps; a collective call."""
