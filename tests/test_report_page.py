@@ -142,6 +142,16 @@ def test_a_report_is_replaced_without_asking(runs: Runs, tmp_path: Path) -> None
     assert main([str(runs.ours), "--out", str(path)]) == 0
 
 
+@pytest.mark.parametrize("name", ["2026_11_29-12_35_23-protoclip-seed_0", "protoclip-mine"])
+def test_the_page_of_a_run_whose_name_begins_with_protoclip_is_replaced(
+    runs: Runs, tmp_path: Path, name: str
+) -> None:
+    run = Path(shutil.copytree(runs.ours, tmp_path / name))
+    (run / "report.html").unlink(missing_ok=True)
+    for _ in range(2):
+        assert main([str(run)]) == 0
+
+
 @pytest.mark.parametrize("flag", ["--out", "--output"])
 def test_the_page_goes_where_it_is_told_to(runs: Runs, tmp_path: Path, flag: str) -> None:
     assert main([str(runs.ours), flag, str(tmp_path / "page.html")]) == 0

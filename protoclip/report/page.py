@@ -483,7 +483,9 @@ def is_report(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         head = file.read(4096)
-    return b"<title>protoclip: " in head and b'content="protoclip cluster"' not in head
+    if b'content="protoclip ' in head:
+        return b'content="protoclip report"' in head
+    return b"<title>protoclip: " in head  # a page of an earlier version
 
 
 def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
