@@ -153,9 +153,13 @@ class CachedMultipleNegativesRankingLoss(_Fused, theirs.CachedMultipleNegativesR
 def _text_ids(features: Mapping[str, Any]) -> Tensor | None:
     """A hash of each text's tokens, int64 [B]; None if the input is more than tokens."""
     tokens = features.get("input_ids")
-    more = any(isinstance(x, Tensor) and x.is_floating_point() for x in features.values())
-    if not isinstance(tokens, Tensor) or more:
+    if not isinstance(tokens, Tensor):
         return None
+    for name, x in features.items():
+        # A model leaves its results here, and MatryoshkaLoss brings them again.
+        result = name.endswith(("embedding", "embeddings", "weights_sum"))
+        if isinstance(x, Tensor) and x.is_floating_point() and not result:
+            return None
     if "cu_seq_lens_q" in features:  # all texts are joined in one row
         return _joined_ids(tokens[0], features["cu_seq_lens_q"].long())
     if tokens.ndim == 1 and "offsets" in features:  # StaticEmbedding's, without the last end

@@ -155,6 +155,18 @@ def test_duplicates_are_no_negatives(path: str, case: str, name: str) -> None:
     assert theirs.item() > 1.001 * loss.item()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_duplicates_are_no_negatives_at_any_dimension(path: str, name: str) -> None:
+    """MatryoshkaLoss calls the loss once for each, with what the model left in the columns."""
+    model = load(path)
+    loss = getattr(ours, name)(model, **options_of(name))
+    got = loss_of(losses.MatryoshkaLoss(model, loss, [32, 16]), COLUMNS)
+    embeddings = [model(model.preprocess(column))["sentence_embedding"] for column in COLUMNS]
+    shorter = [rows[:, :16] for rows in embeddings]
+    expected = loss_without_duplicates(embeddings) + loss_without_duplicates(shorter)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("num_columns", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_embeddings_without_texts_have_their_loss(path: str, case: str, num_columns: int) -> None:
