@@ -262,6 +262,17 @@ def test_a_loaded_loss_goes_on_bit_for_bit(tmp_path: Path, indexed: bool, saved_
     assert alone.metrics["clusterings"] >= 1
 
 
+def test_a_state_may_come_in_any_order() -> None:
+    """Safetensors returns names sorted as text, where step 10 comes before step 9."""
+    loss, resumed = (ProtoClipLoss(proto=ProtoConfig(queue=60, k=4)) for _ in range(2))
+    for step in range(12):
+        indexed_call(loss, step, 20, indexed=False)
+    resumed.online.load_state_dict(dict(sorted(loss.online.state_dict().items())))
+    for step in range(12, 20):
+        expected = indexed_call(loss, step, 20, indexed=False)
+        assert indexed_call(resumed, step, 20, indexed=False) == expected
+
+
 def test_a_state_without_a_queue_still_loads() -> None:
     """Of ClipLoss, or of ProtoClipLoss as it was before."""
     loss = loss_with_prototypes()

@@ -121,7 +121,7 @@ class OnlinePrototypes:
             rows_by_step.setdefault(int(number), {})[column] = rows
         self._recent = deque(
             StoredStep(number, rows=rows, keys=rows.pop(KEYS, None))
-            for number, rows in rows_by_step.items()
+            for number, rows in sorted(rows_by_step.items())  # safetensors sorts names as text
         )
         self._filled = sum(map(len, self._recent))
         targets = _under("targets", state)
