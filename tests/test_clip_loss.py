@@ -351,6 +351,28 @@ def test_coca_and_distillation_are_open_clips(name: str, logit_scale: float) -> 
     assert_same(ours, theirs)
 
 
+class Weighted(nn.Module):
+    """A sigmoid loss with a weight of 1 for each image, which other code computes."""
+
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        weights = torch.ones(len(image_features))
+        loss = protoclip.losses.SigLipLoss()
+        return loss(image_features, text_features, logit_scale, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["SigLipLoss", "weighted SigLipLoss", "DistillClipLoss"])
+def test_autocast_changes_no_bit(name: str) -> None:
+    """OpenCLIP's trainer computes its loss under autocast."""
+    loss: nn.Module = protoclip.losses.SigLipLoss()
+    if name != "SigLipLoss":
+        loss = Weighted() if "weighted" in name else Distilled(protoclip.losses.DistillClipLoss())
+    scale = torch.tensor(100.0)
+    expected = computed(loss, features(60), logit_scale=scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = computed(loss, features(60), logit_scale=scale)
+    assert_same(got, expected, tolerance=0)
+
+
 def test_distillation_forms_no_matrix() -> None:
     n = 600
     matrices: list[str] = []

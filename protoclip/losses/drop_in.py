@@ -18,6 +18,7 @@ from protoclip.losses.online import OnlinePrototypes
 from protoclip.losses.prototypes import prototype_term
 from protoclip.ops import checks, info_nce, sigmoid_loss
 from protoclip.ops.contrastive_losses import one_way
+from protoclip.ops.operators import without_autocast
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.settings.config import EpisodeConfig, ProtoConfig
 
@@ -265,7 +266,9 @@ class DistillClipLoss(ClipLoss):
             F.pad(t, (0, width - t.shape[1]))[None, None]
             for t in (teachers_scale * teacher, teachers_keys.detach().float(), all_keys)
         )
-        mean_keys = F.scaled_dot_product_attention(attending, attended, values, scale=1.0)[0, 0]
+        with without_autocast(x.device.type):
+            attention = F.scaled_dot_product_attention(attending, attended, values, scale=1.0)
+        mean_keys = attention[0, 0]
         own_keys = all_keys[first : first + len(x)]
         return (x * (own_keys - mean_keys[:, : x.shape[1]])).sum(dim=1).mean()
 

@@ -161,8 +161,9 @@ def sigmoid_rows(
     """The loss of each image, [N], from ``STRIP_LOGITS`` logits at a time."""
     pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     losses = empty(x, x.shape[0])
-    for rows, strip in _strips(pairs, own, y.shape[0]):
-        losses[rows] = reference.sigmoid_loss(x[rows], y, logit_scale, logit_bias, strip)
+    with without_autocast(x.device.type):
+        for rows, strip in _strips(pairs, own, y.shape[0]):
+            losses[rows] = reference.sigmoid_loss(x[rows], y, logit_scale, logit_bias, strip)
     return losses
 
 
@@ -185,9 +186,10 @@ def sigmoid_rows_gradients(
     dlogit_scale = torch.zeros((), dtype=accumulator(x), device=x.device)
     dlogit_bias = torch.zeros_like(dlogit_scale)
     for rows, strip in _strips(pairs, own, y.shape[0]):
-        gradients = reference.sigmoid_gradients(
-            x[rows], y, logit_scale, logit_bias, strip, grad[rows]
-        )
+        with without_autocast(x.device.type):
+            gradients = reference.sigmoid_gradients(
+                x[rows], y, logit_scale, logit_bias, strip, grad[rows]
+            )
         dx[rows] = gradients.dx.to(dx.dtype)
         dy += gradients.dy
         dlogit_scale += gradients.dlogit_scale
