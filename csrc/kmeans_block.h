@@ -19,6 +19,8 @@ constexpr int64_t kChunkBytes = 320 << 10;  // of codes: they stay in the L2 cac
 constexpr int64_t kChunkPanels = 24;        // scratch of bounds: kRows * 24 * kColumns floats
 // Norms outside (kTooSmall, kTooLarge) have squares near fp32's ends: such a row is done in fp64.
 constexpr float kTooSmall = 1e-10f, kTooLarge = 1e15f;
+// Sums of more products of codes may leave int32: rows that are wider are done in fp64 too.
+constexpr int64_t kMostProducts = std::numeric_limits<int32_t>::max() / (screen::kOffset * 127);
 
 // A centroid that may be nearer than the best so far.
 struct Hit {
@@ -129,7 +131,7 @@ inline bool Block::begin(int64_t row, double squared_norm) {
   threshold[row] = -kInfinity;
   distance[row] = std::numeric_limits<float>::quiet_NaN();
   const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
-  if (norm < kTooLarge && norm >= kTooSmall) return true;
+  if (c.d <= kMostProducts && norm < kTooLarge && norm >= kTooSmall) return true;
   threshold[row] = kInfinity;  // nothing passes
   brute_force(row);
   return false;

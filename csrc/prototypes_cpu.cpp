@@ -60,8 +60,9 @@ struct FinishRow {
     float* gradient = out.gradient == nullptr ? nullptr : out.gradient + row * out.d;
     if (labels[row] == kLeftOut) {
       out.loss[row] = 0.f;
-      if (out.scale_gradient != nullptr) out.scale_gradient[row] = 0.f;
-      if (gradient != nullptr) std::fill_n(gradient, out.d, 0.f);
+      const auto zero = static_cast<float>(0. * state.logits);  // NaN if features are not finite
+      if (out.scale_gradient != nullptr) out.scale_gradient[row] = zero;
+      if (gradient != nullptr) std::fill_n(gradient, out.d, zero);
       return;
     }
     const Input *h = features + row * ld, *target = targets + labels[row] * ld_targets;

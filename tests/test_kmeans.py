@@ -40,6 +40,13 @@ def test_plus_plus_picks_distinct_points_then_any() -> None:
     assert protoclip.kmeans(twins, 7, init="k-means++", num_iters=0).inertia == 0
 
 
+@pytest.mark.parametrize("empty_clusters", ["move", "split"])
+def test_rows_without_columns_are_clustered(empty_clusters: str) -> None:
+    clusters = protoclip.kmeans(torch.zeros(30, 0), 7, empty_clusters=empty_clusters)
+    assert clusters.inertia == 0 and clusters.centroids.shape == (7, 0)
+    assert clusters.counts.sum() == 30
+
+
 def test_fewer_distinct_points_than_clusters_are_clustered() -> None:
     twins = torch.tensor([[0.0], [1.0]]).repeat(5, 1)
     clusters = protoclip.kmeans(twins, 4, num_iters=3)

@@ -195,6 +195,22 @@ def test_sizes_whose_squares_leave_fp32_have_the_same_labels(backend: str, size:
 
 
 @each_backend
+def test_very_wide_rows_go_to_the_nearest_centroid(backend: str) -> None:
+    """Rows of +-1, whose codes are the largest: sums of their products leave int32."""
+    if backend not in ("cpu", "reference"):
+        pytest.skip("sums of the other backends are fp32; they take minutes when emulated")
+    torch.manual_seed(0)
+    rows = torch.randn(140_000).sign().repeat(4, 1)
+    flipped = torch.rand(140_000) < 0.1
+    first_half = flipped & (torch.rand(140_000) < 0.5)
+    rows[1, flipped] *= -1
+    rows[2, ~first_half] *= -1
+    rows[3, flipped & ~first_half] *= -1
+    labels, squared = protoclip.kmeans_assign(rows, rows, backend=backend)
+    assert labels.tolist() == [0, 1, 2, 3] and squared.tolist() == [0, 0, 0, 0]
+
+
+@each_backend
 def test_a_bad_row_spoils_no_other(backend: str) -> None:
     torch.manual_seed(4)
     points, centroids = random(50, 20, 30)

@@ -271,6 +271,30 @@ def test_non_finite_input_makes_the_losses_it_reaches_non_finite(
     assert not finite(replace(hard, logit_scale=torch.tensor(bad)))[used].any()
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_features_without_a_prototype_have_a_non_finite_gradient(
+    bad: float, soft: bool
+) -> None:
+    torch.manual_seed(0)
+    problem = random_problem(150, 300, 20, dtype=torch.float32, temperature=0.1, logit_scale=10.0)
+    left_out = int((problem.labels == -100).nonzero()[0])
+    features = problem.features.clone()
+    features[left_out, 3] = bad
+    features.requires_grad_()
+    loss = protoclip.prototype_cross_entropy(
+        features,
+        problem.prototypes,
+        problem.labels,
+        problem.logit_scale,
+        targets=problem.targets if soft else None,
+        backend="cpu",
+    )
+    loss.backward()
+    finite = features.grad.isfinite().all(1)
+    assert loss.isfinite() and not finite[left_out] and finite.sum() == 149
+
+
 @pytest.mark.parametrize("label", [-1, 5])
 @pytest.mark.parametrize(
     "backend, soft", [("cpu", False), ("reference", False), ("reference", True)]

@@ -475,7 +475,7 @@ def _moved_to_points(
     points = rows.pick(rows.points, index).double()  # [M, D]
     own = rows.pick(labels[:, None], index)[:, 0]
     nearest = centroids.double()[own]
-    weights = torch.ones_like(points[:, 0])
+    weights = points.new_ones(len(points))
     if rows.weights is not None:
         weights = rows.pick(rows.weights[:, None], index)[:, 0]
     floor = _mean_error(points, centroids.dtype)
