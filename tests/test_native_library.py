@@ -200,6 +200,18 @@ def test_no_compiler_is_said_once_with_the_remedy(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", NO_COMPILER], env=os.environ | place, check=True)
 
 
+@pytest.mark.parametrize("name", ["flags\t\t", "Features\t"])  # of x86, of ARM
+def test_processors_that_differ_have_libraries_of_their_own(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
+    names = set()
+    for feature in ("", " sve"):
+        native.CPUINFO.write_text(f"processor\t: 0\n{name}: fp asimd{feature}\n")
+        names.add(native._recipe("cpu").name)
+    assert len(names) == 2
+
+
 def test_one_cache_folder_for_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("PROTOCLIP_CACHE", raising=False)

@@ -37,6 +37,8 @@ import torch
 
 from protoclip.common.paths import cache_dir
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True)
 class Build:
@@ -185,10 +187,9 @@ def cuda_architectures() -> str:
 def _cpu_flags() -> str:
     """The processor's features: -march=native depends on them, and several machines may share the
     cache folder."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("flags"):
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
+            if line.startswith(("flags", "Features")):  # x86, ARM
                 return line
     return platform.processor()
 
