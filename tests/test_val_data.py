@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +114,45 @@ def test_held_out_pairs_are_never_trained_on(run, table, capsys):
     again = json.loads((folder / "again.json").read_text())["trained"]["HO"]["metrics"]
     first = results["trained"]["HO"]["metrics"]
     assert again["text_retrieval_recall@1"] == first["text_retrieval_recall@1"]
+
+
+@pytest.fixture
+def own_table(table, tmp_path):
+    """A copy of the table, to be changed."""
+    return shutil.copytree(table.parent, tmp_path / "table") / table.name
+
+
+def test_evaluate_leaves_out_what_training_left_out(run, own_table, capsys):
+    """A picture that cannot be read ends neither the run nor its evaluation."""
+    data = open_run_data(config_of("--train-data", str(own_table), "--val-fraction", "0.25"))
+    bad = data.held_out.keys[1]
+    (own_table.parent / bad).write_bytes(b"no picture")
+    flags = ["--train-data", str(own_table), "--val-fraction", "0.25", "--max-steps", "1"]
+    folder = run("bad", *flags, "--val-frequency", "0")
+    capsys.readouterr()
+    assert evaluate([str(folder), "--out", str(folder / "again.json"), "--tasks", "retrieval"]) == 0
+    assert f"left out 1 unreadable pair, first {own_table}" in capsys.readouterr().err
+    first, again = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("results", "again")
+    )
+    first, again = first["trained"]["HO"], again["trained"]["HO"]
+    assert again["samples"] == first["samples"] == len(data.held_out) - 1
+    recall = "image_retrieval_recall@1"
+    assert again["metrics"][recall] == first["metrics"][recall]
+
+
+def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_table, capsys):
+    flags = ["--train-data", str(own_table), "--val-fraction", "0.25", "--max-steps", "1"]
+    folder = run("part", *flags, "--val-frequency", "0")
+    header, *rows = own_table.read_text().splitlines()
+    own_table.write_text("\n".join([header, *rows, *(f"./{row}" for row in rows)]))
+    assert evaluate([str(folder)]) == 0  # rows at the end are as new as those that were held out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["trained"]["HO"]["samples"] > 25 and results["untrained"] is None
+    own_table.write_text("\n".join([header, *rows[1:]]))
+    capsys.readouterr()
+    assert evaluate([str(folder)]) == 2
+    assert "is not what the run was trained on" in capsys.readouterr().err
 
 
 def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):

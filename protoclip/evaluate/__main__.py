@@ -12,12 +12,14 @@ from pathlib import Path
 
 from protoclip import distributed
 from protoclip.common.paths import output_file
-from protoclip.data import PairDataset, left_out_files
+from protoclip.data import left_out_files
 from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import held_out_layout, open_layout
-from protoclip.evaluate.load import load_model, open_encoder
+from protoclip.evaluate.datasets import Layout, open_layout
+from protoclip.evaluate.during import own_layout
+from protoclip.evaluate.load import Loaded, load_model, open_encoder
 from protoclip.model import choose_device
+from protoclip.runs.checkpoint import is_beginning
 from protoclip.settings.commands import PROTOCOLS, TASKS, evaluate_parser
 from protoclip.settings.config import TABLE, TrainConfig
 
@@ -41,15 +43,12 @@ def run(args: argparse.Namespace) -> None:
     earlier = results.read_results(output) if output.is_file() else None
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
-    held_out = None if args.data else _own_held_out(loaded.config)
-    data = held_out.name if held_out is not None else args.data or _own_data(loaded.config)
+    own_held_out = None if args.data else _own_held_out(loaded, args.workers)
+    data = own_held_out.test.name if own_held_out else args.data or _own_data(loaded.config)
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
-    if held_out is None:
-        layout = open_layout(data, **columns)
-    else:
-        layout = held_out_layout(held_out, left_out_files(held_out))
+    layout = own_held_out or open_layout(data, **columns)
     if distributed.is_main():
         for line in layout.left_out:
             print(line, file=sys.stderr)
@@ -73,8 +72,8 @@ def run(args: argparse.Namespace) -> None:
         seconds={"loading": loaded_at - started, "evaluation": took},
         peak_memory_bytes=tasks.peak_memory_bytes(encoder.device),
     )
-    if not args.tasks and earlier and earlier.data == data and earlier.untrained is not None:
-        # The values from training belong in the same table.
+    if not args.tasks and earlier and earlier.data == data and _sizes(earlier) == _sizes(outcome):
+        # The values from training, on the same pictures, belong in the same table.
         outcome = dataclasses.replace(
             earlier, trained=trained, model=loaded.name, pretrained=loaded.pretrained
         )
@@ -89,9 +88,27 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join([results.format_table(outcome), *notes]))
 
 
-def _own_held_out(config: TrainConfig | None) -> PairDataset | None:
+def _sizes(outcome: results.Outcome) -> dict[str, int]:
+    """The pictures of each set."""
+    return {key: scores.samples for key, scores in outcome.trained.items()}
+
+
+def _own_held_out(loaded: Loaded, workers: int) -> Layout | None:
     """The pairs that --val-fraction kept out of the run's training, if it has any."""
-    return open_run_data(config).held_out if config and config.data.val_fraction else None
+    if loaded.config is None or not loaded.config.data.val_fraction:
+        return None
+    run_data = open_run_data(loaded.config)
+    name = loaded.config.data.train_data
+    if loaded.training_data and not is_beginning(loaded.training_data, run_data.training.keys):
+        raise ValueError(
+            f"{name} is not what the run was trained on, so that the pictures it held out are no "
+            "longer known: restore the data (rows may be added at the end), or give --data"
+        )
+    layout = own_layout(run_data, workers)
+    if layout is None:
+        raise ValueError(f"{name}: fewer than two held-out pictures can be read; give --data")
+    left_out = [*left_out_files(run_data.held_out), *layout.left_out]
+    return dataclasses.replace(layout, left_out=left_out)
 
 
 def _own_data(config: TrainConfig | None) -> str:

@@ -98,11 +98,6 @@ def open_layout(
     return Layout(dataset, templates=words)
 
 
-def held_out_layout(pairs: PairDataset, left_out: Sequence[str] = ()) -> Layout:
-    """The pairs that a run held out of its own data, as an evaluation set."""
-    return Layout(pairs, key="HO", title="Held-out pairs", left_out=left_out)
-
-
 def _icon_parts() -> dict[str, Part]:
     """The sets on which icons are judged; together they are a part of the held-out icons.
 

@@ -32,7 +32,7 @@ from protoclip.data.settings import RunData, open_arguments
 from protoclip.data.types import labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import Layout, held_out_layout, open_layout
+from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.model import ProtoModel, autocast_for
@@ -161,7 +161,9 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
     two of them can be read. A collective call."""
     if run_data.held_out is not None:
         pairs, left_out = only_readable(run_data.held_out, workers)
-        return held_out_layout(pairs, left_out) if len(pairs) > 1 else None
+        if len(pairs) < 2:
+            return None
+        return Layout(pairs, key="HO", title="Held-out pairs", left_out=left_out)
     training: Any = run_data.training
     # A picture with several captions is asked for once, so that no caption has two right answers.
     rows = torch.from_numpy(np.sort(np.unique(picture_numbers(training), return_index=True)[1]))

@@ -39,6 +39,7 @@ class Loaded:
     name: str  # OpenCLIP's model name
     pretrained: str  # checkpoint or tag
     config: TrainConfig | None = None  # of the run that trained it
+    training_data: str = ""  # fingerprint of what the run trained on
 
 
 def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
@@ -73,7 +74,8 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
     architecture = model or config.model.model
     built = build_model(dataclasses.replace(config.model, model=architecture, pretrained=""))
     built.load_state(payload)
-    return Loaded(built, config.model.model, str(path), config)
+    training_data = payload["protoclip"].get("training", {}).get("data", "")
+    return Loaded(built, config.model.model, str(path), config, training_data)
 
 
 def _by_name(name: str, pretrained: str) -> Loaded:

@@ -184,3 +184,8 @@ def fingerprint(keys: Sequence[str], samples: int = 1000) -> str:
     for i in np.linspace(0, max(0, len(keys) - 1), min(samples, len(keys)), dtype=np.int64):
         digest.update(keys[int(i)].encode("utf-8", "surrogateescape") + b"\0")
     return f"{len(keys)}:{digest.hexdigest()[:16]}"
+
+
+def is_beginning(saved: str, keys: Sequence[str]) -> bool:
+    """Whether ``saved`` is the fingerprint of the first keys or of all: some may be new."""
+    return saved == fingerprint(keys[: int(saved.partition(":")[0])])
