@@ -151,7 +151,7 @@ class WordEncoder(Encoder):
         return self.texts([dataset.captions(i)[0] for i in range(len(dataset))])
 
     def texts(self, texts: Any) -> Tensor:
-        return torch.eye(9)[[int(text) for text in texts]]
+        return torch.eye(9)[[int(text[0]) for text in texts]]
 
 
 def test_equal_captions_are_right_answers_of_each_other(model: Any) -> None:
@@ -181,6 +181,22 @@ def test_equal_captions_are_right_answers_of_each_other(model: Any) -> None:
     assert set(Evaluation.quick(during, model).values()) == {1}  # type: ignore[arg-type]
     reversed_set = take(sets["ALL"], range(44, -1, -1))
     assert evaluate_features({"ALL": reversed_set})["ALL"].metrics == pytest.approx(scores)
+
+
+def test_the_rows_of_a_picture_are_its_captions(model: Any, tmp_path: Path) -> None:
+    """As in COCO's and Flickr's tables: a perfect model is seen to be perfect, and a picture is
+    counted once, also for its class."""
+    lines = ["filepath,title,kind"]
+    for i in range(9):
+        Image.new("L", (2, 2)).save(tmp_path / f"{i}.png")
+        lines += [f"{i}.png,{i} {view},kind {i % 2}" for view in ("in front", "above", "below")]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    layout = open_layout(str(tmp_path / "pairs.csv"), csv_label_key="kind")
+    assert layout.test.labels["class"].ids.tolist() == [0, 1] * 4 + [0]
+    sets, _ = encode_sets(WordEncoder(model, CPU), layout, ("retrieval",))
+    scores = evaluate_features(sets, tasks=("retrieval",))["ALL"]
+    assert (scores.samples, scores.captions) == (9, 27)
+    assert [scores.metrics[f"{name}_retrieval_recall@1"] for name in ("text", "image")] == [1, 1]
 
 
 def test_class_prompts_are_readable() -> None:

@@ -160,6 +160,28 @@ def test_a_table_with_a_label_column_has_both(tmp_path: Path) -> None:
     assert {"class/acc1", "text_retrieval_recall@5"} <= set(results["metrics"])
 
 
+def test_rows_without_a_class_are_of_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["filepath,title,digit"]
+    for i, digit in enumerate(digits(40)):
+        digit.picture.save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{NAMES[digit.label]},{digit.label if i % 2 else ' '}")
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(lines))
+    labels = open_layout(str(table), csv_label_key="digit").test.labels["class"]
+    assert "" not in labels.names and labels.ids[::2].tolist() == [-1] * 20
+    assert [labels.names[i] for i in labels.ids[1::2]] == [
+        str(digit.label) for digit in digits(40)[1::2]
+    ]
+    code, results = evaluate(tmp_path, table, "--csv-label-key", "digit", "--tasks", "zeroshot,knn")
+    assert code == 0 and 0 <= results["metrics"]["class/nn_acc1"] <= 1
+    without = [f"{line.rpartition(',')[0]}," for line in lines[1:]]
+    table.write_text("\n".join([lines[0], *without]))
+    assert evaluate(tmp_path, table, "--csv-label-key", "digit").code == 2
+    assert "'digit', but it is empty in every row" in capsys.readouterr().err
+
+
 def test_no_bar_is_drawn_in_a_redirected_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

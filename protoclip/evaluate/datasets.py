@@ -14,10 +14,12 @@ from protoclip.data import (
     DataError,
     Labels,
     PairDataset,
+    Pictures,
     Subset,
     data_kind,
     index_together,
     open_dataset,
+    picture_numbers,
 )
 from protoclip.data.folders import LABEL, open_parts, read_templates
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
@@ -67,7 +69,8 @@ def open_layout(
             of class folders, or of split folders with class folders, with an optional
             classnames.txt, one name per line in the order of the class folders; a table; shards.
         split: the folder to evaluate; "": test, val or validation if present, else all.
-        csv_label_key: column of the class in a table.
+        csv_label_key: column of the class in a table; empty in rows whose class is not known. A
+            picture with several rows has the class of the first.
     """
     if data.startswith("builtin:"):
         test = open_dataset(data, "heldout", **open_kwargs)
@@ -81,6 +84,10 @@ def open_layout(
         return _image_folder(Path(data), split, words)
     index_together(data)
     dataset: Any = open_dataset(data, **open_kwargs)
+    numbers = picture_numbers(dataset)
+    first_rows = np.sort(np.unique(numbers, return_index=True)[1])  # of each picture
+    if len(first_rows) < len(dataset):  # a table with a row for each caption
+        dataset = Pictures(dataset, numbers)
     if csv_label_key and source_type == "table":
         rows = read_table(
             data,
@@ -93,8 +100,15 @@ def open_layout(
             if fault:
                 raise DataError(f"{data}, line {line}: {fault}")
             values.append(row[0].strip())
-        names, ids = np.unique(values, return_inverse=True)
-        dataset.labels = {LABEL: Labels(torch.from_numpy(ids), tuple(names.tolist()))}
+        names = tuple(sorted(set(values) - {""}))
+        if not names:
+            raise DataError(
+                f"{data}: expected classes in the column {csv_label_key!r}, but it is empty in "
+                "every row; leave --csv-label-key out"
+            )
+        number_of = {name: number for number, name in enumerate(names)} | {"": -1}
+        ids = torch.tensor([number_of[values[row]] for row in first_rows])
+        dataset.labels = {LABEL: Labels(ids, names)}
     return Layout(dataset, templates=words)
 
 
