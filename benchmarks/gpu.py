@@ -146,8 +146,8 @@ def profile(seconds: float) -> None:
 
 
 def small(seconds: float) -> None:
-    """A step of few pairs, where launches are what it costs: its wall time, what the device works
-    of it, and the wall time as a CUDA graph."""
+    """Steps of few pairs, dominated by launches: wall time, device time, and wall time as a CUDA
+    graph."""
     if DEVICE != "cuda":
         print("small: expected a CUDA device, got none; nothing is timed")
         return
@@ -332,10 +332,10 @@ CANARIES: dict[str, Callable[[], None]] = {
     "clusters in Triton": partial(assert_clusters, "triton"),
     "clusters in CUDA": partial(assert_clusters, "cuda"),
 }
-WRONG = 3  # the exit status of a process whose results are
+WRONG = 3  # exit status of a canary whose results are wrong
 
 
-def sing(title: str) -> int:
+def run_canary(title: str) -> int:
     """One canary, in this process."""
     backend = "cuda" if title.endswith("CUDA") else "triton"
     if reason := protoclip.backends("kmeans_assign")[backend]:
@@ -350,9 +350,9 @@ def sing(title: str) -> int:
     return 0
 
 
-def _heard(title: str, seconds: float) -> str:
+def _canary_outcome(title: str, seconds: float) -> str:
     """What became of a canary in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--sing", title]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--run-canary", title]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -368,11 +368,11 @@ def canary(seconds: float) -> bool:
     """Whether every op ran and was right, or could not be asked to run here."""
     *titles, last = CANARIES
     with ThreadPoolExecutor(4) as pool:  # what they wait for is the compiler
-        heard = list(pool.map(lambda title: _heard(title, seconds), titles))
-    heard.append(_heard(last, seconds))
-    for title, result in zip(CANARIES, heard, strict=True):
+        outcomes = list(pool.map(lambda title: _canary_outcome(title, seconds), titles))
+    outcomes.append(_canary_outcome(last, seconds))
+    for title, result in zip(CANARIES, outcomes, strict=True):
         print(f"{title}: {result}")
-    return all(result.startswith(("ran", "skipped")) for result in heard)
+    return all(result.startswith(("ran", "skipped")) for result in outcomes)
 
 
 def _candidates(row: launch.Launch) -> Iterator[launch.Launch]:
@@ -516,10 +516,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("commands", nargs="*", choices=[*COMMANDS, "all"], default="all")
     parser.add_argument("--seconds", type=float, default=60, help="for the sweep, or each canary")
-    parser.add_argument("--sing", choices=CANARIES, help=argparse.SUPPRESS)
+    parser.add_argument("--run-canary", choices=CANARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.sing:
-        return sing(args.sing)
+    if args.run_canary:
+        return run_canary(args.run_canary)
     if reason := protoclip.backends("info_nce")["triton"]:
         print(f"benchmarks.gpu: expected Triton on a card, got {reason}; nothing is timed")
         return 0

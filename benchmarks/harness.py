@@ -26,6 +26,7 @@ from benchmarks.machine import DEVICE, DTYPES, card_state, ceilings, describe, s
 from benchmarks.report import OURS, Row, identity
 from benchmarks.roofline import Work
 
+SECONDS = 1.0  # of a variant, within 3 and 30 rounds
 SLOW = 5.0  # seconds; beyond, one round is timed
 
 
@@ -117,11 +118,10 @@ class Bench:
         *,
         prepare: Callable[[], object] = lambda: None,
         rival: Callable[[], object] | None = None,
-        seconds: float = 1.0,
         note: str = "",
         inertia: float | None = None,
     ) -> None:
-        """Rounds of ``run()`` until ``seconds`` are full, ``prepare()`` before each off the clock.
+        """Rounds of ``run()`` for ``SECONDS``, ``prepare()`` before each off the clock.
 
         Args:
             rival: our own op on the same inputs, timed in the same rounds (for a peer's row).
@@ -153,7 +153,7 @@ class Bench:
         else:
             prepare()
             memory = peak_mib(run)
-            wanted = min(max(1e3 * seconds / first.times[0], 3), 30)
+            wanted = min(max(1e3 * SECONDS / first.times[0], 3), 30)
             pedantic(rounds=int(wanted), warmup_rounds=1)
         rounds = len(self.benchmark.stats.stats.data)
         times = clock.times[-rounds:]

@@ -36,6 +36,8 @@ from protoclip.training import log, step
 from protoclip.training.optimiser import parameter_groups
 
 CLUSTERS = 1000
+DIM = 512  # of the features whose kernels are counted
+PROJECTION_DIM = 64
 CASES = ("CLIP", "CLIP, equal captions", "CLIP, two passes", "ProtoCLIP, a teacher's prototypes",
          "ProtoCLIP, both kinds", "SigLIP")  # fmt: skip
 
@@ -188,15 +190,15 @@ class NoFaults:
     known = 0
 
 
-def count_our_kernels(case: str, pairs: int, dim: int = 512, projection_dim: int = 64) -> int:
+def count_our_kernels(case: str, pairs: int) -> int:
     """What our ops launch, forward and backward: Triton's kernels, products, and operations."""
-    features = [torch.zeros(pairs, dim, dtype=torch.bfloat16, requires_grad=True) for _ in "xy"]
-    rows = [torch.zeros(pairs, projection_dim, requires_grad=True) for _ in "xy"]
+    features = [torch.zeros(pairs, DIM, dtype=torch.bfloat16, requires_grad=True) for _ in "xy"]
+    rows = [torch.zeros(pairs, PROJECTION_DIM, requires_grad=True) for _ in "xy"]
     scale = torch.tensor(14.3, requires_grad=True)
     bias = torch.tensor(-10.0, requires_grad=True) if case == "SigLIP" else None
     tokens = torch.zeros(pairs, 77, dtype=torch.int64)
     loss = ProtoLoss(weights_of(case))
-    episode = episode_of(case, pairs, projection_dim)
+    episode = episode_of(case, pairs, PROJECTION_DIM)
 
     def run() -> None:
         loss(

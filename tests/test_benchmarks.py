@@ -157,7 +157,9 @@ def crashing_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "def pytest_addoption(parser):\n    parser.addoption('--bare', action='store_true')\n"
     )
     test = tmp_path / "test_that_crashes.py"
-    test.write_text("from benchmarks import gpu\n\n\ndef test_siglip():\n    gpu.sing('siglip')\n")
+    test.write_text(
+        "from benchmarks import gpu\n\n\ndef test_siglip():\n    gpu.run_canary('siglip')\n"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{report.ROOT}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PROTOCLIP_REHEARSE", "1")
@@ -180,7 +182,7 @@ def test_a_canary_says_what_is_wrong(
         raise AssertionError("dx over the budget")
 
     monkeypatch.setitem(gpu.CANARIES, "siglip", never_right)
-    assert gpu.sing("siglip") == gpu.WRONG
+    assert gpu.run_canary("siglip") == gpu.WRONG
     assert capsys.readouterr().out == "wrong, dx over the budget\n"
 
 

@@ -489,18 +489,34 @@ def judge(encoder: Encoder, split: Split, icons: Icons, *, texts: bool = True) -
 
 def floor(task: Task, data: Data, towers: Towers) -> dict[str, Any]:
     """Scores without training."""
-    split, icons = data.test, data.icons
     if task.row in ("chance", "most frequent"):
-        ids = labelled(icons, split.judged_seen, split.seen, "").labels[CONCEPT].ids
-        new = labelled(icons, split.judged_new, split.new, "").labels[CONCEPT].ids
-        most = [float(class_ids.bincount().max()) / len(class_ids) for class_ids in (ids, new)]
-        chance = [1 / len(split.seen), 1 / len(split.new)]
-        first, second = chance if task.row == "chance" else most
-        scores = {"zero-shot": first, "probe": first, "AMI": 0.0, "k-NN": first}
-        scores |= {"k-NN, new": second, "AMI, new": 0.0}
-        if task.row == "chance":
-            scores["R@5"] = 5 / len(split.queries)
-        return {"metrics": {name: round(value, 5) for name, value in scores.items()}}
+        return {"metrics": constant_scores(task.row, data.test, data.icons)}
+    return {"metrics": untrained_scores(task, data, towers)}
+
+
+def constant_scores(row: str, split: Split, icons: Icons) -> dict[str, float]:
+    """Of guessing by "chance", or of always naming the "most frequent" concept."""
+    if row == "chance":
+        seen = 1 / len(split.seen)
+        new = 1 / len(split.new)
+    else:
+        seen = largest_share(icons, split.judged_seen, split.seen)
+        new = largest_share(icons, split.judged_new, split.new)
+    scores = {"zero-shot": seen, "probe": seen, "AMI": 0.0, "k-NN": seen}
+    scores |= {"k-NN, new": new, "AMI, new": 0.0}
+    if row == "chance":
+        scores["R@5"] = 5 / len(split.queries)
+    return {name: round(value, 5) for name, value in scores.items()}
+
+
+def largest_share(icons: Icons, rows: np.ndarray, names: Sequence[str]) -> float:
+    """Of the most frequent of the concepts among these icons."""
+    ids = labelled(icons, rows, names, "").labels[CONCEPT].ids
+    return float(ids.bincount().max()) / len(ids)
+
+
+def untrained_scores(task: Task, data: Data, towers: Towers) -> dict[str, float]:
+    """Of fixed features, or of a tower before training."""
     seed_everything(task.seed)
     tower = CNN if task.row.endswith("CNN") else MLP
     model = towers.build(tower, ModelConfig())
@@ -510,8 +526,7 @@ def floor(task: Task, data: Data, towers: Towers) -> dict[str, Any]:
         "untrained MLP": FeatureEncoder(model, CPU, features=data.features),
         "untrained CNN": Encoder(model, CPU),
     }
-    scores = judge(kinds[task.row], split, icons, texts="untrained" in task.row)
-    return {"metrics": scores}
+    return judge(kinds[task.row], data.test, data.icons, texts="untrained" in task.row)
 
 
 def measure_pair(task: Task, size: Size, data: Data, towers: Towers, lrs: Sequence[float]) -> Any:
@@ -568,7 +583,7 @@ def settings(row: str, tower: str, size: Size, done: Done) -> tuple[float, float
 
 
 def tasks(size: Size, done: Done) -> Iterator[Task]:
-    """Every run in order, as far as what is done allows."""
+    """All runs in order, up to the first whose settings depend on unfinished ones."""
     rows = [row for row in ROWS if row != EQUAL_TIME]
     lists = {row: tuning(row, size) for row in rows}
     for alike in zip(*(lists[row] for row in (CLIP, PROTO)), strict=True):
@@ -615,7 +630,9 @@ def finished(path: Path, kind: type[Task] = Task) -> Done:
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line in one write, after a torn one if need be."""
     torn = path.is_file() and not path.read_text().endswith("\n")
-    line = "\n" * torn + json.dumps(record) + "\n"
+    line = json.dumps(record) + "\n"
+    if torn:
+        line = "\n" + line
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
@@ -632,7 +649,7 @@ class Study:
     results: ClassVar[Path] = RESULTS
 
     def tasks(self, done: Done) -> Iterator[Task]:
-        """Every run in order, as far as what is done allows."""
+        """All runs in order, up to the first whose settings depend on unfinished ones."""
         return tasks(self.size, done)
 
     def run(self, task: Task, data: Data, towers: Towers, done: Done) -> dict[str, Any]:
@@ -655,7 +672,8 @@ class Study:
 
 
 def work(study: Study, out: Path, hours: float, folder: Path) -> None:
-    """Do what is not done and not being done, until all is or the time is up."""
+    """Run the tasks that no process has finished or started, until none is left or ``hours`` have
+    passed."""
     torch.set_num_threads(1)
     path, began, about = out / "runs.jsonl", time.monotonic(), machine.describe()
     size = study.size

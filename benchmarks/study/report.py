@@ -1,5 +1,5 @@
-"""From finished runs of the study to docs/evidence.md, and the answer to README.md; what is missing
-is said so."""
+"""Write the study's results to docs/evidence.md and its answer to README.md, and list missing
+runs."""
 
 from __future__ import annotations
 
@@ -190,13 +190,13 @@ def tables_of(tower: str, by_tower: Mapping[str, Runs]) -> list[str]:
     return parts
 
 
-def text_of(found: Difference | None) -> str:
-    return "–" if found is None else found.text()
+def text_of(delta: Difference | None) -> str:
+    return "–" if delta is None else delta.text()
 
 
-def floors_table(found: Sequence[Run], floors: Sequence[str]) -> str:
+def floors_table(finished: Sequence[Run], floors: Sequence[str]) -> str:
     """What needs no training."""
-    runs = {run["row"]: run["metrics"] for run in found if run["stage"] == "floor"}
+    runs = {run["row"]: run["metrics"] for run in finished if run["stage"] == "floor"}
     names = (*PRIMARY, *SECONDARY)
     lines = [
         [row, *(f"{runs[row][name]:.3f}" if name in runs[row] else "–" for name in names)]
@@ -326,14 +326,14 @@ def headline(by_tower: Mapping[str, Runs]) -> str:
     return table(head, lines) if lines else NO_ANSWER
 
 
-def progress(by_tower: Mapping[str, Runs], wanted: Wanted, found: Sequence[Run]) -> str:
+def progress(by_tower: Mapping[str, Runs], wanted: Wanted, finished: Sequence[Run]) -> str:
     """How much of the comparison is finished."""
     total = done = 0
     for tower, rows in wanted.items():
         for row, seeds in rows.items():
             total += seeds
             done += min(seeds, len(by_tower.get(tower, {}).get(row, {})))
-    tuned = sum(run["stage"] == "tune" for run in found)
+    tuned = sum(run["stage"] == "tune" for run in finished)
     return f"Finished are {done} of the {total} runs that are compared, and {tuned} of tuning."
 
 
@@ -347,15 +347,15 @@ def missing(by_tower: Mapping[str, Runs], wanted: Wanted) -> str:
     return f"Unfinished, seeds missing: {'; '.join(parts)}." if parts else ""
 
 
-def origin(found: Sequence[Run]) -> str:
+def origin(finished: Sequence[Run]) -> str:
     """Where and on what the runs were made."""
-    count = Counter(f"on {run['machine']}, commit {run['commit']}" for run in found)
+    count = Counter(f"on {run['machine']}, commit {run['commit']}" for run in finished)
     places = "; ".join(f"{number} {place}" for place, number in count.items())
-    torch = ", ".join(sorted({str(run["torch"]) for run in found}))
-    diverged = sum("error" in run for run in found)
-    hours = sum(run.get("cpu_seconds", 0) for run in found) / 3600
+    torch = ", ".join(sorted({str(run["torch"]) for run in finished}))
+    diverged = sum("error" in run for run in finished)
+    hours = sum(run.get("cpu_seconds", 0) for run in finished) / 3600
     return (
-        f"{len(found)} runs ({diverged} diverged), {hours:.1f} CPU hours of training: {places}; "
+        f"{len(finished)} runs ({diverged} diverged), {hours:.1f} CPU hours of training: {places}; "
         f"torch {torch}."
     )
 
@@ -380,28 +380,28 @@ def data_words(facts: Mapping[str, Any]) -> str:
     return words
 
 
-def main_runs(found: Sequence[Run], wanted: Wanted) -> dict[str, Runs]:
+def main_runs(finished: Sequence[Run], wanted: Wanted) -> dict[str, Runs]:
     """The finished main runs by tower."""
-    by_tower = {tower: by_row(found, tower, rows) for tower, rows in wanted.items()}
+    by_tower = {tower: by_row(finished, tower, rows) for tower, rows in wanted.items()}
     return {tower: runs for tower, runs in by_tower.items() if runs}
 
 
 def section(
-    found: Sequence[Run], wanted: Wanted, floors: Sequence[str], facts: Mapping[str, Any]
+    finished: Sequence[Run], wanted: Wanted, floors: Sequence[str], facts: Mapping[str, Any]
 ) -> str:
     """What the page shows."""
-    if not found:
+    if not finished:
         return "No run is finished yet."
-    by_tower = main_runs(found, wanted)
-    ratios = {run["tower"]: run["ratio"] for run in found if run["stage"] == "pairs"}
+    by_tower = main_runs(finished, wanted)
+    ratios = {run["tower"]: run["ratio"] for run in finished if run["stage"] == "pairs"}
     answers = [f"{number}. {line}" for number, line in enumerate(answer(by_tower, ratios), 1)]
-    parts = ["\n".join(answers) or NO_ANSWER, progress(by_tower, wanted, found)]
+    parts = ["\n".join(answers) or NO_ANSWER, progress(by_tower, wanted, finished)]
     for tower, runs in by_tower.items():
         tables = [*tables_of(tower, by_tower), clusters_table(runs)]
         parts.append(details(f"Every comparison: {TOWERS[tower]}", tables))
-    parts.append(details("What needs no training", [floors_table(found, floors)]))
-    parts.append(details("Tuning", [tuning_table(found)]))
-    words = [missing(by_tower, wanted), origin(found), data_words(facts)]
+    parts.append(details("What needs no training", [floors_table(finished, floors)]))
+    parts.append(details("Tuning", [tuning_table(finished)]))
+    words = [missing(by_tower, wanted), origin(finished), data_words(facts)]
     parts.append(details("Runs and data", words))
     return "\n\n".join(filter(None, parts))
 
@@ -413,7 +413,7 @@ def details(title: str, parts: Iterable[str]) -> str:
 
 
 def write_report(
-    found: Sequence[Run],
+    finished: Sequence[Run],
     wanted: Wanted,
     floors: Sequence[str],
     facts: Mapping[str, Any],
@@ -421,9 +421,9 @@ def write_report(
     front: Path | None = None,
 ) -> None:
     """Print the section, put it into ``page`` and the headline into ``front``."""
-    text = section(found, wanted, floors, facts)
+    text = section(finished, wanted, floors, facts)
     print(text)
     if page is not None:
         write_between(page, BEGIN, END, text)
     if front is not None:
-        write_between(front, BEGIN, END, headline(main_runs(found, wanted)))
+        write_between(front, BEGIN, END, headline(main_runs(finished, wanted)))

@@ -49,10 +49,10 @@ def name(row: str, batch: int, icons: int = ICONS) -> str:
     return f"{row}, batch {batch}" + ("" if icons == ICONS else f", {icons:,} icons")
 
 
-def runs_of(found: Iterable[Run], tower: str, stage: str = "main") -> Runs:
+def runs_of(finished: Iterable[Run], tower: str, stage: str = "main") -> Runs:
     """The finished runs of a tower that are judged, by row, batch and icons."""
     runs: dict[str, dict[int, Run]] = {}
-    for run in found:
+    for run in finished:
         if run["stage"] == stage and run["tower"] == tower:
             of_row = runs.setdefault(name(run["row"], run["batch"], run["icons"]), {})
             for other in of_row.values():
@@ -130,11 +130,11 @@ def planned_table(by_tower: Mapping[str, Runs]) -> str:
     return table(head, lines) if lines else ""
 
 
-def test_text(found: tuple[Difference, float] | None) -> str:
+def test_text(test: tuple[Difference, float] | None) -> str:
     """A planned test's cell."""
-    if found is None:
+    if test is None:
         return "no answer: too many runs diverged"
-    delta, p = found
+    delta, p = test
     return f"{delta.text(p)}, n = {delta.seeds}"
 
 
@@ -228,10 +228,10 @@ def ratio_of(pairs: Sequence[Run], row: str) -> float:
     return of_row.seconds(EPISODES) / clip.seconds(EPISODES)
 
 
-def costs_table(found: Sequence[Run]) -> str:
+def costs_table(finished: Sequence[Run]) -> str:
     """What was timed."""
     pairs: dict[tuple[str, str, int], list[Run]] = {}
-    for run in found:
+    for run in finished:
         if run["stage"] == "pairs":
             pairs.setdefault((run["tower"], run["row"], run["batch"]), []).append(run)
     lines = []
@@ -251,16 +251,16 @@ def costs_table(found: Sequence[Run]) -> str:
     parts += [
         f"The teacher of a run ({TOWERS[run['tower']]}, timed beside its pairs): "
         f"{run['texts']:,} names, {run['cpu_seconds']:.0f} CPU seconds."
-        for run in found
+        for run in finished
         if run["stage"] == "teacher"
     ]
     return "\n\n".join(filter(None, parts))
 
 
-def tuning_table(found: Iterable[Run]) -> str:
+def tuning_table(finished: Iterable[Run]) -> str:
     """What was tried on the sets for tuning: mean score by learning rate, the best in bold."""
     tried: dict[tuple[str, str, float], dict[float, list[float]]] = {}
-    for run in sorted(found, key=lambda run: run["lr"]):
+    for run in sorted(finished, key=lambda run: run["lr"]):
         if run["stage"] == "tune":
             row = name(run["row"], run["batch"], run["icons"])
             by_lr = tried.setdefault((run["tower"], row, run["epochs"]), {})
@@ -314,18 +314,18 @@ def enough_for_picture(gained: Mapping[str, Mapping[int, Any]]) -> bool:
     return bool(gained) and all(len(of_metric) > 1 for of_metric in gained.values())
 
 
-def section(found: Sequence[Run], floors: Sequence[str]) -> str:
+def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
     """What the page shows."""
-    by_tower = {tower: runs_of(found, tower) for tower in TOWERS}
+    by_tower = {tower: runs_of(finished, tower) for tower in TOWERS}
     counts = [
         f"{finished_of(tower, runs)} of {wanted_of(tower)} ({TOWERS[tower]})"
         for tower, runs in by_tower.items()
     ]
-    tuned = sum(run["stage"] == "tune" for run in found)
+    tuned = sum(run["stage"] == "tune" for run in finished)
     parts = [
         planned_table(by_tower) or "**No answer yet**: no tower's planned runs are all finished.",
         f"Finished of the planned runs are {' and '.join(counts)}; tuning runs: {tuned}; "
-        f"records in all: {len(found)}.",
+        f"records in all: {len(finished)}.",
     ]
     gained = by_batch(by_tower["mlp"])
     if enough_for_picture(gained):
@@ -335,12 +335,16 @@ def section(found: Sequence[Run], floors: Sequence[str]) -> str:
             continue
         sets = [by_set(runs, batch) for batch in BATCHES]
         parts.append(f"Zero-shot names ({TOWERS[tower]}, all seeds): {'; '.join(sets)}.")
-        tables = [rows_table(runs), beside_rivals(runs), best_table(runs_of(found, tower, "best"))]
+        tables = [
+            rows_table(runs),
+            beside_rivals(runs),
+            best_table(runs_of(finished, tower, "best")),
+        ]
         words = "Exploratory, not corrected: values of CLIP at equal time, differences to them."
         parts.append(details(f"Every row: {TOWERS[tower]}", [words, *tables]))
-    parts.append(details("What needs no training", [floors_table(found, floors)]))
-    parts.append(details("Time", [costs_table(found)]))
-    parts.append(details("Tuning", [tuning_table(found)]))
-    if found:
-        parts.append(details("Runs", [origin(found)]))
+    parts.append(details("What needs no training", [floors_table(finished, floors)]))
+    parts.append(details("Time", [costs_table(finished)]))
+    parts.append(details("Tuning", [tuning_table(finished)]))
+    if finished:
+        parts.append(details("Runs", [origin(finished)]))
     return "\n\n".join(filter(None, parts))

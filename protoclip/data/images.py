@@ -30,6 +30,8 @@ from protoclip.common.files import DataError, printable, whole_file
 # torchvision's defaults.
 CROP_ATTEMPTS = 10
 WIDEST_CROP = 4 / 3  # the largest width over height
+CELL = 8  # pixels of a side of HOG's cells
+ORIENTATIONS = 9  # of HOG's directions, without sign
 DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
 
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -202,7 +204,7 @@ def _draw_part(start: int) -> None:
         pictures[i] = ImageOps.pad(decode(data, f"SVG {i}"), (side, side), color="white")
 
 
-def hog(image: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarray:
+def hog(image: Image.Image) -> np.ndarray:
     """Histograms of oriented gradients, float32 [(S/8 - 1)² * 36] for a square of side S.
 
     The grey picture's gradients vote for two of nine directions without sign; a block of 2 x 2
@@ -211,20 +213,20 @@ def hog(image: Image.Image, cell: int = 8, orientations: int = 9) -> np.ndarray:
     grey = np.asarray(image.convert("L"), dtype=np.float32) / 255
     down, right = np.gradient(grey)  # central differences
     strength = np.hypot(down, right)
-    place = np.arctan2(down, right) % np.pi * (orientations / np.pi) - 0.5
+    place = np.arctan2(down, right) % np.pi * (ORIENTATIONS / np.pi) - 0.5
     low = np.floor(place).astype(np.int64)
     high_share = place - low
-    rows, columns = (side // cell for side in grey.shape)
-    area = slice(rows * cell), slice(columns * cell)
-    at = np.arange(rows * cell)[:, None] // cell * columns + np.arange(columns * cell) // cell
-    size = rows * columns * orientations
+    rows, columns = (side // CELL for side in grey.shape)
+    area = slice(rows * CELL), slice(columns * CELL)
+    at = np.arange(rows * CELL)[:, None] // CELL * columns + np.arange(columns * CELL) // CELL
+    size = rows * columns * ORIENTATIONS
     histogram = np.zeros(size)
     for bins, votes in ((low, strength * (1 - high_share)), (low + 1, strength * high_share)):
-        slots = at * orientations + bins[area] % orientations
+        slots = at * ORIENTATIONS + bins[area] % ORIENTATIONS
         histogram += np.bincount(slots.ravel(), votes[area].ravel(), size)
-    cells = histogram.reshape(rows, columns, orientations)
+    cells = histogram.reshape(rows, columns, ORIENTATIONS)
     corners = [cells[:-1, :-1], cells[:-1, 1:], cells[1:, :-1], cells[1:, 1:]]
-    blocks = np.concatenate(corners, axis=-1).reshape(-1, 4 * orientations)
+    blocks = np.concatenate(corners, axis=-1).reshape(-1, 4 * ORIENTATIONS)
     for limit in (0.2, np.inf):
         blocks = blocks / np.sqrt((blocks**2).sum(1, keepdims=True) + 1e-10)
         blocks = np.minimum(blocks, limit)

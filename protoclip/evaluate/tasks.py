@@ -308,7 +308,7 @@ def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor
     return metrics.class_vectors(rows.unflatten(0, (len(prompts), -1)))
 
 
-def take(eval_set: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> EvalSet:
+def take(eval_set: EvalSet, rows: Sequence[int] | Tensor) -> EvalSet:
     """The set restricted to some of its images, with their captions."""
     images = torch.as_tensor(rows, dtype=torch.int64, device=eval_set.image.device)
     place = torch.full((len(eval_set.image),), -1, device=eval_set.image.device)
@@ -324,7 +324,6 @@ def take(eval_set: EvalSet, rows: Sequence[int] | Tensor, title: str = "") -> Ev
             label: Labels(classes.ids[images], classes.names)
             for label, classes in eval_set.labels.items()
         },
-        title=title or eval_set.title,
     )
 
 

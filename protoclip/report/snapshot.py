@@ -65,6 +65,7 @@ SHOWN = 4  # queries of each kind that are shown
 CELLS = 14  # classes of a full confusion table, at most
 WORST = 12  # largest entries that stand in for a larger table
 LANDMARKS = 300
+MAP_SEED = 0
 NAMES = 5  # nearest names of an image
 # Lucide's icons of the page's first screen, chosen before any model saw them.
 UNSEEN = (
@@ -431,17 +432,18 @@ def _colours(ids: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:
     return {"ids": _base64(ids.cpu().numpy().astype("<i4")), "names": list(names)}
 
 
-def lay_out(points: Tensor, seed: int = 0) -> Tensor:
+def lay_out(points: Tensor) -> Tensor:
     """Positions in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids
     (about 1 s for any N); a point lies between its four nearest centroids."""
     from sklearn.manifold import TSNE
 
     count = min(LANDMARKS, len(points) // 3)
-    landmarks = kmeans(points, count, num_iters=8, seed=seed).centroids.float()  # [L, P]
+    landmarks = kmeans(points, count, num_iters=8, seed=MAP_SEED).centroids.float()  # [L, P]
     # If all points were equal, t-SNE's start would have no scale.
-    landmarks += 1e-6 * torch.randn(landmarks.shape, generator=torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(MAP_SEED)
+    landmarks += 1e-6 * torch.randn(landmarks.shape, generator=random)
     tsne = TSNE(
-        perplexity=min(12.0, (count - 1) / 3), method="exact", max_iter=500, random_state=seed
+        perplexity=min(12.0, (count - 1) / 3), method="exact", max_iter=500, random_state=MAP_SEED
     )
     fixed = torch.from_numpy(tsne.fit_transform(landmarks.numpy())).float()  # [L, 2]
     squared, near = torch.cdist(points, landmarks).square().topk(4, dim=1, largest=False)

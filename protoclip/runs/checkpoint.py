@@ -178,10 +178,10 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def fingerprint(keys: Sequence[str], samples: int = 1000) -> str:
-    """A short identifier of a data set: its size and a digest of up to ``samples`` of its keys."""
+def fingerprint(keys: Sequence[str]) -> str:
+    """A short identifier of a data set: its size and a digest of up to 1,000 of its keys."""
     digest = hashlib.sha256(str(len(keys)).encode())
-    for i in np.linspace(0, max(0, len(keys) - 1), min(samples, len(keys)), dtype=np.int64):
+    for i in np.linspace(0, max(0, len(keys) - 1), min(1000, len(keys)), dtype=np.int64):
         digest.update(keys[int(i)].encode("utf-8", "surrogateescape") + b"\0")
     return f"{len(keys)}:{digest.hexdigest()[:16]}"
 
