@@ -373,12 +373,12 @@ def _lloyd(
             progress(iteration, _Facts._make(facts).inertia)
         wait_for_facts = start_copy_to_host(facts)
         ahead = assign(updated) if updated.is_cuda else None  # while the host reads
-        read = _Facts._make(wait_for_facts())
-        history.append(read.inertia)
-        if best is None or not best.inertia < read.inertia:
-            best = _State(centroids, labels, distances, read.inertia)
-        moving = read.moving
-        if read.empty and not splits:
+        on_host = _Facts._make(wait_for_facts())
+        history.append(on_host.inertia)
+        if best is None or not best.inertia < on_host.inertia:
+            best = _State(centroids, labels, distances, on_host.inertia)
+        moving = on_host.moving
+        if on_host.empty and not splits:
             relabelled = _moved_to_points(rows, updated, counts, labels, distances, spherical)
             if relabelled is not None:
                 means, counts = rows.means(values, relabelled, len(centroids))
