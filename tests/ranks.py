@@ -257,10 +257,14 @@ def start_command(
     fault: Callable[[], None] | None = None,
     command: str = "protoclip.train",
     bare: bool = False,
+    faulty_rank: int | None = None,
 ) -> list[Any]:
-    """The processes of a command; ``fault`` is called by the last rank before it begins. ``bare``:
-    no evaluation and no report, which take ten times as long as such a run's steps."""
+    """The processes of a command; ``fault`` is called by one rank before it begins, the last one
+    unless another is named. ``bare``: no evaluation and no report, which take ten times as long as
+    such a run's steps."""
     compile_first()
+    if faulty_rank is None:
+        faulty_rank = ranks - 1
     port = free_port()
     processes = []
     for rank in range(ranks):
@@ -277,7 +281,7 @@ def start_command(
                 "argv": argv,
                 "environment": environment,
                 "log": f"rank{rank}.log",
-                "fault": fault if rank == ranks - 1 else None,
+                "fault": fault if rank == faulty_rank else None,
                 "command": command,
                 "bare": bare,
             },

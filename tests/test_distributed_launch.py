@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,16 @@ from protoclip.distributed import find_rank
 
 
 @pytest.mark.parametrize(
-    ("victim", "sent"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)]
+    ("victim", "sent", "timeout"),
+    [(1, signal.SIGKILL, "600"), (1, signal.SIGSTOP, "30"), (0, signal.SIGKILL, "600")],
 )
-def test_a_lost_rank_ends_the_others(tmp_path: Path, victim: int, sent: signal.Signals) -> None:
-    """One that is killed at once, one that hangs after --dist-timeout seconds."""
-    argv = bare_run(tmp_path, "--max-steps", "100000", "--epochs", "100000", "--dist-timeout", "10")
+def test_a_lost_rank_ends_the_others(
+    tmp_path: Path, victim: int, sent: signal.Signals, timeout: str
+) -> None:
+    """One that is killed at once, one that hangs after --dist-timeout seconds, in which a healthy
+    one must have got its turn on a busy machine."""
+    argv = bare_run(tmp_path, "--max-steps", "100000", "--epochs", "100000")
+    argv += ["--dist-timeout", timeout]
     processes = start_command(tmp_path, argv)
     wait_until(lambda: steps_of(tmp_path, "run") >= 2, processes, tmp_path)
     os.kill(processes[victim].pid, sent)
@@ -122,8 +126,9 @@ def evaluate_on_ranks(
     return exit_codes(start_command(folder, argv, ranks, fault=fault, command=command))
 
 
-def fail_alone() -> tuple[int, bool, float]:
-    """Exit code, whether the process is still one of the group, and how long it took."""
+def fail_alone() -> tuple[int, bool, str]:
+    """Exit code, whether the process is still one of the group, and what the loss of the other
+    rank raised."""
 
     def work() -> None:
         distributed.start(find_rank(), torch.device("cpu"), timeout=100)
@@ -133,18 +138,20 @@ def fail_alone() -> tuple[int, bool, float]:
         later()
         distributed.sum_over_ranks(torch.ones(1))
 
-    began_at = time.monotonic()
+    raised = ""
     try:
         code = distributed.run_command(work, "protoclip")
-    except RuntimeError:  # the other one is gone
+    except RuntimeError as error:  # the other one is gone
         code = 1
-    return code, dist.is_initialized(), time.monotonic() - began_at
+        raised = str(error)
+    return code, dist.is_initialized(), raised
 
 
 def test_a_rank_that_fails_leaves_the_group_and_lets_go_of_the_others() -> None:
     outcomes = on_ranks(2, fail_alone)
     assert [(code, still_member) for code, still_member, _ in outcomes] == [(1, False), (2, False)]
-    assert max(seconds for _, _, seconds in outcomes) < 50
+    _, _, raised = outcomes[0]
+    assert "closed" in raised.lower() and "timed out" not in raised.lower()
 
 
 def test_evaluation_ends_when_a_rank_is_killed(tmp_path: Path) -> None:

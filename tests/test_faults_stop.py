@@ -51,7 +51,9 @@ def has_steps(folder: Path, name: str, number: int) -> bool:
 
 @pytest.mark.usefixtures("busy_machine")
 def test_two_ranks_end_whenever_they_are_stopped(tmp_path: Path) -> None:
-    dice = random.Random(time.time_ns() if STOPS > 1 else 0)
+    seed = time.time_ns() if STOPS > 1 else 0
+    print(f"seed {seed}")  # pytest shows it with a failure
+    dice = random.Random(seed)
     for number in range(STOPS):
         for log in tmp_path.glob("rank*.log"):
             log.unlink()

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import (
+    LONGEST,
     TINY,
     bare_run,
     exit_codes,
@@ -36,29 +39,46 @@ from protoclip.training.step import Stepper
 KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
 
 
+def pause_inside_a_save(number: int) -> None:
+    """The write of the checkpoint of this number, from 1, does not end."""
+    original_save = torch.save
+    saves = 0
+
+    def save(*arguments: Any, **options: Any) -> None:
+        nonlocal saves
+        original_save(*arguments, **options)
+        saves += 1
+        if saves == number:
+            time.sleep(LONGEST)
+
+    torch.save = save
+
+
 @pytest.mark.parametrize("ranks", [1, 2] if KILLS > 2 else [1])
 def test_kill_minus_nine_changes_no_bit(tmp_path: Path, ranks: int) -> None:
     """Every other time inside the write of a checkpoint."""
     num_steps = 16 + 3 * KILLS
 
-    def start(name: str) -> list[Any]:
+    def start(name: str, fault: Callable[[], None] | None = None) -> list[Any]:
         argv = bare_run(
             tmp_path, "--name", name, "--max-steps", str(num_steps), "--save-every", "1steps",
             "--resume", "auto", "--episode-features", "reuse",
         )  # fmt: skip
-        return start_command(tmp_path, argv, ranks, bare=True)
+        return start_command(tmp_path, argv, ranks, fault=fault, faulty_rank=0, bare=True)
 
     checkpoints = tmp_path / "logs" / "killed" / "checkpoints"
     dice = random.Random(0)
     for number in range(KILLS):
-        steps_before = steps_of(tmp_path, "killed")
-        processes = start("killed")
-        wait_until(
-            lambda steps=steps_before: steps_of(tmp_path, "killed") > steps, processes, tmp_path
-        )
         if number % 2:
-            wait_until(lambda: list(checkpoints.glob("*.tmp")), processes, tmp_path)
+            processes = start("killed", partial(pause_inside_a_save, 1 + dice.randrange(3)))
+            unfinished = f"*.{processes[0].pid}.tmp"
+            wait_until(lambda name=unfinished: list(checkpoints.glob(name)), processes, tmp_path)
         else:
+            steps_before = steps_of(tmp_path, "killed")
+            processes = start("killed")
+            wait_until(
+                lambda steps=steps_before: steps_of(tmp_path, "killed") > steps, processes, tmp_path
+            )
             time.sleep(0.1 * dice.random())
         for process in processes:
             process.kill()

@@ -174,17 +174,25 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     assert not list((folder / "logs" / "twice" / "checkpoints").iterdir())
 
 
-def test_torchrun_hands_sigterm_on_and_the_ranks_save(folder: Path) -> None:
-    argv = flags(folder, "torchrun", "--workers", "1")
-    process = torchrun(folder, argv, "--nproc-per-node", "2", "--master-port", str(free_port()))
+@pytest.mark.parametrize(
+    ("sent", "settings"),
+    [("SIGTERM", []), ("SIGUSR1", ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"])],
+)
+def test_torchrun_hands_a_signal_on_and_the_ranks_save(
+    folder: Path, sent: str, settings: list[str]
+) -> None:
+    name = f"torchrun-{sent}"
+    settings = ["--nproc-per-node", "2", "--master-port", str(free_port()), *settings]
+    process = torchrun(folder, flags(folder, name, "--workers", "1"), *settings)
     try:
-        wait_until(lambda: steps_of(folder, "torchrun") >= 2, [process], folder)
-        process.terminate()
+        wait_until(lambda: steps_of(folder, name) >= 2, [process], folder)
+        process.send_signal(signal.Signals[sent])
         printed, _ = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert "stopped by SIGTERM after step" in printed
-    assert (folder / "logs" / "torchrun" / "checkpoints" / "epoch_latest.pt").exists()
+    assert f"stopped by {sent} after step" in printed
+    assert process.returncode == 1
+    assert (folder / "logs" / name / "checkpoints" / "epoch_latest.pt").exists()
 
 
 def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder: Path) -> None:
