@@ -34,6 +34,7 @@ DEV = [
     "mypy==2.4.1",
     "clang-format==23.1.5",
     "fsspec[http]",
+    "pillow-heif",
     "sentence-transformers",  # the peers of test_contrastive
     "pytorch-metric-learning",
 ]

@@ -110,6 +110,18 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("protoclip.training.summary.page.write_report", lambda runs: runs[0])
 
 
+@pytest.fixture
+def no_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without pillow-heif."""
+    from PIL import Image
+
+    from protoclip.data import images
+
+    extensions = {k: v for k, v in Image.registered_extensions().items() if v != "HEIF"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: extensions)
+    monkeypatch.setattr(images, "can_open_heic", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config file of a model that trains in no time."""

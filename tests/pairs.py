@@ -21,6 +21,7 @@ from protoclip.data.__main__ import main as data_command
 TEXTS = ("ein Mädchen läuft", "女の子が走る", "drapeau\u202f: Chine 🇨🇳", 'says "hi", twice')
 MEAN = (0.48, 0.46, 0.41)
 STD = (0.27, 0.26, 0.28)
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # the beginning of a telephone's picture
 
 
 def picture(number: int, mode: str = "RGB") -> Image.Image:

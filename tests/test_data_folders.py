@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import load, picture, refused, same
+from pairs import HEIC, load, picture, refused, same
 
 from protoclip.cluster import main as cluster_command
-from protoclip.data import DataError, Faults, images, left_out_files, open_dataset
+from protoclip.data import DataError, Faults, left_out_files, open_dataset
 from protoclip.data.__main__ import main as data_command
 from protoclip.evaluate.__main__ import main as evaluate_command
 from protoclip.evaluate.datasets import open_layout
 from protoclip.train import main as train_command
 
 PICTURES = 30  # of each class
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
-needs_no_heif = pytest.mark.skipif(images.can_open_heic(), reason="pillow-heif opens it")
 
 
 @pytest.fixture
@@ -107,7 +105,7 @@ def test_class_folders_take_each_real_file_once(
     assert "left out 2 class folders without pictures: a pet, all" in said
 
 
-@needs_no_heif
+@pytest.mark.usefixtures("no_heif")
 def test_what_is_no_picture_is_counted_by_every_command(
     animals: Path, tmp_path: Path, nano: Path, no_page: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +145,7 @@ def test_what_macos_keeps_beside_a_picture_is_none(animals: Path) -> None:
     assert list(left_out_files(dataset)) == [left_out]
 
 
-@needs_no_heif
+@pytest.mark.usefixtures("no_heif")
 def test_a_class_without_pictures_is_none_unless_it_is_named(
     animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
