@@ -12,6 +12,7 @@ import http.server
 import json
 import os
 import threading
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,6 +97,13 @@ def pytest_runtest_makereport(
     report = yield
     error = call.excinfo.value if report.failed else None
     return _skip_where_bare(report, item.config, error, item.path)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures that draw
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test draws the same numbers each time, and others than the first test of its module, for
+    which a fixture may have drawn."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ import protoclip
 from protoclip.ops import operators, sigmoid_loss
 
 torch.manual_seed(0)
-X = F.normalize(torch.randn(40, 8), dim=1)
-Y = F.normalize(torch.randn(40, 8), dim=1)
-PROTOTYPES = F.normalize(torch.randn(70, 8), dim=1)
-LABELS = torch.randint(0, 70, (40,)).index_fill_(0, torch.tensor(3), -100)
+RANDOM = torch.Generator().manual_seed(0)
+X = F.normalize(torch.randn(40, 8, generator=RANDOM), dim=1)
+Y = F.normalize(torch.randn(40, 8, generator=RANDOM), dim=1)
+PROTOTYPES = F.normalize(torch.randn(70, 8, generator=RANDOM), dim=1)
+LABELS = torch.randint(0, 70, (40,), generator=RANDOM).index_fill_(0, torch.tensor(3), -100)
 SEVERAL_X = torch.stack([X, Y, -X])
 SCALE = torch.tensor(3.0)
 

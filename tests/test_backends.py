@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import protoclip
@@ -94,6 +97,26 @@ def test_fused_backends_take_the_same_arguments(op: str) -> None:
         assert len(set(map(tuple, by_backend.values()))) <= 1, (name, by_backend)
 
 
+def schemas(file: str) -> dict[str, str]:
+    """Of the ops that a C++ file registers: name -> the rest of the schema."""
+    path = Path(dispatch.__file__).parents[2] / "csrc" / file
+    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)', path.read_text())
+    joined = ["".join(re.findall(r'"([^"]*)"', string)) for string in strings]
+    return {name: rest for name, _, rest in (schema.partition("(") for schema in joined)}
+
+
+def test_clusters_have_one_schema_in_cuda_and_on_a_cpu() -> None:
+    """As text: without a card nothing loads those of CUDA."""
+    of_cuda = schemas("cuda_bindings.cpp")
+    assert len(of_cuda) == 4
+    of_cpu = schemas("bindings.cpp")
+    assert of_cuda == {
+        f"{name}_cuda": of_cpu[name]
+        for op in ("kmeans_assign", "segment_mean")
+        for name in CONTRACTS[op]
+    }
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_launcher_multiplies_the_weights_it_is_given(backend: str) -> None:
     """Even one that no caller needs: 3 N instead of 1 / N."""
@@ -143,8 +166,9 @@ def test_the_gradient_of_the_scale_is_there_if_it_was_asked_for(backend: str) ->
     assert torch.equal(results[True].gradient, results[False].gradient)
 
 
-X = torch.randn(4, 8)
-Y = torch.randn(4, 8)
+RANDOM = torch.Generator().manual_seed(0)
+X = F.normalize(torch.randn(4, 8, generator=RANDOM), dim=1)
+Y = F.normalize(torch.randn(4, 8, generator=RANDOM), dim=1)
 S = torch.tensor(10.0)
 LABELS = torch.tensor([0, 1, 2, 3])
 BAD: dict[str, tuple[Callable[[], Any], str]] = {  # the call, and what is wrong in words

@@ -366,6 +366,32 @@ def test_weights_multiply_losses_and_the_mean_is_over_queries_with_a_positive(
 
 
 @each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_what_is_left_out_must_be_finite(where: str, bad: float, backend: str) -> None:
+    """A query without a positive and a key that no query sees show in the loss or a gradient."""
+    queries = F.normalize(torch.randn(6, 8), dim=1)
+    keys = F.normalize(torch.randn(7, 8), dim=1)
+    positives = torch.tensor([0, 1, -100, 3, 4, 5])
+    key_bias = torch.tensor([0.0, 0, 0, 0, 0, 0, -math.inf])
+
+    def results() -> list[Tensor]:
+        x = leaf(queries)
+        y = leaf(keys)
+        loss = protoclip.contrastive(
+            x, y, 10.0, positives=positives, key_bias=key_bias, backend=backend
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, (x, y))]
+
+    assert all(result.isfinite().all() for result in results())
+    if where == "query":
+        queries[2, 3] = bad
+    else:
+        keys[6, 3] = bad
+    assert not all(result.isfinite().all() for result in results())
+
+
+@each_backend
 def test_a_query_without_a_position_has_no_loss_though_keys_share_its_id(backend: str) -> None:
     problem = random_problem("positive", 40, 60, 8)  # every seventh has position -100
     rows = loss_of(problem, backend, reduction="none")

@@ -27,9 +27,10 @@ CARDS = (80, 86, 89, 90, 100, 120)  # all with rows of their own, and one that t
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 REPORT = "benchmarks.compile_report"
-counts_of_triton_3_9 = pytest.mark.skipif(
+counts_of_triton_3_9 = pytest.mark.xfail(
     not triton.__version__.startswith("3.9"),
-    reason=f"the counts are those of Triton 3.9, this is {triton.__version__}",
+    reason=f"the bounds were measured with Triton 3.9, this is {triton.__version__}",
+    strict=False,  # another release may keep them
 )
 
 
@@ -160,7 +161,9 @@ SLICED = ["info_nce_forward", "contrastive_forward", "softmax_gradient"]
 @pytest.mark.parametrize("kernel", SLICED)
 def test_a_slice_loads_before_its_products(costs: list[Cost], kernel: str) -> None:
     """Once an element: 24 loads a thread after the products took 34 us of a tile."""
-    for cost in matching(costs, kernel=kernel, arch=90, dtype="bf16"):
+    chosen = matching(costs, kernel=kernel, arch=90, dtype="bf16")
+    assert chosen
+    for cost in chosen:
         assert cost.slice is not None and cost.slice.loads <= 4
 
 

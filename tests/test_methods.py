@@ -22,7 +22,7 @@ from protoclip.training.step import Stepper
 from protoclip.training.trainer import Setup, Trainer
 
 DATASET = open_dataset("builtin:shapes:84")
-TEACHER = torch.randn(84, 8)
+TEACHER = torch.randn(84, 8, generator=torch.Generator().manual_seed(0))
 
 
 Lines = list[dict[str, Any]]  # of metrics.jsonl

@@ -65,6 +65,25 @@ def test_create_loss_gives_ours(
         protoclip.create_loss(args(distill=True), proto=protoclip.ProtoConfig())
 
 
+class GenLipLoss(torch.nn.Module):
+    """Stands for a loss of OpenCLIP's that compares no pairs."""
+
+
+@pytest.mark.parametrize("kept", ["GenLipLoss", "ClipLoss"])
+def test_losses_without_a_replacement_and_horovod_keep_openclips(
+    kept: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    if kept == "GenLipLoss":
+        monkeypatch.setattr(open_clip, "create_loss", lambda args: GenLipLoss())
+    horovod = args(horovod=kept == "ClipLoss")
+    loss = protoclip.create_loss(horovod)
+    assert type(loss) is (GenLipLoss if kept == "GenLipLoss" else open_clip.loss.ClipLoss)
+    assert f"OpenCLIP's own {kept} stays: protoclip has no replacement" in caplog.text
+    with pytest.raises(ValueError, match="the plain contrastive loss only"):
+        protoclip.create_loss(horovod, proto=protoclip.ProtoConfig())
+
+
 def test_create_task() -> None:
     if not hasattr(open_clip, "create_task"):
         with pytest.raises(ValueError, match=r"use protoclip\.create_loss"):

@@ -141,6 +141,20 @@ class TestEpisode:
         with_teacher = episode_of(few, samples=samples, teacher=random_teacher(), recent=features)
         assert set(with_teacher.labels) == {"external"}
 
+    @pytest.mark.parametrize("keep_empty", [False, True])
+    def test_an_empty_cluster_is_dropped_or_a_zero_vector(self, keep_empty: bool) -> None:
+        """Two distinct rows cannot fill three clusters."""
+        rows = unit(2, 8).repeat(10, 1)
+        alike = Features(torch.arange(len(rows)), rows, rows.flip(1))
+        episode = episode_of(alike, num_clusters=3, keep_empty=keep_empty)
+        assert len(episode.sets) == 2
+        for item in episode.sets:
+            assert len(item.prototypes) == 2 + keep_empty
+            for vectors in (item.prototypes, episode.centroids[item.source]):
+                assert (vectors == 0).all(dim=1).sum() == keep_empty
+            assert episode.labels[item.source].unique().numel() == 2
+            assert episode.metrics[f"{item.source}_empty"] == 1
+
     def test_faiss_is_one_flag(self, features: Features) -> None:
         pytest.importorskip("faiss")
         ours = episode_of(features, kmeans_backend="auto").labels

@@ -163,7 +163,9 @@ def test_what_is_predicted_of_gpus_is_marked():
 def test_the_page_of_many_gpus_says_what_plan_says(capsys):
     page = PAGES["docs/many-gpus.md"]
     (command,) = (words for name, words in shown(page) if name == "plan" and words)
-    for row in re.findall(r"^\|((?: [\d.,]+ \|){6})$", page, re.MULTILINE):
+    rows = re.findall(r"^\|((?: [\d.,]+ \|){6})$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for row in rows:
         gpus, batch, k, steps, *gib = (
             cell.strip().replace(",", "") for cell in row.split("|")[:-1]
         )

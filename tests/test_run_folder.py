@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ranks import bare_run, full_disk, metrics
@@ -149,6 +152,46 @@ def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(
     events = accumulator.EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
     assert [e.value for e in events.Scalars("val/HO_recall@1")] == [0.5]
+
+
+class WandbRun:
+    """Stands for a run of wandb's: what it was given."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.is_finished = False
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.lines.append((step, scalars))
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_a_resumed_run_continues_the_same_run_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[WandbRun] = []
+
+    def init(**settings: Any) -> WandbRun:
+        runs.append(WandbRun(**settings))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = TrainConfig(run=RunConfig(report_to="wandb", wandb_project_name="pairs"))
+    for name, resume_step in (("a", None), ("a", 1), ("b", None)):
+        folder = RunFolder(tmp_path / name, config, resume_step=resume_step)
+        folder.metrics(2, 8, {"loss": 3.0, "val_HO_recall@1": 0.5})
+        assert not runs[-1].is_finished
+        folder.close()
+        assert runs[-1].is_finished
+        assert runs[-1].lines == [(2, {"train/loss": 3.0, "val/HO_recall@1": 0.5})]
+    first, resumed, other = [run.settings for run in runs]
+    assert first == resumed and first["resume"] == "allow"
+    assert first["id"] and first["id"] != other["id"]
+    assert (first["name"], first["project"], first["dir"]) == ("a", "pairs", str(tmp_path / "a"))
+    assert first["config"]["run"]["wandb_project_name"] == "pairs"
 
 
 @pytest.mark.skipif(WANDB, reason="wandb is installed")

@@ -251,7 +251,8 @@ def statistics_of_ranks(nano: str) -> list[Any]:
     for number in range(2):
         stepper.step(number, [batch], episode, project=True, lr=1e-3)
     distributed.stop()
-    return [buffer.tolist() for buffer in stepper._buffers()]
+    heads = (model.image_head, model.text_head)
+    return [buffer.tolist() for head in heads for buffer in head.buffers()]
 
 
 def test_every_rank_has_the_statistics_of_the_first(nano: Path) -> None:
