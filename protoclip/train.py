@@ -30,7 +30,7 @@ from protoclip.distributed import gathered_rows
 from protoclip.episodes import prototypes
 from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import Evaluation
-from protoclip.evaluate.results import Results, read_results
+from protoclip.evaluate.results import Results
 from protoclip.losses import Term, TermInputs
 from protoclip.model import (
     build_model,
@@ -57,7 +57,7 @@ from protoclip.training.checks import (
     uses_prototypes,
 )
 from protoclip.training.stops import Stopped
-from protoclip.training.summary import announce, conclude, find_first_prototype_step
+from protoclip.training.summary import announce, conclude, concluded, find_first_prototype_step
 from protoclip.training.towers import tf32_products
 from protoclip.training.trainer import Setup, Trainer
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_config(**settings: Any) -> TrainConfig:
     """A run's settings from keywords: the names of the flags with underscores, such as
-    ``train_data="pairs.csv", w_clip=0.5, PBT=False``.
+    ``train_data="pairs.csv", w_clip=0.5, PBT=False``. None is the same as no keyword.
 
     Raises:
         TypeError: no such setting.
@@ -121,6 +121,9 @@ def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Train
     device = choose_device(config.run.device)
     info = distributed.find_rank()
     joined = distributed.start(info, device, config.run.dist_timeout, config.run.dist_backend)
+    # A machine without the folder of a resumed run has not read its settings.
+    of_rank_0 = distributed.from_main(lambda: config)
+    config = replace(of_rank_0, run=replace(of_rank_0.run, device=config.run.device))
     exactly = tf32_products(False) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with exactly:  # except in the towers while they train
@@ -147,9 +150,12 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
     plan = schedule.make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps:
         refuse_changes(resume, config)
-        if (path / "results.json").exists():
-            print(f"{path} is complete: {resume.step} steps and its results", file=sys.stderr)
-            return Trained(path, read_results(path / "results.json").trained)
+        steps = resume.step
+        done = distributed.from_main(lambda: concluded(path, steps, config.data.val_data))
+        if done is not None:
+            if distributed.is_main():
+                print(f"{path} is complete: {steps} steps and its results", file=sys.stderr)
+            return Trained(path, done.trained)
     precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
     # The config keeps "auto", so that a run can go on on another machine.
     workers = choose_workers(config.data.workers, device, distributed.world_size())
@@ -176,7 +182,8 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
         notes.append(f"--resume auto: no checkpoint in {path}, starting at step 0")
     if distributed.is_main():
         step = resume.step if resume else 0 if path.exists() else None
-        trainer.folder = RunFolder(path, config, step, weights)
+        file = resume.file if resume else None
+        trainer.folder = RunFolder(path, config, step, weights, file)
     folder = trainer.folder
     try:
         first_prototype_step = find_first_prototype_step(

@@ -27,7 +27,7 @@ from ranks import (
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from protoclip import distributed
+from protoclip import distributed, train
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import Episode, PrototypeSet
 from protoclip.losses import Losses, global_info_nce, prototype_term
@@ -247,3 +247,21 @@ def test_ddp_is_dropped_before_the_run_leaves_its_group(tmp_path: Path) -> None:
     processes = start_command(tmp_path, argv, fault=say_what_is_left_of_ddp, bare=True)
     assert exit_codes(processes) == [0, 0], logs_of(tmp_path)
     assert "DDP modules: 0" in output_of(tmp_path)[1], logs_of(tmp_path)
+
+
+def peak_rate_of_a_resumed_run(folder: Path) -> float:
+    """On a rank with a disk of its own; without the training."""
+    rank = distributed.find_rank().rank
+    (folder / f"disk{rank}").mkdir(exist_ok=True)
+    os.chdir(folder / f"disk{rank}")
+    seen: list[float] = []
+    train._train = lambda config, *_: seen.append(config.optim.lr)
+    train.main(["--resume", "run", "--max-steps", "9"])
+    return seen[0]
+
+
+def test_ranks_without_a_shared_folder_have_the_settings_of_the_resumed_run(tmp_path: Path) -> None:
+    run = tmp_path / "disk0" / "run"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"lr": 0.125}')
+    assert on_ranks(2, peak_rate_of_a_resumed_run, tmp_path) == [0.125, 0.125]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import bare_run, full_disk
+from ranks import bare_run, full_disk, losses
 
 import protoclip
 from protoclip import export
 from protoclip.cluster import main as cluster
+from protoclip.evaluate.during import Evaluation
 from protoclip.train import main as train
 
 
@@ -84,3 +85,20 @@ def test_a_run_without_a_checkpoint_is_not_told_to_resume(
         assert train(flags) == 2
     said = capsys.readouterr().err
     assert "there is no checkpoint yet" in said and "intact" not in said and "Traceback" not in said
+
+
+def test_a_run_folder_without_settings_can_be_begun_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_page: None,
+) -> None:
+    """By the same line, once there is space."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
+    flags = bare_run(tmp_path, "--max-steps", "2", "--method", "clip", "--resume", "auto")
+    with full_disk(100):
+        assert train(flags) == 2
+    assert "config.json: cannot write" in capsys.readouterr().err
+    assert train(flags) == 0
+    assert [step for step, _ in losses(tmp_path / "logs" / "run")] == [1, 2]

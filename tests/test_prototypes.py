@@ -104,6 +104,11 @@ class TestEpisode:
         second = episode_of(features, previous=first, kmeans_max_iter=50)
         assert second.metrics["image_churn"] < 0.05
 
+    def test_a_teacher_of_another_width_starts_afresh(self, features: Features) -> None:
+        first = episode_of(features, teacher=random_teacher())
+        second = episode_of(features, teacher=random_teacher()[:, :3], previous=first)
+        assert second.centroids["external"].shape[1] == 3
+
     def test_samples_without_stored_features_have_no_label(self, features: Features) -> None:
         samples = torch.arange(5, DATASET)
         seen = samples[::2]

@@ -32,9 +32,12 @@ from ranks import (
 from torch import Tensor
 
 from protoclip.data import loader
+from protoclip.evaluate.during import Evaluation
 from protoclip.runs import checkpoint
+from protoclip.runs.resume import with_saved_config
 from protoclip.train import main
 from protoclip.training.step import Stepper
+from protoclip.training.trainer import Trainer
 
 KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
 
@@ -326,3 +329,59 @@ def test_workers_chosen_for_a_machine_stay_out_of_the_config(
     assert main(["--resume", str(run)]) == 0
     assert "after step 9" in (run / "out.log").read_text()
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after a kept checkpoint, at step 10; then before the first save of a run that goes
+    back to it."""
+    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
+    run = tmp_path / "run"
+    kept = ["--save-frequency", "1", "--save-every", "0"]
+    flags = [*flags, "--logs", str(tmp_path), "--name", "run", *kept]
+
+    def killed(trainer: Trainer) -> None:
+        raise SystemError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Trainer, "_save_or_stop", lambda trainer: trainer.step < 12 or killed(trainer)
+        )
+        with pytest.raises(SystemError):
+            main(flags)
+    assert newest_checkpoint(run)["protoclip"]["step"] == 10
+    assert main([*flags, "--max-steps", "13", "--resume", str(run)]) == 0
+    assert newest_checkpoint(run)["protoclip"]["step"] == 13
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", killed)
+        with pytest.raises(SystemError):
+            main([*flags, "--resume", str(run / "checkpoints" / "epoch_1.pt")])
+    assert newest_checkpoint(run)["protoclip"]["step"] == 10
+    assert main([*flags, "--max-steps", "12", "--resume", str(run)]) == 0
+    assert [step for step, _ in losses(run)] == list(range(1, 13))
+
+
+def test_the_settings_of_a_run_are_found_by_its_folder_or_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not in the folder where one works, which may have a config.json of something else."""
+    run = tmp_path / "logs" / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / checkpoint.LATEST).touch()
+    for folder in (run, tmp_path):
+        (folder / "config.json").write_text("{}")
+
+    def settings_for(resume: str) -> list[Path]:
+        words = with_saved_config(["--resume", resume])
+        return [Path(word).resolve() for word in words if word.endswith(".json")]
+
+    monkeypatch.chdir(tmp_path)
+    for resume in ("auto", "latest", "nowhere"):
+        assert settings_for(resume) == []
+    checkpoints = "logs/run/checkpoints"
+    for resume in ("logs/run", checkpoints, f"{checkpoints}/{checkpoint.LATEST}"):
+        assert settings_for(resume) == [run / "config.json"]
+    monkeypatch.chdir(checkpoints)
+    for resume in (".", checkpoint.LATEST):
+        assert settings_for(resume) == [run / "config.json"]

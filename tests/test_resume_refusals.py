@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 from ranks import losses
 
+from protoclip.evaluate.results import read_results
 from protoclip.runs import checkpoint
 from protoclip.train import main
 
@@ -59,10 +60,11 @@ def run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Ru
 
 
 def test_what_is_not_refused_goes_on(run: Run) -> None:
-    outcome = run.resume("--lr", "0.5")
+    outcome = run.resume("--lr", "0.5", "--csv-caption-key", "text")
     assert outcome.code == 0 and outcome.changed_files, outcome.message
     assert json.loads((run.folder / "config.json").read_text())["optim"]["lr"] == 0.5
-    assert "lr was 0.0" in (run.folder / "out.log").read_text()
+    log = (run.folder / "out.log").read_text()
+    assert "lr was 0.0" in log and "csv_caption_key was 'title' and is 'text'" in log
     assert [step for step, _ in losses(run.folder)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -135,6 +137,25 @@ def test_a_finished_run_takes_no_other_settings(run: Run, has_results: bool) -> 
     run.assert_refused("--max-steps", "5", "--seed", "4", words=("run.seed was 0 and is 4",))
     outcome = run.resume("--max-steps", "5", "--workers", "0")
     assert outcome.code == 0 and outcome.changed_files == (not has_results), outcome.message
+
+
+def test_a_run_is_complete_with_results_and_page_of_its_last_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the last evaluation, then between results.json and the page."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("protoclip.train.conclude", "protoclip.training.summary.page.write_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, killed)
+            assert run.resume().code == 130
+    assert "is complete" not in run.resume().message
+    assert read_results(run.folder / "results.json").steps == 6
+    assert (run.folder / "report.html").exists()
+    outcome = run.resume()
+    assert "is complete: 6 steps" in outcome.message and not outcome.changed_files
 
 
 def test_a_run_that_another_process_has_is_refused(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ranks import bare_run, full_disk, metrics
+from ranks import bare_run, config_of, full_disk, metrics
 
+from protoclip.evaluate.during import Evaluation
 from protoclip.runs import checkpoint
-from protoclip.runs.run_folder import RunFolder
+from protoclip.runs.resume import find_resume
+from protoclip.runs.run_folder import RunFolder, choose_folder, sum_up
 from protoclip.settings.config import RunConfig, TrainConfig
 from protoclip.train import main
 from protoclip.training.trainer import Trainer
@@ -192,6 +195,43 @@ def test_a_resumed_run_continues_the_same_run_of_wandb(
     assert first["id"] and first["id"] != other["id"]
     assert (first["name"], first["project"], first["dir"]) == ("a", "pairs", str(tmp_path / "a"))
     assert first["config"]["run"]["wandb_project_name"] == "pairs"
+
+
+def test_the_settings_of_a_resumed_run_are_a_preset_of_another_one(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    flags = ["--logs", str(tmp_path), "--report-to", "none"]
+    RunFolder(run, config_of("--name", "a", "--resume", str(run), *flags)).close()
+    (run / "checkpoints" / checkpoint.LATEST).touch()
+    other = config_of("--preset", str(run / "config.json"), "--name", "b")
+    assert find_resume(other) is None and choose_folder(other) == tmp_path / "b"
+
+
+def test_the_boards_take_settings_that_are_not_utf_8(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = config_of("--train-data", os.fsdecode(b"caf\xe9"))
+    sum_up(tmp_path, config, None, {"recall": 0.5})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("recall")] == [0.5]
+
+
+def test_a_kept_checkpoint_of_a_run_is_its_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None
+) -> None:
+    """The last one is of a pass that the end of the run cuts off: 2 x 150 samples in 19 steps."""
+    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
+    steps = saved_steps(
+        tmp_path, monkeypatch, "--max-steps", "0", "--epochs", "2", "--save-frequency", "1",
+        "--save-every", "0", "--method", "clip",
+    )  # fmt: skip
+    run = tmp_path / "logs" / "run"
+    saved = {
+        file.name: checkpoint.load(file)["protoclip"]["step"] for file in checkpoint.candidates(run)
+    }
+    assert steps == [10, 19]
+    assert saved == {
+        checkpoint.LATEST: 19, checkpoint.PREVIOUS: 10, "epoch_2.pt": 19, "epoch_1.pt": 10
+    }  # fmt: skip
+    assert metrics(run)[-1]["epoch"] == 19 * 16 / 150
 
 
 @pytest.mark.skipif(WANDB, reason="wandb is installed")

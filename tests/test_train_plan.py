@@ -24,6 +24,11 @@ class TestDraws:
             assert len(draws) == 128 and torch.equal(draws.unique(), torch.arange(100))
             assert all(len(batch.unique()) == 32 for batch in draws.split(32))
 
+    def test_a_pass_ends_with_the_run_that_has_seen_as_many_samples(self) -> None:
+        assert [step for step in range(1, 11) if self.plan.ends_pass(step)] == [4, 8, 10]
+        shorter = make_plan(config_of("--batch-size", "32", "--max-steps", "6"), 100)
+        assert [step for step in range(1, 7) if shorter.ends_pass(step)] == [4]
+
     def test_with_replacement_some_samples_come_twice(self) -> None:
         draws = draw(self.plan, 0, range(4), replacement=True)
         assert len(draws) == 128 and len(draws.unique()) < 100

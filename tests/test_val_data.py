@@ -169,6 +169,14 @@ def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):
     assert keys[0] == keys[1] and [step for step, _ in losses(half)] == list(range(1, 9))
 
 
+def test_scores_before_training_on_other_data_are_not_shown(run, table, no_page):
+    folder = run("run", "--max-steps", "2")
+    first = json.loads((folder / "results.json").read_text())
+    run("run", "--resume", str(folder), "--max-steps", "3", "--val-data", str(table))
+    second = json.loads((folder / "results.json").read_text())
+    assert first["untrained"] and second["trained"] and second["untrained"] is None
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

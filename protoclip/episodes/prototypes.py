@@ -112,7 +112,11 @@ class PrototypeBuilder:
         config = self.config
         seed = int(torch.randint(2**31, (), generator=random))
         init: str | Tensor = "random"
-        if config.kmeans_init == "warm" and last_centroids is not None:
+        if (
+            config.kmeans_init == "warm"
+            and last_centroids is not None
+            and last_centroids.shape[1] == points.shape[1]  # not of another teacher
+        ):
             init = last_centroids[:num_clusters]
         try:
             clusters = kmeans(

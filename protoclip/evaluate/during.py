@@ -106,12 +106,15 @@ class Evaluation:
         return tasks.Encoder(model, self.device, workers=self.workers, autocast=self.autocast)
 
     def untrained(self, folder: Path, model: ProtoModel, resumed: bool) -> Results | None:
-        """The evaluation before training; a resumed run reads the one from its start."""
+        """The evaluation before training; a resumed run reads the one from its start, if that
+        was on the same data."""
         path = folder / "untrained.json"
         if resumed:
             if not is_main() or not path.exists():
                 return None
-            return results.read_results(path).trained
+            saved = results.read_results(path)
+            same = saved.data == self.data and self.quick_sets.keys() <= saved.trained.keys()
+            return saved.trained if same else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and is_main():
             results.write_results(path, Outcome(self.data, "untrained", "", before))

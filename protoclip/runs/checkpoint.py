@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,27 @@ def save(
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
+
+
+def link(file: Path, path: Path) -> None:
+    """Have the checkpoint ``file`` at ``path`` too; a copy where a disk has no links."""
+    with whole_file(path) as temporary:
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
+
+
+def make_latest(file: Path, folder: Path) -> None:
+    """Have a run go on from ``file``, even if it is stopped before its next save. The newest
+    checkpoint until now becomes the previous one."""
+    latest = folder / LATEST
+    if latest.exists():
+        if latest.samefile(file):
+            return
+        if file.name != PREVIOUS:
+            os.replace(latest, folder / PREVIOUS)
+    link(file, latest)
 
 
 def _seal(path: Path) -> None:
@@ -149,6 +171,15 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
     folder = folder if folder.is_dir() else Path(run)
     unnumbered = [folder / LATEST, folder / PREVIOUS]
     return [path for path in unnumbered if path.is_file()] + numbered(folder)
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that is named by itself, its folder of checkpoints, or one of these."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "checkpoints").is_dir():
+        return folder
+    folder = folder.absolute()
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def numbered(folder: Path) -> list[Path]:

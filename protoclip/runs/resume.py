@@ -21,7 +21,15 @@ from protoclip.runs.run_folder import choose_folder
 from protoclip.settings.config import TrainConfig, flat, to_dict
 
 PRESET_FLAGS = ("--preset", "--config", "--paper")
-NOTED = ("episode.", "loss.", "optim.")  # sections whose other settings change training too
+# Sections and settings that change training too.
+NOTED = (
+    "episode.",
+    "loss.",
+    "optim.",
+    "data.class_template",
+    "data.csv_caption_key",
+    "data.csv_img_key",
+)
 # These two and the number of ranks are compared as their product, the global batch.
 GLOBAL_BATCH = ("optim.batch_size", "optim.accum_freq")
 
@@ -48,9 +56,9 @@ def with_saved_config(argv: Sequence[str] | None) -> list[str]:
     chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
     if chosen and not any(word.split("=")[0] in PRESET_FLAGS for word in words):
         path = Path(chosen[-1])
-        for folder in (path, path.parent.parent):
-            if (folder / "config.json").is_file():
-                return ["--preset", str(folder / "config.json"), *words]
+        settings = checkpoint.run_of(path) / "config.json"
+        if chosen[-1] not in ("auto", "latest") and path.exists() and settings.is_file():
+            return ["--preset", str(settings), *words]
     return words
 
 
@@ -75,13 +83,12 @@ def find_resume(config: TrainConfig) -> Resume | None:
             "starts where there is none"
         )
     file, payload = checkpoint.load_newest(path)
-    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
     saved = payload.get("protoclip", {})
     if not {"training", "config", "step"} <= saved.keys():
         raise ValueError(
             f"--resume: checkpoint {file} has no state of a run; load its weights with --pretrained"
         )
-    return Resume(folder, file, payload, saved["step"])
+    return Resume(checkpoint.run_of(path), file, payload, saved["step"])
 
 
 def open_resume(config: TrainConfig) -> Resume | None:

@@ -10,6 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from protoclip.common.files import lines_of, printable_lines, write_atomic
+from protoclip.common.files import lines_of, printable, printable_lines, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.runs import checkpoint
@@ -27,7 +28,8 @@ OWN_TERMS = "own_terms.json"  # name -> weight
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """The folder that a run will write to, not created yet. Under --resume auto it may exist.
+    """The folder that a run will write to, not created yet. Under --resume auto it may exist, if a
+    run has begun in it or it is empty.
 
     Raises:
         ValueError: the folder exists, cannot be created, or would lie outside --logs.
@@ -41,7 +43,7 @@ def choose_folder(config: TrainConfig) -> Path:
         raise ValueError(f"--name: expected a plain folder name, got {name!r}")
     path = Path(run.logs) / name
     check_above(path, "--logs")
-    if path.exists() and not (run.resume == "auto" and (path / "config.json").exists()):
+    if path.exists() and not (run.resume == "auto" and _can_begin(path)):
         remedy = f"continue it with --resume {path}, choose"
         if not checkpoint.candidates(path):
             remedy = "choose"
@@ -52,6 +54,12 @@ def choose_folder(config: TrainConfig) -> Path:
             "remove it"
         )
     return path
+
+
+def _can_begin(path: Path) -> bool:
+    """Whether a folder is of a run, maybe one that ended before its first file, or is empty."""
+    names = {entry.name for entry in path.iterdir()}
+    return not names or not names.isdisjoint({".lock", "config.json"})
 
 
 class NullRunFolder:
@@ -76,6 +84,7 @@ class RunFolder(NullRunFolder):
         resume_step: continue after this step and remove later log lines; 0: begin again and keep
             the old lines in a file beside the new ones; None: a new run.
         own_terms: name -> weight of the losses that a user added, for the page.
+        resume_file: the checkpoint to continue from.
     """
 
     def __init__(
@@ -84,6 +93,7 @@ class RunFolder(NullRunFolder):
         config: TrainConfig,
         resume_step: int | None = None,
         own_terms: Mapping[str, float] | None = None,
+        resume_file: Path | None = None,
     ) -> None:
         super().__init__(path)
         self._checkpoints = path / "checkpoints"
@@ -97,10 +107,14 @@ class RunFolder(NullRunFolder):
         self._checkpoints.mkdir(exist_ok=True)
         for torn in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
             torn.unlink()
+        if resume_file is not None:  # before the lines of later steps go
+            checkpoint.make_latest(resume_file, self._checkpoints)
         if resume_step == 0:
             _set_aside(path / "metrics.jsonl")
         _cut_back(path / "metrics.jsonl", resume_step or 0)
-        write_atomic(path / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        # As a preset of another run it must not lead back to this one.
+        settings = to_dict(replace(config, run=replace(config.run, resume="")))
+        write_atomic(path / "config.json", json.dumps(settings, indent=2) + "\n")
         if own_terms:
             write_atomic(path / OWN_TERMS, json.dumps(own_terms) + "\n")
         self._metrics = self._append_to("metrics.jsonl")
@@ -146,19 +160,20 @@ class RunFolder(NullRunFolder):
             self._wandb.log(by_title, step=step)
 
     def checkpoint(self, payload: Mapping[str, Any], epoch: int | None) -> None:
-        """Write epoch_latest.pt, or with ``epoch`` a numbered one that is kept.
+        """Write epoch_latest.pt; with ``epoch`` it is kept under a number too.
 
         The old epoch_latest.pt becomes epoch_previous.pt. Metrics are synced first, so every step
         of a checkpoint has its line.
         """
         os.fsync(self._metrics.fileno())
-        path = self._checkpoints / (checkpoint.LATEST if epoch is None else f"epoch_{epoch}.pt")
+        latest = self._checkpoints / checkpoint.LATEST
+        checkpoint.save(latest, payload, previous=self._checkpoints / checkpoint.PREVIOUS)
         if epoch is None:
-            checkpoint.save(path, payload, previous=self._checkpoints / checkpoint.PREVIOUS)
             return
-        checkpoint.save(path, payload)
+        kept = self._checkpoints / f"epoch_{epoch}.pt"
+        checkpoint.link(latest, kept)
         for other in checkpoint.numbered(self._checkpoints) if self._keeps_one else ():
-            if other != path:
+            if other != kept:
                 other.unlink()
 
     def close(self) -> None:
@@ -177,7 +192,11 @@ def sum_up(
     with SummaryWriter(str(folder / "tensorboard")) as board:
         if sheet is not None:
             board.add_image("clusters", sheet, dataformats="HWC")
-        board.add_hparams(flat(to_dict(config)), dict(scores), run_name=".")
+        settings = {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in flat(to_dict(config)).items()
+        }
+        board.add_hparams(settings, dict(scores), run_name=".")
 
 
 def _set_aside(path: Path) -> None:

@@ -118,7 +118,7 @@ class Log:
             samples = (step - self._logged_step) * self.plan.global_batch_size
             record = {
                 "lr": lr,
-                "epoch": step / self.plan.steps_per_epoch,
+                "epoch": step * self.plan.global_batch_size / self.plan.samples,
                 "episode": (step - 1) // self.plan.steps_per_episode,
                 "samples_per_second": samples / (now - self._logged_time),
                 **self.episode_metrics,

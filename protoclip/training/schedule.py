@@ -44,6 +44,14 @@ class Plan:
         """Passes over the data, of the whole run."""
         return self.total_steps * self.global_batch_size / self.samples
 
+    def ends_pass(self, step: int) -> bool:
+        """Whether a pass over the data ends with ``step``. The run may end before the last pass has
+        filled up its batches, with all the samples that --epochs asks for."""
+        passes = math.ceil(step / self.steps_per_epoch)
+        return step % self.steps_per_epoch == 0 or (
+            step == self.total_steps and self.epochs >= passes
+        )
+
     def first_step_with_prototypes(self, warmup: int, second_pass: bool) -> int:
         """The step that trains prototypes first: after ``warmup`` episodes and, with
         ``second_pass``, in the second pass over the data, when its samples have stored features."""

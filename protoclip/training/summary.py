@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -164,6 +165,9 @@ def conclude(
     if after is None:
         folder.say("no evaluation: too few pictures could be read; give --val-data")
     else:
+        report = folder.path / page.NAME
+        if page.is_report(report):
+            report.unlink()  # of fewer steps: a page beside results.json is of these results
         results.write_results(folder.path / "results.json", outcome)
         if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
             folder.say(answer)
@@ -178,3 +182,13 @@ def conclude(
         captured = snapshot.load_snapshot(folder.path) or snapshot.Snapshot()
         sum_up(folder.path, config, snapshot.contact_sheet(captured), scores)
     folder.say(f"report: {page.write_report([folder.path])}\ndone: {folder.path}")
+
+
+def concluded(folder: Path, steps: int, val_data: str) -> Outcome | None:
+    """What ``conclude`` has left of a run of so many steps; None if there is none, if its page is
+    missing, or if it was evaluated on other data than --val-data."""
+    file = folder / "results.json"
+    if not file.exists() or not (folder / page.NAME).exists():
+        return None
+    outcome = results.read_results(file)
+    return outcome if outcome.steps == steps and val_data in ("", outcome.data) else None

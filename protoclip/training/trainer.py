@@ -352,8 +352,9 @@ class Trainer:
                 self.folder.metrics(self.step, self.step * self.plan.global_batch_size, scalars)
                 self.log.pause(self.step)
         epochs = self.config.run.save_frequency
-        if epochs and self.step % (epochs * per_epoch) == 0:
-            self.save(self.step // per_epoch)
+        epoch = math.ceil(self.step / per_epoch)
+        if epochs and epoch % epochs == 0 and self.plan.ends_pass(self.step):
+            self.save(epoch)
         self._save_or_stop()
 
     def _save_or_stop(self) -> None:
@@ -372,7 +373,8 @@ class Trainer:
         self.saves.exchange_requests()
 
     def save(self, epoch: int | None) -> None:
-        """Write a checkpoint that OpenCLIP can read; ``epoch`` None: epoch_latest.pt."""
+        """Write a checkpoint that OpenCLIP can read: epoch_latest.pt, and with ``epoch`` the same
+        one under that number."""
         self._finish_line()
         with self.phases.measure("checkpoint", on_host=True):
             payload = state.payload(
@@ -386,8 +388,7 @@ class Trainer:
                 own_terms=self.stepper.terms.state(),
             )
             self.folder.checkpoint(payload, epoch)
-        if epoch is None:
-            self.saves.mark_saved(self.step)
+        self.saves.mark_saved(self.step)
 
     def state(self) -> TrainingState:
         """The state between two steps; a collective call."""
