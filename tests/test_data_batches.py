@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,18 @@ def test_workers_live_from_order_to_order(icons: Any, draws: Tensor) -> None:
         pids(3, batch_count=2)
         assert not pids(0) & longer
     assert not any(Path(f"/proc/{pid}").exists() for pid in first | longer)
+
+
+def test_a_start_near_the_end_leaves_the_next_order_all_workers(icons: Any, draws: Tensor) -> None:
+    with contextlib.closing(loader_of(icons, workers=2)) as loader:
+        assert len(list(loader.batches(Draws(draws, seed=0, start=32)))) == 1
+        assert loader._pool is not None and len(loader._pool.processes) == 2
+
+
+def test_any_thread_may_load(icons: Any, draws: Tensor) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(load, icons, draws[:8], workers=1).result()
+    assert_equal(loaded, load(icons, draws[:8]))
 
 
 def test_a_worker_that_dies_between_two_orders_is_replaced(icons: Any, draws: Tensor) -> None:

@@ -96,11 +96,13 @@ def test_json_captions_and_other_members(tmp_path: Path) -> None:
         ("d/3.png", png),
         ("d/3.txt", b"text first"),
         ("d/3.json", b'{"caption": "json second"}'),
+        ("d/4.png", png),  # cut inside an emoji: no file could hold the half
+        ("d/4.json", b'{"caption": "a cat \\ud83d"}'),
     ]
     dataset = open_dataset(write_tar(tmp_path / "j.tar", members))
-    captions = [dataset.captions(i) for i in range(3)]
-    assert captions == [("ein Hund",), ("one", "two"), ("text first",)]
-    assert all(same(dataset.image(i), picture(0)) for i in range(3))
+    captions = [dataset.captions(i) for i in range(4)]
+    assert captions == [("ein Hund",), ("one", "two"), ("text first",), ("a cat \ufffd",)]
+    assert all(same(dataset.image(i), picture(0)) for i in range(4))
 
 
 def test_junk_samples_are_skipped_named_and_counted(

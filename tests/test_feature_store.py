@@ -335,7 +335,8 @@ def test_free_memory_is_what_machine_and_container_leave(
     meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
     assert feature_store.free_bytes(CPU) == 4000 * 1024
     (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 700\nfile 300\ninactive_file 200\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert feature_store.free_bytes(CPU) == 4000 * 1024
     (tmp_path / "memory.max").write_text("3000\n")
-    assert feature_store.free_bytes(CPU) == 2000
+    assert feature_store.free_bytes(CPU) == 2200

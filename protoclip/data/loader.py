@@ -6,8 +6,10 @@ import contextlib
 import copy
 import itertools
 import logging
+import math
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -193,7 +195,7 @@ class Loader:
         done = 0
         crashes = 0
         while done < len(firsts):
-            pool = self._pool_for(draws, len(firsts))
+            pool = self._pool_for(draws)
             try:
                 for batch in pool.load(draws, firsts[done:]):
                     if isinstance(batch, DataError):
@@ -222,12 +224,14 @@ class Loader:
                 )
             logger.warning("a data worker died (%s) near %s, ...; starting it again", reason, keys)
 
-    def _pool_for(self, draws: Draws, batch_count: int) -> _Pool:
+    def _pool_for(self, draws: Draws) -> _Pool:
         """The idle workers of the order before, or new ones if it was shorter or broken off."""
         pool = self._pool
         if pool is not None and pool.is_idle and len(draws.positions) <= len(pool.positions):
             return pool
         self.close()
+        # Of the whole order: one that begins near its end, as after a resume, is not the last.
+        batch_count = math.ceil(len(draws.positions) / self._source.batch_size)
         self._pool = _Pool(
             self._source,
             capacity=len(draws.positions),
@@ -384,8 +388,9 @@ class _Pool:
         handler = signal.getsignal(signal.SIGCHLD)
         self._iterator = iter(self._loader)
         # When a worker dies, torch's handler raises at an arbitrary place in the program;
-        # without it the iterator notices within seconds.
-        signal.signal(signal.SIGCHLD, handler)
+        # without it the iterator notices within seconds. Only the main thread sets handlers.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
         self.processes[:] = self._iterator._workers
         return self._iterator
 

@@ -358,7 +358,8 @@ def _find_pair(file: io.BufferedReader, places: Mapping[str, Place]) -> PairPlac
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
-    """The captions that are not empty, each cut to ``MAX_CAPTION`` characters.
+    """The captions that are not empty, each cut to ``MAX_CAPTION`` characters. Halves of a
+    character, which JSON can write but no file can hold, are replaced.
 
     They are the lines of a text, or "captions" or "caption" of a JSON; otherwise ValueError.
     """
@@ -366,6 +367,7 @@ def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:
         raise ValueError(f"expected at most {MAX_CAPTION_BYTES:,} bytes of captions, got more")
     text = data.decode("utf-8-sig")
     lines = _captions_of_json(text) if is_json else lines_of(text)
+    lines = [re.sub("[\ud800-\udfff]", "\ufffd", line) for line in lines]
     captions = tuple(short for line in lines if (short := line.strip()[:MAX_CAPTION]))
     if not captions:
         raise ValueError("all captions are empty")

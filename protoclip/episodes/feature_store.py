@@ -130,7 +130,10 @@ def free_bytes(device: torch.device) -> float:
     try:
         limit = float((CGROUP / "memory.max").read_text(encoding="ascii"))
         used = float((CGROUP / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no container, or "max"
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        statistics = dict(line.split() for line in lines)
+        used -= float(statistics["inactive_file"])  # files read before, dropped when others need it
+    except (OSError, KeyError, ValueError):  # no container, or "max"
         return free
     return min(free, limit - used)
 
