@@ -90,10 +90,11 @@ def test_bad_files_are_refused(
 def test_a_file_may_name_settings_by_their_flags(tmp_path: Path, flag: str) -> None:
     content = {
         "extends": "paper", "method": "clip", "batch-size": 64, "--k": 7, "PBT": False,
-        "max_steps": 3, "optim": {"lr": 0.5},
+        "max_steps": 3, "optim": {"lr": 0.5}, "model": "ViT-B-32",
     }  # fmt: skip
     (tmp_path / "x.json").write_text(json.dumps(content))
     words = ["--method", "clip", "--batch-size", "64", "--k", "7", "--no-PBT"]
+    words += ["--model", "ViT-B-32"]
     expected = config_of("--paper", *words, "--max-steps", "3", "--lr", "0.5")
     assert config_of(flag, str(tmp_path / "x.json")) == expected
 

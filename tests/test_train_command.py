@@ -14,7 +14,7 @@ from ranks import losses, metrics
 from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.settings.config import ModelConfig
-from protoclip.train import main
+from protoclip.train import main, make_config
 
 SMALL = ["--train-data", "builtin:shapes:600", "--batch-size", "64", "--report-to", "none"]
 CLIP = ["--method", "clip"]
@@ -205,3 +205,7 @@ def test_an_invalid_model_config_is_named(
     message = capsys.readouterr().err
     assert "mine.json" in message and words in message
     build_model(ModelConfig())  # OpenCLIP's registry is as it was
+
+
+def test_a_keyword_that_is_none_is_not_given() -> None:
+    assert make_config(name=None, max_steps=None, lr=0.5) == make_config(lr=0.5)

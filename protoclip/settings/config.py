@@ -418,8 +418,11 @@ def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     for name, value in values.items():
         flag = name.removeprefix("--").replace("_", "-")
-        if flag not in places or name in vars(TrainConfig()):
-            sections[name] = {**sections.get(name, {}), **value} if type(value) is dict else value
+        if name in vars(TrainConfig()) and isinstance(value, dict):
+            sections[name] = {**sections.get(name, {}), **value}
+            continue
+        if flag not in places:  # --method, or a mistake
+            sections[name] = value
             continue
         section, setting = places[flag]
         sections[section] = {**sections.get(section, {}), setting: value}

@@ -236,7 +236,8 @@ def build_parser(
 
 
 def words_of(parser: Parser, keywords: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same as keywords: flags with underscores, bools for switches.
+    """The command line that says the same as keywords: flags with underscores, bools for switches,
+    None for a flag that is not given.
 
     Raises:
         TypeError: a keyword that is not a flag of the parser.
@@ -248,6 +249,8 @@ def words_of(parser: Parser, keywords: Mapping[str, Any]) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if flag not in flags:
             raise TypeError(_no_such_keyword(name, flag, flags))
+        if value is None:
+            continue
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
