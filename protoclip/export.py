@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from protoclip.common.files import whole_files, write_atomic, write_safetensors
+from protoclip.common.files import printable_lines, whole_files, write_atomic, write_safetensors
 from protoclip.common.paths import check_above
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import TRAIN, format_table, read_results
@@ -89,7 +89,8 @@ def export(run: str | Path, out: str | Path, model: str = "") -> Path:
         with whole_files(out) as temporary:
             write_safetensors(temporary / "open_clip_model.safetensors", clip.state_dict())
             write_atomic(temporary / "open_clip_config.json", config_text + "\n")
-            write_atomic(temporary / "README.md", str(_card(path, config, payload)))
+            card = printable_lines(str(_card(path, config, payload)))
+            write_atomic(temporary / "README.md", card)
     except OSError:
         if is_new:
             out.rmdir()
@@ -114,7 +115,7 @@ def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
 
 def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard:
     """The model card for the hub: how to load the model, its training, and its results."""
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    run = checkpoint.run_of(path)
     ours = payload.get("protoclip", {})
     settings = flat(ours.get("config", {}))
     facts = {

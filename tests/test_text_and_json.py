@@ -18,6 +18,7 @@ from protoclip.common.files import lines_of, printable
 from protoclip.common.json_text import JSON_LEVELS, parse_json
 from protoclip.data.shards import parse_captions
 from protoclip.evaluate.datasets import open_layout, read_templates
+from protoclip.runs.run_folder import choose_folder
 
 ODD = "one\u2028line\x0cwith\x85odd\x1cbreaks"  # str.splitlines makes five of it
 
@@ -49,6 +50,24 @@ def test_captions_class_names_and_templates_keep_their_odd_breaks(tmp_path: Path
         Image.new("RGB", (4, 4)).save(tmp_path / "data" / name / "1.png")
     (tmp_path / "data" / "classnames.txt").write_text(f"{ODD}\nb\n")
     assert open_layout(str(tmp_path / "data")).test.labels["class"].names == (ODD, "b")
+
+
+def test_a_run_on_data_whose_name_is_not_utf_8_has_a_page_and_a_model_card(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    for name in ("config.json", "results.json"):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace("builtin:shapes:64", r"caf\udce9"))
+    assert main(["report", str(trained), str(run), "--out", str(tmp_path / "x.html")]) == 0
+    assert r"caf\udce9" in (tmp_path / "x.html").read_text()
+    assert main(["export", str(run), "--out", str(tmp_path / "model")]) == 0
+    assert r"Results on caf\xe9" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_run_folder_has_a_name_in_utf_8() -> None:
+    with pytest.raises(ValueError, match=r"name in UTF-8, got logs/caf\\xe9;"):
+        choose_folder(config_of("--name", os.fsdecode(b"caf\xe9")))
 
 
 def test_a_row_of_features_has_one_caption_whatever_is_in_it(tmp_path: Path) -> None:

@@ -459,7 +459,9 @@ def write_report(
             f"--out: {path} exists and is not a page of protoclip report; choose another name "
             "or remove it"
         )
-    write_atomic(path, render(runs))
+    # Bytes of a file's name that are not UTF-8 become escapes, which JSON in the page can hold.
+    text = render(runs).encode("utf-8", "backslashreplace").decode("utf-8")
+    write_atomic(path, text)
     return path
 
 

@@ -32,7 +32,8 @@ def choose_folder(config: TrainConfig) -> Path:
     run has begun in it or it is empty.
 
     Raises:
-        ValueError: the folder exists, cannot be created, or would lie outside --logs.
+        ValueError: the folder exists, cannot be created, would lie outside --logs, or has a name
+            that torch and TensorBoard cannot open.
     """
     run = config.run
     if run.resume == "auto" and not run.name:
@@ -43,6 +44,11 @@ def choose_folder(config: TrainConfig) -> Path:
         raise ValueError(f"--name: expected a plain folder name, got {name!r}")
     path = Path(run.logs) / name
     check_above(path, "--logs")
+    if printable(str(path)) != str(path):
+        raise ValueError(
+            f"--name: expected a run folder with a name in UTF-8, got {printable(str(path))}; "
+            "choose another --logs or --name"
+        )
     if path.exists() and not (run.resume == "auto" and _can_begin(path)):
         remedy = f"continue it with --resume {path}, choose"
         if not checkpoint.candidates(path):
