@@ -288,7 +288,7 @@ def test_the_command_gives_the_numbers_of_the_stored_model(
 def test_the_command_renews_what_training_left(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = {"HO": SetResults("Held-out pairs", 1, 1, {"text_retrieval_recall@5": 0.25})}
+    sets = {"HO": SetResults("Held-out pairs", 12, 12, {"text_retrieval_recall@5": 0.25})}
     data = "builtin:shapes:100"
     path = run / "results.json"
     write_results(path, Outcome(data, "tiny", "old.pt", sets, sets, {"training": 60.0}, 2**30))
@@ -370,6 +370,15 @@ def test_equal_captions_are_counted_once_in_words() -> None:
     assert "40 images, 10 different captions" in format_table(results)
     answer = page.answer(page.Run("run", Path("run"), {}, results))
     assert "among 10 different captions (chance 10)." in answer
+
+
+@pytest.mark.parametrize("chance, words", [(3 / 31, "10"), (0.094, "9"), (0.0096, "1")])
+def test_a_chance_is_a_plain_number(chance: float, words: str) -> None:
+    metric = "text_retrieval_recall@1"
+    scores = SetResults("Held-out", 31, 31, {metric: 0.5})
+    floors = {"chance": {"HO": dataclasses.replace(scores, metrics={metric: chance})}}
+    results = Outcome("pairs.csv", "tiny", "x.pt", {"HO": scores}, floors=floors)
+    assert f"(chance {words})" in page.answer(page.Run("run", Path("run"), {}, results))
 
 
 def test_the_table_ends_with_times_and_memory() -> None:

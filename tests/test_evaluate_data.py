@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +181,33 @@ def test_rows_without_a_class_are_of_none(
     table.write_text("\n".join([lines[0], *without]))
     assert evaluate(tmp_path, table, "--csv-label-key", "digit").code == 2
     assert "'digit', but it is empty in every row" in capsys.readouterr().err
+
+
+def test_no_evaluation_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a/b", "a_b", "写真", "画像", f"{'d' * 120}/{'e' * 120}"]
+    for name in names:
+        image_folder(Path(name), 12, parts=("val", "test"))
+    calls = [["--data", name] for name in names]
+    calls += [["--data", "a_b", *flags] for flags in (["--split", "val"], ["--split", "test"])]
+    calls += [["--data", "a_b", "--templates", "this is {}"], ["--data", "a_b/val/.."]]
+    for number, flags in enumerate(calls, 1):
+        for _ in range(2 if number < 3 else 1):  # the same one again replaces its own
+            assert command.main([*MODEL, "--tasks", "zeroshot", "--templates", "{}", *flags]) == 0
+        written = {json.loads(path.read_text())["data"] for path in tmp_path.glob("*.json")}
+        assert len(list(tmp_path.glob("*.json"))) == number, flags
+    assert written == {*names, "a_b/val/.."}
+
+
+def test_data_without_a_letter_leaves_the_runs_own_results(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = (run / "results.json").read_bytes()
+    monkeypatch.chdir(image_folder(tmp_path / "digits", 12, parts=()))
+    assert command.main([str(run), "--data", ".", "--device", "cpu"]) == 0
+    assert (run / "results.json").read_bytes() == before
+    assert len(list(run.glob("results-*.json"))) == 1
 
 
 def test_no_bar_is_drawn_in_a_redirected_stderr(

@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,14 @@ def whole_files(folder: Path) -> Iterator[Path]:
             raise
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
+
+
+def short_name(name: str, most: int = 200) -> str:
+    """A name for a file: one of more than ``most`` bytes is cut, and ends with a checksum."""
+    content = os.fsencode(name)
+    if len(content) <= most:
+        return name
+    return f"{content[: most - 9].decode('utf-8', 'ignore')}-{zlib.crc32(content):08x}"
 
 
 def printable(name: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from protoclip import distributed
+from protoclip.common.files import short_name
 from protoclip.common.paths import output_file
 from protoclip.data import left_out_files
 from protoclip.data.settings import open_run_data
@@ -25,6 +28,15 @@ from protoclip.settings.config import TABLE, TrainConfig
 
 PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
+# What else a file's name says of an evaluation, where it is not at its default.
+NAMED = {
+    "split": "",
+    "templates": "openai",
+    "csv_label_key": "",
+    "csv_img_key": None,
+    "csv_caption_key": None,
+    "seed": None,
+}
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -45,6 +57,11 @@ def run(args: argparse.Namespace) -> None:
     config = loaded.config or TrainConfig()
     own_held_out = None if args.data else _own_held_out(loaded, args.workers)
     data = own_held_out.test.name if own_held_out else args.data or _own_data(loaded.config)
+    if earlier and not args.out and (earlier.data, earlier.model) != (data, loaded.name):
+        # The names of the two differ in signs that no file's name keeps.
+        checksum = zlib.crc32(os.fsencode(f"{data}\0{loaded.name}"))
+        output = output.with_name(f"{output.stem}-{checksum:08x}.json")
+        earlier = None
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
@@ -77,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
         outcome = dataclasses.replace(
             earlier, trained=trained, model=loaded.name, pretrained=loaded.pretrained
         )
+    print(results.format_table(outcome))
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
     folder = output.parent / "clip_benchmark"
@@ -85,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     on_ranks = f" on {ranks} ranks" if ranks > 1 else ""
     notes.append(f"Evaluated in {took:.1f} s{on_ranks} ({args.precision}), written to {output}")
     notes.append(f"CLIP_benchmark's JSON: {folder}")
-    print("\n".join([results.format_table(outcome), *notes]))
+    print("\n".join(notes))
 
 
 def _sizes(outcome: results.Outcome) -> dict[str, int]:
@@ -126,12 +144,21 @@ def _output(args: argparse.Namespace) -> Path:
     path = Path(args.what)
     folder = path
     protocol = args.protocol.replace(PROTOCOLS[0], "")
-    parts = ["results", args.data, args.tasks, protocol]
+    flags = [
+        f"{name}_{getattr(args, name)}"
+        for name, default in NAMED.items()
+        if getattr(args, name, default) != default
+    ]
+    parts = ["results", args.data, args.tasks, protocol, *flags]
     if not path.is_dir():
         folder = path.parent if path.is_file() else Path(".")
         parts = [path.stem if path.is_file() else f"{args.what}-{args.pretrained}", *parts]
-    slugs = [re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_")[-60:] for part in parts]
-    return folder / ("-".join(filter(None, slugs)) + ".json")
+    slugs = [
+        re.sub(r"\W+", "_", part).strip("_")[-60:] or f"{zlib.crc32(os.fsencode(part)):08x}"
+        for part in parts
+        if part
+    ]
+    return folder / f"{short_name('-'.join(slugs))}.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

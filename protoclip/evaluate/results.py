@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protoclip.common.files import write_atomic
+from protoclip.common.files import short_name, write_atomic
 from protoclip.common.json_text import parse_json
 
 ROWS = {  # metric -> its row in a table; {}: the label before the metric's name
@@ -269,5 +269,5 @@ def write_records(folder: Path, outcome: Outcome) -> None:
                     "language": "en",
                 }
                 name = "_".join([*parts, weights, outcome.model, "en", task]).replace("/", "_")
-                path = folder / f"{name.strip('_')}.json"
+                path = folder / f"{short_name(name.strip('_'))}.json"
                 path.write_text(json.dumps(record), encoding="utf-8")

@@ -132,7 +132,7 @@ def evaluate_parser() -> Parser:
         ("--templates", "openai", "prompts: openai (80), simple (7), or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
         ("--out --output", "", "file for the results (default: results.json in the run folder, or "
-         "in the working folder for an OpenCLIP name; other data adds its name)"),
+         "in the working folder for an OpenCLIP name; other data and flags add their names)"),
         ("--device", "auto", "cpu, cuda, ..."),
         ("--batch-size", 256, "pictures or texts encoded at once"),
         ("--workers", 0, "processes that read pictures"),
