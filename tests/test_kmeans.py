@@ -306,6 +306,7 @@ BAD: dict[str, dict[str, Any]] = {
         "weights": torch.tensor([-1.0, torch.nan] + [1.0] * 8)
     },
     "a weight above 0": {"weights": torch.zeros(10)},
+    "weights with a finite sum": {"weights": [1e308] * 10},
 }
 
 
@@ -420,6 +421,18 @@ def test_equal_weights_are_no_weights_bit_for_bit(init: str, weight: float) -> N
     assert torch.equal(equal.counts, without.counts)
     assert torch.equal(equal.labels, without.labels)
     assert equal.history == pytest.approx([weight * x for x in without.history], rel=1e-15)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("scale", [2.0**-1000, 1e-44, 1e39])
+def test_weights_mean_the_same_at_any_scale(init: str, scale: float) -> None:
+    """Those beyond fp32's range too."""
+    case = Case(MANY, options={"init": init, "num_iters": 7})
+    weights = torch.rand(600, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    clusters = case.run(weights=weights)
+    scaled = case.run(weights=scale * weights)
+    torch.testing.assert_close(scaled.centroids, clusters.centroids)
+    assert scaled.history == pytest.approx([scale * x for x in clusters.history])
 
 
 @pytest.fixture

@@ -312,11 +312,16 @@ def _weigh(rows: PointSlice, weights: Tensor | Array | Sequence[float] | None) -
         raise ValueError(
             f"kmeans: expected finite weights of at least 0, got {total} negative or not finite"
         )
-    if not rows.sum(weights.sum()):
+    sum_of_weights = float(rows.sum(weights.sum()))
+    if not sum_of_weights:
         raise ValueError("kmeans: expected a weight above 0, got zeros only")
+    if sum_of_weights == math.inf:
+        raise ValueError("kmeans: expected weights with a finite sum; divide them by a number")
     first = rows.pick(weights[:, None], torch.zeros(1, dtype=torch.int64))[0, 0]
     if rows.sum((weights != first).sum()):
-        rows.weights = weights
+        # Scaled by a power of two, which is exact, they are neither 0 nor inf in fp32.
+        rows.weight = 2.0 ** math.floor(math.log2(sum_of_weights))
+        rows.weights = weights / rows.weight
     else:  # points of equal weight are drawn and averaged as those without
         rows.weight = float(first)
 

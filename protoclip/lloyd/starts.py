@@ -36,7 +36,7 @@ class PointSlice:
         self.group = group
         self.backend = backend
         self.centre: Tensor | None = None  # [D], what was subtracted from the points
-        self.weights: Tensor | None = None  # fp64 [N]; None: all equal
+        self.weights: Tensor | None = None  # fp64 [N], in units of ``weight``; None: all equal
         self.weight = 1.0  # of each point, where they are equal
         sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
         self.rank = 0 if group is None else dist.get_rank(group)
