@@ -78,7 +78,7 @@ LARGEST_K = 300  # --k auto
 FEWEST = 6  # --k auto: rows
 BLOCK = 65_536  # rows whose distances are computed at once
 NAMED = 10  # unreadable pictures that are listed
-ROUNDING = 32 * 2**-23  # relative deviations that fp32 makes of equal pictures
+ROUNDING = 32  # relative deviations of the features of equal pictures, in units of the dtype's eps
 PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
 
 
@@ -157,7 +157,8 @@ def write_groups(args: argparse.Namespace, out: Path, points: Points, began_at: 
     rows = points.rows.to(choose_device(args.device))
     features_done_at = time.perf_counter()
     k, why = choose_k(args.k, rows, args.seed)
-    kmeans_bytes = rows.nbytes + 4 * k * rows.shape[1] * 4 + 32 * len(rows)
+    centroid_bytes = k * rows.shape[1] * rows.element_size()
+    kmeans_bytes = rows.nbytes + 4 * centroid_bytes + 32 * len(rows)
     print(
         f"{plural(len(rows), 'row')} of {plural(rows.shape[1], 'number')} into {k:,} groups{why}; "
         f"k-means needs {math.ceil(kmeans_bytes / 2**20):,} MiB",
@@ -351,7 +352,13 @@ def _features_from_file(path: Path, dataset: PairDataset) -> tuple[list[int], Te
     if missing := len(dataset) - len(positions):
         print(f"left out {plural(missing, 'picture')} without features in {path}", file=sys.stderr)
     rows = array[[row_of[dataset.keys[i]] for i in positions]]
-    return positions, torch.from_numpy(rows.astype(np.float32, copy=False))
+    return positions, as_rows(rows)
+
+
+def as_rows(array: np.ndarray) -> Tensor:
+    """Features as fp32, or as fp64 where fp32 may not hold all of their digits."""
+    dtype = np.float32 if np.can_cast(array.dtype, np.float32) else np.float64
+    return torch.from_numpy(array.astype(dtype, copy=False))
 
 
 def _readable(dataset: PairDataset, error: DataError) -> list[int]:
@@ -392,7 +399,7 @@ def read_features(args: argparse.Namespace) -> Points:
                 f"--{name}: expected one for each of the {len(array):,} rows of {args.data}, got "
                 f"{len(texts):,}"
             )
-    rows = torch.from_numpy(array.astype(np.float32, copy=False))
+    rows = as_rows(array)
     if args.normalize:
         rows = F.normalize(rows, dim=1)
     keys = keys or [str(i) for i in range(len(rows))]
@@ -563,7 +570,8 @@ def explained(points: Points, squared: Tensor) -> str:
 
     mean = mean_of(lambda rows: rows)
     total = float(mean_of(lambda rows: (rows - mean).square()).sum())
-    if total <= ROUNDING**2 * float(mean_of(Tensor.square).sum()):
+    rounding = ROUNDING * torch.finfo(points.rows.dtype).eps
+    if total <= rounding**2 * float(mean_of(Tensor.square).sum()):
         return "The rows are equal up to rounding, so there is no variance to account for."
     within = float((shares[:, 0] * squared.double()).sum())
     return f"The groups account for {max(0.0, 1 - within / total):.0%} of the variance."
@@ -586,7 +594,7 @@ def write_page(
         f"{plural(len(labels), noun)} of {short(points.dataset.name)} in "
         f"{plural(len(counts), 'group')}{why}; "
         f"the smallest has {int(counts.min()):,}, the largest {int(counts.max()):,}, the median "
-        f"{int(counts.median()):,}.",
+        f"{float(counts.double().quantile(0.5)):,.10g}.",
         f"Grouped by k-means on {points.of}. {explained(points, groups.squared)}",
     ]
     if empty_groups := fewer_groups(labels, k):

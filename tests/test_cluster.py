@@ -16,6 +16,7 @@ import pytest
 import torch
 from html_page import read_page
 from PIL import Image
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from tqdm import tqdm
@@ -234,6 +235,34 @@ def test_rows_of_weight_0_move_no_centroid(features: FeatureFile) -> None:
     clusters = protoclip.Clusters.load(out / "centroids.safetensors")
     means, _ = protoclip.segment_mean(features.rows[450:], clusters.labels[450:], 2)
     torch.testing.assert_close(clusters.centroids, means)
+
+
+@pytest.mark.parametrize("ending, k", [(".npy", "3"), (".safetensors", "auto")])
+def test_rows_keep_the_digits_of_their_file(tmp_path: Path, ending: str, k: str) -> None:
+    """Times in seconds since 1970, 40 s from group to group: fp32 rounds them to 128 s. They are
+    rows of one number each, or of two."""
+    kinds = torch.arange(3).repeat_interleave(20)
+    seconds = 1_764_000_000 + 40 * kinds + torch.arange(60) % 5
+    file = tmp_path / f"times{ending}"
+    if ending == ".npy":
+        np.save(file, seconds[:, None].numpy())
+    else:
+        save_file({"times": torch.stack([seconds.double(), torch.rand(60).double()], 1)}, file)
+    out = tmp_path / "groups"
+    assert cluster([str(file), "--k", k, "--out", str(out)]) == 0
+    groups = torch.tensor([int(line["cluster"]) for line in table(out)])
+    assert purity(groups, kinds) == 1 and len(groups.unique()) == 3
+    page = read_page(out / "report.html")
+    assert "map" in page.sections and "account for 100%" in page.section("summary").text
+    assert max(float(line["squared_distance"]) for line in table(out)) < 10
+
+
+def test_the_median_of_two_groups_is_between_them(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([[0.0, 0.0]] * 9 + [[9.0, 9.0]]))
+    out = tmp_path / "groups"
+    assert cluster([str(tmp_path / "x.npy"), "--k", "2", "--out", str(out)]) == 0
+    words = "the smallest has 1, the largest 9, the median 5."
+    assert words in read_page(out / "report.html").text
 
 
 def test_a_file_of_half_precision_with_keys_gives_its_keys(features: FeatureFile) -> None:

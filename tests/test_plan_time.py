@@ -232,3 +232,8 @@ def test_the_command_predicts_for_8_to_1024_gpus(
 def test_rates_of_nothing_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag, "0"]) == 2
     assert f"{flag}: expected" in capsys.readouterr().err
+
+
+def test_calls_do_not_end_before_they_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--latency=-5000"]) == 2
+    assert "--latency: expected a number of at least 0, got -5000" in capsys.readouterr().err

@@ -29,7 +29,13 @@ from protoclip.evaluate.tasks import EvalSet
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
-from protoclip.report.snapshot import Thumbnails, load_snapshot, retrieval, words_of_clusters
+from protoclip.report.snapshot import (
+    Thumbnails,
+    geometry,
+    load_snapshot,
+    retrieval,
+    words_of_clusters,
+)
 from protoclip.settings.config import TrainConfig, to_dict
 from protoclip.train import main as train
 
@@ -626,6 +632,19 @@ def test_the_recorded_baseline_serves_runs_with_its_settings_only(
     assert reading.find_baseline([ours]) is None
 
 
+def test_the_recorded_baseline_fits_every_run_beside_it(
+    runs: Runs, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first run is the baseline, and the page says what differs."""
+    monkeypatch.setattr(reading, "RECORDED", runs.plain)
+    ours = reading.read_run(copy)
+    other = replace(reading.read_run(copy), name="other")
+    other.config["optim"]["lr"] = 0.5
+    for both in ([other, ours], [ours, other]):
+        assert reading.find_baseline(both) is both[0]
+        assert "they also differ in --lr (" in reading.verdict(both[1], both[0])
+
+
 def test_the_recorded_baseline_is_one_of_the_default_run() -> None:
     recorded = reading.recorded_baseline(to_dict(TrainConfig()))
     assert recorded is not None
@@ -760,6 +779,17 @@ def test_a_run_that_stopped_early_still_has_a_page(tmp_path: Path) -> None:
 def test_a_model_that_diverged_still_has_a_page(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", noise=float("nan"))
     assert read_page(write_report([path])).all("canvas")
+
+
+@pytest.mark.parametrize("spread", [0, 1e-8, 1e-7, 3e-7, 1e-6, 1e-5])
+def test_a_model_that_collapsed_still_has_histograms(spread: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    point = torch.randn(64, generator=draw)
+    image = point * (1 + spread * torch.randn(50, 64, generator=draw))
+    text = -point * (1 + spread * torch.randn(50, 64, generator=draw))
+    histograms = geometry(EvalSet(image, text, torch.arange(50)))
+    for name in ("cosines", "along"):
+        assert [sum(shares) for shares in histograms[name]["shares"]] == pytest.approx([1, 1])
 
 
 @pytest.mark.parametrize("largest_share, collapsed", [(0.1, False), (0.4, True)])

@@ -149,7 +149,10 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
     """
     try:
         if path.suffix == ".safetensors":
-            arrays = {name: rows.float().numpy() for name, rows in load_file(path).items()}
+            arrays = {
+                name: (rows.float() if rows.element_size() < 4 else rows).numpy()
+                for name, rows in load_file(path).items()
+            }
         else:
             content = np.load(path, allow_pickle=False)  # runs no code from the file
             arrays = dict(content) if path.suffix == ".npz" else {"features": content}

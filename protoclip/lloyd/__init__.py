@@ -610,7 +610,9 @@ def choose_num_clusters(
     from sklearn.metrics import silhouette_score
 
     rows = torch.linspace(0, len(points) - 1, min(max_points, len(points))).round().long()
-    sample = points.detach()[rows.to(points.device)].float()
+    sample = points.detach()[rows.to(points.device)]
+    sample = sample if sample.dtype == torch.float64 else sample.float()
+    centred = (sample - sample.mean(0)).cpu().numpy()  # far from 0 silhouettes lose their digits
     silhouettes: dict[int, float] = {}
     if not bool((sample == sample[0]).all()):
         for k in numbers_to_try(len(sample), max_clusters):
@@ -620,7 +622,7 @@ def choose_num_clusters(
             )  # fmt: skip
             labels = clusters.labels.cpu().numpy()
             if 2 <= len(np.unique(labels)) < len(labels):
-                silhouettes[k] = float(silhouette_score(sample.cpu().numpy(), labels))
+                silhouettes[k] = float(silhouette_score(centred, labels))
                 if progress is not None:
                     progress(k, silhouettes[k])
     if not silhouettes:

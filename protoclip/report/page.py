@@ -11,7 +11,6 @@ import math
 import os
 import re
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from protoclip.common.files import plural, write_atomic
+from protoclip.common.files import plural, short_name, write_atomic
 from protoclip.common.paths import output_file
 from protoclip.episodes.prototypes import collapse
 from protoclip.evaluate import results
@@ -217,13 +216,15 @@ def length_of(recorded: Run) -> str:
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
-    """The run to compare with: the first plain CLIP of ``runs``, else the recorded one, else the
-    first of several."""
+    """The run to compare with: the first plain CLIP of ``runs``, else the recorded one if it has
+    the settings of them all, else the first of several."""
     for run in runs:
         if run.method == "clip":
             return run
-    recorded = recorded_baseline(runs[-1].config)
-    return recorded or (runs[0] if len(runs) > 1 else None)
+    recorded = [recorded_baseline(run.config) for run in runs]
+    if all(recorded):
+        return recorded[0]
+    return runs[0] if len(runs) > 1 else None
 
 
 def answer(run: Run) -> str:
@@ -240,7 +241,7 @@ def answer(run: Run) -> str:
             chance = guess.metrics.get(metric, math.nan)
         elif metric == RETRIEVAL:
             chance = 1 / (scores.different_captions or scores.captions)
-        digits = ".1g" if chance < 0.1 else ".0f"
+        digits = ".1g" if chance < 0.095 else ".0f"  # 9.5 rounds to 10, which .1g writes as 1e+01
         beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
         right = f"{100 * scores.metrics[metric]:.0f} of 100"
         builtin = run.outcome.data.startswith("builtin:")
@@ -473,9 +474,7 @@ def default_name(folders: Sequence[str | os.PathLike[str]]) -> str:
     beside = Path(folders[-1]).resolve().parent
     paths = [os.path.relpath(Path(folder).resolve(), beside) for folder in folders[:-1]]
     words = "-".join(part for path in paths for part in Path(path).parts if part != os.pardir)
-    if len(words) > 100:
-        words = f"{words[:91]}-{zlib.crc32(os.fsencode(words)):08x}"
-    return f"report-with-{words}.html"
+    return f"report-with-{short_name(words, 100)}.html"
 
 
 def is_report(path: Path) -> bool:

@@ -437,6 +437,8 @@ def lay_out(points: Tensor) -> Tensor:
     (about 1 s for any N); a point lies between its four nearest centroids."""
     from sklearn.manifold import TSNE
 
+    if points.shape[1] < 2:  # the start of t-SNE needs two columns
+        points = F.pad(points, (0, 1))
     count = min(LANDMARKS, len(points) // 3)
     landmarks = kmeans(points, count, num_iters=8, seed=MAP_SEED).centroids.float()  # [L, P]
     # If all points were equal, t-SNE's start would have no scale.
@@ -472,8 +474,10 @@ def geometry(judged: EvalSet) -> dict[str, Any]:
 
 def _histogram(*parts: Tensor) -> dict[str, Any]:
     """Histograms over the same bins, each as shares of its own total."""
-    edges = np.histogram_bin_edges(torch.cat(parts).numpy(), 48)
-    shares = [(np.histogram(part.numpy(), edges)[0] / len(part)).tolist() for part in parts]
+    # In fp64: nearly equal values have no 48 bins between them in fp32.
+    values = [part.double().numpy() for part in parts]
+    edges = np.histogram_bin_edges(np.concatenate(values), 48)
+    shares = [(np.histogram(part, edges)[0] / len(part)).tolist() for part in values]
     return {"edges": edges.tolist(), "shares": shares}
 
 
