@@ -100,5 +100,10 @@ def test_a_run_folder_without_settings_can_be_begun_again(
     with full_disk(100):
         assert train(flags) == 2
     assert "config.json: cannot write" in capsys.readouterr().err
+    assert train([*flags, "--resume", ""]) == 2
+    assert "run exists; start it again with --resume auto, choose" in capsys.readouterr().err
+    (tmp_path / "logs" / "file").touch()
+    assert train([*flags, "--name", "file"]) == 2
+    assert "file exists; " in capsys.readouterr().err
     assert train(flags) == 0
     assert [step for step, _ in losses(tmp_path / "logs" / "run")] == [1, 2]

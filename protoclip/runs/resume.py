@@ -21,15 +21,8 @@ from protoclip.runs.run_folder import choose_folder
 from protoclip.settings.config import TrainConfig, flat, to_dict
 
 PRESET_FLAGS = ("--preset", "--config", "--paper")
-# Sections and settings that change training too.
-NOTED = (
-    "episode.",
-    "loss.",
-    "optim.",
-    "data.class_template",
-    "data.csv_caption_key",
-    "data.csv_img_key",
-)
+# How the names of other settings begin that change training too.
+NOTED = ("episode.", "loss.", "optim.", "data.class_template", "data.csv_")
 # These two and the number of ranks are compared as their product, the global batch.
 GLOBAL_BATCH = ("optim.batch_size", "optim.accum_freq")
 

@@ -52,9 +52,8 @@ def choose_folder(config: TrainConfig) -> Path:
     if path.exists() and not (run.resume == "auto" and _can_begin(path)):
         remedy = f"continue it with --resume {path}, choose"
         if not checkpoint.candidates(path):
-            remedy = "choose"
-            if (path / "config.json").exists():
-                remedy = "start it again with --resume auto, choose"
+            again = "start it again with --resume auto, " if _can_begin(path) else ""
+            remedy = f"{again}choose"
         raise ValueError(
             f"--name: expected a new run folder, but {path} exists; {remedy} another --name, or "
             "remove it"
@@ -63,7 +62,9 @@ def choose_folder(config: TrainConfig) -> Path:
 
 
 def _can_begin(path: Path) -> bool:
-    """Whether a folder is of a run, maybe one that ended before its first file, or is empty."""
+    """Whether a path is the folder of a run, maybe one that could not write a file, or empty."""
+    if not path.is_dir():
+        return False
     names = {entry.name for entry in path.iterdir()}
     return not names or not names.isdisjoint({".lock", "config.json"})
 
