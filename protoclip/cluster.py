@@ -43,10 +43,12 @@ from protoclip.data import (
     DataError,
     Labels,
     PairDataset,
+    Pictures,
     Subset,
     data_kind,
     left_out_files,
     open_dataset,
+    picture_numbers,
 )
 from protoclip.data.folders import ImageFolder
 from protoclip.distributed import run_command
@@ -300,6 +302,9 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     for line in left_out_files(dataset):
         print(line, file=sys.stderr)
     open_group_folder(args, dataset)
+    numbers = picture_numbers(dataset)
+    if len(np.unique(numbers)) < len(dataset):  # a table with a row for each caption
+        dataset = Pictures(dataset, numbers)
     weights = read_weights(args.weights, len(dataset))
     shown = ("images",) if is_image_folder else ("images", "captions")
     if args.features:
@@ -481,6 +486,8 @@ def _file_of(dataset: Any, i: int) -> str:
     """The path of picture ``i``."""
     if isinstance(dataset, Subset):
         return _file_of(dataset.dataset, int(dataset.indices[i]))
+    if isinstance(dataset, Pictures):
+        return _file_of(dataset.dataset, dataset.rows[i][0])
     return dataset.path(i)
 
 

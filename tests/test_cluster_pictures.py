@@ -501,6 +501,21 @@ def six_pictures(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_the_rows_of_a_picture_in_a_table_are_one_picture(photos: Path, out: Path) -> None:
+    lines = ["filepath,title"]
+    for i in range(8):
+        draw(photos / f"{i}.png", i)
+        lines += [f"{i}.png,{view} of {i}" for view in ("the front", "the back", "a side")]
+    (photos / "pairs.csv").write_text("\n".join(lines))
+    folder = out.parent / "linked"
+    flags = [*known_features(photos), "--k", "2", "--out", str(out), "--link-to", str(folder)]
+    assert cluster([str(photos / "pairs.csv"), *flags]) == 0
+    with (out / "clusters.csv").open() as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+    assert names == [f"{i}.png" for i in range(8)]
+    assert sorted(path.name for path in folder.glob("*/*")) == names
+
+
 PHOTOS = ["photos", "--features", "x.npz"]
 
 
