@@ -1,5 +1,5 @@
-// torch.ops.protoclip_native of the CPU half. The only source that includes torch/library.h, whose
-// 5 seconds are half of what an op's own source takes to compile.
+// torch.ops.protoclip_native of the CPU library. The only source that includes torch/library.h,
+// whose 5 seconds are half of what an op's own source takes to compile.
 #include <torch/library.h>
 
 #include "cpu_ops.h"
@@ -32,13 +32,13 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       " -> (Tensor, Tensor, Tensor)",
       cpu(&protoclip::info_nce_bwd));
   m.def(
-      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own, int first,"
+      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own_key, int offset,"
       " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
       " bool both_directions, float pair_weight, bool summed, Tensor(a!)? stash=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::contrastive_fwd));
   m.def(
-      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own, int first,"
+      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own_key, int offset,"
       " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
       " Tensor row_statistics, Tensor column_statistics, Tensor row_gap_weight,"
       " Tensor? row_mean_weight, Tensor column_gap_weight, Tensor? column_mean_weight,"

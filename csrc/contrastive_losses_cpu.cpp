@@ -152,9 +152,9 @@ struct SoftmaxGradient {
       if constexpr (!Pairs::kMatched) {
         const int64_t p = tile.row + i + pairs.offset - tile.column - j;  // the positive's lane
         if (0 <= p && p < kLanes) {
-          const int64_t own = tile.row + i;
-          g[p] -= by_row.positive_weight.get()[own] +
-                  by_column.positive_weight.get()[own + pairs.offset];
+          const int64_t row = tile.row + i;
+          g[p] -= by_row.positive_weight.get()[row] +
+                  by_column.positive_weight.get()[row + pairs.offset];
         }
       }
       return g;
@@ -260,13 +260,13 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
-    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
+    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, bool both_directions, double pair_weight,
     bool summed, const Optional& stash) {
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, logit_scale);
-  const MatchedPairs pairs(op, x.size(0), y.size(0), own, first, exclude, query_ids, key_ids,
+  const MatchedPairs pairs(op, x.size(0), y.size(0), own_key, offset, exclude, query_ids, key_ids,
                            key_bias, same_positive);
   const auto [by_row, by_column] = forward(in, pairs, both_directions, stash_of(op, stash, in));
   const Tensor rows = stacked(by_row), columns = stacked(by_column);
@@ -278,15 +278,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
-    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
+    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
     const Tensor& column_statistics, const Tensor& row_gap_weight, const Optional& row_mean_weight,
     const Tensor& column_gap_weight, const Optional& column_mean_weight, double pair_weight,
     const Optional& stash) {
   const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, logit_scale);
-  const MatchedPairs pairs(op, x.size(0), y.size(0), own, first, exclude, query_ids, key_ids,
+  const MatchedPairs pairs(op, x.size(0), y.size(0), own_key, offset, exclude, query_ids, key_ids,
                            key_bias, same_positive);
   const GradientSide row(row_statistics.contiguous(), row_gap_weight, row_mean_weight,
                          static_cast<float>(pair_weight), x.size(0));

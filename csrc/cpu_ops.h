@@ -34,13 +34,13 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y
                                                 const Tensor& column_weight, int64_t offset,
                                                 double pair_weight, const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
-    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
+    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, bool both_directions, double pair_weight,
     bool summed, const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own, int64_t first,
-    const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
+    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
     const Tensor& column_statistics, const Tensor& row_gap_weight, const Optional& row_mean_weight,
     const Tensor& column_gap_weight, const Optional& column_mean_weight, double pair_weight,

@@ -100,15 +100,15 @@ Coded encode(const float* x, int64_t d, int limit, int offset, float min_scale, 
   typedef Code Codes __attribute__((vector_size(kLanes)));
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: the sum drops the fraction
   const float scale = std::max(peak(x, d) / limit, min_scale), inverse = 1 / scale;
-  Floats coded = {}, left = {};
+  Floats value_squares = {}, error_squares = {};
   int64_t j = 0;
   for (; j + kLanes <= d; j += kLanes) {
     const Floats v = load(x + j), q = (v * inverse + kRounder) - kRounder;
     const Floats value = scale * q, error = v - value;
     const Codes code = __builtin_convertvector(__builtin_convertvector(q, Ints) + offset, Codes);
     std::memcpy(codes + j, &code, sizeof code);
-    coded += value * value;
-    left += error * error;
+    value_squares += value * value;
+    error_squares += error * error;
   }
   double norm = 0, error = 0;
   for (; j < d; ++j) {
@@ -117,7 +117,7 @@ Coded encode(const float* x, int64_t d, int limit, int offset, float min_scale, 
     norm += static_cast<double>(value) * value;
     error += (static_cast<double>(x[j]) - value) * (static_cast<double>(x[j]) - value);
   }
-  norm += sum(coded), error += sum(left);
+  norm += sum(value_squares), error += sum(error_squares);
   return {scale, static_cast<float>(std::sqrt(norm)), static_cast<float>(std::sqrt(error))};
 }
 

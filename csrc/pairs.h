@@ -23,7 +23,7 @@ struct DiagonalPairs {
 // gives no NaN; what it adds to a sum goes with the first logit that is seen.
 constexpr float kUnseen = -1e30f;
 
-// Of the kLanes columns from some column on: -1 where it is so.
+// Masks over kLanes consecutive columns: -1 where true.
 struct Lanes {
   Ints unseen, positive;
 };
@@ -32,11 +32,12 @@ class MatchedPairs {
  public:
   static constexpr bool kMatched = true;
 
-  // What one row meets. A loop over columns keeps it in registers: make it outside.
+  // The ids, positions and biases of one row. Construct it outside the loop over columns, so that
+  // it stays in registers.
   struct Row {
-    Ints ids[2], own, exclude, same_unseen;  // the last: -1 where columns of its ids are unseen
-    const int32_t* keys[2];                  // [M]; the second is null where there is one id
-    const float* key_bias;                   // [M] in base 2, or null
+    Ints ids[2], own_key, exclude, same_unseen;  // the last: -1 where columns of its ids are unseen
+    const int32_t* keys[2];                      // [M]; the second is null where there is one id
+    const float* key_bias;                       // [M] in base 2, or null
 
     // Base-2 logits of the kLanes columns from `column` on, with their biases.
     Floats biased(Floats v, int64_t column) const {
@@ -47,16 +48,16 @@ class MatchedPairs {
       const Ints lanes = kLaneNumbers + static_cast<int32_t>(column);
       Ints same = load(keys[0] + column) == ids[0];
       if (keys[1] != nullptr) same |= load(keys[1] + column) == ids[1];
-      const Ints is_own = lanes == own;
+      const Ints is_own = lanes == own_key;
       Ints unseen = (same & same_unseen & ~is_own) | (lanes == exclude);
       if (key_bias != nullptr) unseen |= load(key_bias + column) == broadcast(-kInfinity);
       return {unseen, ((same & ~same_unseen) | is_own) & ~unseen};
     }
   };
 
-  // Without `own` row i's own column is column first + i.
-  MatchedPairs(const char* op, int64_t n, int64_t m, const std::optional<at::Tensor>& own,
-               int64_t first, const std::optional<at::Tensor>& exclude,
+  // Without `own_key` row i's own column is column i + offset.
+  MatchedPairs(const char* op, int64_t n, int64_t m, const std::optional<at::Tensor>& own_key,
+               int64_t offset, const std::optional<at::Tensor>& exclude,
                const std::optional<at::Tensor>& query_ids, const std::optional<at::Tensor>& key_ids,
                const std::optional<at::Tensor>& key_bias, bool same_positive)
       : same_positive_(same_positive),
@@ -64,16 +65,16 @@ class MatchedPairs {
         ids_(key_ids.has_value() ? key_ids->size(0) : 0),
         stride_(round_up(m, kLanes)),
         queries_(n),
-        own_(n),
+        own_key_(n),
         exclude_(n, -1),
         query_ids_(2 * n, -1),
         key_ids_(2 * stride_, -2),  // no query's; also past the last
         key_bias_(stride_, 0.f) {
-    TORCH_CHECK((!own.has_value() || own->numel() == n) && ids_ <= 2 &&
+    TORCH_CHECK((!own_key.has_value() || own_key->numel() == n) && ids_ <= 2 &&
                     (ids_ == 0 || (query_ids->numel() == ids_ * n && key_ids->numel() == ids_ * m)),
-                op, ": expected own [N] and ids [R, N] and [R, M], R <= 2");
-    if (own.has_value()) copy<int32_t>(*own, own_.get(), n);
-    for (int64_t i = 0; !own.has_value() && i < n; ++i) own_.get()[i] = first + i;
+                op, ": expected own_key [N] and ids [R, N] and [R, M], R <= 2");
+    if (own_key.has_value()) copy<int32_t>(*own_key, own_key_.get(), n);
+    for (int64_t i = 0; !own_key.has_value() && i < n; ++i) own_key_.get()[i] = i + offset;
     if (exclude.has_value()) copy<int32_t>(*exclude, exclude_.get(), n);
     for (int64_t r = 0; r < ids_; ++r) {
       copy<int32_t>((*query_ids)[r], query_ids_.get() + r * n, n);
@@ -90,7 +91,7 @@ class MatchedPairs {
   Row row(int64_t i) const {
     const int32_t *ids = query_ids_.get() + i, *keys = key_ids_.get();
     return {{broadcast(ids[0]), broadcast(ids[queries_])},
-            broadcast(own_.get()[i]),
+            broadcast(own_key_.get()[i]),
             broadcast(exclude_.get()[i]),
             broadcast(same_positive_ ? 0 : -1),
             {keys, ids_ == 2 ? keys + stride_ : nullptr},
@@ -100,8 +101,8 @@ class MatchedPairs {
   // Whether the tile holds a row's own column.
   bool has_own(const TileRange& range) const {
     for (int64_t i = range.row; i < range.row + range.rows; ++i) {
-      const int64_t own = own_.get()[i] - range.column;
-      if (0 <= own && own < range.columns) return true;
+      const int64_t column = own_key_.get()[i] - range.column;
+      if (0 <= column && column < range.columns) return true;
     }
     return false;
   }
@@ -114,7 +115,7 @@ class MatchedPairs {
 
   bool same_positive_, has_key_bias_;
   int64_t ids_, stride_, queries_;
-  Buffer<int32_t> own_, exclude_, query_ids_, key_ids_;
+  Buffer<int32_t> own_key_, exclude_, query_ids_, key_ids_;
   Buffer<float> key_bias_;
 };
 

@@ -72,13 +72,13 @@ def _store_pair(ptr, at, mask, first, second):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_row", "own_offset", *ID_STRIDES],
+    do_not_specialize=["n", "m", "first_row", "offset", *ID_STRIDES],
     do_not_specialize_on_alignment=IDS,
 )
 def contrastive_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for slices, []
     row_ptr, column_ptr,  # [2, column blocks, N, 2], [row blocks * (PARTS + 1), M, 2]
-    pairs, own_offset,
+    pairs, offset,
     query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
     n, m, d, first_row, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -99,7 +99,7 @@ def contrastive_forward_kernel(
     row_positive_sum = tl.zeros((BLOCK_N,), tl.float32)
     row_num_positives = tl.zeros((BLOCK_N,), tl.float32)
     in_slices = holds_pairs(
-        pairs, own_offset, ids, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M
+        pairs, offset, ids, row0, col0, n, m, first_row, 0, BLOCK_N, BLOCK_M
     )  # fmt: skip
     if not in_slices:
         base2_bias = None
@@ -120,7 +120,7 @@ def contrastive_forward_kernel(
         for column_slice in range(0, BLOCK_M, SLICE_M):
             first = col0 + column_slice
             _, s, seen, positive = column_slice_of(
-                x_ptr, y_ptr, base2_scale, pairs, own_offset, ids, row0, first, n, m, d,
+                x_ptr, y_ptr, base2_scale, pairs, offset, ids, row0, first, n, m, d,
                 first_row, 0, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
             )  # fmt: skip
             top, e = _exponentials(s, seen, positive, 1)
@@ -298,8 +298,8 @@ def contrastive_fwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own: Tensor | None,
-    first: int,
+    own_key: Tensor | None,
+    offset: int,
     exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -309,8 +309,8 @@ def contrastive_fwd(
     pair_weight: float,
     summed: bool,
 ) -> ContrastiveForward:
-    """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``; own to
-    same_positive as in ops/pairs.py."""
+    """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``; own_key
+    to same_positive as in ops/pairs.py."""
     n = x.shape[0]
     m = y.shape[0]
     num_columns = m if both_directions else 0
@@ -325,7 +325,7 @@ def contrastive_fwd(
     row_part = x.new_empty(4 * blocks_m * wave, dtype=torch.float32)
     num_partials = 2 * cdiv(wave, config.block_n) * (parts + 1) * num_columns
     column_part = x.new_empty(num_partials, dtype=torch.float32)
-    pairs = Pairs(own, exclude, key_bias)
+    pairs = Pairs(own_key, exclude, key_bias)
     row_statistics = x.new_empty((4, n), dtype=torch.float32)
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
     merge = launch.MERGE
@@ -347,7 +347,7 @@ def contrastive_fwd(
             blocks_n = cdiv(height, config.block_n)
             contrastive_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
-                row_ptr=row_part, column_ptr=column_part, pairs=pairs, own_offset=first,
+                row_ptr=row_part, column_ptr=column_part, pairs=pairs, offset=offset,
                 first_row=first_row, **id_arguments(query_ids, key_ids),
                 BOTH_DIRECTIONS=both_directions, SAME_POSITIVE=same_positive,
                 PARTS=parts, PART=config.part,
@@ -379,8 +379,8 @@ def contrastive_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own: Tensor | None,
-    first: int,
+    own_key: Tensor | None,
+    offset: int,
     exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -411,8 +411,8 @@ def contrastive_bwd(
         logit_scale,
         row_side=side_of(rows, None, row_gap_weight, row_mean_weight, lifted),
         column_side=side_of(columns, None, column_gap_weight, column_mean_weight, lifted),
-        pairs=Pairs(own, exclude, key_bias),
-        own_offset=first,
+        pairs=Pairs(own_key, exclude, key_bias),
+        offset=offset,
         query_ids=query_ids,
         key_ids=key_ids,
         same_positive=same_positive,

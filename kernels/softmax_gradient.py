@@ -9,7 +9,7 @@ InfoNCE compute the extremes of the references beforehand, once per block. Other
 exponentials, slice by slice.
 
 **Positives.** A tile that holds pairs to tell apart goes slice by slice, and its G has the
-positives. InfoNCE's only positive of a row is at row + own_offset (``DIAGONAL``): a tile that holds
+positives. InfoNCE's only positive of a row is at row + offset (``DIAGONAL``): a tile that holds
 some, or crosses the edge, puts logits of -HIDDEN in their place and goes on as all others do. The
 positives' products leave the tile as one number a row, from which their entries of G follow, to be
 added in fp32 at the end.
@@ -54,25 +54,25 @@ FEW = 1024
 class Pairs(NamedTuple):
     """``Pairs`` of ops/pairs.py as the kernels take them; None: not used."""
 
-    own_ptr: Tensor | None  # [N], position of each row's own column; None: row + own_offset
+    own_key_ptr: Tensor | None  # [N], position of each row's own column; None: row + offset
     exclude_ptr: Tensor | None  # [N], position of its excluded column
     key_bias_ptr: Tensor | None  # [M]
 
 
 @triton.jit
-def _own_column(pairs, row, own_offset, PINNED: tl.constexpr):
+def _own_column(pairs, row, offset, PINNED: tl.constexpr):
     """The positions of the rows' own columns."""
-    if pairs.own_ptr is None:
-        return row + own_offset
+    if pairs.own_key_ptr is None:
+        return row + offset
     elif PINNED:
-        return pinned(tl.load(pairs.own_ptr + row))
+        return pinned(tl.load(pairs.own_key_ptr + row))
     else:
-        return tl.load(pairs.own_ptr + row)
+        return tl.load(pairs.own_key_ptr + row)
 
 
 @triton.jit
 def holds_pairs(
-    pairs, own_offset, ids, row0, col0, n, m, first_row, first_col,
+    pairs, offset, ids, row0, col0, n, m, first_row, first_col,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
@@ -81,7 +81,7 @@ def holds_pairs(
     row = first_row + tl.minimum(rows, n - 1)
     col = first_col + tl.minimum(cols, m - 1)
     column0 = first_col + col0
-    place = _own_column(pairs, row, own_offset, False) - column0
+    place = _own_column(pairs, row, offset, False) - column0
     inside = (place >= 0) & (place < BLOCK_M)
     if pairs.exclude_ptr is not None:
         place = tl.load(pairs.exclude_ptr + row) - column0
@@ -98,7 +98,7 @@ def holds_pairs(
 
 @triton.jit
 def column_slice_of(
-    x, y, base2_scale, pairs, own_offset, ids, row0, col0, n, m, d, first_row, first_col, strides,
+    x, y, base2_scale, pairs, offset, ids, row0, col0, n, m, d, first_row, first_col, strides,
     BLOCK_N: tl.constexpr, SLICE_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def column_slice_of(
     row = first_row + tl.minimum(rows, n - 1)
     col = first_col + tl.minimum(cols, m - 1)
     inside = (rows < n)[:, None] & (cols < m)[None, :]
-    is_own = _own_column(pairs, row, own_offset, True)[:, None] == col[None, :]
+    is_own = _own_column(pairs, row, offset, True)[:, None] == col[None, :]
     positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE, PINNED=True)
     if pairs.exclude_ptr is not None:
         seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
@@ -224,7 +224,7 @@ def reference_extremes_kernel(
 
 # What differs from chunk to chunk, or between one weight for all and one for each.
 CHANGING = ["n", "m", "first_row", "first_col", "first_tile", "num_rows", "num_columns"]
-CHANGING += ["own_offset", "stride_row_weight", "stride_column_weight", "first_column_block"]
+CHANGING += ["offset", "stride_row_weight", "stride_column_weight", "first_column_block"]
 CHANGING += ID_STRIDES
 # Slices begin anywhere; another alignment would compile the kernel again.
 SLICED = ["entry_ptr", "partial_sum_ptr", "dkey_bias_ptr", *IDS]
@@ -238,7 +238,7 @@ def softmax_gradient_kernel(
     num_rows, num_columns, stride_row_weight, stride_column_weight,  # 0: one weight for all
     extremes_ptr, first_column_block,  # [row and column blocks, 2] or None
     entry_ptr, partial_sum_ptr, dkey_bias_ptr, first_tile,  # [N], [tiles], [blocks, M]
-    pairs, own_offset,
+    pairs, offset,
     query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
     n, m, d, first_row, first_col, stride_g, strides,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -283,12 +283,12 @@ def softmax_gradient_kernel(
             block_ptr = extremes_ptr + 2 * block
             low = tl.minimum(low, tl.load(block_ptr))
             high = tl.maximum(high, tl.load(block_ptr + 1))
-    offset = first_row + own_offset - first_col
+    chunk_offset = first_row + offset - first_col
     if DIAGONAL:
-        masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
+        masked = needs_mask(row0, col0, n, m, chunk_offset, BLOCK_N, BLOCK_M)
     else:
         masked = holds_pairs(
-            pairs, own_offset, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M
+            pairs, offset, ids, row0, col0, n, m, first_row, first_col, BLOCK_N, BLOCK_M
         )
     sums_ptr = dkey_bias_ptr
     if dkey_bias_ptr is not None:
@@ -321,7 +321,7 @@ def softmax_gradient_kernel(
             if BOTH_DIRECTIONS:
                 column_factor = column_probability_weight * tl.exp2(high - column_reference)
             acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-            acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
+            acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, chunk_offset)
             factor = row_factor[:, None]
             if BOTH_DIRECTIONS:
                 factor += pinned(column_factor)[None, :]
@@ -337,7 +337,7 @@ def softmax_gradient_kernel(
                         column_side, slice_col, num_columns, stride_column_weight, unit
                     )
                 acc, s, seen, positive = column_slice_of(
-                    x_ptr, y_ptr, base2_scale, pairs, own_offset, ids, row0, first, n, m, d,
+                    x_ptr, y_ptr, base2_scale, pairs, offset, ids, row0, first, n, m, d,
                     first_row, first_col, strides,
                     BLOCK_N, SLICE_M, BLOCK_D, EVEN_D, SAME_POSITIVE,
                 )  # fmt: skip
@@ -360,7 +360,7 @@ def softmax_gradient_kernel(
                     tl.store(sums_ptr + cols, tl.sum(p, 0) / lift, mask=col0 + cols < m)
                 store_gradient(p, row0, first, g_ptr, stride_g)
         if DIAGONAL:
-            partner = rows + offset
+            partner = rows + chunk_offset
             held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
             if masked:
                 s = positive_product * base2_scale
@@ -383,7 +383,7 @@ def softmax_gradients(
     row_side: Side,
     column_side: Side,
     pairs: Pairs,
-    own_offset: int,
+    offset: int,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     same_positive: bool,
@@ -428,7 +428,7 @@ def softmax_gradients(
             stride_column_weight=column_side.weight_ptr.stride(0),
             extremes_ptr=extremes, first_column_block=blocks_n,
             entry_ptr=entries, partial_sum_ptr=partial_sums, dkey_bias_ptr=sums,
-            first_tile=chunk.first_tile, pairs=pairs, own_offset=own_offset,
+            first_tile=chunk.first_tile, pairs=pairs, offset=offset,
             first_row=chunk.rows.start, first_col=chunk.cols.start,
             **id_arguments(query_ids, key_ids),
             BOTH_DIRECTIONS=num_columns > 0, SAME_POSITIVE=same_positive,
@@ -438,7 +438,7 @@ def softmax_gradients(
             dkey_bias[chunk.cols] += sums.sum(dim=0)
 
     dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
-        x, y, factor, own_offset, plan, fill, partial_sums[None], entries
+        x, y, factor, offset, plan, fill, partial_sums[None], entries
     )
     return ContrastiveGradients(dx=dx, dy=dy, dlogit_scale=dlogit_scale, dkey_bias=dkey_bias)
 

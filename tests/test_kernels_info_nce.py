@@ -438,8 +438,8 @@ def op_arguments() -> dict[str, dict[str, Any]]:
         },
         "contrastive": strip
         | {
-            "own": rows.int(),
-            "first": 0,
+            "own_key": rows.int(),
+            "offset": 0,
             "exclude": rows.int().roll(1),
             "query_ids": ids,
             "key_ids": ids,
@@ -451,8 +451,8 @@ def op_arguments() -> dict[str, dict[str, Any]]:
         },
         "contrastive, mean": strip
         | {
-            "own": None,
-            "first": 0,
+            "own_key": None,
+            "offset": 0,
             "exclude": None,
             "query_ids": ids,
             "key_ids": ids,

@@ -114,8 +114,8 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     codes = contrastive.id_codes(None, torch.zeros(n, 2, dtype=torch.int64)).key
     ids = None if form == "own" else codes
     pairs: dict[str, Any] = {
-        "own": None if form == "ids" else position,
-        "first": 0,
+        "own_key": None if form == "ids" else position,
+        "offset": 0,
         "exclude": position if form == "all" else None,
         "query_ids": ids,
         "key_ids": ids,

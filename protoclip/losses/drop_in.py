@@ -120,7 +120,7 @@ class ClipLoss(_OverRanks):
         all_ids = ids_of_all_ranks("ClipLoss", ids, x)
         if not self.local_loss:
             return info_nce(all_x, all_y, logit_scale, ids=all_ids)
-        matching = Matching(key_ids=all_ids, first=self.rank * len(x))
+        matching = Matching(key_ids=all_ids, offset=self.rank * len(x))
         images = one_way("ClipLoss", x, all_y, logit_scale, matching)
         texts = one_way("ClipLoss", y, all_x, logit_scale, matching)
         return (images + texts) / 2

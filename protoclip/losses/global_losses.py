@@ -73,13 +73,13 @@ def global_info_nce(
             image_features, text_features, logit_scale, ids=ids, same_id=same_id, backend=backend
         )
     op = "global_info_nce"
-    first = rank() * len(image_features)
+    offset = rank() * len(image_features)
     x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     checks.one_of(op, "same_id", same_id, SAME_ID)
     all_ids = ids_of_all_ranks(op, ids, x)
     table_row = "info_nce" if ids is None else "contrastive"
     backend_name = resolve(table_row, backend, x.device.type, x.dtype)
-    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, offset=offset)
     if backend_name == "reference":
         images = one_way(op, x, gathered_rows(y), logit_scale, matching, backend=backend_name)
         texts = one_way(op, y, gathered_rows(x), logit_scale, matching, backend=backend_name)
@@ -257,7 +257,7 @@ def _keys_of_all_ranks(op: str, keys: Tensor, matching: Matching) -> tuple[Tenso
         )
         bias = gathered_rows(bias)
     ids = ids_of_all_ranks(op, matching.key_ids, keys, "key_ids")
-    matching = replace(matching, key_ids=ids, key_bias=bias, first=rank() * len(keys))
+    matching = replace(matching, key_ids=ids, key_bias=bias, offset=rank() * len(keys))
     return gathered_rows(keys), matching
 
 
@@ -291,7 +291,7 @@ def global_sigmoid_loss(
     ``weights`` a "mean" divides by the ranks' mean total weight.
     """
     op = "global_sigmoid_loss"
-    first = rank() * len(image_features)
+    offset = rank() * len(image_features)
     x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
@@ -307,14 +307,14 @@ def global_sigmoid_loss(
             logit_bias,
             ids=all_ids,
             same_id=same_id,
-            offset=first,
+            offset=offset,
             weights=weights,
             label_smoothing=label_smoothing,
             reduction=reduction,
             backend=backend_name,
             average=mean_over_ranks if is_distributed() else None,
         )
-    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, first=first)
+    matching = Matching(query_ids=ids, key_ids=all_ids, same_id=same_id, offset=offset)
     pairs = pairs_of(op, x, len(x) * world_size(), matching, coder_of(backend_name))
     gradients = wants_gradient(x, y, logit_scale, logit_bias)
     total = _Ring.apply(x, y, logit_scale, logit_bias, pairs, gradients, backend_name)

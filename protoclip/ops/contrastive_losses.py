@@ -124,14 +124,14 @@ def one_way(
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
     counted = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
-    fits = matching.plain and negatives is None and matching.first + n <= m
+    fits = matching.plain and negatives is None and matching.offset + n <= m
     if backend_name != "reference" and fits:
         reduces = weights is None and average is None and not label_smoothing
         losses = diagonal_losses(
             x,
             y,
             logit_scale,
-            first=matching.first,
+            offset=matching.offset,
             both_directions=False,
             label_smoothing=label_smoothing,
             reduction=reduction if reduces else "none",

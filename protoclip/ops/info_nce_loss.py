@@ -219,20 +219,20 @@ def diagonal_losses(
     y: Tensor,
     logit_scale: Tensor,
     *,
-    first: int,
+    offset: int,
     both_directions: bool,
     label_smoothing: float,
     reduction: str,
     backend: str,
     stash: bool | None,
 ) -> Tensor:
-    """Losses where row i belongs to column first + i and every pair differs from all others, by a
+    """Losses where row i belongs to column i + offset and every pair differs from all others, by a
     fused backend. The op reduces them itself; with ``label_smoothing`` the reduction is "none"."""
     losses = info_nce_loss(
         x=x,
         y=y,
         logit_scale=logit_scale,
-        offset=first,
+        offset=offset,
         both_directions=both_directions,
         reduction=reduction,
         backend=backend,
@@ -240,9 +240,9 @@ def diagonal_losses(
     ).loss
     if not label_smoothing:
         return losses
-    spread = plain_smoothing(x, y, logit_scale, first)
+    spread = plain_smoothing(x, y, logit_scale, offset)
     if both_directions:
-        spread = (spread + plain_smoothing(y, x, logit_scale, first)) / 2
+        spread = (spread + plain_smoothing(y, x, logit_scale, offset)) / 2
     return losses + label_smoothing * spread
 
 
@@ -337,7 +337,7 @@ def info_nce(
             x,
             y,
             logit_scale,
-            first=0,
+            offset=0,
             both_directions=True,
             label_smoothing=label_smoothing,
             reduction=reduction if reduces else "none",

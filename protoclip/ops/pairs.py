@@ -43,7 +43,7 @@ class Matching:
     same_id: str = "exclude"
     exclude: Tensor | None = None  # int64 [N]
     key_bias: Tensor | None = None  # [M]
-    first: int = 0  # without positives, query i's own key is key first + i
+    offset: int = 0  # without positives, query i's own key is key i + offset
 
     @property
     def plain(self) -> bool:
@@ -61,8 +61,8 @@ class Matching:
 class Pairs:
     """The backends' arguments about N queries and M keys; None: not used."""
 
-    own: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
-    first: int = 0  # without ``own``, the position of query i's own key is first + i
+    own_key: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
+    offset: int = 0  # without ``own_key``, query i's own key is key i + offset
     exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
     query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
     key_ids: Tensor | None = None  # int32 [R, M]
@@ -70,18 +70,18 @@ class Pairs:
     same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
     others: Tensor | None = None  # int64 [N, P], further own keys, for plain torch; -1: none
     left_out: Tensor | None = None  # bool [N], queries that have no loss
-    wrong: Tensor | None = None  # bool [N], queries with a position out of range
+    out_of_range: Tensor | None = None  # bool [N], queries with a position out of range
 
     def tensors(self) -> dict[str, Any]:
         """The arguments about pairs of the contrastive op and its backends, by name."""
         return pair_tensors(self)
 
     def own_positions(self, queries: Tensor) -> Tensor:
-        """``own`` of the queries [N, D], whether it was given or not."""
-        if self.own is not None:
-            return self.own
-        last = self.first + queries.shape[0]
-        return torch.arange(self.first, last, dtype=torch.int32, device=queries.device)
+        """``own_key`` of the queries [N, D], whether it was given or not."""
+        if self.own_key is not None:
+            return self.own_key
+        end = self.offset + queries.shape[0]
+        return torch.arange(self.offset, end, dtype=torch.int32, device=queries.device)
 
     def ids(self) -> dict[str, Any]:
         """The arguments about pairs of SigLIP's op and its backends, by name."""
@@ -91,7 +91,7 @@ class Pairs:
 
 def pair_tensors(values: Any) -> dict[str, Any]:
     """The attributes of ``values`` that are the contrastive op's arguments about pairs, by name."""
-    names = ("own", "first", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
+    names = ("own_key", "offset", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
     return {name: getattr(values, name) for name in names}
 
 
@@ -121,26 +121,26 @@ def pairs_of(
         _check_integers(op, "exclude", exclude, [(n,)], device)
     same_positive = matching.key_ids is not None and matching.same_id == "positive"
     own_keys = _OwnKeys()
-    first = matching.first
+    offset = matching.offset
     if matching.positives is not None:
         own_keys = _own_keys(op, matching.positives, n, m, device, exclude, key_bias)
     elif same_positive:
-        first = -n  # there are no keys at -n to -1
-    elif exclude is not None or matching.first + n > m:
+        offset = -n  # there are no keys at -n to -1
+    elif exclude is not None or matching.offset + n > m:
         raise ValueError(
             f"{op}: expected positives, the position of each query's own key, got none with "
             + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
             + "; without them query i's own key is key i"
         )
-    codes = _codes(op, matching, own_keys.first, n, m, device, code_ids or sorted_ids)
-    wrong = own_keys.wrong
+    codes = _codes(op, matching, own_keys.position, n, m, device, code_ids or sorted_ids)
+    out_of_range = own_keys.out_of_range
     if exclude is not None:
         beyond = exclude >= m
-        wrong = beyond if wrong is None else wrong | beyond
+        out_of_range = beyond if out_of_range is None else out_of_range | beyond
         exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
     return Pairs(
-        own=None if own_keys.first is None else own_keys.first.int(),
-        first=first,
+        own_key=None if own_keys.position is None else own_keys.position.int(),
+        offset=offset,
         exclude=exclude,
         query_ids=None if codes is None else codes.query,
         key_ids=None if codes is None else codes.key,
@@ -148,18 +148,18 @@ def pairs_of(
         same_positive=same_positive,
         others=own_keys.others,
         left_out=own_keys.left_out,
-        wrong=wrong,
+        out_of_range=out_of_range,
     )
 
 
 class _OwnKeys(NamedTuple):
     """The own keys of N queries; None: there are none such."""
 
-    # int64 [N], position of the first; -1: none. None: query i's is key ``Matching.first`` + i.
-    first: Tensor | None = None
+    # int64 [N], of the first; -1: none. None: query i's is key i + ``Matching.offset``.
+    position: Tensor | None = None
     others: Tensor | None = None  # int64 [N, P]; -1: none
     left_out: Tensor | None = None  # bool [N]
-    wrong: Tensor | None = None  # bool [N], a position is out of range
+    out_of_range: Tensor | None = None  # bool [N]
 
 
 def _own_keys(
@@ -179,36 +179,43 @@ def _own_keys(
     _check_integers(op, "positives", positives, shapes, device)
     left_out = positives == LEFT_OUT
     inside = (positives >= 0) & (positives < m)
-    wrong = ~(inside | left_out)
+    out_of_range = ~(inside | left_out)
     positions = positives.where(inside, -1)
     if not several:
-        return _OwnKeys(first=positions, left_out=left_out, wrong=wrong)
+        return _OwnKeys(position=positions, left_out=left_out, out_of_range=out_of_range)
     first, others = _first_and_others(positions, exclude, key_bias)
-    return _OwnKeys(first, others, left_out=left_out.all(dim=1), wrong=wrong.any(dim=1))
+    return _OwnKeys(
+        position=first,
+        others=others,
+        left_out=left_out.all(dim=1),
+        out_of_range=out_of_range.any(dim=1),
+    )
 
 
 def _first_and_others(
-    own: Tensor, exclude: Tensor | None, key_bias: Tensor | None
+    own_keys: Tensor, exclude: Tensor | None, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Positions of own keys [N, P], -1: none -> the first that is a positive [N], and the others
     [N, P]: each once, without those that are excluded or have a bias of -inf."""
-    valid = (own >= 0) & ~(own[:, :, None] == own[:, None, :]).tril(-1).any(dim=2)
+    repeated = (own_keys[:, :, None] == own_keys[:, None, :]).tril(-1).any(dim=2)
+    valid = (own_keys >= 0) & ~repeated
     if exclude is not None:
-        valid = valid & (own != exclude[:, None])
+        valid = valid & (own_keys != exclude[:, None])
     if key_bias is not None:
-        valid = valid & (F.pad(key_bias.detach(), (0, 1))[own] != -torch.inf)
+        valid = valid & (F.pad(key_bias.detach(), (0, 1))[own_keys] != -torch.inf)
     first = valid.int().argmax(dim=1, keepdim=True)
-    others = own.where(valid, -1).scatter(1, first, -1)
-    return own.gather(1, first)[:, 0], others
+    others = own_keys.where(valid, -1).scatter(1, first, -1)
+    return own_keys.gather(1, first)[:, 0], others
 
 
-def refuse_wrong(op: str, pairs: Pairs, num_keys: int) -> None:
+def refuse_out_of_range(op: str, pairs: Pairs, num_keys: int) -> None:
     """Raise if a position is out of range: on a CPU and in the reference, which may read values."""
-    wrong = pairs.wrong
-    if wrong is not None and checks.readable(wrong) and wrong.any():
+    out_of_range = pairs.out_of_range
+    if out_of_range is not None and checks.readable(out_of_range) and out_of_range.any():
         raise ValueError(
             f"{op}: expected positives in [0, {num_keys}) or {LEFT_OUT} and exclude below "
-            f"{num_keys}, got another at query {int(wrong.nonzero()[0])}; count the keys from 0"
+            f"{num_keys}, got another at query {int(out_of_range.nonzero()[0])}; count the keys "
+            "from 0"
         )
 
 
@@ -226,7 +233,7 @@ def _check_integers(
 def _codes(
     op: str,
     matching: Matching,
-    own: Tensor | None,
+    own_key: Tensor | None,
     n: int,
     m: int,
     device: torch.device,
@@ -256,10 +263,10 @@ def _codes(
         return codes
     if query_ids is key_ids:
         return IdCodes(codes.key, codes.key)
-    if own is None:
-        return IdCodes(codes.key[:, matching.first : matching.first + n], codes.key)
+    if own_key is None:
+        return IdCodes(codes.key[:, matching.offset : matching.offset + n], codes.key)
     # The padding is for queries without their own key.
-    return IdCodes(F.pad(codes.key, (0, 1), value=-1)[:, own], codes.key)
+    return IdCodes(F.pad(codes.key, (0, 1), value=-1)[:, own_key], codes.key)
 
 
 def sorted_ids(query_ids: Tensor | None, key_ids: Tensor) -> IdCodes:

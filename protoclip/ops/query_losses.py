@@ -84,8 +84,8 @@ def contrastive_gaps(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own: Tensor | None,
-    first: int,
+    own_key: Tensor | None,
+    offset: int,
     exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -97,16 +97,16 @@ def contrastive_gaps(
     keep_stash: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gap and mean positive of each row and, with ``both_directions``, of each column; or, for
-    "mean" and "sum" (N = M, both directions), the loss of the batch of pairs. ``own`` to
-    ``same_positive`` are ``Pairs.tensors()``."""
+    "mean" and "sum" (N = M, both directions), the loss of the batch of pairs. ``own_key``
+    to ``same_positive`` are ``Pairs.tensors()``."""
     stash = empty_stash("contrastive", backend, x, y, keep_stash)
     run = with_stash(function("contrastive", backend, "contrastive_fwd"), stash)
     results = run(
         x=x,
         y=y,
         logit_scale=logit_scale,
-        own=own,
-        first=first,
+        own_key=own_key,
+        offset=offset,
         exclude=exclude,
         query_ids=query_ids,
         key_ids=key_ids,
@@ -143,8 +143,8 @@ def contrastive_gradients(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own: Tensor | None,
-    first: int,
+    own_key: Tensor | None,
+    offset: int,
     exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -169,8 +169,8 @@ def contrastive_gradients(
         x=x,
         y=y,
         logit_scale=logit_scale,
-        own=own,
-        first=first,
+        own_key=own_key,
+        offset=offset,
         exclude=exclude,
         query_ids=query_ids,
         key_ids=key_ids,
@@ -292,7 +292,7 @@ def query_losses(
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
     matched = pairs.pairs_of(op, x, y.shape[0], matching, coder_of(backend_name))
     if backend_name == "reference" or x.device.type == "cpu":
-        pairs.refuse_wrong(op, matched, y.shape[0])
+        pairs.refuse_out_of_range(op, matched, y.shape[0])
     column_gap: Tensor | None = None
     if backend_name == "reference":
         with without_autocast(x.device.type):
@@ -333,9 +333,10 @@ def query_losses(
     counted = rows.num_positives > 0
     if matched.left_out is not None:
         counted = counted & ~matched.left_out
-    if matched.wrong is not None:  # multiply, so that the gradient is NaN too
-        gap = gap * torch.ones_like(gap).masked_fill(matched.wrong, torch.nan)
-        counted = counted | matched.wrong
+    out_of_range = matched.out_of_range
+    if out_of_range is not None:  # multiply, so that the gradient is NaN too
+        gap = gap * torch.ones_like(gap).masked_fill(out_of_range, torch.nan)
+        counted = counted | out_of_range
     return QueryLosses(gap, mean, counted, column_gap)
 
 

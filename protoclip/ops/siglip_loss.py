@@ -153,7 +153,7 @@ def sigmoid_rows(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    own: Tensor,
+    own_key: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     same_positive: bool,
@@ -162,7 +162,7 @@ def sigmoid_rows(
     pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     losses = empty(x, x.shape[0])
     with without_autocast(x.device.type):
-        for rows, strip in _strips(pairs, own, y.shape[0]):
+        for rows, strip in _strips(pairs, own_key, y.shape[0]):
             losses[rows] = reference.sigmoid_loss(x[rows], y, logit_scale, logit_bias, strip)
     return losses
 
@@ -173,19 +173,19 @@ def sigmoid_rows_gradients(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    own: Tensor,
+    own_key: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     same_positive: bool,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Its gradients for those of the rows, [N]; forms the logits again."""
+    """Gradients of ``sigmoid_rows`` for upstream gradients [N]; recomputes the logits."""
     pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     dx = torch.empty_like(x)
     dy = torch.zeros_like(y, dtype=accumulator(y))
     dlogit_scale = torch.zeros((), dtype=accumulator(x), device=x.device)
     dlogit_bias = torch.zeros_like(dlogit_scale)
-    for rows, strip in _strips(pairs, own, y.shape[0]):
+    for rows, strip in _strips(pairs, own_key, y.shape[0]):
         with without_autocast(x.device.type):
             gradients = reference.sigmoid_gradients(
                 x[rows], y, logit_scale, logit_bias, strip, grad[rows]
@@ -197,13 +197,13 @@ def sigmoid_rows_gradients(
     return SigmoidGradients(dx, dy.to(y.dtype), dlogit_scale, dlogit_bias)
 
 
-def _strips(pairs: Pairs, own: Tensor, m: int) -> Iterator[tuple[slice, Pairs]]:
+def _strips(pairs: Pairs, own_key: Tensor, m: int) -> Iterator[tuple[slice, Pairs]]:
     """Rows whose logits against m keys are formed together, and their pairs."""
     step = max(1, STRIP_LOGITS // max(m, 1))
-    for start in range(0, own.shape[0], step):
+    for start in range(0, own_key.shape[0], step):
         rows = slice(start, start + step)
         query_ids = None if pairs.query_ids is None else pairs.query_ids[:, rows]
-        yield rows, replace(pairs, own=own[rows], query_ids=query_ids)
+        yield rows, replace(pairs, own_key=own_key[rows], query_ids=query_ids)
 
 
 def _save_rows(ctx: Any, arguments: Any, results: Tensor) -> None:
@@ -308,11 +308,11 @@ def sigmoid_losses(
             f"and offset {offset}"
         )
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
-    matching = Matching(same_id=same_id, first=offset)
+    matching = Matching(same_id=same_id, offset=offset)
     if ids is not None:
         pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
-        matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, first=offset)
+        matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, offset=offset)
     backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
     matched = pairs.pairs_of(op, x, m, matching, coder_of(backend_name))
     if weights is not None:
@@ -323,7 +323,7 @@ def sigmoid_losses(
         with without_autocast(x.device.type):
             losses = reference.sigmoid_loss(**tensors, pairs=matched)
     elif weights is not None or reduction == "none":
-        losses = sigmoid_rows(**tensors, own=matched.own_positions(x), **matched.ids())
+        losses = sigmoid_rows(**tensors, own_key=matched.own_positions(x), **matched.ids())
     else:
         by_row = False
         losses = fused_sigmoid_loss(

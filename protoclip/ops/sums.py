@@ -67,11 +67,11 @@ def signed_sums(
     return total.to(accumulator(queries))
 
 
-def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, first: int) -> Tensor:
-    """``smoothing`` where query i has key first + i and sees all keys."""
+def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, offset: int) -> Tensor:
+    """``smoothing`` where query i has key i + offset and sees all keys."""
     x = queries.to(accumulator(queries))
     y = keys.to(accumulator(queries))
-    own_keys = y[first : first + x.shape[0]]
+    own_keys = y[offset : offset + x.shape[0]]
     return logit_scale.to(x.dtype).reshape(()) * (x * (own_keys - y.mean(dim=0))).sum(dim=1)
 
 
