@@ -41,8 +41,8 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own_key, int offset,"
       " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
       " Tensor row_statistics, Tensor column_statistics, Tensor row_gap_weight,"
-      " Tensor? row_mean_weight, Tensor column_gap_weight, Tensor? column_mean_weight,"
-      " float pair_weight, Tensor? stash=None)"
+      " Tensor? row_positive_mean_weight, Tensor column_gap_weight,"
+      " Tensor? column_positive_mean_weight, float pair_weight, Tensor? stash=None)"
       " -> (Tensor, Tensor, Tensor, Tensor)",
       cpu(&protoclip::contrastive_bwd));
   m.def(

@@ -203,7 +203,7 @@ GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, 
 
 // LSE - mean positive, and mean positive, in nats.
 struct Gaps {
-  Tensor gap, mean;
+  Tensor gap, positive_mean;
 };
 
 Gaps gaps(const SideStatistics& side) {
@@ -271,7 +271,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
   const auto [by_row, by_column] = forward(in, pairs, both_directions, stash_of(op, stash, in));
   const Tensor rows = stacked(by_row), columns = stacked(by_column);
   const Gaps of_rows = gaps(by_row), of_columns = gaps(by_column);
-  if (!summed) return {of_rows.gap, of_rows.mean, of_columns.gap, of_columns.mean, rows, columns};
+  if (!summed)
+    return {of_rows.gap, of_rows.positive_mean, of_columns.gap, of_columns.positive_mean, rows,
+            columns};
   const Tensor total = (of_rows.gap.sum() + of_columns.gap.sum()) * pair_weight;
   const auto none = [] { return at::empty({0}, at::kFloat); };
   return {total, none(), none(), none(), rows, columns};
@@ -281,17 +283,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
     int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
-    const Tensor& column_statistics, const Tensor& row_gap_weight, const Optional& row_mean_weight,
-    const Tensor& column_gap_weight, const Optional& column_mean_weight, double pair_weight,
-    const Optional& stash) {
+    const Tensor& column_statistics, const Tensor& row_gap_weight,
+    const Optional& row_positive_mean_weight, const Tensor& column_gap_weight,
+    const Optional& column_positive_mean_weight, double pair_weight, const Optional& stash) {
   const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, logit_scale);
   const MatchedPairs pairs(op, x.size(0), y.size(0), own_key, offset, exclude, query_ids, key_ids,
                            key_bias, same_positive);
-  const GradientSide row(row_statistics.contiguous(), row_gap_weight, row_mean_weight,
+  const GradientSide row(row_statistics.contiguous(), row_gap_weight, row_positive_mean_weight,
                          static_cast<float>(pair_weight), x.size(0));
-  const GradientSide column(column_statistics.contiguous(), column_gap_weight, column_mean_weight,
-                            static_cast<float>(pair_weight), y.size(0));
+  const GradientSide column(column_statistics.contiguous(), column_gap_weight,
+                            column_positive_mean_weight, static_cast<float>(pair_weight),
+                            y.size(0));
   Tensor dkey_bias = at::zeros({pairs.has_key_bias() ? y.size(0) : 0}, at::kFloat);
   const SoftmaxGradient<MatchedPairs> epilogue{
       row,

@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
     int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
     const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
-    const Tensor& column_statistics, const Tensor& row_gap_weight, const Optional& row_mean_weight,
-    const Tensor& column_gap_weight, const Optional& column_mean_weight, double pair_weight,
-    const Optional& stash);
+    const Tensor& column_statistics, const Tensor& row_gap_weight,
+    const Optional& row_positive_mean_weight, const Tensor& column_gap_weight,
+    const Optional& column_positive_mean_weight, double pair_weight, const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
     int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,

@@ -146,7 +146,8 @@ def contrastive_forward_kernel(
 def _merge_side(
     part_ptr, blocks, length,  # [blocks * (PARTS + 1), length, 2]
     out_ptr, stride, program,  # [4, stride]
-    gap_ptr, mean_ptr, partial_sum_ptr, pair_weight,  # [length] each and None, or None and []
+    gap_ptr, positive_mean_ptr,  # [length] each
+    partial_sum_ptr, pair_weight,  # [], for the weighted sum of the gaps instead, or None
     HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +180,7 @@ def _merge_side(
         gap = (tl.log2(total) + (reference - mean)) * LN2
         if partial_sum_ptr is None:
             tl.store(gap_ptr + position, gap, mask=inside)
-            tl.store(mean_ptr + position, mean * LN2, mask=inside)
+            tl.store(positive_mean_ptr + position, mean * LN2, mask=inside)
         else:
             tl.store(partial_sum_ptr, pair_weight * tl.sum(tl.where(inside, gap, 0.0)))
     statistics = PairStatistics(reference, total, positive_sum, num_positives)
@@ -192,9 +193,9 @@ def _merge_side(
 )
 def contrastive_merge_kernel(
     row_part_ptr, blocks_m, height,  # [2 * blocks_m, height, 2]
-    row_ptr, gap_ptr, mean_ptr, first_row, n,  # [4, N], [N], [N]
+    row_ptr, gap_ptr, positive_mean_ptr, first_row, n,  # [4, N], [N], [N]
     column_part_ptr, blocks_n,  # [blocks_n * (PARTS + 1), M, 2]
-    column_ptr, column_gap_ptr, column_mean_ptr, m,  # [4, M], [M], [M]
+    column_ptr, column_gap_ptr, column_positive_mean_ptr, m,  # [4, M], [M], [M]
     partial_sum_ptr, first_program, pair_weight,  # [programs of all waves], or None: not summed
     HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
@@ -208,13 +209,13 @@ def contrastive_merge_kernel(
     if program < programs:
         _merge_side(
             row_part_ptr, blocks_m, height, row_ptr + first_row, n, program,
-            gap_ptr + first_row, mean_ptr + first_row, partial_sum_ptr, pair_weight,
+            gap_ptr + first_row, positive_mean_ptr + first_row, partial_sum_ptr, pair_weight,
             False, True, 1, BLOCK, DEPTH,
         )  # fmt: skip
     else:
         _merge_side(
             column_part_ptr, blocks_n, m, column_ptr, m, program - programs,
-            column_gap_ptr, column_mean_ptr, partial_sum_ptr, pair_weight,
+            column_gap_ptr, column_positive_mean_ptr, partial_sum_ptr, pair_weight,
             HAS_BEFORE, IS_LAST, PARTS, BLOCK, DEPTH,
         )  # fmt: skip
 
@@ -330,9 +331,9 @@ def contrastive_fwd(
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
     merge = launch.MERGE
     gap = row_statistics.new_empty(0 if summed else n)
-    mean = torch.empty_like(gap)
+    positive_mean = torch.empty_like(gap)
     column_gap = gap.new_empty(0 if summed else num_columns)
-    column_mean = torch.empty_like(column_gap)
+    column_positive_mean = torch.empty_like(column_gap)
     heights = [min(wave, n - first_row) for first_row in range(0, n, wave)]
     column_programs = cdiv(num_columns, merge.block_n)
     partial_sums = None
@@ -355,10 +356,11 @@ def contrastive_fwd(
             programs = cdiv(height, merge.block_n)
             contrastive_merge_kernel[(programs + column_programs,)](
                 row_part_ptr=row_part, blocks_m=blocks_m, height=height,
-                row_ptr=row_statistics, gap_ptr=gap, mean_ptr=mean, first_row=first_row, n=n,
+                row_ptr=row_statistics, gap_ptr=gap, positive_mean_ptr=positive_mean,
+                first_row=first_row, n=n,
                 column_part_ptr=column_part, blocks_n=blocks_n,
                 column_ptr=column_statistics, column_gap_ptr=column_gap,
-                column_mean_ptr=column_mean, m=m,
+                column_positive_mean_ptr=column_positive_mean, m=m,
                 partial_sum_ptr=partial_sums, first_program=first_program, pair_weight=pair_weight,
                 HAS_BEFORE=first_row > 0, IS_LAST=first_row + height == n, PARTS=parts,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
@@ -367,9 +369,9 @@ def contrastive_fwd(
             first_program += programs
     return ContrastiveForward(
         gap=gap if partial_sums is None else partial_sums.sum(),
-        mean=mean,
+        positive_mean=positive_mean,
         column_gap=column_gap,
-        column_mean=column_mean,
+        column_positive_mean=column_positive_mean,
         row_statistics=row_statistics,
         column_statistics=column_statistics,
     )
@@ -389,9 +391,9 @@ def contrastive_bwd(
     row_statistics: Tensor,
     column_statistics: Tensor,
     row_gap_weight: Tensor,
-    row_mean_weight: Tensor | None,
+    row_positive_mean_weight: Tensor | None,
     column_gap_weight: Tensor,
-    column_mean_weight: Tensor | None,
+    column_positive_mean_weight: Tensor | None,
     pair_weight: float,
 ) -> ContrastiveGradients:
     """Gradients of a strip, as in ops/query_losses.py, for the weights of gap and mean positive,
@@ -409,8 +411,8 @@ def contrastive_bwd(
         x,
         y,
         logit_scale,
-        row_side=side_of(rows, None, row_gap_weight, row_mean_weight, lifted),
-        column_side=side_of(columns, None, column_gap_weight, column_mean_weight, lifted),
+        row_side=side_of(rows, None, row_gap_weight, row_positive_mean_weight, lifted),
+        column_side=side_of(columns, None, column_gap_weight, column_positive_mean_weight, lifted),
         pairs=Pairs(own_key, exclude, key_bias),
         offset=offset,
         query_ids=query_ids,
@@ -432,9 +434,9 @@ def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForwar
     none = rows.new_empty(0)
     return ContrastiveForward(
         gap=none.sum() if summed else rows[0].clone(),
-        mean=none if summed else torch.zeros_like(rows[0]),
+        positive_mean=none if summed else torch.zeros_like(rows[0]),
         column_gap=none.clone() if summed else columns[0].clone(),
-        column_mean=none.clone() if summed else torch.zeros_like(columns[0]),
+        column_positive_mean=none.clone() if summed else torch.zeros_like(columns[0]),
         row_statistics=rows,
         column_statistics=columns,
     )

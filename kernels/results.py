@@ -48,9 +48,9 @@ class ContrastiveForward(NamedTuple):
     weighted total of all rows' and columns', and the means and the columns' gap are [0]."""
 
     gap: Tensor  # of each row [N]
-    mean: Tensor  # [N]
+    positive_mean: Tensor  # [N]
     column_gap: Tensor  # [M], or [0] of one direction
-    column_mean: Tensor
+    column_positive_mean: Tensor
     row_statistics: Tensor  # [4, N], in the rows of ``PairStatistics``
     column_statistics: Tensor  # [4, M], or [4, 0] of one direction
 

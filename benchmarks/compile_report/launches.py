@@ -143,9 +143,9 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         row_statistics=forward.row_statistics,
         column_statistics=forward.column_statistics,
         row_gap_weight=rows,
-        row_mean_weight=rows if form == "all" else None,
+        row_positive_mean_weight=rows if form == "all" else None,
         column_gap_weight=columns,
-        column_mean_weight=columns if form == "all" else None,
+        column_positive_mean_weight=columns if form == "all" else None,
         pair_weight=1.0,
     )
 

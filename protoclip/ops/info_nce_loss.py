@@ -23,6 +23,7 @@ from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
     define_gradient,
+    direction_weight,
     empty,
     gradient_like,
     operator,
@@ -67,15 +68,6 @@ def info_nce_strip(
     return InfoNceForward._make(results)
 
 
-def weight_of_direction(both_directions: bool) -> float:
-    """What one direction counts in the loss of a pair."""
-    return 0.5 if both_directions else 1.0
-
-
-def _pair_weight(weight: float, n: int, mean: bool) -> float:
-    return weight / max(n, 1) if mean else weight
-
-
 def _info_nce_loss_shapes(arguments: Any) -> InfoNceLoss:
     x, y = arguments.x, arguments.y
     n, m = x.shape[0], y.shape[0] if arguments.both_directions else 0
@@ -103,14 +95,13 @@ def info_nce_loss(
     """The loss of each row or, with ``both_directions`` (N = M), half the sum of both."""
     stash = empty_stash("info_nce", backend, x, y, keep_stash)
     run = with_stash(function("info_nce", backend, "info_nce_fwd"), stash)
-    weight = weight_of_direction(both_directions)
     results = run(
         x=x,
         y=y,
         logit_scale=logit_scale,
         offset=offset,
         both_directions=both_directions,
-        pair_weight=_pair_weight(weight, x.shape[0], reduction == "mean"),
+        pair_weight=direction_weight(both_directions, reduction, x.shape[0]),
         summed=reduction != "none",
     )
     forward = InfoNceForward._make(results)
@@ -141,18 +132,18 @@ def info_nce_gradients(
     row_weight: Tensor,
     column_weight: Tensor,
     offset: int,
-    direction_weight: float,
-    mean: bool,
+    half_sum: bool,
+    reduction: str,
     backend: str,
     stash: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for upstream gradients ``row_weight`` [N] and ``column_weight`` [M] of any
-    stride, even 0, which are multiplied by ``direction_weight`` and, with ``mean``, by 1 / N.
+    stride, even 0, which are multiplied by ``direction_weight``.
 
     The positive's weight is row_weight[i] + column_weight[i + offset] (if given). ``column_*`` are
     [0] of one direction."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
-    pair_weight = _pair_weight(direction_weight, x.shape[0], mean)
+    pair_weight = direction_weight(half_sum, reduction, x.shape[0])
     run = with_stash(function("info_nce", backend, "info_nce_bwd"), stash)
     return run(
         x=x,
@@ -198,8 +189,8 @@ def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
         row_weight=weight,
         column_weight=weight if saved.both_directions else weight[:0],
         offset=saved.offset,
-        direction_weight=weight_of_direction(saved.both_directions),
-        mean=saved.reduction == "mean",
+        half_sum=saved.both_directions,
+        reduction=saved.reduction,
         backend=saved.backend,
         stash=saved.stash,
     )

@@ -202,6 +202,13 @@ def gradient_like(gradient: Tensor, scalar: Tensor) -> Tensor:
     return gradient.to(scalar.dtype).reshape(scalar.shape)
 
 
+def direction_weight(half_sum: bool, reduction: str, n: int) -> float:
+    """What the loss of one direction counts in the result: 1/2 where a pair's loss is half the sum
+    of both directions, 1/N of that for the mean."""
+    weight = 0.5 if half_sum else 1.0
+    return weight / max(n, 1) if reduction == "mean" else weight
+
+
 def reduce(losses: Tensor, reduction: str, count: int | Tensor) -> Tensor:
     """Mean (0 for no rows), sum, or the rows themselves."""
     if reduction == "none":
@@ -227,7 +234,7 @@ def reduce_weighted(
         losses = losses * weights
         row_weights = counted * weights
     if reduction != "mean":
-        return reduce(losses, reduction, 0)
+        return losses.sum() if reduction == "sum" else losses
     total = row_weights.sum() if average is None else average(row_weights.sum())
     return losses.sum() / total.where(total > 0, 1)
 

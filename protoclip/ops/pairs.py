@@ -99,7 +99,7 @@ class Gaps(NamedTuple):
     """The loss of each query in two parts, in nats, [N] each."""
 
     gap: Tensor  # LSE over the keys seen - mean positive
-    mean: Tensor  # mean logit of the positives, 0 without any
+    positive_mean: Tensor  # mean logit of the positives, 0 without any
     num_positives: Tensor
 
 

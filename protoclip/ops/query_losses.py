@@ -2,9 +2,9 @@
 gradient of ``contrastive_parts``, which every loss with ids, positions or biases is made of.
 
 The op works on a strip, rows x [N, D] against columns y [M, D]. Statistics, [4, N] and [4, M], have
-the rows of ``PairStatistics``. The results are ``gap`` = LSE - mean positive, and ``mean``; with
-weights w_l of the LSE and w_m of the mean, G = w_l P [seen] + w_m [positive] / count and
-dkey_bias_j = sum_i G_ij.
+the rows of ``PairStatistics``. The results are ``positive_mean`` and ``gap`` = LSE -
+positive_mean; with weights w_l of the LSE and w_m of the mean, G = w_l P [seen] +
+w_m [positive] / count and dkey_bias_j = sum_i G_ij.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
     define_gradient,
+    direction_weight,
     empty,
     gradient_like,
     operator,
@@ -43,9 +44,9 @@ class ContrastiveLoss(NamedTuple):
     """Results of the forward pass: ``ContrastiveForward``, and the stash."""
 
     gap: Tensor
-    mean: Tensor
+    positive_mean: Tensor
     column_gap: Tensor
-    column_mean: Tensor
+    column_positive_mean: Tensor
     row_statistics: Tensor
     column_statistics: Tensor
     stash: Tensor
@@ -56,12 +57,7 @@ def gaps_of(statistics: Tensor) -> Gaps:
     rows = PairStatistics._make(statistics.unbind())
     mean = rows.positive_sum / rows.num_positives.clamp_min(1)
     gap = LN2 * (rows.sum.log2() + (rows.reference - mean))
-    return Gaps(gap=gap, mean=LN2 * mean, num_positives=rows.num_positives)
-
-
-def _direction_weight(reduction: str, n: int) -> float:
-    """What a gap of one direction counts in the loss of a batch of pairs."""
-    return 0.5 / max(n, 1) if reduction == "mean" else 0.5
+    return Gaps(gap=gap, positive_mean=LN2 * mean, num_positives=rows.num_positives)
 
 
 def _contrastive_shapes(arguments: Any) -> ContrastiveLoss:
@@ -70,9 +66,9 @@ def _contrastive_shapes(arguments: Any) -> ContrastiveLoss:
     by_row = arguments.reduction == "none"
     return ContrastiveLoss(
         gap=empty(x, n) if by_row else empty(x),
-        mean=empty(x, n if by_row else 0),
+        positive_mean=empty(x, n if by_row else 0),
         column_gap=empty(x, m if by_row else 0),
-        column_mean=empty(x, m if by_row else 0),
+        column_positive_mean=empty(x, m if by_row else 0),
         row_statistics=empty(x, 4, n),
         column_statistics=empty(x, 4, m),
         stash=fake_stash("contrastive", arguments.backend, x, y, arguments.keep_stash),
@@ -113,15 +109,15 @@ def contrastive_gaps(
         key_bias=key_bias,
         same_positive=same_positive,
         both_directions=both_directions,
-        pair_weight=_direction_weight(reduction, x.shape[0]),
+        pair_weight=direction_weight(both_directions, reduction, x.shape[0]),
         summed=reduction != "none",
     )
     forward = ContrastiveForward._make(results)
     return ContrastiveLoss(
         gap=forward.gap,
-        mean=forward.mean,
+        positive_mean=forward.positive_mean,
         column_gap=forward.column_gap,
-        column_mean=forward.column_mean,
+        column_positive_mean=forward.column_positive_mean,
         row_statistics=forward.row_statistics,
         column_statistics=forward.column_statistics,
         stash=stash,
@@ -153,9 +149,9 @@ def contrastive_gradients(
     row_statistics: Tensor,
     column_statistics: Tensor,
     row_gap_weight: Tensor,
-    row_mean_weight: Tensor | None,
+    row_positive_mean_weight: Tensor | None,
     column_gap_weight: Tensor,
-    column_mean_weight: Tensor | None,
+    column_positive_mean_weight: Tensor | None,
     reduction: str,
     backend: str,
     stash: Tensor,
@@ -163,7 +159,7 @@ def contrastive_gradients(
     """The gradients for upstream gradients of the gaps, [N] and [M] of any stride, even 0, and of
     the means (None: 0). Of one direction the columns' are [0]."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
-    weight = 1.0 if reduction == "none" else _direction_weight(reduction, x.shape[0])
+    pair_weight = direction_weight(reduction != "none", reduction, x.shape[0])
     run = with_stash(function("contrastive", backend, "contrastive_bwd"), stash)
     return run(
         x=x,
@@ -179,10 +175,10 @@ def contrastive_gradients(
         row_statistics=row_statistics,
         column_statistics=column_statistics,
         row_gap_weight=row_gap_weight,
-        row_mean_weight=row_mean_weight,
+        row_positive_mean_weight=row_positive_mean_weight,
         column_gap_weight=column_gap_weight,
-        column_mean_weight=column_mean_weight,
-        pair_weight=weight,
+        column_positive_mean_weight=column_positive_mean_weight,
+        pair_weight=pair_weight,
     )
 
 
@@ -198,7 +194,8 @@ def _save_contrastive(ctx: Any, arguments: Any, results: ContrastiveLoss) -> Non
 
 
 def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]:
-    if all(g is None for g in (grads.gap, grads.mean, grads.column_gap, grads.column_mean)):
+    upstream = (grads.gap, grads.positive_mean, grads.column_gap, grads.column_positive_mean)
+    if all(gradient is None for gradient in upstream):
         return {}
     saved = saved_values(ctx)
     row_gap = grads.gap
@@ -218,9 +215,9 @@ def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]
         row_statistics=saved.row_statistics,
         column_statistics=saved.column_statistics,
         row_gap_weight=row_gap,
-        row_mean_weight=grads.mean,
+        row_positive_mean_weight=grads.positive_mean,
         column_gap_weight=column_gap,
-        column_mean_weight=grads.column_mean,
+        column_positive_mean_weight=grads.column_positive_mean,
         reduction=saved.reduction,
         backend=saved.backend,
         stash=saved.stash,
@@ -269,7 +266,7 @@ class QueryLosses(NamedTuple):
     """The loss of each query, in nats."""
 
     gap: Tensor  # log-sum-exp - mean positive, [N]
-    mean: Tensor  # mean logit of the positives, [N]
+    positive_mean: Tensor  # mean logit of the positives, [N]
     counted: Tensor  # bool [N], whether the query has a loss
     column_gap: Tensor | None = None  # that of each key, [M], if it was asked for
 
@@ -313,17 +310,19 @@ def query_losses(
             backend=backend_name,
             keep_stash=keeps_stash(stash, *differentiable),
         )
-        rows = Gaps(forward.gap, forward.mean, forward.row_statistics[NUM_POSITIVES])
+        rows = Gaps(forward.gap, forward.positive_mean, forward.row_statistics[NUM_POSITIVES])
         if both_directions:
             column_gap = forward.column_gap
     gap = rows.gap
-    mean = rows.mean
+    positive_mean = rows.positive_mean
     if matched.others is not None:
-        gap, mean = with_others(x, y, logit_scale, matched, gap=gap, mean=mean)
+        gap, positive_mean = with_others(
+            x, y, logit_scale, matched, gap=gap, positive_mean=positive_mean
+        )
     negative_logits: Tensor | None = None
     if negatives is not None and negatives.shape[1]:
         negative_logits = logits_of_negatives(x, negatives, logit_scale)
-        gap = log_add(gap, negative_logits.logsumexp(dim=1) - mean)
+        gap = log_add(gap, negative_logits.logsumexp(dim=1) - positive_mean)
     if label_smoothing:
         spread = smoothing(x, y, logit_scale, matched, negative_logits)
         gap = gap + label_smoothing * spread
@@ -337,7 +336,7 @@ def query_losses(
     if out_of_range is not None:  # multiply, so that the gradient is NaN too
         gap = gap * torch.ones_like(gap).masked_fill(out_of_range, torch.nan)
         counted = counted | out_of_range
-    return QueryLosses(gap, mean, counted, column_gap)
+    return QueryLosses(gap, positive_mean, counted, column_gap)
 
 
 def contrastive_parts(
@@ -394,4 +393,4 @@ def one_way_parts(
     """``contrastive_parts``."""
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
     losses = query_losses(op, x, y, logit_scale, matching, backend=backend, stash=stash)
-    return losses.gap + losses.mean, losses.mean
+    return losses.gap + losses.positive_mean, losses.positive_mean

@@ -82,15 +82,15 @@ def with_others(
     pairs: Pairs,
     *,
     gap: Tensor,
-    mean: Tensor,
+    positive_mean: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``gap`` and ``mean`` of the first own keys -> those of all own keys, [N] each."""
+    """``gap`` and ``positive_mean`` of the first own keys -> those of all own keys, [N] each."""
     others = pairs.others
     assert others is not None
     sums = KeySums(queries, keys, pairs)
     total, count = _logits(queries, logit_scale, sums.positive())
-    all_mean = (total / count.clamp_min(1)).to(mean.dtype)
-    gap = gap + (mean - all_mean)
+    all_mean = (total / count.clamp_min(1)).to(positive_mean.dtype)
+    gap = gap + (positive_mean - all_mean)
     if pairs.query_ids is None or pairs.same_positive:
         return gap, all_mean
     # Keys of the query's id are not seen, but own keys are.
