@@ -299,10 +299,10 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:n], ends[-1]
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def sum_kernel(
     values_ptr, rows_ptr, first_ptr, last_ptr, count_ptr, out_ptr,  # [., D], [.], [N] x 3, [N, D]
-    n, d, stride_n, stride_d,
+    d, stride_n, stride_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums of the rows at positions first to last, in order, divided by ``count`` if there is one.
@@ -353,12 +353,12 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
     with torch.cuda.device_of(values):
         sum_kernel[(len(pieces), tiles)](
             values_ptr=values, rows_ptr=rows, first_ptr=first, last_ptr=last, count_ptr=None,
-            out_ptr=sums, n=n, d=d, stride_n=values.stride(0), stride_d=values.stride(1),
+            out_ptr=sums, d=d, stride_n=values.stride(0), stride_d=values.stride(1),
             BLOCK_N=config.block_n, BLOCK_D=config.block_d, **config.options,
         )  # fmt: skip
         sum_kernel[(k, tiles)](
             values_ptr=sums, rows_ptr=None, first_ptr=begins, last_ptr=ends, count_ptr=counts,
-            out_ptr=means, n=n, d=d, stride_n=sums.stride(0), stride_d=sums.stride(1),
+            out_ptr=means, d=d, stride_n=sums.stride(0), stride_d=sums.stride(1),
             BLOCK_N=config.block_n, BLOCK_D=config.block_d, **config.options,
         )  # fmt: skip
     return means, counts

@@ -27,7 +27,7 @@ from protoclip.kernels.results import (
 )
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.softmax_gradient import (
-    Pairs,
+    PairPointers,
     column_slice_of,
     exponential,
     holds_pairs,
@@ -37,6 +37,7 @@ from protoclip.kernels.softmax_gradient import (
 from protoclip.kernels.tiles import (
     ID_STRIDES,
     IDS,
+    LN2,
     LOG2E,
     id_arguments,
     id_pointers,
@@ -45,8 +46,6 @@ from protoclip.kernels.tiles import (
     tile_origin,
 )
 from protoclip.kernels.waves import rows_of
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def _positives(s, positive, AXIS: tl.constexpr):
 
 @triton.jit
 def _store_pair(ptr, at, mask, first, second):
-    """Write two numbers at each of some places."""
+    """Store (first, second) at positions ``at``."""
     pointers = ptr + 2 * at[:, None] + tl.arange(0, 2)[None, :]
     tl.store(pointers, tl.join(first, second), mask=mask[:, None])
 
@@ -326,7 +325,7 @@ def contrastive_fwd(
     row_part = x.new_empty(4 * blocks_m * wave, dtype=torch.float32)
     num_partials = 2 * cdiv(wave, config.block_n) * (parts + 1) * num_columns
     column_part = x.new_empty(num_partials, dtype=torch.float32)
-    pairs = Pairs(own_key, exclude, key_bias)
+    pairs = PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias)
     row_statistics = x.new_empty((4, n), dtype=torch.float32)
     column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
     merge = launch.MERGE
@@ -411,9 +410,21 @@ def contrastive_bwd(
         x,
         y,
         logit_scale,
-        row_side=side_of(rows, None, row_gap_weight, row_positive_mean_weight, lifted),
-        column_side=side_of(columns, None, column_gap_weight, column_positive_mean_weight, lifted),
-        pairs=Pairs(own_key, exclude, key_bias),
+        row_side=side_of(
+            reference=rows,
+            total=None,
+            weight=row_gap_weight,
+            mean_weight=row_positive_mean_weight,
+            lifted=lifted,
+        ),
+        column_side=side_of(
+            reference=columns,
+            total=None,
+            weight=column_gap_weight,
+            mean_weight=column_positive_mean_weight,
+            lifted=lifted,
+        ),
+        pairs=PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias),
         offset=offset,
         query_ids=query_ids,
         key_ids=key_ids,

@@ -35,8 +35,6 @@ here; ``torch.backends.cuda.matmul`` settings hold for the backward's two produc
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -46,9 +44,10 @@ from protoclip.kernels import launch
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import Gradients, InfoNceForward
 from protoclip.kernels.scratch import PARTIAL_BYTES
-from protoclip.kernels.softmax_gradient import Pairs, side_of, softmax_gradients
+from protoclip.kernels.softmax_gradient import PairPointers, side_of, softmax_gradients
 from protoclip.kernels.tiles import (
     HIDDEN,
+    LN2,
     LOG2E,
     SPREAD,
     can_hide,
@@ -60,7 +59,6 @@ from protoclip.kernels.tiles import (
 )
 from protoclip.kernels.waves import rows_of, store_entries
 
-LN2 = math.log(2.0)
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
 # for 1,024 would take 20 us by the model.
 ONE_PROGRAM = 256
@@ -168,8 +166,8 @@ def info_nce_forward_kernel(
         acc, positive_product = hide(acc, base2_scale, row0, col0, n, m, offset)
         if needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M):
             partner = rows + offset
-            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
-            tl.store(positive_ptr + rows, base2_scale * positive_product, mask=held)
+            has_partner = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            tl.store(positive_ptr + rows, base2_scale * positive_product, mask=has_partner)
         is_wide = store_sums(
             acc, base2_scale, None, row_ptr, column_ptr, row0, col0, n, m,
             BOTH_DIRECTIONS, PARTS, PART,
@@ -266,17 +264,17 @@ def info_nce_merge_kernel(
         positive = tl.load(
             positive_ptr + row, mask=paired & (row < first + height), other=-float("inf")
         )
-        here = paired & (row >= first) & (row < first + height)
+        in_wave = paired & (row >= first) & (row < first + height)
         reference, total = merge_blocks(
-            row_part_ptr, row - first, here, height, blocks_m,
+            row_part_ptr, row - first, in_wave, height, blocks_m,
             empty, tl.zeros((BLOCK,), tl.float32), DEPTH, False,
         )  # fmt: skip
         reference, total = _add_positive(reference, total, positive)
-        tl.store(row_reference_ptr + row, reference, mask=here)
-        tl.store(row_sum_ptr + row, total, mask=here)
+        tl.store(row_reference_ptr + row, reference, mask=in_wave)
+        tl.store(row_sum_ptr + row, total, mask=in_wave)
         loss = pair_weight_ln2 * (tl.log2(total) + (reference - positive))
         if HAS_BEFORE:
-            loss = tl.where(here, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
+            loss = tl.where(in_wave, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
         if BOTH_DIRECTIONS:
             inside = column < m
             reference = empty
@@ -342,7 +340,6 @@ def info_nce_fwd(
             rows = slice(first, last)
             part = rows_of(x, rows)
             blocks_n = cdiv(part.shape[0], config.block_n)
-            blocks_m = cdiv(m, config.block_m)
             info_nce_forward_kernel[(blocks_n * blocks_m,)](
                 **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
                 row_ptr=row_part, column_ptr=column_part, positive_ptr=rows_of(positive, rows),
@@ -354,7 +351,7 @@ def info_nce_fwd(
                 positive_ptr=positive, row_reference_ptr=row_reference, row_sum_ptr=row_sum,
                 column_reference_ptr=column_reference, column_sum_ptr=column_sum,
                 loss_ptr=losses, partial_sum_ptr=partial_sums,
-                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2,
+                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2.value,
                 BOTH_DIRECTIONS=both_directions, HAS_BEFORE=first > 0, IS_LAST=last == n,
                 BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
@@ -389,9 +386,21 @@ def info_nce_bwd(
         x,
         y,
         logit_scale,
-        row_side=side_of(row_reference, row_sum, row_weight, None, lifted),
-        column_side=side_of(column_reference, column_sum, column_weight, None, lifted),
-        pairs=Pairs(own_key_ptr=None, exclude_ptr=None, key_bias_ptr=None),
+        row_side=side_of(
+            reference=row_reference,
+            total=row_sum,
+            weight=row_weight,
+            mean_weight=None,
+            lifted=lifted,
+        ),
+        column_side=side_of(
+            reference=column_reference,
+            total=column_sum,
+            weight=column_weight,
+            mean_weight=None,
+            lifted=lifted,
+        ),
+        pairs=PairPointers(own_key_ptr=None, exclude_ptr=None, key_bias_ptr=None),
         offset=offset,
         query_ids=None,
         key_ids=None,

@@ -101,7 +101,8 @@ HALF: dict[str, dict[int, Launch]] = {
 for rows in HALF.values():
     rows[120] = rows[89]  # the same instructions and as much shared memory
 HALF["contrastive_forward_with_biases"][120] = _SMALL_SLICES
-# The rows where there are LARGE_TILES such tiles per SM, whole ones; of fewer SMs would idle.
+# These rows apply where the logits fill at least LARGE_TILES whole tiles per SM; with fewer, SMs
+# would idle.
 LARGE_TILES = 2
 HALF_LARGE: dict[str, dict[int, Launch]] = {
     # From LEAST_DEPTH on, the products of a tile take so long that one CTA hides the rest, and a
@@ -175,8 +176,9 @@ CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
 CHUNKED[90] = replace(CHUNKED[90], block_m=64 if TRITON < (3, 7) else 128)
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
 
-# k-means, products of 16 bits and the same of fp32 rows in three terms: by width, rows held; wider
-# ones are read again for each tile of centroids. Then |x - c|^2 of what is left.
+# k-means, by row width: one-term products, and three-term products of fp32 rows (ASSIGN_OPEN).
+# Rows up to that width are loaded once, wider ones for each tile of centroids. ASSIGN_EXACT then
+# computes |x - c|^2 of undecided rows.
 ASSIGN = {
     64: Launch(64, 64, 64, warps=4, stages=3, ctas_per_sm=2),
     128: Launch(64, 64, 128, warps=4, stages=3, ctas_per_sm=2),
@@ -196,9 +198,8 @@ if INTERPRETED:  # there a program costs more than its products
     ASSIGN_EXACT = replace(ASSIGN_EXACT, block_n=128, block_m=256)
 SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
 
-# Small kernels that join what tiles left. Statistics: pairs that a program merges at a time, and
-# partials of each that it reads at a time; one program for all: of 8 warps each thread would spill
-# in the loop.
+# Small kernels that merge the tiles' partial results. MERGE: pairs per program, partials per load.
+# MERGE_ALL: one program; with 8 warps its threads would spill.
 MERGE = Launch(64, 8, 0, warps=4, stages=3)
 MERGE_ALL = Launch(256, 8, 0, warps=16, stages=3)
 EXTREMES = Launch(0, 0, 0, warps=1, stages=3)  # its blocks are the gradient's

@@ -32,10 +32,9 @@ from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import SampleLosses, ScaledGradients
 from protoclip.kernels.scratch import PROTOTYPE_BYTES
-from protoclip.kernels.tiles import LEFT_OUT, products, tile_options
+from protoclip.kernels.tiles import LEFT_OUT, LN2, products, tile_options
 from protoclip.kernels.waves import multiply
 
-LN2 = tl.constexpr(0.6931471805599453)
 # G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
 G_UNIT = 4096.0
 
@@ -191,7 +190,7 @@ def scale_samples_kernel(
 )
 def weights_kernel(
     q_ptr, logit_scale_ptr, key_ptr,  # [N, D], [], [K, D]
-    labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]
+    labels_ptr, max_ptr, sum_ptr, weight_ptr,  # [N]; without GRADIENT only max
     out_ptr,  # [N, K], contiguous
     n, k, d, first_key, strides,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -343,15 +342,16 @@ def weights(
     n, d = q.shape
     k = len(keys)
     out = q.new_empty((n, k))
-    unread = KeyGradient(labels=row_max, row_sum=row_max, weight=row_max, hard=False)
-    side = gradient or unread
     config = launch.prototype_config(q)
     with torch.cuda.device_of(q):
         weights_kernel[(cdiv(n, config.block_n), cdiv(k, config.block_m))](
-            q_ptr=q, logit_scale_ptr=logit_scale, key_ptr=keys, labels_ptr=side.labels,
-            max_ptr=row_max, sum_ptr=side.row_sum, weight_ptr=side.weight, out_ptr=out,
-            n=n, k=k, d=d, first_key=first_key, strides=(*q.stride(), *keys.stride()),
-            UNIT=G_UNIT, GRADIENT=gradient is not None, HARD=side.hard, **tile_options(d, config),
+            q_ptr=q, logit_scale_ptr=logit_scale, key_ptr=keys, max_ptr=row_max,
+            labels_ptr=None if gradient is None else gradient.labels,
+            sum_ptr=None if gradient is None else gradient.row_sum,
+            weight_ptr=None if gradient is None else gradient.weight,
+            out_ptr=out, n=n, k=k, d=d, first_key=first_key,
+            strides=(*q.stride(), *keys.stride()), UNIT=G_UNIT, GRADIENT=gradient is not None,
+            HARD=gradient is not None and gradient.hard, **tile_options(d, config),
         )  # fmt: skip
     return out
 

@@ -51,7 +51,7 @@ from protoclip.kernels.waves import rows_of, store_gradient
 FEW = 1024
 
 
-class Pairs(NamedTuple):
+class PairPointers(NamedTuple):
     """``Pairs`` of ops/pairs.py as the kernels take them; None: not used."""
 
     own_key_ptr: Tensor | None  # [N], position of each row's own column; None: row + offset
@@ -60,14 +60,14 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
-def _own_column(pairs, row, offset, PINNED: tl.constexpr):
+def _own_column(pairs, strip_rows, offset, PINNED: tl.constexpr):
     """The positions of the rows' own columns."""
     if pairs.own_key_ptr is None:
-        return row + offset
+        return strip_rows + offset
     elif PINNED:
-        return pinned(tl.load(pairs.own_key_ptr + row))
+        return pinned(tl.load(pairs.own_key_ptr + strip_rows))
     else:
-        return tl.load(pairs.own_key_ptr + row)
+        return tl.load(pairs.own_key_ptr + strip_rows)
 
 
 @triton.jit
@@ -76,22 +76,23 @@ def holds_pairs(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile crosses the edge, or holds a positive or a pair that is not seen."""
-    rows = row0 + tl.arange(0, BLOCK_N)
-    cols = col0 + tl.arange(0, BLOCK_M)
-    row = first_row + tl.minimum(rows, n - 1)
-    col = first_col + tl.minimum(cols, m - 1)
+    # In the chunk, which may end before the tile, and in the strip, whose arrays they index.
+    chunk_rows = row0 + tl.arange(0, BLOCK_N)
+    chunk_cols = col0 + tl.arange(0, BLOCK_M)
+    strip_rows = first_row + tl.minimum(chunk_rows, n - 1)
+    strip_cols = first_col + tl.minimum(chunk_cols, m - 1)
     column0 = first_col + col0
-    place = _own_column(pairs, row, offset, False) - column0
+    place = _own_column(pairs, strip_rows, offset, False) - column0
     inside = (place >= 0) & (place < BLOCK_M)
     if pairs.exclude_ptr is not None:
-        place = tl.load(pairs.exclude_ptr + row) - column0
+        place = tl.load(pairs.exclude_ptr + strip_rows) - column0
         inside = inside | ((place >= 0) & (place < BLOCK_M))
     holds = tl.max(inside.to(tl.int32), 0)
     if pairs.key_bias_ptr is not None:
-        absent = tl.load(pairs.key_bias_ptr + col) == -float("inf")
+        absent = tl.load(pairs.key_bias_ptr + strip_cols) == -float("inf")
         holds = tl.maximum(holds, tl.max(absent.to(tl.int32), 0))
     if ids is not None:
-        holds = tl.maximum(holds, tl.max(equal_ids(ids, row, col).to(tl.int32)))
+        holds = tl.maximum(holds, tl.max(equal_ids(ids, strip_rows, strip_cols).to(tl.int32)))
     edge = (row0 + BLOCK_N > n) | (col0 + BLOCK_M > m)
     return edge | (holds > 0)
 
@@ -103,17 +104,21 @@ def column_slice_of(
     SAME_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """-> of some columns of a tile: products, base-2 logits, the keys seen, and the positives."""
-    rows = row0 + tl.arange(0, BLOCK_N)
-    cols = col0 + tl.arange(0, SLICE_M)
-    row = first_row + tl.minimum(rows, n - 1)
-    col = first_col + tl.minimum(cols, m - 1)
-    inside = (rows < n)[:, None] & (cols < m)[None, :]
-    is_own = _own_column(pairs, row, offset, True)[:, None] == col[None, :]
-    positive, seen = with_ids(is_own, inside, ids, row, col, SAME_POSITIVE, PINNED=True)
+    chunk_rows = row0 + tl.arange(0, BLOCK_N)
+    chunk_cols = col0 + tl.arange(0, SLICE_M)
+    strip_rows = first_row + tl.minimum(chunk_rows, n - 1)
+    strip_cols = first_col + tl.minimum(chunk_cols, m - 1)
+    inside = (chunk_rows < n)[:, None] & (chunk_cols < m)[None, :]
+    is_own = _own_column(pairs, strip_rows, offset, True)[:, None] == strip_cols[None, :]
+    positive, seen = with_ids(
+        is_own, inside, ids, strip_rows, strip_cols, SAME_POSITIVE, PINNED=True
+    )
     if pairs.exclude_ptr is not None:
-        seen = seen & (pinned(tl.load(pairs.exclude_ptr + row))[:, None] != col[None, :])
+        seen = seen & (
+            pinned(tl.load(pairs.exclude_ptr + strip_rows))[:, None] != strip_cols[None, :]
+        )
     if pairs.key_bias_ptr is not None:
-        key_bias = pinned(tl.load(pairs.key_bias_ptr + col))
+        key_bias = pinned(tl.load(pairs.key_bias_ptr + strip_cols))
         seen = seen & (key_bias != -float("inf"))[None, :]
     acc = products(x, y, row0, col0, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D)
     s = acc * base2_scale
@@ -257,16 +262,16 @@ def softmax_gradient_kernel(
             peak += _peak(column_side)
         lift = _lift_to(peak, pair_weight)
     unit = pair_weight * lift
-    rows = row0 + tl.arange(0, BLOCK_N)
-    row = first_row + tl.minimum(rows, n - 1)
-    col = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
+    chunk_rows = row0 + tl.arange(0, BLOCK_N)
+    strip_rows = first_row + tl.minimum(chunk_rows, n - 1)
+    strip_cols = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
     row_reference, _row_sum, row_probability_weight, row_positive_weight = _load_side(
-        row_side, row, num_rows, stride_row_weight, unit
+        row_side, strip_rows, num_rows, stride_row_weight, unit
     )
     if BOTH_DIRECTIONS:
         column_reference, _column_sum, column_probability_weight, _column_positive = _load_side(
-            column_side, col, num_columns, stride_column_weight, unit
+            column_side, strip_cols, num_columns, stride_column_weight, unit
         )
     if extremes_ptr is None:
         low = tl.min(row_reference)
@@ -306,7 +311,7 @@ def softmax_gradient_kernel(
             factor = factor[:, None]  # before the products nine registers would spill
         shift = acc * base2_scale - high
         if pairs.key_bias_ptr is not None:
-            shift += (tl.load(pairs.key_bias_ptr + col) * LOG2E)[None, :]
+            shift += (tl.load(pairs.key_bias_ptr + strip_cols) * LOG2E)[None, :]
         p = tl.exp2(shift) * factor
         tl.store(partial_sum_ptr + first_tile + tl.program_id(0), tl.sum(p * acc) / lift)
         if dkey_bias_ptr is not None:
@@ -332,9 +337,9 @@ def softmax_gradient_kernel(
             for column_slice in range(0, BLOCK_M, SLICE_M):
                 first = col0 + column_slice
                 if BOTH_DIRECTIONS:
-                    slice_col = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
+                    slice_cols = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
                     reference, _slice_sum, probability_weight, positive_weight = _load_side(
-                        column_side, slice_col, num_columns, stride_column_weight, unit
+                        column_side, slice_cols, num_columns, stride_column_weight, unit
                     )
                 acc, s, seen, positive = column_slice_of(
                     x_ptr, y_ptr, base2_scale, pairs, offset, ids, row0, first, n, m, d,
@@ -356,21 +361,23 @@ def softmax_gradient_kernel(
                     p = tl.where(seen, tl.where(positive, p + at_positive, p), 0.0)
                 partial_sum += tl.sum(p * acc)
                 if dkey_bias_ptr is not None:
-                    cols = column_slice + tl.arange(0, SLICE_M)
-                    tl.store(sums_ptr + cols, tl.sum(p, 0) / lift, mask=col0 + cols < m)
+                    tile_cols = column_slice + tl.arange(0, SLICE_M)
+                    tl.store(sums_ptr + tile_cols, tl.sum(p, 0) / lift, mask=col0 + tile_cols < m)
                 store_gradient(p, row0, first, g_ptr, stride_g)
         if DIAGONAL:
-            partner = rows + chunk_offset
-            held = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            partner = chunk_rows + chunk_offset
+            has_partner = (
+                (chunk_rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
+            )
             if masked:
                 s = positive_product * base2_scale
-                entry = _entries(s, row_side, row, num_rows, stride_row_weight, unit)
+                entry = _entries(s, row_side, strip_rows, num_rows, stride_row_weight, unit)
                 if BOTH_DIRECTIONS:
                     entry += _entries(
                         s, column_side, first_col + partner, num_columns, stride_column_weight, unit
                     )
-                tl.store(entry_ptr + first_row + rows, entry, mask=held)
-                partial_sum += tl.sum(tl.where(held, entry * positive_product, 0.0))
+                tl.store(entry_ptr + first_row + chunk_rows, entry, mask=has_partner)
+                partial_sum += tl.sum(tl.where(has_partner, entry * positive_product, 0.0))
         tl.store(partial_sum_ptr + first_tile + tl.program_id(0), partial_sum / lift)
     if tl.program_id(0) == 0:  # not earlier: the store waits for the scale
         tl.store(factor_ptr, logit_scale / lift)
@@ -382,7 +389,7 @@ def softmax_gradients(
     logit_scale: Tensor,
     row_side: Side,
     column_side: Side,
-    pairs: Pairs,
+    pairs: PairPointers,
     offset: int,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
@@ -444,6 +451,7 @@ def softmax_gradients(
 
 
 def side_of(
+    *,
     reference: Tensor,
     total: Tensor | None,
     weight: Tensor,
@@ -457,7 +465,14 @@ def side_of(
         mean_weight = mean_weight.contiguous()
         if lifted:
             mean_peak = peak_of(mean_weight)
-    return Side(reference, total, weight, mean_weight, peak, mean_peak)
+    return Side(
+        reference_ptr=reference,
+        sum_ptr=total,
+        weight_ptr=weight,
+        mean_weight_ptr=mean_weight,
+        peak_ptr=peak,
+        mean_peak_ptr=mean_peak,
+    )
 
 
 def peak_of(weight: Tensor) -> Tensor:

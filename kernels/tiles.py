@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from protoclip.kernels.launch import INTERPRETED, Launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LEFT_OUT = tl.constexpr(-100)  # in place of a label, as in torch's cross-entropy
 HIDDEN = tl.constexpr(1e30)  # finite: times a weight of 0 it is 0
 SPREAD = tl.constexpr(64.0)  # of the 126 binary orders that fp32 has below 1; C++: kSpread

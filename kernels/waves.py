@@ -91,8 +91,8 @@ def store_entries(g, rows, positive, shift, n, width, entry_ptr):
     """Write the entries of the positives that a part of G holds, one a row: row i's is in column
     i + shift, if that is one of the part's and below ``width``."""
     partner = rows + shift
-    held = (rows < n) & (partner >= 0) & (partner < tl.minimum(g.shape[1], width))
-    tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=held)
+    has_partner = (rows < n) & (partner >= 0) & (partner < tl.minimum(g.shape[1], width))
+    tl.store(entry_ptr + rows, tl.sum(tl.where(positive, g, 0.0), 1), mask=has_partner)
 
 
 class ChunkedGradients(NamedTuple):
