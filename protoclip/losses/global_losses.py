@@ -199,12 +199,12 @@ def global_nt_xent(
     op = "global_nt_xent"
     first = 2 * len(views_a) * rank()
     views = two_views(op, views_a, views_b, logit_scale, ids, same_id, decoupled, weights, first)
-    keys, matching = _keys_of_all_ranks(op, views.rows, views.matching)
+    keys, matching = _keys_of_all_ranks(op, views.features, views.matching)
     return against_each_other(
         op,
         views,
-        keys,
-        matching,
+        keys=keys,
+        matching=matching,
         decoupled=decoupled,
         label_smoothing=label_smoothing,
         reduction=reduction,
@@ -231,12 +231,12 @@ def global_sup_con(
     op = "global_sup_con"
     first = features.shape[:-1].numel() * rank()
     views = labelled_views(op, features, labels, logit_scale, weights, first)
-    keys, matching = _keys_of_all_ranks(op, views.rows, views.matching)
+    keys, matching = _keys_of_all_ranks(op, views.features, views.matching)
     losses = against_each_other(
         op,
         views,
-        keys,
-        matching,
+        keys=keys,
+        matching=matching,
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,

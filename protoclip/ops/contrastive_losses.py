@@ -157,10 +157,10 @@ def one_way(
     return reduce_weighted(losses, counted, weights, reduction, average)
 
 
-class Rows(NamedTuple):
+class Views(NamedTuple):
     """Rows that are queries and keys of each other."""
 
-    rows: Tensor  # [N, D]
+    features: Tensor  # [N, D]
     logit_scale: Tensor
     matching: Matching
     weights: Tensor | None  # [N]
@@ -201,8 +201,6 @@ def nt_xent(
     return against_each_other(
         op,
         views,
-        views.rows,
-        views.matching,
         decoupled=decoupled,
         label_smoothing=label_smoothing,
         reduction=reduction,
@@ -239,8 +237,6 @@ def sup_con(
     losses = against_each_other(
         op,
         views,
-        views.rows,
-        views.matching,
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
@@ -258,7 +254,7 @@ def two_views(
     decoupled: bool,
     weights: Tensor | None,
     first: int = 0,
-) -> Rows:
+) -> Views:
     """The arguments of ``nt_xent`` for views that are keys ``first`` and following."""
     x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
     if ids is not None:
@@ -270,8 +266,8 @@ def two_views(
     if weights is not None:
         checks.weights(op, weights, x, "")
         weights = torch.cat([weights, weights])
-    views = torch.cat([x, y])
-    itself = torch.arange(first, first + views.shape[0], device=x.device)
+    features = torch.cat([x, y])
+    itself = torch.arange(first, first + features.shape[0], device=x.device)
     matching = Matching(
         positives=itself.roll(x.shape[0]),
         query_ids=ids,
@@ -279,7 +275,7 @@ def two_views(
         same_id=same_id,
         exclude=itself,
     )
-    return Rows(views, logit_scale, matching, weights)
+    return Views(features, logit_scale, matching, weights)
 
 
 def labelled_views(
@@ -289,7 +285,7 @@ def labelled_views(
     logit_scale: Tensor | float,
     weights: Tensor | None,
     first: int = 0,
-) -> Rows:
+) -> Views:
     """The arguments of ``sup_con`` for rows that are keys ``first`` and following."""
     if isinstance(features, Tensor) and features.ndim == 3:
         samples = features[:, 0] if features.shape[1] else features.flatten(1)
@@ -305,31 +301,33 @@ def labelled_views(
     # Rows of unknown labels have a label each.
     labels = labels.where(labels != checks.LEFT_OUT, itself + torch.iinfo(torch.int64).min)
     matching = Matching(query_ids=labels, key_ids=labels, same_id="positive", exclude=itself)
-    return Rows(x, logit_scale, matching, weights)
+    return Views(x, logit_scale, matching, weights)
 
 
 def against_each_other(
     op: str,
-    queries: Rows,
-    keys: Tensor,
-    matching: Matching,
+    views: Views,
     *,
+    keys: Tensor | None = None,
+    matching: Matching | None = None,
     decoupled: bool = False,
     label_smoothing: float,
     reduction: str,
     backend: str,
     average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The loss of rows against keys, among which they are; ``matching`` has the keys of all ranks,
-    and ``average`` averages a divisor over them."""
+    """The loss of views against each other; or against ``keys``, with their ``matching``: the views
+    of all ranks, over which ``average`` averages a divisor."""
+    keys = views.features if keys is None else keys
+    matching = views.matching if matching is None else matching
     if not decoupled:
         return one_way(
             op,
-            queries.rows,
+            views.features,
             keys,
-            queries.logit_scale,
+            views.logit_scale,
             matching,
-            weights=queries.weights,
+            weights=views.weights,
             label_smoothing=label_smoothing,
             reduction=reduction,
             backend=backend,
@@ -337,16 +335,17 @@ def against_each_other(
         )
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.label_smoothing(op, label_smoothing)
-    x = queries.rows
-    scale = queries.logit_scale
+    x = views.features
+    scale = views.logit_scale
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
-    if queries.weights is not None:
-        checks.weights(op, queries.weights, x, backend_name)
+    if views.weights is not None:
+        checks.weights(op, views.weights, x, backend_name)
     matched = pairs.pairs_of(op, x, keys.shape[0], matching)
     positives = positive_means(x, keys, scale, matched)
     without_own = torch.full((x.shape[0],), checks.LEFT_OUT, device=x.device)
     negatives = replace(matching, positives=without_own, same_id="exclude")
-    level = query_losses(
+    # A gap without positives is the log-sum-exp.
+    log_sum_exp = query_losses(
         op,
         x,
         keys,
@@ -356,6 +355,6 @@ def against_each_other(
         backend=backend_name,
         stash=None,
     ).gap
-    counted = (positives.number > 0) & (level != -torch.inf)
-    losses = (level - (1 - label_smoothing) * positives.mean).where(counted, 0)
-    return reduce_weighted(losses, counted.to(losses.dtype), queries.weights, reduction, average)
+    counted = (positives.number > 0) & (log_sum_exp != -torch.inf)
+    losses = (log_sum_exp - (1 - label_smoothing) * positives.mean).where(counted, 0)
+    return reduce_weighted(losses, counted.to(losses.dtype), views.weights, reduction, average)
