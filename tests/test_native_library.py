@@ -26,22 +26,22 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> native.Build:
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> native.Recipe:
     """A small library to build in a cache of its own."""
     (tmp_path / "module.cpp").write_text(SOURCE)
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     flags = ("-O1", "-DANSWER=42")
-    return native.Build("cpu", (tmp_path / "module.cpp",), flags, {"test": str(tmp_path)})
+    return native.Recipe("cpu", (tmp_path / "module.cpp",), flags, {"test": str(tmp_path)})
 
 
 @pytest.fixture
-def built(build: native.Build) -> Path:
+def built(build: native.Recipe) -> Path:
     assert _answer(build) == 42
     (library,) = native.cache_dir().rglob("*.so")
     return library
 
 
-def _answer(build: native.Build) -> int:
+def _answer(build: native.Recipe) -> int:
     """What the library says, loaded as by a new process: torch builds a name once in each."""
     cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
     return ctypes.CDLL(str(native.build(build))).answer()
@@ -49,7 +49,7 @@ def _answer(build: native.Build) -> int:
 
 @needs_compiler
 def test_a_library_is_built_once_and_again_where_it_is_missing(
-    build: native.Build, built: Path
+    build: native.Recipe, built: Path
 ) -> None:
     before = built.stat().st_mtime_ns
     assert _answer(build) == 42 and built.stat().st_mtime_ns == before
@@ -62,9 +62,9 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(
 
 @needs_compiler
 def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
-    build: native.Build, monkeypatch: pytest.MonkeyPatch
+    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(recipe: native.Build, folder: Path) -> None:
+    def killed(recipe: native.Recipe, folder: Path) -> None:
         (folder / f"{recipe.name}.so").write_bytes(b"torn")
         raise KeyboardInterrupt
 
@@ -105,7 +105,7 @@ def replace_by_a_copy(library: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_library_is_built_again_and_never_loaded(
-    build: native.Build, built: Path, damage: str, capfd: pytest.CaptureFixture[str]
+    build: native.Recipe, built: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     replace_by_a_copy(built)
     DAMAGE[damage](built)
@@ -119,7 +119,7 @@ def test_a_damaged_library_is_built_again_and_never_loaded(
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(
-    build: native.Build, built: Path, monkeypatch: pytest.MonkeyPatch
+    build: native.Recipe, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_by_a_copy(built)
     os.truncate(built, 0)
@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_written_to_gives_no_damaged_library(
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_to_is_replaced_by_a_private_folder(
-    build: native.Build,
+    build: native.Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -171,7 +171,7 @@ def test_the_warning_says_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_compiler
-def test_the_one_who_waits_for_another_build_says_so(build: native.Build, built: Path) -> None:
+def test_the_one_who_waits_for_another_build_says_so(build: native.Recipe, built: Path) -> None:
     shutil.rmtree(built.parent)
     code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
     code += f"{pickle.dumps(build)!r}))"
@@ -251,7 +251,7 @@ def test_a_build_leaves_the_list_of_architectures_as_it_was(
         raise OSError("no nvcc")
 
     monkeypatch.setattr(cpp_extension, "load", compiler)
-    build = native.Build("cuda", (), (), {"arch": "9.0a"})
+    build = native.Recipe("cuda", (), (), {"arch": "9.0a"})
     with pytest.raises(OSError, match="no nvcc"):
         native._compile(build, tmp_path)
     assert seen == ["9.0a"] and os.environ.get("TORCH_CUDA_ARCH_LIST") == before

@@ -40,7 +40,7 @@ class Backend:
     keeps_stash: bool = False
     # Whether it has a kernel that turns ids into small numbers (id_codes.py).
     codes_ids: bool = False
-    # To how many centroids points are assigned faster once they are coded; -1: they cannot be.
+    # The largest K for which coding the points first is faster; -1: it cannot code them.
     most_coded_clusters: float = -1
 
 
@@ -71,7 +71,7 @@ def _of_cuda(name: str) -> Function:
     return getattr(native.cuda_ops(), f"{name}_cuda").default
 
 
-def kernels(file: str) -> Backend:
+def triton_backend(file: str) -> Backend:
     """Triton's launchers in a file of kernels/. CPU tensors are for its interpreter only."""
 
     @cache
@@ -88,28 +88,32 @@ CUDA = Backend(_of_cuda, ("cuda",), FLOATS, partial(native.why_not, "cuda"))
 REFERENCE = Backend(partial(getattr, reference), None, ANY_FLOAT, lambda: None)
 
 CPU_WITH_STASH = replace(CPU, keeps_stash=True)
-PROTOTYPES = kernels("prototype_cross_entropy")
+PROTOTYPES = triton_backend("prototype_cross_entropy")
 CLUSTERS = {
     # Beyond 1,024 coding is less than 4 % of an assignment.
     "cpu": replace(CPU, most_coded_clusters=1024),
     "cuda": replace(CUDA, most_coded_clusters=float("inf")),
-    "triton": replace(kernels("clusters"), most_coded_clusters=float("inf")),
+    "triton": replace(triton_backend("clusters"), most_coded_clusters=float("inf")),
     "reference": REFERENCE,
 }
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {"cpu": CPU_WITH_STASH, "triton": kernels("info_nce"), "reference": REFERENCE},
-    "contrastive": {
+    "info_nce": {
         "cpu": CPU_WITH_STASH,
-        "triton": replace(kernels("contrastive"), codes_ids=True),
+        "triton": triton_backend("info_nce"),
         "reference": REFERENCE,
     },
-    "sigmoid_loss": {"cpu": CPU, "triton": kernels("sigmoid_loss"), "reference": REFERENCE},
+    "contrastive": {
+        "cpu": CPU_WITH_STASH,
+        "triton": replace(triton_backend("contrastive"), codes_ids=True),
+        "reference": REFERENCE,
+    },
+    "sigmoid_loss": {"cpu": CPU, "triton": triton_backend("sigmoid_loss"), "reference": REFERENCE},
     "prototype_cross_entropy": {"cpu": CPU, "triton": PROTOTYPES, "reference": REFERENCE},
     "soft_targets": {"cpu": CPU, "triton": PROTOTYPES, "reference": REFERENCE},
     "kmeans_assign": CLUSTERS,
     "segment_mean": CLUSTERS,
 }
-PUBLIC = {  # ops that use the table row of another op, and another name of one
+ROW_OF = {  # public name -> row of TABLE, where they differ
     "nt_xent": "contrastive",
     "sup_con": "contrastive",
     "contrastive_parts": "contrastive",
@@ -135,24 +139,26 @@ def backends(op: str) -> dict[str, str | None]:
     Raises:
         ValueError: no such op.
     """
-    if (row := PUBLIC.get(op, op)) not in TABLE:
-        raise ValueError(f"backends: expected one of {sorted({*TABLE, *PUBLIC})}, got {op!r}")
-    return {name: backend.why_not() for name, backend in TABLE[row].items()}
+    row_name = ROW_OF.get(op, op)
+    if row_name not in TABLE:
+        raise ValueError(f"backends: expected one of {sorted({*TABLE, *ROW_OF})}, got {op!r}")
+    return {name: backend.why_not() for name, backend in TABLE[row_name].items()}
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an op on such tensors, in words; None if it can."""
-    row = TABLE[op].get(backend)
-    if row is None:
+    implementation = TABLE[op].get(backend)
+    if implementation is None:
         return f"{op} has only {', '.join(sorted(TABLE[op]))}"
     if backend != "reference" and in_transform():
         return "torch.func's transforms and forward-mode differentiation need the reference"
-    if row.device_types is not None and device_type not in row.device_types:
-        return f"it runs on {' or '.join(row.device_types)}, the tensors are on {device_type}"
-    if dtype not in row.dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in row.dtypes)
+    device_types = implementation.device_types
+    if device_types is not None and device_type not in device_types:
+        return f"it runs on {' or '.join(device_types)}, the tensors are on {device_type}"
+    if dtype not in implementation.dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in implementation.dtypes)
         return f"it takes {names}, the tensors are {str(dtype).removeprefix('torch.')}"
-    return row.why_not()
+    return implementation.why_not()
 
 
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:

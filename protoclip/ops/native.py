@@ -41,12 +41,12 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
-class Build:
+class Recipe:
     """What is compiled, and how."""
 
-    half: str  # "cpu" | "cuda"
+    device_type: str  # "cpu" | "cuda"
     sources: tuple[Path, ...]
-    flags: tuple[str, ...]  # of the half's own compiler
+    flags: tuple[str, ...]  # of the C++ compiler, or of nvcc
     parameters: dict[str, str]
 
     @property
@@ -56,7 +56,7 @@ class Build:
         for path in sorted(csrc().glob("*")):
             if path.suffix in (".h", ".cuh") or path in self.sources:
                 digest.update(path.name.encode() + path.read_bytes())
-        return f"protoclip_{self.half}_{digest.hexdigest()[:16]}"
+        return f"protoclip_{self.device_type}_{digest.hexdigest()[:16]}"
 
 
 def csrc() -> Path:
@@ -80,17 +80,17 @@ def cuda_ops() -> Any:
     return torch.ops.protoclip_native
 
 
-def _require(half: str) -> None:
-    if reason := why_not(half):
-        raise RuntimeError(f"protoclip's {half} library is not available: {reason}")
+def _require(device_type: str) -> None:
+    if reason := why_not(device_type):
+        raise RuntimeError(f"protoclip's {device_type} library is not available: {reason}")
 
 
 @cache
-def why_not(half: str) -> str | None:
+def why_not(device_type: str) -> str | None:
     """None if the native library works here (building it if necessary), else the reason."""
     if os.environ.get("PROTOCLIP_DISABLE_JIT") == "1":
         return "PROTOCLIP_DISABLE_JIT=1 is set"
-    if half == "cuda":
+    if device_type == "cuda":
         from torch.utils.cpp_extension import CUDA_HOME
 
         if not torch.cuda.is_available():
@@ -101,26 +101,26 @@ def why_not(half: str) -> str | None:
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         reason = f"no C++ compiler was found (looked for {compiler!r} and 'g++')"
         remedy = "apt install g++, dnf install gcc-c++, or conda install cxx-compiler"
-        _warn(f"{reason}. Install one ({remedy}) or set CXX", half)
+        _warn(f"{reason}. Install one ({remedy}) or set CXX", device_type)
         return reason
     try:
-        torch.ops.load_library(_library(half))
+        torch.ops.load_library(_library(device_type))
         return None
     except Exception as error:  # whatever the toolchain throws: the reference still works
         reason = f"no native library: {str(error).strip() or type(error).__name__}"
         advice = "PROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output"
         if isinstance(error, OSError):
             advice = "PROTOCLIP_CACHE names another folder"
-        _warn(f"{reason[:2000]}\n{advice}", half)
+        _warn(f"{reason[:2000]}\n{advice}", device_type)
         return reason.splitlines()[0]
 
 
-def _warn(problem: str, half: str) -> None:
+def _warn(problem: str, device_type: str) -> None:
     consequence = (
         "the reference backends run instead: several times slower, and their losses hold all "
         "logits in memory"
     )
-    if half == "cuda":  # the losses of a card are Triton's
+    if device_type == "cuda":  # the losses of a card are Triton's
         consequence = "k-means runs on Triton or in plain torch instead, slower; losses are as fast"
     message = f"protoclip: {problem}. Until then {consequence}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -148,26 +148,26 @@ def _host_utilities() -> Any:
 
 
 @cache
-def _library(half: str) -> Path:
+def _library(device_type: str) -> Path:
     """Built once a process: a second copy, of another cache, would register its ops again."""
-    return build(_recipe(half))
+    return build(_recipe(device_type))
 
 
-def _recipe(half: str) -> Build:
+def _recipe(device_type: str) -> Recipe:
     folder = csrc()
     parameters = {"torch": torch.__version__, "cxx11": str(torch._C._GLIBCXX_USE_CXX11_ABI)}
     parameters |= {"python": platform.python_version(), "machine": platform.machine()}
-    if half == "cpu":
+    if device_type == "cpu":
         sources = [p for p in sorted(folder.glob("*.cpp")) if not p.name.startswith("cuda_")]
         capability = torch.backends.cpu.get_cpu_capability()
         parameters |= {"capability": capability, "cpu": _cpu_flags()}
         flags = "-O3 -march=native -fopenmp -fno-math-errno -Wno-unknown-pragmas"
         if capability in ("AVX2", "AVX512"):
             flags += f" -DCPU_CAPABILITY={capability} -DCPU_CAPABILITY_{capability}"
-        return Build(half, tuple(sources), tuple(flags.split()), parameters)
+        return Recipe(device_type, tuple(sources), tuple(flags.split()), parameters)
     sources = [*sorted(folder.glob("*.cu")), *sorted(folder.glob("cuda_*.cpp"))]
     parameters |= {"cuda": str(torch.version.cuda), "arch": cuda_architectures()}
-    return Build(half, tuple(sources), ("-O3", "--use_fast_math"), parameters)
+    return Recipe(device_type, tuple(sources), ("-O3", "--use_fast_math"), parameters)
 
 
 def cuda_architectures() -> str:
@@ -194,7 +194,7 @@ def _cpu_flags() -> str:
     return platform.processor()
 
 
-def build(recipe: Build) -> Path:
+def build(recipe: Recipe) -> Path:
     """The path of the library, which is compiled unless an intact one exists; where the cache
     cannot be written, in a folder that only this user can."""
     cache = cache_dir() / "native"
@@ -202,7 +202,7 @@ def build(recipe: Build) -> Path:
     if is_whole(library):
         return library
     try:
-        lock = _locked(library, recipe.half)
+        lock = _locked(library, recipe.device_type)
     except OSError as error:
         private = _private_folder()
         _say(
@@ -210,7 +210,7 @@ def build(recipe: Build) -> Path:
             "PROTOCLIP_CACHE names another folder\n"
         )
         library = private / recipe.name / library.name
-        lock = _locked(library, recipe.half)
+        lock = _locked(library, recipe.device_type)
     folder = library.parent
     with lock:
         if not is_whole(library):
@@ -227,7 +227,7 @@ def build(recipe: Build) -> Path:
     return library
 
 
-def _locked(library: Path, half: str) -> Any:
+def _locked(library: Path, device_type: str) -> Any:
     """The held lock of a library's build, to be released; other processes wait for it."""
     from filelock import FileLock, Timeout
 
@@ -237,7 +237,7 @@ def _locked(library: Path, half: str) -> Any:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        _say(f"waiting for another process that compiles the {half} kernels ...\n")
+        _say(f"waiting for another process that compiles the {device_type} kernels ...\n")
         return lock.acquire()
 
 
@@ -288,25 +288,25 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _compile(build: Build, folder: Path) -> None:
+def _compile(recipe: Recipe, folder: Path) -> None:
     from torch.utils import cpp_extension
 
-    _say(f"compiling the {build.half} kernels, once (about half a minute) ...")
+    _say(f"compiling the {recipe.device_type} kernels, once (about half a minute) ...")
     start = time.perf_counter()
-    cpu = build.half == "cpu"
+    cpu = recipe.device_type == "cpu"
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
         path = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
     variables = {"PATH": path}
     if not cpu:
-        variables["TORCH_CUDA_ARCH_LIST"] = build.parameters["arch"]
+        variables["TORCH_CUDA_ARCH_LIST"] = recipe.parameters["arch"]
     try:
         with _environment(variables):
             cpp_extension.load(
-                name=build.name,
-                sources=[str(p) for p in build.sources],
-                extra_cflags=list(build.flags) if cpu else ["-O3"],
-                extra_cuda_cflags=list(build.flags),
+                name=recipe.name,
+                sources=[str(p) for p in recipe.sources],
+                extra_cflags=list(recipe.flags) if cpu else ["-O3"],
+                extra_cuda_cflags=list(recipe.flags),
                 extra_ldflags=["-fopenmp"] if cpu else [],
                 build_directory=str(folder),
                 is_python_module=False,
