@@ -253,21 +253,28 @@ class DistillClipLoss(ClipLoss):
     ) -> Tensor:
         """Mean over the queries of q.(own key - mean key by the teacher's probabilities), []."""
         first = self.rank * len(queries) if self.world_size > 1 and self.local_loss else 0
-        rows = [queries, teachers_queries.detach()]
         all_keys = self._of_all_ranks(keys).float()
         with torch.no_grad():
             teachers_keys = gather_rows(teachers_keys) if self.world_size > 1 else teachers_keys
+        teachers_queries = teachers_queries.detach()
         if not self.local_loss:
-            rows = [self._of_all_ranks(row) for row in rows]
-        x, teacher = (row.float() for row in rows)
+            queries = self._of_all_ranks(queries)
+            teachers_queries = self._of_all_ranks(teachers_queries)
+        x = queries.float()
+        attending = teachers_scale * teachers_queries.float()
         # One width for all three, which torch's kernels want.
-        width = max(x.shape[1], teacher.shape[1])
-        attending, attended, values = (
-            F.pad(t, (0, width - t.shape[1]))[None, None]
-            for t in (teachers_scale * teacher, teachers_keys.detach().float(), all_keys)
-        )
+        width = max(x.shape[1], attending.shape[1])
+
+        def padded(rows: Tensor) -> Tensor:
+            return F.pad(rows, (0, width - rows.shape[1]))[None, None]
+
         with without_autocast(x.device.type):
-            attention = F.scaled_dot_product_attention(attending, attended, values, scale=1.0)
+            attention = F.scaled_dot_product_attention(
+                padded(attending),
+                padded(teachers_keys.detach().float()),
+                padded(all_keys),
+                scale=1.0,
+            )
         mean_keys = attention[0, 0]
         own_keys = all_keys[first : first + len(x)]
         return (x * (own_keys - mean_keys[:, : x.shape[1]])).sum(dim=1).mean()
@@ -474,7 +481,10 @@ class ProtoClipLoss(ClipLoss):
         losses: dict[str, Any] = {"contrastive_loss": contrastive}
         image = image_features if image_projection is None else image_projection
         text = text_features if text_projection is None else text_projection
-        features = {"image": self._balanced(image), "text": self._balanced(text)}
+        features = {
+            "image": self._scaled_like_contrastive(image),
+            "text": self._scaled_like_contrastive(text),
+        }
         self.online.move_to(image.device)
         sets = self.online.sets
         labels = self.online.labels_of(features, index)
@@ -489,7 +499,7 @@ class ProtoClipLoss(ClipLoss):
             self.online.observe(image.detach(), text.detach(), index)
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
-    def _balanced(self, x: Tensor) -> Tensor:
+    def _scaled_like_contrastive(self, x: Tensor) -> Tensor:
         """x with its gradient divided by world_size, if OpenCLIP's InfoNCE does the same."""
         if self.world_size == 1 or self.gather_with_grad:
             return x

@@ -98,17 +98,17 @@ class OnlinePrototypes:
             if step.keys is not None:
                 state[f"queue.{step.number}.{KEYS}"] = step.keys
         for prototype_set in self.sets or ():
-            place = f"{prototype_set.source}.{prototype_set.student}"
-            state[f"prototypes.{place}"] = prototype_set.prototypes
+            source_and_student = f"{prototype_set.source}.{prototype_set.student}"
+            state[f"prototypes.{source_and_student}"] = prototype_set.prototypes
             if prototype_set.targets is not None:
-                state[f"targets.{place}"] = prototype_set.targets
+                state[f"targets.{source_and_student}"] = prototype_set.targets
         if self.stored_labels is not None:
             state[f"labels.{KEYS}"] = self.stored_labels.keys
-            state |= _named("labels", self.stored_labels.labels)
+            state |= _with_prefix("labels", self.stored_labels.labels)
         newest = {name: rows[-BALANCED_ROWS:].clone() for name, rows in self._clustered.items()}
         sizes = {name: torch.tensor(size) for name, size in self._sizes.items()}
-        state |= _named("centroids", self.centroids) | _named("clustered", newest)
-        return state | _named("sizes", sizes) | _named("accuracy", self._accuracy)
+        state |= _with_prefix("centroids", self.centroids) | _with_prefix("clustered", newest)
+        return state | _with_prefix("sizes", sizes) | _with_prefix("accuracy", self._accuracy)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a ``state_dict``; of a loss that has not begun, it may be empty."""
@@ -116,7 +116,7 @@ class OnlinePrototypes:
             return
         self.steps, self._calls, self._clusterings, self._next = state["counters"].tolist()
         rows_by_step: dict[int, dict[str, Tensor]] = {}
-        for name, rows in _under("queue", state).items():
+        for name, rows in _without_prefix("queue", state).items():
             number, _, column = name.partition(".")
             rows_by_step.setdefault(int(number), {})[column] = rows
         self._recent = deque(
@@ -124,19 +124,19 @@ class OnlinePrototypes:
             for number, rows in sorted(rows_by_step.items())  # safetensors sorts names as text
         )
         self._filled = sum(map(len, self._recent))
-        targets = _under("targets", state)
+        targets = _without_prefix("targets", state)
         sets = []
-        for place, prototypes in _under("prototypes", state).items():
-            source, _, student = place.partition(".")
-            sets.append(PrototypeSet(source, student, prototypes, targets.get(place)))
+        for source_and_student, prototypes in _without_prefix("prototypes", state).items():
+            source, _, student = source_and_student.partition(".")
+            sets.append(PrototypeSet(source, student, prototypes, targets.get(source_and_student)))
         self.sets = sets or None
-        labels = _under("labels", state)
+        labels = _without_prefix("labels", state)
         keys = labels.pop(KEYS, None)
         self.stored_labels = None if keys is None else StoredLabels(keys, labels)
-        self.centroids = _under("centroids", state)
-        self._clustered = _under("clustered", state)
-        self._sizes = {name: float(size) for name, size in _under("sizes", state).items()}
-        self._accuracy = _under("accuracy", state)
+        self.centroids = _without_prefix("centroids", state)
+        self._clustered = _without_prefix("clustered", state)
+        self._sizes = {name: float(size) for name, size in _without_prefix("sizes", state).items()}
+        self._accuracy = _without_prefix("accuracy", state)
 
     @torch._disable_dynamo
     def move_to(self, device: torch.device) -> None:
@@ -259,15 +259,17 @@ class OnlinePrototypes:
         return counts | self._sizes | accuracy
 
 
-def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _under(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that ``_named`` has put there."""
-    begin = f"{kind}."
+def _without_prefix(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under ``kind.``, without that prefix."""
+    prefix = f"{kind}."
     return {
-        name.removeprefix(begin): tensor for name, tensor in state.items() if name.startswith(begin)
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
     }
 
 
