@@ -177,10 +177,10 @@ class RunFolder(NullRunFolder):
         checkpoint.save(latest, payload, previous=self._checkpoints / checkpoint.PREVIOUS)
         if epoch is None:
             return
-        kept = self._checkpoints / f"epoch_{epoch}.pt"
-        checkpoint.link(latest, kept)
+        file = self._checkpoints / f"epoch_{epoch}.pt"
+        checkpoint.link(latest, file)
         for other in checkpoint.numbered(self._checkpoints) if self._keeps_one else ():
-            if other != kept:
+            if other != file:
                 other.unlink()
 
     def close(self) -> None:
