@@ -507,9 +507,12 @@ def test_the_rows_of_a_picture_in_a_table_are_one_picture(photos: Path, out: Pat
         draw(photos / f"{i}.png", i)
         lines += [f"{i}.png,{view} of {i}" for view in ("the front", "the back", "a side")]
     (photos / "pairs.csv").write_text("\n".join(lines))
+    keys = [f"{i}.png{row}" for i in range(8) for row in ("", "#2", "#3")]
+    features = np.random.default_rng(0).standard_normal((24, 8))
+    np.savez(photos / "x.npz", features=features, keys=np.array(keys))
     folder = out.parent / "linked"
-    flags = [*known_features(photos), "--k", "2", "--out", str(out), "--link-to", str(folder)]
-    assert cluster([str(photos / "pairs.csv"), *flags]) == 0
+    flags = ["--features", str(photos / "x.npz"), "--k", "2", "--out", str(out)]
+    assert cluster([str(photos / "pairs.csv"), *flags, "--link-to", str(folder)]) == 0
     with (out / "clusters.csv").open() as file:
         names = [row["file"] for row in csv.DictReader(file)]
     assert names == [f"{i}.png" for i in range(8)]
