@@ -210,6 +210,25 @@ def test_tuning_goes_on_until_the_best_rate_is_not_at_the_edge(done: protocol.Do
     assert {task.lr for task in judged} == {1.6e-2}
 
 
+def test_rows_of_two_rates_are_judged_at_each_other_s_too(done: protocol.Done) -> None:
+    order = Order(FULL, done)
+    tuned = {(EQUAL_TIME, 64): 1e-3, (OURS, 64): 1e-3, (EQUAL_TIME, 256): 1e-3, (OURS, 256): 2e-3}
+    while (task := next((t for t in order.at_one_rate() if t.key not in done), None)) is not None:
+        distance = abs(np.log2(task.lr / tuned[task.row, task.batch]))
+        done[task.key] = scored(task, 1 - distance / 100)
+    judged = [
+        Task(**{f.name: run[f.name] for f in dataclasses.fields(Task)})
+        for run in done.values()
+        if run["stage"] == "rate"
+    ]
+    assert seeds_by_row(judged) == {
+        (MLP, row, 256, 60_000): list(range(100, 108)) for row in (EQUAL_TIME, OURS)
+    }
+    assert {(task.row, task.lr) for task in judged} == {(EQUAL_TIME, 2e-3), (OURS, 1e-3)}
+    lengths = {order.epochs(MLP, task.row, 256, 60_000) == task.epochs for task in judged}
+    assert lengths == {True}
+
+
 def seeds_by_row(tasks: Iterable[Task]) -> dict[tuple[str, str, int, int], list[int]]:
     seeds: dict[tuple[str, str, int, int], list[int]] = {}
     for task in tasks:
@@ -351,6 +370,27 @@ def test_the_page_has_the_planned_table_and_the_rest_says_that_it_is_exploratory
     assert "+0.018" in line and "(p " in line
     assert "Exploratory, not corrected" in text
     assert "](small-batches.svg)" in text
+
+
+def test_differences_at_one_rate_pair_what_was_judged_at_it() -> None:
+    runs = judged_runs(MLP)
+    for run in runs:
+        if (run["row"], run["batch"]) == (OURS, 256):
+            run["lr"] = 2e-3
+    swapped = [
+        scored(Task("rate", MLP, row, 100 + i, lr, 4.0, 256, 60_000), value)
+        for row, lr, of_seeds in ((OURS, 1e-3, [0.5] * 8), (EQUAL_TIME, 2e-3, [0.6] * 8))
+        for i, value in enumerate(of_seeds)
+    ]
+    text = small_batches_report.section([run | ORIGIN for run in (*runs, *swapped)], ())
+    lines = [line for line in text.splitlines() if line.startswith("| batch 256, both at")]
+    both_at_1e3 = np.subtract([0.5] * 8, EQUAL_256[:8])
+    both_at_2e3 = np.subtract(OURS_256[:8], [0.6] * 8)
+    for line, rate, gained in zip(
+        lines, ("0.001", "0.002"), (both_at_1e3, both_at_2e3), strict=True
+    ):
+        assert line.startswith(f"| batch 256, both at {rate} | 8 |")
+        assert f"{gained.mean():+.3f}" in line
 
 
 def test_a_rate_at_the_edge_of_what_was_tried_is_not_called_the_best() -> None:

@@ -126,7 +126,8 @@ TINY = Size(
 
 @dataclass(frozen=True)
 class Task(study.Task):
-    """A run; its stage is "tune", "floor", "main" or "best", or "pairs" or "teacher" if timed."""
+    """A run; its stage is "tune", "floor", "main", "rate" or "best", or "pairs" or "teacher" if
+    timed."""
 
     batch: int = 0
     icons: int = 0
@@ -349,6 +350,27 @@ class Order:
         seeds = size.planned_seeds[tower]
         yield from self.rows(tower, (EQUAL_TIME, OURS), size.batches, seeds=seeds)
 
+    def at_one_rate(self) -> Tasks:
+        """The planned rows of the MLP at each other's learning rate, where theirs differ."""
+        size = self.size
+        for batch in size.batches:
+            epochs: dict[str, float] = {}
+            rates: dict[str, float] = {}
+            for row in (EQUAL_TIME, OURS):
+                length = self.epochs(MLP, row, batch, size.icons)
+                if length is None:
+                    break
+                lr = yield from self.tune(MLP, row, batch, length, size.icons, size.few_seeds)
+                if lr is not None:
+                    epochs[row] = length
+                    rates[row] = lr
+            if len(set(rates.values())) < 2:
+                continue
+            for seed in range(FIRST_SEED, FIRST_SEED + size.seeds):
+                for row, other in ((EQUAL_TIME, OURS), (OURS, EQUAL_TIME)):
+                    lr = rates[other]
+                    yield Task("rate", MLP, row, seed, lr, epochs[row], batch, size.icons)
+
     def best(self) -> Tasks:
         """CLIP and ours at their best batches, for the time of ours at the small one."""
         size = self.size
@@ -382,8 +404,10 @@ class Order:
         yield from (Task("floor", "", name, 0) for name in FLOORS)
         yield from self.planned(MLP)
         yield from self.rows(MLP, (CLIP, WITH_TEACHER), size.batches)
+        yield from self.at_one_rate()
+        yield from self.rows(MLP, (SHUFFLED, DISTILLED), small)
+        yield from self.rows(MLP, (INTERNAL_ONLY, *QUEUES), small)
         yield from self.planned(CNN)
-        yield from self.rows(MLP, (*QUEUES, *CONTROLS), small)
         yield from self.best()
         few = {"seeds": size.few_seeds, "tuning_seeds": 1}
         yield from self.rows(MLP, (EQUAL_TIME, OURS), size.axis, **few)

@@ -172,16 +172,37 @@ def order(by_seed: Mapping[int, Run]) -> tuple[int, int, bool]:
 
 
 def beside_rivals(runs: Runs) -> str:
-    """What a teacher's prototypes gain over each other row at the small batch."""
-    batch = BATCHES[0]
-    ours = name(OURS, batch)
+    """What a teacher's prototypes gain over each other row at the two batches."""
     lines = []
-    for row in runs:
-        if row.endswith(f", batch {batch}") and row != ours:
-            cells = [text_of(difference(runs, ours, row, metric)) for metric in METRICS]
-            if set(cells) != {"–"}:
-                lines.append([f"to {row}", *cells])
+    for batch in BATCHES:
+        ours = name(OURS, batch)
+        for row in runs:
+            if row.endswith(f", batch {batch}") and row != ours:
+                cells = [text_of(difference(runs, ours, row, metric)) for metric in METRICS]
+                if set(cells) != {"–"}:
+                    lines.append([f"to {row}", *cells])
     return table(["a teacher's prototypes alone", *METRICS], lines) if lines else ""
+
+
+def at_one_rate_table(runs: Runs, at_other_rate: Runs) -> str:
+    """What a teacher's prototypes gain over CLIP at equal time if both have the same learning rate,
+    where tuning gave them two."""
+    lines = []
+    for batch in BATCHES:
+        ours, equal = name(OURS, batch), name(EQUAL_TIME, batch)
+        if not {ours, equal} <= at_other_rate.keys():
+            continue
+        pairs = (
+            {ours: at_other_rate[ours], equal: runs[equal]},
+            {ours: runs[ours], equal: at_other_rate[equal]},
+        )
+        for pair in pairs:
+            lr = next(iter(pair[ours].values()))["lr"]
+            seeds = len(pair[ours].keys() & pair[equal].keys())
+            cells = [text_of(difference(pair, ours, equal, metric)) for metric in METRICS]
+            lines.append([f"batch {batch}, both at {lr:g}", str(seeds), *cells])
+    head = ["a teacher's prototypes to CLIP at equal time, at one learning rate", "seeds"]
+    return table([*head, *METRICS], lines) if lines else ""
 
 
 def best_table(runs: Runs) -> str:
@@ -338,6 +359,7 @@ def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
         tables = [
             rows_table(runs),
             beside_rivals(runs),
+            at_one_rate_table(runs, runs_of(finished, tower, "rate")),
             best_table(runs_of(finished, tower, "best")),
         ]
         words = "Exploratory, not corrected: values of CLIP at equal time, differences to them."
