@@ -210,23 +210,25 @@ def test_tuning_goes_on_until_the_best_rate_is_not_at_the_edge(done: protocol.Do
     assert {task.lr for task in judged} == {1.6e-2}
 
 
-def test_rows_of_two_rates_are_judged_at_each_other_s_too(done: protocol.Done) -> None:
+def test_planned_rows_are_judged_at_the_two_best_rates_of_ours(done: protocol.Done) -> None:
+    best = {(EQUAL_TIME, 64): 1e-3, (OURS, 64): 1e-3, (EQUAL_TIME, 256): 1e-3, (OURS, 256): 2e-3}
     order = Order(FULL, done)
-    tuned = {(EQUAL_TIME, 64): 1e-3, (OURS, 64): 1e-3, (EQUAL_TIME, 256): 1e-3, (OURS, 256): 2e-3}
-    while (task := next((t for t in order.at_one_rate() if t.key not in done), None)) is not None:
-        distance = abs(np.log2(task.lr / tuned[task.row, task.batch]))
-        done[task.key] = scored(task, 1 - distance / 100)
-    judged = [
-        Task(**{f.name: run[f.name] for f in dataclasses.fields(Task)})
-        for run in done.values()
-        if run["stage"] == "rate"
-    ]
-    assert seeds_by_row(judged) == {
-        (MLP, row, 256, 60_000): list(range(100, 108)) for row in (EQUAL_TIME, OURS)
+    assert not list(order.at_one_rate())  # before tuning
+    for (row, batch), lr_of_best in best.items():
+        epochs = order.epochs(MLP, row, batch, 60_000)
+        assert epochs is not None
+        for lr, value in ((lr_of_best / 2, 0.5), (lr_of_best, 0.6), (lr_of_best * 2, 0.4)):
+            task = Task("tune", MLP, row, 1000, lr, epochs, batch, 60_000)
+            done[task.key] = scored(task, value)
+    tasks = list(order.at_one_rate())
+    assert {(task.stage, task.row, task.batch, task.lr) for task in tasks} == {
+        ("rate", EQUAL_TIME, 64, 5e-4),
+        ("rate", OURS, 64, 5e-4),
+        ("rate", EQUAL_TIME, 256, 2e-3),
+        ("rate", OURS, 256, 1e-3),
     }
-    assert {(task.row, task.lr) for task in judged} == {(EQUAL_TIME, 2e-3), (OURS, 1e-3)}
-    lengths = {order.epochs(MLP, task.row, 256, 60_000) == task.epochs for task in judged}
-    assert lengths == {True}
+    assert set(map(tuple, seeds_by_row(tasks).values())) == {tuple(range(100, 108))}
+    assert all(task.epochs == order.epochs(MLP, task.row, task.batch, 60_000) for task in tasks)
 
 
 def seeds_by_row(tasks: Iterable[Task]) -> dict[tuple[str, str, int, int], list[int]]:
@@ -372,7 +374,7 @@ def test_the_page_has_the_planned_table_and_the_rest_says_that_it_is_exploratory
     assert "](small-batches.svg)" in text
 
 
-def test_differences_at_one_rate_pair_what_was_judged_at_it() -> None:
+def test_differences_by_rate_are_of_the_same_seeds() -> None:
     runs = judged_runs(MLP)
     for run in runs:
         if (run["row"], run["batch"]) == (OURS, 256):
@@ -383,13 +385,15 @@ def test_differences_at_one_rate_pair_what_was_judged_at_it() -> None:
         for i, value in enumerate(of_seeds)
     ]
     text = small_batches_report.section([run | ORIGIN for run in (*runs, *swapped)], ())
-    lines = [line for line in text.splitlines() if line.startswith("| batch 256, both at")]
-    both_at_1e3 = np.subtract([0.5] * 8, EQUAL_256[:8])
-    both_at_2e3 = np.subtract(OURS_256[:8], [0.6] * 8)
-    for line, rate, gained in zip(
-        lines, ("0.001", "0.002"), (both_at_1e3, both_at_2e3), strict=True
-    ):
-        assert line.startswith(f"| batch 256, both at {rate} | 8 |")
+    lines = [line for line in text.splitlines() if line.startswith("| batch 256: ")]
+    expected = {
+        "0.001, CLIP 0.001": np.subtract([0.5] * 8, EQUAL_256[:8]),
+        "0.001, CLIP 0.002": np.subtract([0.5] * 8, [0.6] * 8),
+        "0.002, CLIP 0.001": np.subtract(OURS_256[:8], EQUAL_256[:8]),
+        "0.002, CLIP 0.002": np.subtract(OURS_256[:8], [0.6] * 8),
+    }
+    for line, (rates, gained) in zip(lines, expected.items(), strict=True):
+        assert line.startswith(f"| batch 256: {rates} | 8 |")
         assert f"{gained.mean():+.3f}" in line
 
 

@@ -1,9 +1,9 @@
 """Do a teacher's prototypes help at equal time, and does a small batch matter?
 
 ``make small-batches``, resumable at any point. The rules are in docs/small-batches.md and were
-written before any run. Data, towers, metrics and judging are the study's (``protocol.py``); the
-sets that are judged, the rows and what is compared are its own. ``--pairs`` does only the runs that
-are timed, which must have nothing beside them.
+written before the first run and last changed before the first judged one. Data, towers, metrics and
+judging are the study's (``protocol.py``); the sets that are judged, the rows and what is compared
+are its own. ``--pairs`` does only the runs that are timed, which must have nothing beside them.
 """
 
 from __future__ import annotations
@@ -350,26 +350,32 @@ class Order:
         seeds = size.planned_seeds[tower]
         yield from self.rows(tower, (EQUAL_TIME, OURS), size.batches, seeds=seeds)
 
+    def tried(self, row: str, batch: int) -> dict[float, float]:
+        """The tuning scores of a planned row of the MLP by learning rate."""
+        found: dict[float, list[float]] = {}
+        length = self.epochs(MLP, row, batch, self.size.icons)
+        for run in self.done.values():
+            of_row = (run["tower"], run["row"], run["batch"], run["icons"], run["epochs"])
+            if run["stage"] == "tune" and of_row == (MLP, row, batch, self.size.icons, length):
+                found.setdefault(run["lr"], []).append(score(run))
+        return {lr: statistics.fmean(scores) for lr, scores in found.items()}
+
     def at_one_rate(self) -> Tasks:
-        """The planned rows of the MLP at each other's learning rate, where theirs differ."""
+        """The planned rows of the MLP at the two learning rates that were the best for ours, as far
+        as they have not been judged at them."""
         size = self.size
         for batch in size.batches:
-            epochs: dict[str, float] = {}
-            rates: dict[str, float] = {}
-            for row in (EQUAL_TIME, OURS):
-                length = self.epochs(MLP, row, batch, size.icons)
-                if length is None:
-                    break
-                lr = yield from self.tune(MLP, row, batch, length, size.icons, size.few_seeds)
-                if lr is not None:
-                    epochs[row] = length
-                    rates[row] = lr
-            if len(set(rates.values())) < 2:
+            scores = {row: self.tried(row, batch) for row in (EQUAL_TIME, OURS)}
+            if not all(scores.values()):  # until the planned runs are tuned
                 continue
+            ranked = {row: sorted(of_row, key=of_row.__getitem__) for row, of_row in scores.items()}
             for seed in range(FIRST_SEED, FIRST_SEED + size.seeds):
-                for row, other in ((EQUAL_TIME, OURS), (OURS, EQUAL_TIME)):
-                    lr = rates[other]
-                    yield Task("rate", MLP, row, seed, lr, epochs[row], batch, size.icons)
+                for row, rates in ranked.items():
+                    epochs = self.epochs(MLP, row, batch, size.icons)
+                    assert epochs is not None
+                    for lr in ranked[OURS][-2:]:
+                        if lr != rates[-1]:
+                            yield Task("rate", MLP, row, seed, lr, epochs, batch, size.icons)
 
     def best(self) -> Tasks:
         """CLIP and ours at their best batches, for the time of ours at the small one."""

@@ -184,25 +184,35 @@ def beside_rivals(runs: Runs) -> str:
     return table(["a teacher's prototypes alone", *METRICS], lines) if lines else ""
 
 
-def at_one_rate_table(runs: Runs, at_other_rate: Runs) -> str:
-    """What a teacher's prototypes gain over CLIP at equal time if both have the same learning rate,
-    where tuning gave them two."""
-    lines = []
-    for batch in BATCHES:
-        ours, equal = name(OURS, batch), name(EQUAL_TIME, batch)
-        if not {ours, equal} <= at_other_rate.keys():
+def rates_table(finished: Iterable[Run]) -> str:
+    """What a teacher's prototypes gain over CLIP at equal time by the learning rates of the two, in
+    the seeds that were judged at more than one."""
+    judged: dict[tuple[str, int], dict[float, dict[int, Run]]] = {}
+    seeds: dict[int, set[int]] = {}
+    for run in finished:
+        if run["stage"] not in ("main", "rate") or (run["tower"], run["icons"]) != ("mlp", ICONS):
             continue
-        pairs = (
-            {ours: at_other_rate[ours], equal: runs[equal]},
-            {ours: runs[ours], equal: at_other_rate[equal]},
+        by_lr = judged.setdefault((run["row"], run["batch"]), {})
+        by_lr.setdefault(run["lr"], {})[run["seed"]] = run
+        if run["stage"] == "rate":
+            seeds.setdefault(run["batch"], set()).add(run["seed"])
+    lines = []
+    for batch in sorted(seeds):
+        of_ours, of_clip = (
+            {
+                lr: {seed: run for seed, run in by_seed.items() if seed in seeds[batch]}
+                for lr, by_seed in sorted(judged.get((row, batch), {}).items())
+            }
+            for row in (OURS, EQUAL_TIME)
         )
-        for pair in pairs:
-            lr = next(iter(pair[ours].values()))["lr"]
-            seeds = len(pair[ours].keys() & pair[equal].keys())
-            cells = [text_of(difference(pair, ours, equal, metric)) for metric in METRICS]
-            lines.append([f"batch {batch}, both at {lr:g}", str(seeds), *cells])
-    head = ["a teacher's prototypes to CLIP at equal time, at one learning rate", "seeds"]
-    return table([*head, *METRICS], lines) if lines else ""
+        for lr, ours in of_ours.items():
+            for lr_of_clip, clip in of_clip.items():
+                pair = {OURS: ours, EQUAL_TIME: clip}
+                cells = [text_of(difference(pair, OURS, EQUAL_TIME, metric)) for metric in METRICS]
+                rates = f"batch {batch}: {lr:g}, CLIP {lr_of_clip:g}"
+                lines.append([rates, str(len(ours.keys() & clip.keys())), *cells])
+    head = ["a teacher's prototypes to CLIP at equal time, by learning rate", "seeds", *METRICS]
+    return table(head, lines) if lines else ""
 
 
 def best_table(runs: Runs) -> str:
@@ -359,7 +369,7 @@ def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
         tables = [
             rows_table(runs),
             beside_rivals(runs),
-            at_one_rate_table(runs, runs_of(finished, tower, "rate")),
+            rates_table(finished) if tower == "mlp" else "",
             best_table(runs_of(finished, tower, "best")),
         ]
         words = "Exploratory, not corrected: values of CLIP at equal time, differences to them."
