@@ -7,6 +7,7 @@
 //   kBf16   bf16 operands as they are (vdpbf16ps or AMX).
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
@@ -129,7 +130,7 @@ inline void multiply_plain(int64_t m, int64_t n, int64_t k, const float* a, int6
 }
 
 template <typename T>
-bool brgemm_works() {  // torch may have no oneDNN, or it may be switched off, or not be x86
+bool brgemm_works() {  // torch may have no oneDNN, or not be x86
   try {
     const T one[2] = {T(1.f), T(1.f)};
     float out = 0.f;
@@ -156,8 +157,12 @@ inline CpuMatrixUnits find_matrix_units() {
 #endif
 }
 
-// Asked once: on a virtual machine cpuid is answered by its host.
+// torch.backends.mkldnn.flags(enabled=False) switches it off, and brgemm with it.
+inline bool onednn_is_on() { return at::globalContext().userEnabledMkldnn(); }
+
 inline CpuMatrixUnits cpu_matrix_units() {
+  if (!onednn_is_on()) return {false, false};
+  // Asked once: on a virtual machine cpuid is answered by its host.
   static const CpuMatrixUnits units = find_matrix_units();
   return units;
 }
@@ -185,8 +190,12 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
                      int64_t ldb, float* c, int64_t ldc, bool accumulate = false,
                      int64_t chain = kChain) {
   if (m == 0 || n == 0) return;  // oneDNN refuses
-  static const bool fast = brgemm_works<float>();
-  if (!fast || k == 0) return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  const auto works = [] {
+    static const bool once = brgemm_works<float>();
+    return once;
+  };
+  if (!onednn_is_on() || !works() || k == 0)
+    return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   multiply_chains(m, n, k, a, lda, b, ldb, c, ldc, accumulate, chain);
 }
 

@@ -33,7 +33,7 @@ def load_tile(
     ptr, rows, used, columns, d, stride_n, stride_d, EVEN_D: tl.constexpr, MASK: tl.constexpr = True
 ):
     """[rows, columns] of a matrix; zero past d and, with MASK, where ``used`` [rows] is false."""
-    pointers = ptr + rows[:, None] * stride_n + columns[None, :] * stride_d
+    pointers = ptr + rows[:, None] * stride_n + columns[None, :].to(tl.int64) * stride_d
     if EVEN_D and not MASK:
         return tl.load(pointers)
     inside = used[:, None] if MASK else (columns < d)[None, :]

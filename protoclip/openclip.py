@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import logging
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -121,10 +122,10 @@ def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Modu
 
 def _with_prototypes(args: Any, proto: ProtoConfig) -> ProtoClipLoss:
     accum_freq = getattr(args, "accum_freq", 1)
-    resumed = bool(getattr(args, "resume", None))
-    if resumed:
-        # The warm-up is over; only the queue has to fill again.
-        proto = dataclasses.replace(proto, warmup=0)
+    resumed = getattr(args, "resume", None)
+    if resumed and proto.warmup:
+        left = max(0, proto.warmup - _steps_done(resumed))
+        proto = dataclasses.replace(proto, warmup=left)
     loss = ProtoClipLoss(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,
@@ -141,6 +142,21 @@ def _with_prototypes(args: Any, proto: ProtoConfig) -> ProtoClipLoss:
         + (" (again: a checkpoint does not hold it)" if resumed else ""),
     )
     return loss
+
+
+def _steps_done(checkpoint: str) -> int:
+    """The optimiser's steps until a checkpoint of OpenCLIP's trainer; 0 if it does not say."""
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        states = saved["optimizer"]["state"].values()
+        return max((int(state["step"]) for state in states if "step" in state), default=0)
+    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+        LOGGER.warning(
+            "protoclip: --proto-warmup begins again, as the steps in %s cannot be read (%s)",
+            checkpoint,
+            error,
+        )
+        return 0
 
 
 def _say(args: Any, text: str) -> None:

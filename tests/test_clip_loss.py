@@ -113,6 +113,54 @@ def test_subclasses_find_logits_and_labels(logit_bias: Tensor | None) -> None:
     )
 
 
+def with_a_margin(base: type[nn.Module]) -> type[nn.Module]:
+    """A loss of somebody who changed OpenCLIP's logits, and not its forward."""
+
+    class WithAMargin(base):
+        def get_logits(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            images, texts = super().get_logits(*arguments, **options)
+            margin = 5 * torch.eye(len(images))
+            return images - margin, texts - margin
+
+    return WithAMargin
+
+
+def with_the_next_text(base: type[nn.Module]) -> type[nn.Module]:
+    """A loss of somebody who changed OpenCLIP's positives."""
+
+    class WithTheNextText(base):
+        def get_ground_truth(self, *arguments: Any, **options: Any) -> Tensor:
+            return super().get_ground_truth(*arguments, **options).roll(1)
+
+    return WithTheNextText
+
+
+@pytest.mark.parametrize("changed", [with_a_margin, with_the_next_text])
+def test_a_subclass_gets_the_loss_of_its_own_logits_and_positives(
+    changed: Callable[[type[nn.Module]], type[nn.Module]],
+) -> None:
+    ours = changed(protoclip.ClipLoss)()
+    scale = torch.tensor(14.3)
+    got = computed(ours, features(), logit_scale=scale)
+    assert_same(got, computed(changed(open_clip_loss.ClipLoss)(), features(), logit_scale=scale))
+    with pytest.raises(ValueError, match="expected no ids with a get_logits"):
+        ours(*features(), scale, ids=torch.arange(48))
+
+
+def test_a_subclass_of_siglip_with_its_own_logits_is_refused() -> None:
+    """Ours would not look at them."""
+    with pytest.raises(ValueError, match="give the class its own forward"):
+        with_the_next_text(protoclip.SigLipLoss)()(*features(), 14.3)
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_ranks_that_are_not_there_are_refused(name: str) -> None:
+    loss = getattr(protoclip, name)(rank=1, world_size=4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="init_process_group first, and pass both"):
+            loss(*features(), 14.3)
+
+
 @pytest.mark.parametrize("negative_only", [False, True])
 def test_subclasses_of_siglip_find_logits_and_labels(negative_only: bool) -> None:
     ours = protoclip.SigLipLoss()
@@ -551,9 +599,9 @@ def test_a_loss_that_does_not_know_of_the_other_ranks_warns_once(
     two_ranks: list[RankResults], name: str
 ) -> None:
     """OpenCLIP's classes compute the local loss in silence."""
-    for results in two_ranks:
+    for rank, results in enumerate(two_ranks):
         (words,) = results.warned[name]
-        assert f"{name}: expected rank= and world_size=2" in words
+        assert f"{name}: expected rank={rank} and world_size=2 of this process, got" in words
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image, text = features()

@@ -178,6 +178,35 @@ def test_cpus_without_bf16_products_are_within_budget(cpu: str) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
+SWITCHED_OFF = """
+import torch, protoclip
+x = torch.nn.functional.normalize(torch.randn(300, 66), dim=1).bfloat16().requires_grad_()
+def both() -> torch.Tensor:
+    loss = protoclip.info_nce(x, x.detach().roll(1, 0), 14.0)
+    return torch.cat([loss.detach()[None], *torch.autograd.grad(loss, x)[0].float()])
+off = torch.backends.mkldnn.flags(enabled=False)
+if {off_first}:
+    with off:
+        without = both()
+    with_onednn = both()
+else:
+    with_onednn = both()
+    with off:
+        without = both()
+assert torch.equal(with_onednn, both())
+torch.testing.assert_close(without, with_onednn, rtol=1e-2, atol=1e-4)
+"""
+
+
+@needs_cpu
+@pytest.mark.parametrize("off_first", [True, False])
+def test_onednn_may_be_switched_off_at_any_time(off_first: bool) -> None:
+    """torch.backends.mkldnn.flags: then bf16 has fp32 products, and afterwards its own again."""
+    code = SWITCHED_OFF.format(off_first=off_first)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 @needs_cpu
 @pytest.mark.parametrize("logit_scale", [40.0, 100.0])
 @pytest.mark.parametrize("both_directions", [True, False], ids=["both ways", "rows only"])

@@ -656,16 +656,18 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the file is the CPU's")
-def test_rows_further_apart_than_two_to_the_31_are_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strides", [((1 << 31) + 8, 1), (1, 1 << 28)], ids=["rows", "columns"])
+def test_rows_and_columns_further_apart_than_two_to_the_31_are_right(
+    tmp_path: Path, strides: tuple[int, int]
+) -> None:
     """In a file without the bytes between."""
-    stride = (1 << 31) + 8
-    size = 2 * stride + 16
+    size = 2 * strides[0] + 15 * strides[1] + 1
     file = tmp_path / "sparse"
     with file.open("wb") as empty:
         empty.truncate(2 * size)
     flat = torch.from_file(str(file), shared=True, size=size, dtype=torch.bfloat16)
     x, y = features(3, 16, "alike", torch.bfloat16)
-    apart = flat.as_strided((3, 16), (stride, 1)).copy_(x)
+    apart = flat.as_strided((3, 16), strides).copy_(x)
     scale = torch.tensor(14.3)
 
     def run(x: Tensor) -> list[Tensor]:
@@ -677,8 +679,11 @@ def test_rows_further_apart_than_two_to_the_31_are_right(tmp_path: Path) -> None
             sigmoid_loss(x, y, scale, -scale, backend="triton"),
         ):
             results += [loss, *torch.autograd.grad(loss, x)]
-        labels, distances = protoclip.kmeans_assign(x.detach(), y, backend="triton")
-        return [*results, labels, distances]
+        labels = torch.tensor([0, 1, 0])
+        proto_loss = protoclip.prototype_cross_entropy(x, y, labels, scale, backend="triton")
+        results += [proto_loss, *torch.autograd.grad(proto_loss, x)]
+        means, _ = protoclip.segment_mean(x.detach(), labels, 2, backend="triton")
+        return [*results, *protoclip.kmeans_assign(x.detach(), y, backend="triton"), means]
 
     for got, expected in zip(run(apart), run(x), strict=True):
         assert torch.equal(got, expected)

@@ -307,6 +307,9 @@ BAD: dict[str, dict[str, Any]] = {
     },
     "a weight above 0": {"weights": torch.zeros(10)},
     "weights with a finite sum": {"weights": [1e308] * 10},
+    r"at most 3.4e\+37, whose sums are finite, got 1 rows with larger values; the first is row 2": {
+        "points": torch.randn(10, 2).index_fill_(0, torch.tensor(2), 1e38)
+    },
 }
 
 
@@ -315,6 +318,28 @@ def test_bad_arguments_are_refused_in_words(words: str) -> None:
     arguments = {"points": torch.randn(10, 2), "num_clusters": 2} | BAD[words]
     with pytest.raises(ValueError, match=words):
         protoclip.kmeans(**arguments)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_autocast_and_the_default_device_change_nothing(init: str, weighted: bool) -> None:
+    points = mixture(n=900, k=20)
+    options: dict[str, Any] = {"num_iters": 3, "init": init}
+    if weighted:
+        options["weights"] = torch.linspace(0, 2, 900)
+    plain = protoclip.kmeans(points, 20, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_clusters(protoclip.kmeans(points, 20, **options), plain)
+    with torch.device("meta"):
+        assert_same_clusters(protoclip.kmeans(points, 20, **options), plain)
+
+
+def test_spherical_centroids_are_of_unit_length_wherever_the_points_are() -> None:
+    points = torch.randn(200, 4)
+    points[:, 0] += 1.7e9  # beside it a unit vector has no digits
+    for column in (points, torch.randn(200, 4) + 1e3, F.normalize(points, dim=1)):
+        lengths = protoclip.kmeans(column, 3, spherical=True).centroids.norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones(3), rtol=0, atol=1e-6)
 
 
 def test_backends_walk_the_same_way() -> None:
@@ -382,6 +407,13 @@ def test_faiss_takes_a_warm_start_and_counts_as_we_do(spherical: bool) -> None:
         ).history
 
     assert history("faiss") == pytest.approx(history("auto"), rel=1e-4)
+
+
+def test_faiss_takes_a_seed_of_64_bits() -> None:
+    pytest.importorskip("faiss")
+    points = mixture(n=300)
+    far = protoclip.kmeans(points, 7, backend="faiss", seed=2**40 + 3)
+    assert_same_clusters(far, protoclip.kmeans(points, 7, backend="faiss", seed=3))
 
 
 def test_a_missing_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

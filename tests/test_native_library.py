@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -73,6 +74,22 @@ def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
         with pytest.raises(KeyboardInterrupt):
             native.build(build)
     assert _answer(build) == 42
+
+
+@needs_compiler
+def test_a_build_that_was_interrupted_begins_again_in_the_same_process(
+    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has noted by then that it built the name."""
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_extension, "_write_ninja_file_and_build_library", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            native.build(build)
+    assert ctypes.CDLL(str(native.build(build))).answer() == 42
 
 
 def _cut_in_half(library: Path) -> None:
@@ -221,6 +238,9 @@ def test_one_cache_folder_for_everything(tmp_path: Path, monkeypatch: pytest.Mon
     assert native.cache_dir() == tmp_path / "xdg/protoclip"
     monkeypatch.setenv("PROTOCLIP_CACHE", "~/mine")
     assert native.cache_dir() == tmp_path / "home/mine"
+    monkeypatch.setenv("PROTOCLIP_CACHE", "mine")  # the library is opened again after a chdir
+    monkeypatch.chdir(tmp_path)
+    assert native.cache_dir() == tmp_path / "mine"
 
 
 def test_the_cuda_half_is_built_for_every_card_that_is_there(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +42,13 @@ class Call(NamedTuple):
     gradients: dict[str, Tensor]  # by argument
 
 
-def call(loss: nn.Module, image: Tensor, text: Tensor) -> Call:
+def call(loss: nn.Module, image: Tensor, text: Tensor, **options: Any) -> Call:
     leaves = {
         "image_features": leaf(image),
         "text_features": leaf(text),
         "logit_scale": leaf(SCALE),
     }
-    terms = loss(**leaves, output_dict=True)
+    terms = loss(**leaves, **options, output_dict=True)
     sum(terms.values()).backward()
     return Call(
         {name: value.detach() for name, value in terms.items()},
@@ -282,7 +283,7 @@ def test_a_state_without_a_queue_still_loads() -> None:
         protoclip.ClipLoss().load_state_dict(loss.state_dict())
 
 
-# ---- over two ranks ----
+# ---- over four ranks ----
 
 
 class Flags(NamedTuple):
@@ -317,9 +318,9 @@ def four_steps(mine: slice = slice(None), **options: Any) -> FourSteps:
 def of_rank(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    mine = slice(20 * rank, 20 * rank + 20)
+    mine = slice(10 * rank, 10 * rank + 10)
     results = {
-        tuple(flags): tuple(four_steps(mine, **flags._asdict(), rank=rank, world_size=2))
+        tuple(flags): tuple(four_steps(mine, **flags._asdict(), rank=rank, world_size=4))
         for flags in ALL_FLAGS
     }
     torch.save(results, f"{folder}/{rank}.pt")
@@ -327,10 +328,10 @@ def of_rank(folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Flags, FourSteps]]:
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Flags, FourSteps]]:
     folder = tmp_path_factory.mktemp("ranks")
-    on_ranks(2, of_rank, str(folder))
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    on_ranks(4, of_rank, str(folder))
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
     return [
         {Flags(*flags): FourSteps(*steps) for flags, steps in results.items()} for results in ranks
     ]
@@ -342,28 +343,68 @@ def one_rank() -> FourSteps:
 
 
 @pytest.mark.parametrize("flags", ALL_FLAGS, ids=str)
-def test_two_ranks_have_the_prototypes_of_one(
-    two_ranks: list[dict[Flags, FourSteps]], one_rank: FourSteps, flags: Flags
+def test_four_ranks_have_the_prototypes_of_one(
+    four_ranks: list[dict[Flags, FourSteps]], one_rank: FourSteps, flags: Flags
 ) -> None:
-    first, second = (rank[flags].sets for rank in two_ranks)
-    for of_first, of_second, expected in zip(first, second, one_rank.sets, strict=True):
-        assert torch.equal(of_first.prototypes, of_second.prototypes)
-        assert torch.equal(of_first.targets, of_second.targets)
-        assert torch.allclose(of_first.prototypes, expected.prototypes, atol=1e-5)
-        assert torch.allclose(of_first.targets, expected.targets, atol=1e-5)
+    first = four_ranks[0][flags].sets
+    for rank in four_ranks:
+        for own, of_first, expected in zip(rank[flags].sets, first, one_rank.sets, strict=True):
+            assert torch.equal(own.prototypes, of_first.prototypes)
+            assert torch.equal(own.targets, of_first.targets)
+            assert torch.allclose(own.prototypes, expected.prototypes, atol=1e-5)
+            assert torch.allclose(own.targets, expected.targets, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", ALL_FLAGS, ids=str)
-def test_two_ranks_have_the_prototype_loss_and_gradients_of_one(
-    two_ranks: list[dict[Flags, FourSteps]], one_rank: FourSteps, flags: Flags
+def test_four_ranks_have_the_prototype_loss_and_gradients_of_one(
+    four_ranks: list[dict[Flags, FourSteps]], one_rank: FourSteps, flags: Flags
 ) -> None:
-    first, second = (rank[flags] for rank in two_ranks)
-    mean_loss = (first.terms["proto_loss"] + second.terms["proto_loss"]) / 2
+    ranks = [rank[flags] for rank in four_ranks]
+    mean_loss = torch.stack([rank.terms["proto_loss"] for rank in ranks]).mean()
     assert torch.allclose(mean_loss, one_rank.terms["proto_loss"], rtol=1e-5)
-    # As OpenCLIP's InfoNCE: 1 / W without gather_with_grad.
-    share = 1 if flags.gather_with_grad else 1 / 2
+    # As OpenCLIP's InfoNCE: 1 / W without gather_with_grad, and about half with local_loss.
+    share = 1 if flags.gather_with_grad else 1 / 2 if flags.local_loss else 1 / 4
     for name in ("image_features", "text_features"):
-        rows = torch.cat([first.gradients[name], second.gradients[name]]) / 2  # DDP's mean
+        rows = torch.cat([rank.gradients[name] for rank in ranks]) / 4  # DDP's mean
         assert torch.allclose(rows, share * one_rank.gradients[name], atol=1e-5)
-    mean = (first.gradients["logit_scale"] + second.gradients["logit_scale"]) / 2
+    mean = torch.stack([rank.gradients["logit_scale"] for rank in ranks]).mean()
     assert torch.allclose(mean, one_rank.gradients["logit_scale"], atol=1e-5)
+
+
+# ---- odd batches ----
+
+
+def test_a_batch_that_is_not_finite_has_no_part_in_the_next_clustering() -> None:
+    """Its step is skipped by whoever looks at gradients; its rows stay in the queue."""
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=80, k=5, every=1))
+    for step in range(4):
+        image, text = pairs(20, seed=step)
+        call(loss, image * math.nan if step == 2 else image, text)
+    for index in (None, torch.arange(20)):
+        terms = call(loss, *pairs(20, seed=4), index=index).terms
+        assert all(value.isfinite() for value in terms.values()), index
+    assert "proto_loss" in call(loss, *pairs(20, seed=5)).terms
+    diverged = ProtoClipLoss(proto=ProtoConfig(queue=80, k=5))
+    with pytest.raises(ValueError, match="cannot cluster the image features"):
+        for step in range(4):
+            image, text = pairs(20, seed=step)
+            call(diverged, image * math.nan, text)
+
+
+def test_keys_that_come_after_steps_without_them_are_told_of() -> None:
+    loss = loss_with_prototypes()
+    with pytest.warns(UserWarning, match="index= came after steps without it"):
+        terms = call(loss, *pairs(40), index=torch.arange(40)).terms
+    assert set(terms) == {"contrastive_loss"}
+
+
+def test_autocast_and_the_default_device_change_nothing() -> None:
+    plain = call(loss_with_prototypes(), *pairs(40, seed=1)).terms
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(loss_with_prototypes(), *pairs(40, seed=1)).terms == plain
+    images, texts = pairs(40), pairs(40, seed=1)
+    loss = ProtoClipLoss(proto=ProtoConfig(queue=40, k=5, every=100))
+    with torch.device("meta"):
+        loss(*images, 14.3)
+        terms = loss(*texts, 14.3, output_dict=True)
+    assert terms == plain

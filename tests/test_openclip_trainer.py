@@ -146,7 +146,7 @@ def one_process(folder: Path) -> Calls:
             cases[f"{who} clap"] = flags(
                 folder, f"{who}-clap", data="synthetic-audio", model="nano-clap"
             )
-    resumed = ["--proto-warmup", "99", "--resume", "latest", "--epochs", "2"]
+    resumed = ["--proto-warmup", str(STEPS + 3), "--resume", "latest", "--epochs", "2"]
     cases |= {
         "proto synthetic": flags(folder, "p-synthetic", PROTO, data="synthetic"),
         "proto icons": flags(folder, "p-icons", [*PROTO, "--grad-checkpointing"]),
@@ -193,11 +193,14 @@ def test_prototypes_join_at_the_stated_step(one_process: Calls, case: str) -> No
     assert all(0 < terms.get("proto_loss", 1) < 20 for terms in calls)
 
 
-def test_after_a_resume_the_queue_fills_again(one_process: Calls, folder: Path) -> None:
-    assert has_prototypes(one_process["proto resume"]) == [False, False, True, True]
+def test_after_a_resume_the_queue_fills_again_and_the_warm_up_goes_on(
+    one_process: Calls, folder: Path
+) -> None:
+    """Two steps fill the queue; of the warm-up three are left."""
+    assert has_prototypes(one_process["proto resume"]) == [False, False, False, True]
     log = (folder / "logs" / "p-icons" / "out.log").read_text()
-    assert "InfoNCE alone for 2 steps until the queue is full (again" in log
-    assert "protoclip: prototypes of step 2" in log
+    assert "InfoNCE alone for 3 steps until the queue is full (again" in log
+    assert "protoclip: prototypes of step 3" in log
 
 
 @pytest.mark.usefixtures("one_process")

@@ -187,6 +187,16 @@ def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list
     assert losses.nearest[0].tolist() == expected
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nearest_is_chosen_in_more_digits_than_the_features_have(backend: str) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(64, 40).bfloat16()
+    prototypes = torch.randn(500, 40).bfloat16()
+    bank = Bank(prototypes, torch.zeros(64, dtype=torch.int64))
+    losses = protoclip.prototype_losses(features, [bank], 10.0, backend=backend)
+    assert torch.equal(losses.nearest[0], (features.double() @ prototypes.double().T).argmax(1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [3, 20])
 def test_a_scale_of_zero_still_has_a_gradient(n: int, dtype: torch.dtype) -> None:

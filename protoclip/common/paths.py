@@ -10,10 +10,12 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``."""
+    """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``; an
+    absolute path."""
     if chosen := os.environ.get("PROTOCLIP_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "protoclip"
+        return Path(chosen).expanduser().absolute()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser().absolute() / "protoclip"
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:

@@ -110,7 +110,7 @@ class PrototypeBuilder:
         """Run k-means on [N, Ds] points, starting from the last centroids if warm; drop empty
         clusters unless the config keeps them."""
         config = self.config
-        seed = int(torch.randint(2**31, (), generator=random))
+        seed = int(torch.randint(2**31, (), generator=random, device="cpu"))
         init: str | Tensor = "random"
         if (
             config.kmeans_init == "warm"

@@ -27,6 +27,7 @@ from protoclip.common.host import start_copy_to_host
 from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
 from protoclip.ops import checks
 from protoclip.ops.clusters import assignment, kmeans_assign
+from protoclip.ops.operators import without_autocast
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 EMPTY_CLUSTERS = ("move", "split")
@@ -151,8 +152,9 @@ def kmeans(
     for bit. Of all states that it passes, the one with the lowest inertia is returned.
 
     Args:
-        points: [N, D], finite; float32, bfloat16, float16 (computed in fp32) or float64. Squared
-            distances are fp32: for points 1e19 apart the inertia is inf, with a warning.
+        points: [N, D], finite, and N times the largest value too; float32, bfloat16, float16
+            (computed in fp32) or float64. Squared distances are fp32: for points 1e19 apart the
+            inertia is inf, with a warning.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, at most; >= 0.
         tol: also stop after an update that moves the centroids by a total squared distance of at
@@ -201,12 +203,13 @@ def kmeans(
     _check_values(rows, num_clusters, first)
     _weigh(rows, weights)
     if empty_clusters == "move" and backend != "faiss":
-        rows.move_to_centre()
+        rows.move_to_centre(spherical)
 
     assign = assignment(rows.points, num_clusters, "auto" if backend == "faiss" else backend)
 
     def start(restart: int) -> Tensor:
-        return first_centroids(rows, num_clusters, first, seed + restart, assign)
+        with without_autocast(x.device.type):
+            return first_centroids(rows, num_clusters, first, seed + restart, assign)
 
     if backend == "faiss":
         if group is not None or weights is not None or tol or first in INITS[1:]:
@@ -291,10 +294,20 @@ def _check_values(rows: PointSlice, num_clusters: int, init: str | Tensor) -> No
             )
     elif init not in INITS:
         raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
-    bad = ~torch.isfinite(rows.points).all(dim=1)
+    largest = torch.finfo(rows.points.dtype).max / rows.count
+    fits = (rows.points.abs() <= largest).all(dim=1)  # a sum of points that fit is finite
+    if int(rows.sum((~fits).sum())):
+        not_finite = ~torch.isfinite(rows.points).all(dim=1)
+        _refuse_rows(not_finite, rows, "finite points", "NaN or inf")
+        limit = f"points of at most {largest:.1e}, whose sums are finite"
+        _refuse_rows(~fits, rows, limit, "larger values")
+
+
+def _refuse_rows(bad: Tensor, rows: PointSlice, expected: str, found: str) -> None:
+    """Raise ValueError on all ranks if a row of any is bad, bool [N]."""
     if total := int(rows.sum(bad.sum())):
         where = f"; the first is row {int(bad.int().argmax())}" if bad.any() else ""
-        raise ValueError(f"kmeans: expected finite points, got {total} rows with NaN or inf{where}")
+        raise ValueError(f"kmeans: expected {expected}, got {total} rows with {found}{where}")
 
 
 def _weigh(rows: PointSlice, weights: Tensor | Array | Sequence[float] | None) -> None:
@@ -317,7 +330,7 @@ def _weigh(rows: PointSlice, weights: Tensor | Array | Sequence[float] | None) -
         raise ValueError("kmeans: expected a weight above 0, got zeros only")
     if sum_of_weights == math.inf:
         raise ValueError("kmeans: expected weights with a finite sum; divide them by a number")
-    first = rows.pick(weights[:, None], torch.zeros(1, dtype=torch.int64))[0, 0]
+    first = rows.pick(weights[:, None], weights.new_zeros(1, dtype=torch.int64))[0, 0]
     if rows.sum((weights != first).sum()):
         # Scaled by a power of two, which is exact, they are neither 0 nor inf in fp32.
         rows.weight = 2.0 ** math.floor(math.log2(sum_of_weights))
@@ -552,7 +565,7 @@ def _faiss(
         max_points_per_centroid=len(points),  # no subsampling
         niter=num_iters,
         nredo=num_restarts,
-        seed=seed,
+        seed=(seed + 2**31) % 2**32 - 2**31,  # its own has 32 bits
         spherical=spherical,
     )
     init = None if start is None else start.float().cpu().numpy()
@@ -609,8 +622,8 @@ def choose_num_clusters(
         raise ValueError(f"{op}: expected at least 6 points, got {len(points)}; give a number")
     from sklearn.metrics import silhouette_score
 
-    rows = torch.linspace(0, len(points) - 1, min(max_points, len(points))).round().long()
-    sample = points.detach()[rows.to(points.device)]
+    rows = torch.linspace(0, len(points) - 1, min(max_points, len(points)), device="cpu")
+    sample = points.detach()[rows.round().long().to(points.device)]
     sample = sample if sample.dtype == torch.float64 else sample.float()
     centred = (sample - sample.mean(0)).cpu().numpy()  # far from 0 silhouettes lose their digits
     silhouettes: dict[int, float] = {}

@@ -38,7 +38,8 @@ class PointSlice:
         self.centre: Tensor | None = None  # [D], what was subtracted from the points
         self.weights: Tensor | None = None  # fp64 [N], in units of ``weight``; None: all equal
         self.weight = 1.0  # of each point, where they are equal
-        sizes = torch.zeros(1 if group is None else dist.get_world_size(group), dtype=torch.int64)
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        sizes = torch.zeros(num_ranks, dtype=torch.int64, device="cpu")
         self.rank = 0 if group is None else dist.get_rank(group)
         sizes[self.rank] = len(points)
         self.sizes = self.sum(sizes.to(points.device)).tolist()
@@ -51,11 +52,12 @@ class PointSlice:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def move_to_centre(self) -> None:
+    def move_to_centre(self, spherical: bool) -> None:
         """Subtract a common centre from columns far from 0, where fp32 has few digits.
 
         All values of such a column lie within a factor of two of the centre, so the differences are
-        exact (Sterbenz 1974), and labels are those of the points as given.
+        exact (Sterbenz 1974), and labels are those of the points as given. With ``spherical`` only
+        columns within 1 of 0: a centroid of unit length has no digits beside a larger centre.
         """
         high = self.points.new_full((2, self.points.shape[1]), -math.inf)
         if len(self.points):
@@ -65,6 +67,8 @@ class PointSlice:
             dist.all_reduce(high, dist.ReduceOp.MAX, self.group)
         low, high = -high[0], high[1]
         is_far = FAR * (high - low) <= torch.minimum(low.abs(), high.abs())
+        if spherical:
+            is_far &= torch.maximum(low.abs(), high.abs()) <= 1
         if is_far.any() and (centre := torch.where(is_far, low + (high - low) / 2, 0)).any():
             self.centre = centre
             self.points = self.points - centre
@@ -147,10 +151,10 @@ def first_centroids(
     is_random = isinstance(init, Tensor) or init == "random"
     num_random = num_clusters - len(warm) if is_random else 1
     if rows.weights is None:
-        index = torch.randperm(rows.count, generator=generator)[:num_random]
+        index = torch.randperm(rows.count, generator=generator, device="cpu")[:num_random]
     else:
         # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
-        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64, device="cpu")
         keys = torch.zeros_like(uniform, device=points.device)
         of_rank = slice(rows.start, rows.start + len(points))
         keys[of_rank] = uniform[of_rank].to(points.device).log() / rows.weights
@@ -181,7 +185,7 @@ class _Candidates(NamedTuple):
     ) -> _Candidates:
         """A candidate is the point where the running sum of weight x squared distance, over all
         ranks, passes a random part of the total."""
-        where, luck = torch.rand(2, count, generator=generator, dtype=torch.float64)
+        where, luck = torch.rand(2, count, generator=generator, dtype=torch.float64, device="cpu")
         mass = rows.by_weight(squared)
         running = mass.cumsum(0)
         sums = mass.new_zeros(len(rows.sizes))

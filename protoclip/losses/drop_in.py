@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows, world_size
+from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows, rank, world_size
 from protoclip.episodes.prototypes import PrototypeBuilder
 from protoclip.losses.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
 from protoclip.losses.online import OnlinePrototypes
@@ -28,23 +28,30 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchan
 class _OverRanks(nn.Module):
     """A loss that looks once, before its first value, at the ranks that it is computed on."""
 
+    rank: int
     world_size: int
     _looked = False
+    _own_logits = False  # a subclass has its own get_logits or get_ground_truth
 
     def _look_once(self, rows: Tensor) -> None:
-        """ValueError if the ranks' batches differ; a warning if the loss is of one of several."""
+        """ValueError if the process has another number or the ranks' batches differ; a warning if
+        the loss is of one of several."""
         if torch.compiler.is_compiling() or self._looked:  # else a second graph
             return
-        self._looked = True
         name = type(self).__name__
-        ranks = world_size()
+        expected = f"{name}: expected rank={rank()} and world_size={world_size()} of this process"
         if self.world_size > 1:
+            if (self.rank, self.world_size) != (rank(), world_size()):
+                raise ValueError(
+                    f"{expected}, got rank={self.rank} and world_size={self.world_size}; call "
+                    "torch.distributed.init_process_group first, and pass both"
+                )
             check_equal_rows(name, rows)
-        elif ranks > 1:
+        self._looked = True
+        if self.world_size < world_size():
             warnings.warn(
-                f"{name}: expected rank= and world_size={ranks} of this process, got world_size=1, "
-                "so each rank compares the pairs of its own batch alone; pass both for the loss "
-                "of the global batch",
+                f"{expected}, got world_size=1, so each rank compares the pairs of its own batch "
+                "alone; pass both for the loss of the global batch",
                 stacklevel=5,
             )
 
@@ -81,6 +88,11 @@ class ClipLoss(_OverRanks):
         self.rank = rank
         self.world_size = world_size
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = (ClipLoss.get_logits, ClipLoss.get_ground_truth)
+        cls._own_logits = (cls.get_logits, cls.get_ground_truth) != ours
+
     def forward(
         self,
         image_features: Tensor,
@@ -112,6 +124,8 @@ class ClipLoss(_OverRanks):
     def _loss(
         self, x: Tensor, y: Tensor, logit_scale: Tensor | float, ids: Tensor | None
     ) -> Tensor:
+        if self._own_logits:
+            return self._loss_of_own_logits(x, y, logit_scale, ids)
         if self.world_size == 1:
             return info_nce(x, y, logit_scale, ids=ids)
         if self.local_loss and self.gather_with_grad:
@@ -124,6 +138,19 @@ class ClipLoss(_OverRanks):
         images = one_way("ClipLoss", x, all_y, logit_scale, matching)
         texts = one_way("ClipLoss", y, all_x, logit_scale, matching)
         return (images + texts) / 2
+
+    def _loss_of_own_logits(
+        self, x: Tensor, y: Tensor, logit_scale: Tensor | float, ids: Tensor | None
+    ) -> Tensor:
+        """The loss of a subclass with logits or positives of its own, from the full logits."""
+        if ids is not None:
+            raise ValueError(
+                f"{type(self).__name__}: expected no ids with a get_logits or get_ground_truth of "
+                "its own, got some; leave them out, or mask its logits"
+            )
+        images, texts = self.get_logits(x, y, logit_scale)
+        positives = self.get_ground_truth(images.device, len(images))
+        return (F.cross_entropy(images, positives) + F.cross_entropy(texts, positives)) / 2
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only this rank's rows have a
@@ -146,7 +173,8 @@ class ClipLoss(_OverRanks):
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The full logits of both directions, for subclasses written for OpenCLIP's class: [N, M]
-        each, with the M pairs of all ranks (N = M without ``local_loss``)."""
+        each, with the M pairs of all ranks (N = M without ``local_loss``). A subclass that has its
+        own, or its own ``get_ground_truth``, gets the loss of those."""
         x, y = checks.promoted(image_features, text_features)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
         images = logit_scale * (x if self.local_loss else all_x) @ all_y.T
@@ -307,6 +335,11 @@ class SigLipLoss(_OverRanks):
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = (SigLipLoss.get_logits, SigLipLoss.get_ground_truth)
+        cls._own_logits = (cls.get_logits, cls.get_ground_truth) != ours
+
     def forward(
         self,
         image_features: Tensor,
@@ -328,6 +361,11 @@ class SigLipLoss(_OverRanks):
         ``weights``, ``label_smoothing`` and ``reduction`` of ``sigmoid_loss``, for this rank's
         images.
         """
+        if self._own_logits:
+            raise ValueError(
+                f"{type(self).__name__}: expected SigLipLoss's get_logits and get_ground_truth, "
+                "which its forward does without, got others; give the class its own forward"
+            )
         x, y, logit_scale = checks.equal_rows(
             "SigLipLoss", image_features, text_features, logit_scale
         )
@@ -378,7 +416,8 @@ class ProtoClipLoss(ClipLoss):
     once per optimiser step, in training mode with gradients on, and lives on the features' device.
     Each rank holds its own slice of the queue; k-means sums over ranks, so all ranks have the same
     prototypes. Without ``gather_with_grad`` OpenCLIP scales InfoNCE's feature gradient by
-    1 / world_size. The prototype loss does the same, so their balance does not depend on the flags.
+    1 / world_size; with ``local_loss`` and without it, rows have a gradient as queries only, about
+    half. The prototype loss does the same, so their balance does not depend on the flags.
 
     ``state_dict`` holds this rank's slice of the queue, and the prototypes and labels, which are
     those of all ranks. Save it on each rank: with rank 0's alone the others start from its slice.
@@ -500,7 +539,8 @@ class ProtoClipLoss(ClipLoss):
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
     def _scaled_like_contrastive(self, x: Tensor) -> Tensor:
-        """x with its gradient divided by world_size, if OpenCLIP's InfoNCE does the same."""
+        """x with the part of its gradient that OpenCLIP's InfoNCE has with these flags."""
         if self.world_size == 1 or self.gather_with_grad:
             return x
-        return x.detach() + (x - x.detach()) / self.world_size
+        parts = 2 if self.local_loss else self.world_size
+        return x.detach() + (x - x.detach()) / parts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from protoclip.distributed import Group, gather_rows, is_main, max_over_ranks, s
 from protoclip.episodes.prototypes import INTERNAL, PrototypeBuilder, PrototypeSet
 from protoclip.ops import kmeans_assign
 from protoclip.ops.checks import LEFT_OUT
+from protoclip.ops.operators import without_autocast
 
 BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
 BALANCED_TEMPERATURE = 0.05  # SwAV's
@@ -92,7 +94,7 @@ class OnlinePrototypes:
         """Everything that training has changed, as tensors: the queue is this rank's, the rest is
         the same on all ranks."""
         counters = [self.steps, self._calls, self._clusterings, self._next]
-        state = {"counters": torch.tensor(counters)}
+        state = {"counters": torch.tensor(counters, device="cpu")}
         for step in self._recent:
             state |= {f"queue.{step.number}.{name}": rows for name, rows in step.rows.items()}
             if step.keys is not None:
@@ -106,7 +108,7 @@ class OnlinePrototypes:
             state[f"labels.{KEYS}"] = self.stored_labels.keys
             state |= _with_prefix("labels", self.stored_labels.labels)
         newest = {name: rows[-BALANCED_ROWS:].clone() for name, rows in self._clustered.items()}
-        sizes = {name: torch.tensor(size) for name, size in self._sizes.items()}
+        sizes = {name: torch.tensor(size, device="cpu") for name, size in self._sizes.items()}
         state |= _with_prefix("centroids", self.centroids) | _with_prefix("clustered", newest)
         return state | _with_prefix("sizes", sizes) | _with_prefix("accuracy", self._accuracy)
 
@@ -164,7 +166,14 @@ class OnlinePrototypes:
             return None
         if index is not None:
             stored = self.stored_labels
-            return None if stored is None else stored.labels_of(index.to(stored.keys.device))
+            if stored is None:
+                warnings.warn(
+                    "ProtoClipLoss: index= came after steps without it; the loss has no prototypes "
+                    "until all stored steps have one",
+                    stacklevel=8,  # over torch.nn.Module and torch._disable_dynamo
+                )
+                return None
+            return stored.labels_of(index.to(stored.keys.device))
         labels_by_source = {}
         for source, centroids in self.centroids.items():
             points = features[source].detach().to(centroids)
@@ -206,7 +215,11 @@ class OnlinePrototypes:
         stored = {
             name: torch.cat([step.rows[name] for step in self._recent]).float() for name in INTERNAL
         }
-        points = {name: rows[-self.queue :] for name, rows in stored.items()}
+        finite = torch.stack([rows.isfinite().all(dim=1) for rows in stored.values()]).all(dim=0)
+        used = finite[-self.queue :]
+        if 2 * int(used.sum()) <= len(used):  # not some skipped steps: k-means says what it is
+            used = torch.ones_like(used)
+        points = {name: rows[-self.queue :][used] for name, rows in stored.items()}
         random = generator(self.seed, self._clusterings)
         sets: list[PrototypeSet] = []
         for source in INTERNAL:
@@ -237,7 +250,8 @@ class OnlinePrototypes:
         steps = [torch.full((len(step),), step.number, device=device) for step in self._recent]
         columns = {"key": torch.cat(keys).to(device), "step": torch.cat(steps)}
         for source in INTERNAL:
-            columns[source], _ = kmeans_assign(stored[source], self.centroids[source])
+            nearest, _ = kmeans_assign(stored[source], self.centroids[source])
+            columns[source] = nearest.where(nearest >= 0, LEFT_OUT)
         if self.builder.group is not None:
             of_all_ranks = gather_rows(torch.stack(list(columns.values()), dim=1))
             columns = dict(zip(columns, of_all_ranks.unbind(dim=1), strict=True))
@@ -279,7 +293,8 @@ def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Grou
 
     Source: Caron et al. 2020 (SwAV), Sinkhorn's iterations in the log domain.
     """
-    scores = torch.cat([batch, queue]) @ centroids.T / BALANCED_TEMPERATURE  # [B + Q, K]
+    with without_autocast(batch.device.type):
+        scores = torch.cat([batch, queue]) @ centroids.T / BALANCED_TEMPERATURE  # [B + Q, K]
     prices = scores.new_zeros(len(centroids))
     for _ in range(BALANCED_ITERATIONS):
         by_row = torch.logsumexp(scores + prices, dim=1, keepdim=True)

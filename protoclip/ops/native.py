@@ -105,6 +105,8 @@ def why_not(device_type: str) -> str | None:
         return reason
     try:
         torch.ops.load_library(_library(device_type))
+        if device_type == "cpu":
+            _host_utilities()  # now: later its file may be gone
         return None
     except Exception as error:  # whatever the toolchain throws: the reference still works
         reason = f"no native library: {str(error).strip() or type(error).__name__}"
@@ -300,6 +302,8 @@ def _compile(recipe: Recipe, folder: Path) -> None:
     variables = {"PATH": path}
     if not cpu:
         variables["TORCH_CUDA_ARCH_LIST"] = recipe.parameters["arch"]
+    # torch builds a name once a process, even if that was interrupted.
+    cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(recipe.name, None)
     try:
         with _environment(variables):
             cpp_extension.load(

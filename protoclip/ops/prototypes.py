@@ -427,7 +427,8 @@ def _reference(
     soft = targets if targets.shape[0] else None
     loss = reference.prototype_cross_entropy(features, prototypes, labels, logit_scale, soft)
     with torch.no_grad():
-        logits = torch.sign(logit_scale).to(features.dtype) * features @ prototypes.T
+        wide = accumulator(features)
+        logits = torch.sign(logit_scale).to(wide) * features.to(wide) @ prototypes.to(wide).T
         return loss, logits.argmax(dim=1) if k else torch.zeros_like(labels)
 
 
