@@ -23,6 +23,7 @@ from benchmarks.study.small_batches import (
     CNN,
     FULL,
     INTERNAL_ONLY,
+    LATE_QUEUES,
     MLP,
     OURS,
     QUEUES,
@@ -59,16 +60,17 @@ def test_rows_are_flags_that_training_takes(row: str, tmp_path: Path) -> None:
     size = dataclasses.replace(FULL, batch=task.batch)
     config = protocol.configure(task, size, tmp_path / "teacher.npz", ROWS)
     assert (config.optim.batch_size, config.optim.epochs, config.run.seed) == (64, 4.5, 100)
-    plain = row in (CLIP, EQUAL_TIME, WITH_TEACHER, *QUEUES)
+    plain = row in (CLIP, EQUAL_TIME, WITH_TEACHER, *QUEUES, *LATE_QUEUES)
     assert config.method == ("clip" if plain else "protoclip")
 
 
 # ---- rivals ----
 
 
-def test_a_queue_adds_the_last_steps_features_as_negatives() -> None:
+@pytest.mark.parametrize("alone", [0, 2])
+def test_a_queue_adds_the_last_steps_features_as_negatives(alone: int) -> None:
     torch.manual_seed(0)
-    loss = small_batches.QueueLoss(LossConfig(), steps=2)
+    loss = small_batches.QueueLoss(LossConfig(), steps=2, alone=alone)
     steps = [
         SimpleNamespace(
             image=torch.randn(4, 8, requires_grad=True), text=torch.randn(4, 8, requires_grad=True)
@@ -78,7 +80,8 @@ def test_a_queue_adds_the_last_steps_features_as_negatives() -> None:
     scale = torch.tensor(10.0)
     for number, step in enumerate(steps):
         total = loss(step, None, torch.arange(4), logit_scale=scale).total
-        keys = [step, *steps[max(0, number - 2) : number]]
+        older = steps[max(0, number - 2) : number] if number >= alone else []
+        keys = [step, *older]
         image_keys, text_keys = (
             F.normalize(torch.cat([getattr(key, name) for key in keys]), dim=1)
             for name in ("image", "text")
@@ -110,7 +113,7 @@ def test_shuffled_features_are_the_teacher_s_of_other_samples(icons: Icons) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [QUEUE, SHUFFLED, "distillation"])
+@pytest.mark.parametrize("row", [QUEUE, *LATE_QUEUES, SHUFFLED, "distillation"])
 def test_a_rival_trains_and_is_judged(icons: Icons, row: str) -> None:
     run = run_on(icons, row)
     record = run.finish()
@@ -119,8 +122,8 @@ def test_a_rival_trains_and_is_judged(icons: Icons, row: str) -> None:
     assert record["metrics"]["zero-shot"] > 0.3  # of 46 concepts
     drawings, right = np.array([*record["named"].values()]).sum(0)
     assert record["metrics"]["zero-shot"] == pytest.approx(right / drawings, abs=1e-5)
-    if row == QUEUE:
-        assert len(run.trainer.stepper.loss.queue) == QUEUES[QUEUE]
+    if steps := (QUEUES | LATE_QUEUES).get(row):
+        assert len(run.trainer.stepper.loss.queue) == steps
 
 
 # ---- time ----
@@ -250,7 +253,7 @@ def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -
                 planned = tower == MLP and row in (EQUAL_TIME, OURS)
                 expected = list(range(100, 116)) if planned else eight
                 assert seeds.pop((tower, row, batch, 60_000)) == expected
-    for row in (*QUEUES, *small_batches.CONTROLS):
+    for row in (*LATE_QUEUES, *small_batches.CONTROLS):
         assert seeds.pop((MLP, row, 64, 60_000)) == eight
     for row in (EQUAL_TIME, OURS):
         for batch in FULL.axis:

@@ -50,8 +50,8 @@ def kmeans_assign(
         centroids: [K, D], finite, on the same device; different dtypes are promoted.
         backend: "auto" or a row of ``protoclip.backends("kmeans_assign")``.
     Returns:
-        labels int64 [N] (ties go to the lowest index; -1 for a point with NaN) and squared
-        Euclidean distances fp32 [N] (NaN there).
+        labels int64 [N] (ties go to the lowest index; -1 for a point with NaN, any for one with
+        inf) and squared Euclidean distances fp32 [N] (NaN for a point with NaN).
     Raises:
         ValueError, TypeError: shapes or devices disagree, K = 0 with N > 0, or the named backend
             cannot run.
