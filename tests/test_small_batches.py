@@ -253,7 +253,7 @@ def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -
                 planned = tower == MLP and row in (EQUAL_TIME, OURS)
                 expected = list(range(100, 116)) if planned else eight
                 assert seeds.pop((tower, row, batch, 60_000)) == expected
-    for row in (*LATE_QUEUES, *small_batches.CONTROLS):
+    for row in (small_batches.JUDGED_QUEUE, *small_batches.CONTROLS):
         assert seeds.pop((MLP, row, 64, 60_000)) == eight
     for row in (EQUAL_TIME, OURS):
         for batch in FULL.axis:
