@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from protoclip.data import Subset, open_dataset
@@ -96,6 +97,18 @@ class TestFiles:
         expected = (u * singular_values).abs()
         torch.testing.assert_close(got.abs(), expected, rtol=1e-3, atol=1e-3)
 
+    def test_a_column_far_from_zero_changes_no_direction(self, tmp_path: Path) -> None:
+        """The sums of its squares leave fp32 no digits for the others."""
+        torch.manual_seed(0)
+        x = torch.randn(4000, 4) @ torch.randn(4, 64) + 0.01 * torch.randn(4000, 64)
+        shift = 2000 * torch.rand(64)
+        sample = open_dataset("builtin:shapes:4000")
+        near, far = (
+            load_teacher(write(tmp_path / "a.npy", rows.numpy()), sample, dim=4)
+            for rows in (x, x + shift)
+        )
+        torch.testing.assert_close(far.std(0), near.std(0), rtol=1e-3, atol=0)
+
 
 class TestEncoders:
     @needs_minilm
@@ -142,6 +155,26 @@ class TestEncoders:
         assert torch.nn.functional.cosine_similarity(first, exact).min() > 0.999
         write(path, first[:5].numpy(), list(dataset.keys[:5]))
         assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
+
+    @needs_minilm
+    def test_texts_that_moved_to_other_pictures_are_computed_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As in a table that was repaired: the same texts in the same order, and other keys."""
+        monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+        for picture in "abc":
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{picture}.png")
+        features = []
+        for pictures in ("abc", "bca"):
+            rows = [
+                f"{p}.png,{t}" for p, t in zip(pictures, ("a car", "a cat", "sea"), strict=True)
+            ]
+            table = tmp_path / "pairs.csv"
+            table.write_text("\n".join(["filepath,title", *rows]))
+            features.append(
+                load_teacher(MINILM, open_dataset(str(table), csv_separator=","), dim=0)
+            )
+        torch.testing.assert_close(*features)
 
 
 class TestCommand:

@@ -171,6 +171,17 @@ def test_a_run_too_short_for_prototypes_says_so(
     assert re.search(words, message)
 
 
+def test_a_run_that_has_no_prototypes_says_so(
+    tmp_path: Path, nano: Path, capsys: pytest.CaptureFixture[str], no_page: None
+) -> None:
+    """A teacher's alone were asked for, and there is no teacher."""
+    flags = ["--max-steps", "1", "--model", str(nano), *BARE]
+    folder = run(tmp_path, "none", [*flags, "--w-proto", "0", "--external-teacher", "none"])
+    message = capsys.readouterr().err
+    assert "method: protoclip, InfoNCE only\nexternal teacher: none" in message
+    assert json.loads((folder / "results.json").read_text())["first_prototype_step"] == 0
+
+
 def test_the_first_lines_say_why_the_loss_will_jump(trained: Path) -> None:
     log = (trained / "out.log").read_text()
     assert (

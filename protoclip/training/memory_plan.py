@@ -37,6 +37,7 @@ INT64 = 8
 CPU_BLOCK_ROWS = 1024
 CPU_BLOCK_COLUMNS = 4096
 BATCH = 8  # pairs of the smaller of two passes, whose difference is what a pair takes
+DISTILLED_MATRICES = 15  # fp32 [batch, global batch] at the peak of distillation, measured
 MINILM_DIM = 384  # width of MiniLM's features without reduction
 
 
@@ -70,7 +71,7 @@ class PlannedRun:
     @property
     def episode(self) -> int:
         """Samples per episode."""
-        return self.config.episode.size or self.samples
+        return min(self.config.episode.size or self.samples, self.samples)
 
     @property
     def reuses(self) -> bool:
@@ -224,6 +225,8 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
             )
         else:
             parts["features of the episode"] = math.ceil(run.episode / run.ranks) * 2 * dh * FP32
+    if active.distillation:
+        parts["distillation"] = DISTILLED_MATRICES * run.local_batch * rows * FP32
     parts["teacher"] = run.samples * run.teacher_dim * FP32
     return {name: float(size) for name, size in parts.items() if size}
 

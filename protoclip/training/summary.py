@@ -26,7 +26,7 @@ from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import NullRunFolder, sum_up
 from protoclip.settings.config import ModelConfig, TrainConfig, to_dict
 from protoclip.training import schedule
-from protoclip.training.checks import ActiveLosses, uses_prototypes
+from protoclip.training.checks import ActiveLosses
 
 NAMED = 5  # left-out samples that the log names
 
@@ -73,8 +73,12 @@ def announce(
             f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
             "run never reaches --lr; use a fraction such as 0.1"
         )
-    if not uses_prototypes(config):
-        folder.say(f"method: clip, {'SigLIP' if config.model.siglip else 'InfoNCE'} only")
+    if not active.prototypes:
+        contrastive = "SigLIP" if config.model.siglip else "InfoNCE"
+        others = "and distillation" if active.distillation else "only"
+        folder.say(f"method: {config.method}, {contrastive} {others}")
+        if config.method == "protoclip":
+            folder.say(teacher_remark)
         return
     episode = config.episode
     limits = ""
@@ -99,7 +103,7 @@ def find_first_prototype_step(
     config: TrainConfig, plan: schedule.Plan, active: ActiveLosses, features: FeatureSource
 ) -> int:
     """The step that trains prototypes first, counted from 1; 0: the method has none."""
-    if not uses_prototypes(config):
+    if not active.prototypes:
         return 0
     episode = config.episode
     # Drawn with replacement, some samples come again before the second pass.
