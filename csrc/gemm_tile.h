@@ -143,7 +143,7 @@ bool brgemm_works() {  // torch may have no oneDNN, or not be x86
 }
 
 struct CpuMatrixUnits {
-  bool bf16, amx;
+  bool fp32, bf16, amx;  // fp32: brgemm, which need not be a unit of its own
 };
 
 inline CpuMatrixUnits find_matrix_units() {
@@ -151,17 +151,15 @@ inline CpuMatrixUnits find_matrix_units() {
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   const bool works = brgemm_works<BFloat16>();
-  return {works, works && (edx >> 22 & 1) != 0};
+  return {brgemm_works<float>(), works, works && (edx >> 22 & 1) != 0};
 #else
-  return {false, false};
+  return {brgemm_works<float>(), false, false};
 #endif
 }
 
-// torch.backends.mkldnn.flags(enabled=False) switches it off, and brgemm with it.
-inline bool onednn_is_on() { return at::globalContext().userEnabledMkldnn(); }
-
 inline CpuMatrixUnits cpu_matrix_units() {
-  if (!onednn_is_on()) return {false, false};
+  // torch.backends.mkldnn.flags(enabled=False) switches oneDNN off, and brgemm with it.
+  if (!at::globalContext().userEnabledMkldnn()) return {false, false, false};
   // Asked once: on a virtual machine cpuid is answered by its host.
   static const CpuMatrixUnits units = find_matrix_units();
   return units;
@@ -190,11 +188,7 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
                      int64_t ldb, float* c, int64_t ldc, bool accumulate = false,
                      int64_t chain = kChain) {
   if (m == 0 || n == 0) return;  // oneDNN refuses
-  const auto works = [] {
-    static const bool once = brgemm_works<float>();
-    return once;
-  };
-  if (!onednn_is_on() || !works() || k == 0)
+  if (!cpu_matrix_units().fp32 || k == 0)
     return multiply_plain(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   multiply_chains(m, n, k, a, lda, b, ldb, c, ldc, accumulate, chain);
 }

@@ -76,7 +76,7 @@ BAR = tqdm(disable=True)
 WITH_TEACHER = "CLIP, time of the teacher too"
 QUEUES = {"queue of 3 steps": 3, "queue of 15 steps": 15}
 LATE_QUEUES = {f"{row} from the second pass": steps for row, steps in QUEUES.items()}
-JUDGED_QUEUE = "queue of 3 steps from the second pass"  # the others teach nothing at any rate
+JUDGED_QUEUE = "queue of 3 steps from the second pass"  # the others failed in tuning
 SHUFFLED = "shuffled teacher"
 DISTILLED = "distillation"
 # The same work; that of a late queue is a bit less.
