@@ -43,6 +43,7 @@ from benchmarks.study.small_batches_report import (
     enough_for_picture,
     picture_title,
     runs_of,
+    seeds_by_batch,
 )
 from protoclip.common.files import write_atomic
 from protoclip.data.icons import FAMILIES, builtin_icons
@@ -380,6 +381,7 @@ def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
         for of_metric in gained.values()
         for delta in of_metric.values()
     )
+    sure = max(delta.seeds for of_metric in gained.values() for delta in of_metric.values())
     left, height = 84, 104  # of the metrics' names, and of a panel
     column = (WIDTH - left) / len(batches)
     places = {batch: left + column * (place + 0.3) for place, batch in enumerate(batches)}
@@ -394,9 +396,10 @@ def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
             x = places[batch]
             unit = (height / 2 - 6) / most
             mean, top = zero - unit * delta.mean, zero - unit * (delta.mean + delta.half)
+            pale = ' opacity="0.45"' if delta.seeds < sure else ""
             parts.append(
                 f'<rect x="{x - 1:g}" y="{top:g}" width="2" height="{2 * unit * delta.half:g}" '
-                f'class="ours"/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"/>'
+                f'class="ours"{pale}/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"{pale}/>'
             )
             base = zero - 5 if abs(mean - zero) < 12 else mean + 5  # not across the line
             parts.append(text(x + 7, base, f"{delta.mean:+.3f}", "muted"))
@@ -404,6 +407,9 @@ def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
     parts.append(text(0, bottom, "batch", "muted"))
     for batch, x in places.items():
         parts.append(text(x - 4, bottom, f"{batch:,}"))
+    if len({delta.seeds for of_metric in gained.values() for delta in of_metric.values()}) > 1:
+        bottom += LINE
+        parts.append(text(0, bottom, f"{seeds_by_batch(gained)} (pale)", "muted"))
     return picture(picture_title(gained), bottom + 6, parts)
 
 

@@ -420,6 +420,44 @@ def test_the_picture_has_a_point_and_its_number_for_each_batch() -> None:
     assert small_batches_report.picture_title(gained) in svg
 
 
+def test_few_seeds_are_pale_and_batches_are_also_compared_in_the_seeds_of_all() -> None:
+    planned = judged_runs(MLP)
+    axis = [
+        scored(Task("main", MLP, row, 100 + i, 1e-3, 4.0, 512, 60_000), value)
+        for row, of_seeds in ((OURS, (0.61, 0.62, 0.65)), (EQUAL_TIME, (0.60, 0.60, 0.60)))
+        for i, value in enumerate(of_seeds)
+    ]
+    gained = small_batches_report.by_batch(small_batches_report.runs_of([*planned, *axis], MLP))
+    assert "16 seeds at 64, 256; 3 seeds at 512)" in small_batches_report.picture_title(gained)
+    svg = pictures.draw_small_batches(gained)
+    assert svg.count('class="ours" opacity') == 2 * len(PRIMARY)
+    assert "3 seeds at 512 (pale)" in svg
+    found = [run | ORIGIN for run in (*planned, *axis)]
+    text = small_batches_report.section(found, ())
+    table = text.partition("| gain by batch, in the same 3 seeds |")[2].partition("\n\n")[0]
+    lines = dict(line[2:].split(" | ", 1) for line in table.splitlines()[2:])
+    assert lines.keys() == {"64", "256", "512"}
+    assert lines["64"].startswith(f"+{np.subtract(OURS_64, EQUAL_64)[:3].mean():.3f} ")
+    assert lines["512"].startswith("+0.027 ")
+
+
+def test_each_at_its_best_batch_says_what_it_was_and_counts_runs_with_scores() -> None:
+    best = [
+        scored(Task("best", MLP, row, 100 + i, 2e-3, epochs, 512, 60_000), value)
+        | {"cpu_seconds": seconds}
+        for row, epochs, of_seeds, seconds in (
+            (OURS, 5.5, (0.61, 0.62, 0.65), 110.0),
+            (EQUAL_TIME, 7.077, (0.60, 0.60, 0.60), 113.0),
+        )
+        for i, value in enumerate(of_seeds)
+    ]
+    best[0]["metrics"] = {}
+    table = small_batches_report.best_table(small_batches_report.runs_of(best, MLP, "best"))
+    assert f"| {OURS}, batch 512 | 2 of 3 | 0.002, 5.5 | 110 | 0.635 |" in table
+    assert f"| {EQUAL_TIME}, batch 512 | 3 | 0.002, 7.077 | 113 | 0.600 |" in table
+    assert f"| {OURS} minus CLIP | 2 |" in table
+
+
 def test_the_page_is_that_of_the_records() -> None:
     path = small_batches.RESULTS / "runs.jsonl"
     found = [*protocol.finished(path, Task).values()]

@@ -155,7 +155,7 @@ def rows_table(runs: Runs) -> str:
     for row, by_seed in sorted(runs.items(), key=lambda item: order(item[1])):
         run = next(iter(by_seed.values()))
         equal = name(EQUAL_TIME, run["batch"], run["icons"])
-        line = [row, str(len(by_seed)), f"{run['lr']:g}, {run['epochs']:g}"]
+        line = [row, seeds_of(runs, row), f"{run['lr']:g}, {run['epochs']:g}"]
         for metric in METRICS:
             if row == equal:
                 line.append(mean(values(runs, row, metric).values()))
@@ -165,10 +165,35 @@ def rows_table(runs: Runs) -> str:
     return table(["", "seeds", "lr, epochs", *METRICS], lines) if lines else ""
 
 
+def seeds_of(runs: Runs, row: str) -> str:
+    """How many runs of a row there are, and how many have scores."""
+    every, scored = len(runs[row]), len(values(runs, row, PRIMARY[0]))
+    return str(every) if scored == every else f"{scored} of {every}"
+
+
 def order(by_seed: Mapping[int, Run]) -> tuple[int, int, bool]:
     """Tables go by icons and batch; the row that others are beside comes first."""
     run = next(iter(by_seed.values()))
     return run["icons"], run["batch"], run["row"] != EQUAL_TIME
+
+
+def batches_table(runs: Runs) -> str:
+    """The gains at each batch in the seeds that all batches have, once there are more batches than
+    the planned ones: which seeds were judged moves a gain as much as the batch does."""
+    batches = sorted({next(iter(by_seed.values()))["batch"] for by_seed in runs.values()})
+    batches = [batch for batch in batches if gains(runs, PRIMARY[0], batch)]
+    if len(batches) <= len(BATCHES):
+        return ""
+    seeds = set.intersection(*(set(gains(runs, PRIMARY[0], batch)) for batch in batches))
+    lines = []
+    for batch in batches:
+        cells = []
+        for metric in METRICS:
+            gained = gains(runs, metric, batch)
+            kept = {seed: gained[seed] for seed in seeds if seed in gained}
+            cells.append(text_of(paired(kept, dict.fromkeys(kept, 0.0))))
+        lines.append([str(batch), *cells])
+    return table([f"gain by batch, in the same {len(seeds)} seeds", *METRICS], lines)
 
 
 def beside_rivals(runs: Runs) -> str:
@@ -218,15 +243,22 @@ def rates_table(finished: Iterable[Run]) -> str:
 def best_table(runs: Runs) -> str:
     """Each method at its best batch, for the same time."""
     by_row = {next(iter(by_seed.values()))["row"]: row for row, by_seed in runs.items()}
-    lines = [
-        [row, str(len(by_seed)), *(mean(values(runs, row, metric).values()) for metric in METRICS)]
-        for row, by_seed in runs.items()
-    ]
+    lines = []
+    for row, by_seed in runs.items():
+        run = next(iter(by_seed.values()))
+        seconds = [run["cpu_seconds"] for run in by_seed.values() if "cpu_seconds" in run]
+        line = [row, seeds_of(runs, row), f"{run['lr']:g}, {run['epochs']:g}", mean(seconds, ".0f")]
+        lines.append([*line, *(mean(values(runs, row, metric).values()) for metric in METRICS)])
     if by_row.keys() == {OURS, EQUAL_TIME}:
         ours, clip = by_row[OURS], by_row[EQUAL_TIME]
+        both = values(runs, ours, PRIMARY[0]).keys() & values(runs, clip, PRIMARY[0]).keys()
         cells = [text_of(difference(runs, ours, clip, metric)) for metric in METRICS]
-        lines.append(["difference", "", *cells])
-    head = ["each at its best batch, without the teacher's time", "seeds", *METRICS]
+        lines.append([f"{OURS} minus CLIP", str(len(both)), "", "", *cells])
+    what = (
+        "each at the batch that was its best in tuning, for the time of 4 epochs of "
+        f"{OURS} at {BATCHES[0]} (not that of the tables above)"
+    )
+    head = [what, "seeds", "lr, epochs", "own CPU seconds", *METRICS]
     return table(head, lines) if lines else ""
 
 
@@ -291,11 +323,17 @@ def costs_table(finished: Sequence[Run]) -> str:
 def tuning_table(finished: Iterable[Run]) -> str:
     """What was tried on the sets for tuning: mean score by learning rate, the best in bold."""
     tried: dict[tuple[str, str, float], dict[float, list[float]]] = {}
-    for run in sorted(finished, key=lambda run: run["lr"]):
-        if run["stage"] == "tune":
-            row = name(run["row"], run["batch"], run["icons"])
-            by_lr = tried.setdefault((run["tower"], row, run["epochs"]), {})
-            by_lr.setdefault(run["lr"], []).append(score(run))
+    towers = list(TOWERS)
+
+    def place(run: Run) -> tuple[Any, ...]:
+        """Where the table has a run."""
+        of_row = (towers.index(run["tower"]), run["icons"], run["batch"], run["row"])
+        return *of_row, run["epochs"], run["lr"]
+
+    for run in sorted((run for run in finished if run["stage"] == "tune"), key=place):
+        row = name(run["row"], run["batch"], run["icons"])
+        by_lr = tried.setdefault((run["tower"], row, run["epochs"]), {})
+        by_lr.setdefault(run["lr"], []).append(score(run))
     lines = []
     for (tower, row, epochs), by_lr in tried.items():
         means = {lr: statistics.fmean(scores) for lr, scores in by_lr.items()}
@@ -336,8 +374,18 @@ def picture_title(gained: Mapping[str, Mapping[int, Difference]]) -> str:
     ]
     return (
         "What a teacher's prototypes gain over CLIP at equal CPU time, the teacher's not counted, "
-        f"by batch size, with 95 % intervals ({TOWERS['mlp']}). {'; '.join(parts)}."
+        f"by batch size, with 95 % intervals ({TOWERS['mlp']}; {seeds_by_batch(gained)}). "
+        f"{'; '.join(parts)}."
     )
+
+
+def seeds_by_batch(gained: Mapping[str, Mapping[int, Difference]]) -> str:
+    """How many seeds the points of the picture have: "16 seeds at 64, 256; 3 seeds at 32"."""
+    batches: dict[int, list[str]] = {}
+    for batch, delta in gained[PRIMARY[0]].items():
+        batches.setdefault(delta.seeds, []).append(f"{batch:,}")
+    most_first = sorted(batches, reverse=True)
+    return "; ".join(f"{seeds} seeds at {', '.join(batches[seeds])}" for seeds in most_first)
 
 
 def enough_for_picture(gained: Mapping[str, Mapping[int, Any]]) -> bool:
@@ -368,6 +416,7 @@ def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
         parts.append(f"Zero-shot names ({TOWERS[tower]}, all seeds): {'; '.join(sets)}.")
         tables = [
             rows_table(runs),
+            batches_table(runs),
             beside_rivals(runs),
             rates_table(finished) if tower == "mlp" else "",
             best_table(runs_of(finished, tower, "best")),
