@@ -144,6 +144,8 @@ def run(args: argparse.Namespace) -> None:
     names = [CSV, CENTROIDS, page.NAME]
     if is_encoded:
         names.append(FEATURES)
+    if args.iters < 0:
+        raise ValueError(f"--iters: expected at least 0, got {args.iters}")
     with open_output(out, names, args.overwrite):
         began_at = time.perf_counter()
         points = read_features(args) if is_file else encode_pictures(args)
@@ -235,6 +237,11 @@ def open_output(out: Path, names: Sequence[str], overwrite: bool) -> Iterator[No
         raise ValueError(
             f"--out: {shown} holds an earlier run of {PROG}; choose another folder, or replace it "
             "with --overwrite"
+        )
+    if FEATURES in present and not overwrite:
+        raise ValueError(
+            f"--out: {shown} holds the features of a run that did not end; go on from them with "
+            f"--features {shown}/{FEATURES}, or replace them with --overwrite"
         )
     is_new = not out.exists()
     try:
@@ -329,6 +336,7 @@ def encode_pictures(args: argparse.Namespace) -> Points:
             f"the weights {WEIGHTS} of {MODEL} cannot be downloaded here; give --run logs/NAME, "
             "--model NAME --pretrained FILE, or a file of features as DATA"
         ) from error
+    check_k(args.k, len(dataset))  # before hours of encoding
     with open_encoder(loaded.model, args, "encoding") as encoder:
         try:
             rows = encoder.images(dataset)
@@ -428,6 +436,8 @@ def read_weights(path: str, n: int) -> Tensor | None:
         weights = torch.tensor([float(line) for line in lines], dtype=torch.float64)
     except (OSError, ValueError) as error:
         raise ValueError(f"--weights: expected one number a line in {path}, got {error}") from error
+    if not bool((weights >= 0).all() and weights.isfinite().all() and weights.any()):
+        raise ValueError(f"--weights: expected numbers from 0 on, not all 0, in {path}")
     if len(weights) != n:
         expected = f"a number for each of the {n:,} pictures or rows"
         raise ValueError(f"--weights: expected {expected} in {path}, got {len(weights):,}")
@@ -509,17 +519,22 @@ def different_names(files: Sequence[str]) -> list[str]:
     return names
 
 
+def check_k(k_text: str, n: int) -> None:
+    """ValueError if n pictures or rows cannot have so many groups."""
+    if k_text == "auto" and n < FEWEST:
+        raise ValueError(
+            f"--k auto: expected at least {FEWEST} pictures or rows, got {n}; give --k, such as "
+            "--k 2"
+        )
+    if k_text != "auto" and not (k_text.isdecimal() and 2 <= int(k_text) <= n):
+        raise ValueError(f"--k: expected auto or 2 to N = {n:,} groups, got {k_text}")
+
+
 def choose_k(k_text: str, rows: Tensor, seed: int) -> tuple[int, str]:
     """K, and the reason for it; "auto": by ``choose_num_clusters``."""
-    if k_text.isdecimal() and 2 <= int(k_text) <= len(rows):
-        return int(k_text), ""
+    check_k(k_text, len(rows))
     if k_text != "auto":
-        raise ValueError(f"--k: expected auto or 2 to N = {len(rows):,} groups, got {k_text}")
-    if len(rows) < FEWEST:
-        raise ValueError(
-            f"--k auto: expected at least {FEWEST} pictures or rows, got {len(rows)}; give --k, "
-            "such as --k 2"
-        )
+        return int(k_text), ""
     candidates = numbers_to_try(min(SILHOUETTE_ROWS, len(rows)), LARGEST_K)
     with tqdm(total=len(candidates), desc="choosing K", leave=False, disable=None) as bar:
 

@@ -130,8 +130,9 @@ def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard
     lines += [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     head = ModelCardData(library_name="open_clip", pipeline_tag=TASK, tags=["clip", "protoclip"])
     head.model_name = run.name
-    if (run / "results.json").is_file():
-        outcome = read_results(run / "results.json")
+    file = run / "results.json"
+    outcome = read_results(file) if file.is_file() else None
+    if outcome and outcome.steps == ours.get("step"):  # not those of an earlier or later checkpoint
         lines += ["", f"## Results on {outcome.data}", "", "```", format_table(outcome), "```"]
         evaluated = [
             EvalResult(TASK, outcome.data, eval_set.title, name, value)

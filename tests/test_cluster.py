@@ -319,6 +319,35 @@ def test_a_run_that_failed_leaves_no_folder_and_no_claim_to_one(
     assert (out / "report.html").read_text() == "mine"
 
 
+def test_features_of_an_interrupted_run_are_kept(
+    pictures: Path, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    command = [str(pictures), "--k", "2", "--model", str(nano), "--pretrained", "random"]
+    command += ["--device", "cpu", "--out", str(out)]
+    assert cluster(command) == 0
+    (out / "clusters.csv").unlink()  # as if it had been stopped before
+    features = (out / "features.npz").read_bytes()
+    capsys.readouterr()
+    assert cluster(command) == 2
+    assert f"--features {out}/features.npz, or replace them" in capsys.readouterr().err
+    assert (out / "features.npz").read_bytes() == features
+    go_on = [str(pictures), "--k", "2", "--features", f"{out}/features.npz", "--out", str(out)]
+    assert cluster(go_on) == 0
+    assert (out / "clusters.csv").exists()
+    assert cluster([*command, "--overwrite"]) == 0
+
+
+def test_a_k_that_is_too_large_is_refused_before_encoding(
+    pictures: Path, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o"
+    command = [str(pictures), "--k", "9999", "--model", str(nano), "--pretrained", "random"]
+    assert cluster([*command, "--device", "cpu", "--out", str(out)]) == 2
+    assert "--k: expected auto or 2 to N = " in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_page_that_changed_since_is_not_replaced(
     features: FeatureFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +378,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_HUB_CACHE", str(folder))
     (folder / "w.txt").write_text("1\n2\n")
     (folder / "bad.txt").write_text("1\nx\n")
+    (folder / "below.txt").write_text("-1\n" + "1\n" * 899)
     np.save(folder / "same.npy", np.zeros((9, 2)))
     np.save(folder / "five.npy", np.eye(5))
     np.save(folder / "words.npy", np.array([["a", "b"]] * 9))
@@ -369,6 +399,8 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["x.npy", "--captions", "w.txt"], "--captions: expected one for each of the 900 rows"),
         (["x.npy", "--weights", "w.txt", "--k", "3"], "expected a number for each of the 900"),
         (["x.npy", "--weights", "bad.txt"], "--weights: expected one number a line in bad.txt"),
+        (["x.npy", "--weights", "below.txt"], "numbers from 0 on, not all 0, in below.txt"),
+        (["x.npy", "--k", "3", "--iters", "-1"], "--iters: expected at least 0, got -1"),
         (["x.npy", "--captions", "no.txt"], "--captions: expected a text file in UTF-8"),
         (["same.npy"], "--k auto: expected rows that differ"),
         (["five.npy"], "--k auto: expected at least 6 pictures or rows, got 5; give --k"),

@@ -128,7 +128,9 @@ def test_classes_make_captions_where_there_are_none(tmp_path: Path) -> None:
     ]
     assert dataset.skipped == [(path, "row 2", "the class is not known")]
     assert len(open_dataset(path, class_template="simple").captions(0)) == 7
-    assert open_layout(path).test.labels["class"].names == CLASSES
+    layout = open_layout(path)
+    assert layout.test.labels["class"].names == CLASSES
+    assert layout.captions == 0  # no retrieval of what the class was made into
 
 
 def test_bad_rows_are_left_out_named_and_counted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,23 @@ class TestUrls:
             for path in (tmp_path / "data").glob("*.tar"):
                 path.unlink()
             local = remote
+
+    def test_without_the_copies_a_changed_shard_is_read_anew(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
+    ) -> None:
+        monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / "data"
+        folder.mkdir()
+        url = f"{serve(folder)}/a.tar"
+        for keys in (["aa", "bbb"], ["cccc", "ddddd", "eeeeee"]):
+            content = {".png": encoded(picture(0)), ".txt": b"words"}
+            members = [(key + ending, data) for key in keys for ending, data in content.items()]
+            write_tar(folder / "a.tar", members)
+            shutil.rmtree(tmp_path / "cache" / "remote", ignore_errors=True)
+            shard_module._open.cache_clear()  # as in a new process
+            dataset = open_dataset(url)
+            assert [key.split("/")[-1] for key in dataset.keys] == keys
+            assert [dataset.captions(i) for i in range(len(keys))] == [("words",)] * len(keys)
 
     @pytest.mark.parametrize(
         ("spec", "words"),

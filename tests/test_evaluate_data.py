@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from pairs import encoded, write_tar
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from protoclip.evaluate import __main__ as command
 from protoclip.evaluate.datasets import open_layout, read_templates
+from protoclip.model import build_model
+from protoclip.settings.config import ModelConfig
 
 WORDS = "zero one two three four five six seven eight nine"
 NAMES = [f"the digit {word}" for word in WORDS.split(" ")]
@@ -197,6 +200,45 @@ def test_no_evaluation_replaces_another(tmp_path: Path, monkeypatch: pytest.Monk
         written = {json.loads(path.read_text())["data"] for path in tmp_path.glob("*.json")}
         assert len(list(tmp_path.glob("*.json"))) == number, flags
     assert written == {*names, "a_b/val/.."}
+
+
+def test_weights_of_a_config_are_told_apart(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(nano, "mine.json")
+    image_folder(Path("digits"), 12, parts=())
+    model = build_model(ModelConfig(model="mine.json", add_projection_head=False))
+    for name in ("w1.pt", "w2.pt"):
+        torch.save(model.clip.state_dict(), name)
+    for name in ("w1.pt", "w2.pt", "w1.pt"):
+        flags = ["mine.json", "--pretrained", name, "--data", "digits", "--tasks", "zeroshot"]
+        assert command.main(flags) == 0
+    written = [json.loads(path.read_text()) for path in tmp_path.glob("mine-results-*.json")]
+    assert sorted(results["pretrained"] for results in written) == ["w1.pt", "w2.pt"]
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "words"),
+    [
+        ("builtin:shapes:64", ["--split", "train"], "--split: expected a folder of pictures"),
+        ("pairs.csv", ["--split", "val"], "--split: expected a folder of pictures"),
+        ("digits", ["--csv-label-key", "class"], "--csv-label-key: expected a table, got digits"),
+    ],
+)
+def test_a_flag_that_the_data_cannot_follow_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    flags: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image_folder(Path("digits"), 12, parts=())
+    Path("pairs.csv").write_text("filepath,title\n")
+    assert command.main([*MODEL, "--data", data, *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_data_without_a_letter_leaves_the_runs_own_results(

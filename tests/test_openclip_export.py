@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +85,16 @@ def test_the_model_card_has_the_results(exported: Path) -> None:
     text = (exported / "README.md").read_text()
     for words in ("builtin:shapes:64", "| steps | 5 |", "image -> text R@1", "local-dir"):
         assert words in text
+
+
+def test_the_model_card_has_no_results_of_another_checkpoint(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    path = run / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 4}))
+    assert export.main([str(run), "--out", str(tmp_path / "exported")]) == 0
+    card = ModelCard.load(tmp_path / "exported" / "README.md")
+    assert "| steps | 5 |" in card.text and "Results" not in card.text
+    assert card.data.eval_results is None
 
 
 def test_the_command_says_how_to_load_it_and_overwrites_nothing(

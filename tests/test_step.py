@@ -306,6 +306,17 @@ def test_skipped_steps_are_seen_when_the_line_is_read(
     assert metrics(run)[1]["bad_steps"] == 4
 
 
+def test_a_skipped_step_between_two_lines_is_not_given_the_samples_of_another(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_late(monkeypatch)
+    poison(monkeypatch, {4})
+    assert main([*flags, "--log-every-n-steps", "4"]) == 0
+    text = (tmp_path / "logs" / "run" / "out.log").read_text()
+    assert "1 step before step 8 skipped: loss or gradient not finite, 1 so far; --log-e" in text
+    assert "samples:" not in text
+
+
 def test_a_card_logs_every_tenth_step_by_default() -> None:
     from ranks import config_of
 

@@ -144,11 +144,14 @@ def test_evaluate_leaves_out_what_training_left_out(run, own_table, capsys):
 def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_table, capsys):
     flags = ["--train-data", str(own_table), "--val-fraction", "0.25", "--max-steps", "1"]
     folder = run("part", *flags, "--val-frequency", "0")
+    of_training = (folder / "results.json").read_bytes()
     header, *rows = own_table.read_text().splitlines()
     own_table.write_text("\n".join([header, *rows, *(f"./{row}" for row in rows)]))
     assert evaluate([str(folder)]) == 0  # rows at the end are as new as those that were held out
-    results = json.loads((folder / "results.json").read_text())
+    (file,) = folder.glob("results-*.json")
+    results = json.loads(file.read_text())
     assert results["trained"]["HO"]["samples"] > 25 and results["untrained"] is None
+    assert (folder / "results.json").read_bytes() == of_training
     own_table.write_text("\n".join([header, *rows[1:]]))
     capsys.readouterr()
     assert evaluate([str(folder)]) == 2

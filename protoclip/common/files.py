@@ -42,6 +42,12 @@ def is_remote(shard: str) -> bool:
     return "://" in shard
 
 
+def remote_folder(url: str) -> Path:
+    """Where the cache keeps what belongs to a URL: deleted, all of it is fetched again."""
+    digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_dir() / "remote" / digest[:32]
+
+
 def local_copy(url: str) -> str:
     """The path of the local copy of a shard; fetches it if it is missing."""
     if os.path.exists(_copies.get(url, "")):
@@ -55,8 +61,7 @@ def local_copy(url: str) -> str:
             f"{url}: expected a URL of {', '.join(PROTOCOLS)}, got {protocol}; copy the shard to "
             "a disk, or train with protoclip openclip, whose pipeline reads more"
         )
-    digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
-    folder = cache_dir() / "remote" / digest[:32]
+    folder = remote_folder(url)
     options: dict[str, Any] = {"filecache": {"cache_storage": str(folder), "expiry_time": False}}
     try:
         if protocol in ("http", "https"):

@@ -118,8 +118,13 @@ class ParquetDataset:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether captions are of the files, not made from the class."""
+        return bool(self._columns.caption)
+
     def captions(self, i: int) -> tuple[str, ...]:
-        if not self._columns.caption:
+        if not self.has_captions:
             name = self._classes.names[int(self._classes.ids[i])]
             return tuple(template.replace("{}", name) for template in self.templates)
         return captions_of(self._value(i, self._columns.caption))

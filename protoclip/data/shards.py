@@ -29,6 +29,7 @@ from protoclip.common.files import (
     is_remote,
     lines_of,
     local_copy,
+    remote_folder,
     write_atomic,
 )
 from protoclip.common.json_text import parse_json
@@ -276,10 +277,10 @@ def shard_index(shard: str) -> ShardIndex:
 
 def _cached(shard: str) -> Path:
     """The path of the cached index for the shard in its current state."""
-    state: list[Any] = [FORMAT, shard]
-    if not is_remote(shard):
-        status = os.stat(shard)
-        state = [FORMAT, os.path.abspath(shard), status.st_size, status.st_mtime_ns]
+    if is_remote(shard):
+        return remote_folder(shard) / f"index-{FORMAT}.json"
+    status = os.stat(shard)
+    state = [FORMAT, os.path.abspath(shard), status.st_size, status.st_mtime_ns]
     digest = hashlib.sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()
     return cache_dir() / "shards" / f"{digest[:32]}.json"
 

@@ -35,7 +35,11 @@ NAMED = {
     "csv_label_key": "",
     "csv_img_key": None,
     "csv_caption_key": None,
+    "csv_separator": None,
+    "csv_encoding": None,
+    "class_template": None,
     "seed": None,
+    "precision": "fp32",
 }
 
 
@@ -57,14 +61,20 @@ def run(args: argparse.Namespace) -> None:
     config = loaded.config or TrainConfig()
     own_held_out = None if args.data else _own_held_out(loaded, args.workers)
     data = own_held_out.test.name if own_held_out else args.data or _own_data(loaded.config)
-    if earlier and not args.out and (earlier.data, earlier.model) != (data, loaded.name):
+    weights = "" if Path(args.what).is_dir() else loaded.pretrained  # a run's are its newest
+    of_earlier = (earlier.data, earlier.model, weights and earlier.pretrained) if earlier else None
+    if not args.out and of_earlier not in (None, (data, loaded.name, weights)):
         # The names of the two differ in signs that no file's name keeps.
-        checksum = zlib.crc32(os.fsencode(f"{data}\0{loaded.name}"))
-        output = output.with_name(f"{output.stem}-{checksum:08x}.json")
+        output = beside(output, f"{data}\0{loaded.name}\0{weights}")
         earlier = None
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.run.seed if args.seed is None else args.seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
+    if own_held_out and (args.split or args.csv_label_key):
+        raise ValueError(
+            "--split, --csv-label-key: the pairs that the run held out have neither; leave the "
+            "flag out, or give --data"
+        )
     layout = own_held_out or open_layout(data, **columns)
     if distributed.is_main():
         for line in layout.left_out:
@@ -87,13 +97,21 @@ def run(args: argparse.Namespace) -> None:
         pretrained=loaded.pretrained,
         trained=trained,
         seconds={"loading": loaded_at - started, "evaluation": took},
+        steps=loaded.steps,
         peak_memory_bytes=tasks.peak_memory_bytes(encoder.device),
     )
-    if not args.tasks and earlier and earlier.data == data and _sizes(earlier) == _sizes(outcome):
-        # The values from training, on the same pictures, belong in the same table.
-        outcome = dataclasses.replace(
-            earlier, trained=trained, model=loaded.name, pretrained=loaded.pretrained
-        )
+    if not args.tasks and earlier and earlier.data == data:
+        if _sizes(earlier) == _sizes(outcome):
+            # The values from training, on the same pictures, belong in the same table.
+            outcome = dataclasses.replace(
+                earlier,
+                trained=trained,
+                model=loaded.name,
+                pretrained=loaded.pretrained,
+                steps=loaded.steps or earlier.steps,
+            )
+        elif earlier.floors and not args.out:  # training's results, of other pictures: they stay
+            output = beside(output, repr(sorted(_sizes(outcome).items())))
     print(results.format_table(outcome))
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
@@ -104,6 +122,11 @@ def run(args: argparse.Namespace) -> None:
     notes.append(f"Evaluated in {took:.1f} s{on_ranks} ({args.precision}), written to {output}")
     notes.append(f"CLIP_benchmark's JSON: {folder}")
     print("\n".join(notes))
+
+
+def beside(file: Path, difference: str) -> Path:
+    """A file's name with the checksum of what tells it from the file that is there."""
+    return file.with_name(f"{file.stem}-{zlib.crc32(os.fsencode(difference)):08x}.json")
 
 
 def _sizes(outcome: results.Outcome) -> dict[str, int]:

@@ -72,23 +72,28 @@ def open_layout(
         csv_label_key: column of the class in a table; empty in rows whose class is not known. A
             picture with several rows has the class of the first.
     """
-    if data.startswith("builtin:"):
+    source_type = data_kind(data)
+    if split and source_type != "folder":
+        raise DataError(f"--split: expected a folder of pictures, got {data}; leave the flag out")
+    if csv_label_key and source_type != "table":
+        raise DataError(f"--csv-label-key: expected a table, got {data}; leave the flag out")
+    if source_type == "builtin":
         test = open_dataset(data, "heldout", **open_kwargs)
         train = open_dataset(data, "train", **open_kwargs)
         if data == "builtin:icons":
             return Layout(test, train, NAMES, captions=1, parts=_icon_parts())
         return Layout(test, train, TEMPLATES, captions=1, key="HO", title="Held-out pairs")
     words: Sequence[str] = read_templates(templates)
-    source_type = data_kind(data)
     if source_type == "folder":
         return _image_folder(Path(data), split, words)
     index_together(data)
     dataset: Any = open_dataset(data, **open_kwargs)
+    captions = None if getattr(dataset, "has_captions", True) else 0  # else made from the class
     numbers = picture_numbers(dataset)
     first_rows = np.sort(np.unique(numbers, return_index=True)[1])  # of each picture
     if len(first_rows) < len(dataset):  # a table with a row for each caption
         dataset = Pictures(dataset, numbers)
-    if csv_label_key and source_type == "table":
+    if csv_label_key:
         rows = read_table(
             data,
             (csv_label_key,),
@@ -109,7 +114,7 @@ def open_layout(
         number_of = {name: number for number, name in enumerate(names)} | {"": -1}
         ids = torch.tensor([number_of[values[row]] for row in first_rows])
         dataset.labels = {LABEL: Labels(ids, names)}
-    return Layout(dataset, templates=words)
+    return Layout(dataset, templates=words, captions=captions)
 
 
 def _icon_parts() -> dict[str, Part]:

@@ -40,6 +40,7 @@ class Loaded:
     pretrained: str  # checkpoint or tag
     config: TrainConfig | None = None  # of the run that trained it
     training_data: str = ""  # fingerprint of what the run trained on
+    steps: int = 0  # of training; 0: not known
 
 
 def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
@@ -74,8 +75,10 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
     architecture = model or config.model.model
     built = build_model(dataclasses.replace(config.model, model=architecture, pretrained=""))
     built.load_state(payload)
-    training_data = payload["protoclip"].get("training", {}).get("data", "")
-    return Loaded(built, config.model.model, str(path), config, training_data)
+    ours = payload["protoclip"]
+    training_data = ours.get("training", {}).get("data", "")
+    steps = ours.get("step", 0)
+    return Loaded(built, config.model.model, str(path), config, training_data, steps)
 
 
 def _by_name(name: str, pretrained: str) -> Loaded:

@@ -198,7 +198,8 @@ def _guesses(eval_set: EvalSet, train: EvalSet | None) -> tuple[dict[str, float]
             continue
         counts = train.labels[label].ids
         counts = counts[counts >= 0].bincount(minlength=len(labels.names))
-        usual = float((labels.ids[labels.ids >= 0] == counts.argmax()).float().mean())
+        tested = labels.ids if eval_set.probe_rows is None else labels.ids[eval_set.probe_rows]
+        usual = float((tested[tested >= 0] == counts.argmax()).float().mean())
         for name in ("lp_acc1", "knn_acc1", "nn_acc1"):
             share[f"{label}/{name}"] = 1 / int((counts > 0).sum())
             most[f"{label}/{name}"] = usual

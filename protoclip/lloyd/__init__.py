@@ -584,7 +584,7 @@ def numbers_to_try(num_points: int, max_clusters: int) -> list[int]:
 
 
 def choose_num_clusters(
-    points: Tensor,
+    points: Tensor | Array,
     *,
     max_clusters: int = 300,
     max_points: int = 3000,
@@ -612,6 +612,7 @@ def choose_num_clusters(
         Rousseeuw 1987, "Silhouettes".
     """
     op = "choose_num_clusters"
+    points = _tensor(points)
     checks.matrix(op, "points", points, "[N, D]")
     if max_clusters < 2 or max_points < 6:
         raise ValueError(

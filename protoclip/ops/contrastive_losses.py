@@ -43,7 +43,7 @@ def contrastive(
     The logits are l_ij = logit_scale q_i.k_j + key_bias_j. A query's loss is the log-sum-exp over
     the keys that it sees minus the mean logit of its positives. It sees every key except those of
     its own id (unless they are positives) and the one that it excludes. Sums are fp32, and
-    O(N + M) values are saved.
+    O(N + M) values are saved, and the ``stash`` where there is one.
 
     Args:
         queries, keys: [N, D] and [M, D], in ``info_nce``'s dtypes. Extra keys, such as hard

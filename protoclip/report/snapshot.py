@@ -273,7 +273,7 @@ def cluster_block(
             everywhere=EVERYWHERE,
         )
     images = min(images, max(1, PICTURES // len(order)))
-    if images > ROW:
+    if ROW < images < len(labels):  # else all of a group's are shown
         images -= images % ROW
     most = {"images": images, "captions": CAPTIONS, "names": CAPTIONS}
     show: dict[str, Callable[[int], Any]] = {

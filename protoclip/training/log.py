@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from protoclip import distributed
+from protoclip.common.files import plural
 from protoclip.common.host import start_copy_to_host
 from protoclip.common.phases import Phases
 from protoclip.data.loader import Faults
@@ -149,12 +150,21 @@ class Log:
         total = int(values["bad_steps"])
         if total == self.reported_skips:
             return None
+        new = total - self.reported_skips
         self.reported_skips = total
+        if not in_a_row:  # the line is of a later step, with other samples
+            folder.note(
+                f"{plural(new, 'step')} before step {line.step} skipped: loss or gradient not "
+                f"finite, {total} so far; --log-every-n-steps 1 names the samples"
+            )
+            return None
         samples = [keys[position] for position in line.positions]
         numbers = [name for name, value in values.items() if not math.isfinite(value)]
         which = ", ".join(numbers) or "loss or gradient"
+        of_rank = " of rank 0" if distributed.world_size() > 1 else ""
         folder.note(
-            f"step {line.step} skipped: {which} not finite, {total} so far; samples: {samples}"
+            f"step {line.step} skipped: {which} not finite, {total} so far; samples{of_rank}: "
+            f"{samples}"
         )
         self.last_skipped = Skipped(
             step=line.step, in_a_row=in_a_row, key=samples[0], numbers=numbers
