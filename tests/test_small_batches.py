@@ -452,10 +452,16 @@ def test_each_at_its_best_batch_says_what_it_was_and_counts_runs_with_scores() -
         for i, value in enumerate(of_seeds)
     ]
     best[0]["metrics"] = {}
-    table = small_batches_report.best_table(small_batches_report.runs_of(best, MLP, "best"))
+    best += [
+        scored(Task("best by own seconds", MLP, EQUAL_TIME, 100 + i, 2e-3, 7.5, 512, 60_000), 0.615)
+        for i in range(3)
+    ]
+    table = small_batches_report.best_table(best, MLP)
     assert f"| {OURS}, batch 512 | 2 of 3 | 0.002, 5.5 | 110 | 0.635 |" in table
     assert f"| {EQUAL_TIME}, batch 512 | 3 | 0.002, 7.077 | 113 | 0.600 |" in table
-    assert f"| {OURS} minus CLIP | 2 |" in table
+    assert f"| {EQUAL_TIME}, batch 512, by own seconds | 3 | 0.002, 7.5 |" in table
+    assert f"| {OURS} minus {EQUAL_TIME}, batch 512 | 2 |  |  | +0.035 " in table
+    assert f"| {OURS} minus {EQUAL_TIME}, batch 512, by own seconds | 2 |  |  | +0.020 " in table
 
 
 def test_the_page_is_that_of_the_records() -> None:

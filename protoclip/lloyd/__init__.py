@@ -612,19 +612,19 @@ def choose_num_clusters(
         Rousseeuw 1987, "Silhouettes".
     """
     op = "choose_num_clusters"
-    points = _tensor(points)
-    checks.matrix(op, "points", points, "[N, D]")
+    x = _tensor(points)
+    checks.matrix(op, "points", x, "[N, D]")
     if max_clusters < 2 or max_points < 6:
         raise ValueError(
             f"{op}: expected max_clusters >= 2 and max_points >= 6, got {max_clusters} and "
             f"{max_points}"
         )
-    if len(points) < 6:
-        raise ValueError(f"{op}: expected at least 6 points, got {len(points)}; give a number")
+    if len(x) < 6:
+        raise ValueError(f"{op}: expected at least 6 points, got {len(x)}; give a number")
     from sklearn.metrics import silhouette_score
 
-    rows = torch.linspace(0, len(points) - 1, min(max_points, len(points)), device="cpu")
-    sample = points.detach()[rows.round().long().to(points.device)]
+    rows = torch.linspace(0, len(x) - 1, min(max_points, len(x)), device="cpu")
+    sample = x.detach()[rows.round().long().to(x.device)]
     sample = sample if sample.dtype == torch.float64 else sample.float()
     centred = (sample - sample.mean(0)).cpu().numpy()  # far from 0 silhouettes lose their digits
     silhouettes: dict[int, float] = {}
