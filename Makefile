@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity check-arm dist-check faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
+.PHONY: check help lint fix test parity check-arm sanitize dist-check faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -38,6 +38,18 @@ check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch
 	done; \
 	$(ARM_CXX) $$flags tests/arm_check.cpp -o build/arm_check && \
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm_check
+
+SANITIZED = build/sanitized
+OP_TESTS = stash segment_mean kmeans_assign kmeans kmeans_sklearn prototype_cpu prototype_cross_entropy contrastive \
+	info_nce clip_loss loss_options faults_fuzz_ops
+sanitize:  ## the ops' tests with csrc under the address and undefined-behaviour sanitizers (g++): half an hour
+	mkdir -p $(SANITIZED)
+	printf '#!/bin/sh\nexec g++ "$$@" -fsanitize=address,undefined -fno-sanitize=vptr -D_GLIBCXX_ASSERTIONS -g1\n' > $(SANITIZED)/g++
+	chmod +x $(SANITIZED)/g++
+	libraries=$$(for name in asan ubsan stdc++; do printf '%s ' $$(g++ -print-file-name=lib$$name.so); done); \
+	env CXX=$(CURDIR)/$(SANITIZED)/g++ PROTOCLIP_CACHE=$(CURDIR)/$(SANITIZED) LD_PRELOAD="$$libraries" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(PYTHON) -m pytest -x $(OP_TESTS:%=tests/test_%.py) -k "not memory"  # a limit of addresses leaves asan no room
 
 dist-check:  ## wheel and sdist of the last commit, each installed in an empty environment and run; ten minutes, 6 GB
 	.ci/dist-check
