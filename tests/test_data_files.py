@@ -65,6 +65,11 @@ TABLE_FAULTS = {
     "caption": ("filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n", "line 3.*remove the row"),
     "picture": ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
     "short row": ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
+    "long row": ("filepath,title\nimages/0.png,a dog, running\n", "line 2.*3 columns where"),
+    "open quote": (
+        'filepath\ttitle\nimages/0.png\t"The Night\nimages/1.png\ta\nimages/2.png\ta 12" disc\n',
+        "line 4.*holds tabs and line breaks; close the quote",
+    ),
     "column": ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
     "separator": ("filepath title\nimages/0.png a\n", "no column 'filepath'.*--csv-separator"),
     "no rows": ("filepath\ttitle\n", "no rows"),
@@ -146,6 +151,8 @@ class TestPictures:
         assert np.abs(pixels[0, :, 0].astype(int) - np.arange(256)).max() <= 1
         dark = opened(tmp_path, Image.fromarray((ramp // 256).astype(np.uint16)))
         assert np.asarray(dark).max() <= 1  # 255 of 65,535 is nearly black
+        grey_map = opened(tmp_path, Image.fromarray(ramp.astype(np.int32), "I"), "PPM")
+        assert np.array_equal(np.asarray(grey_map), pixels)
 
     @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
     def test_a_picture_of_a_camera_held_sideways_is_upright(
@@ -273,6 +280,27 @@ def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
     assert first.read_bytes() == again.read_bytes()
     with tarfile.open(first) as tar:
         assert len([name for name in tar.getnames() if name.endswith(".jpg")]) == 10
+
+
+def test_an_export_keeps_every_pair_whatever_their_keys(folder: Path) -> None:
+    names = ["0.png", "1.png", "000000001"]  # the last one is a number that 1.png might get
+    for number, name in enumerate(names):
+        picture(number).save(folder / name, "PNG")
+    table = write_table(folder, [(name, f"picture {name}") for name in names])
+    out = folder / "out"
+    assert data_command(["--export", table, "--out", str(out)]) == 0
+    shards = open_dataset(f"{out}/00000.tar")
+    assert [shards.captions(i)[0] for i in range(len(shards))] == [f"picture {n}" for n in names]
+    assert not shards.skipped
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_split_of_a_table_does_not_divide_a_picture(folder: Path, split: str) -> None:
+    names = [f"images/{i}.png" for i in range(4)]
+    rows = [(f"{'./' * (n % 2)}{name}", f"caption {n}") for n in range(5) for name in names]
+    dataset = open_dataset(write_table(folder, rows), split)
+    files = [key.removeprefix("./").split("#")[0] for key in dataset.keys]
+    assert 0 < len(set(files)) < 4 and len(files) == 5 * len(set(files))
 
 
 def test_an_export_overwrites_nothing(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,8 @@ def test_columns_are_found_by_type_and_name_or_named(tmp_path: Path) -> None:
     path = write_plain(tmp_path / "a.parquet", {"url": words, "jpg": pixels, "caption": words})
     dataset = open_dataset(path)  # as img2dataset writes it
     assert dataset.captions(2) == ("three",) and same(dataset.image(2), picture(2))
+    path = write_plain(tmp_path / "p.parquet", {"filepath": words, "jpg": pixels, "text": words})
+    assert same(open_dataset(path).image(1), picture(1))  # not from the path that it came from
     path = write_plain(tmp_path / "b.parquet", {"left": pixels, "right": pixels, "words": words})
     with pytest.raises(DataError, match=r"one column of pictures.*'left', 'right'.*--csv-img-key"):
         open_dataset(path)

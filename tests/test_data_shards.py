@@ -79,6 +79,7 @@ def test_specs_expand_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("a/{000..005}.tar", r"no shard 'a/002\.tar'"),
         ("c/*.tar", "no shard"),
         ("a/000.tar::a/000.tar", "listed twice"),
+        ("a/000.tar::a/./000.tar", "listed twice"),
         ("a/{000.tar", "braces"),
     ):
         with pytest.raises(DataError, match=words):
@@ -311,6 +312,49 @@ class TestUrls:
         assert sorted(requests) == [f"/{i:03d}.tar" for i in range(5)]
         messages = on_ranks(2, _keys_on_rank, f"{base}/{{000..009}}.tar", str(tmp_path))
         assert messages[0] == messages[1] and "/005.tar: cannot be copied" in messages[0]
+
+
+def test_a_shard_that_is_being_written_is_indexed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.tar"
+    content = {".png": encoded(picture(0)), ".txt": b"words"}
+    members = [(key + ending, data) for key in "abcd" for ending, data in content.items()]
+    write_tar(path, members)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5120])  # as far as its writer has come
+    scan = shard_module._scan
+
+    def scan_while_it_grows(*arguments: str) -> ShardIndex:
+        index = scan(*arguments)
+        path.write_bytes(whole)
+        return index
+
+    monkeypatch.setattr(shard_module, "_scan", scan_while_it_grows)
+    assert len(open_dataset(str(path))) < 4
+    monkeypatch.setattr(shard_module, "_scan", scan)
+    assert len(open_dataset(str(path))) == 4
+
+
+def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    for caption in (b"a dog", b"a small white dog"):
+        write_tar(path, [("k.png", encoded(picture(0))), ("k.txt", caption)])
+        if caption == b"a dog":
+            dataset = open_dataset(str(path))
+    with pytest.raises(DataError, match=r"a\.tar: changed while in use; start again"):
+        dataset.captions(0)
+
+
+def test_neighbours_with_one_key_are_not_one_pair(tmp_path: Path) -> None:
+    members = [(f"{key}.png", encoded(picture(i))) for i, key in enumerate("aab")]
+    texts = [(f"{key}.txt", str(i).encode()) for i, key in enumerate("aab")]
+    pairs = [member for pair in zip(members, texts, strict=True) for member in pair]
+    dataset = open_dataset(write_tar(tmp_path / "t.tar", pairs))
+    assert [dataset.captions(i) for i in range(len(dataset))] == [("0",), ("2",)]
+    assert same(dataset.image(0), picture(0))
+    assert [(key, reason) for _, key, reason in dataset.skipped] == [("a", "the key occurs twice")]
 
 
 def test_captions_of_megabytes_are_cut_or_left_out(tmp_path: Path) -> None:

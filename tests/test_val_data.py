@@ -146,7 +146,10 @@ def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_
     folder = run("part", *flags, "--val-frequency", "0")
     of_training = (folder / "results.json").read_bytes()
     header, *rows = own_table.read_text().splitlines()
-    own_table.write_text("\n".join([header, *rows, *(f"./{row}" for row in rows)]))
+    for row in rows:
+        file = own_table.parent / row.split(",")[0]
+        shutil.copy(file, file.with_name(f"new-{file.name}"))
+    own_table.write_text("\n".join([header, *rows, *(f"new-{row}" for row in rows)]))
     assert evaluate([str(folder)]) == 0  # rows at the end are as new as those that were held out
     (file,) = folder.glob("results-*.json")
     results = json.loads(file.read_text())

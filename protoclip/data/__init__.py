@@ -99,7 +99,10 @@ def open_dataset(
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
     if heldout is None:
-        heldout = heldout_mask(len(dataset), groups, seed)
+        pictures = picture_numbers(dataset)  # rows of one picture stay together
+        if groups is not None:
+            groups = groups[np.unique(pictures, return_index=True)[1]]
+        heldout = heldout_mask(int(pictures.max()) + 1, groups, seed)[pictures]
     chosen = np.flatnonzero(heldout if split == "heldout" else ~heldout)
     if not len(chosen):
         raise DataError(f"{spec}: too few pairs for the split {split!r}; use split all")

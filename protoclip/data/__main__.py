@@ -78,7 +78,7 @@ def export_shards(
 
     Each pair is KEY.png (lossless) or KEY.jpg (quality 95), depending on ``kind``, KEY.txt with the
     canonical caption (for OpenCLIP) and KEY.json with "caption", "captions", "key" and the labels
-    by name. A key that is not a safe file name is replaced by the pair's number.
+    by name. Where a key is not a safe file name, the pairs' numbers take the place of all keys.
 
     Raises:
         ValueError: the folder is not empty, a pair cannot be read, or per_shard is below 1.
@@ -91,6 +91,7 @@ def export_shards(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise DataError(f"--out {folder}: the folder is not empty; choose a new one")
+    own_keys = all(map(PLAIN_KEY.fullmatch, dataset.keys))
     sizes: dict[str, int] = {}
     for start in tqdm(range(0, len(dataset), per_shard), "writing", unit="shard", disable=None):
         path = folder / f"{start // per_shard:05d}.tar"
@@ -102,24 +103,27 @@ def export_shards(
             TarWriter(file, encoder=False, mtime=0) as tar,
         ):
             for i in part:
-                tar.write(_members_of(dataset, i, kind))
+                key = dataset.keys[i] if own_keys else f"{i:09d}"
+                tar.write({"__key__": key, **_members_of(dataset, i, kind)})
         sizes[path.name] = len(part)
     write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
     return [folder / name for name in sizes]
 
 
 def _members_of(dataset: PairDataset, i: int, kind: str) -> dict[str, str | bytes]:
-    """A pair in the form that webdataset's writer takes."""
+    """A pair in the form that webdataset's writer takes, but for its key."""
     captions = dataset.captions(i)
-    key = dataset.keys[i]
     stream = io.BytesIO()
     dataset.image(i).save(stream, FORMATS[kind], quality=95)
-    about: dict[str, Any] = {"caption": captions[0], "captions": list(captions), "key": key}
+    about: dict[str, Any] = {
+        "caption": captions[0],
+        "captions": list(captions),
+        "key": dataset.keys[i],
+    }
     for name, labels in dataset.labels.items():
         if labels.ids[i] >= 0:
             about[name] = labels.names[int(labels.ids[i])]
     return {
-        "__key__": key if PLAIN_KEY.fullmatch(key) else f"{i:09d}",
         kind: stream.getvalue(),
         "txt": captions[0].encode("utf-8", "surrogateescape"),
         "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogateescape"),

@@ -73,7 +73,7 @@ def class_names(root: Path, folders: Sequence[str]) -> Sequence[str]:
     names: Sequence[str] = ()
     path = root / "classnames.txt"
     if path.is_file():
-        names = [name.strip() for name in lines_of(path.read_text(encoding="utf-8").rstrip())]
+        names = [name.strip() for name in lines_of(path.read_text(encoding="utf-8-sig").rstrip())]
     elif len(folders) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in folders):
         import open_clip
 
@@ -236,7 +236,7 @@ def read_templates(source: str, flag: str = "--templates") -> tuple[str, ...]:
             f"{flag}: expected openai, simple or a file, or a text with {{}} for the class, found "
             f"no file {source!r}"
         )
-    lines = [source] if is_template else lines_of(Path(source).read_text(encoding="utf-8"))
+    lines = [source] if is_template else lines_of(Path(source).read_text(encoding="utf-8-sig"))
     templates = [line.strip().replace("{c}", "{}") for line in lines if line.strip()]
     faulty = [template for template in templates if template.count("{}") != 1]
     if faulty or not templates:

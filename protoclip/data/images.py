@@ -140,7 +140,7 @@ def no_picture(path: str) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB copy of a picture on a white background; 16-bit greys are scaled."""
     # Pillow would clip them at 255. Older versions open a 16-bit PNG as "I".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         greys = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:

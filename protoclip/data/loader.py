@@ -79,7 +79,8 @@ class Faults:
         self.name = dataset.name
         self.max_fraction = max_fraction
         self.report = report
-        self.known = len(getattr(dataset, "skipped", ()))
+        skipped = getattr(dataset, "skipped", ())
+        self.known = round(getattr(dataset, "num_skipped", len(skipped)))
         self.total = len(dataset) + self.known
         self.positions: set[int] = set()
         self._check("")

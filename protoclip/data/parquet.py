@@ -25,6 +25,7 @@ from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import Labels, StringTable
 
 CAPTIONS = ("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences")
+PATHS = "filepath"  # the usual name of a column of paths; pictures in the file come before it
 CACHE_BYTES = 256 << 20  # of row groups that a process keeps; the window of a shuffle fits in half
 logger = logging.getLogger(__name__)
 _warn = functools.lru_cache(logger.warning)  # only once, although evaluation opens the files again
@@ -61,7 +62,7 @@ class ParquetDataset:
         self,
         spec: str,
         *,
-        csv_img_key: str = "filepath",
+        csv_img_key: str = PATHS,
         csv_caption_key: str = "title",
         class_template: str = "{}",
     ) -> None:
@@ -300,7 +301,9 @@ def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: s
         return named[0] if named else names[0] if len(names) == 1 else ""
 
     images = columns_where(is_picture)
-    image = csv_img_key if csv_img_key in schema.names else only(images, ("image", "jpg", "png"))
+    image = only(images, ("image", "jpg", "png"))
+    if csv_img_key in schema.names and (csv_img_key != PATHS or not image):
+        image = csv_img_key
     if image in schema.names:
         arrow_type = schema.field(image).type
         if not (can_be_picture(arrow_type) or is_string(arrow_type)):

@@ -41,7 +41,7 @@ from protoclip.distributed import gather_objects, is_distributed, rank, world_si
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
-FORMAT = 5  # format of the cached index
+FORMAT = 6
 MAX_CAPTION_BYTES = 1 << 22  # a larger file is not a caption; img2dataset's JSON has about 1 kB
 # How files of a data set's splits are called.
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
@@ -86,6 +86,7 @@ class ShardDataset:
         self.name = spec
         self.shards = expand(spec)
         self.remote = any(map(is_remote, self.shards))
+        self._states = [None if is_remote(shard) else state_of(shard) for shard in self.shards]
         bar = tqdm(self.shards, "reading the shards' indices", unit="shard", delay=1, disable=None)
         indices = [shard_index(shard) for shard in bar]
         shards = list(zip(self.shards, indices, strict=True))
@@ -133,13 +134,20 @@ class ShardDataset:
         shard = self.shards[self.shard_of[i]]
         try:
             file = _open(local_copy(shard) if is_remote(shard) else shard)
-            data = os.pread(file.fileno(), place.size, place.offset)
+            as_indexed = self._states[self.shard_of[i]] in (None, state_of(file.fileno()))
+            data = os.pread(file.fileno(), place.size, place.offset) if as_indexed else b""
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check the disk") from error
         if len(data) != place.size:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
+
+
+def state_of(file: str | int) -> tuple[int, int]:
+    """What tells whether a file, or an open one, has been changed."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
@@ -195,7 +203,8 @@ def expand(spec: str, ending: str = ".tar") -> tuple[str, ...]:
             raise DataError(f"shards {spec!r}: {error}; balance the braces") from error
         for pattern in patterns:
             shards += [pattern] if is_remote(pattern) else _files(pattern, ending)
-    if twice := [shard for shard, count in Counter(shards).items() if count > 1]:
+    names = [shard if is_remote(shard) else os.path.realpath(shard) for shard in shards]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"shards {spec!r}: {twice[0]} is listed twice; name it once")
     return tuple(shards)
 
@@ -270,8 +279,11 @@ def shard_index(shard: str) -> ShardIndex:
         columns = len(PAIR_PLACES.fields or ())
         table = np.array(places, dtype=np.int64).reshape(len(keys), columns)
         return ShardIndex(size, keys, table.view(PAIR_PLACES).reshape(len(keys)), skipped)
-    index = _scan(local_copy(shard) if is_remote(shard) else shard, shard)
-    _store(shard, index)
+    path = local_copy(shard) if is_remote(shard) else shard
+    before = _cached(shard)
+    index = _scan(path, shard)
+    if _cached(shard) == before:  # else somebody is still writing the shard
+        _store(shard, index)
     return index
 
 
@@ -279,8 +291,7 @@ def _cached(shard: str) -> Path:
     """The path of the cached index for the shard in its current state."""
     if is_remote(shard):
         return remote_folder(shard) / f"index-{FORMAT}.json"
-    status = os.stat(shard)
-    state = [FORMAT, os.path.abspath(shard), status.st_size, status.st_mtime_ns]
+    state = [FORMAT, os.path.abspath(shard), *state_of(shard)]
     digest = hashlib.sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()
     return cache_dir() / "shards" / f"{digest[:32]}.json"
 
@@ -299,12 +310,15 @@ def _scan(path: str, name: str) -> ShardIndex:
     last_key = ""
     with open(path, "rb") as file:
         reader = _TarReader(file, name)
-        for key, members in itertools.groupby(reader, lambda member: member.key):
-            places = {member.extension: member.place for member in members}
+        for key, group in itertools.groupby(reader, lambda member: member.key):
+            members = list(group)
+            places = {member.extension: member.place for member in reversed(members)}
             try:
                 if key in pairs:
                     raise NotAPair("the key occurs twice")
                 pairs[key] = _find_pair(file, places)
+                if len(places) < len(members):  # the first pair stays
+                    raise NotAPair("the key occurs twice")
             except NotAPair as reason:
                 skipped.append((key, str(reason)))
             last_key = key

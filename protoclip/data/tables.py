@@ -85,7 +85,8 @@ class CsvDataset:
     def pictures(self) -> np.ndarray:
         """A number for each row, int64 [N], the same where rows name the same file."""
         numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(file, len(numbers)) for file in self._files])
+        files = map(os.path.normpath, self._files)
+        return np.array([numbers.setdefault(file, len(numbers)) for file in files])
 
     def image(self, i: int) -> Image.Image:
         path = self.path(i)
@@ -136,12 +137,15 @@ def read_table(
                 )
             places = [header.index(column) for column in columns]
             for row in filter(any, reader):
-                if len(row) > max(places):
-                    yield reader.line_num, [row[place] for place in places], ""
-                else:
+                fault = ""
+                if len(row) <= max(places) or any(row[len(header) :]):
                     fault = f"{len(row)} columns where the header has {len(header)}; complete the "
                     fault += "row, or quote values that contain the separator or a line break"
-                    yield reader.line_num, [], fault
+                elif separator == "\t" and any("\t" in cell and "\n" in cell for cell in row):
+                    fault = (
+                        "a value holds tabs and line breaks; close the quote that it begins with"
+                    )
+                yield reader.line_num, [] if fault else [row[place] for place in places], fault
     except LookupError as error:
         raise DataError(
             f"--encoding: expected one that Python knows, such as latin-1 or utf-16, got "

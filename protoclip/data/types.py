@@ -122,6 +122,8 @@ class Subset:
         }
         self.remote = getattr(dataset, "remote", False)
         self.skipped = getattr(dataset, "skipped", ())
+        share = len(self.indices) / max(1, len(dataset))
+        self.num_skipped = share * getattr(dataset, "num_skipped", len(self.skipped))
         if hasattr(dataset, "shard_of"):
             self.shard_of = dataset.shard_of[self.indices]
         if hasattr(dataset, "window"):

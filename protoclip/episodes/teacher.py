@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
     missing = [key for key in dataset.keys if key not in rows] if keys else []
     wrong = ""
     if keys is None and len(array) != len(dataset):
-        wrong = f"[{len(dataset)}, d], one row per sample, got {list(array.shape)}"
+        wrong = f"[{len(dataset)}, d], one row per sample, got {list(array.shape)}; for a part of "
+        wrong += "the data give a .npz with keys, as protoclip teacher writes it"
     elif keys is not None and not len(rows) == len(keys) == len(array):
         wrong = f"a key for each row, got {len(keys)} keys, {len(rows)} different ones, for "
         wrong += f"{len(array)} rows"
@@ -168,7 +170,10 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
             raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
     except Exception as error:  # each format has its own errors
         raise ValueError(f"{flag}: {path} cannot be read ({error}); is it complete?") from error
-    keys = list(map(str, arrays.pop("keys"))) if "keys" in arrays else None
+    keys: list[str] | None = None
+    if "keys" in arrays:
+        stored = arrays.pop("keys").tolist()
+        keys = [os.fsdecode(key) if isinstance(key, bytes) else str(key) for key in stored]
     array = arrays.get("features", next(iter(arrays.values())))
     if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
         raise ValueError(
