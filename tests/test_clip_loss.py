@@ -319,6 +319,23 @@ def test_compiled_losses_have_the_same_bits(loss: nn.Module) -> None:
     assert torch.equal(compiled(**arguments), loss(**arguments))
 
 
+def test_the_gradient_of_siglip_in_fp16_does_not_pass_its_range() -> None:
+    """The sum over a large batch has coordinates above 65,504, the mean has not."""
+    n = 4096
+    torch.manual_seed(0)
+    rows = torch.cat([torch.full((n, 1), 0.95), 0.1 * torch.randn(n, 7)], dim=1)
+    rows = F.normalize(rows, dim=1).half()
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        image = leaf(rows, dtype)
+        protoclip.SigLipLoss()(image, leaf(rows, dtype), 20.0, -5.0).backward()
+        return image.grad
+
+    ours, expected = gradient(torch.float16), gradient(torch.float32)
+    assert expected.abs().max() * n > 65_504 and ours.dtype == torch.float16
+    torch.testing.assert_close(ours.float(), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_siglip_of_a_nan_is_nan() -> None:
     image, text = features(9, 6)
     image[3, 2] = torch.nan
@@ -442,6 +459,11 @@ def test_distillation_forms_no_matrix() -> None:
         terms = loss(x, y, 30.0, of_images, of_texts, 40.0, output_dict=True)
         terms["distill_loss"].backward()
     assert not matrices
+    teachers_scale = torch.tensor(40.0, requires_grad=True)
+    loss(x, y, 30.0, of_images, of_texts, teachers_scale, output_dict=True)[
+        "distill_loss"
+    ].backward()
+    assert teachers_scale.grad is None
     with Results():
         open_clip_loss.DistillClipLoss()(x, y, 30.0, of_images, of_texts, 40.0)
     assert len(matrices) > 4

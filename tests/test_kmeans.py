@@ -557,6 +557,9 @@ TWO_RANKS = {
 }
 
 
+NO_POINTS = "a rank without points, more clusters than points"
+
+
 def of_one_of_two_ranks() -> dict[str, SliceResult]:
     dist.init_process_group("gloo")
     mine = slice(0, 130) if dist.get_rank() == 0 else slice(130, 400)  # unequal slices
@@ -564,6 +567,10 @@ def of_one_of_two_ranks() -> dict[str, SliceResult]:
         case: run_on_slice(mixture(n=400), mine, 20, num_iters=6, **options)
         for case, options in TWO_RANKS.items()
     }
+    two_points = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(3, 1)
+    mine = slice(0, 6) if dist.get_rank() == 0 else slice(6, 6)  # a rank without points
+    for init in ("random", "k-means++", "plain k-means++"):
+        results[f"{NO_POINTS}, {init}"] = run_on_slice(two_points, mine, 4, init=init)
     dist.destroy_process_group()
     return results
 
@@ -571,6 +578,14 @@ def of_one_of_two_ranks() -> dict[str, SliceResult]:
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, SliceResult]]:
     return on_ranks(2, of_one_of_two_ranks)
+
+
+@pytest.mark.parametrize("init", ["random", "k-means++", "plain k-means++"])
+def test_every_start_is_a_point_also_where_a_rank_has_none(
+    two_ranks: list[dict[str, SliceResult]], init: str
+) -> None:
+    centroids = two_ranks[0][f"{NO_POINTS}, {init}"].centroids.tolist()
+    assert len(centroids) == 4 and all(row in ([1.0, 2.0], [3.0, 4.0]) for row in centroids)
 
 
 @pytest.mark.parametrize("case", TWO_RANKS)

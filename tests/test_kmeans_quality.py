@@ -415,7 +415,9 @@ def test_transform_gives_distances(
     monkeypatch.setattr("protoclip.lloyd.TRANSFORM_BLOCK", 64)  # nine points at a time
     points = (blobs(200, 6, 7) + offset).to(dtype)
     clusters = protoclip.kmeans(points, 7)
-    distances = clusters.transform(points)
+    distances = clusters.transform(points.requires_grad_())  # as predict, without a gradient
+    points = points.detach()
+    assert not distances.requires_grad
     direct = torch.cdist(
         points.double(),
         clusters.centroids.double(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -304,8 +307,14 @@ class FourSteps(NamedTuple):
     sets: Any
 
 
-def four_steps(mine: slice = slice(None), **options: Any) -> FourSteps:
-    loss = ProtoClipLoss(**options, proto=ProtoConfig(queue=40, k=5, every=2))
+def loss_of_four_steps(**options: Any) -> ProtoClipLoss:
+    return ProtoClipLoss(**options, proto=ProtoConfig(queue=40, k=5, every=2))
+
+
+def four_steps(
+    mine: slice = slice(None), loss: ProtoClipLoss | None = None, **options: Any
+) -> FourSteps:
+    loss = loss or loss_of_four_steps(**options)
     clip_loss = protoclip.ClipLoss(**options)
     for step in range(4):
         image, text = pairs(40, seed=step)
@@ -316,13 +325,18 @@ def four_steps(mine: slice = slice(None), **options: Any) -> FourSteps:
 
 
 def of_rank(folder: str) -> None:
+    rank = int(os.environ["RANK"])
+    options = {flags: {**flags._asdict(), "rank": rank, "world_size": 4} for flags in ALL_FLAGS}
+    early = loss_of_four_steps(**options[ALL_FLAGS[0]])  # older than the group of the ranks
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    losses = {ALL_FLAGS[0]: early}
     mine = slice(10 * rank, 10 * rank + 10)
     results = {
-        tuple(flags): tuple(four_steps(mine, **flags._asdict(), rank=rank, world_size=4))
+        tuple(flags): tuple(four_steps(mine, losses.get(flags), **options[flags]))
         for flags in ALL_FLAGS
     }
+    copied = copy.deepcopy(early)  # although a process group cannot be
+    assert torch.equal(copied.online.centroids["image"], early.online.centroids["image"])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -372,6 +386,19 @@ def test_four_ranks_have_the_prototype_loss_and_gradients_of_one(
 
 
 # ---- odd batches ----
+
+
+@pytest.mark.parametrize("sizes", [[16, 16, 16, 1], [1], [3, 16]], ids=str)
+def test_a_short_batch_does_not_put_clusterings_off(sizes: list[int]) -> None:
+    loss = ProtoClipLoss(proto=ProtoConfig(k=4, queue=64))
+    clustered = []
+    for size in [*sizes, *[16] * 12]:
+        before = loss.online._clusterings
+        call(loss, *pairs(size, seed=size))
+        if loss.online._clusterings > before:
+            clustered.append(loss.online.steps)
+    assert len(clustered) >= 3
+    assert {later - earlier for earlier, later in itertools.pairwise(clustered)} == {4}
 
 
 def test_a_batch_that_is_not_finite_has_no_part_in_the_next_clustering() -> None:

@@ -72,6 +72,7 @@ class Clusters:
         checks.matrix("predict", "points", x, "[M, D]")
         return kmeans_assign(x, self.centroids.to(x.device))[0]
 
+    @torch.no_grad()
     def transform(self, points: Tensor | Array) -> Tensor:
         """The distance of each point to each centroid: [M, D] -> [M, K] in the centroids' dtype.
 

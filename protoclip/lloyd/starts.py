@@ -192,7 +192,8 @@ class _Candidates(NamedTuple):
         sums[rows.rank] = mass.sum()
         bounds = rows.sum(sums).cumsum(0)
         aim = where.to(mass.device) * bounds[-1]
-        owner = torch.searchsorted(bounds, aim, right=True).clamp_max(len(bounds) - 1)
+        last = max(rank for rank, size in enumerate(rows.sizes) if size)
+        owner = torch.searchsorted(bounds, aim, right=True).clamp_max(last)
         local = aim - (bounds - sums)[rows.rank]
         row = torch.searchsorted(running, local, right=True).clamp_max(max(0, len(mass) - 1))
         index = rows.sum(torch.where(owner == rows.rank, rows.start + row, 0))

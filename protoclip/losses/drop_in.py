@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -118,7 +117,8 @@ class ClipLoss(_OverRanks):
         loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
             bias = checks.scalar("ClipLoss", "logit_bias", logit_bias, loss.device)
-            loss = loss + 0 * bias.sum()  # keeps the bias in the graph, as OpenCLIP's does
+            # Keeps the bias in the graph, as OpenCLIP's does.
+            loss = loss + 0 * bias.sum().to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(
@@ -266,7 +266,8 @@ class DistillClipLoss(ClipLoss):
             text_features, image_features, dist_text_features, dist_image_features, dist_logit_scale
         )
         gaps = (by_image + by_text) / 2
-        distill = contrastive + torch.as_tensor(logit_scale).reshape(()) * gaps
+        scale = checks.scalar("DistillClipLoss", "logit_scale", logit_scale, gaps.device)
+        distill = contrastive + scale.reshape(()) * gaps
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distill}
         return contrastive, distill
@@ -289,6 +290,8 @@ class DistillClipLoss(ClipLoss):
             queries = self._of_all_ranks(queries)
             teachers_queries = self._of_all_ranks(teachers_queries)
         x = queries.float()
+        if isinstance(teachers_scale, Tensor):
+            teachers_scale = teachers_scale.detach()
         attending = teachers_scale * teachers_queries.float()
         # One width for all three, which torch's kernels want.
         width = max(x.shape[1], attending.shape[1])
@@ -440,7 +443,7 @@ class ProtoClipLoss(ClipLoss):
             target_temperature=self.proto.target_temperature,
         )
         self.online = OnlinePrototypes(
-            PrototypeBuilder(clustering, dist.group.WORLD if self.world_size > 1 else None),
+            PrototypeBuilder(clustering),
             queue=-(-self.proto.queue // self.world_size),
             num_clusters=self.proto.num_clusters,
             capacity=-(-self.proto.capacity // self.world_size),
@@ -524,6 +527,7 @@ class ProtoClipLoss(ClipLoss):
             "image": self._scaled_like_contrastive(image),
             "text": self._scaled_like_contrastive(text),
         }
+        self.online.join(self.world_size)
         self.online.move_to(image.device)
         sets = self.online.sets
         labels = self.online.labels_of(features, index)

@@ -294,6 +294,8 @@ def global_sigmoid_loss(
     offset = rank() * len(image_features)
     x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    if x.dtype == torch.float16:  # as in sigmoid_losses
+        x, y = x.float(), y.float()
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
     all_ids = ids_of_all_ranks(op, ids, x)
     backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)

@@ -10,9 +10,11 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.seeds import generator
@@ -140,6 +142,17 @@ class OnlinePrototypes:
         self._sizes = {name: float(size) for name, size in _without_prefix("sizes", state).items()}
         self._accuracy = _without_prefix("accuracy", state)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a process group cannot be copied."""
+        return vars(self) | {"builder": replace(self.builder, group=None)}
+
+    @torch._disable_dynamo
+    def join(self, world_size: int) -> None:
+        """Cluster with the other ranks, whose group may be younger than the loss."""
+        group = dist.group.WORLD if world_size > 1 else None
+        if self.builder.group is not group:
+            self.builder = replace(self.builder, group=group)
+
     @torch._disable_dynamo
     def move_to(self, device: torch.device) -> None:
         """Bring a loaded state to the device of the features."""
@@ -189,8 +202,6 @@ class OnlinePrototypes:
         self._calls += 1
         if self._calls % self.calls_per_step:
             return
-        if not self.steps:
-            self._next = self.first_step(len(image))
         self.steps += 1
         if index is None:
             rows = {"image": image.clone(), "text": text.clone()}
@@ -206,9 +217,13 @@ class OnlinePrototypes:
         self._filled += len(image)
         while self._filled - len(self._recent[0]) >= capacity:
             self._filled -= len(self._recent.popleft())
-        if self.steps >= self._next:
+        is_due = self._filled >= self.queue and self.steps >= self.warmup
+        if self._clusterings:
+            is_due = self.steps >= self._next
+        if is_due:
             self._build()
-            self._next = self.steps + (self.every or -(-self.queue // len(image)))
+            rows_of_step = max(map(len, self._recent))  # the last batch of an epoch may be short
+            self._next = self.steps + (self.every or -(-self.queue // rows_of_step))
 
     def _build(self) -> None:
         started = time.perf_counter()

@@ -313,6 +313,8 @@ def sigmoid_losses(
         pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, offset=offset)
+    if x.dtype == torch.float16:  # the fused op stores a sum's gradient, which may pass 65,504
+        x, y = x.float(), y.float()
     backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
     matched = pairs.pairs_of(op, x, m, matching, coder_of(backend_name))
     if weights is not None:
