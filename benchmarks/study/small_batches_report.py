@@ -41,6 +41,13 @@ BATCHES = (64, 256)  # of the planned comparisons
 SEEDS = {"mlp": 16, "cnn": 8}  # of the planned rows; fewer than three quarters are no answer
 ICONS = 60_000
 EPISODES = 16  # of a planned run of a teacher's prototypes
+# Stages of the runs of each method at its best batch: for the time that the pairs predict, for the
+# seconds that the first of these runs took, and at the batch of the other method.
+BEST = {
+    "best": "",
+    "best by own seconds": ", by own seconds",
+    "best at the other batch": ", the other's",
+}
 PLANNED = len(TOWERS) * len(PRIMARY) * 2  # tests that Holm's correction counts
 
 
@@ -241,11 +248,12 @@ def rates_table(finished: Iterable[Run]) -> str:
 
 
 def best_table(finished: Sequence[Run], tower: str) -> str:
-    """Each method at its best batch, for the same time: by the timed pairs, and CLIP also by what
-    the first of these runs took."""
-    runs = runs_of(finished, tower, "best")
-    longer = runs_of(finished, tower, "best by own seconds")
-    runs |= {f"{row}, by own seconds": by_seed for row, by_seed in longer.items()}
+    """Each method at its best batch, for the same time, and two controls of CLIP."""
+    runs = {
+        f"{row}{control}": by_seed
+        for stage, control in BEST.items()
+        for row, by_seed in runs_of(finished, tower, stage).items()
+    }
     lines = []
     rows: dict[str, list[str]] = {OURS: [], EQUAL_TIME: []}
     for row, by_seed in runs.items():
