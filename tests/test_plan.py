@@ -214,6 +214,7 @@ def test_the_command_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_episode_is_no_larger_than_the_data() -> None:
     small = parts_of("--device", "cpu", "--samples", 10_000)
+    assert parts_of("--device", "cpu", "--train-num-samples", 10_000) == small
     assert parts_of("--device", "cpu", "--samples", 10_000, "--episode-size", 1_000_000) == small
 
 
@@ -228,6 +229,7 @@ def test_the_matrices_of_distillation_count() -> None:
     [
         (["--ranks", "0"], "--ranks: expected at least 1"),
         (["--k", "600", "--episode-size", "512"], "got k=600 for the 512 samples"),
+        (["--batch-size", "512", "--samples", "500"], "expected at most 500 pairs in all, got 512"),
         (["--model", "no-such"], "--model: OpenCLIP knows no model 'no-such'"),
     ],
 )

@@ -258,4 +258,11 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, Mapping[str, Any]
         if flags[name] < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: expected at least 1, got {flags[name]}")
-    return PlannedRun(config, flags["ranks"], flags["samples"]), flags
+    samples = min(flags["samples"], config.data.train_num_samples or flags["samples"])
+    run = PlannedRun(config, flags["ranks"], samples)
+    if run.global_batch > samples:
+        raise ValueError(
+            f"--batch-size: expected at most {samples:,} pairs in all, got {run.global_batch:,} a "
+            "step; see --samples"
+        )
+    return run, flags
