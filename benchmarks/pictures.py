@@ -381,7 +381,7 @@ def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
         for of_metric in gained.values()
         for delta in of_metric.values()
     )
-    sure = max(delta.seeds for of_metric in gained.values() for delta in of_metric.values())
+    seeds = {delta.seeds for of_metric in gained.values() for delta in of_metric.values()}
     left, height = 84, 104  # of the metrics' names, and of a panel
     column = (WIDTH - left) / len(batches)
     places = {batch: left + column * (place + 0.3) for place, batch in enumerate(batches)}
@@ -396,7 +396,7 @@ def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
             x = places[batch]
             unit = (height / 2 - 6) / most
             mean, top = zero - unit * delta.mean, zero - unit * (delta.mean + delta.half)
-            pale = ' opacity="0.45"' if delta.seeds < sure else ""
+            pale = ' opacity="0.45"' if delta.seeds < max(seeds) else ""
             parts.append(
                 f'<rect x="{x - 1:g}" y="{top:g}" width="2" height="{2 * unit * delta.half:g}" '
                 f'class="ours"{pale}/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"{pale}/>'
@@ -407,7 +407,7 @@ def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
     parts.append(text(0, bottom, "batch", "muted"))
     for batch, x in places.items():
         parts.append(text(x - 4, bottom, f"{batch:,}"))
-    if len({delta.seeds for of_metric in gained.values() for delta in of_metric.values()}) > 1:
+    if len(seeds) > 1:
         bottom += LINE
         parts.append(text(0, bottom, f"{seeds_by_batch(gained)} (pale)", "muted"))
     return picture(picture_title(gained), bottom + 6, parts)

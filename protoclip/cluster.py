@@ -34,6 +34,7 @@ from protoclip.common.files import (
     plural,
     printable,
     printable_lines,
+    state_of,
     whole_files,
     write_atomic,
     write_csv,
@@ -257,16 +258,11 @@ def open_output(out: Path, names: Sequence[str], overwrite: bool) -> Iterator[No
                 out.rmdir()
 
 
-def state_of(file: Path) -> list[int]:
-    """What tells whether a file has been changed."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def read_mark(out: Path) -> dict[str, list[int]]:
+def read_mark(out: Path) -> dict[str, tuple[int, ...]]:
     """The files that the command wrote in a folder, by name, with their state then."""
     try:
-        return json.loads((out / MARK).read_text(encoding="utf-8"))
+        written = json.loads((out / MARK).read_text(encoding="utf-8"))
+        return {name: tuple(state) for name, state in written.items()}
     except (OSError, ValueError):
         return {}
 
@@ -436,11 +432,11 @@ def read_weights(path: str, n: int) -> Tensor | None:
         weights = torch.tensor([float(line) for line in lines], dtype=torch.float64)
     except (OSError, ValueError) as error:
         raise ValueError(f"--weights: expected one number a line in {path}, got {error}") from error
-    if not bool((weights >= 0).all() and weights.isfinite().all() and weights.any()):
-        raise ValueError(f"--weights: expected numbers from 0 on, not all 0, in {path}")
     if len(weights) != n:
         expected = f"a number for each of the {n:,} pictures or rows"
         raise ValueError(f"--weights: expected {expected} in {path}, got {len(weights):,}")
+    if not bool((weights >= 0).all() and weights.isfinite().all() and weights.any()):
+        raise ValueError(f"--weights: expected numbers from 0 on, not all 0, in {path}")
     return weights
 
 

@@ -264,9 +264,9 @@ def best_table(finished: Sequence[Run], tower: str) -> str:
         lines.append([*line, *(mean(values(runs, row, metric).values()) for metric in METRICS)])
     for ours in rows[OURS]:
         for clip in rows[EQUAL_TIME]:
-            both = values(runs, ours, PRIMARY[0]).keys() & values(runs, clip, PRIMARY[0]).keys()
-            cells = [text_of(difference(runs, ours, clip, metric)) for metric in METRICS]
-            lines.append([f"{OURS} minus {clip}", str(len(both)), "", "", *cells])
+            deltas = [difference(runs, ours, clip, metric) for metric in METRICS]
+            seeds = deltas[0].seeds if deltas[0] else 0
+            lines.append([f"{OURS} minus {clip}", str(seeds), "", "", *map(text_of, deltas)])
     what = (
         "each at the batch that was its best in tuning, for the time of 4 epochs of "
         f"{OURS} at {BATCHES[0]} (not that of the tables above)"

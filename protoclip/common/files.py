@@ -42,6 +42,12 @@ def is_remote(shard: str) -> bool:
     return "://" in shard
 
 
+def state_of(file: Path | str | int) -> tuple[int, int]:
+    """Size and time of change (ns) of a file, or of an open one: whether it has been changed."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
 def remote_folder(url: str) -> Path:
     """Where the cache keeps what belongs to a URL: deleted, all of it is fetched again."""
     digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()

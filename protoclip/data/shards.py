@@ -30,6 +30,7 @@ from protoclip.common.files import (
     lines_of,
     local_copy,
     remote_folder,
+    state_of,
     write_atomic,
 )
 from protoclip.common.json_text import parse_json
@@ -41,7 +42,7 @@ from protoclip.distributed import gather_objects, is_distributed, rank, world_si
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
-FORMAT = 6
+FORMAT = 6  # format of the cached index
 MAX_CAPTION_BYTES = 1 << 22  # a larger file is not a caption; img2dataset's JSON has about 1 kB
 # How files of a data set's splits are called.
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
@@ -142,12 +143,6 @@ class ShardDataset:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
             raise DataError(f"{shard}: changed while in use; start again{copies}")
         return data
-
-
-def state_of(file: str | int) -> tuple[int, int]:
-    """What tells whether a file, or an open one, has been changed."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
@@ -291,7 +286,7 @@ def _cached(shard: str) -> Path:
     """The path of the cached index for the shard in its current state."""
     if is_remote(shard):
         return remote_folder(shard) / f"index-{FORMAT}.json"
-    state = [FORMAT, os.path.abspath(shard), *state_of(shard)]
+    state = (FORMAT, os.path.abspath(shard), state_of(shard))
     digest = hashlib.sha256(repr(state).encode("utf-8", "surrogateescape")).hexdigest()
     return cache_dir() / "shards" / f"{digest[:32]}.json"
 
