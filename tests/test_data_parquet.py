@@ -112,6 +112,23 @@ def test_columns_are_found_by_type_and_name_or_named(tmp_path: Path) -> None:
         open_dataset(path).image(0)
 
 
+def test_the_column_of_captions_is_named_where_several_would_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = [encoded(picture(i)) for i in range(2)]
+    columns = {"jpg": pixels, "caption": ["a dog", "a cat"], "title": ["DSC_1.jpg", "DSC_2.jpg"]}
+    path = write_plain(tmp_path / "a.parquet", columns)
+    assert open_dataset(path).captions(0) == ("DSC_1.jpg",)
+    assert "the column 'title' of the parquet files, not from caption; --csv-caption" in caplog.text
+    caplog.clear()
+    assert open_dataset(path, csv_caption_key="caption").captions(0) == ("a dog",)
+    path = write_plain(tmp_path / "b.parquet", {"jpg": pixels, "caption": ["a", "b"]})
+    open_dataset(path)
+    path = write_plain(tmp_path / "c.parquet", {**columns, "mine": ["c", "d"]})
+    assert open_dataset(path, csv_caption_key="mine").captions(0) == ("c",)
+    assert "captions come from" not in caplog.text
+
+
 def test_classes_make_captions_where_there_are_none(tmp_path: Path) -> None:
     import datasets
 

@@ -25,6 +25,7 @@ from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import Labels, StringTable
 
 CAPTIONS = ("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences")
+TITLE = "title"  # what --csv-caption-key is if nobody says so
 PATHS = "filepath"  # the usual name of a column of paths; pictures in the file come before it
 CACHE_BYTES = 256 << 20  # of row groups that a process keeps; the window of a shuffle fits in half
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class ParquetDataset:
         spec: str,
         *,
         csv_img_key: str = PATHS,
-        csv_caption_key: str = "title",
+        csv_caption_key: str = TITLE,
         class_template: str = "{}",
     ) -> None:
         self.name = spec
@@ -315,6 +316,14 @@ def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: s
     label = only(classes, ("label", "class"))
     texts = columns_where(lambda _, arrow_type: is_text(arrow_type))
     caption = next((name for name in (csv_caption_key, *CAPTIONS) if name in texts), "")
+    others = [name for name in CAPTIONS if name in texts and name != caption]
+    was_asked_for = caption == csv_caption_key != TITLE
+    if others and caption in CAPTIONS and not was_asked_for:
+        _warn(
+            "%s",
+            f"captions come from the column {caption!r} of the parquet files, not from "
+            f"{', '.join(others)}; --csv-caption-key names another",
+        )
     if not caption and not label:
         caption = only(texts, ())
     if not image or not (caption or label):
