@@ -215,11 +215,21 @@ compiling_for: int | None = None
 
 
 def architecture(device: torch.device) -> int | None:
-    """The architecture whose rows serve a device; None for the interpreter's."""
+    """The architecture whose rows serve a device; None for the interpreter's.
+
+    Raises:
+        ValueError: a card that is too old, beside a current one that is not.
+    """
     if compiling_for or device.type != "cuda":
         return compiling_for
     major, minor = torch.cuda.get_device_capability(device)
-    return served_as(10 * major + minor)
+    arch = served_as(10 * major + minor)
+    if arch is None:
+        raise ValueError(
+            f"the Triton kernels need compute capability 8.0, {device} has {major}.{minor}; pass "
+            "backend='reference' for its tensors"
+        )
+    return arch
 
 
 def cdiv(length: int, block: int) -> int:
@@ -255,7 +265,10 @@ def _no_driver() -> str | None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or shutil.which(compiler) is None:
         return "Triton needs a C compiler at its first launch; install gcc, or set CC"
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's; its headers lie where posix_prefix says
+        scheme = "posix_prefix"
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
     if not header.exists():
         return f"Triton needs Python's headers; install python3-dev ({header} is missing)"
     return None

@@ -459,21 +459,32 @@ def _encode_embedded(clip: Any, tokens: Tensor, embedded: Tensor) -> Tensor:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a flag names; "auto": a GPU if there is one. ValueError: no such device."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        info = find_rank()  # each process of a machine has its own GPU
-        return torch.device(f"cuda:{info.local_rank}" if info.world_size > 1 else "cuda")
+    """The device that a flag names; "auto": a GPU if there is one. It becomes torch's current one.
+
+    ValueError: no such device.
+    """
+    remedy = "use --device auto"
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and gpus and (info := find_rank()).world_size > 1:
+        # Each process of a machine has its own GPU. SLURM's --gpus-per-task shows it no other.
+        shows_one = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+        name = f"cuda:{0 if shows_one else info.local_rank}"
+        remedy = "start no more processes on a machine than it has GPUs"
     try:
-        device = torch.device("cpu" if name == "auto" else name)
+        device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    gpus = torch.cuda.device_count()
-    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus):
-        return device
-    raise ValueError(
-        f"--device: expected cpu or one of the {gpus} CUDA devices that torch can use here, got "
-        f"{name}; use --device auto"
-    )
+    if device.type == "cuda" and (device.index or 0) < gpus:
+        if device.index is not None:
+            torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(
+            f"--device: expected cpu or one of the {gpus} CUDA devices that torch can use here, "
+            f"got {name}; {remedy}"
+        )
+    return device
 
 
 def processor_multiplies_bf16() -> bool:
@@ -489,7 +500,10 @@ def choose_precision(name: str, device: torch.device) -> str:
     """ "fp32", "amp_bf16" or "amp" for a flag that may say "auto"."""
     if name == "auto":
         on_gpu = device.type == "cuda"
-        fast = torch.cuda.is_bf16_supported() if on_gpu else processor_multiplies_bf16()
+        if on_gpu:
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = processor_multiplies_bf16()
         return "amp_bf16" if fast else "fp32"
     if name == "amp" and device.type == "cpu":
         if find_rank().rank == 0:

@@ -304,6 +304,20 @@ def test_a_sweep_of_which_nothing_is_right_says_why(capsys: pytest.CaptureFixtur
     assert launch.INTERPRETER is before
 
 
+def test_a_row_of_large_batches_is_checked_with_few_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from protoclip.kernels import launch
+
+    def needs_a_large_batch() -> None:
+        assert launch.LARGE_TILES == 0
+
+    monkeypatch.setattr(gpu, "REHEARSAL", True)  # timed once
+    gpu.sweep_row(swept_interpreter(needs_a_large_batch), [launch.INTERPRETER], 0.0)
+    assert "fastest of 1 rows timed" in capsys.readouterr().out
+    assert launch.LARGE_TILES > 0
+
+
 @pytest.mark.parametrize("kernel", ["info_nce_forward", "info_nce_gradient", "sigmoid_loss"])
 def test_a_larger_tile_of_the_sweep_asks_for_one_cta_an_sm(
     monkeypatch: pytest.MonkeyPatch, kernel: str

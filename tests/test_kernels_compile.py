@@ -324,6 +324,16 @@ def test_cards_that_cannot_run_the_kernels_are_refused_in_words() -> None:
     assert "AMD" in str(launch.why_not((9, 4), hip="6.4"))
 
 
+def test_a_card_that_is_too_old_beside_a_newer_one_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The backend was chosen for the current card."""
+    monkeypatch.setattr(launch, "compiling_for", None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="cuda:1 has 7.5; pass backend='reference'"):
+        launch.architecture(torch.device("cuda:1"))
+
+
 def test_without_a_compiler_triton_is_refused_in_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -331,8 +341,13 @@ def test_without_a_compiler_triton_is_refused_in_words(
     monkeypatch.delenv("CC", raising=False)
     assert launch.why_not((9, 0)) is None
     with monkeypatch.context() as patch:
-        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        patch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
         assert "install python3-dev" in str(launch.why_not((9, 0)))
+    headers = sysconfig.get_paths("posix_prefix")
+    with monkeypatch.context() as patch:  # Debian's own Pythons
+        patch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+        patch.setattr(sysconfig, "get_paths", {"posix_prefix": headers}.__getitem__)
+        assert launch.why_not((9, 0)) is None
     monkeypatch.setenv("PATH", "")
     assert "install gcc, or set CC" in str(launch.why_not((9, 0)))
 

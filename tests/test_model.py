@@ -19,6 +19,7 @@ from protoclip.model import (
     ShortTokenizer,
     build_model,
     can_shorten,
+    choose_device,
     choose_precision,
     match_layout,
     put_channels_last,
@@ -139,6 +140,58 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert choose_precision("auto", cpu) == "amp_bf16"
     assert choose_precision("fp32", cpu) == "fp32"
+
+
+def test_auto_is_not_bf16_on_a_gpu_that_emulates_it(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: asked.update(how))
+    assert choose_precision("auto", torch.device("cuda")) == "fp32"
+    assert asked == {"including_emulation": False}
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.device]]:
+    """A machine with GPUs, seen by a process; returns those that become torch's current one."""
+
+    def machine(count: int, **environment: str) -> list[torch.device]:
+        current: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return current
+
+    return machine
+
+
+RANK_3 = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "3"}
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(gpus):
+    current = gpus(4, **RANK_3)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:3")
+    assert current == [torch.device("cuda:3")] * 2
+    current = gpus(1, **RANK_3, CUDA_VISIBLE_DEVICES="0")  # srun --gpus-per-task=1
+    assert choose_device("auto") == torch.device("cuda:0")
+    gpus(2, **RANK_3)
+    with pytest.raises(ValueError, match=r"2 CUDA devices.*cuda:3; start no more processes"):
+        choose_device("auto")
+    gpus(0, **RANK_3)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"0 CUDA devices.*got cuda; use --device auto"):
+        choose_device("cuda")
+
+
+def test_the_gpu_of_a_flag_becomes_the_current_one(gpus):
+    """Events, names of cards and Triton's launches ask the current one."""
+    current = gpus(2)
+    assert choose_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu") and len(current) == 1
+    with pytest.raises(ValueError, match="expected cpu or one of the 2 CUDA devices"):
+        choose_device("cuda:2")
 
 
 CONVOLUTIONS = {

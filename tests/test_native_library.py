@@ -177,6 +177,7 @@ def test_the_warning_says_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(native, "_library", fails)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/cuda")
+    monkeypatch.setattr(native, "_cards", lambda: {(9, 0)})
     for half, words, absent in (
         ("cpu", "losses hold all logits in memory", "k-means"),
         ("cuda", "k-means runs on Triton", "logits"),
@@ -250,9 +251,22 @@ def test_the_cuda_half_is_built_for_every_card_that_is_there(
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda i: cards[i])
-    assert native.cuda_architectures() == "8.0;9.0a;10.0a"
+    assert native.cuda_architectures() == "8.0;9.0;10.0"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0;9.0+PTX")  # of a container
-    assert native.cuda_architectures() == "7.5;8.0;9.0+PTX;10.0a"
+    assert native.cuda_architectures() == "8.0;9.0+PTX;10.0"  # csrc/ needs 8.0
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Volta+PTX;Turing;Ampere")
+    cards[:] = [(7, 5), (8, 9)]
+    assert native.cuda_architectures() == "Ampere;8.9"
+
+
+def test_the_cuda_half_is_not_tried_where_every_card_is_too_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr(native, "_cards", lambda: {(7, 5)})
+    monkeypatch.setattr(native, "_library", lambda device_type: pytest.fail("it was compiled"))
+    assert "8.0, which no card here has" in str(native.why_not.__wrapped__("cuda"))
 
 
 @pytest.mark.parametrize("before", [None, "8.6"])

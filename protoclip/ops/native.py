@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import sys
@@ -38,6 +39,8 @@ import torch
 from protoclip.common.paths import cache_dir
 
 CPUINFO = Path("/proc/cpuinfo")
+OLDEST_CARD = (8, 0)  # that has bf16 in its tensor cores, and copies to shared memory beside work
+TOO_OLD = re.compile(r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing")  # in TORCH_CUDA_ARCH_LIST
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def why_not(device_type: str) -> str | None:
             return "no CUDA device, or this torch was built without CUDA"
         if CUDA_HOME is None:
             return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+        if not any(card >= OLDEST_CARD for card in _cards()):
+            return "the CUDA kernels need compute capability 8.0, which no card here has"
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         reason = f"no C++ compiler was found (looked for {compiler!r} and 'g++')"
@@ -174,16 +179,19 @@ def _recipe(device_type: str) -> Recipe:
 
 def cuda_architectures() -> str:
     """Those of TORCH_CUDA_ARCH_LIST, which a container may have set for other cards, and of all
-    cards in this machine: "8.0;9.0a". From 9.0 on, kernels use instructions that only the exact
-    architecture has."""
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
-    architectures = [architecture for architecture in architectures if architecture]
-    numbers = {architecture.removesuffix("+PTX").rstrip("af") for architecture in architectures}
-    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    for major, minor in sorted(cards):
-        if f"{major}.{minor}" not in numbers:
-            architectures.append(f"{major}.{minor}{'a' if major >= 9 else ''}")
+    cards in this machine, but for those that are too old: "8.0;9.0"."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    architectures = [name for name in named if name and not TOO_OLD.match(name)]
+    numbers = {name.removesuffix("+PTX").rstrip("af") for name in architectures}
+    for major, minor in sorted(_cards()):
+        if (major, minor) >= OLDEST_CARD and f"{major}.{minor}" not in numbers:
+            architectures.append(f"{major}.{minor}")
     return ";".join(architectures)
+
+
+def _cards() -> set[tuple[int, int]]:
+    """The compute capabilities of the cards in this machine."""
+    return {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
 
 
 def _cpu_flags() -> str:
