@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -623,8 +624,12 @@ def test_two_different_points_are_two_groups() -> None:
         (torch.randn(5, 2), "expected at least 6 points, got 5"),
         (torch.ones(50, 2), "expected points that differ"),
         (torch.randn(50), "points"),
+        (
+            torch.randn(9000, 2).index_fill_(0, torch.tensor(6668), math.nan),
+            "1 rows with NaN or inf; the first is row 6668",  # of which a sample is taken
+        ),
     ],
-    ids=["too few", "all equal", "no matrix"],
+    ids=["too few", "all equal", "no matrix", "NaN"],
 )
 def test_points_without_groups_are_refused(points: Tensor, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -12,7 +12,14 @@ from ranks import config_of
 
 from protoclip.__main__ import main
 from protoclip.ops.dispatch import TABLE
-from protoclip.settings.config import EpisodeConfig, TrainConfig, from_dict, preset_names, to_dict
+from protoclip.settings.config import (
+    EpisodeConfig,
+    TrainConfig,
+    from_dict,
+    load_preset,
+    preset_names,
+    to_dict,
+)
 
 
 def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:
@@ -24,6 +31,14 @@ def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:
 def test_each_preset_is_a_config_and_goes_to_json_and_back(name: str) -> None:
     config = config_of("--preset", name)
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_preset_may_be_flags_as_they_are_typed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    text = '{"--method": "clip", "--batch-size": 8, "lr": 0.5}'
+    path.write_text(text, encoding="utf-8-sig")  # as Windows writes it
+    config = load_preset(str(path))
+    assert (config.method, config.optim.batch_size, config.optim.lr) == ("clip", 8, 0.5)
 
 
 def test_flags_change_a_preset() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,23 @@ def test_a_table_without_tabs_needs_no_separator_flag(folder, separator):
     assert open_dataset(str(path), csv_caption_key="title, in English").captions(0) == ("a, b",)
 
 
+HEADER = "filepath,title\nimages/0.png,first\n"
 TABLE_FAULTS = {
     "caption": ("filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n", "line 3.*remove the row"),
     "picture": ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
     "short row": ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
     "long row": ("filepath,title\nimages/0.png,a dog, running\n", "line 2.*3 columns where"),
     "open quote": (
-        'filepath\ttitle\nimages/0.png\t"The Night\nimages/1.png\ta\nimages/2.png\ta 12" disc\n',
+        'filepath\ttitle\nimages/0.png\t"The Night\nimages/1.png\ta\nimages/2.png\ta disc of 12"\n',
         "line 4.*holds tabs and line breaks; close the quote",
+    ),
+    "open to the end": (
+        f'{HEADER}images/1.png,"6 inch nails\nimages/2.png,b\nimages/3.png,c\n',
+        "line 5.*a quote that is not closed makes one row of 3 lines",
+    ),
+    "open to a quote": (
+        f'{HEADER}images/1.png,"6 inch nails\nimages/2.png,"bird"\nimages/3.png,c\n',
+        "line 4.*one row of 2 lines .*close it, or write it twice",
     ),
     "column": ("filepath\tcaption\nimages/0.png\ta\n", "no column 'title'.*--csv-caption-key"),
     "separator": ("filepath title\nimages/0.png a\n", "no column 'filepath'.*--csv-separator"),
@@ -87,6 +97,30 @@ def test_faults_of_a_table_name_the_line_and_the_remedy(
         (folder / "bad.tsv").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=words):
         open_dataset(str(folder / "bad.tsv"))
+
+
+def test_rows_that_an_open_quote_takes_in_are_not_called_good(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "t.csv"
+    path.write_text(f'{HEADER}images/1.png,"6 inch nails\nimages/2.png,"bird"\nimages/3.png,c\n')
+    assert data_command(["--check", str(path)]) == 1
+    assert "2 of 3 samples are good, 1 are not" in capsys.readouterr().out
+
+
+def test_values_of_several_lines_and_quotes_within_one_are_read(folder: Path) -> None:
+    path = folder / "t.csv"
+    path.write_text(f'{HEADER}images/1.png,"two ""big""\nlines, both"\nimages/2.png,a 19" rack\n')
+    dataset = open_dataset(str(path))
+    assert [dataset.captions(i)[0] for i in (1, 2)] == ['two "big"\nlines, both', 'a 19" rack']
+
+
+def test_keys_of_a_table_differ_whatever_its_files_are_called(folder: Path) -> None:
+    names = ["a.png", "a.png#2", "a.png", "a.png#2", "a.png"]
+    for name in names:
+        picture(0).save(folder / name, "PNG")
+    keys = open_dataset(write_table(folder, [(name, "a") for name in names])).keys
+    assert list(keys[:2]) == names[:2] and len(set(keys)) == 5
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "empty", "bomb"])
@@ -153,6 +187,18 @@ class TestPictures:
         assert np.asarray(dark).max() <= 1  # 255 of 65,535 is nearly black
         grey_map = opened(tmp_path, Image.fromarray(ramp.astype(np.int32), "I"), "PPM")
         assert np.array_equal(np.asarray(grey_map), pixels)
+
+    @pytest.mark.parametrize("white", [1.0, 65535, 1e6])
+    def test_32_bits_are_refused_where_white_is_not_255(self, tmp_path: Path, white: float) -> None:
+        greys = np.linspace(0, white, 64, dtype=np.float32).reshape(8, 8)
+        with pytest.raises(DataError, match="greys of 0 to 255.*convert it to 8 bits"):
+            opened(tmp_path, Image.fromarray(greys), "TIFF")
+        if white > 1:
+            with pytest.raises(DataError, match="32-bit ones"):
+                opened(tmp_path, Image.fromarray(greys.astype(np.int32)), "TIFF")
+        greys = np.linspace(0, 255, 64, dtype=np.float32).reshape(8, 8)
+        whole = np.asarray(opened(tmp_path, Image.fromarray(greys), "TIFF"))
+        assert whole.max() == 255 and whole.min() == 0
 
     @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
     def test_a_picture_of_a_camera_held_sideways_is_upright(
@@ -258,6 +304,15 @@ def test_an_export_says_how_to_train_on_it(
 ) -> None:
     assert data_command([*EXPORT, "--out", str(tmp_path / "out")]) == 0
     assert f"--train-data '{tmp_path}/out/" in capsys.readouterr().out
+
+
+def test_an_export_to_a_folder_with_braces_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a{1,2}"
+    assert data_command([*EXPORT, "--out", str(out)]) == 0
+    source = shlex.split(capsys.readouterr().out)[-1]
+    assert len(open_dataset(source)) == len(open_dataset(f"{out}/00000.tar")) + 15 == 25
 
 
 def test_exported_shards_read_back(exported: Path) -> None:

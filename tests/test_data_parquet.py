@@ -112,6 +112,16 @@ def test_columns_are_found_by_type_and_name_or_named(tmp_path: Path) -> None:
         open_dataset(path).image(0)
 
 
+def test_a_path_that_no_file_can_have_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(0).save(tmp_path / "0.png")
+    write_plain(tmp_path / "a.parquet", {"filepath": ["0.png", "a\0b.png"], "title": ["a", "b"]})
+    assert data_command(["--check", str(tmp_path / "a.parquet")]) == 1
+    text = capsys.readouterr().out
+    assert "a.parquet/1" in text and "1 of 2 samples are good" in text
+
+
 def test_the_column_of_captions_is_named_where_several_would_do(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -307,9 +307,14 @@ BAD: dict[str, dict[str, Any]] = {
     },
     "a weight above 0": {"weights": torch.zeros(10)},
     "weights with a finite sum": {"weights": [1e308] * 10},
-    r"at most 3.4e\+37, whose sums are finite, got 1 rows with larger values; the first is row 2": {
+    r"at most 3.4e\+37, .*are finite, got 1 rows with larger values; the first is row 2": {
         "points": torch.randn(10, 2).index_fill_(0, torch.tensor(2), 1e38)
     },
+    r"at most 1.0e\+150, .*finite, got 1 rows": {
+        "points": torch.randn(10, 2).double().index_fill_(0, torch.tensor(2), 1e160)
+    },
+    "expected weights .* as numbers, got 'heavy'": {"weights": "heavy"},
+    "expected an integer .* got 2.0": {"num_clusters": 2.0},
 }
 
 

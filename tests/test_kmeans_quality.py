@@ -160,6 +160,45 @@ def test_an_infinite_inertia_is_said() -> None:
         assert protoclip.kmeans(points, 1).inertia == math.inf
 
 
+def test_distances_too_small_for_fp32_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    points = torch.randn(60, 3, dtype=torch.float64)
+    protoclip.kmeans(torch.cat([points[:2] * 1e-24] * 9), 2)
+    assert "scale the points up" in str(recwarn.pop(RuntimeWarning).message)
+    protoclip.kmeans(points * 1e-15, 5)
+    protoclip.kmeans(points[:5], 5)  # each its own centroid: the inertia is 0
+    protoclip.kmeans(torch.zeros(9, 3), 2)
+    assert not recwarn.list
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    points = torch.randn(600, 4)
+    expected = protoclip.kmeans(points, 10, init="k-means++", seed=3)
+    got = protoclip.kmeans(points, np.uint8(10), init="k-means++", seed=np.int64(3))
+    assert torch.equal(got.centroids, expected.centroids)
+
+
+def test_weights_and_points_are_taken_in_any_layout() -> None:
+    points, weights = np.random.default_rng(0).normal(size=(2, 50, 1))
+    weights = np.abs(weights[:, 0])
+    expected = protoclip.kmeans(points, 3, weights=weights.copy())
+    layouts = [weights[::-1][::-1], weights.astype(">f8"), weights.astype(np.longdouble)]
+    weights.flags.writeable = False
+    for layout in [*layouts, weights, list(weights)]:
+        clusters = protoclip.kmeans(points, 3, weights=layout)
+        assert torch.equal(clusters.centroids, expected.centroids)
+    assert protoclip.kmeans(points[:1][::-1], 1).inertia == 0
+    for kind in (object, bool):
+        with pytest.raises(TypeError, match=r"array of numbers, got one of (object|bool)"):
+            protoclip.kmeans(points.astype(kind), 3)
+
+
+def test_distances_of_points_that_are_not_finite_are_not_zero() -> None:
+    clusters = protoclip.kmeans(torch.randn(9, 3, dtype=torch.float64), 2)
+    far = torch.tensor([[math.nan, 0, 0], [math.inf, 0, 0], [1e200, 0, 0]], dtype=torch.float64)
+    distances = clusters.transform(far)
+    assert not distances.isfinite().any() and distances[0].isnan().all()
+
+
 def of_records(points: Tensor, centroids: Tensor, num_iters: int) -> Tensor:
     """Lloyd's algorithm as all recorded runs of training and evaluation had it -> labels."""
     k = len(centroids)
@@ -460,7 +499,7 @@ def test_points_of_other_types_are_refused_in_words(points: Any) -> None:
     with pytest.raises(TypeError, match="kmeans: expected points"):
         protoclip.kmeans(points, 1)
     clusters = protoclip.kmeans(POINTS, 2)
-    with pytest.raises(TypeError, match="transform: expected points"):
+    with pytest.raises(TypeError, match="expected points"):
         clusters.transform(points)
     with pytest.raises(ValueError, match="transform: expected points and centroids to share D"):
         clusters.transform(torch.ones(3, 5))

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -23,6 +24,7 @@ from report_run import make_run
 
 from benchmarks.study.record_baseline import main as record_baseline
 from protoclip.cluster import main as cluster
+from protoclip.data import open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.evaluate.tasks import EvalSet
@@ -31,6 +33,8 @@ from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
 from protoclip.report.snapshot import (
     Thumbnails,
+    caption_of,
+    every,
     geometry,
     load_snapshot,
     retrieval,
@@ -92,6 +96,13 @@ def test_the_command_writes_the_page_and_says_the_answer(
     assert output.out.strip() == f"report: {runs.ours / 'report.html'}"
     assert (runs.ours / "report.html").is_file()
     assert re.match(r"ours: It names \d+ of 100 drawings .*\nours: no plain CLIP run", output.err)
+
+
+def test_what_to_type_can_be_copied_from_a_folder_with_a_blank(runs: Runs, tmp_path: Path) -> None:
+    ours = shutil.copytree(runs.ours, tmp_path / "my logs" / "ours")
+    page = write_report([ours]).read_text()
+    preset = shlex.quote(str(ours / "config.json")).replace("'", "&#39;")
+    assert f"--preset {preset} --method clip --name ours-clip" in page
 
 
 def test_the_page_of_several_runs_is_beside_the_last_ones_own(runs: Runs) -> None:
@@ -717,6 +728,34 @@ def test_a_seed_counts_once_in_a_baseline(two_seeds: list[Path], tmp_path: Path)
     run = str(two_seeds[0])
     with pytest.raises(SystemExit):
         record_baseline([run, run, "--out", str(tmp_path / "recorded")])
+
+
+# ---- what is shown of the data ----
+
+
+def test_samples_are_evenly_spaced_in_large_data() -> None:
+    """In fp32 the last place of 2^24 + 4 values would be one too far."""
+    last = 2**24 + 3
+    values = torch.zeros(last + 1, dtype=torch.int8)
+    values[[0, last]] = 1
+    assert every(values, 4096)[[0, -1]].tolist() == [1, 1]
+    assert every(values[:3], 9).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("caption", "shown"),
+    [
+        ("a  cat\n", "a cat"),
+        ("word " * 40, "word " * 17 + "word…"),
+        ("这是一只猫" * 25, ("这是一只猫" * 25)[:89] + "…"),
+        ("see https://example.org/" + "x" * 99, "see https://example.org/" + "x" * 65 + "…"),
+    ],
+)
+def test_long_captions_are_cut_at_a_word_or_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, caption: str, shown: str
+) -> None:
+    monkeypatch.setattr(ShapesDataset, "captions", lambda self, i: (caption,))
+    assert caption_of(open_dataset("builtin:shapes:4"), 0) == shown
 
 
 # ---- words of clusters ----

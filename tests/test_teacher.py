@@ -44,6 +44,11 @@ def write(path: Path, rows: np.ndarray, keys: list[str] | None = None) -> str:
 class TestFiles:
     rows = TABLE.numpy()
 
+    def test_a_file_of_keys_alone_is_refused_in_words(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", keys=np.array(DATASET.keys))
+        with pytest.raises(ValueError, match=r"expected one array beside keys.*got \[\]"):
+            load_teacher(str(tmp_path / "a.npz"), DATASET)
+
     def test_rows_are_found_by_key_whatever_their_order(self, tmp_path: Path) -> None:
         order = np.random.default_rng(1).permutation(40)
         path = write(tmp_path / "a.npz", self.rows[order], [DATASET.keys[i] for i in order])

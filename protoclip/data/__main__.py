@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
@@ -45,8 +46,10 @@ def run(args: Any) -> int:
     if not args.out:
         raise ValueError("--export: expected a folder for the shards; add --out DIR")
     shards = export_shards(dataset, args.out, args.per_shard, args.image_format)
-    names = f"{shards[0].stem}..{shards[-1].stem}"
-    print(f"{len(dataset):,} pairs: --train-data '{args.out}/{{{names}}}.tar'")
+    source = f"{args.out}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
+    if "{" in args.out:  # would be expanded too
+        source = args.out
+    print(f"{len(dataset):,} pairs: --train-data {shlex.quote(source)}")
     return 0
 
 

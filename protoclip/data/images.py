@@ -143,6 +143,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         greys = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((greys + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):  # such as a TIFF of 32 bits, whose white may be any number
+        greys = np.asarray(image)
+        low, high = greys.min(), greys.max()
+        if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
+            raise ValueError(
+                f"expected greys of 0 to 255, got 32-bit ones of {low:g} to {high:g}; convert it "
+                "to 8 bits"
+            )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

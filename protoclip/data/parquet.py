@@ -145,8 +145,9 @@ class ParquetDataset:
             path = data if os.path.isfile(data) else beside
             try:
                 data = Path(path).read_bytes()
-            except OSError as error:
-                raise DataError(f"{where}: {error.strerror} at {path}; fix the path") from error
+            except (OSError, ValueError) as error:  # a path with NUL is a ValueError
+                reason = getattr(error, "strerror", error)
+                raise DataError(f"{where}: {reason} at {path!r}; fix the path") from error
         return decode(data, where)
 
     def _value(self, i: int, column: str) -> Any:

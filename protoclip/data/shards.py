@@ -193,7 +193,7 @@ def expand(spec: str, ending: str = ".tar") -> tuple[str, ...]:
                 "protoclip openclip"
             )
         try:
-            patterns = expand_urls(source)
+            patterns = [source] if os.path.exists(source) else expand_urls(source)
         except ValueError as error:
             raise DataError(f"shards {spec!r}: {error}; balance the braces") from error
         for pattern in patterns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ class CsvDataset:
         where = f"{self.name}, pair {i + 1}, {path}"
         try:
             return decode(Path(path).read_bytes(), where)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path with NUL is a ValueError
             raise DataError(f"{where}: {error}; correct the path or remove the row") from error
 
     def _find(self, file: str) -> str:
@@ -102,11 +102,46 @@ class CsvDataset:
 
 
 def _numbered(files: Iterator[str]) -> Iterator[str]:
-    """Keys for pictures; if a path occurs several times, its second key is "path#2"."""
+    """Keys for pictures, all different; if a path occurs several times, its second key is
+    "path#2", unless that is taken."""
     seen: dict[str, int] = {}
     for file in files:
-        seen[file] = seen.get(file, 0) + 1
-        yield file if seen[file] == 1 else f"{file}#{seen[file]}"
+        key = file
+        while key in seen:
+            seen[file] += 1
+            key = f"{file}#{seen[file]}"
+        seen[key] = 1
+        yield key
+
+
+def _noted(lines: Iterable[str], record: list[str]) -> Iterator[str]:
+    """The lines, each of which is added to ``record`` first."""
+    for line in lines:
+        record.append(line)
+        yield line
+
+
+def _fault(
+    row: Sequence[str], record: Sequence[str], separator: str, columns: int, needed: int
+) -> str:
+    """What is wrong with a row, which was read from the lines of ``record``; "" if nothing is. The
+    table has so many columns, of which the first ``needed`` hold all that is wanted."""
+    if len(record) > 1:  # only quotes do that
+        try:
+            list(csv.reader(record, delimiter=separator, strict=True))
+        except csv.Error as error:
+            return (
+                f"a quote that is not closed makes one row of {len(record):,} lines ({error}); "
+                "close it, or write it twice"
+            )
+    if len(row) < needed or any(row[columns:]):
+        return (
+            f"{len(row)} columns where the header has {columns}; complete the row, or quote values "
+            "that contain the separator or a line break"
+        )
+    if separator == "\t" and any("\t" in cell and "\n" in cell for cell in row):
+        return "a value holds tabs and line breaks; close the quote that it begins with"
+    return ""
 
 
 def read_table(
@@ -126,9 +161,10 @@ def read_table(
                 separator == "\t" and len(header) == 1
             ):  # two columns at least: no tab separates them
                 separator = next((c for c in ",;|" if c in header[0]), separator)
-                lines.seek(0)
-                reader = csv.reader(lines, delimiter=separator)
-                header = next(reader, [])
+            lines.seek(0)
+            record: list[str] = []  # the lines of the row that the reader gave last
+            reader = csv.reader(_noted(lines, record), delimiter=separator)
+            header = next(reader, [])
             if missing := [column for column in columns if column not in header]:
                 raise DataError(
                     f"{name}: no column {' nor '.join(map(repr, missing))} when split at "
@@ -136,16 +172,13 @@ def read_table(
                     "--csv-caption-key, or the separator with --csv-separator"
                 )
             places = [header.index(column) for column in columns]
-            for row in filter(any, reader):
-                fault = ""
-                if len(row) <= max(places) or any(row[len(header) :]):
-                    fault = f"{len(row)} columns where the header has {len(header)}; complete the "
-                    fault += "row, or quote values that contain the separator or a line break"
-                elif separator == "\t" and any("\t" in cell and "\n" in cell for cell in row):
-                    fault = (
-                        "a value holds tabs and line breaks; close the quote that it begins with"
-                    )
-                yield reader.line_num, [] if fault else [row[place] for place in places], fault
+            record.clear()
+            for row in reader:
+                fault = _fault(row, record, separator, len(header), 1 + max(places))
+                record.clear()
+                if any(row):
+                    values = [] if fault else [row[place] for place in places]
+                    yield reader.line_num, values, fault
     except LookupError as error:
         raise DataError(
             f"--encoding: expected one that Python knows, such as latin-1 or utf-16, got "

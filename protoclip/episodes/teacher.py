@@ -166,13 +166,15 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
         else:
             content = np.load(path, allow_pickle=False)  # runs no code from the file
             arrays = dict(content) if path.suffix == ".npz" else {"features": content}
+        stored = arrays.pop("keys", None)
         if "features" not in arrays and len(arrays) != 1:
-            raise ValueError(f"expected one array, or one named 'features', got {sorted(arrays)}")
+            raise ValueError(
+                f"expected one array beside keys, or one named 'features', got {sorted(arrays)}"
+            )
     except Exception as error:  # each format has its own errors
         raise ValueError(f"{flag}: {path} cannot be read ({error}); is it complete?") from error
     keys: list[str] | None = None
-    if "keys" in arrays:
-        stored = arrays.pop("keys").tolist()
+    if stored is not None:
         keys = [os.fsdecode(key) if isinstance(key, bytes) else str(key) for key in stored]
     array = arrays.get("features", next(iter(arrays.values())))
     if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":

@@ -173,7 +173,7 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
     count = min(TRAINED, len(rows))
     chosen = torch.arange(count)
     if not getattr(training, "remote", False):  # the first rows need the fewest shards
-        chosen = torch.linspace(0, len(rows) - 1, count).round().long()
+        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
     rows = rows[chosen]
     sample, left_out = only_readable(Subset(training, rows, training.name), workers)
     if len(sample) < 2:

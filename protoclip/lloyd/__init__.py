@@ -33,6 +33,7 @@ SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as 
 EMPTY_CLUSTERS = ("move", "split")
 CANDIDATES = 1024  # points that empty clusters may move to in one iteration
 MEAN_ERROR = 128  # units in the last place that the mean of equal points may be off
+SMALLEST = 1e-18  # coordinates whose squares have all digits in fp32
 TRANSFORM_BLOCK = 1 << 21  # distances that ``Clusters.transform`` computes at once
 
 Progress = Callable[[int, Tensor], None]
@@ -93,7 +94,8 @@ class Clusters:
             size = shifted.square().sum(1)[:, None] + norms  # [rows, K]
             squared = torch.addmm(size, shifted, centroids.T, alpha=-2)
             rounding = torch.finfo(torch.float64).eps * (2 + x.shape[1] ** 0.5) * size
-            out.copy_(torch.where(squared > rounding, squared, 0).sqrt())
+            is_zero = (squared <= rounding) & size.isfinite()
+            out.copy_(torch.where(is_zero, 0, squared).sqrt())
         return distances
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -154,8 +156,9 @@ def kmeans(
 
     Args:
         points: [N, D], finite, and N times the largest value too; float32, bfloat16, float16
-            (computed in fp32) or float64. Squared distances are fp32: for points 1e19 apart the
-            inertia is inf, with a warning.
+            (computed in fp32) or float64, whose squares are finite too. Squared distances are
+            fp32: for points 1e19 apart the inertia is inf, for points 1e-18 apart it is too small;
+            both with a warning.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, at most; >= 0.
         tol: also stop after an update that moves the centroids by a total squared distance of at
@@ -191,6 +194,7 @@ def kmeans(
     x = x if x.dtype == torch.float64 else x.float()
     rows = PointSlice(x, group, backend)
     _check_numbers(rows, num_clusters, num_iters, num_restarts, tol, seed)
+    num_clusters, seed = int(num_clusters), int(seed)  # NumPy's integers overflow
     if empty_clusters not in EMPTY_CLUSTERS:
         raise ValueError(
             f"kmeans: expected empty_clusters in {EMPTY_CLUSTERS}, got {empty_clusters!r}"
@@ -250,8 +254,15 @@ def kmeans(
 
 def _tensor(x: Any) -> Any:
     """A NumPy array of numbers as a tensor, which shares its memory where torch can."""
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
+    if not isinstance(x, np.ndarray):
         return x
+    if x.dtype.kind not in "fiu":
+        raise TypeError(
+            f"kmeans: expected points, or centroids, as an array of numbers, got one of {x.dtype}; "
+            "use .astype(float)"
+        )
+    if min(x.strides, default=0) < 0:  # torch takes none, also where there is one row
+        x = x.copy()
     return torch.from_numpy(np.require(x, dtype=x.dtype.newbyteorder("="), requirements=["C", "W"]))
 
 
@@ -260,8 +271,8 @@ def _check_numbers(
 ) -> None:
     if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= rows.count:
         raise ValueError(
-            f"kmeans: expected 1 <= num_clusters <= N = {rows.count} points, got {num_clusters}; "
-            f"lower num_clusters or give more points"
+            f"kmeans: expected an integer 1 <= num_clusters <= N = {rows.count} points, got "
+            f"{num_clusters!r}; lower num_clusters or give more points"
         )
     if (
         not isinstance(num_iters, Integral)
@@ -295,12 +306,15 @@ def _check_values(rows: PointSlice, num_clusters: int, init: str | Tensor) -> No
             )
     elif init not in INITS:
         raise ValueError(f"kmeans: expected init in {INITS} or a Tensor [K, D], got {init!r}")
+    # So the sum of the points is finite, and in fp64 a squared distance.
     largest = torch.finfo(rows.points.dtype).max / rows.count
-    fits = (rows.points.abs() <= largest).all(dim=1)  # a sum of points that fit is finite
+    if rows.points.dtype == torch.float64:
+        largest = min(largest, 1e150)
+    fits = (rows.points.abs() <= largest).all(dim=1)
     if int(rows.sum((~fits).sum())):
         not_finite = ~torch.isfinite(rows.points).all(dim=1)
         _refuse_rows(not_finite, rows, "finite points", "NaN or inf")
-        limit = f"points of at most {largest:.1e}, whose sums are finite"
+        limit = f"points of at most {largest:.1e}, whose sums and squares are finite"
         _refuse_rows(~fits, rows, limit, "larger values")
 
 
@@ -316,9 +330,11 @@ def _weigh(rows: PointSlice, weights: Tensor | Array | Sequence[float] | None) -
     if weights is None:
         return
     try:
+        if not isinstance(weights, Tensor):
+            weights = np.array(weights, dtype=np.float64)  # of any order, also a pandas Series
         weights = torch.as_tensor(weights, dtype=torch.float64, device=rows.points.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"kmeans: expected weights [N] as numbers, got {weights!r}") from error
+        raise ValueError(f"kmeans: expected weights [N] as numbers, got {weights!r:.80}") from error
     if weights.shape != (n := rows.points.shape[:1]):
         raise ValueError(f"kmeans: expected weights [N] = {list(n)}, got {list(weights.shape)}")
     bad = ~(torch.isfinite(weights) & (weights >= 0))
@@ -454,10 +470,22 @@ def _clusters(rows: PointSlice, state: _State, history: list[float]) -> Clusters
             RuntimeWarning,
             stacklevel=3,
         )
+    if inertia < 1e-30 and 0 < _largest(rows.points) < SMALLEST:
+        warnings.warn(
+            f"kmeans: points less than {SMALLEST:g} apart, whose squared distances fp32 cannot "
+            "hold, so clusters and inertia are wrong; scale the points up",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     counts = rows.sum(torch.bincount(labels, minlength=len(centroids)))
     if rows.centre is not None:
         centroids = centroids + rows.centre
     return Clusters(centroids, labels, counts, (*history, inertia))
+
+
+def _largest(points: Tensor) -> float:
+    """The largest absolute coordinate."""
+    return float(torch.linalg.vector_norm(points, math.inf)) if points.numel() else 0.0
 
 
 def _mean_error(points: Tensor, dtype: torch.dtype) -> Tensor:
@@ -624,7 +652,13 @@ def choose_num_clusters(
         raise ValueError(f"{op}: expected at least 6 points, got {len(x)}; give a number")
     from sklearn.metrics import silhouette_score
 
-    rows = torch.linspace(0, len(x) - 1, min(max_points, len(x)), device="cpu")
+    bad = ~torch.isfinite(x).all(dim=1)
+    if bad.any():
+        raise ValueError(
+            f"{op}: expected finite points, got {int(bad.sum())} rows with NaN or inf; the first "
+            f"is row {int(bad.int().argmax())}"
+        )
+    rows = torch.linspace(0, len(x) - 1, min(max_points, len(x)), dtype=torch.float64, device="cpu")
     sample = x.detach()[rows.round().long().to(x.device)]
     sample = sample if sample.dtype == torch.float64 else sample.float()
     centred = (sample - sample.mean(0)).cpu().numpy()  # far from 0 silhouettes lose their digits

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -356,13 +357,15 @@ def verdict(run: Run, baseline: Run | None) -> str:
     Whether it is ahead can be told only from a baseline of several seeds.
     """
     if baseline is None:
-        path = run.path or run.name
+        path = str(run.path or run.name)
         clip = f"{path}-clip"
+        train = ["protoclip", "train", "--preset", f"{path}/config.json", "--method", "clip"]
+        train += ["--name", Path(clip).name]
+        compare = ["protoclip", "report", clip, path]
         return (
             f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
-            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with `protoclip train "
-            f"--preset {path}/config.json --method clip --name {Path(clip).name}`, then compare: "
-            f"`protoclip report {clip} {path}`"
+            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with "
+            f"`{shlex.join(train)}`, then compare: `{shlex.join(compare)}`"
         )
     better: list[str] = []
     worse: list[str] = []

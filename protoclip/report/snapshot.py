@@ -152,7 +152,8 @@ def _unit(rows: Tensor) -> Tensor:
 
 def every(values: Tensor, count: int) -> Tensor:
     """At most ``count`` of the values, evenly spaced."""
-    return values[torch.linspace(0, len(values) - 1, min(count, len(values))).round().long()]
+    places = torch.linspace(0, len(values) - 1, min(count, len(values)), dtype=torch.float64)
+    return values[places.round().long()]
 
 
 def _origin(dataset: PairDataset, i: int) -> tuple[PairDataset, int]:
@@ -202,7 +203,10 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 def caption_of(dataset: PairDataset, i: int, k: int = 0) -> str:
     """Caption ``k`` of sample ``i``, at most 90 characters."""
-    return textwrap.shorten(dataset.captions(i)[k], 90, placeholder="…")
+    caption = " ".join(dataset.captions(i)[k].split())
+    whole_words = textwrap.shorten(caption, 90, placeholder="…")
+    # Chinese and web addresses have no blanks to cut at.
+    return whole_words if len(caption) <= 90 or len(whole_words) > 45 else f"{caption[:89]}…"
 
 
 def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:

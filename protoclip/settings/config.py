@@ -422,7 +422,7 @@ def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
             sections[name] = {**sections.get(name, {}), **value}
             continue
         if flag not in places:  # --method, or a mistake
-            sections[name] = value
+            sections[flag if flag in vars(TrainConfig()) else name] = value
             continue
         section, setting = places[flag]
         sections[section] = {**sections.get(section, {}), setting: value}
@@ -442,7 +442,7 @@ def load_preset(name: str) -> TrainConfig:
             f"--preset: expected one of {', '.join(names)} or a .json file, got {name!r}"
         )
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8-sig"))  # Windows may put a mark first
         if not isinstance(values, dict):
             raise ValueError(f"expected a JSON object, got {type(values).__name__}")
         values.pop("about", None)

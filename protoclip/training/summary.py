@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def left_out(skipped: Sequence[tuple[str, str, str]], data: str) -> str:
         f"  {', '.join(filter(None, (file, key)))}: {why}" for file, key, why in skipped[:NAMED]
     ]
     if len(skipped) > NAMED:
-        lines.append(f"  ... (protoclip data --check {data} lists all)")
+        lines.append(f"  ... (protoclip data --check {shlex.quote(data)} lists all)")
     return "\n".join(lines)
 
 
