@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import io
+import itertools
 import os
 import re
 import sys
@@ -74,6 +75,9 @@ def _master(env: Mapping[str, str], ranks: int) -> tuple[str, int]:
     return env.get("MASTER_ADDR", first), int(env.get("MASTER_PORT", port))
 
 
+_starts = itertools.count()  # of this process, as of all others
+
+
 def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "auto") -> bool:
     """Join the other processes; returns False for a single process, and where they have joined.
 
@@ -91,12 +95,17 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
         torch.cuda.set_device(device)
     host, port = info.master
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    wait = datetime.timedelta(seconds=timeout)
     try:
+        meeting = dist.rendezvous("env://", info.rank, info.world_size, timeout=wait)
+        # The store outlives the group: a second run of the process must not read old addresses.
+        store = dist.PrefixStore(f"start {next(_starts)}", next(iter(meeting))[0])
         dist.init_process_group(
             "gloo" if backend == "auto" else backend,
+            store=store,
             rank=info.rank,
             world_size=info.world_size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=wait,
         )
     except RuntimeError as error:
         raise ValueError(

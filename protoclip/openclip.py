@@ -148,8 +148,14 @@ def _steps_done(checkpoint: str) -> int:
     """The optimiser's steps until a checkpoint of OpenCLIP's trainer; 0 if it does not say."""
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        states = saved["optimizer"]["state"].values()
-        return max((int(state["step"]) for state in states if "step" in state), default=0)
+        if "global_step" in saved:  # of OpenCLIP after 3.3
+            return int(saved["global_step"])
+        optimizer = saved["optimizer"]
+        places = [*optimizer["state"].values(), *optimizer["param_groups"]]
+        steps = [int(place["step"]) for place in places if "step" in place]
+        if not steps:
+            raise KeyError("its optimizer does not count them")
+        return max(steps)
     except (OSError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
         LOGGER.warning(
             "protoclip: --proto-warmup begins again, as the steps in %s cannot be read (%s)",

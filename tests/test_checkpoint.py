@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -65,3 +66,58 @@ def test_a_failed_write_leaves_the_old_file_and_a_missing_one_is_named(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
     with pytest.raises(ValueError, match="y.pt"):
         checkpoint.load(tmp_path / "y.pt")
+
+
+def saved_folder(folder: Path) -> Path:
+    """Steps 1 to 3: the latest, the previous and a kept one."""
+    folder.mkdir(parents=True)
+    latest = folder / checkpoint.LATEST
+    for step in (1, 2, 3):
+        checkpoint.save(latest, {"step": step}, previous=folder / checkpoint.PREVIOUS)
+        if step == 1:
+            checkpoint.link(latest, folder / "epoch_1.pt")
+    return folder
+
+
+def steps(folder: Path) -> list[int]:
+    """Of the latest and the previous one."""
+    names = (checkpoint.LATEST, checkpoint.PREVIOUS)
+    return [checkpoint.load(folder / name)["step"] for name in names]
+
+
+def test_going_on_from_an_older_checkpoint_keeps_the_newest(tmp_path: Path) -> None:
+    folder = saved_folder(tmp_path / "a")
+    checkpoint.make_latest(folder / checkpoint.LATEST, folder)
+    assert steps(folder) == [3, 2]
+    checkpoint.make_latest(folder / checkpoint.PREVIOUS, folder)  # they change places
+    assert steps(folder) == [2, 3]
+    checkpoint.make_latest(folder / "epoch_1.pt", folder)
+    assert steps(folder) == [1, 2]
+
+
+def test_going_on_from_a_link_needs_it_no_longer(tmp_path: Path) -> None:
+    saved_folder(tmp_path / "store")
+    folder = tmp_path / "x" / "checkpoints"
+    folder.mkdir(parents=True)
+    best = tmp_path / "x" / "best.pt"
+    best.symlink_to("../store/epoch_1.pt")
+    checkpoint.make_latest(best, folder)
+    best.unlink()
+    assert checkpoint.load_newest(folder)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_whole_checkpoint_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As written by another user, or on a network disk that is away."""
+    folder = saved_folder(tmp_path / "a")
+
+    def unreadable(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_check_seal", unreadable)
+        with pytest.raises(OSError, match=f"cannot read: {os.strerror(number)}.*epoch_latest.pt"):
+            checkpoint.load_newest(folder)
+    assert steps(folder) == [3, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,24 @@ def test_a_rank_that_fails_leaves_the_group_and_lets_go_of_the_others() -> None:
     assert [(code, still_member) for code, still_member, _ in outcomes] == [(1, False), (2, False)]
     _, _, raised = outcomes[0]
     assert raised and "timed out" not in raised.lower()  # closed, reset or a broken pipe: by chance
+
+
+def start_again() -> list[float]:
+    """Sums over the ranks in groups that follow each other, as of runs of one program."""
+    sums: list[float] = []
+    for turn in range(4):
+        distributed.start(find_rank(), torch.device("cpu"), timeout=60)
+        total = distributed.sum_over_ranks(torch.ones(1))
+        sums.append(float(total))
+        distributed.stop()
+        if find_rank().rank == turn // 2:
+            time.sleep(0.5)  # the other one is at the next start already
+    return sums
+
+
+def test_processes_can_train_again() -> None:
+    """Their store outlives a group; the next one must not read its addresses."""
+    assert on_ranks(2, start_again) == [[2.0] * 4] * 2
 
 
 def test_evaluation_ends_when_a_rank_is_killed(tmp_path: Path) -> None:

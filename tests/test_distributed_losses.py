@@ -466,3 +466,23 @@ def test_the_sizes_of_batches_are_compared_once(name: str) -> None:
     for calls in on_ranks(2, call_twice, name, True):
         assert calls.error == ""
         assert calls.first_gathers.count(1) == 1 and 1 not in calls.second_gathers
+
+
+def of_no_pairs(local_loss: bool, gather_with_grad: bool) -> tuple[float, float]:
+    """The loss and the largest gradient of a batch without pairs on any rank."""
+    info = find_rank()
+    distributed.start(info, CPU, 60)
+    loss = protoclip.ClipLoss(
+        local_loss, gather_with_grad, rank=info.rank, world_size=info.world_size
+    )
+    x = torch.zeros(0, D, requires_grad=True)
+    value = loss(x, x, torch.tensor(14.0))
+    (gradient,) = torch.autograd.grad(value, x)
+    distributed.stop()
+    return float(value), float(gradient.abs().sum())
+
+
+@pytest.mark.parametrize("gather_with_grad", [False, True])
+@pytest.mark.parametrize("local_loss", [False, True])
+def test_a_batch_without_pairs_costs_nothing(local_loss: bool, gather_with_grad: bool) -> None:
+    assert on_ranks(2, of_no_pairs, local_loss, gather_with_grad) == [(0.0, 0.0)] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import pytest
@@ -95,3 +96,26 @@ def test_create_task() -> None:
     task = protoclip.create_task(args(), model, proto=protoclip.ProtoConfig(queue=64))
     assert type(task.loss) is protoclip.ProtoClipLoss
     assert type(protoclip.create_task(args(model="coca"), model).loss) is losses.CoCaLoss
+
+
+@pytest.mark.parametrize(
+    ("saved", "steps", "warned"),
+    [
+        ({"optimizer": {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": []}}, 5, False),
+        ({"optimizer": {"state": {0: {}}, "param_groups": [{"step": 7}]}}, 7, False),  # timm's LAMB
+        ({"optimizer": {"state": {}, "param_groups": [{}]}, "global_step": 9}, 9, False),
+        ({"optimizer": {"state": {0: {}}, "param_groups": [{"lr": 1.0}]}}, 0, True),  # SGD
+        ({"state_dict": {}}, 0, True),
+    ],
+    ids=["AdamW", "LAMB", "counted", "SGD", "weights only"],
+)
+def test_the_warmup_goes_on_after_the_steps_that_a_checkpoint_has(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    saved: dict[str, Any],
+    steps: int,
+    warned: bool,
+) -> None:
+    torch.save(saved, tmp_path / "c.pt")
+    assert command._steps_done(str(tmp_path / "c.pt")) == steps
+    assert ("--proto-warmup begins again" in caplog.text) == warned

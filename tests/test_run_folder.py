@@ -108,6 +108,15 @@ def test_little_free_space_is_said_before_training(
     assert 0.8 < sizes[0] / file.stat().st_size < 1.25
 
 
+def test_a_start_that_failed_can_be_tried_again_in_the_same_process(tmp_path: Path) -> None:
+    """A notebook keeps the error, and so all that it holds."""
+    config = TrainConfig()
+    with full_disk(0), pytest.raises(OSError, match="config.json") as kept:
+        RunFolder(tmp_path / "run", config, 0)
+    RunFolder(tmp_path / "run", config, 0).close()
+    assert kept.value.filename
+
+
 def test_resume_auto_without_a_checkpoint_begins_again_and_keeps_the_old_metrics(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

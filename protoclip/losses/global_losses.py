@@ -89,7 +89,8 @@ def global_info_nce(
     else:
         pairs = pairs_of(op, x, len(all_ids), matching, coder_of(backend_name))
         image_losses, text_losses = _GlobalContrastive.apply(x, y, logit_scale, pairs, backend_name)
-    return (image_losses + text_losses).mean() / 2
+    losses = image_losses + text_losses
+    return losses.mean() / 2 if len(losses) else losses.sum()  # as one process has it
 
 
 def global_contrastive(

@@ -6,6 +6,7 @@ OpenCLIP read it as usual, and ``load`` detects a torn or altered file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -24,6 +25,8 @@ LATEST = "epoch_latest.pt"
 PREVIOUS = "epoch_previous.pt"  # the one before, used when the latest is torn
 STORED = "features"  # the key of a checkpoint's largest part, the stored features of the data
 SEAL = b"protoclip sha256 "
+# Of files that may be whole, so that no older one is taken instead.
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 logger = logging.getLogger(__name__)
 
 
@@ -60,22 +63,26 @@ def save(
 def link(file: Path, path: Path) -> None:
     """Have the checkpoint ``file`` at ``path`` too; a copy where a disk has no links."""
     with whole_file(path) as temporary:
-        try:
-            os.link(file, temporary)
-        except OSError:
-            shutil.copyfile(file, temporary)
+        _link(file, temporary)
+
+
+def _link(file: Path, path: Path) -> None:
+    try:
+        os.link(os.path.realpath(file), path)
+    except OSError:
+        shutil.copyfile(file, path)
 
 
 def make_latest(file: Path, folder: Path) -> None:
     """Have a run go on from ``file``, even if it is stopped before its next save. The newest
     checkpoint until now becomes the previous one."""
     latest = folder / LATEST
-    if latest.exists():
-        if latest.samefile(file):
-            return
-        if file.name != PREVIOUS:
+    if latest.exists() and latest.samefile(file):
+        return
+    with whole_file(latest) as temporary:
+        _link(file, temporary)  # first: it may be the previous one itself
+        if latest.exists():
             os.replace(latest, folder / PREVIOUS)
-    link(file, latest)
 
 
 def _seal(path: Path) -> None:
@@ -106,6 +113,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is missing, is not a checkpoint, or does not match its checksum.
+        OSError: this user may not read it, or the disk cannot.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,6 +123,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         can_map = _is_zip(path)  # torch cannot map its older formats
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
+        if isinstance(error, OSError) and error.errno in UNREADABLE:
+            raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "weights_only" in reason:  # torch advises running the file's code; we do not
             reason = "it holds code, or no tensors"

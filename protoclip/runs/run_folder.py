@@ -111,6 +111,21 @@ class RunFolder(NullRunFolder):
             self._open.enter_context(FileLock(path / ".lock", timeout=0))
         except Timeout as error:
             raise ValueError(f"--name: {path} is in use by another process; stop it") from error
+        try:
+            self._begin(config, resume_step, own_terms, resume_file)
+        except BaseException:
+            self.close()  # a notebook may try again
+            raise
+
+    def _begin(
+        self,
+        config: TrainConfig,
+        resume_step: int | None,
+        own_terms: Mapping[str, float] | None,
+        resume_file: Path | None,
+    ) -> None:
+        """Clear up what an earlier process left, and open the files; the folder is ours."""
+        path = self.path
         self._checkpoints.mkdir(exist_ok=True)
         for torn in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
             torn.unlink()
