@@ -21,8 +21,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
@@ -30,6 +32,7 @@ from protoclip.ops import native
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import build_parser, parse
 
+ENVIRONMENT = dict(os.environ)  # a test may have another for a while
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["protoclip.train", "torch.distributed", "sklearn.neighbors", "sklearn.feature_extraction.text"]
@@ -51,10 +54,12 @@ TORCHRUN = {
 
 @functools.cache
 def compile_first() -> None:
-    """Compile the C++ library, which takes longer than ranks may wait for each other."""
-    with warnings.catch_warnings():
+    """Compile the C++ library, which takes longer than ranks may wait for each other, and start the
+    process that the ranks are forked from: not with the cache of the test that is the first."""
+    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         native.why_not("cpu")
+        forkserver.ensure_running()
 
 
 class Patience:
