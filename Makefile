@@ -56,7 +56,7 @@ dist-check:  ## wheel and sdist of the last commit, each installed in an empty e
 
 faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then every other fault: about an hour
 	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
-		tests/test_run_folder.py tests/test_step.py tests/test_resume.py
+		tests/test_run_folder.py tests/test_step.py tests/test_resume*.py tests/test_stop.py tests/test_full_disk.py
 
 bench:  ## parity, then speed; minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))

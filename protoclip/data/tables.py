@@ -166,10 +166,13 @@ def read_table(
             reader = csv.reader(_noted(lines, record), delimiter=separator)
             header = next(reader, [])
             if missing := [column for column in columns if column not in header]:
+                flags = "--csv-img-key and --csv-caption-key"
+                if len(columns) == 1:
+                    flags = "--csv-label-key"
                 raise DataError(
                     f"{name}: no column {' nor '.join(map(repr, missing))} when split at "
-                    f"{separator!r}; the columns are {header}; name them with --csv-img-key and "
-                    "--csv-caption-key, or the separator with --csv-separator"
+                    f"{separator!r}; the columns are {header}; name them with {flags}, or the "
+                    "separator with --csv-separator"
                 )
             places = [header.index(column) for column in columns]
             record.clear()

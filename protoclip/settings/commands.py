@@ -67,7 +67,8 @@ def cluster_parser() -> Parser:
         "protoclip cluster",
         usage="%(prog)s DATA [options]",
         description="Group pictures, or rows of features, by k-means. Writes "
-        "clusters.csv, centroids.safetensors and report.html, a page that shows every group.",
+        "clusters.csv, centroids.safetensors, of pictures features.npz, and report.html, a page "
+        "that shows the groups.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
     words = (
@@ -76,8 +77,8 @@ def cluster_parser() -> Parser:
     words += "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
     for flag, default, words in (
-        ("--k", "auto", "number of groups, 2 to N; auto: the number from 2 to 300 with the "
-         "largest mean silhouette on 3,000 rows"),
+        ("--k", "auto", "number of groups, 2 to N; auto: of 2 to 16 and then steps of a fifth up "
+         "to 300, that with the largest mean silhouette on 3,000 rows"),
         ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
         ("--model", "", "encode the pictures with this OpenCLIP model (default: ViT-B-32)"),
         ("--pretrained", "", "weights of --model: a file or an OpenCLIP tag"),
@@ -121,15 +122,17 @@ def evaluate_parser() -> Parser:
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
     parser.add_argument(
-        "what", metavar="MODEL", help="run folder, checkpoint, OpenCLIP name or local-dir:PATH"
+        "what",
+        metavar="MODEL",
+        help="run folder, checkpoint, OpenCLIP name, its config .json, local-dir:PATH or hf-hub:ID",
     )
     for flag, default, help_text in (
         ("--data", "", "see below (default: the held-out pairs of the run)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
         ("--model", "", "for a checkpoint of OpenCLIP's trainer: its model name or config .json"),
         ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
-        ("--split", "", "folder of the split to evaluate (default: test or val if present)"),
-        ("--templates", "openai", "prompts: openai (80), simple (7), or a file"),
+        ("--split", "", "folder of the split to evaluate (default: test, val or validation)"),
+        ("--templates", "openai", "prompts: openai (80), simple (7), a text with {}, or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
         ("--out --output", "", "file for the results (default: results.json in the run folder, or "
          "in the working folder for an OpenCLIP name; other data and flags add their names)"),
@@ -164,7 +167,8 @@ def report_parser() -> Parser:
         "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
         "a map, examples, cost and settings. Several runs are shown side by side, with "
-        "the differences to the first run of --method clip, or else to the first run.",
+        "the differences to the first run of --method clip, or else to the recorded CLIP if it has "
+        "the settings of all, or else to the first run.",
         example="protoclip report logs/A logs/B",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")

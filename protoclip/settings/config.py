@@ -150,7 +150,7 @@ class DataConfig:
     shuffle_buffer: int = option(
         -1,
         "samples in the window that is shuffled; 0: everything; -1: everything, or a window of "
-        "10,000 for URLs",
+        "10,000 for shards from URLs and one that fits in memory for large parquet files",
         low=-1,
         fixed=True,
     )
