@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data import Labels, Subset
+from protoclip.data import Labels, Subset, open_dataset
 from protoclip.data.images import hog
 from protoclip.evaluate import metrics
 from protoclip.evaluate.__main__ import main
@@ -34,6 +36,7 @@ from protoclip.evaluate.results import (
 from protoclip.evaluate.tasks import (
     Encoder,
     EvalSet,
+    by_picture,
     encode_sets,
     evaluate_features,
     floors,
@@ -177,10 +180,97 @@ def test_equal_captions_are_right_answers_of_each_other(model: Any) -> None:
     assert scores["text_retrieval_median_rank"] == 1
     chance = guesses(sets, None)["chance"]["ALL"].metrics
     assert chance["text_retrieval_recall@1"] == pytest.approx(5 / 45)
-    during = SimpleNamespace(encoder=lambda model: encoder, quick_sets={"HO": dataset})
+    quick_sets = {"HO": Layout(dataset)}
+    during = SimpleNamespace(encoder=lambda model: encoder, quick_sets=quick_sets)
     assert set(Evaluation.quick(during, model).values()) == {1}  # type: ignore[arg-type]
     reversed_set = take(sets["ALL"], range(44, -1, -1))
     assert evaluate_features({"ALL": reversed_set})["ALL"].metrics == pytest.approx(scores)
+
+
+class FeatureEncoder(Encoder):
+    """Random features of each picture and each text, the same every time."""
+
+    def images(self, dataset: Any) -> Tensor:
+        return self.texts(list(dataset.keys))
+
+    def texts(self, texts: Any) -> Tensor:
+        rows = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
+        return torch.stack([F.normalize(torch.randn(4, generator=row), dim=0) for row in rows])
+
+
+@pytest.mark.parametrize("captions", [None, 1])
+def test_the_curve_ends_where_the_table_begins(model: Any, captions: int | None) -> None:
+    """Also where a picture has several captions."""
+    dataset = FewCaptions(open_dataset("builtin:shapes:30"))
+    encoder = FeatureEncoder(model, CPU)
+    layout = Layout(dataset, captions=captions)
+    sets, _ = encode_sets(encoder, layout)
+    table = evaluate_features(sets)["ALL"].metrics
+    during = SimpleNamespace(encoder=lambda model: encoder, quick_sets={"ALL": layout})
+    curve = Evaluation.quick(during, model)  # type: ignore[arg-type]
+    assert len(curve) == 4
+    assert curve == {f"val_ALL_{name[8:]}": table[name[8:]] for name in curve}
+
+
+class FewCaptions:
+    """A data set in which picture i has i % 4 + 1 captions."""
+
+    labels: Mapping[str, Labels] = {}
+    name = "few"
+
+    def __init__(self, dataset: Any) -> None:
+        self.keys = dataset.keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return tuple(f"{number} of {i}" for number in range(i % 4 + 1))
+
+
+@pytest.mark.parametrize("pictures", [30, 31])
+def test_scores_from_before_a_run_are_of_the_same_pictures(tmp_path: Path, pictures: int) -> None:
+    sets = {"ALL": SetResults("All", 30, 30, {"text_retrieval_recall@5": 0.25})}
+    write_results(tmp_path / "untrained.json", Outcome("val.csv", "untrained", "", sets))
+    data: Any = open_dataset(f"builtin:shapes:{pictures}")
+    run: Any = SimpleNamespace(data="val.csv", quick_sets={"ALL": Layout(data)})
+    before = Evaluation.untrained(run, tmp_path, None, True)  # type: ignore[arg-type]
+    assert before == (sets if pictures == 30 else None)
+
+
+def test_intervals_of_captions_draw_pictures() -> None:
+    """All captions of a picture are found or none: there are as many facts as pictures."""
+    found = torch.tensor([1.0, 0.0] * 20)
+    owner = torch.arange(40).repeat_interleave(5)
+    of_captions = found.repeat_interleave(5)
+    assert torch.equal(by_picture(of_captions, owner), found.double())
+    order = torch.randperm(200)
+    assert torch.equal(by_picture(of_captions[order], owner[order]), found.double())
+    low, high = metrics.bootstrap_intervals({"a": by_picture(of_captions, owner)})["a"]
+    assert 0.25 < high - low < 0.35  # 1.96 * 2 * sqrt(0.25 / 40) = 0.31; of captions 0.14
+    # With unequal numbers the mean is that of captions, and pictures with more weigh more.
+    owner = torch.tensor([0, 0, 0, 1])
+    values = by_picture(torch.tensor([1.0, 1.0, 0.0, 0.0]), owner)
+    assert float(values.mean()) == 0.5 and values.tolist() == [0.75, 0.25]
+
+
+def test_labels_that_no_picture_has_are_no_task(model: Any) -> None:
+    """As in the test splits of some parquet data sets, whose classes are all -1."""
+    dataset: Any = FewCaptions(open_dataset("builtin:shapes:30"))
+    dataset.labels = {"class": Labels(torch.full((30,), -1), ("cat", "dog"))}
+    sets, train = encode_sets(FeatureEncoder(model, CPU), Layout(dataset))
+    names = evaluate_features(sets, train)["ALL"].metrics
+    assert "text_retrieval_recall@1" in names and "modality_gap" in names
+    assert not [name for name in names if name.startswith("class/")]
+
+
+@pytest.mark.parametrize("classes", [1, 12])
+def test_groups_that_any_clusters_find_are_not_judged(classes: int) -> None:
+    image = F.normalize(torch.randn(12, 4), dim=1)
+    names = tuple(map(str, range(classes)))
+    labels = {"kind": Labels(torch.arange(12) % classes, names)}
+    pairs = EvalSet(image, torch.empty(0, 4), labels=labels)
+    assert "kind/ami" not in evaluate_features({"A": pairs}, tasks=("grouping",))["A"].metrics
 
 
 def test_the_rows_of_a_picture_are_its_captions(model: Any, tmp_path: Path) -> None:

@@ -831,6 +831,19 @@ def test_a_model_that_collapsed_still_has_histograms(spread: float) -> None:
         assert [sum(shares) for shares in histograms[name]["shares"]] == pytest.approx([1, 1])
 
 
+def test_a_collapse_after_a_first_episode_of_few_samples_is_said_on_the_page(copy: Path) -> None:
+    """As the log says it: the first episode's inertia is nothing to compare with."""
+    inertias = {900: (0.05, 0.001), 950: (0.9, 0.6), 999: (1.0, 0.02)}  # share labelled, inertia
+    with (copy / "metrics.jsonl").open("a") as file:
+        for step, (labelled, inertia) in inertias.items():
+            line = {"step": step, "image_labelled": labelled, "image_inertia": inertia}
+            line |= {"image_clusters": 100, "image_largest_share": 0.05}
+            file.write("\n" + json.dumps(line | {"image_proto_accuracy": 0.95}))
+    page = read_page(write_report([copy]))
+    assert "step 999: the image prototypes are collapsing: the inertia" in page.text
+    assert "fell from 0.6 to 0.02" in page.text
+
+
 @pytest.mark.parametrize("largest_share, collapsed", [(0.1, False), (0.4, True)])
 def test_a_collapse_of_the_prototypes_is_said_on_the_page(
     copy: Path, largest_share: float, collapsed: bool

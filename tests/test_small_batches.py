@@ -314,6 +314,18 @@ def planned_of(found: list[dict[str, Any]]) -> dict[Any, tuple[Difference, float
     )
 
 
+def test_sets_are_counted_over_the_seeds_that_both_rows_have() -> None:
+    ours, equal = (small_batches_report.name(row, 64) for row in (OURS, EQUAL_TIME))
+    runs: Any = {
+        ours: {seed: {"named": {"a": [9, 5]}} for seed in (100, 101)},
+        equal: {seed: {"named": {"a": [9, 4]}} for seed in (100, 101, 103)},
+    }
+    runs[ours][102] = {}  # it diverged
+    runs[equal][102] = {"named": {"a": [9, 8]}}
+    expected = "at 64 more drawings in 1 of 1 sets, fewer in 0"
+    assert small_batches_report.by_set(runs, 64) == expected
+
+
 def test_there_is_no_answer_before_the_last_planned_run() -> None:
     found = judged_runs(MLP)[:-1]
     assert not planned_of(found)

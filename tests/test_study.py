@@ -293,6 +293,13 @@ def test_holm_by_hand() -> None:
     assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
 
 
+def test_rows_that_are_equal_in_every_seed_do_not_spoil_the_correction_of_others() -> None:
+    same = study_report.paired({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
+    assert same == study_report.Difference(mean=0, half=0, p=1, seeds=2)
+    other = study_report.Difference(mean=0, half=0, p=0.01, seeds=2)
+    assert study_report.holm({"same": same, "other": other}) == {"other": 0.02, "same": 1}
+
+
 # ---- no run is done twice ----
 
 

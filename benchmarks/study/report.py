@@ -74,6 +74,8 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     if len(seeds) < 2:
         return None
     test = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    if all(mine[seed] == theirs[seed] for seed in seeds):
+        return Difference(0.0, 0.0, 1.0, len(seeds))
     low, high = test.confidence_interval(0.95)
     return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue), len(seeds))
 
@@ -316,12 +318,14 @@ def headline(by_tower: Mapping[str, Runs]) -> str:
     for tower, row, words in HEADLINE:
         runs = by_tower.get(tower, {})
         cells = []
+        seeds = 0
         for metric in PRIMARY:
             planned = comparisons.get((tower, row, EQUAL_TIME, metric))
             delta = difference(runs, row, EQUAL_TIME, metric)
             cells.append(planned[0].text(planned[1]) if planned else text_of(delta))
+            seeds = max(seeds, delta.seeds if delta else 0)
         if set(cells) != {"–"}:
-            lines.append([words, str(len(runs[row])), *cells])
+            lines.append([words, str(seeds), *cells])
     head = ["CLIP at equal CPU time, and", "seeds", *PRIMARY]
     return table(head, lines) if lines else NO_ANSWER
 

@@ -146,11 +146,14 @@ def test_text(test: tuple[Difference, float] | None) -> str:
 
 
 def by_set(runs: Runs, batch: int) -> str:
-    """In how many of the judged sets zero-shot names more drawings, over all seeds."""
+    """In how many of the judged sets zero-shot names more drawings, over the seeds of both rows."""
     gained: Counter[str] = Counter()
-    for row, sign in ((OURS, 1), (EQUAL_TIME, -1)):
-        for run in runs[name(row, batch)].values():
-            for of_set, (_, right) in run.get("named", {}).items():
+    ours, equal = (runs[name(row, batch)] for row in (OURS, EQUAL_TIME))
+    for seed in ours.keys() & equal.keys():
+        if not ("named" in ours[seed] and "named" in equal[seed]):
+            continue  # one of them diverged
+        for run, sign in ((ours[seed], 1), (equal[seed], -1)):
+            for of_set, (_, right) in run["named"].items():
                 gained[of_set] += sign * right
     more, fewer = (sum(sign * right > 0 for right in gained.values()) for sign in (1, -1))
     return f"at {batch} more drawings in {more} of {len(gained)} sets, fewer in {fewer}"

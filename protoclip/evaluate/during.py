@@ -32,7 +32,7 @@ from protoclip.data.settings import RunData, open_arguments
 from protoclip.data.types import labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import Layout, open_layout
+from protoclip.evaluate.datasets import Layout, Part, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.model import ProtoModel, autocast_for
@@ -76,7 +76,7 @@ class Evaluation:
         builtin = config.data.train_data.startswith("builtin:")
         self.data = config.data.val_data or (config.data.train_data if builtin else "")
         self._training_layout: Layout | None = None  # pairs of the training data
-        self.quick_sets: dict[str, PairDataset] = {}
+        self.quick_sets: dict[str, Layout | Part] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
         self._probe_train: tasks.EvalSet | None = None
         self.remarks: list[str] = []
@@ -86,16 +86,16 @@ class Evaluation:
             self._training_layout = layout
             if layout is not None:
                 self.data = layout.test.name
-                self.quick_sets[layout.key] = layout.test
+                self.quick_sets[layout.key] = layout
                 self.remarks = [_remark(run_data, len(layout.test)), *layout.left_out]
         else:
             layout = open_layout(self.data, **self.arguments)
             self.remarks = list(layout.left_out)
             if layout.parts:
                 parts = layout.parts
-                self.quick_sets = {key: part.test for key, part in parts.items() if part.captions}
+                self.quick_sets = {key: part for key, part in parts.items() if part.captions}
             else:
-                self.quick_sets[layout.key] = layout.test
+                self.quick_sets[layout.key] = layout
         interval_epochs = config.run.val_frequency
         self.during: list[PeriodicEvaluation] = []
         if self.quick_sets and interval_epochs:
@@ -113,8 +113,9 @@ class Evaluation:
             if not is_main() or not path.exists():
                 return None
             saved = results.read_results(path)
-            same = saved.data == self.data and self.quick_sets.keys() <= saved.trained.keys()
-            return saved.trained if same else None
+            sizes = {key: scores.samples for key, scores in saved.trained.items()}
+            same = all(sizes.get(key) == len(of.test) for key, of in self.quick_sets.items())
+            return saved.trained if same and saved.data == self.data else None
         before = self.full(model, "evaluating the untrained model")
         if before is not None and is_main():
             results.write_results(path, Outcome(self.data, "untrained", "", before))
@@ -146,13 +147,16 @@ class Evaluation:
             return tasks.floors(self.encoder(model), self._layout())
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
-        """Recalls on the small sets, for the curves."""
+        """Recalls on the small sets, for the curves: those of the full evaluation."""
         encoder = self.encoder(model)
         scalars: dict[str, float] = {}
-        for name, dataset in self.quick_sets.items():
-            texts = [dataset.captions(i)[0] for i in range(len(dataset))]
-            image = encoder.images(dataset)
-            places = retrieval(image, encoder.texts(texts), caption_ids=labels_of(texts).ids)
+        for name, of in self.quick_sets.items():
+            most = of.captions if of.captions != 0 else 1  # of a class: one of its names
+            captions = [of.test.captions(i)[:most] for i in range(len(of.test))]
+            texts = [text for of_image in captions for text in of_image]
+            owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
+            image = encoder.images(of.test)
+            places = retrieval(image, encoder.texts(texts), owner, labels_of(texts).ids)
             hits_by_recall = recalls(places, (1, 5))
             for recall, hits in hits_by_recall.items():
                 scalars[f"val_{name}_{recall}"] = float(hits.mean())

@@ -280,6 +280,7 @@ def encode_set(
     labels = {
         label: Labels(classes.ids.to(encoder.device), classes.names)
         for label, classes in dataset.labels.items()
+        if bool((classes.ids >= 0).any())
     }
     choices: dict[str, Tensor] = {}
     vectors: dict[str, Tensor] = {}
@@ -429,7 +430,9 @@ def _score(
             values |= {f"{label}/{prefix}{name}": value for name, value in settings.items()}
         sampled |= {f"{label}/{name}": score for name, score in scores_of_label.items()}
         grouped = everything[classes.ids >= 0]
-        if "grouping" in tasks and len(grouped) > 1 and (label, "grouping") not in eval_set.skip:
+        # One class, or a class for each picture, is found by any clusters.
+        tells = 1 < len(classes.ids[grouped].unique()) < len(grouped)
+        if "grouping" in tasks and tells and (label, "grouping") not in eval_set.skip:
             groups = metrics.group_scores(eval_set.image[grouped], classes.ids[grouped])
             values |= {f"{label}/{name}": value for name, value in groups.items()}
     if "geometry" in tasks:
@@ -443,6 +446,9 @@ def _score(
     unweighted = {
         name: score for name, score in sampled.items() if not name.endswith(metrics.MEAN_PER_CLASS)
     }
+    for name in unweighted:
+        if name.startswith("image_retrieval"):
+            unweighted[name] = by_picture(unweighted[name], eval_set.owner)
     return SetResults(
         title=eval_set.title,
         samples=len(eval_set.image),
@@ -451,6 +457,19 @@ def _score(
         intervals=metrics.bootstrap_intervals(unweighted),
         different_captions=None if caption_ids is None else len(caption_ids.unique()),
     )
+
+
+def by_picture(scores: Tensor, owner: Tensor) -> Tensor:
+    """A value for each picture with captions, [P], of scores of captions [T]: the same mean.
+
+    Captions of one picture are alike, so an interval has to draw pictures. For as many captions
+    each it is their mean; else what a picture adds to the mean, to first order.
+    """
+    _, picture, counts = owner.unique(return_inverse=True, return_counts=True)
+    scores = scores.double()
+    mean = scores.mean()
+    sums = torch.zeros_like(counts, dtype=scores.dtype).index_add_(0, picture, scores)
+    return mean + (sums - mean * counts) * (len(counts) / len(scores))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 
 from protoclip.common.files import plural, short_name, write_atomic
 from protoclip.common.paths import output_file
-from protoclip.episodes.prototypes import collapse
+from protoclip.episodes.prototypes import Watch
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
@@ -241,7 +241,7 @@ def answer(run: Run) -> str:
             guess = run.outcome.floors["chance"].get(key, results.NOTHING)
             chance = guess.metrics.get(metric, math.nan)
         elif metric == RETRIEVAL:
-            chance = 1 / (scores.different_captions or scores.captions)
+            chance = 1 / min(scores.samples, scores.different_captions or scores.captions)
         digits = ".1g" if chance < 0.095 else ".0f"  # 9.5 rounds to 10, which .1g writes as 1e+01
         beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
         right = f"{100 * scores.metrics[metric]:.0f} of 100"
@@ -430,13 +430,14 @@ def collapse_of(run: Run) -> str:
     """A sentence if the image prototypes of some episode had collapsed, else ""."""
     steps, inertias = run.series.get("image_inertia", ([], []))
     records = {step: {"image_inertia": value} for step, value in zip(steps, inertias, strict=True)}
-    for name in ("image_clusters", "image_largest_share", "image_proto_accuracy"):
+    for name in ("image_clusters", "image_largest_share", "image_proto_accuracy", "image_labelled"):
         for step, value in zip(*run.series.get(name, ([], [])), strict=True):
             if step in records:
                 records[step][name] = value
+    watch = Watch()
     for step, metrics in records.items():
         complete = {"image_clusters", "image_largest_share"} <= metrics.keys()
-        if complete and (sentence := collapse(metrics, inertias[0])):
+        if complete and (sentence := watch.collapse(metrics)):
             return f"{run.name}, step {step:g}: {sentence}."
     return ""
 

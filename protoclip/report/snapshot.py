@@ -310,7 +310,9 @@ def cluster_block(
         "smallest": int(sizes[order[-1]]),
         "largest": int(sizes[order[0]]),
         "purity": {
-            name: purity(clusters, classes.ids[clustered]) for name, classes in all_labels.items()
+            name: purity(clusters[known], ids[known])
+            for name, ids in ((name, of.ids[clustered]) for name, of in all_labels.items())
+            if bool((known := ids >= 0).any())
         },
         "cards": cards,
     }

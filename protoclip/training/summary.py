@@ -69,7 +69,7 @@ def announce(
             f"note: {config.model.model}, the default, is a small model for drawings of 48 pixels; "
             "for photographs give an OpenCLIP model, such as --model ViT-B-32"
         )
-    if warmup >= plan.total_steps:
+    if warmup > plan.total_steps:  # the last step of it has --lr
         folder.say(
             f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
             "run never reaches --lr; use a fraction such as 0.1"
@@ -146,7 +146,7 @@ def conclude(
         held_out = None
         if evaluation.sets:
             name = next(iter(evaluation.sets))
-            held_out = (evaluation.quick_sets[name], evaluation.sets[name])
+            held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
         draw_plots(folder.path, dataset, episode, encoder, held_out, phases.memory)
     outcome = Outcome(
         data=evaluation.data,
