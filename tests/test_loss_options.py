@@ -1284,3 +1284,52 @@ def test_the_number_of_threads_changes_no_bit(backend: str) -> None:
     first, *repeated = on_threads(run, (1, 2, 2))
     for again in repeated:
         assert_same_bits(again, first)
+
+
+# ---- masks and scales in other forms ----
+
+
+@each_backend
+@pytest.mark.parametrize("least", [-1e30, torch.finfo(torch.float32).min])
+def test_a_finite_bias_removes_no_key(backend: str, least: float) -> None:
+    """Such numbers are usual masks."""
+    x, y = unit(6, D, seed=1), unit(6, D, seed=2)
+    bias = torch.full((6,), least, requires_grad=True)
+    losses = protoclip.contrastive(x, y, 10.0, key_bias=bias, reduction="none", backend=backend)
+    assert torch.allclose(losses, torch.full((6,), math.log(6)))
+    alone = protoclip.contrastive(
+        x, y, 10.0, query_ids=torch.zeros(6).long(), key_ids=torch.zeros(6).long(),
+        key_bias=bias, reduction="none", backend=backend,
+    )  # fmt: skip
+    assert alone.tolist() == [0] * 6  # a query sees its own key alone
+    masked = torch.zeros(6).index_fill_(0, torch.tensor(2), least)
+    losses = protoclip.contrastive(x, y, 10.0, key_bias=masked, reduction="none", backend=backend)
+    assert losses[2] > 1e29 and losses.isfinite().all()
+
+
+@each_backend
+def test_a_scale_of_one_element_in_fp64_is_a_scale(backend: str) -> None:
+    x = torch.eye(3)
+    scale = torch.tensor([10.0], dtype=torch.float64)
+    labels = torch.arange(3)
+    for loss in (protoclip.info_nce, protoclip.contrastive):
+        assert torch.equal(
+            loss(x, x, scale, backend=backend), loss(x, x, torch.tensor(10.0), backend=backend)
+        )
+    assert torch.equal(
+        protoclip.prototype_cross_entropy(x, x, labels, scale, backend=backend),
+        protoclip.prototype_cross_entropy(x, x, labels, torch.tensor(10.0), backend=backend),
+    )
+
+
+@each_fused
+def test_many_positives_take_no_row_of_features_each(backend: str) -> None:
+    n, d, p = 64, 256, 60
+    x, y = leaf(unit(n, d, seed=1)), unit(80, d, seed=2)
+    order = torch.rand(n, 80, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    with LargestResult() as largest:
+        loss = protoclip.contrastive(x, y, 10.0, positives=order[:, :p], backend=backend)
+        loss.backward()
+    expected = protoclip.contrastive(x, y, 10.0, positives=order[:, :p], backend="reference")
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert largest.numel < n * p * d // 4

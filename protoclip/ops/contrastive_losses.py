@@ -43,7 +43,8 @@ def contrastive(
     The logits are l_ij = logit_scale q_i.k_j + key_bias_j. A query's loss is the log-sum-exp over
     the keys that it sees minus the mean logit of its positives. It sees every key except those of
     its own id (unless they are positives) and the one that it excludes. Sums are fp32, and
-    O(N + M) values are saved, and the ``stash`` where there is one.
+    O(N + M) values are saved, and the ``stash`` where there is one; with several positives and ids
+    that are not positives also their keys, N P D in fp64.
 
     Args:
         queries, keys: [N, D] and [M, D], in ``info_nce``'s dtypes. Extra keys, such as hard
@@ -58,6 +59,7 @@ def contrastive(
         same_id: "exclude": keys of the same id are not negatives; "positive": they are positives.
         exclude: int64 [N], one key that a query never sees, such as itself; negative: none.
         key_bias: float32 [M], added to each key's logits, with a gradient; -inf removes the key.
+            Finite ones below -5e29 count as that.
         negatives: [N, H, D], H further keys that only query i sees, such as its hard negatives.
             Their N x H logits are computed by torch.
         weights: float32 [N] >= 0, one per query, without a gradient.

@@ -29,6 +29,7 @@ from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
 
 SAME_ID = ("exclude", "positive")
+LEAST_BIAS = -5e29  # that is added to a key; only one of -inf removes it
 SameId = Literal["exclude", "positive"]
 CodeIds = Callable[[Tensor | None, Tensor], IdCodes]
 
@@ -115,6 +116,8 @@ def pairs_of(
     if key_bias is not None:
         dtypes = [torch.float32, torch.promote_types(queries.dtype, torch.float32)]
         checks.tensor(op, "key_bias", key_bias, dtypes=dtypes, shapes=[(m,)], device=device)
+        # Kernels have a number of their own for what is not seen.
+        key_bias = key_bias.clamp_min(LEAST_BIAS).where(key_bias != -torch.inf, -torch.inf)
         key_bias = key_bias.contiguous()  # kernels take no strides of it, nor of ids and positions
     exclude = matching.exclude
     if exclude is not None:
@@ -197,7 +200,9 @@ def _first_and_others(
 ) -> tuple[Tensor, Tensor]:
     """Positions of own keys [N, P], -1: none -> the first that is a positive [N], and the others
     [N, P]: each once, without those that are excluded or have a bias of -inf."""
-    repeated = (own_keys[:, :, None] == own_keys[:, None, :]).tril(-1).any(dim=2)
+    in_order, places = own_keys.sort(dim=1, stable=True)
+    repeats = F.pad(in_order[:, 1:] == in_order[:, :-1], (1, 0))
+    repeated = torch.zeros_like(repeats).scatter(1, places, repeats)
     valid = (own_keys >= 0) & ~repeated
     if exclude is not None:
         valid = valid & (own_keys != exclude[:, None])

@@ -29,7 +29,8 @@ def info_nce(
     label_smoothing: float = 0,
 ) -> Tensor:
     """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
-    logits = _wide(logit_scale) * _wide(image_features) @ _wide(text_features).T  # [N, N]
+    scale = _wide(logit_scale).reshape(())
+    logits = scale * _wide(image_features) @ _wide(text_features).T  # [N, N]
     labels = torch.arange(logits.shape[0], device=logits.device)
     image_to_text = F.cross_entropy(
         logits, labels, reduction="none", label_smoothing=label_smoothing
@@ -125,13 +126,13 @@ def prototype_cross_entropy(
     targets: Tensor | None,
 ) -> Tensor:
     """[N, D], [K, D], [N], [], [K, D] -> [N]: LSE_k(s h.C_k) - s h.m_y, 0 where y = -100."""
-    h, logit_scale = _wide(features), _wide(logit_scale)
+    h, logit_scale = _wide(features), _wide(logit_scale).reshape(())
     logits = logit_scale * h @ _wide(prototypes).T  # [N, K]
     if targets is None:
         return F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)
     used = labels != LEFT_OUT
     m = _wide(targets)[labels.where(used, 0)]  # [N, D]
-    loss = torch.logsumexp(logits, dim=1) - logit_scale.reshape(()) * (h * m).sum(dim=1)
+    loss = torch.logsumexp(logits, dim=1) - logit_scale * (h * m).sum(dim=1)
     return loss.where(used, torch.zeros_like(loss))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from protoclip.ops.operators import accumulator, without_autocast
 from protoclip.ops.pairs import Pairs
 
+AT_ONCE = 4  # rows of a query that are gathered together
 LN2 = math.log(2.0)  # kernels count in base-2 logits, losses in nats
 
 
@@ -96,7 +97,7 @@ def with_others(
     # Keys of the query's id are not seen, but own keys are.
     hidden = others.where(of_same_id(pairs, others), -1)
     rows = sums.at_each(hidden)  # [N, P, D + 2]
-    dots = (queries.double()[:, None] * rows[:, :, :-2]).sum(dim=2)
+    dots = torch.bmm(rows[:, :, :-2], queries.double()[:, :, None])[:, :, 0]
     logits = logit_scale.double().reshape(()) * dots + rows[:, :, -2]
     adds = hidden >= 0
     # Finite where there is nothing to add: a gradient of -inf - -inf is NaN, even times 0.
@@ -175,7 +176,11 @@ class KeySums:
         """Sum of the rows at positions [N] or [N, P]; -1: none."""
         if positions.ndim == 1:
             positions = positions[:, None]
-        return self.at_each(positions).sum(dim=1)
+        first, *others = positions.split(AT_ONCE, dim=1)
+        total = self.at_each(first).sum(dim=1)
+        for part in others:
+            total = total + self.at_each(part).sum(dim=1)
+        return total
 
     def at_each(self, positions: Tensor) -> Tensor:
         """The rows at positions [N, P], [N, P, D + 2]; zeros at -1."""
