@@ -73,9 +73,9 @@ def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     seeds = sorted(mine.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
-    test = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    if all(mine[seed] == theirs[seed] for seed in seeds):
+    if all(mine[seed] == theirs[seed] for seed in seeds):  # a test of it would have no p
         return Difference(0.0, 0.0, 1.0, len(seeds))
+    test = stats.ttest_rel([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
     low, high = test.confidence_interval(0.95)
     return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue), len(seeds))
 

@@ -45,6 +45,13 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
     return np.asarray(state)
 
 
+def evenly_spaced(length: int, count: int) -> torch.Tensor:
+    """At most ``count`` of the positions below ``length``, with the first and the last: int64."""
+    # In fp32 the last of more than 2^24 would be one too far.
+    most = min(count, length)
+    return torch.linspace(0, length - 1, most, dtype=torch.float64, device="cpu").round().long()
+
+
 def seed_everything(*stream: int) -> None:
     """Seed the global generators of torch (every device), NumPy and Python for one purpose."""
     seed = int(mix(*stream)) >> 1 if len(stream) > 1 else stream[0]

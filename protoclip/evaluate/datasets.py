@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Layout:
     title: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)  # by key; {}: ``test`` is one set
     left_out: Sequence[str] = ()  # what is not in the data and why, lines for the log
+
+    def of_part(self, part: Part) -> Layout:
+        """One of the parts as a set of its own."""
+        return replace(self, test=part.test, title=part.title, captions=part.captions)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from protoclip.common.files import plural
 from protoclip.common.phases import Phases
+from protoclip.common.seeds import evenly_spaced
 from protoclip.data import (
     DataError,
     Draws,
@@ -29,10 +30,9 @@ from protoclip.data import (
 )
 from protoclip.data.loader import Faults
 from protoclip.data.settings import RunData, open_arguments
-from protoclip.data.types import labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.datasets import Layout, Part, open_layout
+from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
 from protoclip.evaluate.results import Outcome, Results
 from protoclip.model import ProtoModel, autocast_for
@@ -76,7 +76,7 @@ class Evaluation:
         builtin = config.data.train_data.startswith("builtin:")
         self.data = config.data.val_data or (config.data.train_data if builtin else "")
         self._training_layout: Layout | None = None  # pairs of the training data
-        self.quick_sets: dict[str, Layout | Part] = {}
+        self.quick_sets: dict[str, Layout] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
         self._probe_train: tasks.EvalSet | None = None
         self.remarks: list[str] = []
@@ -93,7 +93,11 @@ class Evaluation:
             self.remarks = list(layout.left_out)
             if layout.parts:
                 parts = layout.parts
-                self.quick_sets = {key: part for key, part in parts.items() if part.captions}
+                self.quick_sets = {
+                    key: layout.of_part(part) for key, part in parts.items() if part.captions
+                }
+            elif layout.captions == 0:  # captions are made from the class: one of its names
+                self.quick_sets[layout.key] = replace(layout, captions=1)
             else:
                 self.quick_sets[layout.key] = layout
         interval_epochs = config.run.val_frequency
@@ -150,13 +154,9 @@ class Evaluation:
         """Recalls on the small sets, for the curves: those of the full evaluation."""
         encoder = self.encoder(model)
         scalars: dict[str, float] = {}
-        for name, of in self.quick_sets.items():
-            most = of.captions if of.captions != 0 else 1  # of a class: one of its names
-            captions = [of.test.captions(i)[:most] for i in range(len(of.test))]
-            texts = [text for of_image in captions for text in of_image]
-            owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
-            image = encoder.images(of.test)
-            places = retrieval(image, encoder.texts(texts), owner, labels_of(texts).ids)
+        for name, layout in self.quick_sets.items():
+            pairs = tasks.encode_set(encoder, layout, prompts=False)
+            places = retrieval(pairs.image, pairs.text, pairs.owner, pairs.caption_ids)
             hits_by_recall = recalls(places, (1, 5))
             for recall, hits in hits_by_recall.items():
                 scalars[f"val_{name}_{recall}"] = float(hits.mean())
@@ -177,7 +177,7 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
     count = min(TRAINED, len(rows))
     chosen = torch.arange(count)
     if not getattr(training, "remote", False):  # the first rows need the fewest shards
-        chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
+        chosen = evenly_spaced(len(rows), count)
     rows = rows[chosen]
     sample, left_out = only_readable(Subset(training, rows, training.name), workers)
     if len(sample) < 2:

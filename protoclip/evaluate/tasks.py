@@ -235,14 +235,7 @@ def encode_sets(
     if layout.parts:
         sets = {
             key: dataclasses.replace(
-                encode_set(
-                    encoder,
-                    dataclasses.replace(
-                        layout, test=part.test, title=part.title, captions=part.captions
-                    ),
-                    prompts=prompts,
-                    only_present=True,
-                ),
+                encode_set(encoder, layout.of_part(part), prompts=prompts, only_present=True),
                 skip=part.skip,
             )
             for key, part in layout.parts.items()

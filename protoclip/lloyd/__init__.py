@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.host import start_copy_to_host
+from protoclip.common.seeds import evenly_spaced
 from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
 from protoclip.ops import checks
 from protoclip.ops.clusters import assignment, kmeans_assign
@@ -658,8 +659,7 @@ def choose_num_clusters(
             f"{op}: expected finite points, got {int(bad.sum())} rows with NaN or inf; the first "
             f"is row {int(bad.int().argmax())}"
         )
-    rows = torch.linspace(0, len(x) - 1, min(max_points, len(x)), dtype=torch.float64, device="cpu")
-    sample = x.detach()[rows.round().long().to(x.device)]
+    sample = x.detach()[evenly_spaced(len(x), max_points).to(x.device)]
     sample = sample if sample.dtype == torch.float64 else sample.float()
     centred = (sample - sample.mean(0)).cpu().numpy()  # far from 0 silhouettes lose their digits
     silhouettes: dict[int, float] = {}

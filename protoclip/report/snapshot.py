@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from protoclip.common.files import plural, printable, write_atomic
+from protoclip.common.seeds import evenly_spaced
 from protoclip.data import Labels, PairDataset, Subset
 from protoclip.episodes.prototypes import purity
 from protoclip.evaluate.metrics import right_answers
@@ -152,8 +153,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 def every(values: Tensor, count: int) -> Tensor:
     """At most ``count`` of the values, evenly spaced."""
-    places = torch.linspace(0, len(values) - 1, min(count, len(values)), dtype=torch.float64)
-    return values[places.round().long()]
+    return values[evenly_spaced(len(values), count)]
 
 
 def _origin(dataset: PairDataset, i: int) -> tuple[PairDataset, int]:
@@ -305,15 +305,17 @@ def cluster_block(
         for shown, rows in ranked.items():
             card[shown] = [show[shown](i) for i in rows[members][: most[shown]].tolist()]
         cards.append(card)
+    purity_by_label: dict[str, float] = {}
+    for name, labels_of_name in all_labels.items():
+        ids = labels_of_name.ids[clustered]
+        known = ids >= 0
+        if bool(known.any()):
+            purity_by_label[name] = purity(clusters[known], ids[known])
     return {
         "clusters": len(order),
         "smallest": int(sizes[order[-1]]),
         "largest": int(sizes[order[0]]),
-        "purity": {
-            name: purity(clusters[known], ids[known])
-            for name, ids in ((name, of.ids[clustered]) for name, of in all_labels.items())
-            if bool((known := ids >= 0).any())
-        },
+        "purity": purity_by_label,
         "cards": cards,
     }
 

@@ -422,7 +422,7 @@ def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
             sections[name] = {**sections.get(name, {}), **value}
             continue
         if flag not in places:  # --method, or a mistake
-            sections[flag if flag in vars(TrainConfig()) else name] = value
+            sections[name.removeprefix("--")] = value
             continue
         section, setting = places[flag]
         sections[section] = {**sections.get(section, {}), setting: value}
