@@ -37,10 +37,12 @@ from benchmarks.report import (
 )
 from benchmarks.study import small_batches
 from benchmarks.study.protocol import finished
-from benchmarks.study.report import Difference
+from benchmarks.study.report import PRIMARY, TOWERS
 from benchmarks.study.small_batches_report import (
-    by_batch,
-    enough_for_picture,
+    SHORT_TOWERS,
+    Gained,
+    enough_seeds,
+    gained_by_batch,
     picture_title,
     runs_of,
     seeds_by_batch,
@@ -373,43 +375,51 @@ def groups_title(record: Learnt) -> str:
     )
 
 
-def draw_small_batches(gained: Mapping[str, Mapping[int, Difference]]) -> str:
-    """A panel for each metric: its mean and interval at each batch, beside zero, which is CLIP."""
-    batches = sorted({batch for of_metric in gained.values() for batch in of_metric})
-    most = max(
-        abs(delta.mean) + delta.half
-        for of_metric in gained.values()
-        for delta in of_metric.values()
-    )
-    seeds = {delta.seeds for of_metric in gained.values() for delta in of_metric.values()}
-    left, height = 84, 104  # of the metrics' names, and of a panel
-    column = (WIDTH - left) / len(batches)
-    places = {batch: left + column * (place + 0.3) for place, batch in enumerate(batches)}
+def draw_small_batches(gained: Gained) -> str:
+    """A panel for each metric: mean and interval of each tower at each batch, beside zero, which is
+    CLIP; few seeds are pale."""
+    towers = list(gained)
+    shown = [(tower, batch) for tower in towers for batch in gained[tower][PRIMARY[0]]]
+    deltas = {
+        (metric, tower, batch): delta
+        for tower, of_tower in gained.items()
+        for metric, of_metric in of_tower.items()
+        for batch, delta in of_metric.items()
+    }
+    left, height, gap = 74, 104, 12  # of the metrics' names, of a panel, and between two towers
+    column = (WIDTH - left - gap * (len(towers) - 1)) / len(shown)
+    places = {
+        (tower, batch): left + 6 + column * place + gap * towers.index(tower)
+        for place, (tower, batch) in enumerate(shown)
+    }
+    unit = (height / 2 - 6) / max(abs(delta.mean) + delta.half for delta in deltas.values())
+    zeros = {metric: LINE + height * (n + 0.5) for n, metric in enumerate(PRIMARY)}
     parts = [text(left, 14, "gain over CLIP (the line) for the same CPU time, 95 %", "muted")]
-    for panel, (metric, of_metric) in enumerate(gained.items()):
-        zero = LINE + panel * height + height / 2
+    for metric, zero in zeros.items():
         parts.append(text(0, zero + 5, metric, "head"))
         parts.append(
             f'<rect x="{left}" y="{zero:g}" width="{WIDTH - left}" height="1" class="muted"/>'
         )
-        for batch, delta in of_metric.items():
-            x = places[batch]
-            unit = (height / 2 - 6) / most
-            mean, top = zero - unit * delta.mean, zero - unit * (delta.mean + delta.half)
-            pale = ' opacity="0.45"' if delta.seeds < max(seeds) else ""
-            parts.append(
-                f'<rect x="{x - 1:g}" y="{top:g}" width="2" height="{2 * unit * delta.half:g}" '
-                f'class="ours"{pale}/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"{pale}/>'
-            )
-            base = zero - 5 if abs(mean - zero) < 12 else mean + 5  # not across the line
-            parts.append(text(x + 7, base, f"{delta.mean:+.3f}", "muted"))
-    bottom = len(gained) * height + 2 * LINE
+    for (metric, tower, batch), delta in deltas.items():
+        x, zero = places[tower, batch], zeros[metric]
+        mean, top = zero - unit * delta.mean, zero - unit * (delta.mean + delta.half)
+        pale = "" if enough_seeds(tower, delta.seeds) else ' opacity="0.45"'
+        parts.append(
+            f'<rect x="{x - 1:g}" y="{top:g}" width="2" height="{2 * unit * delta.half:g}" '
+            f'class="ours"{pale}/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"{pale}/>'
+        )
+        base = zero - 5 if abs(mean - zero) < 12 else mean + 5  # not across the line
+        parts.append(text(x + 6, base, f"{delta.mean:+.3f}".replace("0.", "."), "muted"))
+    bottom = len(PRIMARY) * height + 2 * LINE
     parts.append(text(0, bottom, "batch", "muted"))
-    for batch, x in places.items():
+    for (tower, batch), x in places.items():
         parts.append(text(x - 4, bottom, f"{batch:,}"))
-    if len(seeds) > 1:
+        if batch == min(gained[tower][PRIMARY[0]]):
+            parts.append(text(x - 4, bottom + LINE, SHORT_TOWERS[tower], "head"))
+    bottom += LINE
+    for tower, of_tower in gained.items():
         bottom += LINE
-        parts.append(text(0, bottom, f"{seeds_by_batch(gained)} (pale)", "muted"))
+        parts.append(text(0, bottom, f"{SHORT_TOWERS[tower]}: {seeds_by_batch(of_tower)}", "muted"))
     return picture(picture_title(gained), bottom + 6, parts)
 
 
@@ -448,8 +458,8 @@ def main(arguments: list[str] | None = None) -> int:
     if speed is not None:
         drawn["peers.svg"] = draw_peers(speed)
     judged = finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task)
-    gained = by_batch(runs_of(judged.values(), small_batches.MLP))
-    if enough_for_picture(gained):
+    by_tower = {tower: runs_of(judged.values(), tower) for tower in TOWERS}
+    if gained := gained_by_batch(by_tower):
         drawn["small-batches.svg"] = draw_small_batches(gained)
     for name, svg in drawn.items():
         write_atomic(options.out / name, svg)

@@ -216,14 +216,15 @@ def test_tuning_goes_on_until_the_best_rate_is_not_at_the_edge(done: protocol.Do
 def test_planned_rows_are_judged_at_the_two_best_rates_of_ours(done: protocol.Done) -> None:
     best = {(EQUAL_TIME, 64): 1e-3, (OURS, 64): 1e-3, (EQUAL_TIME, 256): 1e-3, (OURS, 256): 2e-3}
     order = Order(FULL, done)
-    assert not list(order.at_one_rate())  # before tuning
+    assert not list(order.at_one_rate(MLP, FULL.batches))  # before tuning
     for (row, batch), lr_of_best in best.items():
         epochs = order.epochs(MLP, row, batch, 60_000)
         assert epochs is not None
         for lr, value in ((lr_of_best / 2, 0.5), (lr_of_best, 0.6), (lr_of_best * 2, 0.4)):
             task = Task("tune", MLP, row, 1000, lr, epochs, batch, 60_000)
             done[task.key] = scored(task, value)
-    tasks = list(order.at_one_rate())
+    assert not list(order.at_one_rate(CNN, FULL.batches))
+    tasks = list(order.at_one_rate(MLP, FULL.batches))
     assert {(task.stage, task.row, task.batch, task.lr) for task in tasks} == {
         ("rate", EQUAL_TIME, 64, 5e-4),
         ("rate", OURS, 64, 5e-4),
@@ -389,13 +390,14 @@ def test_the_page_has_the_planned_table_and_the_rest_says_that_it_is_exploratory
     assert "](small-batches.svg)" in text
 
 
-def test_differences_by_rate_are_of_the_same_seeds() -> None:
-    runs = judged_runs(MLP)
+@pytest.mark.parametrize("tower", [MLP, CNN])
+def test_differences_by_rate_are_of_the_same_seeds(tower: str) -> None:
+    runs = judged_runs(tower)
     for run in runs:
         if (run["row"], run["batch"]) == (OURS, 256):
             run["lr"] = 2e-3
     swapped = [
-        scored(Task("rate", MLP, row, 100 + i, lr, 4.0, 256, 60_000), value)
+        scored(Task("rate", tower, row, 100 + i, lr, 4.0, 256, 60_000), value)
         for row, lr, of_seeds in ((OURS, 1e-3, [0.5] * 8), (EQUAL_TIME, 2e-3, [0.6] * 8))
         for i, value in enumerate(of_seeds)
     ]
@@ -423,13 +425,24 @@ def test_a_rate_at_the_edge_of_what_was_tried_is_not_called_the_best() -> None:
     )
 
 
-def test_the_picture_has_a_point_and_its_number_for_each_batch() -> None:
-    runs = small_batches_report.runs_of(judged_runs(MLP), MLP)
-    gained = small_batches_report.by_batch(runs)
+def gained_of(found: list[dict[str, Any]]) -> small_batches_report.Gained:
+    by_tower = {tower: small_batches_report.runs_of(found, tower) for tower in (MLP, CNN)}
+    return small_batches_report.gained_by_batch(by_tower)
+
+
+def test_the_picture_has_a_point_and_its_number_for_each_tower_and_batch() -> None:
+    gained = gained_of([*judged_runs(MLP), *judged_runs(CNN)[:-1]])
     svg = pictures.draw_small_batches(gained)
     assert svg.count("<circle") == 2 * len(PRIMARY)
-    assert svg.count(">+0.018</text>") == len(PRIMARY)
+    assert svg.count(">+.018</text>") == len(PRIMARY)
     assert small_batches_report.picture_title(gained) in svg
+    assert "CNN" not in svg  # a run is missing
+    gained = gained_of([*judged_runs(MLP), *judged_runs(CNN)])
+    svg = pictures.draw_small_batches(gained)
+    assert svg.count("<circle") == 4 * len(PRIMARY)
+    assert "opacity" not in svg
+    assert ">CNN: 8 seeds at 64, 256</text>" in svg
+    assert "default CNN (8 seeds at 64, 256): zero-shot: +0.018 ± " in svg
 
 
 def test_few_seeds_are_pale_and_batches_are_also_compared_in_the_seeds_of_all() -> None:
@@ -439,11 +452,10 @@ def test_few_seeds_are_pale_and_batches_are_also_compared_in_the_seeds_of_all() 
         for row, of_seeds in ((OURS, (0.61, 0.62, 0.65)), (EQUAL_TIME, (0.60, 0.60, 0.60)))
         for i, value in enumerate(of_seeds)
     ]
-    gained = small_batches_report.by_batch(small_batches_report.runs_of([*planned, *axis], MLP))
-    assert "16 seeds at 64, 256; 3 seeds at 512)" in small_batches_report.picture_title(gained)
+    gained = gained_of([*planned, *axis])
+    assert "(16 seeds at 64, 256; 3 seeds at 512):" in small_batches_report.picture_title(gained)
     svg = pictures.draw_small_batches(gained)
     assert svg.count('class="ours" opacity') == 2 * len(PRIMARY)
-    assert "3 seeds at 512 (pale)" in svg
     found = [run | ORIGIN for run in (*planned, *axis)]
     text = small_batches_report.section(found, ())
     table = text.partition("| gain by batch, in the same 3 seeds |")[2].partition("\n\n")[0]

@@ -359,32 +359,32 @@ class Order:
         seeds = size.planned_seeds[tower]
         yield from self.rows(tower, (EQUAL_TIME, OURS), size.batches, seeds=seeds)
 
-    def tried(self, row: str, batch: int) -> dict[float, float]:
-        """The tuning scores of a planned row of the MLP by learning rate."""
+    def tried(self, tower: str, row: str, batch: int) -> dict[float, float]:
+        """The tuning scores of a planned row by learning rate."""
         found: dict[float, list[float]] = {}
-        length = self.epochs(MLP, row, batch, self.size.icons)
+        length = self.epochs(tower, row, batch, self.size.icons)
         for run in self.done.values():
             of_row = (run["tower"], run["row"], run["batch"], run["icons"], run["epochs"])
-            if run["stage"] == "tune" and of_row == (MLP, row, batch, self.size.icons, length):
+            if run["stage"] == "tune" and of_row == (tower, row, batch, self.size.icons, length):
                 found.setdefault(run["lr"], []).append(score(run))
         return {lr: statistics.fmean(scores) for lr, scores in found.items()}
 
-    def at_one_rate(self) -> Tasks:
-        """The planned rows of the MLP at the two learning rates that were the best for ours, as far
-        as they have not been judged at them."""
+    def at_one_rate(self, tower: str, batches: Sequence[int]) -> Tasks:
+        """The planned rows at the two learning rates that were the best for ours, as far as they
+        have not been judged at them."""
         size = self.size
-        for batch in size.batches:
-            scores = {row: self.tried(row, batch) for row in (EQUAL_TIME, OURS)}
+        for batch in batches:
+            scores = {row: self.tried(tower, row, batch) for row in (EQUAL_TIME, OURS)}
             if not all(scores.values()):  # until the planned runs are tuned
                 continue
             ranked = {row: sorted(of_row, key=of_row.__getitem__) for row, of_row in scores.items()}
             for seed in range(FIRST_SEED, FIRST_SEED + size.seeds):
                 for row, rates in ranked.items():
-                    epochs = self.epochs(MLP, row, batch, size.icons)
+                    epochs = self.epochs(tower, row, batch, size.icons)
                     assert epochs is not None
                     for lr in ranked[OURS][-2:]:
                         if lr != rates[-1]:
-                            yield Task("rate", MLP, row, seed, lr, epochs, batch, size.icons)
+                            yield Task("rate", tower, row, seed, lr, epochs, batch, size.icons)
 
     def best(self) -> Tasks:
         """CLIP and ours at their best batches, for the time of ours at the small one."""
@@ -419,10 +419,11 @@ class Order:
         yield from (Task("floor", "", name, 0) for name in FLOORS)
         yield from self.planned(MLP)
         yield from self.rows(MLP, (CLIP, WITH_TEACHER), size.batches)
-        yield from self.at_one_rate()
+        yield from self.at_one_rate(MLP, size.batches)
         yield from self.rows(MLP, (SHUFFLED, DISTILLED), small)
         yield from self.rows(MLP, (INTERNAL_ONLY, JUDGED_QUEUE), small)
         yield from self.planned(CNN)
+        yield from self.at_one_rate(CNN, small)  # at the large batch tuning gave both one rate
         yield from self.best()
         few = {"seeds": size.few_seeds, "tuning_seeds": 1}
         yield from self.rows(MLP, (EQUAL_TIME, OURS), size.axis, **few)

@@ -38,7 +38,8 @@ END = "<!-- small_batches: end -->"
 OURS = EXTERNAL_ONLY  # a teacher's prototypes alone
 METRICS = (*PRIMARY, *SECONDARY)
 BATCHES = (64, 256)  # of the planned comparisons
-SEEDS = {"mlp": 16, "cnn": 8}  # of the planned rows; fewer than three quarters are no answer
+SEEDS = {"mlp": 16, "cnn": 8}  # of the planned rows
+SHORT_TOWERS = {"mlp": "fixed features (MLP)", "cnn": "CNN"}  # in the picture
 ICONS = 60_000
 EPISODES = 16  # of a planned run of a teacher's prototypes
 # Stages of the runs of each method at its best batch: for the time that the pairs predict, for the
@@ -96,6 +97,11 @@ def is_finished(tower: str, runs: Runs) -> bool:
     return finished_of(tower, runs) == wanted_of(tower)
 
 
+def enough_seeds(tower: str, pairs: int) -> bool:
+    """Whether so many pairs with scores are an answer."""
+    return pairs >= 0.75 * SEEDS[tower]
+
+
 Test = tuple[str, str, str]  # tower, metric, what is compared
 GAIN, MORE = f"gain at {BATCHES[0]}", f"gain at {BATCHES[0]} minus at {BATCHES[1]}"
 
@@ -111,7 +117,7 @@ def planned(by_tower: Mapping[str, Runs]) -> dict[Test, tuple[Difference, float]
             small, large = (gains(runs, metric, batch) for batch in BATCHES)
             deltas = {GAIN: paired(small, dict.fromkeys(small, 0.0)), MORE: paired(small, large)}
             for test, delta in deltas.items():
-                if delta is not None and delta.seeds >= 0.75 * SEEDS[tower]:
+                if delta is not None and enough_seeds(tower, delta.seeds):
                     tests[tower, metric, test] = delta
     corrected = holm(tests, PLANNED)
     return {test: (delta, corrected[test]) for test, delta in tests.items()}
@@ -219,13 +225,13 @@ def beside_rivals(runs: Runs) -> str:
     return table(["a teacher's prototypes alone", *METRICS], lines) if lines else ""
 
 
-def rates_table(finished: Iterable[Run]) -> str:
+def rates_table(finished: Iterable[Run], tower: str) -> str:
     """What a teacher's prototypes gain over CLIP at equal time by the learning rates of the two, in
     the seeds that were judged at more than one."""
     judged: dict[tuple[str, int], dict[float, dict[int, Run]]] = {}
     seeds: dict[int, set[int]] = {}
     for run in finished:
-        if run["stage"] not in ("main", "rate") or (run["tower"], run["icons"]) != ("mlp", ICONS):
+        if run["stage"] not in ("main", "rate") or (run["tower"], run["icons"]) != (tower, ICONS):
             continue
         by_lr = judged.setdefault((run["row"], run["batch"]), {})
         by_lr.setdefault(run["lr"], {})[run["seed"]] = run
@@ -245,6 +251,8 @@ def rates_table(finished: Iterable[Run]) -> str:
                 pair = {OURS: ours, EQUAL_TIME: clip}
                 cells = [text_of(difference(pair, OURS, EQUAL_TIME, metric)) for metric in METRICS]
                 rates = f"batch {batch}: {lr:g}, CLIP {lr_of_clip:g}"
+                if set(cells) == {"–"}:
+                    continue
                 lines.append([rates, str(len(ours.keys() & clip.keys())), *cells])
     head = ["a teacher's prototypes to CLIP at equal time, by learning rate", "seeds", *METRICS]
     return table(head, lines) if lines else ""
@@ -365,48 +373,52 @@ def tuning_table(finished: Iterable[Run]) -> str:
     return table(head, lines) if lines else ""
 
 
-def by_batch(runs: Runs) -> dict[str, dict[int, Difference]]:
-    """For the picture: the gain over CLIP at equal time by primary metric and batch; nothing
-    before the planned runs are finished."""
-    if not is_finished("mlp", runs):
-        return {}
-    batches = {next(iter(by_seed.values()))["batch"] for by_seed in runs.values()}
-    gained: dict[str, dict[int, Difference]] = {metric: {} for metric in PRIMARY}
-    for batch in sorted(batches):
-        for metric in PRIMARY:
-            of_seeds = gains(runs, metric, batch)
-            delta = paired(of_seeds, dict.fromkeys(of_seeds, 0.0))
-            if delta is not None and delta.seeds >= 3:
-                gained[metric][batch] = delta
-    return gained
+Gained = dict[str, dict[str, dict[int, Difference]]]  # by tower, primary metric and batch
 
 
-def picture_title(gained: Mapping[str, Mapping[int, Difference]]) -> str:
+def gained_by_batch(by_tower: Mapping[str, Runs]) -> Gained:
+    """For the picture: the gains over CLIP at equal time; of no tower before its planned runs are
+    finished."""
+    gained: Gained = {}
+    for tower, runs in by_tower.items():
+        if not is_finished(tower, runs):
+            continue
+        of_tower = gained.setdefault(tower, {metric: {} for metric in PRIMARY})
+        batches = {next(iter(by_seed.values()))["batch"] for by_seed in runs.values()}
+        for batch in sorted(batches):
+            for metric in PRIMARY:
+                of_seeds = gains(runs, metric, batch)
+                delta = paired(of_seeds, dict.fromkeys(of_seeds, 0.0))
+                if delta is not None and delta.seeds >= 3:
+                    of_tower[metric][batch] = delta
+    return {tower: of_tower for tower, of_tower in gained.items() if all(of_tower.values())}
+
+
+def picture_title(gained: Gained) -> str:
     """The picture in a sentence: its alt text."""
-    parts = [
-        f"{metric}: "
-        + ", ".join(f"{delta.text().strip('*')} at {batch}" for batch, delta in by_batch.items())
-        for metric, by_batch in gained.items()
-    ]
-    return (
+    sentence = (
         "What a teacher's prototypes gain over CLIP at equal CPU time, the teacher's not counted, "
-        f"by batch size, with 95 % intervals ({TOWERS['mlp']}; {seeds_by_batch(gained)}). "
-        f"{'; '.join(parts)}."
+        "by batch size, with 95 % intervals."
     )
+    for tower, of_tower in gained.items():
+        parts = [
+            f"{metric}: "
+            + ", ".join(
+                f"{delta.text().strip('*')} at {batch}" for batch, delta in by_batch.items()
+            )
+            for metric, by_batch in of_tower.items()
+        ]
+        sentence += f" {TOWERS[tower]} ({seeds_by_batch(of_tower)}): {'; '.join(parts)}."
+    return sentence
 
 
-def seeds_by_batch(gained: Mapping[str, Mapping[int, Difference]]) -> str:
-    """How many seeds the points of the picture have: "16 seeds at 64, 256; 3 seeds at 32"."""
+def seeds_by_batch(of_tower: Mapping[str, Mapping[int, Difference]]) -> str:
+    """How many seeds a tower's points have: "16 seeds at 64, 256; 3 seeds at 32"."""
     batches: dict[int, list[str]] = {}
-    for batch, delta in gained[PRIMARY[0]].items():
+    for batch, delta in of_tower[PRIMARY[0]].items():
         batches.setdefault(delta.seeds, []).append(f"{batch:,}")
     most_first = sorted(batches, reverse=True)
     return "; ".join(f"{seeds} seeds at {', '.join(batches[seeds])}" for seeds in most_first)
-
-
-def enough_for_picture(gained: Mapping[str, Mapping[int, Any]]) -> bool:
-    """Whether there are two batches to compare."""
-    return bool(gained) and all(len(of_metric) > 1 for of_metric in gained.values())
 
 
 def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
@@ -422,8 +434,7 @@ def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
         f"Finished of the planned runs are {' and '.join(counts)}; tuning runs: {tuned}; "
         f"records in all: {len(finished)}.",
     ]
-    gained = by_batch(by_tower["mlp"])
-    if enough_for_picture(gained):
+    if gained := gained_by_batch(by_tower):
         parts.append(f"![{picture_title(gained)}](small-batches.svg)")
     for tower, runs in by_tower.items():
         if not is_finished(tower, runs):  # a result in the making is not shown
@@ -434,7 +445,7 @@ def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
             rows_table(runs),
             batches_table(runs),
             beside_rivals(runs),
-            rates_table(finished) if tower == "mlp" else "",
+            rates_table(finished, tower),
             best_table(finished, tower),
         ]
         words = "Exploratory, not corrected: values of CLIP at equal time, differences to them."
