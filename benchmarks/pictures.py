@@ -394,7 +394,7 @@ def draw_small_batches(gained: Gained) -> str:
     }
     unit = (height / 2 - 6) / max(abs(delta.mean) + delta.half for delta in deltas.values())
     zeros = {metric: LINE + height * (n + 0.5) for n, metric in enumerate(PRIMARY)}
-    parts = [text(left, 14, "gain over CLIP (the line) for the same CPU time, 95 %", "muted")]
+    parts = [text(0, 14, "gain over CLIP (the line) for the same CPU time, 95 %", "muted")]
     for metric, zero in zeros.items():
         parts.append(text(0, zero + 5, metric, "head"))
         parts.append(
@@ -419,7 +419,8 @@ def draw_small_batches(gained: Gained) -> str:
     bottom += LINE
     for tower, of_tower in gained.items():
         bottom += LINE
-        parts.append(text(0, bottom, f"{SHORT_TOWERS[tower]}: {seeds_by_batch(of_tower)}", "muted"))
+        words = f"{SHORT_TOWERS[tower]}: {seeds_by_batch(of_tower)}"
+        parts.append(text(0, bottom, words + (" (pale)" if ";" in words else ""), "muted"))
     return picture(picture_title(gained), bottom + 6, parts)
 
 
@@ -432,6 +433,19 @@ def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
             if there:
                 page = f"{before[: before.rindex('![')]}![{title}{target}{after}"
     return page
+
+
+def draw(record: Learnt) -> dict[str, str]:
+    """Every picture by its file's name."""
+    drawn = {"names.svg": draw_names(record), "groups.svg": draw_groups(record)}
+    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    if speed is not None:
+        drawn["peers.svg"] = draw_peers(speed)
+    judged = finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task)
+    by_tower = {tower: runs_of(judged.values(), tower) for tower in TOWERS}
+    if gained := gained_by_batch(by_tower):
+        drawn["small-batches.svg"] = draw_small_batches(gained)
+    return drawn
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -453,14 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.record.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(options.record, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     record: Learnt = json.loads(options.record.read_text(encoding="utf-8"))
-    drawn = {"names.svg": draw_names(record), "groups.svg": draw_groups(record)}
-    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
-    if speed is not None:
-        drawn["peers.svg"] = draw_peers(speed)
-    judged = finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task)
-    by_tower = {tower: runs_of(judged.values(), tower) for tower in TOWERS}
-    if gained := gained_by_batch(by_tower):
-        drawn["small-batches.svg"] = draw_small_batches(gained)
+    drawn = draw(record)
     for name, svg in drawn.items():
         write_atomic(options.out / name, svg)
     if options.out == DOCS:

@@ -113,12 +113,8 @@ def test_the_record_makes_the_same_pictures_without_the_run(drawn, tmp_path):
 
 def test_the_pictures_are_those_of_the_records():
     record = json.loads(pictures.LEARNT.read_text(encoding="utf-8"))
-    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
-    fresh = {
-        "names.svg": pictures.draw_names(record),
-        "groups.svg": pictures.draw_groups(record),
-        "peers.svg": pictures.draw_peers(speed),
-    }
+    fresh = pictures.draw(record)
+    assert fresh.keys() == {"names.svg", "groups.svg", "peers.svg", "small-batches.svg"}
     for name, svg in fresh.items():
         assert svg == (pictures.DOCS / name).read_text(encoding="utf-8"), "make pictures"
     for page in pictures.PAGES:
@@ -126,7 +122,7 @@ def test_the_pictures_are_those_of_the_records():
         assert pictures.with_alt_texts(text, fresh) == text, "make pictures"
 
 
-@pytest.mark.parametrize("name", ["peers.svg", "names.svg", "groups.svg"])
+@pytest.mark.parametrize("name", ["peers.svg", "names.svg", "groups.svg", "small-batches.svg"])
 def test_the_pictures_of_the_front_page_fit_and_are_described(name):
     svg = (pictures.DOCS / name).read_text(encoding="utf-8")
     for x, words in texts_of(svg):  # a letter of 14 pixels is 8 wide, on average at most

@@ -453,7 +453,7 @@ def test_few_seeds_are_pale_and_batches_are_also_compared_in_the_seeds_of_all() 
         for i, value in enumerate(of_seeds)
     ]
     gained = gained_of([*planned, *axis])
-    assert "(16 seeds at 64, 256; 3 seeds at 512):" in small_batches_report.picture_title(gained)
+    assert "(16 seeds at 64, 256; 3 at 512):" in small_batches_report.picture_title(gained)
     svg = pictures.draw_small_batches(gained)
     assert svg.count('class="ours" opacity') == 2 * len(PRIMARY)
     found = [run | ORIGIN for run in (*planned, *axis)]

@@ -205,7 +205,6 @@ PROTO_VALUES = (0.56, 0.37, 0.44)
 @dataclass(frozen=True)
 class Report:
     text: str
-    front: str = ""
 
     def lines(self, row: str) -> list[list[str]]:
         """The cells of the table lines that begin with a row's name."""
@@ -228,10 +227,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     page = tmp_path_factory.mktemp("docs") / "evidence.md"
     page.write_text(f"above\n{study_report.BEGIN}\nold\n{study_report.END}\nbelow\n")
     wanted = {study.MLP: {study.CLIP: 3, study.PROTO: 5, study.EQUAL_TIME: 3}}
-    front = page.with_name("README.md")
-    front.write_text(page.read_text())
-    study_report.write_report(runs, wanted, study.FLOORS, {}, page, front)
-    return Report(page.read_text(), front.read_text())
+    study_report.write_report(runs, wanted, study.FLOORS, {}, page)
+    return Report(page.read_text())
 
 
 def test_the_answer_stands_above_and_every_table_can_be_opened(report: Report) -> None:
@@ -253,15 +250,6 @@ def test_without_two_seeds_there_is_no_answer_and_the_report_says_so() -> None:
 def test_the_report_replaces_its_part_of_the_page_only(report: Report) -> None:
     assert report.text.startswith("above\n") and report.text.endswith("below\n")
     assert "\nold\n" not in report.text
-
-
-def test_the_front_page_has_the_comparison_at_equal_time(report: Report) -> None:
-    test = stats.ttest_rel(PROTO_VALUES, EQUAL_TIME_VALUES)
-    (line,) = Report(report.front).lines("ProtoCLIP (both kinds), an MLP over HOG and pixels")
-    seeds, *cells = line[1:]
-    assert seeds == "3" and len(cells) == len(study_report.PRIMARY)
-    assert all(f"(p {3 * test.pvalue:.2g})" in cell for cell in cells)
-    assert report.front.startswith("above\n") and "\nold\n" not in report.front
 
 
 def test_a_row_says_the_values_of_clip_and_differences_to_them(report: Report) -> None:

@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from benchmarks.study.data import HOG, IconPairs, Icons, default_folder, read, toy_icons
-from benchmarks.study.report import CLIP, EQUAL_TIME, FRONT, PAGE, PROTO, score, write_report
+from benchmarks.study.report import CLIP, EQUAL_TIME, PAGE, PROTO, score, write_report
 from benchmarks.study.split import Rules, Split, by_lot, make_split
 from protoclip.common.paths import cache_dir
 from protoclip.data import Batch, DataError, Draws, EpochOrder, Labels
@@ -667,8 +667,8 @@ class Study:
             if teacher.is_file():
                 spent = json.loads(teacher.read_text())
                 facts |= {"teacher_seconds": spent["cpu_seconds"], "teacher_texts": spent["texts"]}
-        pages = {"page": PAGE, "front": FRONT} if out == self.results else {}
-        write_report([*done.values()], wanted(self.size), FLOORS, facts, **pages)
+        page = PAGE if out == self.results else None
+        write_report([*done.values()], wanted(self.size), FLOORS, facts, page)
 
 
 def work(study: Study, out: Path, hours: float, folder: Path) -> None:

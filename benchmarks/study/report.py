@@ -15,18 +15,12 @@ from scipy import stats
 from benchmarks.report import table, write_between
 
 ROOT = Path(__file__).parents[2]
-PAGE, FRONT = ROOT / "docs" / "evidence.md", ROOT / "README.md"
+PAGE = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- study: begin, written by make study -->", "<!-- study: end -->"
 CLIP, PROTO, EQUAL_TIME = "CLIP", "ProtoCLIP", "CLIP, time of ProtoCLIP"
 EXTERNAL_ONLY, INTERNAL_ONLY = "external only", "internal only"
 PRIMARY = ("zero-shot", "probe", "AMI")
 SECONDARY = ("zero-shot top 5", "k-NN", "R@5", "k-NN, new", "AMI, new")
-HEADLINE = (  # tower, row, README's words
-    ("cnn", PROTO, "ProtoCLIP (both kinds), the default CNN"),
-    ("mlp", PROTO, "ProtoCLIP (both kinds), an MLP over HOG and pixels"),
-    ("mlp", EXTERNAL_ONLY, "a teacher's prototypes alone, MLP"),
-    ("mlp", INTERNAL_ONLY, "prototypes of its own features alone, MLP"),
-)
 NO_ANSWER = "**No answer yet**: too few of the runs that are compared are finished."
 TOWERS = {"mlp": "MLP over HOG and pixels", "cnn": "default CNN"}
 Run = Mapping[str, Any]
@@ -311,25 +305,6 @@ def answer(by_tower: Mapping[str, Runs], ratios: Mapping[str, float]) -> list[st
     return lines[:10]
 
 
-def headline(by_tower: Mapping[str, Runs]) -> str:
-    """README's table: the primary metrics beside CLIP with ProtoCLIP's time."""
-    comparisons = tests(by_tower)
-    lines = []
-    for tower, row, words in HEADLINE:
-        runs = by_tower.get(tower, {})
-        cells = []
-        seeds = 0
-        for metric in PRIMARY:
-            planned = comparisons.get((tower, row, EQUAL_TIME, metric))
-            delta = difference(runs, row, EQUAL_TIME, metric)
-            cells.append(planned[0].text(planned[1]) if planned else text_of(delta))
-            seeds = max(seeds, delta.seeds if delta else 0)
-        if set(cells) != {"–"}:
-            lines.append([words, str(seeds), *cells])
-    head = ["CLIP at equal CPU time, and", "seeds", *PRIMARY]
-    return table(head, lines) if lines else NO_ANSWER
-
-
 def progress(by_tower: Mapping[str, Runs], wanted: Wanted, finished: Sequence[Run]) -> str:
     """How much of the comparison is finished."""
     total = done = 0
@@ -422,12 +397,9 @@ def write_report(
     floors: Sequence[str],
     facts: Mapping[str, Any],
     page: Path | None = None,
-    front: Path | None = None,
 ) -> None:
-    """Print the section, put it into ``page`` and the headline into ``front``."""
+    """Print the section and put it into ``page``."""
     text = section(finished, wanted, floors, facts)
     print(text)
     if page is not None:
         write_between(page, BEGIN, END, text)
-    if front is not None:
-        write_between(front, BEGIN, END, headline(main_runs(finished, wanted)))

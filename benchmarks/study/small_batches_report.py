@@ -39,7 +39,7 @@ OURS = EXTERNAL_ONLY  # a teacher's prototypes alone
 METRICS = (*PRIMARY, *SECONDARY)
 BATCHES = (64, 256)  # of the planned comparisons
 SEEDS = {"mlp": 16, "cnn": 8}  # of the planned rows
-SHORT_TOWERS = {"mlp": "fixed features (MLP)", "cnn": "CNN"}  # in the picture
+SHORT_TOWERS = {"mlp": "MLP", "cnn": "CNN"}  # in the picture
 ICONS = 60_000
 EPISODES = 16  # of a planned run of a teacher's prototypes
 # Stages of the runs of each method at its best batch: for the time that the pairs predict, for the
@@ -413,12 +413,13 @@ def picture_title(gained: Gained) -> str:
 
 
 def seeds_by_batch(of_tower: Mapping[str, Mapping[int, Difference]]) -> str:
-    """How many seeds a tower's points have: "16 seeds at 64, 256; 3 seeds at 32"."""
+    """How many seeds a tower's points have: "16 seeds at 64, 256; 3 at 32"."""
     batches: dict[int, list[str]] = {}
     for batch, delta in of_tower[PRIMARY[0]].items():
         batches.setdefault(delta.seeds, []).append(f"{batch:,}")
     most_first = sorted(batches, reverse=True)
-    return "; ".join(f"{seeds} seeds at {', '.join(batches[seeds])}" for seeds in most_first)
+    most, *fewer = (f"{seeds} {{}}at {', '.join(batches[seeds])}" for seeds in most_first)
+    return "; ".join([most.format("seeds "), *(part.format("") for part in fewer)])
 
 
 def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
