@@ -42,6 +42,7 @@ from benchmarks.study.small_batches_report import (
     SHORT_TOWERS,
     Gained,
     enough_seeds,
+    gained_at_one_rate,
     gained_by_batch,
     picture_title,
     runs_of,
@@ -375,9 +376,9 @@ def groups_title(record: Learnt) -> str:
     )
 
 
-def draw_small_batches(gained: Gained) -> str:
+def draw_small_batches(gained: Gained, at_one_rate: Gained) -> str:
     """A panel for each metric: mean and interval of each tower at each batch, beside zero, which is
-    CLIP; few seeds are pale."""
+    CLIP; few seeds are pale, and a ring is the mean if CLIP has the other's learning rate."""
     towers = list(gained)
     shown = [(tower, batch) for tower in towers for batch in gained[tower][PRIMARY[0]]]
     deltas = {
@@ -410,6 +411,14 @@ def draw_small_batches(gained: Gained) -> str:
         )
         base = zero - 5 if abs(mean - zero) < 12 else mean + 5  # not across the line
         parts.append(text(x + 6, base, f"{delta.mean:+.3f}".replace("0.", "."), "muted"))
+    for tower, of_tower in at_one_rate.items():
+        for metric, of_metric in of_tower.items():
+            for batch, delta in of_metric.items():
+                x, y = places[tower, batch], zeros[metric] - unit * delta.mean
+                parts.append(
+                    f'<circle cx="{x:g}" cy="{y:g}" r="5" class="icon" fill="none" '
+                    'stroke="currentColor" stroke-width="1.5"/>'
+                )
     bottom = len(PRIMARY) * height + 2 * LINE
     parts.append(text(0, bottom, "batch", "muted"))
     for (tower, batch), x in places.items():
@@ -421,7 +430,12 @@ def draw_small_batches(gained: Gained) -> str:
         bottom += LINE
         words = f"{SHORT_TOWERS[tower]}: {seeds_by_batch(of_tower)}"
         parts.append(text(0, bottom, words + (" (pale)" if ";" in words else ""), "muted"))
-    return picture(picture_title(gained), bottom + 6, parts)
+    if at_one_rate:
+        bottom += LINE
+        parts.append(
+            text(0, bottom, "○ if CLIP has their learning rate, not that of tuning", "muted")
+        )
+    return picture(picture_title(gained, at_one_rate), bottom + 6, parts)
 
 
 def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
@@ -441,10 +455,11 @@ def draw(record: Learnt) -> dict[str, str]:
     speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     if speed is not None:
         drawn["peers.svg"] = draw_peers(speed)
-    judged = finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task)
-    by_tower = {tower: runs_of(judged.values(), tower) for tower in TOWERS}
+    judged = [*finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task).values()]
+    by_tower = {tower: runs_of(judged, tower) for tower in TOWERS}
     if gained := gained_by_batch(by_tower):
-        drawn["small-batches.svg"] = draw_small_batches(gained)
+        at_one_rate = gained_at_one_rate(judged, by_tower)
+        drawn["small-batches.svg"] = draw_small_batches(gained, at_one_rate)
     return drawn
 
 

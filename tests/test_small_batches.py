@@ -425,24 +425,42 @@ def test_a_rate_at_the_edge_of_what_was_tried_is_not_called_the_best() -> None:
     )
 
 
-def gained_of(found: list[dict[str, Any]]) -> small_batches_report.Gained:
+def gained_of(found: list[dict[str, Any]]) -> tuple[small_batches_report.Gained, ...]:
     by_tower = {tower: small_batches_report.runs_of(found, tower) for tower in (MLP, CNN)}
-    return small_batches_report.gained_by_batch(by_tower)
+    return (
+        small_batches_report.gained_by_batch(by_tower),
+        small_batches_report.gained_at_one_rate(found, by_tower),
+    )
 
 
 def test_the_picture_has_a_point_and_its_number_for_each_tower_and_batch() -> None:
     gained = gained_of([*judged_runs(MLP), *judged_runs(CNN)[:-1]])
-    svg = pictures.draw_small_batches(gained)
+    svg = pictures.draw_small_batches(*gained)
     assert svg.count("<circle") == 2 * len(PRIMARY)
     assert svg.count(">+.018</text>") == len(PRIMARY)
-    assert small_batches_report.picture_title(gained) in svg
+    assert small_batches_report.picture_title(*gained) in svg
     assert "CNN" not in svg  # a run is missing
     gained = gained_of([*judged_runs(MLP), *judged_runs(CNN)])
-    svg = pictures.draw_small_batches(gained)
+    svg = pictures.draw_small_batches(*gained)
     assert svg.count("<circle") == 4 * len(PRIMARY)
     assert "opacity" not in svg
     assert ">CNN: 8 seeds at 64, 256</text>" in svg
     assert "default CNN (8 seeds at 64, 256): zero-shot: +0.018 ± " in svg
+
+
+def test_a_ring_is_the_gain_if_clip_has_the_rate_that_tuning_gave_to_ours() -> None:
+    planned = judged_runs(MLP)
+    at_other_rates = [
+        scored(Task("rate", MLP, EQUAL_TIME, 100 + i, lr, 4.0, 64, 60_000), value)
+        for lr, value in ((1e-3, 0.615), (5e-4, 0.5))
+        for i in range(8)
+    ]
+    gained, at_one_rate = gained_of([*planned, *at_other_rates])
+    assert at_one_rate.keys() == {MLP} and at_one_rate[MLP]["AMI"].keys() == {64}
+    assert at_one_rate[MLP]["AMI"][64].mean == pytest.approx(np.mean(OURS_64[:8]) - 0.615)
+    svg = pictures.draw_small_batches(gained, at_one_rate)
+    assert svg.count('stroke="currentColor"') == len(PRIMARY)
+    assert "If CLIP has their learning rate: zero-shot: +0.010 ± " in svg
 
 
 def test_few_seeds_are_pale_and_batches_are_also_compared_in_the_seeds_of_all() -> None:
@@ -453,8 +471,8 @@ def test_few_seeds_are_pale_and_batches_are_also_compared_in_the_seeds_of_all() 
         for i, value in enumerate(of_seeds)
     ]
     gained = gained_of([*planned, *axis])
-    assert "(16 seeds at 64, 256; 3 at 512):" in small_batches_report.picture_title(gained)
-    svg = pictures.draw_small_batches(gained)
+    assert "(16 seeds at 64, 256; 3 at 512):" in small_batches_report.picture_title(*gained)
+    svg = pictures.draw_small_batches(*gained)
     assert svg.count('class="ours" opacity') == 2 * len(PRIMARY)
     found = [run | ORIGIN for run in (*planned, *axis)]
     text = small_batches_report.section(found, ())

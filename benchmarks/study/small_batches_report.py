@@ -394,21 +394,47 @@ def gained_by_batch(by_tower: Mapping[str, Runs]) -> Gained:
     return {tower: of_tower for tower, of_tower in gained.items() if all(of_tower.values())}
 
 
-def picture_title(gained: Gained) -> str:
+def gained_at_one_rate(finished: Iterable[Run], by_tower: Mapping[str, Runs]) -> Gained:
+    """The gains at the planned batches if CLIP has the learning rate of a teacher's prototypes,
+    where tuning gave it another; of the towers that are finished."""
+    clip: dict[tuple[str, int, float], dict[int, Run]] = {}
+    for run in finished:
+        if (run["stage"], run["row"], run["icons"]) == ("rate", EQUAL_TIME, ICONS):
+            place = run["tower"], run["batch"], run["lr"]
+            clip.setdefault(place, {})[run["seed"]] = run
+    gained: Gained = {}
+    for tower, runs in by_tower.items():
+        for batch in BATCHES if is_finished(tower, runs) else ():
+            ours = runs[name(OURS, batch)]
+            pair = {OURS: ours}
+            pair[EQUAL_TIME] = clip.get((tower, batch, next(iter(ours.values()))["lr"]), {})
+            for metric in PRIMARY:
+                delta = difference(pair, OURS, EQUAL_TIME, metric)
+                if delta is not None and delta.seeds >= 3:
+                    gained.setdefault(tower, {}).setdefault(metric, {})[batch] = delta
+    return gained
+
+
+def picture_title(gained: Gained, at_one_rate: Gained) -> str:
     """The picture in a sentence: its alt text."""
-    sentence = (
-        "What a teacher's prototypes gain over CLIP at equal CPU time, the teacher's not counted, "
-        "by batch size, with 95 % intervals."
-    )
-    for tower, of_tower in gained.items():
-        parts = [
+
+    def points(of_tower: Mapping[str, Mapping[int, Difference]]) -> str:
+        return "; ".join(
             f"{metric}: "
             + ", ".join(
                 f"{delta.text().strip('*')} at {batch}" for batch, delta in by_batch.items()
             )
             for metric, by_batch in of_tower.items()
-        ]
-        sentence += f" {TOWERS[tower]} ({seeds_by_batch(of_tower)}): {'; '.join(parts)}."
+        )
+
+    sentence = (
+        "What a teacher's prototypes gain over CLIP at equal CPU time, the teacher's not counted, "
+        "by batch size, with 95 % intervals."
+    )
+    for tower, of_tower in gained.items():
+        sentence += f" {TOWERS[tower]} ({seeds_by_batch(of_tower)}): {points(of_tower)}."
+        if tower in at_one_rate:
+            sentence += f" If CLIP has their learning rate: {points(at_one_rate[tower])}."
     return sentence
 
 
@@ -436,7 +462,8 @@ def section(finished: Sequence[Run], floors: Sequence[str]) -> str:
         f"records in all: {len(finished)}.",
     ]
     if gained := gained_by_batch(by_tower):
-        parts.append(f"![{picture_title(gained)}](small-batches.svg)")
+        title = picture_title(gained, gained_at_one_rate(finished, by_tower))
+        parts.append(f"![{title}](small-batches.svg)")
     for tower, runs in by_tower.items():
         if not is_finished(tower, runs):  # a result in the making is not shown
             continue
