@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ from protoclip.common.files import (
     write_atomic,
     write_csv,
 )
+from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.data import (
     DataError,
@@ -261,9 +263,9 @@ def open_output(out: Path, names: Sequence[str], overwrite: bool) -> Iterator[No
 def read_mark(out: Path) -> dict[str, tuple[int, ...]]:
     """The files that the command wrote in a folder, by name, with their state then."""
     try:
-        written = json.loads((out / MARK).read_text(encoding="utf-8"))
+        written = parse_json((out / MARK).read_text(encoding="utf-8"))
         return {name: tuple(state) for name, state in written.items()}
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
@@ -385,7 +387,7 @@ def _readable(dataset: PairDataset, error: DataError) -> list[int]:
     lines = [f"left out {len(faults):,} of {plural(len(dataset), 'picture')}:", *faults[:NAMED]]
     if len(faults) > NAMED:
         lines.append(f"and {len(faults) - NAMED:,} more")
-    print("\n  ".join(lines), file=sys.stderr)
+    print(printable_lines("\n  ".join(lines)), file=sys.stderr)
     return readable
 
 
@@ -484,6 +486,8 @@ def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool
                     shutil.copyfile(file, group_folder / name)
                     with contextlib.suppress(OSError):  # a disk without such times or permissions
                         shutil.copystat(file, group_folder / name)
+                        mode = stat.S_IMODE(os.stat(file).st_mode) & 0o777
+                        os.chmod(group_folder / name, mode)  # without another user's set-user-ID
                 else:
                     (group_folder / name).symlink_to(os.path.abspath(file))
 

@@ -24,9 +24,11 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import lock_text_tower
 from torch import Tensor, nn
 
+from protoclip.common.files import torch_reason
 from protoclip.common.json_text import parse_json
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
 from protoclip.settings.config import ModelConfig
@@ -36,6 +38,7 @@ MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # OpenCLIP's --siglip
 HUB_TIMEOUT = 10.0  # seconds
+HUB_CONFIG = "open_clip_config.json"  # of a model on the hub or in a folder
 STEP = 8  # token tensors are padded to multiples of it, so that kernels see few shapes
 COMPILED_STEP = 32  # the same under --torchcompile, which compiles the text tower for each length
 MOST_REMEMBERED = 32_768  # captions whose tokens are kept, of 8 bytes a token
@@ -238,6 +241,27 @@ def check_model(config: ModelConfig) -> str:
     return name
 
 
+def _refuse_code(name: str) -> None:
+    """ValueError if the model's config has transformers run code that lies beside its tokenizer."""
+    settings: Any = None
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / HUB_CONFIG
+        if path.is_file():
+            settings = parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
+    elif name.startswith("hf-hub:"):
+        with contextlib.suppress(Exception):  # without a config OpenCLIP passes no arguments
+            path = download_pretrained_from_hf(name.removeprefix("hf-hub:"), filename=HUB_CONFIG)
+            settings = parse_json(Path(path).read_text(encoding="utf-8"))["model_cfg"]
+    else:
+        settings = open_clip.get_model_config(name)
+    arguments = (settings or {}).get("text_cfg", {}).get("tokenizer_kwargs") or {}
+    if arguments.get("trust_remote_code"):
+        raise ValueError(
+            "its config has code run that lies beside its tokenizer (trust_remote_code), which "
+            "protoclip does not; copy the model and take that out, or use another one"
+        )
+
+
 def _create(name: str, config: ModelConfig, device: str) -> Any:
     """OpenCLIP's model with its weights, without a logit_bias that only the weights have."""
     create = partial(
@@ -298,11 +322,12 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         with contextlib.ExitStack() as stack:
             if name.startswith("hf-hub:") or open_clip.get_pretrained_cfg(name, config.pretrained):
                 unreachable = stack.enter_context(offline_if_unreachable())
+            _refuse_code(name)
             clip = _create(name, config, device)
             length = getattr(clip, "context_length", None)
             tokenizer = open_clip.get_tokenizer(name, context_length=length)
     except Exception as error:  # torn files and bad configs raise any error
-        reason = " ".join(str(error).split())[:300]
+        reason = torch_reason(error)
         if unreachable:
             reason = f"{unreachable}, and the cache does not hold all files; give a weights file"
         if os.path.isfile(config.pretrained):

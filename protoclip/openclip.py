@@ -23,6 +23,7 @@ import torch
 from open_clip import loss as theirs
 from torch import nn
 
+from protoclip.common.files import torch_reason
 from protoclip.losses import (
     ClipLoss,
     CoCaLoss,
@@ -160,7 +161,7 @@ def _steps_done(checkpoint: str) -> int:
         LOGGER.warning(
             "protoclip: --proto-warmup begins again, as the steps in %s cannot be read (%s)",
             checkpoint,
-            error,
+            torch_reason(error),
         )
         return 0
 

@@ -13,6 +13,8 @@ import hashlib
 import itertools
 import os
 import re
+import secrets
+import stat
 import tempfile
 import threading
 import zlib
@@ -77,7 +79,8 @@ def local_copy(url: str) -> str:
             options[protocol] = {"client_kwargs": {"timeout": silence}}
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            _copies[url] = fsspec.open_local(f"filecache::{url}", **options)
+            found = fsspec.open_local(f"filecache::{url}", **options)
+            _copies[url] = found if isinstance(found, str) else found[0]  # of a URL with "?"
     except Exception as error:  # each file system has its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
@@ -100,12 +103,27 @@ def fetch_ahead(url: str) -> None:
         threading.Thread(target=work, daemon=True).start()
 
 
+def read_file(path: str) -> bytes:
+    """The bytes of a file that somebody's table names.
+
+    Raises:
+        ValueError: a device or a pipe, which may never end.
+        OSError: as of ``open``.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError("expected a file, found a device or a pipe")
+    return Path(path).read_bytes()
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` at the end, so a reader sees either the old
     file or the complete new one. An OSError of the block names ``path``."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can foresee, for a file that is new: in a folder that others can write to,
+    # a link of theirs under its name would be followed.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -155,6 +173,12 @@ def printable(name: str) -> str:
     return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]", escaped, name)
 
 
+def torch_reason(error: BaseException) -> str:
+    """Why ``torch.load`` reads no file, in a line; torch advises running its code, we do not."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return "it holds code, or no tensors" if "weights_only" in reason else reason
+
+
 def printable_lines(text: str) -> str:
     """``printable`` of each line of a text."""
     return "\n".join(map(printable, text.split("\n")))
@@ -196,6 +220,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     with whole_file(path) as temporary:
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             save_file(
                 {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary
@@ -204,7 +229,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if number := re.search(r"\(os error (\d+)\)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
             raise
-        temporary.chmod(0o644)  # safetensors creates files that only their owner can read
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from protoclip.common.files import whole_file, write_atomic
+from protoclip.common.files import printable_lines, whole_file, write_atomic
 from protoclip.data import DataError, PairDataset, fault_of, left_out_files, open_dataset
 from protoclip.distributed import run_command
 from protoclip.settings.commands import data_parser
@@ -66,7 +66,7 @@ def check_data(dataset: PairDataset) -> int:
         faults = pool.imap(functools.partial(fault_of, dataset), range(len(dataset)), chunksize=64)
         for fault in tqdm(faults, "checking", len(dataset), leave=False, disable=None):
             if fault:
-                tqdm.write(fault)
+                tqdm.write(printable_lines(fault))
                 num_bad += 1
     num_good = total - num_bad
     print(f"{dataset.name}: {num_good:,} of {total:,} samples are good, {num_bad:,} are not")

@@ -137,11 +137,12 @@ def load_icons(name: str, state: str, read: Callable[[], Sequence[Icon]]) -> Ico
     stem = f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest}"
     table, drawn = (cache_dir() / f"{stem}.{ending}" for ending in ("json", "npy"))
     table.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir() / f"{stem}.lock"):  # one process draws, the others wait
-        if not table.is_file():  # written last
-            icons = read()
-            pictures = draw_svgs([icon.svg for icon in icons], drawn, SIDE)
-            write_atomic(table, json.dumps(_describe(icons, pictures), ensure_ascii=False))
+    if not table.is_file():  # written last; the folder may be another user's
+        with FileLock(cache_dir() / f"{stem}.lock"):  # one process draws, the others wait
+            if not table.is_file():
+                icons = read()
+                pictures = draw_svgs([icon.svg for icon in icons], drawn, SIDE)
+                write_atomic(table, json.dumps(_describe(icons, pictures), ensure_ascii=False))
     description = json.loads(table.read_text(encoding="utf-8"))
     labels = {
         label: Labels(torch.tensor(description[label]["ids"]), tuple(description[label]["names"]))

@@ -30,6 +30,7 @@ from protoclip.common.files import DataError, printable, whole_file
 # torchvision's defaults.
 CROP_ATTEMPTS = 10
 WIDEST_CROP = 4 / 3  # the largest width over height
+LONGEST = 1000  # a side over the other: resized to a model's size more would take gigabytes
 CELL = 8  # pixels of a side of HOG's cells
 ORIENTATIONS = 9  # of HOG's directions, without sign
 DRAWN_AT_ONCE = 128  # pictures that a process draws between two updates of the progress bar
@@ -65,6 +66,8 @@ def decode(data: bytes, where: str) -> Image.Image:
             if limit and image.width * image.height > limit:
                 size = f"{image.width:,} x {image.height:,} pixels"
                 _warn("%s", f"{where}: {size} take long to read; a smaller copy would do")
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"a side is more than {LONGEST:,} times the other")
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF does not matter
                 ImageOps.exif_transpose(image, in_place=True)
@@ -86,7 +89,10 @@ def _opened(data: bytes | str) -> Image.Image:
     can_open_heic()
     with _warning_filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        Image.preinit()  # the usual formats first
+        Image.init()
+        formats = [name for name in Image.OPEN if name != "EPS"]  # Ghostscript would run its code
+        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=formats)
 
 
 @functools.cache

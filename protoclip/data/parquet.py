@@ -8,14 +8,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from protoclip.common.files import DataError, is_remote, local_copy
+from protoclip.common.files import DataError, is_remote, local_copy, read_file
 from protoclip.common.json_text import parse_json
 from protoclip.data.folders import CLASS_TEMPLATE, LABEL, read_templates
 from protoclip.data.images import decode
@@ -144,7 +143,7 @@ class ParquetDataset:
             beside = os.path.join(os.path.dirname(group.path), data)
             path = data if os.path.isfile(data) else beside
             try:
-                data = Path(path).read_bytes()
+                data = read_file(path)
             except (OSError, ValueError) as error:  # a path with NUL is a ValueError
                 reason = getattr(error, "strerror", error)
                 raise DataError(f"{where}: {reason} at {path!r}; fix the path") from error

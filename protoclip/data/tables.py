@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from protoclip.common.files import DataError
+from protoclip.common.files import DataError, read_file
 from protoclip.data.images import decode
 from protoclip.data.types import Labels, StringTable
 
@@ -92,7 +92,9 @@ class CsvDataset:
         path = self.path(i)
         where = f"{self.name}, pair {i + 1}, {path}"
         try:
-            return decode(Path(path).read_bytes(), where)
+            return decode(read_file(path), where)
+        except DataError:
+            raise
         except (OSError, ValueError) as error:  # a path with NUL is a ValueError
             raise DataError(f"{where}: {error}; correct the path or remove the row") from error
 

@@ -178,4 +178,4 @@ def class_prompts(
     """The prompts of each class; of labels other than "class", "red-star" becomes "red star"."""
     if label != LABEL:  # identifiers, not readable names
         names = [name.replace("-", " ") for name in names]
-    return [[template.format(name) for template in templates] for name in names]
+    return [[template.replace("{}", name) for template in templates] for name in names]

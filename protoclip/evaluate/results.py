@@ -270,4 +270,4 @@ def write_records(folder: Path, outcome: Outcome) -> None:
                 }
                 name = "_".join([*parts, weights, outcome.model, "en", task]).replace("/", "_")
                 path = folder / f"{short_name(name.strip('_'))}.json"
-                path.write_text(json.dumps(record), encoding="utf-8")
+                write_atomic(path, json.dumps(record))

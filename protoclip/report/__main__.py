@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from protoclip.common.files import printable_lines
 from protoclip.distributed import run_command
 from protoclip.report.page import summary, write_report
 from protoclip.settings.commands import report_parser
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         args = report_parser().parse_args(argv)
         path = write_report(args.runs, args.out)
-        print(*summary(args.runs), sep="\n", file=sys.stderr)
+        print(printable_lines("\n".join(summary(args.runs))), file=sys.stderr)
         print(f"report: {path}")
 
     return run_command(work, PROG)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from protoclip.common.files import whole_file
+from protoclip.common.files import torch_reason, whole_file
 
 FORMAT = 3  # of the entries under the key "protoclip"
 LATEST = "epoch_latest.pt"
@@ -125,12 +125,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
         if isinstance(error, OSError) and error.errno in UNREADABLE:
             raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in reason:  # torch advises running the file's code; we do not
-            reason = "it holds code, or no tensors"
         raise ValueError(
-            f"checkpoint: {path} cannot be read ({reason}); it is torn or not a checkpoint, so "
-            "use an older one"
+            f"checkpoint: {path} cannot be read ({torch_reason(error)}); it is torn or not a "
+            "checkpoint, so use an older one"
         ) from error
     if not isinstance(payload, dict):
         raise ValueError(f"checkpoint: expected a dict in {path}, got {type(payload).__name__}")
