@@ -13,15 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer import losses as theirs
-from sentence_transformers.util import (
-    all_gather,
-    all_gather_with_grad,
-    cos_sim,
-    dot_score,
-    get_rank,
-)
 from torch import Tensor, nn
+
+try:
+    from sentence_transformers.sentence_transformer import losses as theirs
+    from sentence_transformers.util import (
+        all_gather,
+        all_gather_with_grad,
+        cos_sim,
+        dot_score,
+        get_rank,
+    )
+except ImportError as error:
+    raise ImportError(
+        "protoclip.sentence_transformers needs sentence-transformers 6: "
+        "pip install -e '.[sentence-transformers]'"
+    ) from error
 
 from protoclip.ops import contrastive, contrastive_parts
 

@@ -17,6 +17,7 @@ from ranks import on_ranks
 
 from protoclip.data import DataError, open_dataset
 from protoclip.data import shards as shard_module
+from protoclip.data.__main__ import shard_names
 from protoclip.data.shards import ShardIndex, expand, index_together
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.train import main as train_command
@@ -217,6 +218,13 @@ def _keys_on_rank(spec: str, folder: str) -> list[str] | str:
         return str(error)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("count", "last"), [(1, "00000.tar"), (100_001, "100000.tar")])
+def test_a_range_in_braces_names_every_exported_shard(count: int, last: str) -> None:
+    names = shard_names(count)
+    assert names[-1] == last
+    assert {len(name) for name in names} == {len(last)} and names == sorted(set(names))
 
 
 class TestUrls:

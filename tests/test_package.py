@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import protoclip
+from protoclip.common.paths import cache_dir
 
 ROOT = Path(protoclip.__file__).parent
 
@@ -76,3 +77,15 @@ def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
     )  # fmt: skip
     assert all(path.startswith(f"{tmp_path}/site/") for path in done.stdout.split())
+
+
+def test_without_a_home_folder_the_cache_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROTOCLIP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def expanduser(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    with pytest.raises(OSError, match="set PROTOCLIP_CACHE"):
+        cache_dir()

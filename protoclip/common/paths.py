@@ -5,17 +5,26 @@ What is written there, and how, is not decided here.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 
 def cache_dir() -> Path:
     """``$PROTOCLIP_CACHE``, else ``$XDG_CACHE_HOME/protoclip``, else ``~/.cache/protoclip``; an
-    absolute path."""
-    if chosen := os.environ.get("PROTOCLIP_CACHE"):
-        return Path(chosen).expanduser().absolute()
+    absolute path.
+
+    Raises:
+        OSError: the user has no home folder, as in a container with another user's number.
+    """
+    chosen = os.environ.get("PROTOCLIP_CACHE")
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser().absolute() / "protoclip"
+    try:
+        folder = Path(chosen or caches).expanduser().absolute()
+    except RuntimeError as error:
+        words = "no home folder for a cache; set PROTOCLIP_CACHE to a folder"
+        raise OSError(errno.ENOENT, words, chosen or caches) from error
+    return folder if chosen else folder / "protoclip"
 
 
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:

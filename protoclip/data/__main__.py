@@ -23,6 +23,7 @@ from protoclip.settings.commands import data_parser
 from protoclip.settings.config import TABLE
 
 PROG = "protoclip data"
+QUEUED = 100_000  # samples that --check hands to its threads at once
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name in a tar, without a dot
 
@@ -63,14 +64,24 @@ def check_data(dataset: PairDataset) -> int:
 
     # Threads suffice because Pillow releases the interpreter's lock while it decodes.
     with ThreadPool() as pool:
-        faults = pool.imap(functools.partial(fault_of, dataset), range(len(dataset)), chunksize=64)
-        for fault in tqdm(faults, "checking", len(dataset), leave=False, disable=None):
-            if fault:
-                tqdm.write(printable_lines(fault))
-                num_bad += 1
+        find = functools.partial(fault_of, dataset)
+        with tqdm(desc="checking", total=len(dataset), leave=False, disable=None) as bar:
+            for start in range(0, len(dataset), QUEUED):
+                part = range(start, min(start + QUEUED, len(dataset)))
+                for fault in pool.imap(find, part, chunksize=64):
+                    bar.update()
+                    if fault:
+                        tqdm.write(printable_lines(fault))
+                        num_bad += 1
     num_good = total - num_bad
     print(f"{dataset.name}: {num_good:,} of {total:,} samples are good, {num_bad:,} are not")
     return num_bad
+
+
+def shard_names(count: int) -> list[str]:
+    """00000.tar, 00001.tar, ...: of one length, so that a range in braces names them all."""
+    digits = max(5, len(str(count - 1)))
+    return [f"{number:0{digits}d}.tar" for number in range(count)]
 
 
 def export_shards(
@@ -95,9 +106,10 @@ def export_shards(
     if any(folder.iterdir()):
         raise DataError(f"--out {folder}: the folder is not empty; choose a new one")
     own_keys = all(map(PLAIN_KEY.fullmatch, dataset.keys))
+    names = shard_names(-(-len(dataset) // per_shard))
     sizes: dict[str, int] = {}
     for start in tqdm(range(0, len(dataset), per_shard), "writing", unit="shard", disable=None):
-        path = folder / f"{start // per_shard:05d}.tar"
+        path = folder / names[start // per_shard]
         part = range(start, min(start + per_shard, len(dataset)))
         # Pass an open file, because webdataset would run some names as commands.
         with (

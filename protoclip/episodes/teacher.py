@@ -148,7 +148,7 @@ def _read_features(path: Path, dataset: PairDataset) -> Tensor:
         )
     if keys is not None:
         array = array[[rows[key] for key in dataset.keys]]
-    return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array.astype(np.float32, copy=False))
 
 
 def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:

@@ -311,7 +311,10 @@ def _check_values(rows: PointSlice, num_clusters: int, init: str | Tensor) -> No
     largest = torch.finfo(rows.points.dtype).max / rows.count
     if rows.points.dtype == torch.float64:
         largest = min(largest, 1e150)
-    fits = (rows.points.abs() <= largest).all(dim=1)
+    if rows.points.shape[1] == 0:
+        return
+    # Without a second matrix of the points' size; NaN fits nowhere.
+    fits = torch.linalg.vector_norm(rows.points, ord=math.inf, dim=1) <= largest
     if int(rows.sum((~fits).sum())):
         not_finite = ~torch.isfinite(rows.points).all(dim=1)
         _refuse_rows(not_finite, rows, "finite points", "NaN or inf")

@@ -139,8 +139,30 @@ def conclude(
     skipped_steps: int,
     first_prototype_step: int,
 ) -> None:
-    """Draw the plots; print the table, the time per phase and the peak memory; write results.json
-    and the report."""
+    """Write results.json, draw the plots, print the table, the time per phase and the peak memory,
+    and write results.json again, with the plots' time, and the report."""
+    floors = evaluation.floors(model)
+
+    def outcome_so_far() -> Outcome:
+        return Outcome(
+            data=evaluation.data,
+            model=config.model.model,
+            pretrained=str(checkpoint.candidates(folder.path)[0]),
+            trained=after or {},
+            untrained=before,
+            floors=floors,
+            seconds=phases.seconds(),
+            peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
+            steps=steps,
+            skipped_steps=skipped_steps,
+            first_prototype_step=first_prototype_step,
+        )
+
+    if after is not None:  # before the plots, which may take more memory than there is
+        report = folder.path / page.NAME
+        if page.is_report(report):
+            report.unlink()  # of fewer steps: a page beside results.json is of these results
+        results.write_results(folder.path / "results.json", outcome_so_far())
     with phases.measure("plots", on_host=True):
         encoder = replace(evaluation.encoder(model), batch_size=config.optim.batch_size)
         held_out = None
@@ -148,19 +170,7 @@ def conclude(
             name = next(iter(evaluation.sets))
             held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
         draw_plots(folder.path, dataset, episode, encoder, held_out, phases.memory)
-    outcome = Outcome(
-        data=evaluation.data,
-        model=config.model.model,
-        pretrained=str(checkpoint.candidates(folder.path)[0]),
-        trained=after or {},
-        untrained=before,
-        floors=evaluation.floors(model),
-        seconds=phases.seconds(),
-        peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
-        steps=steps,
-        skipped_steps=skipped_steps,
-        first_prototype_step=first_prototype_step,
-    )
+    outcome = outcome_so_far()
     recorded = page.recorded_baseline(to_dict(config)) if after else None
     if recorded is None:
         table = results.format_table(outcome)
@@ -170,9 +180,6 @@ def conclude(
     if after is None:
         folder.say("no evaluation: too few pictures could be read; give --val-data")
     else:
-        report = folder.path / page.NAME
-        if page.is_report(report):
-            report.unlink()  # of fewer steps: a page beside results.json is of these results
         results.write_results(folder.path / "results.json", outcome)
         if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
             folder.say(answer)

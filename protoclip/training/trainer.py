@@ -240,11 +240,10 @@ class Trainer:
             self.episode = None  # LiT: the image tower is frozen, InfoNCE only
             self.model.lock_image()
         elif done == 0 and warmed_up and self.active.prototypes:
+            whole = range(steps.start, steps.start + plan.steps_per_episode)
             samples = draws
-            if (
-                self.features.source.reuses
-            ):  # also of steps that only a resume with more steps would do
-                samples = self._draw(range(steps.start, steps.start + plan.steps_per_episode))
+            if self.features.source.reuses and whole != steps:  # a resume with more steps does all
+                samples = self._draw(whole)
             self.episode = self._build_episode(episode_number, samples.unique())
         self.model.train()
         positions, draw_numbers = schedule.own_draws(plan, draws)
