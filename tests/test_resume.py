@@ -215,7 +215,9 @@ def test_a_resumed_run_says_if_other_prototypes_train(
 
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
     """Within an episode, whose labels are of features that other ranks have computed: 64 pairs are
-    three steps a pass, an episode as well."""
+    three steps a pass, an episode as well. Beside whole runs on as many ranks as it began with: on
+    another number stored features round to other bf16 values, which moves the clusters of a later
+    episode a little."""
 
     def run(name: str, *, ranks: int, steps: int, resume: list[str] | None = None) -> None:
         argv = tiny_run(
@@ -226,8 +228,10 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
         codes = exit_codes(start_command(tmp_path, argv, ranks, bare=True))
         assert codes == [0] * ranks, logs_of(tmp_path)
 
-    run("whole", ranks=1, steps=10)
-    whole = dict(losses(tmp_path / "logs" / "whole"))
+    whole = {}
+    for ranks in (1, 2):
+        run(f"whole-{ranks}", ranks=ranks, steps=10)
+        whole[ranks] = dict(losses(tmp_path / "logs" / f"whole-{ranks}"))
     for before, after in ((1, 2), (2, 1), (2, 4)):
         name = f"{before}-{after}"
         run(name, ranks=before, steps=5)
@@ -235,7 +239,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
         moved = dict(losses(tmp_path / "logs" / name))
         assert list(moved) == list(range(1, 11))
         assert "number of ranks or passes" not in output_of(tmp_path)[0]
-        assert moved == pytest.approx(whole, rel=3e-4), name
+        assert moved == pytest.approx(whole[before], rel=3e-4), name
 
 
 @pytest.fixture
