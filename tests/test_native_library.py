@@ -200,6 +200,110 @@ def test_the_one_who_waits_for_another_build_says_so(build: native.Recipe, built
     assert built.is_file()
 
 
+def _fails(build: native.Recipe, source: str) -> list[str]:
+    """What a failed build of this source says."""
+    build.sources[0].write_text(source)
+    cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
+    with pytest.raises(RuntimeError) as raised:
+        native.build(build)
+    return native._cause(raised.value)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ('#include "Python.h.absent"', "Python.h.absent: No such file or directory"),
+        ("int answer() { return question; }", "'question' was not declared"),
+        ("int question(); int answer() { return question() }", "expected ';'"),
+    ],
+)
+def test_a_failed_build_says_the_compilers_error_and_not_its_commands(
+    source: str, cause: str, build: native.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    first, *others = _fails(build, source)
+    assert cause in first and "error:" in first and len(first) < 300 and len(others) < 5
+
+
+@needs_compiler
+def test_a_missing_header_of_python_is_said_with_the_remedy(
+    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles(device_type: str) -> Path:
+        build.sources[0].write_text('#include "absent/Python.h"')
+        cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
+        return native.build(build)
+
+    monkeypatch.setattr(native, "_library", compiles)
+    with pytest.warns(RuntimeWarning, match="apt install python3-dev"):
+        reason = str(native.why_not.__wrapped__("cpu"))
+    assert "absent/Python.h: No such file" in reason and "\n" not in reason
+
+
+@needs_compiler
+def test_the_one_who_waits_for_a_build_that_fails_does_not_try_again(
+    build: native.Recipe, built: Path, tmp_path: Path
+) -> None:
+    """Eight ranks would try one after another; a later process, after a remedy, does try."""
+    shutil.rmtree(built.parent)
+    fails = f"while [ ! -e {tmp_path}/end ]; do sleep 0.1; done; echo error: x; exit 1"
+    check = '[ "$1" = -v ] || [ "$1" = -dumpfullversion ] && exit 0'  # torch's, of the version
+    (tmp_path / "c++").write_text(f"#!/bin/sh\n{check}\n{fails}\n")
+    (tmp_path / "c++").chmod(0o700)
+    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
+    command = [sys.executable, "-c", code + f"{pickle.dumps(build)!r}))"]
+
+    def start() -> subprocess.Popen[str]:
+        place = os.environ | {"CXX": str(tmp_path / "c++")}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=place)
+
+    one = start()
+    assert one.stderr.read(20) == "protoclip: compiling"
+    two = start()
+    assert "waiting for another process" in two.stderr.readline()
+    (tmp_path / "end").touch()
+    errors = [process.communicate()[1] for process in (one, two)]
+    assert one.returncode == two.returncode == 1
+    assert "compiling" not in errors[1]
+    assert all("error: x" in text for text in errors)
+    assert _answer(build) == 42
+
+
+@needs_compiler
+@pytest.mark.parametrize("named", [False, True])
+def test_the_compiler_is_the_one_that_was_found(
+    named: bool, build: native.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without CXX torch tries c++ alone; it takes no launcher before the compiler."""
+    real = shutil.which("c++") or shutil.which("g++")
+    path = tmp_path / "programs"
+    path.mkdir()
+    for name in ("sh", "ld", "as"):
+        if found := shutil.which(name):
+            (path / name).symlink_to(found)
+    (path / "g++").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    (path / "g++").chmod(0o700)
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.delenv("CXX", raising=False)
+    if named:
+        monkeypatch.setenv("CXX", "ccache g++ -m64")
+    assert native._compiler() == "g++"
+    assert _answer(build) == 42
+
+
+@needs_compiler
+def test_a_folder_with_a_space_does_not_end_the_build(
+    build: native.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "my environment"
+    spaced.mkdir()
+    (spaced / "lib").symlink_to(cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(spaced / "lib"))
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(spaced / "cache"))
+    assert _answer(build) == 42
+
+
 NO_COMPILER = """
 import torch, warnings, protoclip
 with warnings.catch_warnings(record=True) as caught:

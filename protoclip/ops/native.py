@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -41,6 +43,12 @@ from protoclip.common.paths import cache_dir
 CPUINFO = Path("/proc/cpuinfo")
 OLDEST_CARD = (8, 0)  # that has bf16 in its tensor cores, and copies to shared memory beside work
 TOO_OLD = re.compile(r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing")  # in TORCH_CUDA_ARCH_LIST
+CAUSE = re.compile(r"error:|undefined reference|cannot find|not found|killed|no space left", re.I)
+REMEDIES = {  # by what a failed build says
+    "Python.h": "install Python's headers: apt install python3-dev, dnf install python3-devel",
+    "Killed": "the compiler ran out of memory: set MAX_JOBS=1, which compiles one file at a time",
+    "No space left": "PROTOCLIP_CACHE names another folder",
+}
 
 
 @dataclass(frozen=True)
@@ -102,9 +110,8 @@ def why_not(device_type: str) -> str | None:
             return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
         if not any(card >= OLDEST_CARD for card in _cards()):
             return "the CUDA kernels need compute capability 8.0, which no card here has"
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
-        reason = f"no C++ compiler was found (looked for {compiler!r} and 'g++')"
+    if _compiler() is None:
+        reason = f"no C++ compiler was found (looked for {', '.join(_compilers())})"
         remedy = "apt install g++, dnf install gcc-c++, or conda install cxx-compiler"
         _warn(f"{reason}. Install one ({remedy}) or set CXX", device_type)
         return reason
@@ -114,12 +121,35 @@ def why_not(device_type: str) -> str | None:
             _host_utilities()  # now: later its file may be gone
         return None
     except Exception as error:  # whatever the toolchain throws: the reference still works
-        reason = f"no native library: {str(error).strip() or type(error).__name__}"
-        advice = "PROTOCLIP_BUILD_VERBOSE=1 shows the compiler's output"
+        cause = _cause(error)
+        advice = "PROTOCLIP_BUILD_VERBOSE=1 shows all of the compiler's output"
         if isinstance(error, OSError):
             advice = "PROTOCLIP_CACHE names another folder"
-        _warn(f"{reason[:2000]}\n{advice}", device_type)
-        return reason.splitlines()[0]
+        for words, remedy in REMEDIES.items():
+            if any(words in line for line in cause):
+                advice = remedy
+        lines = "\n".join(cause)
+        _warn(f"no native library: {lines}\n{advice}", device_type)
+        return f"no native library: {cause[0]}"
+
+
+def _cause(error: Exception) -> list[str]:
+    """The lines that say why a build failed. Most of torch's message are commands of a kB each, and
+    the first error comes after some of them."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    errors = [line for line in lines[1:] if CAUSE.search(line)] or [lines[0], *lines[1:][-4:]]
+    return [line[:500] for line in errors[:5]]
+
+
+def _compilers() -> list[str]:
+    """The programs that may compile C++: CXX, or else the usual ones. torch takes one program
+    alone: of "ccache g++" this is g++."""
+    named = os.environ.get("CXX", "")
+    return [named, *reversed(named.split())] if named.strip() else ["c++", "g++", "clang++"]
+
+
+def _compiler() -> str | None:
+    return next((each for each in _compilers() if shutil.which(each)), None)
 
 
 def _warn(problem: str, device_type: str) -> None:
@@ -230,15 +260,29 @@ def build(recipe: Recipe) -> Path:
             for leftover in (partial, folder):  # of a build that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir()
-            _compile(recipe, partial)
+            try:
+                _compile(recipe, partial)
+            except Exception as error:
+                _failure(library).write_text(str(error))
+                raise
             built = partial / library.name
             _seal_path(built).write_text(_seal(built))
             partial.rename(folder)
+            _failure(library).unlink(missing_ok=True)
     return library
 
 
+def _failure(library: Path) -> Path:
+    """The file that tells those who wait for a build why it failed."""
+    return library.parent.with_suffix(".failed")
+
+
 def _locked(library: Path, device_type: str) -> Any:
-    """The held lock of a library's build, to be released; other processes wait for it."""
+    """The held lock of a library's build, to be released; other processes wait for it.
+
+    Raises:
+        RuntimeError: the build that this process waited for failed; here it would fail again.
+    """
     from filelock import FileLock, Timeout
 
     folder = library.parent
@@ -248,7 +292,13 @@ def _locked(library: Path, device_type: str) -> Any:
         return lock.acquire(timeout=0)
     except Timeout:
         _say(f"waiting for another process that compiles the {device_type} kernels ...\n")
-        return lock.acquire()
+    earlier = _failure(library).stat().st_mtime_ns if _failure(library).exists() else 0
+    held = lock.acquire()
+    with contextlib.suppress(FileNotFoundError):
+        if _failure(library).stat().st_mtime_ns > earlier:
+            lock.release()
+            raise RuntimeError(_failure(library).read_text())
+    return held
 
 
 def _private_folder() -> Path:
@@ -307,13 +357,15 @@ def _compile(recipe: Recipe, folder: Path) -> None:
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
         path = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"
-    variables = {"PATH": path}
+    variables = {"PATH": path, "CXX": _compiler() or "c++"}  # torch knows only CXX and c++
     if not cpu:
         variables["TORCH_CUDA_ARCH_LIST"] = recipe.parameters["arch"]
     # torch builds a name once a process, even if that was interrupted.
     cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(recipe.name, None)
+    # torch 2.13 quotes its folders of headers, but not that of its libraries.
+    libraries = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     try:
-        with _environment(variables):
+        with _environment(variables), mock.patch.object(cpp_extension, "TORCH_LIB_PATH", libraries):
             cpp_extension.load(
                 name=recipe.name,
                 sources=[str(p) for p in recipe.sources],
