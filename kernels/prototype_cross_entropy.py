@@ -32,7 +32,7 @@ from protoclip.kernels.attention import attention_kernel, load_tile, split_scale
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import SampleLosses, ScaledGradients
 from protoclip.kernels.scratch import PROTOTYPE_BYTES
-from protoclip.kernels.tiles import LEFT_OUT, LN2, products, tile_options
+from protoclip.kernels.tiles import LEFT_OUT, LN2, products, tile_options, tile_origin
 from protoclip.kernels.waves import multiply
 
 # G is at most 1 after dividing by the largest weight; this keeps small entries normal in fp16.
@@ -196,9 +196,9 @@ def weights_kernel(
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr, GRADIENT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, key tiles): W, or UNIT * G where GRADIENT. first_key: of this wave."""
-    row0 = tl.program_id(0) * BLOCK_N
-    col0 = tl.program_id(1) * BLOCK_M
+    """W, or UNIT * G where GRADIENT. first_key: of this wave. All tiles are on the grid's first
+    axis: the second ends at 65,535, which 4.2 million keys would exceed."""
+    row0, col0 = tile_origin(tl.program_id(0), n, k, BLOCK_N, BLOCK_M, 8)
     rows = row0 + tl.arange(0, BLOCK_N)
     cols = col0 + tl.arange(0, BLOCK_M)
     used = rows < n
@@ -344,7 +344,7 @@ def weights(
     out = q.new_empty((n, k))
     config = launch.prototype_config(q)
     with torch.cuda.device_of(q):
-        weights_kernel[(cdiv(n, config.block_n), cdiv(k, config.block_m))](
+        weights_kernel[(cdiv(n, config.block_n) * cdiv(k, config.block_m),)](
             q_ptr=q, logit_scale_ptr=logit_scale, key_ptr=keys, max_ptr=row_max,
             labels_ptr=None if gradient is None else gradient.labels,
             sum_ptr=None if gradient is None else gradient.row_sum,

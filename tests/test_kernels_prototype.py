@@ -237,3 +237,21 @@ def test_the_scratch_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.setattr(prototype_cross_entropy, "PROTOTYPE_BYTES", 4 * 70 * 20)
     assert_problem_within_budget(problem, "triton")
+
+
+def test_the_grid_holds_more_than_four_million_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card takes 2^31 - 1 programs on the first axis of a grid, but 65,535 on the others."""
+    kernels = pytest.importorskip("protoclip.kernels.prototype_cross_entropy")
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            grids.append(grid)
+            return lambda **_: None
+
+    monkeypatch.setattr(kernels, "weights_kernel", Recorder())
+    q, scale = torch.zeros(4, 16, dtype=torch.bfloat16), torch.tensor(1.0)
+    kernels.weights(q, q[:1].expand(5_000_000, 16), scale, torch.zeros(4))
+    kernels.weights(q[:1].expand(5_000_000, 16), q, scale, torch.zeros(5_000_000))
+    assert all(grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
+    assert len(grids) == 2
