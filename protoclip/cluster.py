@@ -44,6 +44,7 @@ from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.data import (
     DataError,
+    Faults,
     Labels,
     PairDataset,
     Pictures,
@@ -58,6 +59,7 @@ from protoclip.distributed import run_command
 from protoclip.episodes.teacher import SUFFIXES, read_rows, write_rows
 from protoclip.evaluate.load import load_model, open_encoder
 from protoclip.evaluate.results import Outcome
+from protoclip.evaluate.tasks import Encoder
 from protoclip.lloyd import choose_num_clusters, kmeans, numbers_to_try
 from protoclip.model import Encoded, choose_device
 from protoclip.report import page, snapshot
@@ -82,7 +84,6 @@ SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
 LARGEST_K = 300  # --k auto
 FEWEST = 6  # --k auto: rows
 BLOCK = 65_536  # rows whose distances are computed at once
-NAMED = 10  # unreadable pictures that are listed
 ROUNDING = 32  # relative deviations of the features of equal pictures, in units of the dtype's eps
 PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
 
@@ -336,13 +337,10 @@ def encode_pictures(args: argparse.Namespace) -> Points:
         ) from error
     check_k(args.k, len(dataset))  # before hours of encoding
     with open_encoder(loaded.model, args, "encoding") as encoder:
-        try:
-            rows = encoder.images(dataset)
-        except DataError as error:
-            readable = _readable(dataset, error)
-            weights = None if weights is None else weights[readable]
-            dataset = Subset(dataset, readable)
-            rows = encoder.images(dataset)
+        positions, rows = _encoded(encoder, dataset)
+    if len(positions) < len(dataset):
+        weights = None if weights is None else weights[positions]
+        dataset = Subset(dataset, positions)
     source = short(args.run) if args.run else f"{short(name)} ({short(pretrained)})"
     return Points(
         dataset=dataset,
@@ -372,22 +370,39 @@ def as_rows(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(dtype, copy=False))
 
 
-def _readable(dataset: PairDataset, error: DataError) -> list[int]:
-    """The positions of pictures that can be read; raises ``error`` if all or fewer than two can."""
-    readable: list[int] = []
-    faults: list[str] = []
+def _encoded(encoder: Encoder, dataset: PairDataset) -> tuple[list[int], Tensor]:
+    """The positions of the pictures that can be read, and their rows; names the others."""
+    messages: list[str] = []
+    faults = Faults(dataset, max_fraction=1.0, report=messages.append)
+    try:
+        rows = encoder.images(dataset, faults)  # others stand in for those that cannot be read
+        readable = [i for i in range(len(dataset)) if i not in faults.positions]
+        rows = rows[readable]
+    except DataError as error:  # most of the pictures of a batch
+        readable = _readable(dataset, error, faults)
+        rows = encoder.images(Subset(dataset, readable))
+    if faults.positions:
+        count = len(faults.positions)
+        reasons = [message.partition(": ")[2] for message in messages]
+        if len(readable) < 2:
+            raise DataError(reasons[0])
+        lines = [f"left out {count:,} of {plural(len(dataset), 'picture')}:", *reasons]
+        if count > len(messages):
+            lines.append(f"and {count - len(messages):,} more")
+        print(printable_lines("\n  ".join(lines)), file=sys.stderr)
+    return readable, rows
+
+
+def _readable(dataset: PairDataset, error: DataError, faults: Faults) -> list[int]:
+    """The positions of pictures that can be read; raises ``error`` if fewer than two can."""
     for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
         try:
             dataset.image(i)
-            readable.append(i)
         except DataError as reason:
-            faults.append(str(reason))
-    if len(readable) < 2 or not faults:
+            faults.note(i, str(reason))
+    readable = [i for i in range(len(dataset)) if i not in faults.positions]
+    if len(readable) < 2:
         raise error
-    lines = [f"left out {len(faults):,} of {plural(len(dataset), 'picture')}:", *faults[:NAMED]]
-    if len(faults) > NAMED:
-        lines.append(f"and {len(faults) - NAMED:,} more")
-    print(printable_lines("\n  ".join(lines)), file=sys.stderr)
     return readable
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 import protoclip
 from protoclip.cluster import main as cluster
 from protoclip.common.files import DataError
-from protoclip.data import images
+from protoclip.data import Faults, PairDataset, images
 from protoclip.data.folders import ImageFolder
+from protoclip.evaluate.tasks import Encoder
 
 
 def draw(path: Path, number: int) -> None:
@@ -208,6 +209,34 @@ def test_a_person_with_a_folder_never_reads_of_pairs(
     assert "torn.jpg: the picture does not decode" in error
     assert "among 1 file\n" in error
     assert "pair" not in error
+
+
+@pytest.mark.parametrize(("torn", "passes"), [(1, 1), (400, 2)])
+def test_torn_pictures_are_left_out(
+    torn: int, passes: int, photos: Path, out: Path, nano: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One costs no second pass; where most are torn there is one, over those that are whole."""
+    for number in range(4):
+        draw(photos / f"{number}.png", number)
+    for number in range(torn):
+        (photos / f"torn-{number:03}.jpg").write_bytes(b"no picture")
+    encode = Encoder.images
+    encoded: list[int] = []
+
+    def images(encoder: Encoder, dataset: PairDataset, faults: Faults | None = None) -> Tensor:
+        encoded.append(len(dataset))
+        return encode(encoder, dataset, faults)
+
+    monkeypatch.setattr(Encoder, "images", images)
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2", "--workers", "0"]
+    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
+    assert encoded == [4 + torn, 4][:passes]
+    error = capsys.readouterr().err
+    assert f"left out {torn} of {torn + 4} pictures:\n  {photos}/torn-" in error
+    assert ("and 380 more" in error) == (torn == 400)
+    names = {line["file"] for line in rows_of(out / "clusters.csv")}
+    assert names == {f"{number}.png" for number in range(4)}
 
 
 @pytest.mark.parametrize(

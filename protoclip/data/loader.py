@@ -88,12 +88,15 @@ class Faults:
     def noted(self, batch: Batch) -> Batch:
         """Note the bad samples of a batch, each once, and return the batch."""
         for position, reason in batch.bad:
-            if position not in self.positions:
-                self.positions.add(position)
-                if len(self.positions) <= NAMED:
-                    self.report(f"skipped sample {len(self.positions)}: {reason}")
-                self._check(f"; the last one: {reason}")
+            self.note(position, reason)
         return batch
+
+    def note(self, position: int, reason: str) -> None:
+        if position not in self.positions:
+            self.positions.add(position)
+            if len(self.positions) <= NAMED:
+                self.report(f"skipped sample {len(self.positions)}: {reason}")
+            self._check(f"; the last one: {reason}")
 
     def _check(self, last: str) -> None:
         count = self.known + len(self.positions)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.data import Draws, Labels, PairDataset, batches
+from protoclip.data import Draws, Faults, Labels, PairDataset, batches
 from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask, labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice
@@ -76,8 +76,9 @@ class Encoder:
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
 
     @torch.no_grad()
-    def images(self, dataset: PairDataset) -> Tensor:
-        """u of every picture, float32 [N, D] on the device."""
+    def images(self, dataset: PairDataset, faults: Faults | None = None) -> Tensor:
+        """u of every picture, float32 [N, D] on the device. ``faults`` notes those of this rank
+        that cannot be read, whose rows are another picture's; else they raise a DataError."""
 
         def encode(rows: slice) -> Tensor:
             stream = batches(
@@ -88,6 +89,7 @@ class Encoder:
                 self.model.short_tokenizer,
                 workers=self.workers,
                 captions="first",
+                faults=faults,
             )
             return self._rows(self.model.clip.encode_image, (batch.image for batch in stream))
 
@@ -138,7 +140,7 @@ class FixedEncoder(Encoder):
 
     features: Callable[[Image.Image], np.ndarray] = np.asarray
 
-    def images(self, dataset: PairDataset) -> Tensor:
+    def images(self, dataset: PairDataset, faults: Faults | None = None) -> Tensor:
         rows = [self.features(dataset.image(i)) for i in range(len(dataset))]
         return torch.from_numpy(np.stack(rows)).flatten(1).float().to(self.device)
 
