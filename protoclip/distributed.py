@@ -26,6 +26,7 @@ Group = dist.ProcessGroup | None
 # torch 2.13 gives these functions new names and warns about the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+PIECE = 2**26  # bytes of rows that one call sends
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     # The variables of the job step, not the allocation: plain python in a batch script is alone.
@@ -233,6 +234,26 @@ def from_main(make: Callable[[], Result]) -> Result:
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
+
+
+def rows_from_main(
+    make: Callable[[], tuple[Tensor | None, Result]],
+) -> tuple[Tensor | None, Result]:
+    """As ``from_main``, for what comes with rows [N, d] on the CPU, or with None. The rows may be
+    many: they are sent in pieces, and a rank holds them once."""
+    rows: Tensor | None = None
+
+    def describe() -> tuple[tuple[torch.Size, torch.dtype] | None, Result]:
+        nonlocal rows
+        rows, result = make()
+        return None if rows is None else (rows.shape, rows.dtype), result
+
+    form, result = from_main(describe)
+    if form is not None and is_distributed():
+        rows = torch.empty(form[0], dtype=form[1]) if rows is None else rows.contiguous()
+        bytes_each = rows.element_size() * max(1, rows.shape[1])
+        broadcast(*rows.split(max(1, PIECE // bytes_each)))
+    return rows, result
 
 
 def gather_objects(value: Result) -> list[Result]:

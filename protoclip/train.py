@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,9 +168,11 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
     put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):
-        teacher, remark = distributed.from_main(lambda: open_teacher(config, dataset, device))
+        make = partial(open_teacher, config, dataset, device)
+        teacher, remark = distributed.rows_from_main(make)
     if teacher is not None:
         setup = replace(setup, teacher=teacher.to(device))
+        del teacher  # on a GPU this is another copy
     evaluation = Evaluation(config, run_data, device, precision, phases, workers)
     reuses = None if resume is None else resume.training["features"] is not None
     trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses, terms)

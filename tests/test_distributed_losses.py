@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -466,6 +467,37 @@ def test_the_sizes_of_batches_are_compared_once(name: str) -> None:
     for calls in on_ranks(2, call_twice, name, True):
         assert calls.error == ""
         assert calls.first_gathers.count(1) == 1 and 1 not in calls.second_gathers
+
+
+def sent_rows(shape: list[int] | None) -> list[Any]:
+    """What rank 0 sends, rows in Fortran's order in pieces of two, or what it says of an error."""
+    info = find_rank()
+    distributed.start(info, CPU, 60)
+    distributed.PIECE = 24
+
+    def make() -> tuple[Tensor | None, str]:
+        assert info.rank == 0
+        if shape is None:
+            return None, "no rows"
+        if not shape:
+            raise ValueError("no such file")
+        rows = torch.arange(math.prod(shape), dtype=torch.float32)
+        return rows.view(shape[::-1]).T, "rows"
+
+    try:
+        rows, words = distributed.rows_from_main(make)
+    except ValueError as error:
+        rows, words = None, str(error)
+    distributed.stop()
+    return [words, None if rows is None else rows.tolist()]
+
+
+def test_rows_of_rank_0_reach_every_rank() -> None:
+    for shape in ([7, 3], [1, 3], [0, 3], [3, 0]):
+        rows = torch.arange(math.prod(shape), dtype=torch.float32).view(shape[::-1]).T
+        assert on_ranks(3, sent_rows, shape) == [["rows", rows.tolist()]] * 3
+    assert on_ranks(3, sent_rows, None) == [["no rows", None]] * 3
+    assert on_ranks(3, sent_rows, []) == [["no such file", None]] * 3
 
 
 def of_no_pairs(local_loss: bool, gather_with_grad: bool) -> tuple[float, float]:
