@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -230,10 +231,29 @@ def from_main(make: Callable[[], Result]) -> Result:
             box[0] = make()
         except (ValueError, OSError) as error:
             box[0] = error
+    wait_for_main()
     dist.broadcast_object_list(box)
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
+
+
+def wait_for_main() -> None:
+    """Wait until rank 0 comes here too, however long its work takes: a collective call would fail
+    after ``timeout`` seconds."""
+    if not is_distributed():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    key = f"main {next(_waits)}"
+    if is_main():
+        store.set(key, "here")
+    pause = 0.001
+    while not store.check([key]):  # by Python, which signals can interrupt
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+_waits = itertools.count()  # of this process, as of all others
 
 
 def rows_from_main(

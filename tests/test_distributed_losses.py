@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -498,6 +499,23 @@ def test_rows_of_rank_0_reach_every_rank() -> None:
         assert on_ranks(3, sent_rows, shape) == [["rows", rows.tolist()]] * 3
     assert on_ranks(3, sent_rows, None) == [["no rows", None]] * 3
     assert on_ranks(3, sent_rows, []) == [["no such file", None]] * 3
+
+
+def of_a_slow_rank_0() -> str:
+    info = find_rank()
+    distributed.start(info, CPU, 5)
+
+    def make() -> str:
+        time.sleep(8)
+        return "made"
+
+    result = distributed.from_main(make)
+    distributed.stop()
+    return result
+
+
+def test_the_work_of_rank_0_may_take_longer_than_ranks_wait_for_each_other() -> None:
+    assert on_ranks(2, of_a_slow_rank_0) == ["made"] * 2
 
 
 def of_no_pairs(local_loss: bool, gather_with_grad: bool) -> tuple[float, float]:

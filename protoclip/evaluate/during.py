@@ -30,7 +30,13 @@ from protoclip.data import (
 )
 from protoclip.data.loader import Faults
 from protoclip.data.settings import RunData, open_arguments
-from protoclip.distributed import gather_objects, is_main, own_slice, progress_hidden
+from protoclip.distributed import (
+    gather_objects,
+    is_main,
+    own_slice,
+    progress_hidden,
+    wait_for_main,
+)
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
@@ -121,6 +127,7 @@ class Evaluation:
             same = all(sizes.get(key) == len(of.test) for key, of in self.quick_sets.items())
             return saved.trained if same and saved.data == self.data else None
         before = self.full(model, "evaluating the untrained model")
+        wait_for_main()  # which alone has the probes to fit
         if before is not None and is_main():
             results.write_results(path, Outcome(self.data, "untrained", "", before))
         return before
