@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pairs import spoil
-from ranks import bare_run, losses, metrics
+from ranks import bare_run, exit_codes, logs_of, losses, metrics, start_command
 
 from protoclip.train import main
 
@@ -54,3 +54,17 @@ def test_too_many_stop_the_run_with_a_clear_word(
         assert main([*flags, "--name", workers, *more, "--workers", workers]) == 0
         assert metrics(tmp_path / "logs" / workers)[-1]["bad_samples"] > 0
     assert losses(tmp_path / "logs" / "0") == losses(tmp_path / "logs" / "1")
+
+
+def test_too_many_of_all_ranks_stop_the_run_after_its_checkpoint(tmp_path: Path) -> None:
+    """Each of two ranks meets about half of them."""
+    flags = bare_run(tmp_path, "--max-steps", "9", "--method", "clip", "--batch-size", "8")
+    for i in range(40, 49):
+        spoil(tmp_path / "shards" / "00001.tar", _name(tmp_path, i))
+    codes = exit_codes(start_command(tmp_path, [*flags, "--name", "stops"], 2, bare=True))
+    assert codes == [2, 2]
+    said = logs_of(tmp_path)
+    assert "of 150 samples cannot be used, more than --max-bad-fraction 0.05" in said
+    assert "Traceback" not in said
+    more = ["--max-bad-fraction", "0.1", "--resume", str(tmp_path / "logs" / "stops")]
+    assert exit_codes(start_command(tmp_path, [*flags, *more], 2, bare=True)) == [0, 0]

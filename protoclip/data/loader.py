@@ -83,7 +83,7 @@ class Faults:
         self.known = round(getattr(dataset, "num_skipped", len(skipped)))
         self.total = len(dataset) + self.known
         self.positions: set[int] = set()
-        self._check("")
+        self.check(0)
 
     def noted(self, batch: Batch) -> Batch:
         """Note the bad samples of a batch, each once, and return the batch."""
@@ -96,10 +96,11 @@ class Faults:
             self.positions.add(position)
             if len(self.positions) <= NAMED:
                 self.report(f"skipped sample {len(self.positions)}: {reason}")
-            self._check(f"; the last one: {reason}")
+            self.check(len(self.positions), f"; the last one: {reason}")
 
-    def _check(self, last: str) -> None:
-        count = self.known + len(self.positions)
+    def check(self, found: int, last: str = "") -> None:
+        """Raise a DataError if so many bad samples, beyond those known before, are too many."""
+        count = self.known + found
         if count > self.max_fraction * self.total:
             raise DataError(
                 f"{self.name}: {count} of {self.total} samples cannot be used, more than "

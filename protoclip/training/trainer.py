@@ -376,8 +376,9 @@ class Trainer:
         one under that number."""
         self._finish_line()
         with self.phases.measure("checkpoint", on_host=True):
+            training = self.state()
             payload = state.payload(
-                self.state(),
+                training,
                 step=self.step,
                 epoch=epoch or math.ceil(self.step / self.plan.steps_per_epoch),
                 name=self.folder.path.name,
@@ -388,6 +389,7 @@ class Trainer:
             )
             self.folder.checkpoint(payload, epoch)
         self.saves.mark_saved(self.step)
+        self.faults.check(len(training.faults))  # of all ranks: each has counted its own
 
     def state(self) -> TrainingState:
         """The state between two steps; a collective call."""
