@@ -81,6 +81,7 @@ def test_bad_values_are_refused(flags: list[str], words: str) -> None:
     [
         ('{"episode": {"clutsers": 3}}', "has no \\['clutsers'\\]"),
         ('{"optim": {"lr": "fast"}}', "expected float for lr, got 'fast'"),
+        (f'{{"optim": {{"lr": {10**400}}}}}', "--lr: expected a finite number, got inf"),
         ('{"batch-size": "many"}', "expected int for batch_size, got 'many'"),
         ('{"batch-sise": 3}', "has no \\['batch-sise'\\]"),
         ('{"optim": 3}', "expected OptimConfig for optim, got 3"),

@@ -89,7 +89,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], base: Config | None 
         if dataclasses.is_dataclass(expected) and isinstance(value, Mapping):
             value = from_dict(expected, value, settings[key])
         elif expected is float and type(value) is int:
-            value = float(value)
+            value = float(str(value))  # inf, which is refused, where float(int) would overflow
         if type(value) is not expected:
             raise ValueError(f"config: expected {expected.__name__} for {key}, got {value!r}")
         changes[key] = value
