@@ -24,7 +24,7 @@ from report_run import make_run
 
 from benchmarks.study.record_baseline import main as record_baseline
 from protoclip.cluster import main as cluster
-from protoclip.data import open_dataset
+from protoclip.data import Labels, open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.results import Outcome, SetResults
 from protoclip.evaluate.tasks import EvalSet
@@ -34,6 +34,7 @@ from protoclip.report.page import write_report
 from protoclip.report.snapshot import (
     Thumbnails,
     caption_of,
+    confusions,
     every,
     geometry,
     load_snapshot,
@@ -308,6 +309,19 @@ def test_a_single_confusion_is_not_listed(copy: Path, times: tuple[int, ...], sh
     section = read_page(write_report([copy])).section("zeroshot")
     assert len(section.all("td", class_="num")) == shown
     assert ("No class was taken for the same other class twice" in section.text) == (shown == 0)
+
+
+def test_the_worst_confusions_of_many_classes_take_no_table() -> None:
+    """Of 200,000 classes a table would have 4e10 cells."""
+    vectors = torch.randn(200_000, 16, generator=torch.Generator().manual_seed(0))
+    taken_for = {3: [50_000] * 3, 9: [100_000] * 2, 150_000: [150_000, 0]}
+    ids = torch.tensor([c for c, guesses in taken_for.items() for _ in guesses])
+    seen = torch.tensor([guess for guesses in taken_for.values() for guess in guesses])
+    labels = {"class": Labels(ids, tuple(map(str, range(len(vectors)))))}
+    judged = EvalSet(vectors[seen], vectors[:0], labels=labels, class_vectors={"class": vectors})
+    (entry,) = confusions(judged)
+    assert entry["worst"] == [(3, 50_000, 3), (9, 100_000, 2), (150_000, 0, 1)]
+    assert entry["right"] == pytest.approx(1 / 7) and "table" not in entry
 
 
 def test_cards_of_many_clusters_have_whole_rows_of_pictures(

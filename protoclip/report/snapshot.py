@@ -62,6 +62,7 @@ TINY = 24  # pixels across, at which near-duplicates are compared
 VISIBLE = 24  # of 255: a smaller difference of two pixels is compression or scaling
 ALIKE = 0.01  # of the values of two near-duplicates differ visibly, at most
 ASKED = 400  # queries that are evaluated
+AT_ONCE = 16  # of them, with all answers: there may be millions
 SHOWN = 4  # queries of each kind that are shown
 CELLS = 14  # classes of a full confusion table, at most
 WORST = 12  # largest entries that stand in for a larger table
@@ -499,14 +500,16 @@ def confusions(judged: EvalSet) -> list[dict[str, Any]]:
         count = len(names)
         images = _unit(judged.image[rows])
         guesses = torch.cat([(x @ _unit(vectors).T).argmax(1) for x in images.split(4096)])
-        table = torch.bincount(ids * count + guesses, minlength=count**2).view(count, count)
+        places = ids * count + guesses  # of a table, for which there may be too many classes
         entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
         if count <= CELLS:
+            table = torch.bincount(places, minlength=count**2).view(count, count)
             entry["table"] = table.tolist()
         else:
-            times, places = table.fill_diagonal_(0).flatten().topk(WORST)
-            pairs = zip(times.tolist(), places.tolist(), strict=True)
-            entry["worst"] = [(*divmod(place, count), n) for n, place in pairs if n]
+            wrong, times = places[ids != guesses].unique(return_counts=True)
+            order = times.argsort(descending=True, stable=True)[:WORST]
+            pairs = zip(wrong[order].tolist(), times[order].tolist(), strict=True)
+            entry["worst"] = [(*divmod(place, count), n) for place, n in pairs]
         entries.append(entry)
     return entries
 
@@ -556,19 +559,25 @@ def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list
         ("image", text, image, torch.arange(len(image))),
     ):
         asked = every(torch.arange(len(queries)), ASKED)
-        cosines = queries[asked] @ answers[positions].T
-        best = positions[cosines.topk(min(5, len(positions)), dim=1).indices]  # [Q, 5]
         if to == "caption":
             show_query = picture
             show_answer = caption
             right_picture = asked
-            is_right = right_answers(owner, texts, asked, texts)
+            is_right = partial(right_answers, owner, texts, columns=texts)
+            numbers = asked
         else:
             show_query = caption
             show_answer = picture
             right_picture = owner[asked]
-            is_right = right_answers(texts, owner, texts[asked], torch.arange(len(image)))
-        hits = is_right.gather(1, best)  # [Q, 5]
+            is_right = partial(right_answers, texts, owner, columns=torch.arange(len(image)))
+            numbers = texts[asked]
+        candidates = answers[positions]
+        places, answered = [], []
+        for rows, number in zip(asked.split(AT_ONCE), numbers.split(AT_ONCE), strict=True):
+            nearest = (queries[rows] @ candidates.T).topk(min(5, len(positions)), dim=1).indices
+            places.append(positions[nearest])
+            answered.append(is_right(rows=number).gather(1, places[-1]))
+        best, hits = torch.cat(places), torch.cat(answered)  # [Q, 5]
         for correct in (True, False):
             rows = (hits[:, 0] == correct).nonzero().flatten()
             shown = []
