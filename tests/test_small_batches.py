@@ -19,6 +19,7 @@ from benchmarks.study import protocol, small_batches, small_batches_report
 from benchmarks.study.data import Icons, family_of, toy_icons
 from benchmarks.study.report import EQUAL_TIME, PRIMARY, Difference
 from benchmarks.study.small_batches import (
+    BY_NAME,
     CLIP,
     CNN,
     FULL,
@@ -112,6 +113,20 @@ def test_shuffled_features_are_the_teacher_s_of_other_samples(icons: Icons) -> N
     assert np.allclose(np.sort(teacher.numpy(), axis=0), np.sort(shuffled.numpy(), axis=0))
 
 
+def test_features_shuffled_by_name_are_another_name_s_for_all_of_its_samples(icons: Icons) -> None:
+    run = run_on(icons, BY_NAME)
+    teacher, shuffled = run_on(icons, OURS).trainer.setup.teacher, run.trainer.setup.teacher
+    assert teacher is not None and shuffled is not None
+    words = np.array([run.trainer.dataset.captions(i)[0] for i in range(300)])
+    of_name = {name: teacher[i] for i, name in enumerate(words)}
+    others = {}
+    for name, row in zip(words, shuffled, strict=True):
+        (other,) = (other for other, of_other in of_name.items() if bool((of_other == row).all()))
+        assert others.setdefault(name, other) == other
+    assert sorted(others.values()) == sorted(others)  # each name once
+    assert sum(name == other for name, other in others.items()) < len(others) / 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [QUEUE, *LATE_QUEUES, SHUFFLED, "distillation"])
 def test_a_rival_trains_and_is_judged(icons: Icons, row: str) -> None:
@@ -156,9 +171,9 @@ def test_equal_time_is_the_row_s_time_in_epochs_of_clip(done: protocol.Done) -> 
     ratio = (10 + 10 + 12 + 13 * 11) / 160
     epochs = {
         row: order.epochs(MLP, row, 64, 60_000)
-        for row in (CLIP, OURS, SHUFFLED, EQUAL_TIME, WITH_TEACHER, QUEUE, INTERNAL_ONLY)
+        for row in (CLIP, OURS, SHUFFLED, BY_NAME, EQUAL_TIME, WITH_TEACHER, QUEUE, INTERNAL_ONLY)
     }
-    assert epochs[CLIP] == epochs[OURS] == epochs[SHUFFLED] == 4
+    assert epochs[CLIP] == epochs[OURS] == epochs[SHUFFLED] == epochs[BY_NAME] == 4
     assert epochs[EQUAL_TIME] == pytest.approx(4 * ratio, abs=1e-3)
     assert epochs[WITH_TEACHER] == pytest.approx(4 * (ratio + 32 / 160), abs=1e-3)
     assert epochs[QUEUE] == epochs[INTERNAL_ONLY] == pytest.approx(4 * ratio / 2, abs=1e-3)
@@ -254,7 +269,7 @@ def test_every_row_has_its_seeds_and_no_run_is_done_twice(done: protocol.Done) -
                 planned = tower == MLP and row in (EQUAL_TIME, OURS)
                 expected = list(range(100, 116)) if planned else eight
                 assert seeds.pop((tower, row, batch, 60_000)) == expected
-    for row in (small_batches.JUDGED_QUEUE, *small_batches.CONTROLS):
+    for row in (small_batches.JUDGED_QUEUE, BY_NAME, *small_batches.CONTROLS):
         assert seeds.pop((MLP, row, 64, 60_000)) == eight
     for row in (EQUAL_TIME, OURS):
         for batch in FULL.axis:

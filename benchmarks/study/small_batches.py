@@ -78,9 +78,10 @@ QUEUES = {"queue of 3 steps": 3, "queue of 15 steps": 15}
 LATE_QUEUES = {f"{row} from the second pass": steps for row, steps in QUEUES.items()}
 JUDGED_QUEUE = "queue of 3 steps from the second pass"  # the others failed in tuning
 SHUFFLED = "shuffled teacher"
+BY_NAME = "teacher shuffled by name"
 DISTILLED = "distillation"
 # The same work; that of a late queue is a bit less.
-TIMED_AS = {SHUFFLED: OURS, **dict(zip(LATE_QUEUES, QUEUES, strict=True))}
+TIMED_AS = {SHUFFLED: OURS, BY_NAME: OURS, **dict(zip(LATE_QUEUES, QUEUES, strict=True))}
 CONTROLS = (SHUFFLED, INTERNAL_ONLY, DISTILLED)
 ROWS: dict[str, tuple[str, ...]] = {
     CLIP: PLAIN,
@@ -89,6 +90,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     OURS: study.OTHERS[OURS],
     **dict.fromkeys(QUEUES | LATE_QUEUES, PLAIN),
     SHUFFLED: study.OTHERS[OURS],
+    BY_NAME: study.OTHERS[OURS],
     INTERNAL_ONLY: study.OTHERS[INTERNAL_ONLY],
     DISTILLED: ("--w-distill", "1", "--w-proto", "0", "--w-proto-external", "0"),
 }
@@ -177,12 +179,19 @@ class Run(study.Run):
             stepper.loss = QueueLoss(stepper.loss.config, steps, alone)
 
     def open_teacher(self, config: TrainConfig, pairs: IconPairs) -> Tensor | None:
-        """The teacher's features; for the control those of other samples, the same in every
-        episode, so that clusters have the same sizes and cost."""
+        """The teacher's features; for the controls those of other samples, the same in every
+        episode, so that clusters have the same sizes and cost, or of other names, the same for all
+        samples of a name."""
         teacher = super().open_teacher(config, pairs)
-        if teacher is None or self.task.row != SHUFFLED:
+        if teacher is None or self.task.row not in (SHUFFLED, BY_NAME):
             return teacher
-        return teacher[torch.randperm(len(teacher), generator=generator(self.task.seed, 4))]
+        random = generator(self.task.seed, 4)
+        if self.task.row == SHUFFLED:
+            return teacher[torch.randperm(len(teacher), generator=random)]
+        words = pairs.icons.words[pairs.chosen]
+        _, first, name = np.unique(words, return_index=True, return_inverse=True)
+        other = torch.randperm(len(first), generator=random)[name]
+        return teacher[torch.from_numpy(first)[other]]
 
     def finish(self) -> dict[str, Any]:
         """Train to the end and judge; also how many drawings of each set were named."""
@@ -279,7 +288,7 @@ class Order:
     def epochs(self, tower: str, row: str, batch: int, icons: int) -> float | None:
         """How long a row trains; None until what it takes has been timed."""
         epochs = self.size.epochs
-        if row in (CLIP, OURS, SHUFFLED):
+        if row in (CLIP, OURS, SHUFFLED, BY_NAME):
             return epochs
         ratio = self.ratio(tower, OURS, batch, icons)
         if ratio is None:
@@ -386,6 +395,13 @@ class Order:
                         if lr != rates[-1]:
                             yield Task("rate", tower, row, seed, lr, epochs, batch, size.icons)
 
+    def by_name(self, batch: int) -> Tasks:
+        """The control that is not tuned: it has the learning rate of ours."""
+        size = self.size
+        lr = yield from self.tune(MLP, OURS, batch, size.epochs, size.icons, size.few_seeds)
+        for seed in range(FIRST_SEED, FIRST_SEED + size.seeds) if lr is not None else ():
+            yield Task("main", MLP, BY_NAME, seed, lr, size.epochs, batch, size.icons)
+
     def best(self) -> Tasks:
         """CLIP and ours at their best batches, for the time of ours at the small one."""
         size = self.size
@@ -430,6 +446,7 @@ class Order:
         for icons in size.amounts:
             yield from self.rows(MLP, (EQUAL_TIME, OURS), small, icons=icons, **few)
         yield from self.rows(CNN, (CLIP, WITH_TEACHER), size.batches)
+        yield from self.by_name(size.batches[0])
 
 
 @dataclass(frozen=True)
