@@ -61,8 +61,11 @@ def test_loss_and_gradients_are_within_budget(shape: Shape, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("labelled", [0, 1, 60])
 @pytest.mark.parametrize("d", [8, 300], ids=["one pass", "in waves"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "reduction, dtype",
+    [("mean", torch.float32), ("sum", torch.bfloat16), ("mean", torch.float16)],
+    ids=str,
+)
 def test_the_loss_of_a_batch_is_that_of_its_samples(
     reduction: str, dtype: torch.dtype, d: int, labelled: int
 ) -> None:
