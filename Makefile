@@ -76,7 +76,7 @@ study:  ## what prototypes are worth, over seeds; about five hours of one core i
 study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
 
-small-batches:  ## a teacher's prototypes at a small batch; about twelve hours of one core, as `study` (HOURS=2 WORKERS=2)
+small-batches:  ## a teacher's prototypes at a small batch; about twenty-five hours of one core, as `study` (HOURS=2 WORKERS=2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
 
 small-batches-pairs:  ## the runs of small-batches that are timed, with nothing beside them; about an hour
