@@ -25,7 +25,7 @@ test:  ## the tests, on all cores
 	$(PYTHON) -m pytest tests -n auto --dist loadfile
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
-	$(PYTHON) -m pytest benchmarks --benchmark-disable
+	$(PYTHON) -m pytest benchmarks --benchmark-disable $(if $(SIZES),--sizes $(SIZES))
 
 ARM_CXX ?= aarch64-linux-gnu-g++
 check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch64-linux-gnu, qemu-user)

@@ -36,7 +36,7 @@ def calls_of_ci(folder: Path, fails_at: int = 0, root: bool = True) -> tuple[int
 
 def test_ci_installs_as_the_readme_says_and_runs_its_test_command(tmp_path):
     code, calls = calls_of_ci(tmp_path)
-    assert code == 0 and calls[-3] == "make lint" and calls[-1] == "make parity"
+    assert code == 0 and calls[-3] == "make lint" and calls[-1] == "make parity SIZES=tiny"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ours = re.search(r"&& (python -m pytest .*)", readme)
     assert ours is not None and calls[-2].startswith(ours[1].strip())

@@ -34,7 +34,7 @@ from protoclip.distributed import find_rank
 
 @pytest.mark.parametrize(
     ("victim", "sent", "timeout"),
-    [(1, signal.SIGKILL, "600"), (1, signal.SIGSTOP, "30"), (0, signal.SIGKILL, "600")],
+    [(1, signal.SIGKILL, "600"), (1, signal.SIGSTOP, "20"), (0, signal.SIGKILL, "600")],
 )
 def test_a_lost_rank_ends_the_others(
     tmp_path: Path, victim: int, sent: signal.Signals, timeout: str

@@ -33,8 +33,15 @@ pytestmark = [
 @pytest.mark.parametrize(
     "n, m, d, logit_scale", [(1, 1, 1, 14.3), (17, 33, 20, 100.0), (70, 150, 17, 100.0)]
 )
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, kind",
+    [
+        (dtype, kind)
+        for dtype in DTYPES
+        for kind in (list(KINDS)[::3] if dtype == torch.float16 else KINDS)
+    ],
+    ids=str,
+)
 def test_losses_and_gradients_are_those_of_the_sets(
     dtype: torch.dtype, kind: str, n: int, m: int, d: int, logit_scale: float
 ) -> None:

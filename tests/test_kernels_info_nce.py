@@ -370,8 +370,16 @@ SIGMOID_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", SIGMOID_CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, case",
+    [
+        (dtype, case)
+        for dtype in DTYPES
+        for case in SIGMOID_CASES
+        if dtype != torch.float16 or case.id_columns == 2
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "n, m, d, offset", [(1, 1, 3, 0), (100, 130, 43, 30), (64, 64, 32, 0), (4, 4, 0, 0)]
 )
