@@ -372,8 +372,7 @@ def as_rows(array: np.ndarray) -> Tensor:
 
 def _encoded(encoder: Encoder, dataset: PairDataset) -> tuple[list[int], Tensor]:
     """The positions of the pictures that can be read, and their rows; names the others."""
-    messages: list[str] = []
-    faults = Faults(dataset, max_fraction=1.0, report=messages.append)
+    faults = Faults(dataset, max_fraction=1.0, report=lambda _: None)  # they are named at the end
     try:
         rows = encoder.images(dataset, faults)  # others stand in for those that cannot be read
         readable = [i for i in range(len(dataset)) if i not in faults.positions]
@@ -383,25 +382,24 @@ def _encoded(encoder: Encoder, dataset: PairDataset) -> tuple[list[int], Tensor]
         rows = encoder.images(Subset(dataset, readable))
     if faults.positions:
         count = len(faults.positions)
-        reasons = [message.partition(": ")[2] for message in messages]
         if len(readable) < 2:
-            raise DataError(reasons[0])
-        lines = [f"left out {count:,} of {plural(len(dataset), 'picture')}:", *reasons]
-        if count > len(messages):
-            lines.append(f"and {count - len(messages):,} more")
+            raise DataError(faults.reasons[0])
+        lines = [f"left out {count:,} of {plural(len(dataset), 'picture')}:", *faults.reasons]
+        if more := count - len(faults.reasons):
+            lines.append(f"and {more:,} more")
         print(printable_lines("\n  ".join(lines)), file=sys.stderr)
     return readable, rows
 
 
 def _readable(dataset: PairDataset, error: DataError, faults: Faults) -> list[int]:
-    """The positions of pictures that can be read; raises ``error`` if fewer than two can."""
+    """The positions of pictures that can be read; raises ``error`` if all or fewer than two can."""
     for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
         try:
             dataset.image(i)
         except DataError as reason:
             faults.note(i, str(reason))
     readable = [i for i in range(len(dataset)) if i not in faults.positions]
-    if len(readable) < 2:
+    if len(readable) < 2 or not faults.positions:
         raise error
     return readable
 

@@ -83,6 +83,7 @@ class Faults:
         self.known = round(getattr(dataset, "num_skipped", len(skipped)))
         self.total = len(dataset) + self.known
         self.positions: set[int] = set()
+        self.reasons: list[str] = []  # of the first of them
         self.check(0)
 
     def noted(self, batch: Batch) -> Batch:
@@ -95,6 +96,7 @@ class Faults:
         if position not in self.positions:
             self.positions.add(position)
             if len(self.positions) <= NAMED:
+                self.reasons.append(reason)
                 self.report(f"skipped sample {len(self.positions)}: {reason}")
             self.check(len(self.positions), f"; the last one: {reason}")
 

@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -145,7 +144,9 @@ def _compilers() -> list[str]:
     """The programs that may compile C++: CXX, or else the usual ones. torch takes one program
     alone: of "ccache g++" this is g++."""
     named = os.environ.get("CXX", "")
-    return [named, *reversed(named.split())] if named.strip() else ["c++", "g++", "clang++"]
+    if not named.strip():
+        return ["c++", "g++", "clang++"]
+    return list(dict.fromkeys([named, *reversed(named.split())]))
 
 
 def _compiler() -> str | None:
@@ -263,7 +264,8 @@ def build(recipe: Recipe) -> Path:
             try:
                 _compile(recipe, partial)
             except Exception as error:
-                _failure(library).write_text(str(error))
+                with contextlib.suppress(OSError):  # the disk may be full, which error says
+                    _failure(library).write_text(str(error))
                 raise
             built = partial / library.name
             _seal_path(built).write_text(_seal(built))
@@ -349,6 +351,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _compile(recipe: Recipe, folder: Path) -> None:
+    from unittest import mock
+
     from torch.utils import cpp_extension
 
     _say(f"compiling the {recipe.device_type} kernels, once (about half a minute) ...")
