@@ -11,7 +11,7 @@ import torch
 from ranks import config_of, losses, on_ranks
 
 from protoclip import distributed
-from protoclip.data import Subset, heldout_pictures, open_dataset
+from protoclip.data import Subset, heldout_pictures, open_dataset, picture_numbers
 from protoclip.data.settings import RunData, open_run_data
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.evaluate.during import TRAINED, own_layout
@@ -56,6 +56,29 @@ def test_who_is_held_out_depends_on_seed_and_number_only():
     assert (heldout_pictures(np.arange(400), 0.2, seed=3) == mask[:400]).all()
     assert (heldout_pictures(np.arange(10_000), 0.3, seed=3) >= mask).all()
     assert (heldout_pictures(np.arange(10_000), 0.2, seed=4) != mask).any()
+
+
+@pytest.mark.parametrize("data", ["table", "builtin:shapes:64"])
+def test_runs_of_several_seeds_are_judged_on_the_same_pictures(run, table, data, no_page):
+    flags = ["--train-data", data] if data != "table" else ["--val-fraction", "0.25"]
+    flags += ["--max-steps", "1", "--val-frequency", "0"]
+
+    def judged_on(name, *more):
+        folder = run(name, *flags, *more)
+        return json.loads((folder / "results.json").read_text())["trained"]["HO"]["fingerprint"]
+
+    first = judged_on("0")
+    assert first and judged_on("1", "--seed", "1") == first
+    assert judged_on("2", "--val-seed", "1") != first
+
+
+def test_the_default_split_is_that_of_seed_0(table):
+    """As it was when --seed chose the split."""
+    data = open_run_data(config_of("--train-data", str(table), "--val-fraction", "0.3"))
+    numbers = picture_numbers(open_dataset(str(table)))
+    mask = heldout_pictures(numbers, 0.3, seed=0)
+    keys = open_dataset(str(table)).keys
+    assert list(data.training.keys) == [keys[i] for i in np.flatnonzero(~mask)]
 
 
 def test_the_rows_of_a_picture_stay_together(table):
@@ -168,6 +191,8 @@ def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):
     capsys.readouterr()
     run("half", "--resume", str(half), "--val-fraction", "0.3", code=2)
     assert "data.val_fraction was 0.25 and is 0.3" in capsys.readouterr().err
+    run("half", "--resume", str(half), "--val-seed", "1", code=2)
+    assert "data.val_seed was 0 and is 1" in capsys.readouterr().err
     run("half", "--resume", str(half))
     # The schedule of the first five steps was a shorter run's; the samples were the same.
     trained = [(folder / "clusters.csv").read_text().splitlines() for folder in (whole, half)]

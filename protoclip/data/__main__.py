@@ -39,7 +39,9 @@ def run(args: Any) -> int:
     """Check or export, depending on the flags; returns the exit code."""
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     data = args.check or args.export
-    dataset = open_dataset(data, args.split, seed=args.seed, keep_going=bool(args.check), **table)
+    dataset = open_dataset(
+        data, args.split, seed=args.val_seed, keep_going=bool(args.check), **table
+    )
     for line in left_out_files(dataset):
         print(line, file=sys.stderr)
     if args.check:

@@ -32,7 +32,7 @@ class RunData:
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
     """The arguments of ``open_dataset``, the same for training and evaluation."""
-    return {"seed": config.run.seed, **{name: getattr(config.data, name) for name in TABLE}}
+    return {"seed": config.data.val_seed, **{name: getattr(config.data, name) for name in TABLE}}
 
 
 def open_run_data(config: TrainConfig) -> RunData:
@@ -44,7 +44,7 @@ def open_run_data(config: TrainConfig) -> RunData:
     dataset = open_dataset(data.train_data, split, **open_arguments(config))
     held_out: PairDataset | None = None
     if data.val_fraction:
-        dataset, held_out = _hold_out(dataset, data.val_fraction, config.run.seed)
+        dataset, held_out = _hold_out(dataset, data.val_fraction, data.val_seed)
     if data.train_num_samples > len(dataset):
         raise ValueError(
             f"--train-num-samples: expected at most {len(dataset)}, the size of {dataset.name}, "

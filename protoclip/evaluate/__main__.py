@@ -38,7 +38,7 @@ NAMED = {
     "csv_separator": None,
     "csv_encoding": None,
     "class_template": None,
-    "seed": None,
+    "val_seed": None,
     "precision": "fp32",
 }
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         output = beside(output, f"{data}\0{loaded.name}\0{weights}")
         earlier = None
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
-    columns["seed"] = config.run.seed if args.seed is None else args.seed
+    columns["seed"] = config.data.val_seed if args.val_seed is None else args.val_seed
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
     if own_held_out and (args.split or args.csv_label_key):
         raise ValueError(

@@ -60,6 +60,7 @@ class SetResults:
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
     different_captions: int | None = None  # None: not counted, or all differ
+    fingerprint: str = ""  # of its keys and captions; "": not known
 
     @property
     def number_of_captions(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import resource
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ class EvalSet:
     title: str = ""
     probe_rows: Tensor | None = None  # int64, the test images of probes; None: all
     caption_ids: Tensor | None = None  # int64 [M], the same for equal captions; None: all differ
+    fingerprint: str = ""  # of its keys and captions
 
     def among(self, label: str) -> tuple[Tensor, Labels]:
         """The images that have one of the zero-shot classes, int64 [n], and their classes among
@@ -296,7 +298,16 @@ def encode_set(
         class_vectors=vectors,
         choices=choices,
         title=layout.title or dataset.name,
+        fingerprint=fingerprint(dataset.keys, captions),
     )
+
+
+def fingerprint(keys: Sequence[str], captions: Sequence[Sequence[str]]) -> str:
+    """A digest of an evaluation set: the same for the same pictures with the same captions."""
+    digest = hashlib.sha256()
+    for key, of_image in zip(keys, captions, strict=True):
+        digest.update("\0".join([key, *of_image, ""]).encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:
@@ -451,6 +462,7 @@ def _score(
         metrics=means | values,
         intervals=metrics.bootstrap_intervals(unweighted),
         different_captions=None if caption_ids is None else len(caption_ids.unique()),
+        fingerprint=eval_set.fingerprint,
     )
 
 

@@ -142,10 +142,11 @@ def evaluate_parser() -> Parser:
     ):  # fmt: skip
         add_flag(parser, flag, default, help_text)
     parser.add_argument(
+        "--val-seed",
         "--seed",
         type=int,
         metavar="N",
-        help="seed of the held-out part of built-in data (default: the run's, or 0)",
+        help="chooses the held-out part of built-in data (default: the run's, or 0)",
     )
     add_flag(
         parser,
@@ -237,7 +238,7 @@ def data_parser() -> Parser:
     add_flag(parser, "--image-format", "png", "format of the pictures", choices=("png", "jpg"))
     add_flag(parser, "--per-shard", 1000, "pairs per shard")
     add_flag(parser, "--split", "all", "all, train or heldout")
-    add_flag(parser, "--seed", 0, "decides which pairs are held out")
+    add_flag(parser, "--val-seed --seed", 0, "chooses the pairs that are held out")
     add_options(parser, DataConfig(), only=TABLE)
     return parser
 

@@ -142,8 +142,15 @@ class DataConfig:
     val_fraction: float = option(
         0.0,
         "share of the pictures of --train-data to hold out for evaluation, such as 0.1; "
-        "chosen by --seed and position, never trained on",
+        "chosen by --val-seed and position, never trained on",
         high=0.9,
+        fixed=True,
+    )
+    val_seed: int = option(
+        0,
+        "chooses the pictures that --val-fraction or built-in data holds out; independent of "
+        "--seed, so that runs of several seeds are judged on the same ones",
+        high=2**31,
         fixed=True,
     )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
