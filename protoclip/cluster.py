@@ -53,6 +53,7 @@ from protoclip.data import (
     left_out_files,
     open_dataset,
     picture_numbers,
+    readable,
 )
 from protoclip.data.folders import ImageFolder
 from protoclip.distributed import run_command
@@ -372,36 +373,28 @@ def as_rows(array: np.ndarray) -> Tensor:
 
 def _encoded(encoder: Encoder, dataset: PairDataset) -> tuple[list[int], Tensor]:
     """The positions of the pictures that can be read, and their rows; names the others."""
-    faults = Faults(dataset, max_fraction=1.0, report=lambda _: None)  # they are named at the end
+    noted = Faults(dataset, max_fraction=1.0, report=lambda _: None)  # they are named at the end
     try:
-        rows = encoder.images(dataset, faults)  # others stand in for those that cannot be read
-        readable = [i for i in range(len(dataset)) if i not in faults.positions]
-        rows = rows[readable]
-    except DataError as error:  # most of the pictures of a batch
-        readable = _readable(dataset, error, faults)
-        rows = encoder.images(Subset(dataset, readable))
-    if faults.positions:
-        count = len(faults.positions)
-        if len(readable) < 2:
-            raise DataError(faults.reasons[0])
-        lines = [f"left out {count:,} of {plural(len(dataset), 'picture')}:", *faults.reasons]
-        if more := count - len(faults.reasons):
+        rows = encoder.images(dataset, noted)  # others stand in for those that cannot be read
+        positions = [i for i in range(len(dataset)) if i not in noted.positions]
+        rows = rows[positions]
+    except DataError:  # most of the pictures of a batch
+        pairs, faults = readable(dataset)
+        if len(pairs) < 2 or not faults:
+            raise
+        for i, fault in faults.items():
+            noted.note(i, fault)
+        positions = [i for i in range(len(dataset)) if i not in faults]
+        rows = encoder.images(pairs)
+    if noted.positions:
+        count = len(noted.positions)
+        if len(positions) < 2:
+            raise DataError(noted.reasons[0])
+        lines = [f"left out {count:,} of {plural(len(dataset), 'picture')}:", *noted.reasons]
+        if more := count - len(noted.reasons):
             lines.append(f"and {more:,} more")
         print(printable_lines("\n  ".join(lines)), file=sys.stderr)
-    return readable, rows
-
-
-def _readable(dataset: PairDataset, error: DataError, faults: Faults) -> list[int]:
-    """The positions of pictures that can be read; raises ``error`` if all or fewer than two can."""
-    for i in tqdm(range(len(dataset)), "checking", leave=False, disable=None):
-        try:
-            dataset.image(i)
-        except DataError as reason:
-            faults.note(i, str(reason))
-    readable = [i for i in range(len(dataset)) if i not in faults.positions]
-    if len(readable) < 2 or not faults.positions:
-        raise error
-    return readable
+    return positions, rows
 
 
 def read_features(args: argparse.Namespace) -> Points:

@@ -237,24 +237,24 @@ def test_unreadable_pictures_are_left_out(table, tmp_path):
     assert layouts == [("TRAIN", 80, "80 of the pairs that it was trained on")] * 2
     dataset = open_dataset(str(tmp_path / "pairs.csv"))
     unreadable = 96  # its position
-    assert own_layout(RunData(Subset(dataset, [unreadable, unreadable])), 0) is None
+    assert own_layout(RunData(Subset(dataset, [unreadable, unreadable]))) is None
     held_out = Subset(dataset, [0, unreadable, 1])
-    assert own_layout(RunData(dataset, held_out), 0).test.keys[:] == dataset.keys[:2]
-    # Too few can be read to replace the others of a batch.
+    assert own_layout(RunData(dataset, held_out)).test.keys[:] == dataset.keys[:2]
     held_out = Subset(dataset, [0, *[unreadable] * 200, 1])
-    for workers in (0, 2):
-        assert own_layout(RunData(dataset, held_out), workers).test.keys[:] == dataset.keys[:2]
+    layout = own_layout(RunData(dataset, held_out))
+    assert layout.test.keys[:] == dataset.keys[:2]
+    assert layout.left_out[0].startswith("evaluation: left out 200 unreadable pairs, first ")
 
 
 def layout_sizes(path):
     info = distributed.find_rank()
     distributed.start(info, torch.device("cpu"), 60)
-    layout = own_layout(RunData(open_dataset(path)), 0)
+    layout = own_layout(RunData(open_dataset(path)))
     distributed.stop()
     return layout.key, len(layout.test), layout.title
 
 
 def test_a_thousand_training_pairs_at_most():
-    layout = own_layout(RunData(open_dataset("builtin:shapes:1500")), 0)
+    layout = own_layout(RunData(open_dataset("builtin:shapes:1500")))
     assert len(layout.test) == TRAINED == 1000
     assert layout.title == "1,000 of the pairs that it was trained on"

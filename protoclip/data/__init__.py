@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from protoclip.common.files import DataError
+from protoclip.data.faults import Faults, readable
 from protoclip.data.folders import open_class_folders
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
-from protoclip.data.loader import Draws, EpochOrder, Faults, batches
+from protoclip.data.loader import Draws, EpochOrder, batches
 from protoclip.data.parquet import ParquetDataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.data.shards import ShardDataset, data_kind, index_together
@@ -22,7 +23,6 @@ from protoclip.data.types import (
     PairDataset,
     Pictures,
     Subset,
-    fault_of,
     heldout_mask,
     heldout_pictures,
     left_out_files,
@@ -31,8 +31,9 @@ from protoclip.data.types import (
 
 __all__ = [
     "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Pictures",
-    "Subset", "Transform", "batches", "build_transform", "data_kind", "fault_of",
+    "Subset", "Transform", "batches", "build_transform", "data_kind",
     "heldout_pictures", "index_together", "left_out_files", "open_dataset", "picture_numbers",
+    "readable",
 ]  # fmt: skip
 
 

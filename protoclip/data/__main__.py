@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
@@ -10,20 +9,18 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from protoclip.common.files import printable_lines, whole_file, write_atomic
-from protoclip.data import DataError, PairDataset, fault_of, left_out_files, open_dataset
+from protoclip.data import DataError, PairDataset, left_out_files, open_dataset, readable
 from protoclip.distributed import run_command
 from protoclip.settings.commands import data_parser
 from protoclip.settings.config import TABLE
 
 PROG = "protoclip data"
-QUEUED = 100_000  # samples that --check hands to its threads at once
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")  # safe as a file name in a tar, without a dot
 
@@ -62,19 +59,8 @@ def check_data(dataset: PairDataset) -> int:
     for shard, key, reason in skipped:
         print(f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}")
     total = len(skipped) + len(dataset)
-    num_bad = len(skipped)
-
-    # Threads suffice because Pillow releases the interpreter's lock while it decodes.
-    with ThreadPool() as pool:
-        find = functools.partial(fault_of, dataset)
-        with tqdm(desc="checking", total=len(dataset), leave=False, disable=None) as bar:
-            for start in range(0, len(dataset), QUEUED):
-                part = range(start, min(start + QUEUED, len(dataset)))
-                for fault in pool.imap(find, part, chunksize=64):
-                    bar.update()
-                    if fault:
-                        tqdm.write(printable_lines(fault))
-                        num_bad += 1
+    faults = readable(dataset, lambda fault: tqdm.write(printable_lines(fault))).faults
+    num_bad = len(skipped) + len(faults)
     num_good = total - num_bad
     print(f"{dataset.name}: {num_good:,} of {total:,} samples are good, {num_bad:,} are not")
     return num_bad

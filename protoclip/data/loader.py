@@ -23,6 +23,7 @@ from torch import Tensor
 
 from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
+from protoclip.data.faults import Faults
 from protoclip.data.images import Transform
 from protoclip.data.types import Batch, PairDataset
 
@@ -31,7 +32,6 @@ AHEAD = 16  # batches whose shards are fetched in advance
 ATTEMPTS = 50  # bad samples tolerated beyond the batch size
 PATIENCE = 2.0  # seconds to wait for the death of a worker that has stopped answering
 CRASHES = 3  # worker deaths at the same batch before the run ends
-NAMED = 20  # bad samples reported one by one
 Tokenizer = Callable[[list[str]], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -65,50 +65,6 @@ class EpochOrder:
         # No sample moves by more than the window, as with a shuffle buffer.
         moved = torch.rand(self.size, generator=random, dtype=torch.float64) * self.window
         return positions[(torch.arange(self.size) + moved).argsort(stable=True)]
-
-
-class Faults:
-    """The known bad samples of a data set, including those skipped when it was opened.
-
-    A share above ``max_fraction`` raises a DataError; ``report`` gets a message for each new one.
-    """
-
-    def __init__(
-        self, dataset: PairDataset, max_fraction: float, report: Callable[[str], Any] = print
-    ) -> None:
-        self.name = dataset.name
-        self.max_fraction = max_fraction
-        self.report = report
-        skipped = getattr(dataset, "skipped", ())
-        self.known = round(getattr(dataset, "num_skipped", len(skipped)))
-        self.total = len(dataset) + self.known
-        self.positions: set[int] = set()
-        self.reasons: list[str] = []  # of the first of them
-        self.check(0)
-
-    def noted(self, batch: Batch) -> Batch:
-        """Note the bad samples of a batch, each once, and return the batch."""
-        for position, reason in batch.bad:
-            self.note(position, reason)
-        return batch
-
-    def note(self, position: int, reason: str) -> None:
-        if position not in self.positions:
-            self.positions.add(position)
-            if len(self.positions) <= NAMED:
-                self.reasons.append(reason)
-                self.report(f"skipped sample {len(self.positions)}: {reason}")
-            self.check(len(self.positions), f"; the last one: {reason}")
-
-    def check(self, found: int, last: str = "") -> None:
-        """Raise a DataError if so many bad samples, beyond those known before, are too many."""
-        count = self.known + found
-        if count > self.max_fraction * self.total:
-            raise DataError(
-                f"{self.name}: {count} of {self.total} samples cannot be used, more than "
-                f"--max-bad-fraction {self.max_fraction:g}{last}; fix the data (python -m "
-                "protoclip.data --check lists what is wrong), or allow more"
-            )
 
 
 @dataclass(frozen=True)

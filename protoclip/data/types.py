@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
 
 
@@ -174,16 +173,6 @@ def picture_numbers(dataset: Any) -> np.ndarray:
     if isinstance(dataset, Subset):
         return picture_numbers(dataset.dataset)[dataset.indices]
     return dataset.pictures() if hasattr(dataset, "pictures") else np.arange(len(dataset))
-
-
-def fault_of(dataset: PairDataset, i: int) -> str:
-    """Why pair ``i`` cannot be read, or ""."""
-    try:
-        dataset.image(i)
-        dataset.captions(i)
-    except DataError as error:
-        return str(error)
-    return ""
 
 
 def left_out_files(dataset: Any) -> Sequence[str]:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     earlier = results.read_results(output) if output.is_file() else None
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
-    own_held_out = None if args.data else _own_held_out(loaded, args.workers)
+    own_held_out = None if args.data else _own_held_out(loaded)
     data = own_held_out.test.name if own_held_out else args.data or _own_data(loaded.config)
     weights = "" if Path(args.what).is_dir() else loaded.pretrained  # a run's are its newest
     of_earlier = (earlier.data, earlier.model, weights and earlier.pretrained) if earlier else None
@@ -134,7 +134,7 @@ def _sizes(outcome: results.Outcome) -> dict[str, int]:
     return {key: scores.samples for key, scores in outcome.trained.items()}
 
 
-def _own_held_out(loaded: Loaded, workers: int) -> Layout | None:
+def _own_held_out(loaded: Loaded) -> Layout | None:
     """The pairs that --val-fraction kept out of the run's training, if it has any."""
     if loaded.config is None or not loaded.config.data.val_fraction:
         return None
@@ -145,7 +145,7 @@ def _own_held_out(loaded: Loaded, workers: int) -> Layout | None:
             f"{name} is not what the run was trained on, so that the pictures it held out are no "
             "longer known: restore the data (rows may be added at the end), or give --data"
         )
-    layout = own_layout(run_data, workers)
+    layout = own_layout(run_data)
     if layout is None:
         raise ValueError(f"{name}: fewer than two held-out pictures can be read; give --data")
     left_out = [*left_out_files(run_data.held_out), *layout.left_out]

@@ -13,30 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.common.files import plural
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import evenly_spaced
-from protoclip.data import (
-    DataError,
-    Draws,
-    PairDataset,
-    Subset,
-    batches,
-    fault_of,
-    picture_numbers,
-)
-from protoclip.data.loader import Faults
+from protoclip.data import Subset, picture_numbers, readable
 from protoclip.data.settings import RunData, open_arguments
-from protoclip.distributed import (
-    gather_objects,
-    is_main,
-    own_slice,
-    progress_hidden,
-    wait_for_main,
-)
+from protoclip.distributed import is_main, progress_hidden, wait_for_main
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
@@ -45,7 +29,6 @@ from protoclip.model import ProtoModel, autocast_for
 from protoclip.settings.config import TrainConfig
 
 TRAINED = 1000  # training pairs that stand in for evaluation data
-BATCH = 64  # pairs that are tried at once
 Evaluate = Callable[[ProtoModel], Mapping[str, float]]
 
 
@@ -88,7 +71,7 @@ class Evaluation:
         self.remarks: list[str] = []
         if not self.data:
             with phases.measure("evaluation", on_host=True):
-                layout = own_layout(run_data, self.workers)
+                layout = own_layout(run_data)
             self._training_layout = layout
             if layout is not None:
                 self.data = layout.test.name
@@ -170,14 +153,14 @@ class Evaluation:
         return scalars
 
 
-def own_layout(run_data: RunData, workers: int) -> Layout | None:
+def own_layout(run_data: RunData) -> Layout | None:
     """The held-out pairs of --val-fraction, or a sample of the training pairs; None if fewer than
     two of them can be read. A collective call."""
     if run_data.held_out is not None:
-        pairs, left_out = only_readable(run_data.held_out, workers)
+        pairs, faults = readable(run_data.held_out)
         if len(pairs) < 2:
             return None
-        return Layout(pairs, key="HO", title="Held-out pairs", left_out=left_out)
+        return Layout(pairs, key="HO", title="Held-out pairs", left_out=_left_out(faults))
     training: Any = run_data.training
     # A picture with several captions is asked for once, so that no caption has two right answers.
     rows = torch.from_numpy(np.sort(np.unique(picture_numbers(training), return_index=True)[1]))
@@ -186,12 +169,19 @@ def own_layout(run_data: RunData, workers: int) -> Layout | None:
     if not getattr(training, "remote", False):  # the first rows need the fewest shards
         chosen = evenly_spaced(len(rows), count)
     rows = rows[chosen]
-    sample, left_out = only_readable(Subset(training, rows, training.name), workers)
+    sample, faults = readable(Subset(training, rows, training.name))
     if len(sample) < 2:
         return None
     few = f"{len(sample):,} of the" if len(sample) < len(training) else f"All {len(sample):,}"
     title = f"{few} pairs that it was trained on"
-    return Layout(sample, captions=1, key=results.TRAIN, title=title, left_out=left_out)
+    return Layout(sample, captions=1, key=results.TRAIN, title=title, left_out=_left_out(faults))
+
+
+def _left_out(faults: Mapping[int, str]) -> list[str]:
+    if not faults:
+        return []
+    count = plural(len(faults), "unreadable pair")
+    return [f"evaluation: left out {count}, first {next(iter(faults.values()))}"]
 
 
 def _remark(run_data: RunData, count: int) -> str:
@@ -202,50 +192,3 @@ def _remark(run_data: RunData, count: int) -> str:
         "were learnt, not how the model does on others (--val-fraction 0.1 holds some out, "
         "--val-data FILE names some)"
     )
-
-
-class Readable(NamedTuple):
-    """The pairs of a data set that can be read."""
-
-    pairs: PairDataset
-    left_out: list[str]  # a line about the others, for the log
-
-
-def only_readable(dataset: PairDataset, workers: int) -> Readable:
-    """Leave out the pairs whose pictures cannot be read, as training does. A collective call: each
-    rank tries a slice."""
-    share = own_slice(len(dataset))
-    positions = torch.arange(share.start, share.stop)
-    faults = Faults(dataset, 1.0, lambda _: None)  # has the loader replace bad pairs
-    reasons: dict[int, str] = {}  # by position
-    first = 0
-    while first < len(positions):
-        draws = Draws(positions, seed=0, start=first)
-        stream = batches(
-            dataset, draws, BATCH, _no_pixels, _no_tokens, workers=workers, faults=faults
-        )
-        try:
-            for batch in stream:
-                reasons.update(batch.bad)
-                first += BATCH
-        except DataError:  # too few pairs can be read to replace the others of this batch
-            for i in positions[first : first + BATCH].tolist():
-                if fault := fault_of(dataset, i):
-                    reasons[i] = fault
-            first += BATCH
-    for of_rank in gather_objects(reasons):
-        reasons.update(of_rank)
-    if not reasons:
-        return Readable(dataset, [])
-    readable = [i for i in range(len(dataset)) if i not in reasons]
-    count = plural(len(reasons), "unreadable pair")
-    line = f"evaluation: left out {count}, first {reasons[min(reasons)]}"
-    return Readable(Subset(dataset, readable, dataset.name), [line])
-
-
-def _no_pixels(image: Any) -> Tensor:
-    return torch.empty(0)
-
-
-def _no_tokens(texts: Any) -> Tensor:
-    return torch.empty(len(texts), 0)
