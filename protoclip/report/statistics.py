@@ -1,0 +1,84 @@
+"""Differences between methods over seeds: intervals, tests, Holm's correction, seeds needed.
+
+The seeds of a comparison are paired: each method has trained on every seed. Functions take the
+differences of the pairs, fp64 [..., seeds], and work on the last axis.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05  # family-wise error, and one minus the coverage of an interval
+POWER = 0.8
+MOST_SEEDS = 50  # more are not planned for
+
+
+class Difference(NamedTuple):
+    """Mean differences, half of their 95 % intervals, and the p of the two-sided t tests."""
+
+    mean: np.ndarray
+    half: np.ndarray  # infinite for a single seed
+    p: np.ndarray  # 1 where it cannot be tested
+
+
+def paired(differences: np.ndarray) -> Difference:
+    """Student's t over the differences of paired seeds [..., seeds]."""
+    count = differences.shape[-1]
+    mean = differences.mean(-1)
+    if count < 2:
+        return Difference(mean, np.full_like(mean, np.inf), np.ones_like(mean))
+    return _of_t(mean, differences.std(-1, ddof=1) / np.sqrt(count), count - 1)
+
+
+def independent(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """Welch's t of runs [..., seeds] that share no seeds, two or more of each."""
+    squares = [side.var(-1, ddof=1) / side.shape[-1] for side in (ours, theirs)]
+    total = np.maximum(squares[0] + squares[1], np.finfo(float).tiny)
+    parts = [
+        square**2 / (side.shape[-1] - 1)
+        for square, side in zip(squares, (ours, theirs), strict=True)
+    ]
+    freedom = total**2 / np.maximum(parts[0] + parts[1], np.finfo(float).tiny)
+    return _of_t(ours.mean(-1) - theirs.mean(-1), np.sqrt(squares[0] + squares[1]), freedom)
+
+
+def _of_t(mean: np.ndarray, error: np.ndarray, freedom: np.ndarray | int) -> Difference:
+    half = stats.t.ppf(1 - LEVEL / 2, freedom) * error
+    # Scores of few pictures can repeat on every seed, which says nothing of their spread.
+    spreads = error > 1e-12
+    t = np.abs(mean) / np.where(spreads, error, 1.0)
+    return Difference(mean, half, np.where(spreads, 2 * stats.t.sf(t, freedom), 1.0))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p [..., tests], corrected for there being several (Holm 1979)."""
+    count = p.shape[-1]
+    order = np.argsort(p, axis=-1)
+    scaled = np.take_along_axis(p, order, -1) * np.arange(count, 0, -1)
+    corrected = np.minimum(np.maximum.accumulate(scaled, axis=-1), 1.0)
+    result = np.empty_like(corrected)
+    np.put_along_axis(result, order, corrected, -1)
+    return result
+
+
+def power(effect: float, seeds: int, level: float = LEVEL) -> float:
+    """How often the paired test finds a difference of ``effect`` standard deviations of the
+    seeds' differences."""
+    freedom = seeds - 1
+    critical = stats.t.ppf(1 - level / 2, freedom)
+    shift = effect * np.sqrt(seeds)
+    return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+
+
+def seeds_needed(differences: np.ndarray, level: float = LEVEL) -> int | None:
+    """The seeds with which the test would find a mean difference of the size of these [seeds] with
+    80 % power; None: more than 50, or the spread is not known."""
+    spread = differences.std(ddof=1) if len(differences) > 1 else 0.0
+    if spread < 1e-12:
+        return None
+    effect = abs(float(differences.mean())) / float(spread)
+    counts = range(3, MOST_SEEDS + 1)
+    return next((count for count in counts if power(effect, count, level) >= POWER), None)

@@ -1,0 +1,204 @@
+"""The statistics of a comparison: simulated families, and the intervals of docs/evidence.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from protoclip.report.statistics import (
+    LEVEL,
+    MOST_SEEDS,
+    POWER,
+    holm,
+    independent,
+    paired,
+    power,
+    seeds_needed,
+)
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+DRAWS = 5000
+SEEDS = 5
+# Two rows and three primary scores: the tests of a family.
+ROWS, SCORES = 2, 3
+
+
+def within_three_errors(share: float, expected: float) -> bool:
+    return abs(share - expected) <= 3 * math.sqrt(expected * (1 - expected) / DRAWS)
+
+
+def simulated(effects: np.ndarray) -> np.ndarray:
+    """Differences to the baseline at equal time [draws, rows, scores, seeds], whose means are
+    ``effects`` [rows, scores] standard deviations.
+
+    What a seed does to a run is shared by its scores and, through its data order, by all rows.
+    """
+    random = np.random.default_rng(0)
+    shape = (DRAWS, 2 * ROWS, SCORES, SEEDS)
+    of_seed = random.normal(size=(DRAWS, 1, 1, SEEDS))
+    of_run = random.normal(size=(DRAWS, 2 * ROWS, 1, SEEDS))
+    scores = of_seed + of_run + random.normal(size=shape)
+    rows, baselines = scores[:, :ROWS], scores[:, ROWS:]
+    spread = 2.0  # of a difference: two runs' and two scores' own parts
+    return rows - baselines + spread * effects[..., None]
+
+
+def test_without_a_difference_the_family_errs_in_5_percent() -> None:
+    p = paired(simulated(np.zeros((ROWS, SCORES)))).p.reshape(DRAWS, -1)
+    uncorrected = float((p < LEVEL).any(-1).mean())
+    family = float((holm(p) < LEVEL).any(-1).mean())
+    assert uncorrected > 0.1  # else the correction would not be needed
+    assert family <= LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / DRAWS)
+    assert within_three_errors(float((p[:, 0] < LEVEL).mean()), LEVEL)
+    inside = paired(simulated(np.zeros((ROWS, SCORES))))
+    covered = float((np.abs(inside.mean[:, 0, 0]) <= inside.half[:, 0, 0]).mean())
+    assert within_three_errors(covered, 0.95)
+
+
+@pytest.mark.parametrize("effect", [0.8, 1.5, 2.5])
+def test_with_a_difference_the_power_is_that_of_theory(effect: float) -> None:
+    effects = np.zeros((ROWS, SCORES))
+    effects[0, 0] = effect
+    p = paired(simulated(effects)).p.reshape(DRAWS, -1)
+    assert within_three_errors(float((p[:, 0] < LEVEL).mean()), power(effect, SEEDS))
+    corrected = LEVEL / p.shape[1]
+    strict = power(effect, SEEDS, corrected)
+    assert within_three_errors(float((p[:, 0] < corrected).mean()), strict)
+    # Holm's test of the family finds at least what its first step finds.
+    assert (holm(p)[:, 0] < LEVEL).sum() >= (p[:, 0] < corrected).sum()
+
+
+def test_the_t_tests_are_scipys() -> None:
+    random = np.random.default_rng(1)
+    ours = random.normal(0.3, 1, size=7)
+    theirs = random.normal(0, 2, size=5)
+    of_pairs = paired(ours[:5] - theirs)
+    expected = stats.ttest_rel(ours[:5], theirs)
+    low, high = expected.confidence_interval(0.95)
+    assert of_pairs.p == pytest.approx(expected.pvalue)
+    assert (of_pairs.mean - of_pairs.half, of_pairs.mean + of_pairs.half) == (
+        pytest.approx(low),
+        pytest.approx(high),
+    )
+    welch = independent(ours, theirs)
+    expected = stats.ttest_ind(ours, theirs, equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    assert welch.p == pytest.approx(expected.pvalue)
+    assert welch.mean - welch.half == pytest.approx(low)
+    assert holm(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
+
+
+def test_what_cannot_be_tested_is_not_called_significant() -> None:
+    one = paired(np.array([0.2]))
+    assert one.mean == pytest.approx(0.2) and math.isinf(one.half) and one.p == 1
+    assert paired(np.array([0.25, 0.25, 0.25])).p == 1
+    assert seeds_needed(np.array([0.25, 0.25, 0.25])) is None
+
+
+def test_seeds_that_are_needed_have_the_power() -> None:
+    random = np.random.default_rng(2)
+    differences = random.normal(size=6)
+    differences = (differences - differences.mean()) / differences.std(ddof=1)
+    needed = seeds_needed(differences + 0.9)
+    assert needed is not None
+    assert power(0.9, needed) >= POWER > power(0.9, needed - 1)
+    strict = seeds_needed(differences + 0.9, LEVEL / 3)
+    assert strict is not None and strict > needed
+    assert power(0.2, MOST_SEEDS) < POWER and seeds_needed(differences + 0.2) is None
+
+
+def records(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The recorded runs of a study with these values."""
+    with (RESULTS / name / "runs.jsonl").open() as file:
+        runs: Iterable[dict[str, Any]] = map(json.loads, file)
+        return [run for run in runs if all(run.get(key) == wanted[key] for key in wanted)]
+
+
+def gains(runs: list[dict[str, Any]], row: str, other: str, metric: str) -> np.ndarray:
+    """``row`` minus ``other`` by the seeds that both have."""
+    by_row = {
+        name: {run["seed"]: run["metrics"][metric] for run in runs if run["row"] == name}
+        for name in (row, other)
+    }
+    seeds = sorted(by_row[row].keys() & by_row[other].keys())
+    return np.array([by_row[row][seed] - by_row[other][seed] for seed in seeds])
+
+
+def words(mean: float, half: float) -> str:
+    return f"{mean:+.3f} ± {half:.3f}"
+
+
+EQUAL_TIME = "CLIP, time of ProtoCLIP"
+STUDY = [  # tower, metric, difference at equal time, p after Holm
+    ("mlp", "AMI", "+0.012 ± 0.006", 0.013),
+    ("mlp", "zero-shot", "-0.010 ± 0.008", 0.076),
+    ("mlp", "probe", "+0.006 ± 0.006", 0.14),
+    ("cnn", "zero-shot", "-0.016 ± 0.009", 0.045),
+    ("cnn", "AMI", "-0.003 ± 0.007", 0.59),
+    ("cnn", "probe", "-0.003 ± 0.010", 0.59),
+]
+
+
+def test_the_first_study_is_reproduced() -> None:
+    """Batch 256: ProtoCLIP minus CLIP at equal time, one family of six tests."""
+    differences = [
+        gains(records("study", stage="main", tower=tower), "ProtoCLIP", EQUAL_TIME, metric)
+        for tower, metric, *_ in STUDY
+    ]
+    tests = [paired(of_pairs) for of_pairs in differences]
+    corrected = holm(np.array([test.p for test in tests]))
+    for (_, _, expected, p), test, of_family in zip(STUDY, tests, corrected, strict=True):
+        assert words(test.mean, test.half) == expected
+        assert f"{of_family:.2g}" == f"{p:.2g}"
+
+
+SMALL = [  # tower, metric, gain at a batch of 64, at 256
+    ("mlp", "zero-shot", "-0.002 ± 0.003", "-0.014 ± 0.005"),
+    ("mlp", "probe", "+0.007 ± 0.004", "+0.000 ± 0.003"),
+    ("mlp", "AMI", "+0.012 ± 0.005", "+0.015 ± 0.004"),
+    ("cnn", "zero-shot", "+0.004 ± 0.010", "-0.007 ± 0.009"),
+    ("cnn", "probe", "+0.012 ± 0.005", "+0.009 ± 0.004"),
+    ("cnn", "AMI", "+0.030 ± 0.011", "+0.007 ± 0.003"),
+]
+
+
+@pytest.mark.parametrize(("tower", "metric", "at_64", "at_256"), SMALL)
+def test_the_second_study_is_reproduced(tower: str, metric: str, at_64: str, at_256: str) -> None:
+    """A teacher's prototypes at batches of 64 and 256, minus CLIP at equal time."""
+    for batch, expected in ((64, at_64), (256, at_256)):
+        runs = records("small_batches", stage="main", tower=tower, batch=batch, icons=60_000)
+        test = paired(gains(runs, "external only", EQUAL_TIME, metric))
+        assert words(test.mean, test.half) == expected
+
+
+DEFAULT_RUN = {  # score: ProtoCLIP minus CLIP at equal time, and at equal samples
+    "NEW: zero-shot, 430 names": ("-0.010 ± 0.022", "+0.003 ± 0.015"),
+    "NEW: zero-shot, top 5": ("-0.020 ± 0.012", "-0.017 ± 0.016"),
+    "NEW: image → text R@5": ("-0.020 ± 0.012", "-0.016 ± 0.018"),
+    "NEW: 1-NN, 2,429 concepts": ("+0.016 ± 0.010", "+0.026 ± 0.013"),
+    "NEW: 1-NN, 17 categories": ("+0.023 ± 0.024", "+0.026 ± 0.024"),
+    "HO: zero-shot, 71 new names": ("-0.009 ± 0.024", "-0.006 ± 0.030"),
+    "HO: k-means AMI of 71 new concepts": ("-0.016 ± 0.019", "-0.011 ± 0.018"),
+    "HO: k-means AMI of categories": ("+0.021 ± 0.033", "+0.009 ± 0.034"),
+}
+
+
+@pytest.mark.parametrize("score", DEFAULT_RUN)
+def test_the_default_run_is_reproduced(score: str) -> None:
+    """Its rows were not paired: Welch."""
+    recorded = json.loads((RESULTS / "default_run" / "seeds.json").read_text())["seeds"]
+    runs = {
+        row: np.array([values[score] for values in by_seed.values()])
+        for row, by_seed in recorded.items()
+    }
+    for other, expected in zip(("clip at equal time", "clip"), DEFAULT_RUN[score], strict=True):
+        test = independent(runs["protoclip"], runs[other])
+        assert words(test.mean, test.half) == expected
