@@ -8,67 +8,106 @@ In your own loop, on a CPU or a GPU::
 or as functions: ``info_nce``, ``contrastive``, ``nt_xent``, ``sup_con``, ``kmeans``, ...
 (``help(protoclip.info_nce)``). The commands: ``protoclip --help``.
 
-``import protoclip`` loads torch and nothing heavier; other modules load at first use.
+``import protoclip`` loads nothing else; the first use of a name imports its module, and torch.
 """
 
-import sys
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from protoclip import cached_gradients, lloyd
-from protoclip.cached_gradients import grad_cache
-from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
-from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
-from protoclip.losses.global_losses import (
-    global_contrastive,
-    global_contrastive_parts,
-    global_nt_xent,
-    global_sup_con,
-)
-from protoclip.ops import *  # noqa: F403
-from protoclip.ops import __all__ as _ops
-from protoclip.settings import config
-from protoclip.settings.config import ProtoConfig
+if TYPE_CHECKING:  # the names below, for type checkers
+    from protoclip.cached_gradients import grad_cache
+    from protoclip.data import open_dataset
+    from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
+    from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
+    from protoclip.losses.global_losses import (
+        global_contrastive,
+        global_contrastive_parts,
+        global_nt_xent,
+        global_sup_con,
+    )
+    from protoclip.openclip import create_loss, create_task
+    from protoclip.ops import (
+        Bank,
+        PrototypeLosses,
+        backends,
+        contrastive,
+        contrastive_parts,
+        info_nce,
+        kmeans_assign,
+        nt_xent,
+        prototype_cross_entropy,
+        prototype_losses,
+        segment_mean,
+        sigmoid_loss,
+        soft_targets,
+        sup_con,
+    )
+    from protoclip.settings.config import ProtoConfig
 
 __version__ = "0.1.0"
 
-# What was public in modules of these names, and stands so in pickles. A file with the name of a
-# function would replace the function as soon as somebody imported it.
-sys.modules["protoclip.config"] = config
-sys.modules["protoclip.kmeans"] = lloyd
-sys.modules["protoclip.grad_cache"] = cached_gradients
-ProtoConfig.__module__ = "protoclip"  # in pickles from now on
-
-_LAZY = {  # name -> module, loaded at first use
-    "create_loss": "protoclip.openclip",
-    "create_task": "protoclip.openclip",
-    "open_dataset": "protoclip.data",
-    "sentence_transformers": "protoclip.sentence_transformers",  # the module itself
-}
-
 __all__ = [
-    *_ops,
+    "Bank",
     "ClipLoss",
     "Clusters",
     "ProtoClipLoss",
     "ProtoConfig",
+    "PrototypeLosses",
     "SigLipLoss",
+    "backends",
     "choose_num_clusters",
-    "create_loss",  # noqa: F405
-    "create_task",  # noqa: F405
+    "contrastive",
+    "contrastive_parts",
+    "create_loss",
+    "create_task",
     "global_contrastive",
     "global_contrastive_parts",
     "global_nt_xent",
     "global_sup_con",
     "grad_cache",
+    "info_nce",
     "kmeans",
-    "open_dataset",  # noqa: F405
+    "kmeans_assign",
+    "nt_xent",
+    "open_dataset",
+    "prototype_cross_entropy",
+    "prototype_losses",
+    "segment_mean",
+    "sigmoid_loss",
+    "soft_targets",
+    "sup_con",
 ]
+
+# The modules of the public names that are not in protoclip.ops.
+_MODULES = {
+    "ClipLoss": "losses",
+    "Clusters": "lloyd",
+    "ProtoClipLoss": "losses",
+    "ProtoConfig": "settings.config",
+    "SigLipLoss": "losses",
+    "choose_num_clusters": "lloyd",
+    "create_loss": "openclip",
+    "create_task": "openclip",
+    "global_contrastive": "losses.global_losses",
+    "global_contrastive_parts": "losses.global_losses",
+    "global_nt_xent": "losses.global_losses",
+    "global_sup_con": "losses.global_losses",
+    "grad_cache": "cached_gradients",
+    "kmeans": "lloyd",
+    "open_dataset": "data",
+}
+_SUBMODULES = ("losses", "ops", "sentence_transformers")  # usable after import protoclip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"protoclip.{name}")
+    if name not in __all__:
         raise AttributeError(f"module 'protoclip' has no attribute {name!r}")
-    import importlib
+    module = importlib.import_module(f"protoclip.{_MODULES.get(name, 'ops')}")
+    globals()[name] = value = getattr(module, name)
+    return value
 
-    module = importlib.import_module(_LAZY[name])
-    return getattr(module, name, module)
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,6 +1,7 @@
 """The entry point of every command: ``protoclip COMMAND ...`` or ``python -m protoclip COMMAND``.
 
-Only the requested command is imported, and for its --help only its flags.
+Only the requested command is imported, after its flags and files have been checked, and for its
+--help only its flags.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from protoclip import __version__
+from protoclip.common.files import printable_lines
+from protoclip.settings.command_line import PROCESS_COUNTS, check_command_line
 from protoclip.settings.commands import PARSERS
 
 PACKAGES = ("data", "evaluate", "report")
@@ -71,6 +74,12 @@ def _run(words: list[str]) -> int:
         return 2
     if help_flags := [word for word in arguments if word in ("-h", "--help", "--help-all")]:
         PARSERS[command]().parse_args(help_flags)
+    if not any(name in os.environ for name in PROCESS_COUNTS):  # else every process would say it
+        try:
+            check_command_line(command, arguments)
+        except ValueError as error:
+            print(f"protoclip {command}: error: {printable_lines(str(error))}", file=sys.stderr)
+            return 2
     module = f"protoclip.{command}"
     if command in PACKAGES:
         module += ".__main__"

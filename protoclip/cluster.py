@@ -41,7 +41,7 @@ from protoclip.common.files import (
     write_csv,
 )
 from protoclip.common.json_text import parse_json
-from protoclip.common.paths import check_above
+from protoclip.common.paths import check_above, check_exists
 from protoclip.data import (
     DataError,
     Faults,
@@ -143,14 +143,13 @@ class Groups:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
+    check_exists(args.data, "DATA", "check the path")
     out = Path(args.out)
     is_file = Path(args.data).suffix in SUFFIXES
     is_encoded = not (is_file or args.features)
     names = [CSV, CENTROIDS, page.NAME]
     if is_encoded:
         names.append(FEATURES)
-    if args.iters < 0:
-        raise ValueError(f"--iters: expected at least 0, got {args.iters}")
     with open_output(out, names, args.overwrite):
         began_at = time.perf_counter()
         points = read_features(args) if is_file else encode_pictures(args)

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from protoclip.common.files import printable_lines, whole_files, write_atomic, write_safetensors
-from protoclip.common.paths import check_above
+from protoclip.common.paths import check_above, run_of
 from protoclip.distributed import run_command
 from protoclip.evaluate.results import TRAIN, format_table, read_results
 from protoclip.model import build_model, register_configs
@@ -115,7 +115,7 @@ def _model_config(ours: dict[str, Any], path: Path, model: str) -> ModelConfig:
 
 def _card(path: Path, config: ModelConfig, payload: dict[str, Any]) -> ModelCard:
     """The model card for the hub: how to load the model, its training, and its results."""
-    run = checkpoint.run_of(path)
+    run = run_of(path)
     ours = payload.get("protoclip", {})
     settings = flat(ours.get("config", {}))
     facts = {

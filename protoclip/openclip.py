@@ -13,7 +13,6 @@ import importlib
 import inspect
 import logging
 import pickle
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,9 +32,9 @@ from protoclip.losses import (
     caption_ids,
 )
 from protoclip.model import register_configs
+from protoclip.settings.command_line import check_openclips_flags
 from protoclip.settings.commands import openclip_parser
 from protoclip.settings.config import ProtoConfig
-from protoclip.settings.flags import refusal
 
 PROG = "protoclip openclip"
 LOGGER = logging.getLogger(__name__)
@@ -281,11 +280,7 @@ def split_flags(argv: Sequence[str]) -> tuple[ProtoConfig | None, bool, list[str
 def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, words: list[str]) -> None:
     """Report flags that cannot work now, in one line: OpenCLIP would print a page about them, or
     they would fail after minutes of loading."""
-    flags = set(re.findall(r"--[\w-]+", openclip_parser().format_help()))
-    for word in words:
-        name = word.partition("=")[0]  # OpenCLIP accepts abbreviations
-        if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
-            raise ValueError(refusal(name, flags))
+    check_openclips_flags(words)
     args = trainer.parse_args(list(words))
     for ours, name, is_used in (
         (proto or dedup, "a CoCa model", "coca" in args.model.lower()),

@@ -46,12 +46,11 @@ from protoclip.runs.resume import (
     open_resume,
     refuse_changes,
     refuse_other_terms,
-    with_saved_config,
 )
 from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig
-from protoclip.settings.flags import parse, words_of
+from protoclip.settings.flags import parse, with_saved_config, words_of
 from protoclip.training import schedule
 from protoclip.training.checks import (
     check_settings,

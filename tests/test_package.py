@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -23,10 +26,17 @@ def _fresh(code: str) -> str:
     ).stdout
 
 
-def test_import_is_light() -> None:
-    """It takes a few modules of its own and no other package that torch has not loaded."""
+def test_import_loads_nothing_else() -> None:
+    loaded = _fresh("import sys, protoclip\nprint(*sys.modules)").split()
+    assert {name for name in loaded if name.startswith("protoclip")} == {"protoclip"}
+    assert not {"torch", "numpy", "triton", "open_clip"} & set(loaded)
+
+
+def test_the_ops_load_no_package_that_torch_has_not_loaded() -> None:
+    """They take a few modules of protoclip."""
     loaded = _fresh(
         "import sys, torch\nbefore = set(sys.modules)\nimport protoclip\n"
+        "protoclip.info_nce, protoclip.kmeans, protoclip.ClipLoss\n"
         "print(*{sys.modules[name].__name__ for name in set(sys.modules) - before})"
     ).split()
     packages = [name.split(".")[0] for name in loaded]
@@ -34,22 +44,44 @@ def test_import_is_light() -> None:
     assert set(packages) <= {"protoclip", *sys.stdlib_module_names}, loaded
 
 
+def test_dir_and_star_import_give_the_public_names() -> None:
+    names = _fresh("from protoclip import *\nprint(*(name for name in dir() if name[0] != '_'))")
+    assert sorted(names.split()) == sorted(protoclip.__all__)
+    assert sorted(dir(protoclip)) == sorted([*protoclip.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'protoclip' has no attribute 'kmean'"):
+        protoclip.kmean  # noqa: B018
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    """The imports for type checkers are the names that are imported at first use."""
+    (block,) = (
+        node
+        for node in ast.parse(Path(protoclip.__file__).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
+    )
+    where = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(where) == sorted(protoclip.__all__)
+    for name, module in where.items():
+        expected = getattr(importlib.import_module(str(module)), name)
+        assert getattr(protoclip, name) is expected
+
+
+def test_pickles_name_the_package() -> None:
+    config = protoclip.ProtoConfig(queue=64)
+    pickled = pickle.dumps(config)
+    assert b"protoclip.settings" not in pickled
+    assert pickle.loads(pickled) == config
+    code = f"import pickle; print(pickle.loads({pickled!r}).queue)"
+    assert _fresh(code).split() == ["64"]
+
+
 def test_public_names_exist_and_are_documented() -> None:
     assert not [name for name in protoclip.__all__ if not getattr(protoclip, name).__doc__]
-
-
-def test_functions_are_also_imported_from_where_they_used_to_live() -> None:
-    """``protoclip.kmeans`` stays the function, whoever imports the module of that name."""
-    said = _fresh(
-        "import importlib, protoclip\n"
-        "from protoclip.kmeans import Clusters, choose_num_clusters, kmeans\n"
-        "from protoclip.grad_cache import grad_cache\n"
-        "importlib.import_module('protoclip.kmeans')\n"
-        "importlib.import_module('protoclip.grad_cache')\n"
-        "print(protoclip.kmeans is kmeans, protoclip.grad_cache is grad_cache)\n"
-        "print(protoclip.Clusters is Clusters)"
-    )
-    assert said.split() == ["True"] * 3
 
 
 def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:

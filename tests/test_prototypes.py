@@ -21,7 +21,7 @@ from protoclip.episodes.prototypes import (
     purity,
     target_entropy,
 )
-from protoclip.kmeans import kmeans
+from protoclip.lloyd import kmeans
 from protoclip.losses import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
 from protoclip.ops.checks import LEFT_OUT

@@ -6,7 +6,6 @@ The checkpoint is of twelve steps on builtin:shapes:48; its token embedding is z
 from __future__ import annotations
 
 import lzma
-import pickle
 import shutil
 from pathlib import Path
 
@@ -34,12 +33,8 @@ def test_a_run_goes_on_from_its_checkpoint(
     assert [step for step, _ in losses(run)] == [13, 14]
 
 
-def test_clusters_load_from_their_file_and_from_a_pickle() -> None:
+def test_clusters_load_from_their_file() -> None:
     saved = protoclip.Clusters.load(FILES / "clusters.safetensors")
     points = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     assert saved.num_iters == 5
     assert torch.equal(saved.predict(points), saved.labels)
-    pickled = pickle.loads((FILES / "public.pickle").read_bytes())
-    assert torch.equal(pickled["clusters"].centroids, saved.centroids)
-    assert pickled["config"] == protoclip.ProtoConfig(queue=64)
-    assert pickle.loads(pickle.dumps(pickled["config"])) == pickled["config"]

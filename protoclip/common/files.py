@@ -20,11 +20,12 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from protoclip.common.paths import cache_dir
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")

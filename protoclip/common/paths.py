@@ -1,4 +1,5 @@
-"""Places on disk: the cache folder, and whether a command can write where it is told to.
+"""Places on disk: the cache folder, a run's folder, and whether a command can read or write where
+it is told to.
 
 What is written there, and how, is not decided here.
 """
@@ -27,6 +28,15 @@ def cache_dir() -> Path:
     return folder if chosen else folder / "protoclip"
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that is named by itself, its folder of checkpoints, or one of these."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "checkpoints").is_dir():
+        return folder
+    folder = folder.absolute()
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def output_file(path: str | os.PathLike[str], flag: str) -> Path:
     """Return the path if a file can be written there, else raise ValueError; folders may be new."""
     if os.path.isdir(path) or str(path).endswith(os.sep):
@@ -42,3 +52,11 @@ def check_above(path: Path, flag: str) -> None:
         raise ValueError(f"{flag}: expected a path in a folder, got {path}, but {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}: {above} is not writable; choose another folder")
+
+
+def check_exists(name: str, flag: str, remedy: str) -> None:
+    """Raise ValueError if ``name`` can only be a path and nothing is there. Names of built-in data,
+    URLs, lists and patterns, which contain one of ``:*?[{``, are not looked up."""
+    if set(name).isdisjoint(":*?[{") and not os.path.exists(name):
+        kind = "the folder " if name.endswith(os.sep) else "the file " if Path(name).suffix else ""
+        raise ValueError(f"{flag}: {kind}{name} does not exist; {remedy}")

@@ -295,8 +295,6 @@ def write_features(args: Any) -> None:
         raise ValueError(f"--out: expected a name ending in .npz, got {out}")
     if out.exists():
         raise ValueError(f"--out: {out} exists; choose another name or remove it")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     dataset = open_dataset(args.data, **table)
     for line in left_out_files(dataset):

@@ -180,15 +180,6 @@ def candidates(run: str | os.PathLike[str]) -> list[Path]:
     return [path for path in unnumbered if path.is_file()] + numbered(folder)
 
 
-def run_of(path: Path) -> Path:
-    """The run folder that is named by itself, its folder of checkpoints, or one of these."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / "checkpoints").is_dir():
-        return folder
-    folder = folder.absolute()
-    return folder.parent if folder.name == "checkpoints" else folder
-
-
 def numbered(folder: Path) -> list[Path]:
     """The epoch_N.pt files in a folder, newest first."""
     files = [path for path in folder.glob("epoch_*.pt") if path.stem[6:].isdigit()]

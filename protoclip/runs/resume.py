@@ -6,21 +6,19 @@ with a note, because the run is then no longer the same; the rest may change wit
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from protoclip import distributed
+from protoclip.common.paths import run_of
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import choose_folder
 from protoclip.settings.config import TrainConfig, flat, to_dict
 
-PRESET_FLAGS = ("--preset", "--config", "--paper")
 # How the names of other settings begin that change training too.
 NOTED = ("episode.", "loss.", "optim.", "data.class_template", "data.csv_")
 # These two and the number of ranks are compared as their product, the global batch.
@@ -40,19 +38,6 @@ class Resume:
     def training(self) -> dict[str, Any]:
         """The state of training in the checkpoint."""
         return self.payload["protoclip"]["training"]
-
-
-def with_saved_config(argv: Sequence[str] | None) -> list[str]:
-    """The command line; with ``--resume RUN`` and no preset it starts from that run's settings."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    chosen = [new for old, new in pairwise(words) if old == "--resume"]
-    chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
-    if chosen and not any(word.split("=")[0] in PRESET_FLAGS for word in words):
-        path = Path(chosen[-1])
-        settings = checkpoint.run_of(path) / "config.json"
-        if chosen[-1] not in ("auto", "latest") and path.exists() and settings.is_file():
-            return ["--preset", str(settings), *words]
-    return words
 
 
 def find_resume(config: TrainConfig) -> Resume | None:
@@ -81,7 +66,7 @@ def find_resume(config: TrainConfig) -> Resume | None:
         raise ValueError(
             f"--resume: checkpoint {file} has no state of a run; load its weights with --pretrained"
         )
-    return Resume(checkpoint.run_of(path), file, payload, saved["step"])
+    return Resume(run_of(path), file, payload, saved["step"])
 
 
 def open_resume(config: TrainConfig) -> Resume | None:

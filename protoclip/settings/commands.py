@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from protoclip.settings.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
-from protoclip.settings.flags import Parser, add_flag, add_options, build_parser, open_clips_help
+from protoclip.settings.flags import (
+    Parser,
+    add_flag,
+    add_options,
+    build_parser,
+    group_number,
+    open_clips_help,
+)
 
 EVERYDAY = """
     --preset --method --train-data --val-data --val-fraction --csv-img-key --csv-caption-key
@@ -46,18 +53,21 @@ def plan_parser() -> Parser:
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
     group = parser.add_argument_group("Plan")
-    add_flag(group, "--ranks", 1, "processes, one GPU each")
-    add_flag(group, "--samples", 3_000_000, "pairs in the dataset")
+    add_flag(group, "--ranks", 1, "processes, one GPU each", low=1)
+    add_flag(group, "--samples", 3_000_000, "pairs in the dataset", low=1)
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
     words = "What the prediction assumes of a machine; the defaults are for H100s, not measured"
     group = parser.add_argument_group("Rates", words)
-    add_flag(group, "--tflops", 400.0, "TFLOP/s of towers and losses; the peak in bf16 is 989")
-    add_flag(group, "--nvlink", 360.0, "GB/s of a GPU, each way; the peak is 450")
-    add_flag(group, "--infiniband", 40.0, "GB/s of a GPU, each way; the peak of NDR is 50")
+    words = "TFLOP/s of towers and losses; the peak in bf16 is 989"
+    add_flag(group, "--tflops", 400.0, words, low=0.001)
+    add_flag(group, "--nvlink", 360.0, "GB/s of a GPU, each way; the peak is 450", low=0.001)
+    words = "GB/s of a GPU, each way; the peak of NDR is 50"
+    add_flag(group, "--infiniband", 40.0, words, low=0.001)
     words = "microseconds of a collective call on one machine, and again when machines double"
-    add_flag(group, "--latency", 20.0, words)
-    add_flag(group, "--gpus-per-machine", 8, "GPUs that NVLink connects")
-    add_flag(group, "--pairs-per-worker", 300.0, "photographs a second that a worker process reads")
+    add_flag(group, "--latency", 20.0, words, low=0)
+    add_flag(group, "--gpus-per-machine", 8, "GPUs that NVLink connects", low=1)
+    words = "photographs a second that a worker process reads"
+    add_flag(group, "--pairs-per-worker", 300.0, words, low=0.001)
     return parser
 
 
@@ -76,9 +86,10 @@ def cluster_parser() -> Parser:
     )
     words += "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
+    words = "number of groups, 2 to N; auto: of 2 to 16 and then steps of a fifth up to 300, that "
+    words += "with the largest mean silhouette on 3,000 rows (default: auto)"
+    parser.add_argument("--k", default="auto", type=group_number, metavar="N|auto", help=words)
     for flag, default, words in (
-        ("--k", "auto", "number of groups, 2 to N; auto: of 2 to 16 and then steps of a fifth up "
-         "to 300, that with the largest mean silhouette on 3,000 rows"),
         ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
         ("--model", "", "encode the pictures with this OpenCLIP model (default: ViT-B-32)"),
         ("--pretrained", "", "weights of --model: a file or an OpenCLIP tag"),
@@ -88,13 +99,13 @@ def cluster_parser() -> Parser:
         ("--weights", "", "a file with the weight of each picture or row, one number per line; "
          "a folder's pictures are sorted by folder and name, unreadable ones included"),
         ("--out", "groups", "folder to write to"),
-        ("--iters", 20, "iterations of k-means, at most"),
-        ("--seed", 0, "the same seed gives the same groups"),
-        ("--batch-size", 256, "pictures encoded at once"),
-        ("--workers", 0, "processes that read pictures"),
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
+    add_flag(parser, "--iters", 20, "iterations of k-means, at most", low=0)
+    add_flag(parser, "--seed", 0, "the same seed gives the same groups")
+    add_flag(parser, "--batch-size", 256, "pictures encoded at once", low=1)
+    add_flag(parser, "--workers", 0, "processes that read pictures", low=0)
     words = "replace the files of an earlier run in --out"
     parser.add_argument("--overwrite", action="store_true", help=words)
     folders = parser.add_mutually_exclusive_group()
@@ -137,10 +148,10 @@ def evaluate_parser() -> Parser:
         ("--out --output", "", "file for the results (default: results.json in the run folder, or "
          "in the working folder for an OpenCLIP name; other data and flags add their names)"),
         ("--device", "auto", "cpu, cuda, ..."),
-        ("--batch-size", 256, "pictures or texts encoded at once"),
-        ("--workers", 0, "processes that read pictures"),
     ):  # fmt: skip
         add_flag(parser, flag, default, help_text)
+    add_flag(parser, "--batch-size", 256, "pictures or texts encoded at once", low=1)
+    add_flag(parser, "--workers", 0, "processes that read pictures", low=0)
     parser.add_argument(
         "--val-seed",
         "--seed",
@@ -218,7 +229,7 @@ def teacher_parser() -> Parser:
         help="average 77 tokens, padding included, as the authors did with roberta-large",
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="the .npz to write")
-    add_flag(parser, "--batch-size", 64, "texts encoded at once")
+    add_flag(parser, "--batch-size", 64, "texts encoded at once", low=1)
     add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if available")
     add_options(parser, DataConfig(), only=TABLE)
     return parser
@@ -236,7 +247,7 @@ def data_parser() -> Parser:
     what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
     parser.add_argument("--out", metavar="DIR", help="a new or empty folder for the shards")
     add_flag(parser, "--image-format", "png", "format of the pictures", choices=("png", "jpg"))
-    add_flag(parser, "--per-shard", 1000, "pairs per shard")
+    add_flag(parser, "--per-shard", 1000, "pairs per shard", low=1)
     add_flag(parser, "--split", "all", "all, train or heldout")
     add_flag(parser, "--val-seed --seed", 0, "chooses the pairs that are held out")
     add_options(parser, DataConfig(), only=TABLE)

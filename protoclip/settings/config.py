@@ -408,6 +408,9 @@ class ProtoConfig:
         return self.k or default_clusters(self.queue)
 
 
+ProtoConfig.__module__ = "protoclip"  # in pickles
+
+
 def preset_names() -> list[str]:
     """The presets that come with protoclip."""
     return sorted(path.stem for path in PRESETS.glob("*.json"))

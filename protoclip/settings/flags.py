@@ -13,12 +13,16 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
+from protoclip.common.paths import run_of
 from protoclip.settings.config import (
     PRECISIONS,
     TrainConfig,
@@ -30,6 +34,7 @@ from protoclip.settings.config import (
     to_dict,
 )
 
+PRESET_FLAGS = ("--preset", "--config", "--paper")
 PURE_PRECISIONS = ("bf16", "fp16", "pure_bf16", "pure_fp16")  # OpenCLIP's, with 16-bit weights
 
 EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
@@ -149,10 +154,12 @@ def add_flag(
     choices: Sequence[str] = (),
     setting: str = "",
     words: Mapping[str, int] | None = None,
+    low: float | None = None,
 ) -> None:
     """Add a flag with the type of its default; ``flag`` is its name, or several between blanks. The
     help shows the default. With ``setting``, a dotted name, the parsed flags hold a value only if
-    the command line gives the flag. ``words`` may be given for numbers."""
+    the command line gives the flag. ``words`` may be given for numbers; ``low`` is the least
+    number."""
     if words:
         names = {number: word for word, number in words.items()}
         help += f" (default: {names.get(default, default)})"
@@ -171,6 +178,8 @@ def add_flag(
         if words:
             arguments["type"] = partial(word_or_number, words)
             arguments["metavar"] = "|".join(["N", *words])
+        elif low is not None:
+            arguments["type"] = partial(number_from, type(default), low)
     if setting:
         arguments["dest"] = setting
         arguments["default"] = argparse.SUPPRESS
@@ -267,6 +276,19 @@ def _no_such_keyword(name: str, flag: str, flags: Sequence[str]) -> str:
     return f"{name}: no such setting; protoclip train --help-all lists them, as flags"
 
 
+def with_saved_config(argv: Sequence[str] | None) -> list[str]:
+    """The command line; with ``--resume RUN`` and no preset it starts from that run's settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = [new for old, new in pairwise(words) if old == "--resume"]
+    chosen += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
+    if chosen and not any(word.split("=")[0] in PRESET_FLAGS for word in words):
+        path = Path(chosen[-1])
+        settings = run_of(path) / "config.json"
+        if chosen[-1] not in ("auto", "latest") and path.exists() and settings.is_file():
+            return ["--preset", str(settings), *words]
+    return words
+
+
 def parse(parser: Parser, argv: Sequence[str] | None) -> TrainConfig:
     """Command line to a checked config; see ``parse_more``."""
     return parse_more(parser, argv)[0]
@@ -279,13 +301,24 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
         ValueError: a value out of its limits, no such preset, or flags that contradict each other.
         SystemExit: with code 0 after --print-config, with 2 for a flag that the parser lacks.
     """
-    flags = vars(parser.parse_args(argv))  # of the settings, only those on the command line
-    dataset_type = flags.pop("dataset_type")
-    preset = flags.pop("preset")
-    print_config = flags.pop("print_config")
+    flags = vars(parser.parse_args(argv))
     for flag, (_, reason) in NEEDLESS.items():
-        if flags.pop(flag):
+        if flags[flag]:
             print(f"{parser.prog}: note: {flag} changes nothing: {reason}", file=sys.stderr)
+    config, of_command = checked_config(flags)
+    if of_command.pop("print_config"):
+        print(json.dumps(to_dict(config), indent=2))
+        raise SystemExit(0)
+    return config, of_command
+
+
+def checked_config(flags: Mapping[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Parsed flags, of the settings only those on the command line, to a checked config and the
+    values of the command's own flags.
+
+    Raises:
+        ValueError: a value out of its limits, no such preset, or flags that contradict each other.
+    """
     settings: dict[str, Any] = {}
     of_command: dict[str, Any] = {}
     for name, value in flags.items():
@@ -294,10 +327,10 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             settings.setdefault(section, {})[setting] = value
         elif name == "method":
             settings[name] = value
-        else:
+        elif name not in NEEDLESS:
             of_command[name] = value
-    config = from_dict(TrainConfig, settings, load_preset(preset))
-    config = _with_dataset_type(dataset_type, config)
+    config = from_dict(TrainConfig, settings, load_preset(of_command.pop("preset")))
+    config = _with_dataset_type(of_command.pop("dataset_type"), config)
     if config.run.resume == "latest":  # OpenCLIP's word
         config = replace(config, run=replace(config.run, resume="auto"))
     if config.run.precision == "amp_bfloat16":  # from a file; a flag has been translated
@@ -308,9 +341,6 @@ def parse_more(parser: Parser, argv: Sequence[str] | None) -> tuple[TrainConfig,
             "--episode-features reuse: needs an earlier episode's features; use "
             "--infonce-warmup-epoch 1 or more"
         )
-    if print_config:
-        print(json.dumps(to_dict(config), indent=2))
-        raise SystemExit(0)
     return config, of_command
 
 
@@ -339,6 +369,25 @@ def word_or_number(words: Mapping[str, int], text: str) -> int:
     except ValueError:
         expected = " or ".join(["a number", *words])
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
+def number_from(kind: type[int] | type[float], low: float, text: str) -> int | float:
+    """The number of a flag's text, ``low`` or more; for argparse."""
+    expected = f"expected a {'whole ' if kind is int else ''}number of at least {low}, got {text}"
+    try:
+        number = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(expected) from None
+    if not low <= number < math.inf:  # NaN too
+        raise argparse.ArgumentTypeError(expected)
+    return number
+
+
+def group_number(text: str) -> str:
+    """``--k`` of protoclip cluster: "auto" or a number; for argparse."""
+    if text != "auto" and not (text.isdecimal() and int(text) >= 2):
+        raise argparse.ArgumentTypeError(f"expected auto or 2 to N groups, got {text}")
+    return text
 
 
 def precision_name(name: str) -> str:

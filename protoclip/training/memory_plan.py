@@ -254,10 +254,6 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, Mapping[str, Any]
         ValueError: settings that no run can have.
     """
     config, flags = parse_more(plan_parser(), argv)
-    for name in ("ranks", "samples", "gpus_per_machine"):
-        if flags[name] < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: expected at least 1, got {flags[name]}")
     samples = min(flags["samples"], config.data.train_num_samples or flags["samples"])
     run = PlannedRun(config, flags["ranks"], samples)
     if run.global_batch > samples:
