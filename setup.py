@@ -71,7 +71,7 @@ setup(
     },
     package_data={
         "protoclip.data": ["*.md"],
-        "protoclip.report": ["*.css", "*.j2", "*.js", "clip_baseline/*.json"],
+        "protoclip.report": ["*.css", "*.j2", "*.js"],
         "protoclip.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
         "protoclip": ["py.typed", "model_configs/*.json"],
         "protoclip.settings": ["presets/*.json"],

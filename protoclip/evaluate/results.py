@@ -87,7 +87,6 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, in the order to show
     peak_memory_bytes: int | None = None
     floors: Mapping[str, Results] = field(default_factory=dict)  # by ``FLOORS``: without a model
-    seeds: int = 1  # if more: means over this many runs, and intervals for one more run
     steps: int = 0  # of training
     skipped_steps: int = 0  # those whose loss or gradient was not finite
     first_prototype_step: int = 0  # counted from 1; 0: the method has no prototypes
@@ -109,19 +108,16 @@ class Outcome:
         )
 
 
-def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str = "") -> str:
+def format_table(outcome: Outcome) -> str:
     """The table at the end of a run: one block per set, one row per metric.
 
-    Other columns show the floors, the untrained model and the baseline, if known; ``length``: how
-    long that trained, in words.
+    Other columns show the floors and the untrained model, if known.
     """
-    columns = dict(outcome.beside)
-    if baseline is not None:
-        columns["CLIP"] = baseline.trained
+    columns = outcome.beside
     heads = [*columns, "trained", "95 % interval"]
     widths = [max(len(head) + 1, 7) for head in [*columns, "trained"]] + [16]
     if columns:  # the difference to the last of the other columns
-        heads.append("to CLIP" if baseline else "change")
+        heads.append("change")
         widths.append(9)
 
     def line(words: str, cells: Sequence[str]) -> str:
@@ -141,23 +137,13 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str 
             cells = [number(x) for x in [*values_beside, value]]
             cells.append(" .. ".join(map(number, trained.intervals.get(name, ()))))
             if columns:
-                difference = value - values_beside[-1]
-                change = number(difference, "+")
-                if baseline is not None:
-                    chance = half_width(trained, beside[-1], name, baseline)
-                    change = f"({change})" if abs(difference) <= chance else change
-                cells.append(change)
+                cells.append(number(value - values_beside[-1], "+"))
             lines.append(line(words, cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
     if outcome.floors:
         meanings = (f"{name}: {FLOORS.get(name, name)}" for name in outcome.floors)
         footer += textwrap.wrap("; ".join(meanings), 98, subsequent_indent="  ")
-    if baseline is not None:
-        seeds = f"mean of {baseline.seeds} seeds" if baseline.seeds > 1 else "one seed"
-        trained_for = f", {length}" if length else ""
-        text = f"CLIP: recorded, {seeds}{trained_for}; in brackets: within chance (95 %)"
-        footer += textwrap.wrap(text, 98, subsequent_indent="  ")
     if outcome.seconds:
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in outcome.seconds.items())
         text = f"Time: {phases}; together {sum(outcome.seconds.values()):.1f} s"
@@ -167,18 +153,6 @@ def format_table(outcome: Outcome, baseline: Outcome | None = None, length: str 
     if footer:
         blocks.append("\n".join(footer))
     return "\n\n".join(blocks)
-
-
-def half_width(
-    scores: SetResults, baseline_scores: SetResults, metric: str, baseline: Outcome
-) -> float:
-    """Half the 95 % interval of a difference to a baseline; infinity if an interval is missing.
-
-    With one seed each, as for independent samples; with several, that of one more baseline run.
-    """
-    sets = [baseline_scores] if baseline.seeds > 1 else [scores, baseline_scores]
-    bounds = [results.intervals.get(metric, (0.0, math.inf)) for results in sets]
-    return math.hypot(*(high - low for low, high in bounds)) / 2
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """The report: one self-contained HTML file about any number of run folders.
 
-This module reads run folders, compares them with a baseline, and fills the template.
+This module reads run folders and fills the template.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,14 +33,7 @@ from protoclip.settings.config import TrainConfig, parse_json, to_dict
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent
-# Plain CLIP with the default settings but more epochs, for as long as the default run takes, the
-# mean over several seeds. After a change of the defaults record it again:
-# python -m benchmarks.study.record_baseline RUN ... --beside-epochs 28
-RECORDED = ASSETS / "clip_baseline"
-RECORDED_NAME = "CLIP (recorded)"
-# In the record's run settings: epochs of the run that takes as long, where CLIP has more of them.
-BESIDE_EPOCHS = "beside_epochs"
-# Settings in which a run and its baseline may differ, besides those of the method.
+# Settings that belong to the method or to the machine: `differences` does not name them.
 FREE = (
     "workers",
     "prefetch_factor",
@@ -49,8 +41,7 @@ FREE = (
     "projection_hidden_dim",
     "projection_dim",
 )
-HEADLINE = ("recall@1", "recall@5", "acc1", "ami")  # the scores that a verdict counts
-TAIL = 0.025  # of further seeds of a baseline are above its interval, and as many below
+HEADLINE = ("recall@1", "recall@5", "acc1", "ami")  # the scores that have a floor
 TOP = ("/acc1", "recall@5")  # of the headline numbers, those that the page shows unfolded
 RETRIEVAL = "text_retrieval_recall@1"  # what a run without classes is summed up by
 MEANINGS = {  # the words of a table's rows -> what they mean
@@ -101,13 +92,6 @@ class Run:
         return f"{self.method} without prototypes" if self.no_prototypes else self.method
 
     @property
-    def label(self) -> str:
-        """Its name and method; the recorded baseline's name says its method."""
-        if self.name == RECORDED_NAME or self.name.startswith(f"{self.method_in_words},"):
-            return self.name
-        return f"{self.name} ({self.method_in_words})"
-
-    @property
     def no_prototypes(self) -> str:
         """A sentence if a run of ProtoCLIP trained without prototypes to its end, else ""."""
         clustered = self.snapshot.clusters or any(
@@ -156,16 +140,6 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
     return [replace(run, name=name) for run, name in zip(runs, chosen, strict=True)]
 
 
-def comparable(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs differ only in the method: same data, encoder, steps and seed (any seed if
-    the other is a mean over several). A setting that a run did not have yet was at its default."""
-    seed = config.get("run", {}).get("seed")
-    other_run = other.get("run", {})
-    same_seed = "seeds" in other_run or other_run.get("seed") == seed
-    same_settings = common_settings(config) == common_settings(other)
-    return bool(config) and same_settings and same_seed  # {}: no training
-
-
 def common_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that runs which differ only in the method have in common."""
     defaults = to_dict(TrainConfig())
@@ -177,12 +151,9 @@ def common_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(run: Run, baseline: Run) -> str:
     """A sentence about what differs between two runs besides the method, "" if nothing does."""
-    if baseline.path == RECORDED:
-        beside = BESIDE_EPOCHS in baseline.config["run"]
-        return f"The baseline trained for {length_of(baseline)}." if beside else ""
     seeds = tuple(side.config.get("run", {}).get("seed") for side in (run, baseline))
     values = {"seed": seeds}  # of the run and of the baseline, by what they are of
-    steps_known = run.outcome.steps and baseline.outcome.steps  # not in runs of earlier versions
+    steps_known = run.outcome.steps and baseline.outcome.steps  # not before a run's end
     if steps_known:
         values["number of steps"] = (run.outcome.steps, baseline.outcome.steps)
     other_settings = common_settings(baseline.config)
@@ -192,39 +163,14 @@ def differences(run: Run, baseline: Run) -> str:
     parts = [
         f"{name} ({ours} and {theirs})" for name, (ours, theirs) in values.items() if ours != theirs
     ]
-    return f"Mind that they also differ in {', '.join(parts)}." if parts else ""
-
-
-def recorded_baseline(config: Mapping[str, Any]) -> Run | None:
-    """The recorded plain CLIP that ships with protoclip, if its settings match."""
-    with contextlib.suppress(ValueError, OSError):
-        run = read_run(RECORDED)
-        beside = dict(run.config)
-        if BESIDE_EPOCHS in run.config["run"]:
-            beside["optim"] = run.config["optim"] | {"epochs": run.config["run"][BESIDE_EPOCHS]}
-        if comparable(config, beside):
-            return replace(run, name=RECORDED_NAME)
-    return None
-
-
-def length_of(recorded: Run) -> str:
-    """How long the recorded baseline trained, in words."""
-    beside = recorded.config["run"].get(BESIDE_EPOCHS)
-    if beside is None:
-        return "the same number of steps"
-    epochs = recorded.config["optim"]["epochs"]
-    return f"{epochs:g} epochs, as long as the default run of {beside:g} takes"
+    return f"{run.name} and {baseline.name} differ in {', '.join(parts)}." if parts else ""
 
 
 def find_baseline(runs: Sequence[Run]) -> Run | None:
-    """The run to compare with: the first plain CLIP of ``runs``, else the recorded one if it has
-    the settings of them all, else the first of several."""
+    """The run to compare with: the first plain CLIP, else the first of several."""
     for run in runs:
         if run.method == "clip":
             return run
-    recorded = [recorded_baseline(run.config) for run in runs]
-    if all(recorded):
-        return recorded[0]
     return runs[0] if len(runs) > 1 else None
 
 
@@ -310,109 +256,6 @@ def meaning(words: str) -> str:
     return "; ".join(terms)
 
 
-class Change(NamedTuple):
-    """A metric's difference to the baseline, and half its 95 % interval."""
-
-    value: float
-    half: float  # infinite if the metric has no interval
-    counts: bool  # whether the verdict counts it
-    kind: str  # "up": clearly better, "down": clearly worse, "same"; always "same" if not counted
-
-
-def change(run: Run, other: Run, key: str, metric: str) -> Change | None:
-    """The run's metric minus the other's; None where either lacks it."""
-    run_scores = run.outcome.trained.get(key)
-    other_scores = other.outcome.trained.get(key)
-    if run_scores is None or other_scores is None:
-        return None
-    value = run_scores.metrics.get(metric, math.nan) - other_scores.metrics.get(metric, math.nan)
-    if math.isnan(value):
-        return None
-    half = results.half_width(run_scores, other_scores, metric, other.outcome)
-    counts = (
-        metric.endswith(HEADLINE)
-        and half < math.inf
-        and not says_nothing([run, other], key, metric)
-    )
-    direction = "same"
-    if counts and abs(value) > half:
-        direction = "up" if value > 0 else "down"
-    return Change(value, half, counts, direction)
-
-
-def most_by_chance(count: int) -> int:
-    """The most of ``count`` scores that lie on one side of the intervals of a baseline's seeds for
-    97.5 % of its further seeds, if the scores are independent."""
-    share = 0.0
-    for most in range(count):
-        share += math.comb(count, most) * TAIL**most * (1 - TAIL) ** (count - most)
-        if share >= 1 - TAIL:
-            return most
-    return count
-
-
-def verdict(run: Run, baseline: Run | None) -> str:
-    """How the run stands beside the baseline, counted over its scores, those that fold too.
-
-    Whether it is ahead can be told only from a baseline of several seeds.
-    """
-    if baseline is None:
-        path = str(run.path or run.name)
-        clip = f"{path}-clip"
-        train = ["protoclip", "train", "--preset", f"{path}/config.json", "--method", "clip"]
-        train += ["--name", Path(clip).name]
-        compare = ["protoclip", "report", clip, path]
-        return (
-            f"{run.name}: no plain CLIP run with the same data, encoder, steps and seed was "
-            f"found, so ProtoCLIP cannot be compared with CLIP. Train one with "
-            f"`{shlex.join(train)}`, then compare: `{shlex.join(compare)}`"
-        )
-    better: list[str] = []
-    worse: list[str] = []
-    count = 0
-    for key, scores in run.outcome.trained.items():
-        for metric, words in rows_of(scores.metrics):
-            difference = change(run, baseline, key, metric)
-            if difference is None or not difference.counts:
-                continue
-            count += 1
-            entry = f"{words} ({scores.title}, {number(difference.value, '+')})"
-            if difference.kind == "up":
-                better.append(entry)
-            elif difference.kind == "down":
-                worse.append(entry)
-    if not count:
-        return f"{run.name} and {baseline.name} have no score in common that says anything."
-    seeds = baseline.outcome.seeds
-    if seeds == 1:
-        text = (
-            f"{run.label} beside {baseline.label}: {len(better + worse)} of {count} scores differ "
-            f"by more than the judged pictures explain ({len(better)} better, {len(worse)} worse)."
-        )
-        if better or worse:
-            text += (
-                " Two seeds of one method can differ by more than that, so train several of each "
-                "to tell them apart."
-            )
-    else:
-        most = most_by_chance(count)
-        is_ahead = len(better) > most
-        is_behind = len(worse) > most
-        head = "is ahead of" if is_ahead else "is behind" if is_behind else "cannot be told from"
-        if is_ahead and is_behind:
-            head = "is better in some and worse in other scores than"
-        text = (
-            f"{run.label} {head} {baseline.label}: of {count} scores {len(better)} are better and "
-            f"{len(worse)} worse than where 95 % of further seeds of the baseline fall (estimated "
-            f"from {seeds}). Chance gives up to {most} each way, and more where scores rise and "
-            "fall together."
-        )
-    for word, names in (("Better", better), ("Worse", worse)):
-        if names:
-            text += f" {word}: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}."
-    return " ".join(filter(None, (text, differences(run, baseline))))
-
-
 def as_html(words: str) -> Markup:
     """The words of a terminal as a page shows them: with arrows, and commands in their own type."""
     text = str(escape(words.replace("->", "→")))
@@ -494,12 +337,20 @@ def is_report(path: Path) -> bool:
 
 
 def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Each run in a sentence, and how it stands beside plain CLIP: what the page says first."""
+    """Each run in a sentence, and the settings that differ: what the page says first."""
     runs = read_runs(folders)
-    baseline = find_baseline(runs)
     answers = [f"{run.name}: {sentence}" for run in runs if (sentence := answer(run))]
     answers += [run.no_prototypes for run in runs if run.no_prototypes]
-    return answers + [verdict(run, baseline) for run in runs if run is not baseline]
+    return answers + all_differences(runs)
+
+
+def all_differences(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run whose settings differ from the baseline's."""
+    baseline = find_baseline(runs)
+    if baseline is None:
+        return []
+    sentences = [differences(run, baseline) for run in runs if run is not baseline]
+    return [sentence for sentence in sentences if sentence]
 
 
 def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
@@ -519,8 +370,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         rows=lambda scores: rows_of(scores.metrics),
     )
     baseline = find_baseline(runs)
-    compared = [run for run in runs if run is not baseline]
-    columns = [baseline, *compared] if baseline else compared
+    columns = sorted(runs, key=lambda run: run is not baseline)  # the baseline is the first
     # Without prototypes nothing uses their scale.
     unused = {run.name: "logit_scale_proto" if run.method == "clip" else "" for run in runs}
     series = {
@@ -568,15 +418,12 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         written=time.strftime("%Y-%m-%d %H:%M"),
         runs=runs,
         baseline=baseline,
-        recorded=baseline if baseline and baseline.path == RECORDED else None,
-        length=length_of(baseline) if baseline and baseline.path == RECORDED else "",
         columns=columns,
-        opening=opening or [verdict(run, baseline) for run in compared] + warnings,
+        opening=opening or all_differences(runs) + warnings,
         unit=unit_of(runs[0]),
         sets=sets,
         beside=runs[0].outcome.beside if len(runs) == 1 else floors,
         floors={**results.FLOORS, "untrained": "the model before its first step"},
-        change=change,
         top=top,
         left_out=sorted(left_out),
         curves=figures.charts([*figures.CURVES, *own_charts], series),

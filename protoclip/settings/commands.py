@@ -179,8 +179,7 @@ def report_parser() -> Parser:
         "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
         "a map, examples, cost and settings. Several runs are shown side by side, with "
-        "the differences to the first run of --method clip, or else to the recorded CLIP if it has "
-        "the settings of all, or else to the first run.",
+        "the differences to the first run of --method clip, or else to the first run.",
         example="protoclip report logs/A logs/B",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")

@@ -25,7 +25,7 @@ from protoclip.report import page, snapshot
 from protoclip.report.capture import draw_plots
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import NullRunFolder, sum_up
-from protoclip.settings.config import ModelConfig, TrainConfig, to_dict
+from protoclip.settings.config import ModelConfig, TrainConfig
 from protoclip.training import schedule
 from protoclip.training.checks import ActiveLosses
 
@@ -171,12 +171,7 @@ def conclude(
             held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
         draw_plots(folder.path, dataset, episode, encoder, held_out, phases.memory)
     outcome = outcome_so_far()
-    recorded = page.recorded_baseline(to_dict(config)) if after else None
-    if recorded is None:
-        table = results.format_table(outcome)
-    else:
-        table = results.format_table(outcome, recorded.outcome, page.length_of(recorded))
-    folder.say("\n" + table)
+    folder.say("\n" + results.format_table(outcome))
     if after is None:
         folder.say("no evaluation: too few pictures could be read; give --val-data")
     else:
