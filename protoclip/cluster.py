@@ -45,14 +45,11 @@ from protoclip.common.paths import check_above, check_exists
 from protoclip.data import (
     DataError,
     Faults,
-    Labels,
     PairDataset,
     Pictures,
     Subset,
     data_kind,
-    left_out_files,
     open_dataset,
-    picture_numbers,
     readable,
 )
 from protoclip.data.folders import ImageFolder
@@ -89,14 +86,13 @@ ROUNDING = 32  # relative deviations of the features of equal pictures, in units
 PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
 
 
-class FeatureRows:
+class FeatureRows(PairDataset):
     """Rows of a file of features, as a data set without pictures."""
 
     def __init__(self, name: str, keys: Sequence[str], captions: Sequence[str]) -> None:
         self.name = name
         self.keys = keys
         self._captions = captions or keys
-        self.labels: Mapping[str, Labels] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -305,10 +301,10 @@ def encode_pictures(args: argparse.Namespace) -> Points:
     else:
         options = {name: value for name, value in vars(args).items() if name in TABLE}
         dataset = open_dataset(args.data, **options)
-    for line in left_out_files(dataset):
+    for line in dataset.facts.left_out:
         print(line, file=sys.stderr)
     open_group_folder(args, dataset)
-    numbers = picture_numbers(dataset)
+    numbers = dataset.picture_numbers()
     if len(np.unique(numbers)) < len(dataset):  # a table with a row for each caption
         dataset = Pictures(dataset, numbers)
     weights = read_weights(args.weights, len(dataset))
@@ -453,7 +449,7 @@ def open_group_folder(args: argparse.Namespace, dataset: PairDataset) -> None:
         return
     flag = "--link-to" if args.link_to else "--copy-to"
     folder = Path(args.link_to or args.copy_to)
-    if not hasattr(dataset, "path"):
+    if not dataset.path(0):
         raise ValueError(
             f"{flag}: expected a folder of pictures or a table of files as DATA, got {args.data}; "
             "leave the flag out"
@@ -485,7 +481,7 @@ def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool
         for group in tqdm(numbers, "groups as folders", leave=False, disable=None):
             group_folder = temporary / f"{group:0{width}}"
             group_folder.mkdir()
-            files = list(dict.fromkeys(_file_of(dataset, i) for i in groups.members(group)))
+            files = list(dict.fromkeys(dataset.path(i) for i in groups.members(group)))
             for file, name in zip(files, different_names(files), strict=True):
                 if copy:
                     shutil.copyfile(file, group_folder / name)
@@ -495,15 +491,6 @@ def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool
                         os.chmod(group_folder / name, mode)  # without another user's set-user-ID
                 else:
                     (group_folder / name).symlink_to(os.path.abspath(file))
-
-
-def _file_of(dataset: Any, i: int) -> str:
-    """The path of picture ``i``."""
-    if isinstance(dataset, Subset):
-        return _file_of(dataset.dataset, int(dataset.indices[i]))
-    if isinstance(dataset, Pictures):
-        return _file_of(dataset.dataset, dataset.rows[i][0])
-    return dataset.path(i)
 
 
 def different_names(files: Sequence[str]) -> list[str]:

@@ -24,7 +24,6 @@ from protoclip.common.files import DISK_FULL, mebibytes
 from protoclip.common.host import choose_workers, keep_freed_memory, start_again_if_busy
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
-from protoclip.data import left_out_files
 from protoclip.data.loader import EpochOrder
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import gathered_rows
@@ -205,7 +204,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             teacher_remark=remark,
         )
         # The same folder may give both kinds of pairs.
-        for note in dict.fromkeys([*left_out_files(dataset), *evaluation.remarks, *notes]):
+        for note in dict.fromkeys([*dataset.facts.left_out, *evaluation.remarks, *notes]):
             if note:
                 folder.say(note)
         resolve("info_nce", "auto", device.type, torch.float32)  # compile before the clocks start

@@ -24,7 +24,15 @@ from torch import Tensor
 from torchvision import transforms
 
 from protoclip.common import host
-from protoclip.data import Draws, EpochOrder, build_transform, open_dataset
+from protoclip.data import (
+    DataError,
+    Draws,
+    EpochOrder,
+    Facts,
+    PairDataset,
+    build_transform,
+    open_dataset,
+)
 from protoclip.data.loader import Loader
 from protoclip.settings.config import DataConfig, from_dict
 
@@ -153,12 +161,20 @@ def test_any_thread_may_load(icons: Any, draws: Tensor) -> None:
     assert_equal(loaded, load(icons, draws[:8]))
 
 
-def test_a_worker_that_dies_between_two_orders_is_replaced(icons: Any, draws: Tensor) -> None:
+KILLED = (
+    r"a data worker was killed near the samples .*; if memory was short, use fewer --workers, and "
+    "continue a training run with --resume auto$"
+)
+
+
+def test_a_worker_that_dies_between_two_orders_ends_the_run(icons: Any, draws: Tensor) -> None:
     with contextlib.closing(loader_of(icons, workers=1)) as loader:
         assert_equal(list(loader.batches(Draws(draws, seed=5))), load(icons, draws))
         (process,) = multiprocessing.active_children()
         process.kill()
         process.join()
+        with pytest.raises(DataError, match=KILLED):
+            list(loader.batches(Draws(draws, seed=5)))
         assert_equal(list(loader.batches(Draws(draws, seed=5))), load(icons, draws))
 
 
@@ -191,7 +207,7 @@ def test_workers_are_a_number_or_a_word(tmp_path: Path) -> None:
         from_dict(DataConfig, {"workers": "many"})
 
 
-class KilledWithTheLock:
+class KilledWithTheLock(PairDataset):
     """Pairs of icons; the first worker that reads one is killed while it asks whether it should
     end, so it holds the lock of that question."""
 
@@ -219,7 +235,9 @@ class KilledWithTheLock:
         return self.pairs.image(i)
 
 
-def test_a_worker_killed_with_a_lock_is_replaced(icons: Any, draws: Tensor, tmp_path: Path) -> None:
+def test_a_worker_killed_with_a_lock_ends_the_run(
+    icons: Any, draws: Tensor, tmp_path: Path
+) -> None:
     hung = []
 
     def give_up(*_: Any) -> None:
@@ -229,23 +247,23 @@ def test_a_worker_killed_with_a_lock_is_replaced(icons: Any, draws: Tensor, tmp_
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     try:
-        loaded = load(KilledWithTheLock(icons, tmp_path / "flag"), draws, workers=1)
+        with pytest.raises(DataError, match=KILLED):
+            load(KilledWithTheLock(icons, tmp_path / "flag"), draws, workers=1)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert not hung
-    assert_equal(loaded, load(icons, draws))
+    assert not hung and not multiprocessing.active_children()
 
 
 def dataset(shards: int = 20, per_shard: int = 10, remote: bool = False) -> Any:
-    """Like shards: an object with the columns that matter."""
+    """Like shards: an object with the facts that matter."""
     shard_of = np.repeat(np.arange(shards, dtype=np.int32), per_shard)
 
     class Rows(SimpleNamespace):
         def __len__(self) -> int:
             return len(shard_of)
 
-    return Rows(shard_of=shard_of, remote=remote)
+    return Rows(facts=Facts(shard_of=shard_of, remote=remote))
 
 
 def epoch(order: EpochOrder, seed: int = 0) -> Tensor:

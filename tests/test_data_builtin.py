@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from protoclip.data import DataError, icons, open_dataset
+from protoclip.data import BadSample, DataError, Facts, Subset, icons, open_dataset
 from protoclip.data.icons import Icon, concepts_of, is_brand, load_icons
 from protoclip.data.shapes import POSITIONS, ShapesDataset
 
@@ -199,3 +199,16 @@ def test_shapes_show_what_the_caption_says() -> None:
         assert abs(rows.mean() - row) < 6 and abs(columns.mean() - column) < 6
         shapes.add(shape)
     assert len(shapes) == 12
+
+
+def test_what_a_data_set_says_of_itself_is_declared() -> None:
+    """A subset says the same of its own pairs; no icon shares a picture with another."""
+    drawings = open_dataset("builtin:icons")
+    assert np.array_equal(drawings.picture_numbers(), np.arange(len(drawings)))
+    shards = ShapesDataset(6)
+    skipped = [BadSample("0.tar", "a", "no caption"), BadSample("1.tar", "b", "no picture")]
+    shards.facts = Facts(remote=True, skipped=skipped, shard_of=np.array([0, 0, 0, 1, 1, 1]))
+    half = Subset(Subset(shards, [5, 4, 3, 2, 1]), [0, 2, 4])
+    assert half.facts.remote and half.facts.skipped == skipped and half.facts.num_skipped == 1
+    assert half.facts.shard_of is not None and half.facts.shard_of.tolist() == [1, 1, 0]
+    assert half.picture_numbers().tolist() == [5, 3, 1] and half.path(0) == ""

@@ -346,7 +346,7 @@ def test_an_export_keeps_every_pair_whatever_their_keys(folder: Path) -> None:
     assert data_command(["--export", table, "--out", str(out)]) == 0
     shards = open_dataset(f"{out}/00000.tar")
     assert [shards.captions(i)[0] for i in range(len(shards))] == [f"picture {n}" for n in names]
-    assert not shards.skipped
+    assert not shards.facts.skipped
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

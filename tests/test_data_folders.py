@@ -9,7 +9,7 @@ import torch
 from pairs import HEIC, load, picture, refused, same
 
 from protoclip.cluster import main as cluster_command
-from protoclip.data import DataError, Faults, left_out_files, open_dataset
+from protoclip.data import DataError, Faults, open_dataset
 from protoclip.data.__main__ import main as data_command
 from protoclip.evaluate.__main__ import main as evaluate_command
 from protoclip.evaluate.datasets import open_layout
@@ -142,7 +142,7 @@ def test_what_macos_keeps_beside_a_picture_is_none(animals: Path) -> None:
     dataset = open_dataset(str(animals))
     assert len(dataset) == 3 * PICTURES + 1 and "cat/._my own.png" in dataset.keys
     left_out = f"{animals}: left out files that Pillow cannot open: 1 ._NAME by macOS, 1 .txt"
-    assert list(left_out_files(dataset)) == [left_out]
+    assert list(dataset.facts.left_out) == [left_out]
 
 
 @pytest.mark.usefixtures("no_heif")

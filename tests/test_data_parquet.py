@@ -155,7 +155,7 @@ def test_classes_make_captions_where_there_are_none(tmp_path: Path) -> None:
         "a drawing of cat",
         "a drawing of dog",
     ]
-    assert dataset.skipped == [(path, "row 2", "the class is not known")]
+    assert dataset.facts.skipped == [(path, "row 2", "the class is not known")]
     assert len(open_dataset(path, class_template="simple").captions(0)) == 7
     layout = open_layout(path)
     assert layout.test.labels["class"].names == CLASSES
@@ -175,14 +175,14 @@ def test_bad_rows_are_left_out_named_and_counted(
     texts = pa.array(damaged_text).cast(pa.string(), safe=False)
     path = write_plain(tmp_path / "bad.parquet", {"image": images, "text": texts}, per_group=3)
     dataset = open_dataset(path)
-    reasons = {row: reason for _, row, reason in dataset.skipped}
+    reasons = {row: reason for _, row, reason in dataset.facts.skipped}
     assert reasons.pop("row 7").startswith("'utf-8' codec can't decode byte 0xff")
     assert reasons == {
         "row 1": "the picture is missing",
         "row 2": "all captions are empty",
         "row 3": "all captions are empty",
     }
-    said = left_out(dataset.skipped, path).splitlines()
+    said = left_out(dataset.facts.skipped, path).splitlines()
     assert said[:2] == [
         "left out of the data: 4 samples",
         f"  {path}, row 1: the picture is missing",
@@ -231,8 +231,8 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
         file.write(b"\xff" * captions.total_compressed_size)
     dataset = open_dataset(spec)
     assert [key.split("/")[1] for key in dataset.keys] == ["0", "1", "4", "5"]
-    assert [row for _, row, _ in dataset.skipped] == ["row 2", "row 3"]
-    assert "row group 1 cannot be read" in dataset.skipped[0][2]
+    assert [row for _, row, _ in dataset.facts.skipped] == ["row 2", "row 3"]
+    assert "row group 1 cannot be read" in dataset.facts.skipped[0][2]
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -260,11 +260,11 @@ def test_the_default_order_mixes_and_fits_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = write_parquet(tmp_path / "data", files=4, rows=50, per_group=5)  # 40 row groups
-    assert open_dataset(spec).window == 0  # all of them fit
+    assert open_dataset(spec).facts.window == 0  # all of them fit
     size = sum(group.image_bytes for group in open_dataset(spec)._groups)
     monkeypatch.setattr(parquet, "CACHE_BYTES", size // 4)
     dataset = open_dataset(spec)
-    assert 24 <= dataset.window <= 25  # an eighth of 200 pairs
+    assert 24 <= dataset.facts.window <= 25  # an eighth of 200 pairs
     parquet._cache.clear()
     reads = group_reads(monkeypatch)
     order = EpochOrder(Subset(dataset, range(200))).permutation(torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pairs import TEXTS, encoded, picture, refused, same, write_shards, write_tar
 from ranks import on_ranks
 
+from protoclip.common import host
 from protoclip.data import DataError, open_dataset
 from protoclip.data import shards as shard_module
 from protoclip.data.__main__ import shard_names
@@ -131,11 +132,11 @@ def test_junk_samples_are_skipped_named_and_counted(
     path = write_tar(tmp_path / "junk.tar", members)
     for _ in range(2):  # fresh and from the cache
         caplog.clear()
-        shard_module._warn.cache_clear()  # which says things once a process
+        host.warn_once.cache_clear()  # which says things once a process
         with caplog.at_level(logging.WARNING):
             dataset = open_dataset(path)
         assert list(dataset.keys) == ["junk.tar/good"]
-        assert {key: reason for _, key, reason in dataset.skipped} == {
+        assert {key: reason for _, key, reason in dataset.facts.skipped} == {
             "alone": "the caption is missing (txt, json)",
             "list": "its json: expected a JSON object, got list",
             "mute": "its txt: all captions are empty",
@@ -163,7 +164,7 @@ def test_a_damaged_shard_keeps_what_can_be_read(tmp_path: Path, where: str) -> N
     path.write_bytes(content)
     dataset = open_dataset(str(path))
     assert [dataset.image(i).size for i in range(len(dataset))] == [(10, 12)] * 2
-    _, key, reason = dataset.skipped[-1]
+    _, key, reason = dataset.facts.skipped[-1]
     assert key == "everything after sample1"
     assert reason == f"the shard is cut off or damaged at byte {third.offset}; copy it again"
 
@@ -363,7 +364,9 @@ def test_neighbours_with_one_key_are_not_one_pair(tmp_path: Path) -> None:
     dataset = open_dataset(write_tar(tmp_path / "t.tar", pairs))
     assert [dataset.captions(i) for i in range(len(dataset))] == [("0",), ("2",)]
     assert same(dataset.image(0), picture(0))
-    assert [(key, reason) for _, key, reason in dataset.skipped] == [("a", "the key occurs twice")]
+    assert [(key, reason) for _, key, reason in dataset.facts.skipped] == [
+        ("a", "the key occurs twice")
+    ]
 
 
 def test_captions_of_megabytes_are_cut_or_left_out(tmp_path: Path) -> None:
@@ -374,5 +377,5 @@ def test_captions_of_megabytes_are_cut_or_left_out(tmp_path: Path) -> None:
     dataset = open_dataset(write_tar(tmp_path / "t.tar", members))
     assert list(dataset.keys) == ["t.tar/a"]
     assert len(dataset.captions(0)[0]) == MAX_CAPTION
-    reasons = " ".join(reason for _, _, reason in dataset.skipped)
+    reasons = " ".join(reason for _, _, reason in dataset.facts.skipped)
     assert "4,194,304 bytes" in reasons and "at most 100 levels" in reasons

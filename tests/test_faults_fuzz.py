@@ -135,7 +135,7 @@ def test_a_nonsense_header_after_good_samples_is_named(shard: Path, kind: str) -
     shard.write_bytes(SAMPLES + HEADERS[kind] + END_OF_TAR)
     dataset = ShardDataset(str(shard))
     assert len(dataset) == 3
-    _, _, reason = dataset.skipped[-1]
+    _, _, reason = dataset.facts.skipped[-1]
     assert "damaged" in reason
 
 

@@ -11,8 +11,9 @@ import torch
 from ranks import config_of, losses, on_ranks
 
 from protoclip import distributed
-from protoclip.data import Subset, heldout_pictures, open_dataset, picture_numbers
+from protoclip.data import Facts, Subset, heldout_pictures, open_dataset
 from protoclip.data.settings import RunData, open_run_data
+from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.evaluate.during import TRAINED, own_layout
 from protoclip.export import main as export
@@ -75,7 +76,7 @@ def test_runs_of_several_seeds_are_judged_on_the_same_pictures(run, table, data,
 def test_the_default_split_is_that_of_seed_0(table):
     """As it was when --seed chose the split."""
     data = open_run_data(config_of("--train-data", str(table), "--val-fraction", "0.3"))
-    numbers = picture_numbers(open_dataset(str(table)))
+    numbers = open_dataset(str(table)).picture_numbers()
     mask = heldout_pictures(numbers, 0.3, seed=0)
     keys = open_dataset(str(table)).keys
     assert list(data.training.keys) == [keys[i] for i in np.flatnonzero(~mask)]
@@ -220,7 +221,8 @@ def test_scores_before_training_on_other_data_are_not_shown(run, table, no_page)
 )
 def test_what_cannot_be_held_out(run, capsys, monkeypatch, flags, words):
     if "http" in flags[-1]:
-        shards = type("Remote", (), {"remote": True, "name": flags[-1], "__len__": lambda s: 9})()
+        shards = type("Remote", (ShapesDataset,), {"facts": Facts(remote=True)})()
+        shards.name = flags[-1]
         monkeypatch.setattr("protoclip.data.settings.index_together", lambda data: None)
         monkeypatch.setattr("protoclip.data.settings.open_dataset", lambda *a, **k: shards)
     folder = run("refused", "--val-fraction", "0.2", *flags, code=2)

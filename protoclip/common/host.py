@@ -1,12 +1,15 @@
-"""The machine that a process runs on: memory in use, malloc, what else keeps the cores busy, and
-numbers that come from its GPU."""
+"""The machine that a process runs on: memory in use, malloc, what else keeps the cores busy,
+numbers that come from its GPU, and what its threads and forks share."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,3 +110,16 @@ def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
         return on_host.tolist()
 
     return read
+
+
+def lock_free_after_fork() -> threading.Lock:
+    """A lock that a forked child finds free, even if another thread held it at the fork."""
+    lock = threading.Lock()
+    os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
+    return lock
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning, the same only once: evaluation, for example, opens files again."""
+    logger.warning("%s", message)

@@ -18,22 +18,21 @@ from protoclip.data.shapes import ShapesDataset
 from protoclip.data.shards import ShardDataset, data_kind, index_together
 from protoclip.data.tables import CsvDataset
 from protoclip.data.types import (
+    BadSample,
     Batch,
+    Facts,
     Labels,
     PairDataset,
     Pictures,
     Subset,
     heldout_mask,
     heldout_pictures,
-    left_out_files,
-    picture_numbers,
 )
 
 __all__ = [
-    "Batch", "DataError", "Draws", "EpochOrder", "Faults", "Labels", "PairDataset", "Pictures",
-    "Subset", "Transform", "batches", "build_transform", "data_kind",
-    "heldout_pictures", "index_together", "left_out_files", "open_dataset", "picture_numbers",
-    "readable",
+    "BadSample", "Batch", "DataError", "Draws", "EpochOrder", "Facts", "Faults", "Labels",
+    "PairDataset", "Pictures", "Subset", "Transform", "batches", "build_transform", "data_kind",
+    "heldout_pictures", "index_together", "open_dataset", "readable",
 ]  # fmt: skip
 
 
@@ -55,7 +54,7 @@ def open_dataset(
         split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
             builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
-        keep_going: collect a table's bad rows in ``skipped`` instead of raising at the first.
+        keep_going: collect a table's bad rows in ``facts.skipped`` instead of raising at the first.
         class_template: makes captions from class names; see :func:`folders.read_templates`.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`; the
             keys also name columns of parquet files.
@@ -100,7 +99,7 @@ def open_dataset(
         return dataset
     groups = dataset.labels["group"].ids.numpy() if "group" in dataset.labels else None
     if heldout is None:
-        pictures = picture_numbers(dataset)  # rows of one picture stay together
+        pictures = dataset.picture_numbers()  # rows of one picture stay together
         if groups is not None:
             groups = groups[np.unique(pictures, return_index=True)[1]]
         heldout = heldout_mask(int(pictures.max()) + 1, groups, seed)[pictures]

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.common.files import printable_lines, whole_file, write_atomic
-from protoclip.data import DataError, PairDataset, left_out_files, open_dataset, readable
+from protoclip.data import DataError, PairDataset, open_dataset, readable
 from protoclip.distributed import run_command
 from protoclip.settings.commands import data_parser
 from protoclip.settings.config import TABLE
@@ -39,7 +39,7 @@ def run(args: Any) -> int:
     dataset = open_dataset(
         data, args.split, seed=args.val_seed, keep_going=bool(args.check), **table
     )
-    for line in left_out_files(dataset):
+    for line in dataset.facts.left_out:
         print(line, file=sys.stderr)
     if args.check:
         return int(check_data(dataset) > 0)
@@ -55,9 +55,9 @@ def run(args: Any) -> int:
 
 def check_data(dataset: PairDataset) -> int:
     """Read every sample once and print what is wrong with each bad one; returns their number."""
-    skipped = getattr(dataset, "skipped", [])
-    for shard, key, reason in skipped:
-        print(f"{shard}: {key!r}: {reason}" if key else f"{shard}: {reason}")
+    skipped = dataset.facts.skipped
+    for file, key, reason in skipped:
+        print(f"{file}: {key!r}: {reason}" if key else f"{file}: {reason}")
     total = len(skipped) + len(dataset)
     faults = readable(dataset, lambda fault: tqdm.write(printable_lines(fault))).faults
     num_bad = len(skipped) + len(faults)

@@ -42,8 +42,7 @@ def readable(dataset: PairDataset, report: Callable[[str], Any] | None = None) -
     ):
         for start in range(share.start, share.stop, QUEUED):
             part = range(start, min(start + QUEUED, share.stop))
-            if (prefetch := getattr(dataset, "prefetch", None)) is not None:
-                prefetch(np.asarray(part))
+            dataset.prefetch(np.asarray(part))
             for i, fault in zip(part, pool.imap(find, part, chunksize=16), strict=True):
                 bar.update()
                 if fault:
@@ -79,8 +78,7 @@ class Faults:
         self.name = dataset.name
         self.max_fraction = max_fraction
         self.report = report
-        skipped = getattr(dataset, "skipped", ())
-        self.known = round(getattr(dataset, "num_skipped", len(skipped)))
+        self.known = round(dataset.facts.num_skipped)
         self.total = len(dataset) + self.known
         self.positions: set[int] = set()
         self.reasons: list[str] = []  # of the first of them

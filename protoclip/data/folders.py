@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from protoclip.common.files import DataError, lines_of, plural, printable
 from protoclip.data.images import NEEDS_HEIF, decode, no_picture
-from protoclip.data.types import Labels, StringTable
+from protoclip.data.types import Labels, PairDataset, StringTable
 
 LABEL = "class"
 CLASS_TEMPLATE = "--class-template"
@@ -52,7 +53,7 @@ def open_parts(
             where = printable(str(parts[0] if len(parts) == 1 else root))
             count = plural(len(empty), "class folder")
             shown = ", ".join(empty[:NAMED]) + (", ..." if len(empty) > NAMED else "")
-            datasets[0].left_out.append(f"{where}: left out {count} without pictures: {shown}")
+            datasets[0].leave_out(f"{where}: left out {count} without pictures: {shown}")
     return datasets
 
 
@@ -89,14 +90,13 @@ def class_names(root: Path, folders: Sequence[str]) -> Sequence[str]:
     return names
 
 
-class ImageFolder:
+class ImageFolder(PairDataset):
     """``root/CLASS/.../picture``; captions are the class in each of the templates.
 
     ``folders`` are the class folders by id, ``names`` the names of the classes. Without them, all
     pictures in ``root`` and below, and the path serves as the caption.
 
-    Attributes:
-        left_out: what is not among the pairs and why, a line each.
+    ``facts.left_out`` says what is not among the pairs and why.
     """
 
     def __init__(
@@ -124,23 +124,24 @@ class ImageFolder:
             if heic := self.others[NEEDS_HEIF]:
                 got += f", {heic:,} of them {NEEDS_HEIF}"
             raise DataError(f"{root}: expected pictures {where}, found none {got}")
-        self.labels: Mapping[str, Labels] = {}
         if folders:
             numbers = {folder: number for number, folder in enumerate(folders)}
             ids = torch.tensor([numbers[key.partition(os.sep)[0]] for key in keys])
             ids, order = ids.sort(stable=True)
             keys = [keys[i] for i in order.tolist()]
-            self.labels = {LABEL: Labels(ids, tuple(names))}
+            self.labels: Mapping[str, Labels] = {LABEL: Labels(ids, tuple(names))}
         self.keys: Sequence[str] = StringTable(keys)
-        self.left_out: list[str] = []
         shown = printable(self.name)
         if others := ", ".join(f"{n:,} {reason}" for reason, n in self.others.most_common()):
-            self.left_out.append(f"{shown}: left out files that Pillow cannot open: {others}")
+            self.leave_out(f"{shown}: left out files that Pillow cannot open: {others}")
         if odd := ", ".join(plural(n, reason) for reason, n in self.odd.most_common()):
-            self.left_out.append(f"{shown}: left out {odd}: regular files are read, each once")
+            self.leave_out(f"{shown}: left out {odd}: regular files are read, each once")
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def leave_out(self, line: str) -> None:
+        self.facts = replace(self.facts, left_out=[*self.facts.left_out, line])
 
     def keep_classes(self, ids: Tensor) -> None:
         """Drop the classes, all without pictures, that are not among these sorted ids."""

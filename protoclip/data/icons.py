@@ -29,7 +29,7 @@ from PIL import Image
 from protoclip.common.files import DataError, write_atomic
 from protoclip.common.paths import cache_dir
 from protoclip.data.images import draw_svgs
-from protoclip.data.types import Labels, StringTable, labels_of
+from protoclip.data.types import Labels, PairDataset, StringTable, labels_of
 
 SIDE = 48  # pixels
 WEIGHTS = 4  # most drawings of one name in one family
@@ -70,7 +70,7 @@ class Icon:
     category: str = ""
 
 
-class IconDataset:
+class IconDataset(PairDataset):
     """Drawn icons: pictures in a memory-mapped file, and a table of what is known of each.
 
     Attributes:

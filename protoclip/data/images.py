@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.common.files import DataError, printable, whole_file
+from protoclip.common.host import lock_free_after_fork, warn_once
 
 # torchvision's defaults.
 CROP_ATTEMPTS = 10
@@ -42,16 +42,7 @@ APPLE_DOUBLE = b"\0\5\x16\7"
 BY_MACOS = "._NAME by macOS"
 
 logger = logging.getLogger(__name__)
-_warn = functools.lru_cache(logger.warning)  # once for each file
-_warning_filters = threading.Lock()  # they belong to the process, not to a thread
-
-
-def _renew_lock() -> None:
-    global _warning_filters
-    _warning_filters = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
+_warning_filters = lock_free_after_fork()  # they belong to the process, not to a thread
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -65,7 +56,8 @@ def decode(data: bytes, where: str) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 size = f"{image.width:,} x {image.height:,} pixels"
-                _warn("%s", f"{where}: {size} take long to read; a smaller copy would do")
+                message = f"{where}: {size} take long to read; a smaller copy would do"
+                warn_once(logger, message)
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"a side is more than {LONGEST:,} times the other")
             image.load()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import logging
 import math
 import multiprocessing
 import signal
@@ -31,29 +30,31 @@ STREAM_BUFFER = 10_000  # samples; the default window of remote shards (--shuffl
 AHEAD = 16  # batches whose shards are fetched in advance
 ATTEMPTS = 50  # bad samples tolerated beyond the batch size
 PATIENCE = 2.0  # seconds to wait for the death of a worker that has stopped answering
-CRASHES = 3  # worker deaths at the same batch before the run ends
 Tokenizer = Callable[[list[str]], Tensor]
-logger = logging.getLogger(__name__)
 
 
 class EpochOrder:
     """The order in which an epoch visits the data: fully mixed, or shard by shard.
 
     Args:
-        dataset: N pairs, with ``shard_of``, int [N], if it consists of shards.
+        dataset: N pairs.
         shuffle_buffer: samples in the window that is shuffled; 0: all; -1: all, or
             ``STREAM_BUFFER`` if shards come from URLs, or the data set's own ``window``.
     """
 
-    def __init__(self, dataset: Any, shuffle_buffer: int = -1) -> None:
+    def __init__(self, dataset: PairDataset, shuffle_buffer: int = -1) -> None:
         self.size = len(dataset)
-        shard = getattr(dataset, "shard_of", np.zeros(self.size))
+        facts = dataset.facts
+        shard = np.zeros(self.size) if facts.shard_of is None else facts.shard_of
         # Runs of neighbours in the same shard; without shards the data set is one run.
         edges = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), self.size]
         self.runs = list(itertools.pairwise(edges))
-        own_window = STREAM_BUFFER if getattr(dataset, "remote", False) else 0
-        own_window = getattr(dataset, "window", own_window)
-        self.window = own_window if shuffle_buffer < 0 else shuffle_buffer
+        if shuffle_buffer >= 0:
+            self.window = shuffle_buffer
+        elif facts.window is not None:
+            self.window = facts.window
+        else:
+            self.window = STREAM_BUFFER if facts.remote else 0
 
     def permutation(self, random: torch.Generator) -> Tensor:
         """Positions of one epoch, int64 [N]."""
@@ -153,39 +154,31 @@ class Loader:
             pool.close()
 
     def _in_workers(self, draws: Draws, firsts: range) -> Iterator[Batch]:
-        """Yield batches in order; replace dead workers and continue where they stopped."""
-        dataset = self._source.dataset
+        """Yield batches in order; a worker that is killed ends them with a DataError."""
+        pool = self._pool_for(draws)
         done = 0
-        crashes = 0
-        while done < len(firsts):
-            pool = self._pool_for(draws)
-            try:
-                for batch in pool.load(draws, firsts[done:]):
-                    if isinstance(batch, DataError):
-                        raise batch
-                    done += 1
-                    crashes = 0
-                    pool.is_idle = done == len(firsts)
-                    yield batch
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                # Other than torch's own messages: the connection that carries a tensor is gone.
-                dead = wait([process.sentinel for process in pool.processes], timeout=PATIENCE)
-                if "DataLoader worker" not in str(error) and not dead:
-                    raise
-                crashes += 1
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-            finally:
-                if not pool.is_idle:
-                    self.close()
+        try:
+            for batch in pool.load(draws, firsts):
+                if isinstance(batch, DataError):
+                    raise batch
+                done += 1
+                pool.is_idle = done == len(firsts)
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:
+            # Other than torch's own messages: the connection that carries a tensor is gone.
+            dead = wait([process.sentinel for process in pool.processes], timeout=PATIENCE)
+            if "DataLoader worker" not in str(error) and not dead:
+                raise
+            dataset = self._source.dataset
             index = draws.positions[firsts[done] :][: self._source.batch_size].tolist()
             keys = ", ".join(dataset.keys[i] for i in index[:8])
-            if crashes == CRASHES:
-                raise DataError(
-                    f"{dataset.name}: a data worker died {CRASHES} times at the same batch "
-                    f"({reason}); use fewer --workers, or look at the samples: {keys}, ..."
-                )
-            logger.warning("a data worker died (%s) near %s, ...; starting it again", reason, keys)
+            raise DataError(
+                f"{dataset.name}: a data worker was killed near the samples {keys}, ...; if memory "
+                "was short, use fewer --workers, and continue a training run with --resume auto"
+            ) from error
+        finally:
+            if not pool.is_idle:
+                self.close()
 
     def _pool_for(self, draws: Draws) -> _Pool:
         """The idle workers of the order before, or new ones if it was shorter or broken off."""
@@ -219,8 +212,7 @@ class _Source:
     def load(self, draws: Draws, first: int) -> Batch:
         positions = draws.positions.numpy()
         index = positions[first : first + self.batch_size].copy()
-        if (prefetch := getattr(self.dataset, "prefetch", None)) is not None:
-            prefetch(positions[first : first + AHEAD * self.batch_size])
+        self.dataset.prefetch(positions[first : first + AHEAD * self.batch_size])
         if draws.numbers is None:
             draw_numbers = np.arange(first, first + len(index))
         else:

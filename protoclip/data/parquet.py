@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,20 +13,20 @@ import torch
 from PIL import Image
 
 from protoclip.common.files import DataError, is_remote, local_copy, read_file
+from protoclip.common.host import lock_free_after_fork, warn_once
 from protoclip.common.json_text import parse_json
 from protoclip.data.folders import CLASS_TEMPLATE, LABEL, read_templates
 from protoclip.data.images import decode
 from protoclip.data.loader import STREAM_BUFFER
 from protoclip.data.shards import expand, key_prefixes
 from protoclip.data.tables import MAX_CAPTION
-from protoclip.data.types import Labels, StringTable
+from protoclip.data.types import BadSample, Facts, Labels, PairDataset, StringTable
 
 CAPTIONS = ("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences")
 TITLE = "title"  # what --csv-caption-key is if nobody says so
 PATHS = "filepath"  # the usual name of a column of paths; pictures in the file come before it
 CACHE_BYTES = 256 << 20  # of row groups that a process keeps; the window of a shuffle fits in half
 logger = logging.getLogger(__name__)
-_warn = functools.lru_cache(logger.warning)  # only once, although evaluation opens the files again
 
 
 class Columns(NamedTuple):
@@ -40,7 +38,7 @@ class Columns(NamedTuple):
     class_names: tuple[str, ...]
 
 
-class ParquetDataset:
+class ParquetDataset(PairDataset):
     """Pictures with captions from parquet files, read one row group at a time.
 
     A picture is what the datasets library writes (a struct of "bytes" and "path"), bytes, or a
@@ -52,10 +50,7 @@ class ParquetDataset:
         csv_img_key, csv_caption_key: the columns; without such columns, that of the type Image,
             and the one with a usual name (``CAPTIONS``), a ClassLabel, or the only text.
         class_template: of captions that are made from classes; see :func:`read_templates`.
-    Attributes:
-        skipped: (file, row, reason) of each row left out.
-        shard_of: number of each pair's row group, int32 [N].
-        window: pairs that are shuffled by default, 0: all. Row groups of so many fit in memory.
+    A shard is a row group here, and those of ``facts.window`` pairs fit in memory.
     """
 
     def __init__(
@@ -69,7 +64,7 @@ class ParquetDataset:
         self.name = spec
         self.files = expand(spec, ".parquet")
         self.templates = read_templates(class_template, CLASS_TEMPLATE)
-        self.skipped: list[tuple[str, str, str]] = []
+        skipped: list[BadSample] = []
         self._groups: list[RowGroup] = []
         self._columns = Columns("", "", "", ())
         keys: list[str] = []
@@ -90,7 +85,7 @@ class ParquetDataset:
             for group in _row_groups(footer.metadata, columns.image, file, path):
                 for row, label, fault in self._scan(group):
                     if fault:
-                        self.skipped.append((file, f"row {first + row}", fault))
+                        skipped.append(BadSample(file, f"row {first + row}", fault))
                         continue
                     keys.append(f"{prefix}/{first + row}")
                     shard_of.append(len(self._groups))
@@ -99,19 +94,26 @@ class ParquetDataset:
                 first += group.rows
                 self._groups.append(group)
         if not keys:
-            reasons = "".join(f"\n  {file}, {row}: {why}" for file, row, why in self.skipped[:5])
+            reasons = "".join(f"\n  {file}, {row}: {why}" for file, row, why in skipped[:5])
             raise DataError(f"{self.name}: no row has a picture and a caption{reasons}")
         self.keys: Sequence[str] = StringTable(keys)
-        self.shard_of = np.array(shard_of, np.int32)
+        self._shard_of = np.array(shard_of, np.int32)
         self._rows = np.array(rows, np.int64)
         self._classes = Labels(torch.tensor(classes), self._columns.class_names)
-        self.labels: Mapping[str, Labels] = {LABEL: self._classes} if self._columns.label else {}
+        if self._columns.label:
+            self.labels: Mapping[str, Labels] = {LABEL: self._classes}
         num_bytes = [group.image_bytes for group in self._groups]
         rows_in_half = CACHE_BYTES // 2 * len(keys) // max(1, sum(num_bytes))
-        self.window = 0 if rows_in_half >= len(keys) else min(max(1, rows_in_half), STREAM_BUFFER)
+        fits = rows_in_half >= len(keys)
+        self.facts = Facts(
+            has_captions=bool(self._columns.caption),
+            skipped=skipped,
+            shard_of=self._shard_of,
+            window=0 if fits else min(max(1, rows_in_half), STREAM_BUFFER),
+        )
         if max(num_bytes) > CACHE_BYTES:
-            _warn(
-                "%s",
+            warn_once(
+                logger,
                 f"{self.name}: row groups of up to {max(num_bytes) >> 20:,} MiB, each of which is "
                 "read as a whole; write the files with row_group_size=100",
             )
@@ -119,19 +121,14 @@ class ParquetDataset:
     def __len__(self) -> int:
         return len(self.keys)
 
-    @property
-    def has_captions(self) -> bool:
-        """Whether captions are of the files, not made from the class."""
-        return bool(self._columns.caption)
-
     def captions(self, i: int) -> tuple[str, ...]:
-        if not self.has_captions:
+        if not self.facts.has_captions:
             name = self._classes.names[int(self._classes.ids[i])]
             return tuple(template.replace("{}", name) for template in self.templates)
         return captions_of(self._value(i, self._columns.caption))
 
     def image(self, i: int) -> Image.Image:
-        group = self._groups[self.shard_of[i]]
+        group = self._groups[self._shard_of[i]]
         where = f"{group.file}, {self.keys[i]}"
         try:
             data = picture_of(self._value(i, self._columns.image))
@@ -151,7 +148,7 @@ class ParquetDataset:
 
     def _value(self, i: int, column: str) -> Any:
         """What pair ``i`` has in a column."""
-        group = self._groups[self.shard_of[i]]
+        group = self._groups[self._shard_of[i]]
         return read_column(group, column)[int(self._rows[i])].as_py()
 
     def _scan(self, group: RowGroup) -> Iterator[tuple[int, int, str]]:
@@ -319,8 +316,8 @@ def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: s
     others = [name for name in CAPTIONS if name in texts and name != caption]
     was_asked_for = caption == csv_caption_key != TITLE
     if others and caption in CAPTIONS and not was_asked_for:
-        _warn(
-            "%s",
+        warn_once(
+            logger,
             f"captions come from the column {caption!r} of the parquet files, not from "
             f"{', '.join(others)}; --csv-caption-key names another",
         )
@@ -351,15 +348,7 @@ def _features(schema: Any) -> dict[str, Any]:
 
 # Shared by all data sets of the process; the oldest are dropped first.
 _cache: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
-_cache_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _cache_lock
-    _cache_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
+_cache_lock = lock_free_after_fork()
 
 
 def read_column(group: RowGroup, column: str) -> Any:

@@ -16,7 +16,6 @@ from protoclip.data import (
     heldout_pictures,
     index_together,
     open_dataset,
-    picture_numbers,
 )
 from protoclip.settings.config import TABLE, TrainConfig
 
@@ -55,14 +54,14 @@ def open_run_data(config: TrainConfig) -> RunData:
     return RunData(dataset, held_out)
 
 
-def _hold_out(dataset: Any, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
+def _hold_out(dataset: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
     """The pairs to train on and those to hold out; rows of the same picture stay together."""
-    if getattr(dataset, "remote", False):
+    if dataset.facts.remote:
         raise DataError(
             f"--val-fraction: expected data on a disk, got the URL {dataset.name}, all of whose "
             "shards would be fetched before the first step; give one of the shards as --val-data"
         )
-    pictures = picture_numbers(dataset)
+    pictures = dataset.picture_numbers()
     mask = heldout_pictures(pictures, fraction, seed)
     if mask.sum() < 2 or mask.all():
         raise DataError(

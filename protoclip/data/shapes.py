@@ -12,7 +12,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
-from protoclip.data.types import Labels, StringTable
+from protoclip.data.types import Labels, PairDataset, StringTable
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 BACKGROUNDS = ("white", "black", "grey", "beige")
@@ -32,7 +32,7 @@ SHAPES = {
 FIELDS = tuple(map(tuple, (SHAPES, COLOURS, SIZES, POSITIONS, BACKGROUNDS)))
 
 
-class ShapesDataset:
+class ShapesDataset(PairDataset):
     """``count`` pictures of one shape each; a picture is drawn when it is read.
 
     Args:

@@ -33,11 +33,12 @@ from protoclip.common.files import (
     state_of,
     write_atomic,
 )
+from protoclip.common.host import warn_once
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import cache_dir
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
-from protoclip.data.types import Labels, StringTable
+from protoclip.data.types import BadSample, Facts, PairDataset, StringTable
 from protoclip.distributed import gather_objects, is_distributed, rank, world_size
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
@@ -58,7 +59,6 @@ PAIR_PLACES = np.dtype(
     ]
 )
 logger = logging.getLogger(__name__)
-_warn = functools.lru_cache(logger.warning)  # only once, although evaluation opens the shards again
 
 
 class Place(NamedTuple):
@@ -68,25 +68,18 @@ class Place(NamedTuple):
     size: int
 
 
-class ShardDataset:
+class ShardDataset(PairDataset):
     """Pictures with captions from tar files in webdataset's layout.
 
     A pair is jpg | png | jpeg | webp with txt (one caption per line) or json ("caption", or a list
     "captions") under one key; txt is used unless the json has a list. Other samples are skipped
     with a warning. Shards from URLs are copied when they are needed.
 
-    Attributes:
-        skipped: (shard, key, reason) of each sample left out.
-        shard_of: number of each pair's shard, int32 [N].
-        remote: whether any shard comes from a URL.
     """
-
-    labels: Mapping[str, Labels] = {}
 
     def __init__(self, spec: str) -> None:
         self.name = spec
         self.shards = expand(spec)
-        self.remote = any(map(is_remote, self.shards))
         self._states = [None if is_remote(shard) else state_of(shard) for shard in self.shards]
         bar = tqdm(self.shards, "reading the shards' indices", unit="shard", delay=1, disable=None)
         indices = [shard_index(shard) for shard in bar]
@@ -97,33 +90,41 @@ class ShardDataset:
             for prefix, index in zip(prefixes, indices, strict=True)
             for key in index.keys
         )
-        self.skipped = [(shard, *fault) for shard, index in shards for fault in index.skipped]
+        skipped = [
+            BadSample(shard, key, reason)
+            for shard, index in shards
+            for key, reason in index.skipped
+        ]
         self._places = np.concatenate([index.places for index in indices])
         counts = [len(index.keys) for index in indices]
-        self.shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        total = len(self.keys) + len(self.skipped)
-        listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in self.skipped[:NAMED])
+        self._shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self.facts = Facts(
+            remote=any(map(is_remote, self.shards)), skipped=skipped, shard_of=self._shard_of
+        )
+        total = len(self.keys) + len(skipped)
+        listing = "".join(f"\n  {s}: {key!r}: {reason}" for s, key, reason in skipped[:NAMED])
         if not self.keys:
             raise DataError(
                 f"{self.name}: none of {total} samples is a pair; each needs a picture "
                 f"({', '.join(IMAGE_KINDS)}) and a caption (txt, json) with the same key{listing}"
             )
-        if self.skipped:
-            _warn("%s", f"{self.name}: {len(self.skipped)} of {total} samples skipped:{listing}")
+        if skipped:
+            message = f"{self.name}: {len(skipped)} of {total} samples skipped:{listing}"
+            warn_once(logger, message)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def prefetch(self, positions: np.ndarray) -> None:
-        """Start to copy the remote shards that these pairs, int64 [M], will need."""
-        numbers = dict.fromkeys(self.shard_of[positions].tolist() if self.remote else ())
-        for shard in filter(is_remote, (self.shards[number] for number in numbers)):
-            fetch_ahead(shard)
+        if self.facts.remote:
+            numbers = dict.fromkeys(self._shard_of[positions].tolist())
+            for shard in filter(is_remote, (self.shards[number] for number in numbers)):
+                fetch_ahead(shard)
 
     def image(self, i: int) -> Image.Image:
         places = self._places[i]
         data = self._read(i, Place(int(places["image_offset"]), int(places["image_size"])))
-        return decode(data, f"{self.shards[self.shard_of[i]]}: {self.keys[i]!r}")
+        return decode(data, f"{self.shards[self._shard_of[i]]}: {self.keys[i]!r}")
 
     def captions(self, i: int) -> tuple[str, ...]:
         places = self._places[i]
@@ -132,10 +133,10 @@ class ShardDataset:
 
     def _read(self, i: int, place: Place) -> bytes:
         """Read a file of pair ``i``."""
-        shard = self.shards[self.shard_of[i]]
+        shard = self.shards[self._shard_of[i]]
         try:
             file = _open(local_copy(shard) if is_remote(shard) else shard)
-            as_indexed = self._states[self.shard_of[i]] in (None, state_of(file.fileno()))
+            as_indexed = self._states[self._shard_of[i]] in (None, state_of(file.fileno()))
             data = os.pread(file.fileno(), place.size, place.offset) if as_indexed else b""
         except OSError as error:
             raise DataError(f"{shard}: {error.strerror}; check the disk") from error

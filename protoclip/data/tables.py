@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,30 +13,26 @@ from PIL import Image
 
 from protoclip.common.files import DataError, read_file
 from protoclip.data.images import decode
-from protoclip.data.types import Labels, StringTable
+from protoclip.data.types import BadSample, Facts, PairDataset, StringTable
 
 CHECKED = 10_000  # files checked at the start; later ones are checked when they are read
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
 
 
-class CsvDataset:
+class CsvDataset(PairDataset):
     """One pair per row: the path of a picture and its caption.
 
     Args:
         path: the table, first row the column names.
-        keep_going: collect bad rows in ``skipped`` instead of raising at the first, and check all
-            picture paths now.
+        keep_going: collect bad rows in ``facts.skipped`` instead of raising at the first, and check
+            all picture paths now.
         csv_separator: between columns, one character. The default, OpenCLIP's, is a tab; a table
             without a tab in its first line is split at commas, semicolons or bars.
         csv_img_key: column of the paths; a relative path starts at the working directory (as in
             OpenCLIP) or, if no file is there, at the table's folder.
         csv_caption_key: column of the captions, each cut to ``MAX_CAPTION`` characters.
         csv_encoding: encoding of the table, any that Python knows.
-    Attributes:
-        skipped: (table and line, "", reason) of each row left out, with ``keep_going``.
     """
-
-    labels: Mapping[str, Labels] = {}
 
     def __init__(
         self,
@@ -50,7 +46,7 @@ class CsvDataset:
     ) -> None:
         self.name = str(path)
         self.folder = os.path.dirname(os.path.abspath(path))
-        self.skipped: list[tuple[str, str, str]] = []
+        skipped: list[BadSample] = []
         rows: list[list[str]] = []
         columns = (csv_img_key, csv_caption_key)
         for number, row, fault in read_table(self.name, columns, csv_separator, csv_encoding):
@@ -63,11 +59,12 @@ class CsvDataset:
             if not fault:
                 rows.append(row)
             elif keep_going:
-                self.skipped.append((f"{self.name}, line {number}", "", fault))
+                skipped.append(BadSample(f"{self.name}, line {number}", "", fault))
             else:
                 raise DataError(f"{self.name}, line {number}: {fault}")
-        if not rows and not self.skipped:
+        if not rows and not skipped:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
+        self.facts = Facts(skipped=skipped)
         self._files = StringTable(file for file, _ in rows)
         self._captions = StringTable(text.strip()[:MAX_CAPTION] for _, text in rows)
         self.keys: Sequence[str] = StringTable(_numbered(file for file, _ in rows))
@@ -82,8 +79,8 @@ class CsvDataset:
         """The path of picture ``i``."""
         return self._find(self._files[i])
 
-    def pictures(self) -> np.ndarray:
-        """A number for each row, int64 [N], the same where rows name the same file."""
+    def picture_numbers(self) -> np.ndarray:
+        """The same number where rows name the same file."""
         numbers: dict[str, int] = {}
         files = map(os.path.normpath, self._files)
         return np.array([numbers.setdefault(file, len(numbers)) for file in files])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,19 +64,61 @@ class Batch:
         )
 
 
-class PairDataset(Protocol):
+class BadSample(NamedTuple):
+    """A sample that was left out when a data set was opened."""
+
+    file: str  # for a table with the line
+    key: str  # of the sample, or its row; "" where the file says it
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a data set says of itself, next to its pairs."""
+
+    remote: bool = False  # whether any file comes from a URL
+    has_captions: bool = True  # False: captions are made from the class
+    skipped: Sequence[BadSample] = ()
+    skipped_share: float = 1.0  # a subset counts this share of ``skipped`` as its own
+    left_out: Sequence[str] = ()  # what a folder holds that is not among its pairs, a line each
+    shard_of: np.ndarray | None = None  # number of each pair's shard, int32 [N]
+    window: int | None = None  # pairs that are shuffled by default, 0: all; None: not known
+
+    @property
+    def num_skipped(self) -> float:
+        return self.skipped_share * len(self.skipped)
+
+
+class PairDataset(ABC):
     """Pictures, each with at least one caption, by position."""
 
     name: str  # for messages and tables
     keys: Sequence[str]  # one per pair, unique and stable between runs
-    labels: Mapping[str, Labels]  # classifications, such as "group"; {} when unknown
+    labels: Mapping[str, Labels] = {}  # classifications, such as "group"
+    facts = Facts()
 
+    @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
     def image(self, i: int) -> Image.Image:
         """Picture ``i`` in RGB; may be shared, so copy before changing it in place."""
 
+    @abstractmethod
     def captions(self, i: int) -> tuple[str, ...]:
         """Captions of picture ``i``, none empty; the first is the canonical one."""
+
+    def path(self, i: int) -> str:
+        """The file of picture ``i``; "" if it has none of its own."""
+        return ""
+
+    def picture_numbers(self) -> np.ndarray:
+        """A number for each pair, int64 [N]; pairs known to share a picture have the same."""
+        return np.arange(len(self))
+
+    def prefetch(self, positions: np.ndarray) -> None:
+        """Start to fetch what these pairs, int64 [M], will need."""
+        return
 
 
 class StringTable(Sequence[str]):
@@ -105,7 +148,7 @@ class StringTable(Sequence[str]):
         return raw.decode("utf-8", "surrogateescape")
 
 
-class Subset:
+class Subset(PairDataset):
     """The pairs of a data set at ``indices``, int64 [M], in that order, with keys and labels."""
 
     def __init__(
@@ -119,22 +162,25 @@ class Subset:
             label: Labels(full.ids[torch.from_numpy(self.indices)], full.names)
             for label, full in dataset.labels.items()
         }
-        self.remote = getattr(dataset, "remote", False)
-        self.skipped = getattr(dataset, "skipped", ())
+        facts = dataset.facts
         share = len(self.indices) / max(1, len(dataset))
-        self.num_skipped = share * getattr(dataset, "num_skipped", len(self.skipped))
-        if hasattr(dataset, "shard_of"):
-            self.shard_of = dataset.shard_of[self.indices]
-        if hasattr(dataset, "window"):
-            self.window = dataset.window
+        self.facts = replace(
+            facts,
+            skipped_share=share * facts.skipped_share,
+            shard_of=None if facts.shard_of is None else facts.shard_of[self.indices],
+        )
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def prefetch(self, positions: np.ndarray) -> None:
-        """Tell the data set, if it prefetches, which pairs, int64 [M], come next."""
-        if (inner := getattr(self.dataset, "prefetch", None)) is not None:
-            inner(self.indices[positions])
+        self.dataset.prefetch(self.indices[positions])
+
+    def picture_numbers(self) -> np.ndarray:
+        return self.dataset.picture_numbers()[self.indices]
+
+    def path(self, i: int) -> str:
+        return self.dataset.path(int(self.indices[i]))
 
     def image(self, i: int) -> Image.Image:
         return self.dataset.image(int(self.indices[i]))
@@ -143,10 +189,8 @@ class Subset:
         return self.dataset.captions(int(self.indices[i]))
 
 
-class Pictures:
+class Pictures(PairDataset):
     """The pictures of some pairs, each once, with the captions of all of its pairs."""
-
-    labels: Mapping[str, Labels] = {}
 
     def __init__(self, dataset: PairDataset, numbers: np.ndarray) -> None:
         """``numbers``, int64 [N]: the same for pairs that share a picture."""
@@ -157,6 +201,7 @@ class Pictures:
         self.rows = list(rows_of.values())
         self.name = dataset.name
         self.keys: Sequence[str] = StringTable(dataset.keys[rows[0]] for rows in self.rows)
+        self.facts = Facts(left_out=dataset.facts.left_out)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,19 +212,8 @@ class Pictures:
     def captions(self, i: int) -> tuple[str, ...]:
         return tuple(text for row in self.rows[i] for text in self.dataset.captions(row))
 
-
-def picture_numbers(dataset: Any) -> np.ndarray:
-    """A number for each pair, int64 [N], the same for pairs that are known to share a picture."""
-    if isinstance(dataset, Subset):
-        return picture_numbers(dataset.dataset)[dataset.indices]
-    return dataset.pictures() if hasattr(dataset, "pictures") else np.arange(len(dataset))
-
-
-def left_out_files(dataset: Any) -> Sequence[str]:
-    """What a folder holds that is not among its pairs, a line for each reason."""
-    if isinstance(dataset, (Subset, Pictures)):
-        return left_out_files(dataset.dataset)
-    return getattr(dataset, "left_out", ())
+    def path(self, i: int) -> str:
+        return self.dataset.path(self.rows[i][0])
 
 
 def heldout_pictures(pictures: np.ndarray, fraction: float, seed: int) -> np.ndarray:

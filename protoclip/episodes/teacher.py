@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from protoclip.common.files import whole_file
 from protoclip.common.paths import cache_dir, check_above
-from protoclip.data import PairDataset, left_out_files, open_dataset
+from protoclip.data import PairDataset, open_dataset
 from protoclip.model import autocast_for, choose_device, choose_precision
 from protoclip.settings.commands import MINILM
 from protoclip.settings.config import TABLE, TrainConfig
@@ -297,7 +297,7 @@ def write_features(args: Any) -> None:
         raise ValueError(f"--out: {out} exists; choose another name or remove it")
     table = {name: value for name, value in vars(args).items() if name in TABLE}
     dataset = open_dataset(args.data, **table)
-    for line in left_out_files(dataset):
+    for line in dataset.facts.left_out:
         print(line, file=sys.stderr)
     device = choose_device(args.device)
     if args.paper and args.model == MINILM:

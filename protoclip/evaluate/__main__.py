@@ -15,7 +15,6 @@ from pathlib import Path
 from protoclip import distributed
 from protoclip.common.files import short_name
 from protoclip.common.paths import output_file
-from protoclip.data import left_out_files
 from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
@@ -146,9 +145,9 @@ def _own_held_out(loaded: Loaded) -> Layout | None:
             "longer known: restore the data (rows may be added at the end), or give --data"
         )
     layout = own_layout(run_data)
-    if layout is None:
+    if layout is None or run_data.held_out is None:
         raise ValueError(f"{name}: fewer than two held-out pictures can be read; give --data")
-    left_out = [*left_out_files(run_data.held_out), *layout.left_out]
+    left_out = [*run_data.held_out.facts.left_out, *layout.left_out]
     return dataclasses.replace(layout, left_out=left_out)
 
 

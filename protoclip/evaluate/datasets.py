@@ -19,7 +19,6 @@ from protoclip.data import (
     data_kind,
     index_together,
     open_dataset,
-    picture_numbers,
 )
 from protoclip.data.folders import LABEL, open_parts, read_templates
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
@@ -91,9 +90,9 @@ def open_layout(
     if source_type == "folder":
         return _image_folder(Path(data), split, words)
     index_together(data)
-    dataset: Any = open_dataset(data, **open_kwargs)
-    captions = None if getattr(dataset, "has_captions", True) else 0  # else made from the class
-    numbers = picture_numbers(dataset)
+    dataset = open_dataset(data, **open_kwargs)
+    captions = None if dataset.facts.has_captions else 0  # else made from the class
+    numbers = dataset.picture_numbers()
     first_rows = np.sort(np.unique(numbers, return_index=True)[1])  # of each picture
     if len(first_rows) < len(dataset):  # a table with a row for each caption
         dataset = Pictures(dataset, numbers)
@@ -168,7 +167,7 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
         train=datasets[1] if with_train else None,
         templates=words,
         captions=0,
-        left_out=tuple(line for dataset in datasets for line in dataset.left_out),
+        left_out=tuple(line for dataset in datasets for line in dataset.facts.left_out),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from protoclip.common.files import plural
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import evenly_spaced
-from protoclip.data import Subset, picture_numbers, readable
+from protoclip.data import Subset, readable
 from protoclip.data.settings import RunData, open_arguments
 from protoclip.distributed import is_main, progress_hidden, wait_for_main
 from protoclip.evaluate import results, tasks
@@ -161,12 +161,12 @@ def own_layout(run_data: RunData) -> Layout | None:
         if len(pairs) < 2:
             return None
         return Layout(pairs, key="HO", title="Held-out pairs", left_out=_left_out(faults))
-    training: Any = run_data.training
+    training = run_data.training
     # A picture with several captions is asked for once, so that no caption has two right answers.
-    rows = torch.from_numpy(np.sort(np.unique(picture_numbers(training), return_index=True)[1]))
+    rows = torch.from_numpy(np.sort(np.unique(training.picture_numbers(), return_index=True)[1]))
     count = min(TRAINED, len(rows))
     chosen = torch.arange(count)
-    if not getattr(training, "remote", False):  # the first rows need the fewest shards
+    if not training.facts.remote:  # the first rows need the fewest shards
         chosen = evenly_spaced(len(rows), count)
     rows = rows[chosen]
     sample, faults = readable(Subset(training, rows, training.name))

@@ -13,7 +13,7 @@ from protoclip import distributed
 from protoclip.common.files import plural
 from protoclip.common.host import busy_note
 from protoclip.common.phases import Phases
-from protoclip.data import PairDataset
+from protoclip.data import BadSample, PairDataset
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import FeatureSource
 from protoclip.episodes.prototypes import Episode
@@ -61,7 +61,7 @@ def announce(
         f"model: {config.model.model} on {device}, {precision}{by_itself}, "
         f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )
-    if skipped := getattr(dataset, "skipped", ()):
+    if skipped := dataset.facts.skipped:
         folder.say(left_out(skipped, dataset.name))
     builtin = config.data.train_data.startswith("builtin:")
     if config.model.model == ModelConfig().model and not builtin:
@@ -112,7 +112,7 @@ def find_first_prototype_step(
     return 1 + plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
 
 
-def left_out(skipped: Sequence[tuple[str, str, str]], data: str) -> str:
+def left_out(skipped: Sequence[BadSample], data: str) -> str:
     """The first samples, (file, row or key, reason), that could not be used when the data was
     opened."""
     lines = [f"left out of the data: {plural(len(skipped), 'sample')}"]
