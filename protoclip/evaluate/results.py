@@ -85,6 +85,8 @@ class Outcome:
     trained: Results
     untrained: Results | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, in the order to show
+    # Of training and of phases that are not training: CPU time on a CPU, else by the clock.
+    work_seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     floors: Mapping[str, Results] = field(default_factory=dict)  # by ``FLOORS``: without a model
     steps: int = 0  # of training

@@ -152,6 +152,7 @@ def conclude(
             untrained=before,
             floors=floors,
             seconds=phases.seconds(),
+            work_seconds=phases.work(),
             peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
             steps=steps,
             skipped_steps=skipped_steps,

@@ -405,7 +405,7 @@ class Trainer:
             features=self.features.state_dict(self.folder.path / "checkpoints"),
             skipped=[int(self.stepper.skipped_steps), int(self.stepper.consecutive_skips)],
             faults=sorted({fault for faults in faults_by_rank for fault in faults}),
-            seconds=self.phases.seconds(),
+            seconds=self.phases.saved(),
             data=checkpoint.fingerprint(self.dataset.keys),
         )
 
