@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test parity check-arm sanitize dist-check faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
+.PHONY: check check-peers help lint fix test parity check-arm sanitize dist-check faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -23,6 +23,9 @@ fix:  ## format everything, and repair what ruff can
 
 test:  ## the tests, on all cores
 	$(PYTHON) -m pytest tests -n auto --dist loadfile
+
+check-peers:  ## all cases of scikit-learn's own tests of k-means; `make test` runs one of each
+	$(PYTHON) -m pytest tests/test_kmeans_sklearn.py --all-peer-tests
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks --benchmark-disable $(if $(SIZES),--sizes $(SIZES))

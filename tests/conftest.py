@@ -47,6 +47,8 @@ MAY_MISS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bare", action="store_true", help="a missing optional package is a skip")
     parser.addoption("--nan-empties", action="store_true", help="torch.empty holds NaN at first")
+    words = "all cases of scikit-learn's own tests, not only the first of each"
+    parser.addoption("--all-peer-tests", action="store_true", help=words)
     share = "I/K: only compile the kernels of every K-th test from I on (make gpu)"
     parser.addoption("--compile-share", help=share)
 
@@ -65,7 +67,24 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(stack.close)
 
 
+def first_of_each_peer_test(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of the cases of each of scikit-learn's own tests the first; ``make check-peers`` has all."""
+    seen: set[str] = set()
+
+    def is_wanted(item: pytest.Item) -> bool:
+        if item.path.name != "test_kmeans_sklearn.py":
+            return True
+        name = item.name.partition("[")[0]
+        is_first = name not in seen
+        seen.add(name)
+        return is_first
+
+    return [item for item in items if is_wanted(item)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-peer-tests"):
+        items[:] = first_of_each_peer_test(items)
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if share := config.getoption("--compile-share"):
         first, step = map(int, share.split("/"))

@@ -218,9 +218,6 @@ def test_bad_input_is_refused_in_words(case: str) -> None:
         call()
 
 
-SCALES = [10, 10.0, np.float32(10), np.float64(10), np.int64(10), np.array(10), np.array([10.0])]
-
-
 LOSSES: dict[str, Callable[[Any, str], Tensor]] = {
     "info_nce": lambda scale, backend: info_nce(X, Y, scale, backend=backend),
     "sigmoid_loss": lambda scale, backend: sigmoid_loss(X, Y, scale, scale, backend=backend),
@@ -231,9 +228,20 @@ LOSSES: dict[str, Callable[[Any, str], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("scale", [*SCALES, torch.tensor(10), torch.tensor([10.0])], ids=repr)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("loss", LOSSES)
+# Each kind of number once: all losses share one conversion. Each loss once: that it is called.
+ANY_SCALE = [
+    ("info_nce", "auto", 10),
+    ("info_nce", "auto", np.float32(10)),
+    ("info_nce", "auto", np.array(10)),
+    ("info_nce", "reference", torch.tensor(10)),
+    ("info_nce", "reference", torch.tensor([10.0])),
+    ("sigmoid_loss", "auto", np.int64(10)),
+    ("prototype_cross_entropy", "auto", np.float64(10)),
+    ("ProtoClipLoss", "auto", np.array([10.0])),
+]
+
+
+@pytest.mark.parametrize("loss, backend, scale", ANY_SCALE, ids=repr)
 def test_a_scale_is_any_number(loss: str, backend: str, scale: Any) -> None:
     assert torch.equal(LOSSES[loss](scale, backend), LOSSES[loss](S, backend))
 
@@ -258,14 +266,20 @@ OF_TWO_TENSORS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
 HALF = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize(
-    "x_dtype, y_dtype",
-    [(HALF[0], torch.float32), (torch.float32, HALF[1]), (HALF[0], HALF[1])],
-)
-@pytest.mark.parametrize("op", OF_TWO_TENSORS)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+# Each op once; each pair of dtypes (promoted to fp32 from either side) and both backends.
+MIXED = [
+    ("info_nce", "auto", HALF[0], torch.float32),
+    ("sigmoid_loss", "auto", torch.float32, HALF[1]),
+    ("prototype_cross_entropy", "auto", HALF[0], HALF[1]),
+    ("its targets", "auto", torch.float32, HALF[0]),
+    ("soft_targets", "reference", HALF[1], torch.float32),
+    ("kmeans_assign", "reference", HALF[0], HALF[1]),
+]
+
+
+@pytest.mark.parametrize("op, backend, x_dtype, y_dtype", MIXED)
 def test_mixed_dtypes_are_promoted(
-    backend: str, op: str, x_dtype: torch.dtype, y_dtype: torch.dtype
+    op: str, backend: str, x_dtype: torch.dtype, y_dtype: torch.dtype
 ) -> None:
     """As torch does it for operands."""
     run = OF_TWO_TENSORS[op]

@@ -267,6 +267,25 @@ CASES = [Case(family, d, dtype) for dtype in DEPTHS for d in DEPTHS[dtype] for f
 # and both dtypes for the one that the others are built on.
 IN_THE_INTERPRETER = [Case(family, 64, torch.bfloat16) for family in FAMILIES]
 IN_THE_INTERPRETER += [Case("info_nce", 128, torch.float16)]
+# In C++: every family, every dtype, every depth.
+IN_CPP = [
+    Case("info_nce", 512, torch.bfloat16),
+    Case("one way", 43, torch.bfloat16),
+    Case("ids excluded", 128, torch.float16),
+    Case("ids positive", 128, torch.float32),
+    Case("contrastive, one way", 200, torch.float16),
+    Case("siglip", 256, torch.bfloat16),
+    Case("siglip, ids excluded", 64, torch.bfloat16),
+    Case("siglip, ids positive", 512, torch.float16),
+    Case("prototypes, hard", 128, torch.bfloat16),
+    Case("prototypes, soft", 128, torch.float32),
+]
+# The reference is plain torch: one case of each formula.
+IN_THE_REFERENCE = [
+    Case("ids positive", 64, torch.bfloat16),
+    Case("siglip, ids positive", 64, torch.float16),
+    Case("prototypes, soft", 64, torch.bfloat16),
+]
 
 
 @cache
@@ -336,9 +355,7 @@ def with_error(problem: Problem, got: Returned, error: Tensor) -> Returned:
 def cases_of(backend: str) -> list[Case]:
     if backend == "triton" and DEVICE == "cpu":
         return IN_THE_INTERPRETER
-    if backend == "reference":
-        return [case for case in CASES if case.d == 64]
-    return CASES
+    return {"reference": IN_THE_REFERENCE, "cpu": IN_CPP}.get(backend, CASES)
 
 
 def backends_and_cases() -> Iterator[Any]:

@@ -618,11 +618,22 @@ def test_means_of_sup_con_and_nt_xent_divide_by_the_weight_of_what_counts(backen
 # ---- SigLIP ----
 
 
+# weighted, label_smoothing, reduction, same_id: every pair of two options' values.
+SIGMOID_OPTIONS = [
+    (False, 0.0, "none", "positive"),
+    (False, 0.0, "mean", None),
+    (False, 0.2, "sum", "exclude"),
+    (False, 0.2, "none", None),
+    (False, 0.2, "mean", "positive"),
+    (True, 0.0, "none", "exclude"),
+    (True, 0.0, "sum", "positive"),
+    (True, 0.2, "sum", None),
+    (True, 0.2, "mean", "exclude"),
+]
+
+
 @pytest.mark.parametrize("backend", [name for name in usable("sigmoid_loss") if name != "triton"])
-@pytest.mark.parametrize("same_id", [None, "positive", "exclude"])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted, label_smoothing, reduction, same_id", SIGMOID_OPTIONS)
 def test_the_sigmoid_loss_with_options_is_its_formula(
     weighted: bool,
     label_smoothing: float,
