@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check check-peers help lint fix test parity check-arm sanitize dist-check faults bench bench-full pictures study-data study study-quick small-batches small-batches-pairs small-batches-report kernels gpu gpu-sanitize
+.PHONY: check check-peers help lint fix test parity check-arm sanitize dist-check faults bench bench-full pictures kernels gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -67,26 +67,8 @@ bench:  ## parity, then speed; minutes on two cores
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
 
-pictures:  ## the front page's pictures and alt texts, from the records; RUN=logs/NAME records a run on icons first
-	$(PYTHON) -m benchmarks.pictures $(RUN)
-
-study-data:  ## the study's icons: 104 MB from npm, drawn into the cache in a few minutes
-	$(PYTHON) -m benchmarks.study.data
-
-study:  ## what prototypes are worth, over seeds; about five hours of one core in any number of calls (HOURS=2 WORKERS=2)
-	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
-
-study-quick:  ## every step of the study, tiny, on toy drawings: a few minutes
-	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study --quick
-
-small-batches:  ## a teacher's prototypes at a small batch; about twenty-five hours of one core, as `study` (HOURS=2 WORKERS=2)
-	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --workers $(or $(WORKERS),1) $(if $(HOURS),--hours $(HOURS))
-
-small-batches-pairs:  ## the runs of small-batches that are timed, with nothing beside them; about an hour
-	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.study.small_batches --pairs $(if $(HOURS),--hours $(HOURS))
-
-small-batches-report:  ## docs/small-batches.md from what is finished
-	$(PYTHON) -m benchmarks.study.small_batches --report
+pictures:  ## the front page's pictures and alt texts, from the records
+	$(PYTHON) -m benchmarks.pictures
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.compile_report

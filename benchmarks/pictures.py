@@ -1,28 +1,20 @@
-"""Pictures from records: speed beside peers, what the default run has learnt, and small batches.
+"""Pictures of docs/ from records: speed compared with other implementations, and unseen drawings.
 
-    python -m benchmarks.pictures        all pictures of docs/, and their alt texts
-    python -m benchmarks.pictures RUN    the same, after a new record of what RUN has learnt
+    python -m benchmarks.pictures    both pictures, and README's alt texts (the pictures' titles)
 
-RUN is a run folder of ``protoclip train`` on the built-in icons; its record holds no more than the
-pictures show. The pictures are vectors in the colours of the reader's theme, on a ground of their
-own, and can be read at 400 pixels. README's alt texts are their titles.
+The pictures are vectors in the colours of the reader's theme, on a ground of their own, and can be
+read at 400 pixels.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 from xml.sax.saxutils import escape
-
-import numpy as np
-from PIL import Image
 
 from benchmarks.report import (
     RESULTS,
@@ -35,33 +27,15 @@ from benchmarks.report import (
     newest_cpu,
     sizes,
 )
-from benchmarks.study import small_batches
-from benchmarks.study.protocol import finished
-from benchmarks.study.report import PRIMARY, TOWERS
-from benchmarks.study.small_batches_report import (
-    SHORT_TOWERS,
-    Gained,
-    enough_seeds,
-    gained_at_one_rate,
-    gained_by_batch,
-    picture_title,
-    runs_of,
-    seeds_by_batch,
-)
 from protoclip.common.files import write_atomic
-from protoclip.data.icons import FAMILIES, builtin_icons
-from protoclip.report.snapshot import Snapshot, load_snapshot
-from protoclip.settings.config import parse_json
 
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "evidence.md")  # with pictures
+README = ROOT / "README.md"
 LEARNT = RESULTS / "default_run" / "pictures.json"
 WIDTH, MARGIN = 440, 12  # of every picture in its own units; GitHub shrinks it on a narrow screen
-GROUPS, MEMBERS = 8, 5  # groups of icons, and icons of each
 NEAREST = 3  # names of an icon
 SHOWN = ("InfoNCE and gradient, bf16", "SigLIP", "prototype", "k-means")  # of README's cases
 LINE = 18  # between two lines of text
-LABEL = 27  # letters of a group's words
 STYLE = """
 .ground { fill: #ffffff; }
 text { font: 14px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: #1c2430; }
@@ -98,23 +72,11 @@ class NamedDrawing(TypedDict):
     answers: list[Answer]
 
 
-class Group(TypedDict):
-    """A group of training drawings: its size, the words in common, and those nearest its mean."""
-
-    samples: int
-    words: str
-    drawings: list[str]
-
-
 class Learnt(TypedDict):
-    """What the pictures show of a run, with the drawings themselves."""
+    """What a run on ``builtin:icons`` has learnt, with the drawings themselves."""
 
-    run: dict[str, Any]  # its settings and versions, for the reader of the record
     classes: int  # names to choose from
     named: list[NamedDrawing]
-    clusters: int
-    groups: list[Group]  # the largest
-    groups_run: dict[str, Any]  # the run that they are of, as in ``run``
     drawings: dict[str, str]  # key in builtin:icons -> SVG
 
 
@@ -203,99 +165,6 @@ def peers_title(record: Record) -> str:
     )
 
 
-class Drawings:
-    """The drawings of ``builtin:icons`` by key, found by what a run's page shows of them."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-        self.dataset = builtin_icons()
-        self.by_caption: dict[str, list[int]] = {}
-        for i in range(len(self.dataset)):
-            self.by_caption.setdefault(self.dataset.captions(i)[0], []).append(i)
-
-    def key(self, item: Mapping[str, Any]) -> str:
-        """The key of an item of the page; ValueError if it is not of these drawings."""
-        stream = io.BytesIO(base64.b64decode(self.snapshot.pictures[item["picture"]]))
-        with Image.open(stream) as opened:
-            thumbnail = np.asarray(opened.convert("L"), dtype=np.float32)
-        distances = {}
-        for i in self.by_caption.get(item["caption"], ()):
-            drawn = np.asarray(self.dataset.image(i).convert("L"), dtype=np.float32)
-            if drawn.shape == thumbnail.shape:
-                distances[i] = float(np.abs(drawn - thumbnail).mean())
-        if not distances:
-            raise ValueError(f"{item['caption']}: not a drawing of builtin:icons; name such a run")
-        return self.dataset.keys[min(distances, key=lambda i: distances[i])]
-
-
-def learnt(folder: Path, earlier: Learnt | None = None) -> Learnt:
-    """What the pictures show of a run; the groups of a run without image prototypes are those of
-    ``earlier``.
-
-    Raises:
-        ValueError: not a finished run on the icons, or without groups where ``earlier`` has none.
-    """
-    snapshot = load_snapshot(folder)
-    if not snapshot.named:
-        raise ValueError(f"expected a finished run on builtin:icons, found none in {folder}")
-    drawings = Drawings(snapshot)
-    named: list[NamedDrawing] = [
-        {
-            "drawing": drawings.key(shown["query"]),
-            "name": shown["own"],
-            "answers": [
-                {"name": answer["caption"], "right": answer["hit"]}
-                for answer in shown["answers"][:NEAREST]
-            ],
-        }
-        for shown in snapshot.named["shown"]
-    ]
-    config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-    facts = {name: snapshot.facts[name] for name in ("protoclip", "torch", "cpu")}
-    weight = config["loss"]["w_proto"]
-    run = {"method": config["method"], "w_proto": weight, "seed": config["run"]["seed"], **facts}
-    block = image_groups(snapshot)
-    groups_run = run
-    if block is not None:
-        clusters = block["clusters"]
-        groups = [recorded_group(card, drawings) for card in block["cards"][:GROUPS]]
-    elif earlier is not None:
-        clusters, groups = earlier["clusters"], earlier["groups"]
-        groups_run = earlier["groups_run"]
-    else:
-        raise ValueError("expected a run with image prototypes (--w-proto 1), found none")
-    keys = {drawing["drawing"] for drawing in named}
-    keys.update(*(group["drawings"] for group in groups))
-    sources = {
-        "/".join(filter(None, (icon.family, icon.style, icon.name))): icon.svg
-        for read_family in FAMILIES.values()
-        for icon in read_family()
-    }
-    return {
-        "run": run,
-        "classes": snapshot.named["classes"],
-        "named": named,
-        "clusters": clusters,
-        "groups": groups,
-        "groups_run": groups_run,
-        "drawings": {key: sources[key] for key in sorted(keys)},
-    }
-
-
-def image_groups(snapshot: Snapshot) -> Mapping[str, Any] | None:
-    """The page's clusters of image features; None if the run had none."""
-    return next((block for block in snapshot.clusters if block["name"] == "image"), None)
-
-
-def recorded_group(card: Mapping[str, Any], drawings: Drawings) -> Group:
-    """A group of the page, with its drawings by name."""
-    return {
-        "samples": card["samples"],
-        "words": card["words"],
-        "drawings": [drawings.key(item) for item in card["images"][:MEMBERS]],
-    }
-
-
 def nested(source: str, x: float, y: float, side: float) -> str:
     """An icon's SVG at a place inside another one, in the colour of its text."""
     whole = re.search(r"<svg\b([^>]*)>(.*)</svg>", source, re.S)
@@ -346,120 +215,22 @@ def names_title(record: Learnt) -> str:
     return sentence + (f". Not at once: {', '.join(missed)}." if missed else ".")
 
 
-def draw_groups(record: Learnt) -> str:
-    """The largest groups of the image features, with the drawings nearest to the mean of each."""
-    parts: list[str] = []
-    side, gap, height, column = 36, 5, 76, WIDTH / 2
-    for place, group in enumerate(record["groups"]):
-        x, y = (place % 2) * column, (place // 2) * height
-        parts.append(text(x, y + 12, group_label(group), "muted"))
-        for number, key in enumerate(group["drawings"]):
-            parts.append(nested(record["drawings"][key], x + number * (side + gap), y + 22, side))
-    rows = (len(record["groups"]) + 1) // 2
-    return picture(groups_title(record), rows * height - 14, parts)
-
-
-def group_label(group: Group) -> str:
-    """A group's size, and as many of its words as fit on a line."""
-    words = group["words"].split(", ")
-    while len(words) > 1 and len(", ".join(words)) > LABEL:
-        words.pop()
-    return f"{group['samples']}: {', '.join(words) or '(no word in common)'}"
-
-
-def groups_title(record: Learnt) -> str:
-    """The picture of groups in a sentence: its alt text."""
-    labels = "; ".join(group_label(group) for group in record["groups"])
-    return (
-        f"The {len(record['groups'])} largest of {record['clusters']} groups of drawings that "
-        f"training made, with their size and the words that set each apart. {labels}."
-    )
-
-
-def draw_small_batches(gained: Gained, at_one_rate: Gained) -> str:
-    """A panel for each metric: mean and interval of each tower at each batch, beside zero, which is
-    CLIP; few seeds are pale, and a ring is the mean if CLIP has the other's learning rate."""
-    towers = list(gained)
-    shown = [(tower, batch) for tower in towers for batch in gained[tower][PRIMARY[0]]]
-    deltas = {
-        (metric, tower, batch): delta
-        for tower, of_tower in gained.items()
-        for metric, of_metric in of_tower.items()
-        for batch, delta in of_metric.items()
-    }
-    left, height, gap = 74, 104, 12  # of the metrics' names, of a panel, and between two towers
-    column = (WIDTH - left - gap * (len(towers) - 1)) / len(shown)
-    places = {
-        (tower, batch): left + 6 + column * place + gap * towers.index(tower)
-        for place, (tower, batch) in enumerate(shown)
-    }
-    unit = (height / 2 - 6) / max(abs(delta.mean) + delta.half for delta in deltas.values())
-    zeros = {metric: LINE + height * (n + 0.5) for n, metric in enumerate(PRIMARY)}
-    parts = [text(0, 14, "gain over CLIP (the line) for the same CPU time, 95 %", "muted")]
-    for metric, zero in zeros.items():
-        parts.append(text(0, zero + 5, metric, "head"))
-        parts.append(
-            f'<rect x="{left}" y="{zero:g}" width="{WIDTH - left}" height="1" class="muted"/>'
-        )
-    for (metric, tower, batch), delta in deltas.items():
-        x, zero = places[tower, batch], zeros[metric]
-        mean, top = zero - unit * delta.mean, zero - unit * (delta.mean + delta.half)
-        pale = "" if enough_seeds(tower, delta.seeds) else ' opacity="0.45"'
-        parts.append(
-            f'<rect x="{x - 1:g}" y="{top:g}" width="2" height="{2 * unit * delta.half:g}" '
-            f'class="ours"{pale}/><circle cx="{x:g}" cy="{mean:g}" r="4" class="ours"{pale}/>'
-        )
-        base = zero - 5 if abs(mean - zero) < 12 else mean + 5  # not across the line
-        parts.append(text(x + 6, base, f"{delta.mean:+.3f}".replace("0.", "."), "muted"))
-    for tower, of_tower in at_one_rate.items():
-        for metric, of_metric in of_tower.items():
-            for batch, delta in of_metric.items():
-                x, y = places[tower, batch], zeros[metric] - unit * delta.mean
-                parts.append(
-                    f'<circle cx="{x:g}" cy="{y:g}" r="5" class="icon" fill="none" '
-                    'stroke="currentColor" stroke-width="1.5"/>'
-                )
-    bottom = len(PRIMARY) * height + 2 * LINE
-    parts.append(text(0, bottom, "batch", "muted"))
-    for (tower, batch), x in places.items():
-        parts.append(text(x - 4, bottom, f"{batch:,}"))
-        if batch == min(gained[tower][PRIMARY[0]]):
-            parts.append(text(x - 4, bottom + LINE, SHORT_TOWERS[tower], "head"))
-    bottom += LINE
-    for tower, of_tower in gained.items():
-        bottom += LINE
-        words = f"{SHORT_TOWERS[tower]}: {seeds_by_batch(of_tower)}"
-        parts.append(text(0, bottom, words + (" (pale)" if ";" in words else ""), "muted"))
-    if at_one_rate:
-        bottom += LINE
-        parts.append(
-            text(0, bottom, "○ if CLIP has their learning rate, not that of tuning", "muted")
-        )
-    return picture(picture_title(gained, at_one_rate), bottom + 6, parts)
-
-
 def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
-    """A page whose pictures have their titles as alt texts."""
+    """README with the titles of its pictures as alt texts."""
     for name, content in drawn.items():
         title = content.partition("<title>")[2].partition("</title>")[0]
-        for target in (f"](docs/{name})", f"]({name})"):  # in README, and in a page of docs/
-            before, there, after = page.partition(target)
-            if there:
-                page = f"{before[: before.rindex('![')]}![{title}{target}{after}"
+        before, target, after = page.partition(f"](docs/{name})")
+        if target:
+            page = f"{before[: before.rindex('![')]}![{title}{target}{after}"
     return page
 
 
-def draw(record: Learnt) -> dict[str, str]:
+def draw() -> dict[str, str]:
     """Every picture by its file's name."""
-    drawn = {"names.svg": draw_names(record), "groups.svg": draw_groups(record)}
+    drawn = {"names.svg": draw_names(json.loads(LEARNT.read_text(encoding="utf-8")))}
     speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     if speed is not None:
         drawn["peers.svg"] = draw_peers(speed)
-    judged = [*finished(small_batches.RESULTS / "runs.jsonl", small_batches.Task).values()]
-    by_tower = {tower: runs_of(judged, tower) for tower in TOWERS}
-    if gained := gained_by_batch(by_tower):
-        at_one_rate = gained_at_one_rate(judged, by_tower)
-        drawn["small-batches.svg"] = draw_small_batches(gained, at_one_rate)
     return drawn
 
 
@@ -467,27 +238,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pictures", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("run", nargs="?", type=Path, help="a run on builtin:icons to record")
-    parser.add_argument("--out", type=Path, default=DOCS, help="the folder to write to")
-    parser.add_argument("--record", type=Path, default=LEARNT, help="of a run: read, or written")
-    options = parser.parse_args(arguments)
-    if options.run is not None:
-        earlier: Learnt | None = None
-        if options.record.is_file():
-            earlier = json.loads(options.record.read_text(encoding="utf-8"))
-        try:
-            content = learnt(options.run, earlier)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.record, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    record: Learnt = json.loads(options.record.read_text(encoding="utf-8"))
-    drawn = draw(record)
+    parser.parse_args(arguments)
+    drawn = draw()
     for name, svg in drawn.items():
-        write_atomic(options.out / name, svg)
-    if options.out == DOCS:
-        for page in PAGES:
-            write_atomic(page, with_alt_texts(page.read_text(encoding="utf-8"), drawn))
+        write_atomic(DOCS / name, svg)
+    write_atomic(README, with_alt_texts(README.read_text(encoding="utf-8"), drawn))
     return 0
 
 

@@ -1,1 +1,0 @@
-"""What prototypes are worth: rules, data, runs and report of the study, and the default run."""
