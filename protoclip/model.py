@@ -62,7 +62,7 @@ class ProtoModel(nn.Module):
     """An OpenCLIP model and what ProtoCLIP adds.
 
     The state dict of ``clip`` is OpenCLIP's own and loads there. The heads and
-    ``logit_scale_proto`` (a logarithm, like OpenCLIP's ``logit_scale``) are outside it.
+    ``proto_log_scale`` (a logarithm, like OpenCLIP's ``logit_scale``) are outside it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ProtoModel(nn.Module):
             self.short_tokenizer = ShortTokenizer(tokenizer, _end_id(clip), token_step)
         self.image_head: Projection | None = heads[0] if heads else None
         self.text_head: Projection | None = heads[1] if heads else None
-        self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.proto_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.image_locked = self.text_locked = False
         visual: Any = clip.visual
         size = visual.image_size
@@ -143,7 +143,7 @@ class ProtoModel(nn.Module):
         if self.text_head is not None:
             return int(self.text_head[-1].out_features)  # type: ignore[arg-type]
         length = getattr(self.clip, "context_length", None) or 77
-        tokens = torch.zeros(1, length, dtype=torch.long, device=self.logit_scale_proto.device)
+        tokens = torch.zeros(1, length, dtype=torch.long, device=self.proto_log_scale.device)
         with torch.no_grad():
             return self.clip.encode_text(tokens).shape[-1]
 
@@ -160,13 +160,13 @@ class ProtoModel(nn.Module):
     @property
     def proto_logit_scale(self) -> Tensor:
         """The prototype terms' multiplier, exp of the parameter."""
-        return self.logit_scale_proto.exp()
+        return self.proto_log_scale.exp()
 
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep both multipliers in [1, 100]; call after every optimiser step."""
         self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)
-        self.logit_scale_proto.clamp_(0, MAX_LOG_SCALE)
+        self.proto_log_scale.clamp_(0, MAX_LOG_SCALE)
 
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides OpenCLIP's state dict; "heads" includes their scale."""

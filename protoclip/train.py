@@ -1,8 +1,8 @@
 """Train CLIP or ProtoCLIP: ``protoclip train``.
 
 Without arguments it trains ProtoCLIP on the built-in icons in a few minutes on two CPU cores,
-and leaves results, plots and a checkpoint in a run folder. Read from ``train`` down: open
-and check everything, resume, train episode by episode, evaluate, report.
+and leaves results, plots and a checkpoint in a run folder. Read from ``_train`` down: open
+and check everything, restore a checkpoint, train, evaluate, report.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from protoclip.distributed import gathered_rows
 from protoclip.episodes import prototypes
 from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import Evaluation
-from protoclip.evaluate.results import Results
+from protoclip.evaluate.results import Outcome, Results
 from protoclip.losses import Term, TermInputs
 from protoclip.model import (
     build_model,
@@ -41,7 +41,6 @@ from protoclip.model import (
 from protoclip.ops.dispatch import resolve
 from protoclip.runs import checkpoint
 from protoclip.runs.resume import (
-    check_resume,
     open_resume,
     refuse_changes,
     refuse_other_terms,
@@ -50,15 +49,13 @@ from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import parse, with_saved_config, words_of
-from protoclip.training import schedule
-from protoclip.training.checks import (
-    check_settings,
-    uses_prototypes,
-)
+from protoclip.training.checks import check_settings, uses_prototypes
+from protoclip.training.run import Run
+from protoclip.training.schedule import make_plan
 from protoclip.training.stops import Stopped
-from protoclip.training.summary import announce, conclude, concluded, find_first_prototype_step
+from protoclip.training.summary import announce, conclude, concluded, first_prototype_step
 from protoclip.training.towers import tf32_products
-from protoclip.training.trainer import Setup, Trainer
+from protoclip.training.trainer import Trainer
 
 __all__ = ["Term", "TermInputs", "Trained", "gathered_rows", "main", "make_config", "train"]
 PROG = "protoclip train"
@@ -137,6 +134,58 @@ def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Train
 
 
 def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term]) -> Trained:
+    run = open_run(config, device, terms)
+    if isinstance(run, Trained):
+        return run
+    evaluation = run.evaluation
+    assert evaluation is not None  # open_run gives it
+    path = run.folder.path
+    trainer = Trainer(run, evaluation.during)
+    notes = [*run.dataset.facts.left_out, *evaluation.remarks]
+    notes.append(free_space(path, trainer.checkpoint_bytes()))
+    if run.resume:
+        notes += trainer.restore(run.resume)
+        run.folder.open(run.resume.step, run.resume.file)
+    else:
+        if config.run.resume:
+            notes.append(f"--resume auto: no checkpoint in {path}, starting at step 0")
+        run.folder.open(0 if path.exists() else None)
+    try:
+        announce(run, trainer.features.source, notes)
+        resolve("info_nce", "auto", device.type, torch.float32)  # compile before the clocks start
+        before = evaluation.untrained(path, run.model, resumed=run.resume is not None)
+        trainer.train()
+        after = evaluation.full(run.model, "evaluating the trained model")
+        if distributed.is_main():
+            outcome = Outcome(
+                data=evaluation.data,
+                model=config.model.model,
+                pretrained=str(checkpoint.candidates(path)[0]),
+                trained=after or {},
+                untrained=before,
+                steps=run.plan.total_steps,
+                skipped_steps=trainer.log.reported_skips,
+                first_prototype_step=first_prototype_step(run, trainer.features.source),
+            )
+            conclude(run, evaluation, trainer.episode, outcome)
+    except Stopped as stop:
+        run.folder.say(stop.message)
+        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            run.folder.note(traceback.format_exc())
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise full_disk(error, path) from error
+        raise
+    finally:
+        trainer.stepper.replicas.end()
+        run.folder.close()
+    return Trained(path, after)
+
+
+def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term]) -> Run | Trained:
+    """Open and check everything that a run is made of; nothing is written. If the run that
+    --resume names is complete, what it has left."""
     check_settings(config, device, terms)
     weights = {name: term.weight for name, term in terms.items()}
     resume = open_resume(config)
@@ -146,7 +195,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
     run_data = open_run_data(config)
     dataset = run_data.training
     order = EpochOrder(dataset, config.data.shuffle_buffer)
-    plan = schedule.make_plan(config, order.size)
+    plan = make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps:
         refuse_changes(resume, config)
         steps = resume.step
@@ -155,12 +204,11 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             if distributed.is_main():
                 print(f"{path} is complete: {steps} steps and its results", file=sys.stderr)
             return Trained(path, done.trained)
+    if uses_prototypes(config):
+        prototypes.check_clusters(config.episode, plan.episode_samples(len(dataset)))
     precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
     # The config keeps "auto", so that a run can go on on another machine.
     workers = choose_workers(config.data.workers, device, distributed.world_size())
-    setup = Setup(config, plan, dataset, order, device, precision, workers=workers)
-    if uses_prototypes(config):
-        prototypes.check_clusters(config.episode, setup.episode_samples)
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
     put_channels_last(model, device)
@@ -168,77 +216,25 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
     with phases.measure("teacher", on_host=True):
         make = partial(open_teacher, config, dataset, device)
         teacher, remark = distributed.rows_from_main(make)
-    if teacher is not None:
-        setup = replace(setup, teacher=teacher.to(device))
-        del teacher  # on a GPU this is another copy
-    evaluation = Evaluation(config, run_data, device, precision, phases, workers)
-    reuses = None if resume is None else resume.training["features"] is not None
-    trainer = Trainer(setup, model, NullRunFolder(path), phases, evaluation.during, reuses, terms)
-    notes = [free_space(path, trainer.checkpoint_bytes())]
-    if resume:  # check everything before touching the folder
-        notes.append(f"resumed: {resume.file}, after step {resume.step} of {plan.total_steps}")
-        notes += check_resume(resume, config, plan.global_batch_size, dataset.keys)
-        notes += trainer.restore(resume.payload)
-    elif config.run.resume:
-        notes.append(f"--resume auto: no checkpoint in {path}, starting at step 0")
-    if distributed.is_main():
-        step = resume.step if resume else 0 if path.exists() else None
-        file = resume.file if resume else None
-        trainer.folder = RunFolder(path, config, step, weights, file)
-    folder = trainer.folder
-    try:
-        first_prototype_step = find_first_prototype_step(
-            config, plan, trainer.active, trainer.features.source
-        )
-        announce(
-            folder,
-            config,
-            plan,
-            dataset=dataset,
-            device=device,
-            precision=precision,
-            active=trainer.active,
-            features=trainer.features.source,
-            episode_samples=setup.episode_samples,
-            first_prototype_step=first_prototype_step,
-            teacher_remark=remark,
-        )
-        # The same folder may give both kinds of pairs.
-        for note in dict.fromkeys([*dataset.facts.left_out, *evaluation.remarks, *notes]):
-            if note:
-                folder.say(note)
-        resolve("info_nce", "auto", device.type, torch.float32)  # compile before the clocks start
-        before = evaluation.untrained(path, model, resumed=resume is not None)
-        trainer.run()
-        after = evaluation.full(model, "evaluating the trained model")
-        if distributed.is_main():
-            conclude(
-                folder,
-                config,
-                model,
-                dataset=dataset,
-                episode=trainer.episode,
-                evaluation=evaluation,
-                phases=phases,
-                before=before,
-                after=after,
-                steps=plan.total_steps,
-                skipped_steps=trainer.log.reported_skips,
-                first_prototype_step=first_prototype_step,
-            )
-    except Stopped as stop:
-        folder.say(stop.message)
-        raise
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            folder.note(traceback.format_exc())
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise full_disk(error, path) from error
-        raise
-    finally:
-        trainer.stepper.replicas.end()
-        folder.close()
-    return Trained(path, after)
+        if teacher is not None:
+            teacher = teacher.to(device)
+    return Run(
+        config=config,
+        plan=plan,
+        dataset=dataset,
+        order=order,
+        model=model,
+        device=device,
+        precision=precision,
+        folder=RunFolder(path, config, weights) if distributed.is_main() else NullRunFolder(path),
+        phases=phases,
+        teacher=teacher,
+        teacher_remark=remark,
+        workers=workers,
+        terms=terms,
+        evaluation=Evaluation(config, run_data, device, precision, phases, workers),
+        resume=resume,
+    )
 
 
 def free_space(path: Path, checkpoint_bytes: int) -> str:

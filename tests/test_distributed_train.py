@@ -205,7 +205,7 @@ def test_ranks_and_passes_give_the_exact_gradients(tmp_path: Path) -> None:
         for step, gradients in by_step.items():
             expected = on_one_rank[Step(step.prototypes, passes=1)]
             assert set(gradients) == set(expected)
-            assert ("logit_scale_proto" in expected) == step.prototypes
+            assert ("proto_log_scale" in expected) == step.prototypes
             bound = 1e-12 * max(np.abs(gradient).max() for gradient in expected.values())
             for name, gradient in gradients.items():
                 assert np.abs(gradient - expected[name]).max() <= bound, name

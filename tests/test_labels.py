@@ -17,6 +17,7 @@ from ranks import TINY, config_of, metrics, on_ranks
 from torch import Tensor
 
 from protoclip import distributed, train
+from protoclip.common.phases import Phases
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.episodes.feature_store import NEVER
@@ -27,8 +28,9 @@ from protoclip.ops.checks import LEFT_OUT
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import ProtoConfig
+from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
-from protoclip.training.trainer import Setup, Trainer
+from protoclip.training.trainer import Trainer
 
 SAMPLES = 48
 BATCH = 12
@@ -79,9 +81,20 @@ def tiny_trainer(folder: Path, flags: list[str]) -> Trainer:
     model = build_model(config.model)
     teacher = torch.randn(len(dataset), 5)
     plan = make_plan(config, len(dataset))
-    setup = Setup(config, plan, dataset, EpochOrder(dataset), CPU, "fp32", teacher)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    return Trainer(setup, model, NullRunFolder(folder))
+    run = Run(
+        config=config,
+        plan=plan,
+        dataset=dataset,
+        order=EpochOrder(dataset),
+        model=model,
+        device=CPU,
+        precision="fp32",
+        folder=NullRunFolder(folder),
+        phases=Phases(CPU),
+        teacher=teacher,
+    )
+    return Trainer(run)
 
 
 def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list[np.ndarray]]:
@@ -89,7 +102,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
     features."""
     distributed.start(distributed.find_rank(), CPU, 60)
     trainer = tiny_trainer(folder, flags)
-    model = trainer.model
+    model = trainer.run.model
     project = trainer.stepper.towers.project
     labels_by_step: dict[int, list[np.ndarray]] = {}
 
@@ -103,7 +116,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
             return projected
 
         trainer.stepper.towers.project = project_or_noise
-        trainer.run()
+        trainer.train()
     distributed.stop()
     return labels_by_step
 

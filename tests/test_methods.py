@@ -12,14 +12,16 @@ import torch
 from ranks import config_of, metrics
 from torch import Tensor
 
+from protoclip.common.phases import Phases
 from protoclip.data import open_dataset
 from protoclip.data.loader import EpochOrder
 from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import RunFolder
+from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
 from protoclip.training.step import Stepper
-from protoclip.training.trainer import Setup, Trainer
+from protoclip.training.trainer import Trainer
 
 DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8, generator=torch.Generator().manual_seed(0))
@@ -39,11 +41,22 @@ def train(tmp_path: Path, nano: Path) -> Train:
             "--max-steps", "6", "--infonce-warmup-epoch", "1", *flags,
         )  # fmt: skip
         folder = RunFolder(tmp_path / "run", config)
-        plan = make_plan(config, len(DATASET))
+        folder.open()
         torch.manual_seed(0)
         device = torch.device("cpu")
-        setup = Setup(config, plan, DATASET, EpochOrder(DATASET), device, "fp32", teacher)
-        Trainer(setup, build_model(config.model), folder).run()
+        run = Run(
+            config=config,
+            plan=make_plan(config, len(DATASET)),
+            dataset=DATASET,
+            order=EpochOrder(DATASET),
+            model=build_model(config.model),
+            device=device,
+            precision="fp32",
+            folder=folder,
+            phases=Phases(device),
+            teacher=teacher,
+        )
+        Trainer(run).train()
         folder.close()
         return metrics(tmp_path / "run")
 
@@ -148,5 +161,5 @@ def test_an_episode_reports_its_clusters_and_times(train: Train) -> None:
         assert 0 < values[f"{source}_purity_group"] <= 1
         assert values[f"{source}_imbalance"] >= 1 and values[f"{source}_inertia"] > 0
         assert 1 <= values[f"{source}_iterations"] < 20  # so few samples come to rest
-    assert {"logit_scale", "logit_scale_proto", "grad_norm"} <= set(values)
+    assert {"logit_scale", "proto_logit_scale", "grad_norm"} <= set(values)
     assert {"seconds_features", "seconds_clusters", "seconds_backward"} <= set(values)

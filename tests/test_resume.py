@@ -34,7 +34,7 @@ from torch import Tensor
 from protoclip.data import loader
 from protoclip.evaluate.during import Evaluation
 from protoclip.runs import checkpoint
-from protoclip.runs.resume import with_saved_config
+from protoclip.settings.flags import with_saved_config
 from protoclip.train import main
 from protoclip.training.step import Stepper
 from protoclip.training.trainer import Trainer

@@ -24,6 +24,12 @@ from protoclip.training.trainer import Trainer
 WANDB = importlib.util.find_spec("wandb") is not None
 
 
+def open_folder(path: Path, config: TrainConfig, resume_step: int | None = None) -> RunFolder:
+    folder = RunFolder(path, config)
+    folder.open(resume_step)
+    return folder
+
+
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -36,7 +42,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     run = tmp_path / "logs" / "run"
     original_save = Trainer.save
 
-    def save_on_a_full_disk(trainer: Trainer, epoch: int) -> None:
+    def save_on_a_full_disk(trainer: Trainer, epoch: int | None = None) -> None:
         if trainer.step != 6:
             return original_save(trainer, epoch)
         with full_disk(1_000_000):
@@ -59,7 +65,7 @@ def saved_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) ->
     steps: list[int] = []
     original_save = Trainer.save
 
-    def save(trainer: Trainer, epoch: int | None) -> None:
+    def save(trainer: Trainer, epoch: int | None = None) -> None:
         steps.append(trainer.step)
         original_save(trainer, epoch)
 
@@ -112,8 +118,8 @@ def test_a_start_that_failed_can_be_tried_again_in_the_same_process(tmp_path: Pa
     """A notebook keeps the error, and so all that it holds."""
     config = TrainConfig()
     with full_disk(0), pytest.raises(OSError, match="config.json") as kept:
-        RunFolder(tmp_path / "run", config, 0)
-    RunFolder(tmp_path / "run", config, 0).close()
+        open_folder(tmp_path / "run", config, 0)
+    open_folder(tmp_path / "run", config, 0).close()
     assert kept.value.filename
 
 
@@ -151,13 +157,13 @@ def test_a_resumed_run_drops_later_and_torn_lines_and_scalars(
     # Files of one second sort by this number as text: 9 would come after 10.
     monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
     config = TrainConfig(run=RunConfig(report_to="tensorboard"))
-    folder = RunFolder(tmp_path / "r", config)
+    folder = open_folder(tmp_path / "r", config)
     for step in (1, 2, 3):
         folder.metrics(step, step, {"loss": float(step), "val_HO_recall@1": 0.5})
     folder.close()
     with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "lo')
-    folder = RunFolder(tmp_path / "r", config, resume_step=1)
+    folder = open_folder(tmp_path / "r", config, resume_step=1)
     folder.metrics(2, 2, {"loss": 20.0})
     folder.close()
     assert [line["step"] for line in metrics(tmp_path / "r")] == [1, 2]
@@ -193,7 +199,7 @@ def test_a_resumed_run_continues_the_same_run_of_wandb(
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     config = TrainConfig(run=RunConfig(report_to="wandb", wandb_project_name="pairs"))
     for name, resume_step in (("a", None), ("a", 1), ("b", None)):
-        folder = RunFolder(tmp_path / name, config, resume_step=resume_step)
+        folder = open_folder(tmp_path / name, config, resume_step)
         folder.metrics(2, 8, {"loss": 3.0, "val_HO_recall@1": 0.5})
         assert not runs[-1].is_finished
         folder.close()
@@ -209,7 +215,7 @@ def test_a_resumed_run_continues_the_same_run_of_wandb(
 def test_the_settings_of_a_resumed_run_are_a_preset_of_another_one(tmp_path: Path) -> None:
     run = tmp_path / "a"
     flags = ["--logs", str(tmp_path), "--report-to", "none"]
-    RunFolder(run, config_of("--name", "a", "--resume", str(run), *flags)).close()
+    open_folder(run, config_of("--name", "a", "--resume", str(run), *flags)).close()
     (run / "checkpoints" / checkpoint.LATEST).touch()
     other = config_of("--preset", str(run / "config.json"), "--name", "b")
     assert find_resume(other) is None and choose_folder(other) == tmp_path / "b"

@@ -10,8 +10,7 @@ from ranks import config_of
 
 from protoclip.episodes.prototypes import check_clusters
 from protoclip.settings.config import OptimConfig
-from protoclip.training.schedule import draw, learning_rate, make_plan
-from protoclip.training.stops import parse_interval
+from protoclip.training.schedule import draw, learning_rate, make_plan, parse_interval
 
 
 class TestDraws:

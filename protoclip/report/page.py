@@ -372,7 +372,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
     baseline = find_baseline(runs)
     columns = sorted(runs, key=lambda run: run is not baseline)  # the baseline is the first
     # Without prototypes nothing uses their scale.
-    unused = {run.name: "logit_scale_proto" if run.method == "clip" else "" for run in runs}
+    unused = {run.name: "proto_logit_scale" if run.method == "clip" else "" for run in runs}
     series = {
         run.name: {name: points for name, points in run.series.items() if name != unused[run.name]}
         for run in runs

@@ -75,6 +75,7 @@ class NullRunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def open(self, resume_step: int | None = None, resume_file: Path | None = None) -> None: ...
     def say(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
     def metrics(self, step: int, samples: int, scalars: Mapping[str, float]) -> None: ...
@@ -83,49 +84,47 @@ class NullRunFolder:
 
 
 class RunFolder(NullRunFolder):
-    """Writes a run's files; created once data, model and teacher are known to be valid.
+    """Writes a run's files, from ``open`` on.
 
     Args:
-        path: the folder; it must be new unless ``resume_step`` is given.
-        config: the run's settings.
-        resume_step: continue after this step and remove later log lines; 0: begin again and keep
-            the old lines in a file beside the new ones; None: a new run.
         own_terms: name -> weight of the losses that a user added, for the page.
-        resume_file: the checkpoint to continue from.
     """
 
     def __init__(
-        self,
-        path: Path,
-        config: TrainConfig,
-        resume_step: int | None = None,
-        own_terms: Mapping[str, float] | None = None,
-        resume_file: Path | None = None,
+        self, path: Path, config: TrainConfig, own_terms: Mapping[str, float] | None = None
     ) -> None:
         super().__init__(path)
+        self._config = config
+        self._own_terms = own_terms
         self._checkpoints = path / "checkpoints"
         self._keeps_one = config.run.delete_previous_checkpoint
         self._open = contextlib.ExitStack()
-        path.mkdir(parents=True, exist_ok=resume_step is not None)
+
+    def open(self, resume_step: int | None = None, resume_file: Path | None = None) -> None:
+        """Create the folder and its files, once data, model and teacher are known to be valid.
+
+        Args:
+            resume_step: continue after this step and remove later log lines; 0: begin again and
+                keep the old lines in a file beside the new ones; None: a new run, in a new folder.
+            resume_file: the checkpoint to continue from.
+        """
+        self.path.mkdir(parents=True, exist_ok=resume_step is not None)
         try:
-            self._open.enter_context(FileLock(path / ".lock", timeout=0))
+            self._open.enter_context(FileLock(self.path / ".lock", timeout=0))
         except Timeout as error:
-            raise ValueError(f"--name: {path} is in use by another process; stop it") from error
+            raise ValueError(
+                f"--name: {self.path} is in use by another process; stop it"
+            ) from error
         try:
-            self._begin(config, resume_step, own_terms, resume_file)
+            self._begin(resume_step, resume_file)
         except BaseException:
             self.close()  # a notebook may try again
             raise
 
-    def _begin(
-        self,
-        config: TrainConfig,
-        resume_step: int | None,
-        own_terms: Mapping[str, float] | None,
-        resume_file: Path | None,
-    ) -> None:
+    def _begin(self, resume_step: int | None, resume_file: Path | None) -> None:
         """Clear up what an earlier process left, and open the files; the folder is ours."""
         path = self.path
+        config = self._config
         self._checkpoints.mkdir(exist_ok=True)
         for torn in self._checkpoints.glob("*.tmp"):  # left by a write that was killed
             torn.unlink()
@@ -137,8 +136,8 @@ class RunFolder(NullRunFolder):
         # As a preset of another run it must not lead back to this one.
         settings = to_dict(replace(config, run=replace(config.run, resume="")))
         write_atomic(path / "config.json", json.dumps(settings, indent=2) + "\n")
-        if own_terms:
-            write_atomic(path / OWN_TERMS, json.dumps(own_terms) + "\n")
+        if self._own_terms:
+            write_atomic(path / OWN_TERMS, json.dumps(self._own_terms) + "\n")
         self._metrics = self._append_to("metrics.jsonl")
         self._log = self._append_to("out.log")
         boards = config.run.report_to.split(",")

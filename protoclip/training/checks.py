@@ -20,13 +20,13 @@ from protoclip.losses import Term
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
 from protoclip.settings.config import LossConfig, TrainConfig
-from protoclip.training.stops import parse_interval
+from protoclip.training.schedule import parse_interval
 
 # Names of metrics, which no term of a user's own may have.
 LOGGED = {
     "accuracy", "bad_samples", "bad_steps", "contrastive_loss", "distill_loss", "epoch", "episode",
     "external_accuracy", "external_loss", "grad_norm", "in_a_row", "logit_bias", "logit_scale",
-    "logit_scale_proto", "loss", "lr", "proto_accuracy", "proto_loss", "same_caption", "samples",
+    "loss", "lr", "proto_accuracy", "proto_logit_scale", "proto_loss", "same_caption", "samples",
     "samples_per_second", "step",
 }  # fmt: skip
 

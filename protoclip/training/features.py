@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from protoclip.distributed import world_size
@@ -19,8 +18,7 @@ from protoclip.episodes.feature_store import (
     choose_features,
     stored_bytes,
 )
-from protoclip.settings.config import EpisodeConfig
-from protoclip.training.schedule import Plan
+from protoclip.training.run import Run
 from protoclip.training.step import Step
 
 
@@ -28,44 +26,31 @@ class EpisodeFeatures:
     """Decides where features come from, and gives those of an episode.
 
     Args:
-        samples: of the data set.
-        dim: of the projections.
-        device: where the model is.
-        needed: whether the run trains prototypes.
-        reuses: whether a resumed run stores features, whatever "auto" would choose.
         extract: from the number of an episode and int64 [M] sorted positions, a forward pass over
             this rank's share of them.
     """
 
-    def __init__(
-        self,
-        config: EpisodeConfig,
-        plan: Plan,
-        *,
-        samples: int,
-        dim: int,
-        device: torch.device,
-        needed: bool,
-        reuses: bool | None,
-        extract: Callable[[int, Tensor], Features],
-    ) -> None:
-        self.plan = plan
-        self.samples = samples
-        self.dim = dim
+    def __init__(self, run: Run, extract: Callable[[int, Tensor], Features]) -> None:
+        self.plan = run.plan
+        self.samples = len(run.dataset)
+        self.dim = run.model.projection_dim
         self.extract = extract
         self.store: FeatureStore | None = None
         self.source = FeatureSource(False, "none")
-        if not needed:
+        if not run.active.prototypes:
             return
-        if reuses is not None:
-            config = replace(config, features="reuse" if reuses else "extract")
-        self.source = choose_features(config, plan.epochs, self.stored_bytes(world_size()), device)
+        config = run.config.episode
+        if run.resume is not None:  # as before, whatever "auto" would choose now
+            stores = run.resume.training["features"] is not None
+            config = replace(config, features="reuse" if stores else "extract")
+        stored = self.stored_bytes(world_size())
+        self.source = choose_features(config, self.plan.epochs, stored, run.device)
         if self.source.reuses:
             self.store = FeatureStore(
-                samples,
-                plan.steps_per_episode,
-                plan.global_batch_size,
-                device,
+                self.samples,
+                self.plan.steps_per_episode,
+                self.plan.global_batch_size,
+                run.device,
                 self.source.table_device,
             )
 
@@ -88,16 +73,17 @@ class EpisodeFeatures:
         """Those that the steps of an episode left, where they are stored."""
         return None if self.store is None else self.store.of_episode(episode_number)
 
-    def put(self, step_number: int, episode_number: int, outcome: Step) -> None:
+    def put(self, step: int, outcome: Step) -> None:
         """Put a step's projections into the buffer, which moves to the table after the episode's
         last step; those of a skipped step belong to no sample."""
         if self.store is None or outcome.projected is None:
             return
         positions = outcome.index.where(outcome.finite, -1)
+        episode_number = self.plan.episode_of(step)
         steps = self.plan.steps_of(episode_number)
         projected = outcome.projected
-        self.store.put(step_number - steps.start, positions, projected.image, projected.text)
-        if step_number == steps[-1]:  # before anything can save
+        self.store.put(step - steps.start, positions, projected.image, projected.text)
+        if step == steps[-1]:  # before anything can save
             self.store.end_episode(episode_number)
 
     def state_dict(self, folder: Path) -> dict[str, Any] | None:

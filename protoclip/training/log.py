@@ -1,6 +1,6 @@
 """What training writes as it goes: lines of metrics and progress, and the steps it skipped.
 
-Every number that a step leaves on the device reaches the host through ``Log.begin_line``.
+Every number that a step leaves on the device reaches the host through ``Log.after``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from protoclip import distributed
 from protoclip.common.files import plural
 from protoclip.common.host import start_copy_to_host
-from protoclip.common.phases import Phases
 from protoclip.data.loader import Faults
+from protoclip.distributed import progress_hidden
 from protoclip.model import ProtoModel
-from protoclip.runs.run_folder import NullRunFolder
-from protoclip.settings.config import TrainConfig
-from protoclip.training.schedule import Plan
+from protoclip.training.run import Run
 from protoclip.training.step import Step
 
 LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
+MOST_SKIPPED = 0.9  # of all steps; a run with more has trained nothing
+IF_NOT_FINITE = (
+    "lower --lr, use --precision fp32, or find the operation with torch.autograd."
+    "set_detect_anomaly(True)"
+)
+
+
+class TooManySkipped(ValueError):
+    """Loss or gradient was not finite in --max-bad-steps steps in a row."""
 
 
 @dataclass(frozen=True)
@@ -35,166 +43,184 @@ class Line:
 
     step: int
     time: float  # on the clock of ``time.perf_counter``
-    record: dict[str, float]
-    positions: list[int]  # the step's samples of this rank
+    record: dict[str, float]  # what the host knows
+    positions: Tensor  # of the step's samples of this rank, on the host
     names: list[str]
     read: Callable[[], list[float]]  # waits for the values of ``names``
-    due: bool  # False: only skipped steps are looked for
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """New skipped steps, up to ``step``; the key of that step's first sample, and which of its
-    numbers were not finite, as far as they were read."""
-
-    step: int
-    in_a_row: int
-    key: str
-    numbers: list[str]
+    due: bool  # False: only the skipped step is reported
 
 
 class Log:
-    """Writes a run's lines. On a GPU the host does not wait for a line's numbers: it reads them
-    when the next line is due, or the run saves or evaluates.
+    """Writes a run's lines, and counts and judges its skipped steps.
+
+    On a GPU the host does not wait for a line's numbers: it reads them when the next line is due,
+    or the run saves or evaluates.
 
     Attributes:
         reads_freely: whether reading a number costs no waiting.
-        loss: as last written.
         episode_metrics: of a new episode, until the next line holds them.
         reported_skips: skipped steps, as last read.
-        last_skipped: the last of them since this process began.
+        bar: shows the progress on a terminal.
     """
 
-    def __init__(
-        self, config: TrainConfig, plan: Plan, phases: Phases, device: torch.device
-    ) -> None:
-        self.reads_freely = device.type == "cpu"
-        self.every = config.run.log_every_n_steps or (1 if self.reads_freely else 10)
-        self.dedup = config.loss.dedup
-        self.plan = plan
-        self.phases = phases
-        self.loss = math.nan
+    def __init__(self, run: Run, faults: Faults) -> None:
+        self.run = run
+        self.faults = faults
+        self.reads_freely = run.device.type == "cpu"
+        self.every = run.config.run.log_every_n_steps or (1 if self.reads_freely else 10)
         self.episode_metrics: Mapping[str, float] = {}
         self.reported_skips = 0
-        self.last_skipped: Skipped | None = None
+        self.bar = tqdm(disable=True)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=run.device)
+        self._in_a_row = torch.zeros_like(self._skipped)
+        self._not_finite: list[str] = []  # numbers of the last skipped step, as far as read
         self._line: Line | None = None
-        self.begin(0)
+        self._start_clocks(0)
 
-    def begin(self, step: int) -> None:
-        """Start the clocks of a process that goes on after ``step``."""
-        self._began_time = self._last_printed_time = time.perf_counter()
-        self._began_step = step
-        self.pause(step)
+    def load_state(self, step: int, skipped: Sequence[int], metrics: Mapping[str, float]) -> None:
+        """Continue after ``step``.
 
-    def pause(self, step: int) -> None:
-        """Leave the time since the last line out of the next line's rate."""
+        Args:
+            skipped: what ``state`` gave.
+            metrics: of the running episode; due if no line has held them.
+        """
+        self._skipped, self._in_a_row = torch.tensor(skipped, device=self.run.device).unbind()
+        self.reported_skips = skipped[0]
+        first = step - step % self.run.plan.steps_per_episode
+        if first < step and first // self.every == step // self.every:
+            self.episode_metrics = metrics
+
+    def start(self, step: int) -> tqdm:
+        """Start the clocks and the progress bar of a process that continues after ``step``."""
+        plan = self.run.plan
+        self._start_clocks(step)
+        self.bar = tqdm(
+            initial=step * plan.global_batch_size,
+            total=plan.total_steps * plan.global_batch_size,
+            unit=" samples",
+            unit_scale=True,
+            smoothing=0.1,
+            disable=progress_hidden(),
+        )
+        return self.bar
+
+    def _start_clocks(self, step: int) -> None:
+        self._began_time = self._last_printed_time = self._logged_time = time.perf_counter()
+        self._began_step = self._logged_step = step
+
+    def after(self, step: int, outcome: Step) -> None:
+        """Count the outcome of the run's ``step``-th step, and begin its line if one is due, after
+        the line before has been written. A collective call.
+
+        Raises:
+            TooManySkipped: too many steps in a row were not finite.
+        """
+        skipped = (~outcome.finite).long()
+        self._skipped = self._skipped + skipped
+        self._in_a_row = (self._in_a_row + 1) * skipped
+        due = step == self.run.plan.total_steps or step % self.every == 0
+        if due or (self.reads_freely and not outcome.finite):
+            self._write_line()
+            self._line = self._begin_line(step, outcome, due)
+        if self.reads_freely:
+            self._write_line()
+        self.bar.update(self.run.plan.global_batch_size)
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write an evaluation's scores, and leave its time out of the next line's rate."""
+        self._write_line()
+        self.run.folder.metrics(step, step * self.run.plan.global_batch_size, scores)
         self._logged_time = time.perf_counter()
         self._logged_step = step
 
-    def due(self, step: int) -> bool:
-        """Whether a line is written after ``step`` steps."""
-        return step == self.plan.total_steps or step % self.every == 0
+    def state(self) -> list[int]:
+        """The skipped steps for a checkpoint, all and those in a row. All lines up to it are
+        written first."""
+        self._write_line()
+        return [int(self._skipped), int(self._in_a_row)]
 
-    def resume(self, step: int, episode_metrics: Mapping[str, float]) -> None:
-        """Continue after ``step``: the metrics of its episode are due if no line has held them."""
-        first = step // self.plan.steps_per_episode * self.plan.steps_per_episode
-        if first < step and first // self.every == step // self.every:
-            self.episode_metrics = episode_metrics
+    def check_trained(self) -> None:
+        """ValueError if hardly a step of the run was taken."""
+        total = self.run.plan.total_steps
+        if self.reported_skips <= MOST_SKIPPED * total:
+            return
+        numbers = f" (in the last one: {', '.join(self._not_finite)})" if self._not_finite else ""
+        raise ValueError(
+            f"training: {self.reported_skips:,} of {plural(total, 'step')} were skipped, as "
+            f"loss or gradient was not finite{numbers}, so the model has not been trained; "
+            f"{IF_NOT_FINITE}; then remove {self.run.folder.path} and start again"
+        )
 
-    def begin_line(
-        self,
-        step: int,
-        scalars: Mapping[str, Tensor],
-        skips: Mapping[str, Tensor],
-        lr: float,
-        positions: list[int],
-    ) -> None:
-        """Start to bring numbers to the host. A collective call; the line shows the means of
-        ``scalars`` over ranks. ``skips``: "bad_steps" and those "in_a_row", equal on all ranks."""
+    def _begin_line(self, step: int, outcome: Step, due: bool) -> Line:
+        """Start to bring a step's numbers to the host; the line shows their means over ranks."""
+        plan = self.run.plan
         now = time.perf_counter()
-        values = _stacked(skips)
+        skips = {"bad_steps": self._skipped, "in_a_row": self._in_a_row}  # equal on all ranks
+        scalars = scalars_of(outcome, self.run.model, self.faults)
+        values = torch.cat([distributed.mean_over_ranks(_stacked(scalars)), _stacked(skips)])
         record: dict[str, float] = {}
-        if scalars:
-            values = torch.cat([distributed.mean_over_ranks(_stacked(scalars)), values])
-            samples = (step - self._logged_step) * self.plan.global_batch_size
+        if due:
+            samples = (step - self._logged_step) * plan.global_batch_size
             record = {
-                "lr": lr,
-                "epoch": step * self.plan.global_batch_size / self.plan.samples,
-                "episode": (step - 1) // self.plan.steps_per_episode,
+                "lr": outcome.lr,
+                "epoch": step * plan.global_batch_size / plan.samples,
+                "episode": (step - 1) // plan.steps_per_episode,
                 "samples_per_second": samples / (now - self._logged_time),
                 **self.episode_metrics,
             }
             self._logged_time = now
             self._logged_step = step
             self.episode_metrics = {}
-        self._line = Line(
+        return Line(
             step=step,
             time=now,
             record=record,
-            positions=positions,
+            positions=outcome.positions,
             names=[*scalars, *skips],
             read=start_copy_to_host(values),
-            due=bool(scalars),
+            due=due,
         )
 
-    def finish_line(self, folder: NullRunFolder, keys: Sequence[str]) -> Skipped | None:
-        """Write the line that was begun, if any, and report new skipped steps; ``keys``: of the
-        data set."""
+    def _write_line(self) -> None:
+        """Write the line that was begun, if any, and report new skipped steps."""
         line, self._line = self._line, None
         if line is None:
-            return None
+            return
         values = dict(zip(line.names, line.read(), strict=True))
         in_a_row = int(values.pop("in_a_row"))
         if line.due:
-            self._write(folder, line, values)
-        total = int(values["bad_steps"])
-        if total == self.reported_skips:
-            return None
-        new = total - self.reported_skips
-        self.reported_skips = total
-        if not in_a_row:  # the line is of a later step, with other samples
-            folder.note(
-                f"{plural(new, 'step')} before step {line.step} skipped: loss or gradient not "
-                f"finite, {total} so far; --log-every-n-steps 1 names the samples"
-            )
-            return None
-        samples = [keys[position] for position in line.positions]
-        numbers = [name for name, value in values.items() if not math.isfinite(value)]
-        which = ", ".join(numbers) or "loss or gradient"
-        of_rank = " of rank 0" if distributed.world_size() > 1 else ""
-        folder.note(
-            f"step {line.step} skipped: {which} not finite, {total} so far; samples{of_rank}: "
-            f"{samples}"
-        )
-        self.last_skipped = Skipped(
-            step=line.step, in_a_row=in_a_row, key=samples[0], numbers=numbers
-        )
-        return self.last_skipped
+            self._write(line, values)
+        new = int(values["bad_steps"]) - self.reported_skips
+        if new:
+            self.reported_skips += new
+            self._report_skips(line, values, new, in_a_row)
 
-    def _write(self, folder: NullRunFolder, line: Line, values: Mapping[str, float]) -> None:
+    def _write(self, line: Line, values: Mapping[str, float]) -> None:
         """Write one line of metrics and one line of progress; numbers that are not finite, and
         counts of bad steps and samples that are 0, are left out."""
-        plan = self.plan
+        plan = self.run.plan
+        folder = self.run.folder
         step = line.step
         record = {
             name: value
             for name, value in values.items()
             if math.isfinite(value) and (value or not name.startswith("bad_"))
         } | line.record
-        for phase, seconds in self.phases.seconds(wait=False).items():
+        for phase, seconds in self.run.phases.seconds(wait=False).items():
             record[f"seconds_{phase}"] = seconds
         folder.metrics(step, step * plan.global_batch_size, record)
         if "same_caption" in record and step == self.every:
             pairs = plan.global_batch_size // distributed.world_size()
             folder.note(
-                f"--dedup {self.dedup}: in a batch of {pairs} pairs, "
+                f"--dedup {self.run.config.loss.dedup}: in a batch of {pairs} pairs, "
                 f"{record['same_caption']:g} share their caption with another one"
             )
-        self.loss = record.get("loss", math.nan)
+        loss = record.get("loss", math.nan)
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         per_step = (line.time - self._began_time) / (step - self._began_step)
         seconds_left = round((plan.total_steps - step) * per_step)
         words = (
-            f"step {step}/{plan.total_steps}, loss {self.loss:.4f}, "
+            f"step {step}/{plan.total_steps}, loss {loss:.4f}, "
             f"{record['samples_per_second']:,.0f} samples/s, "
             f"ETA {datetime.timedelta(seconds=seconds_left)}"
         )
@@ -203,6 +229,32 @@ class Log:
             folder.say(words)  # there is no progress bar
         else:
             folder.note(words)
+
+    def _report_skips(
+        self, line: Line, values: Mapping[str, float], new: int, in_a_row: int
+    ) -> None:
+        """Note new skipped steps in out.log; raise TooManySkipped after --max-bad-steps of them."""
+        folder = self.run.folder
+        so_far = f"{self.reported_skips} so far"
+        if not in_a_row:  # the line is of a later step, with other samples
+            folder.note(
+                f"{plural(new, 'step')} before step {line.step} skipped: loss or gradient not "
+                f"finite, {so_far}; --log-every-n-steps 1 names the samples"
+            )
+            return
+        samples = [self.run.dataset.keys[position] for position in line.positions.tolist()]
+        self._not_finite = [name for name, value in values.items() if not math.isfinite(value)]
+        which = ", ".join(self._not_finite) or "loss or gradient"
+        of_rank = " of rank 0" if distributed.world_size() > 1 else ""
+        folder.note(
+            f"step {line.step} skipped: {which} not finite, {so_far}; samples{of_rank}: {samples}"
+        )
+        if in_a_row >= self.run.config.run.max_bad_steps:
+            raise TooManySkipped(
+                f"training: loss or gradient was not finite in {in_a_row} steps in a row, "
+                f"up to step {line.step} (its numbers and samples are in out.log, first "
+                f"{samples[0]}); {IF_NOT_FINITE}; the last finite weights are in {folder.path}"
+            )
 
 
 def scalars_of(outcome: Step, model: ProtoModel, faults: Faults) -> dict[str, Tensor]:
@@ -213,9 +265,8 @@ def scalars_of(outcome: Step, model: ProtoModel, faults: Faults) -> dict[str, Te
         **outcome.losses.terms,
         **outcome.losses.accuracy,
         "loss": outcome.losses.total,
-        # Both are the multipliers, under the names of their parameters, the logarithms.
         "logit_scale": model.logit_scale,
-        "logit_scale_proto": model.proto_logit_scale,
+        "proto_logit_scale": model.proto_logit_scale,
         "grad_norm": outcome.norm,
         "bad_samples": torch.full_like(outcome.norm, bad),
     }

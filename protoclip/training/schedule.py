@@ -6,8 +6,10 @@ Everything follows from (seed, step): there is no state.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +61,17 @@ class Plan:
             return warmup * self.steps_per_episode
         episode = max(warmup, self.steps_per_epoch // self.steps_per_episode)
         return max(episode * self.steps_per_episode, self.steps_per_epoch)
+
+    def episode_samples(self, pairs: int) -> int:
+        """Samples per episode of so many pairs, at most; the last episode may be shorter."""
+        return min(pairs, self.steps_per_episode * self.global_batch_size)
+
+    def episode_of(self, step: int) -> int:
+        """The number of the episode that a step belongs to."""
+        return step // self.steps_per_episode
+
+    def begins_episode(self, step: int) -> bool:
+        return step % self.steps_per_episode == 0
 
     def steps_of(self, episode: int) -> range:
         """The steps of an episode; the run may end inside the last one."""
@@ -170,3 +183,33 @@ def episode_seed(seed: int, episode_number: int, purpose: int) -> int:
     """The seed for one purpose, TRAINING or FEATURES, in an episode."""
     random = generator(seed, EPISODES, episode_number, purpose)
     return int(torch.randint(2**31, (), generator=random))
+
+
+class SaveInterval(NamedTuple):
+    """How often to save: every so many steps, or seconds, or (both 0) not at all."""
+
+    steps: int
+    seconds: float
+
+    @property
+    def never(self) -> bool:
+        return not (self.steps or self.seconds)
+
+
+def parse_interval(text: str) -> SaveInterval:
+    """Parse --save-every: "500steps", "90s", "10m", "2h", or "0" for never.
+
+    Raises:
+        ValueError: any other text.
+    """
+    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|0|", text.strip())
+    if match is None:
+        raise ValueError(
+            "--save-every: expected a number with steps, s, m or h (500steps, 10m), or 0 for only "
+            f"at the end, got {text!r}"
+        )
+    number = int(match[1] or 0)
+    seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    if match[2] in seconds_per_unit:
+        return SaveInterval(steps=0, seconds=number * seconds_per_unit[match[2]])
+    return SaveInterval(steps=number, seconds=0.0)

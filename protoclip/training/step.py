@@ -33,6 +33,8 @@ class Step:
     """The outcome of a step; tensors on the device, for which the host has not waited."""
 
     index: Tensor  # int64 [B], positions in the data set, of all batches
+    positions: Tensor  # the same on the host
+    lr: float
     losses: Losses
     projected: Encoded | None  # [B, Dh] of all batches
     norm: Tensor  # of the gradient before clipping
@@ -52,9 +54,6 @@ class Stepper:
         seed: the run's seed; dropout follows from it, the step and the rank.
         terms: losses of the user's own, by name.
         compiled: whether ``torch.compile`` makes towers and heads.
-    Attributes:
-        skipped_steps: all of them, int64 scalar on the device.
-        consecutive_skips: those since the last step that was taken, likewise.
     """
 
     def __init__(
@@ -80,8 +79,6 @@ class Stepper:
         self.terms = OwnTerms(terms).to(self.device)
         self.adamw = build_optimiser(model, config, self.terms.parameters())
         self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.consecutive_skips = torch.zeros_like(self.skipped_steps)
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.replicas = Replicas(model, self.terms, clip_trains=loss.config.w_clip > 0)
@@ -107,6 +104,7 @@ class Stepper:
         self.adamw.zero_grad(set_to_none=True)  # before the forward pass needs the memory
         for group in self.adamw.param_groups:
             group["lr"] = image_lr if group["image"] and image_lr is not None else lr
+        positions = torch.cat([batch.index for batch in batches])
         batches = [self._on_device(batch) for batch in batches]
         index = torch.cat([batch.index for batch in batches])
         ids = self._ids(batches, index)
@@ -132,12 +130,12 @@ class Stepper:
             if not is_distributed():  # ranks share the gradient, not the loss
                 finite = finite & losses.total.detach().isfinite()
             self._update(finite)
-        self._restore_if_skipped(finite, statistics)
-        self._count_skipped(finite)
+        # Evaluation and checkpoints then hold the same statistics on all ranks.
+        restore_unless(finite, self._buffers(), statistics)
         same_caption = None
         if ids is not None and self.loss.config.dedup == "caption":
             same_caption = repeated(ids)
-        return Step(index, losses, projected, norm, finite, same_caption)
+        return Step(index, positions, lr, losses, projected, norm, finite, same_caption)
 
     def _on_device(self, batch: Batch) -> Batch:
         """Copy a batch, on a GPU while it still works on the step before."""
@@ -228,16 +226,6 @@ class Stepper:
             return torch.cat([caption_ids(batch.tokens) for batch in batches])
         return None
 
-    def _restore_if_skipped(self, finite: Tensor, statistics: Flat) -> None:
-        """Put back the statistics from before a step that was not finite. Evaluation and
-        checkpoints then hold the same values on all ranks."""
-        restore_unless(finite, self._buffers(), statistics)
-
-    def _count_skipped(self, finite: Tensor) -> None:
-        skipped = (~finite).long()
-        self.skipped_steps = self.skipped_steps + skipped
-        self.consecutive_skips = (self.consecutive_skips + 1) * skipped
-
     def _buffers(self) -> list[Tensor]:
         """What a forward pass may change, and a skipped step must not."""
         return [*self._statistics, *self.terms.buffers()]
@@ -253,10 +241,8 @@ class Stepper:
         self.adamw.zero_grad(set_to_none=True)
         copy_back(self._buffers(), statistics)
 
-    def load_state(
-        self, optimiser: Mapping[str, Any], scaler: Mapping[str, Any], skipped: Sequence[int]
-    ) -> None:
-        """Continue from a checkpoint; ``skipped``: all skipped steps, and those in a row.
+    def load_state(self, optimiser: Mapping[str, Any], scaler: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
 
         Raises:
             ValueError: the optimiser's state belongs to other parameters.
@@ -264,9 +250,6 @@ class Stepper:
         load_optimiser(self.adamw, optimiser)
         if scaler:
             self.scaler.load_state_dict(dict(scaler))
-        self.skipped_steps, self.consecutive_skips = torch.tensor(
-            skipped, device=self.device
-        ).unbind()
 
 
 def repeated(ids: Tensor) -> Tensor:

@@ -6,19 +6,21 @@ Several ranks agree on both, so that none saves or ends alone.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable
-from enum import IntEnum
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from protoclip.distributed import max_later
+from protoclip.training.run import Run
+from protoclip.training.schedule import parse_interval
 
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
@@ -37,78 +39,43 @@ class Stopped(SystemExit):
         self.message = message
 
 
-class SaveInterval(NamedTuple):
-    """How often to save: every so many steps, or seconds, or (both 0) not at all."""
-
-    steps: int
-    seconds: float
-
-    @property
-    def never(self) -> bool:
-        return not (self.steps or self.seconds)
-
-
-def parse_interval(text: str) -> SaveInterval:
-    """Parse --save-every: "500steps", "90s", "10m", "2h", or "0" for never.
-
-    Raises:
-        ValueError: any other text.
-    """
-    match = re.fullmatch(r"([1-9]\d*) ?(steps?|s|m|h)|0|", text.strip())
-    if match is None:
-        raise ValueError(
-            "--save-every: expected a number with steps, s, m or h (500steps, 10m), or 0 for only "
-            f"at the end, got {text!r}"
-        )
-    number = int(match[1] or 0)
-    seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    if match[2] in seconds_per_unit:
-        return SaveInterval(steps=0, seconds=number * seconds_per_unit[match[2]])
-    return SaveInterval(steps=number, seconds=0.0)
-
-
-class StopRequest(IntEnum):
-    """Whether a rank wants to stop, and why; of several ranks the largest counts."""
-
-    NONE = 0
-    SIGNAL = 1
-    CTRL_C = 2
-
-
-class Requests(NamedTuple):
-    """What should happen between two steps."""
+class AfterStep(NamedTuple):
+    """What all ranks do between two steps."""
 
     save: bool
-    stop: StopRequest
+    epoch: int | None  # keep the checkpoint under this number too
+    stop: Stopped | None  # what to raise, once the run is saved
 
 
-def agree_later(requests: Requests) -> Callable[[], Requests]:
-    """Start to tell all ranks; call the result to wait for what they request together."""
-    pending = max_later(torch.tensor([float(requests.save), float(requests.stop)]))
+class Stops:
+    """Says after each step whether to save and whether to stop, the same on all ranks.
 
-    def wait() -> Requests:
-        save, stop = pending().tolist()
-        return Requests(save=bool(save), stop=StopRequest(int(stop)))
+    Inside its context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``received`` to the signal's
+    name; a second Ctrl-C ends the process at once.
 
-    return wait
+    Attributes:
+        saved_step: after which the run was last saved; -1: not yet.
+    """
 
-
-class StopSignals:
-    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``received`` to the
-    signal's name; a second Ctrl-C ends the process at once."""
-
-    def __init__(self) -> None:
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.received = ""
-        self._before: dict[signal.Signals, Any] = {}
+        self.saved_step = -1
+        self._saved_time = time.monotonic()
+        self._every = parse_interval(run.config.run.save_every)
+        # What the ranks want, on its way while they take a step: to save; to stop, by any signal
+        # and by Ctrl-C.
+        self._wanted: Callable[[], Tensor] = lambda: torch.zeros(3)
+        self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Stops:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._on_signal)
+                self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -120,46 +87,36 @@ class StopSignals:
             with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
                 os.write(2, FIRST_CTRL_C)
 
-    @property
-    def request(self) -> StopRequest:
-        """What this rank wants."""
-        if self.received == "SIGINT":
-            return StopRequest.CTRL_C
-        return StopRequest.SIGNAL if self.received else StopRequest.NONE
+    def after(self, step: int) -> AfterStep:
+        """What to do after ``step``. Signals and the clock count one step later, when all ranks
+        know of them. A collective call."""
+        by_time, stop, by_ctrl_c = map(bool, self._wanted().tolist())
+        epoch = self._epoch_to_keep(step)
+        is_first = self.saved_step < 0 and not self._every.never
+        by_step = bool(self._every.steps) and step % self._every.steps == 0
+        save = by_time or stop or is_first or by_step or epoch is not None
+        if stop:
+            signal_name = "Ctrl-C" if by_ctrl_c else self.received or "a signal to another rank"
+            message = (
+                f"stopped by {signal_name} after step {step}; continue with --resume "
+                f"{self.run.folder.path}"
+            )
+            return AfterStep(save, epoch, Stopped(message, code=130 if by_ctrl_c else 0))
+        seconds = time.monotonic() - self._saved_time  # by this rank's clock
+        is_time = not save and 0 < self._every.seconds <= seconds
+        wanted = [is_time, bool(self.received), self.received == "SIGINT"]
+        self._wanted = max_later(torch.tensor(wanted, dtype=torch.float32))
+        return AfterStep(save, epoch, None)
 
-
-class SaveTimes:
-    """Says between steps whether to save and whether to stop, the same on all ranks.
-
-    Args:
-        save_every: --save-every.
-    Attributes:
-        saved_step: after which the run was last saved; -1: not yet.
-    """
-
-    def __init__(self, save_every: str, signals: StopSignals) -> None:
-        self.saved_step = -1
-        self._saved_time = time.monotonic()
-        self._every = parse_interval(save_every)
-        self._signals = signals
-        nothing = Requests(save=False, stop=StopRequest.NONE)
-        self._agreed: Callable[[], Requests] = lambda: nothing
-
-    def mark_saved(self, step: int) -> None:
+    def saved(self, step: int) -> None:
         """Restart the interval: the run was saved after ``step``."""
         self.saved_step = step
         self._saved_time = time.monotonic()
 
-    def requests_after(self, step: int) -> Requests:
-        """What to do after ``step``: what the ranks agreed on one step ago; also save every so many
-        steps, and the first time after one step."""
-        agreed = self._agreed()
-        is_first = self.saved_step < 0 and not self._every.never
-        by_step = self._every.steps and step % self._every.steps == 0
-        return Requests(save=bool(agreed.save or is_first or by_step), stop=agreed.stop)
-
-    def exchange_requests(self) -> None:
-        """Tell all ranks what this one wants, for the next ``requests_after``."""
-        seconds = time.monotonic() - self._saved_time  # by this rank's clock
-        due = 0 < self._every.seconds <= seconds
-        self._agreed = agree_later(Requests(save=due, stop=self._signals.request))
+    def _epoch_to_keep(self, step: int) -> int | None:
+        """The epoch that ends with ``step`` if --save-frequency keeps it."""
+        frequency = self.run.config.run.save_frequency
+        epoch = math.ceil(step / self.run.plan.steps_per_epoch)
+        if frequency and epoch % frequency == 0 and self.run.plan.ends_pass(step):
+            return epoch
+        return None

@@ -12,53 +12,40 @@ import torch
 from protoclip import distributed
 from protoclip.common.files import plural
 from protoclip.common.host import busy_note
-from protoclip.common.phases import Phases
-from protoclip.data import BadSample, PairDataset
+from protoclip.data import BadSample
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import FeatureSource
 from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.during import Evaluation
-from protoclip.evaluate.results import Outcome, Results
-from protoclip.model import ProtoModel
+from protoclip.evaluate.results import Outcome
 from protoclip.report import page, snapshot
 from protoclip.report.capture import draw_plots
-from protoclip.runs import checkpoint
-from protoclip.runs.run_folder import NullRunFolder, sum_up
-from protoclip.settings.config import ModelConfig, TrainConfig
-from protoclip.training import schedule
-from protoclip.training.checks import ActiveLosses
+from protoclip.runs.run_folder import sum_up
+from protoclip.settings.config import ModelConfig
+from protoclip.training.run import Run
 
 NAMED = 5  # left-out samples that the log names
 
 
-def announce(
-    folder: NullRunFolder,
-    config: TrainConfig,
-    plan: schedule.Plan,
-    *,
-    dataset: PairDataset,
-    device: torch.device,
-    precision: str,
-    active: ActiveLosses,
-    features: FeatureSource,
-    episode_samples: int,
-    first_prototype_step: int,
-    teacher_remark: str,
-) -> None:
-    """Print what the run will do, in the user's units."""
+def announce(run: Run, features: FeatureSource, notes: Sequence[str]) -> None:
+    """Print what the run will do, in the user's units, and notes on what it was made of."""
+    config = run.config
+    plan = run.plan
+    dataset = run.dataset
+    folder = run.folder
     ranks = distributed.world_size()
     on_ranks = f", {ranks} ranks" if ranks > 1 else ""
     warmup = config.optim.warmup
-    if busy := busy_note(device):
+    if busy := busy_note(run.device):
         folder.say(busy)
-    chosen = config.run.precision == "auto" and precision == "amp_bf16"
+    chosen = config.run.precision == "auto" and run.precision == "amp_bf16"
     by_itself = " (--precision auto: this device multiplies bf16)" if chosen else ""
     folder.say(
         f"run folder: {folder.path}\n"
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.global_batch_size}, {plan.steps_per_epoch} a pass over the data\n"
-        f"model: {config.model.model} on {device}, {precision}{by_itself}, "
+        f"model: {config.model.model} on {run.device}, {run.precision}{by_itself}, "
         f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )
     if skipped := dataset.facts.skipped:
@@ -74,42 +61,50 @@ def announce(
             f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
             "run never reaches --lr; use a fraction such as 0.1"
         )
+    folder.say(_method(run, features))
+    for note in dict.fromkeys(notes):  # two of them may be about one folder
+        if note:
+            folder.say(note)
+
+
+def _method(run: Run, features: FeatureSource) -> str:
+    """What the run trains, and from when on."""
+    config = run.config
+    active = run.active
     if not active.prototypes:
         contrastive = "SigLIP" if config.model.siglip else "InfoNCE"
         others = "and distillation" if active.distillation else "only"
-        folder.say(f"method: {config.method}, {contrastive} {others}")
-        if config.method == "protoclip":
-            folder.say(teacher_remark)
-        return
+        method = f"method: {config.method}, {contrastive} {others}"
+        return f"{method}\n{run.teacher_remark}" if config.method == "protoclip" else method
     episode = config.episode
+    first_step = first_prototype_step(run, features)
     limits = ""
     if features.reuses and active.internal and episode.replacement:
         limits = " at the earliest"
-    if first_prototype_step > plan.total_steps:
+    if first_step > run.plan.total_steps:
         limits += ", which this run does not reach"
-    elif first_prototype_step > 1:
+    elif first_step > 1:
         limits += "; the loss is larger from there, as it includes them"
-    num_clusters = prototypes.check_clusters(episode, episode_samples)
+    samples = run.plan.episode_samples(len(run.dataset))
+    remark = run.teacher_remark
     if config.loss.w_proto < 0 and active.external:
-        teacher_remark += "; no internal prototypes beside it (--w-proto 1 adds them)"
-    folder.say(
-        f"method: protoclip; {plan.episodes} episodes of {plan.steps_per_episode} steps, "
-        f"{num_clusters} prototypes per source\n"
+        remark += "; no internal prototypes beside it (--w-proto 1 adds them)"
+    return (
+        f"method: protoclip; {run.plan.episodes} episodes of {run.plan.steps_per_episode} steps, "
+        f"{prototypes.check_clusters(episode, samples)} prototypes per source\n"
         f"features: {features.reason}; {'internal ' if active.internal else ''}prototypes train "
-        f"from step {first_prototype_step} on{limits}\n{teacher_remark}"
+        f"from step {first_step} on{limits}\n{remark}"
     )
 
 
-def find_first_prototype_step(
-    config: TrainConfig, plan: schedule.Plan, active: ActiveLosses, features: FeatureSource
-) -> int:
+def first_prototype_step(run: Run, features: FeatureSource) -> int:
     """The step that trains prototypes first, counted from 1; 0: the method has none."""
-    if not active.prototypes:
+    if not run.active.prototypes:
         return 0
-    episode = config.episode
+    episode = run.config.episode
     # Drawn with replacement, some samples come again before the second pass.
-    after_first_pass = features.reuses and active.internal and not episode.replacement
-    return 1 + plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
+    after_first_pass = features.reuses and run.active.internal and not episode.replacement
+    return 1 + run.plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
 
 
 def left_out(skipped: Sequence[BadSample], data: str) -> str:
@@ -124,72 +119,50 @@ def left_out(skipped: Sequence[BadSample], data: str) -> str:
     return "\n".join(lines)
 
 
-def conclude(
-    folder: NullRunFolder,
-    config: TrainConfig,
-    model: ProtoModel,
-    *,
-    dataset: PairDataset,
-    episode: Episode | None,
-    evaluation: Evaluation,
-    phases: Phases,
-    before: Results | None,
-    after: Results | None,
-    steps: int,
-    skipped_steps: int,
-    first_prototype_step: int,
-) -> None:
-    """Write results.json, draw the plots, print the table, the time per phase and the peak memory,
-    and write results.json again, with the plots' time, and the report."""
-    floors = evaluation.floors(model)
+def conclude(run: Run, evaluation: Evaluation, episode: Episode | None, outcome: Outcome) -> None:
+    """Write results.json, draw the plots, print the table, and write the report.
 
-    def outcome_so_far() -> Outcome:
-        return Outcome(
-            data=evaluation.data,
-            model=config.model.model,
-            pretrained=str(checkpoint.candidates(folder.path)[0]),
-            trained=after or {},
-            untrained=before,
-            floors=floors,
-            seconds=phases.seconds(),
-            work_seconds=phases.work(),
-            peak_memory_bytes=tasks.peak_memory_bytes(evaluation.device),
-            steps=steps,
-            skipped_steps=skipped_steps,
-            first_prototype_step=first_prototype_step,
-        )
-
-    if after is not None:  # before the plots, which may take more memory than there is
-        report = folder.path / page.NAME
+    Args:
+        evaluation: after it has evaluated the trained model.
+        episode: the last one.
+        outcome: without floors, time and memory.
+    """
+    config = run.config
+    path = run.folder.path
+    outcome = replace(
+        outcome,
+        floors=evaluation.floors(run.model),
+        seconds=run.phases.seconds(),
+        work_seconds=run.phases.work(),
+        peak_memory_bytes=tasks.peak_memory_bytes(run.device),
+    )
+    if outcome.trained:  # before the plots, which may take more memory than there is
+        report = path / page.NAME
         if page.is_report(report):
             report.unlink()  # of fewer steps: a page beside results.json is of these results
-        results.write_results(folder.path / "results.json", outcome_so_far())
-    with phases.measure("plots", on_host=True):
-        encoder = replace(evaluation.encoder(model), batch_size=config.optim.batch_size)
-        held_out = None
-        if evaluation.sets:
-            name = next(iter(evaluation.sets))
-            held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
-        draw_plots(folder.path, dataset, episode, encoder, held_out, phases.memory)
-    outcome = outcome_so_far()
-    folder.say("\n" + results.format_table(outcome))
-    if after is None:
-        folder.say("no evaluation: too few pictures could be read; give --val-data")
-    else:
-        results.write_results(folder.path / "results.json", outcome)
-        if answer := page.answer(page.Run(folder.path.name, folder.path, {}, outcome)):
-            folder.say(answer)
+        results.write_results(path / "results.json", outcome)
+    encoder = replace(evaluation.encoder(run.model), batch_size=config.optim.batch_size)
+    held_out = None
+    if evaluation.sets:
+        name = next(iter(evaluation.sets))
+        held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
+    draw_plots(path, run.dataset, episode, encoder, held_out, run.phases.memory)
+    run.folder.say("\n" + results.format_table(outcome))
+    if not outcome.trained:
+        run.folder.say("no evaluation: too few pictures could be read; give --val-data")
+    elif answer := page.answer(page.Run(path.name, path, {}, outcome)):
+        run.folder.say(answer)
     if outcome.skipped:
-        folder.say(f"warning: {outcome.skipped}")
+        run.folder.say(f"warning: {outcome.skipped}")
     if "tensorboard" in config.run.report_to:
         scores = {
             f"{results_of_set.title}/{name}": value
-            for results_of_set in (after or {}).values()
+            for results_of_set in outcome.trained.values()
             for name, value in results_of_set.metrics.items()
         }
-        captured = snapshot.load_snapshot(folder.path) or snapshot.Snapshot()
-        sum_up(folder.path, config, snapshot.contact_sheet(captured), scores)
-    folder.say(f"report: {page.write_report([folder.path])}\ndone: {folder.path}")
+        captured = snapshot.load_snapshot(path) or snapshot.Snapshot()
+        sum_up(path, config, snapshot.contact_sheet(captured), scores)
+    run.folder.say(f"report: {page.write_report([path])}\ndone: {path}")
 
 
 def concluded(folder: Path, steps: int, val_data: str) -> Outcome | None:

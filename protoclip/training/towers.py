@@ -1,4 +1,4 @@
-"""Towers and heads as a training step runs them: compiled if asked for, and on a card with TF32.
+"""Towers and heads as a training step runs them: compiled if asked for, and on a GPU with TF32.
 
 TF32 rounds the factors of fp32 products to ten bits of mantissa. The towers may have it while they
 train; losses, prototypes and metrics may not.
@@ -17,7 +17,7 @@ from protoclip.model import Encoded, ProtoModel
 
 @contextlib.contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
-    """Allow TF32 in products and convolutions on a card, or forbid it; then put back what was."""
+    """Allow TF32 in products and convolutions on a GPU, or forbid it; then put back what was."""
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
     products_before = matmul.allow_tf32

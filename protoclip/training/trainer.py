@@ -1,255 +1,183 @@
 """The training loop: episodes, steps, and what happens between them.
 
-Read ``Trainer.run`` down; one step is in ``step.py``.
+Read ``Trainer.train`` down. One step, with the gradient's clipping and the skip of a step that is
+not finite, is in ``step.py``; ``log.py`` counts the skipped ones, ``stops.py`` decides when a run
+saves or stops.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from protoclip import distributed
-from protoclip.common.files import plural
-from protoclip.common.phases import Phases
 from protoclip.common.seeds import generator
-from protoclip.data import Batch, Draws, PairDataset, build_transform
-from protoclip.data.loader import EpochOrder, Faults, Loader
+from protoclip.data import Batch, Draws, build_transform
+from protoclip.data.loader import Faults, Loader
 from protoclip.distributed import progress_hidden
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import Features
 from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate.during import PeriodicEvaluation
-from protoclip.losses import ProtoLoss, Term
-from protoclip.model import ProtoModel
+from protoclip.losses import ProtoLoss
 from protoclip.runs import checkpoint, state
-from protoclip.runs.run_folder import NullRunFolder
+from protoclip.runs.resume import Resume, check_resume
 from protoclip.runs.state import TrainingState
-from protoclip.settings.config import TrainConfig
 from protoclip.training import schedule
-from protoclip.training.checks import (
-    ActiveLosses,
-    active_losses,
-    depends_on_split,
-    loss_weights,
-)
+from protoclip.training.checks import ActiveLosses, depends_on_split, loss_weights
 from protoclip.training.features import EpisodeFeatures
-from protoclip.training.log import Log, scalars_of
-from protoclip.training.step import Step, Stepper
-from protoclip.training.stops import SaveTimes, Stopped, StopRequest, StopSignals
-
-MOST_SKIPPED = 0.9  # of all steps; a run with more has trained nothing
-IF_NOT_FINITE = (
-    "lower --lr, use --precision fp32, or find the operation with torch.autograd."
-    "set_detect_anomaly(True)"
-)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a run needs once everything is open."""
-
-    config: TrainConfig
-    plan: schedule.Plan
-    dataset: PairDataset
-    order: EpochOrder
-    device: torch.device
-    precision: str  # "fp32", "amp_bf16" or "amp"
-    teacher: Tensor | None = None  # [dataset, d] fp32, on the device
-    workers: int = 0  # processes that read images
-
-    @property
-    def episode_samples(self) -> int:
-        """Samples per episode, at most; the last episode may be shorter."""
-        return min(len(self.dataset), self.plan.steps_per_episode * self.plan.global_batch_size)
+from protoclip.training.log import Log, TooManySkipped
+from protoclip.training.run import Run
+from protoclip.training.step import Stepper
+from protoclip.training.stops import Stops
 
 
 class Trainer:
-    """Trains a model on the setup's device, episode by episode.
+    """Trains a run's model, and holds all that changes between two steps.
 
-    Its ``Stepper`` holds the optimiser and counts the skipped steps; the trainer holds everything
-    else that changes. ``evaluations`` are repeated between the steps.
-    ``reuses``: whether a resumed run stores training's own features, whatever "auto" would choose.
-    ``terms``: losses of the user's own, by name.
+    Args:
+        evaluations: repeated between the steps.
+    Attributes:
+        step: how many are done.
+        episode: the prototypes of the running episode; None: it has none.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        model: ProtoModel,
-        folder: NullRunFolder,
-        phases: Phases | None = None,
-        evaluations: Sequence[PeriodicEvaluation] = (),
-        reuses: bool | None = None,
-        terms: Mapping[str, Term] | None = None,
-    ) -> None:
-        self.setup = setup
-        self.config = setup.config
-        self.plan = setup.plan
-        self.dataset = setup.dataset
-        self.model = model
-        self.folder = folder
-        self.phases = phases or Phases(setup.device)
+    def __init__(self, run: Run, evaluations: Sequence[PeriodicEvaluation] = ()) -> None:
+        config = run.config
+        self.run = run
+        self.plan = run.plan
         self.evaluations = evaluations
-        has_teacher = setup.teacher is not None
-        self.active = active_losses(self.config, has_teacher=has_teacher)
-        weights = loss_weights(self.config, has_teacher=has_teacher)
-        loss = ProtoLoss(weights, setup.teacher, self.phases.measure)
+        self.step = 0
+        self.episode: Episode | None = None
+        weights = loss_weights(config, has_teacher=run.teacher is not None)
         self.stepper = Stepper(
-            model,
-            loss,
-            self.config.optim,
-            precision=setup.precision,
-            phases=self.phases,
-            seed=self.config.run.seed,
-            terms=terms,
-            compiled=self.config.model.torchcompile,
+            run.model,
+            ProtoLoss(weights, run.teacher, run.phases.measure),
+            config.optim,
+            precision=run.precision,
+            phases=run.phases,
+            seed=config.run.seed,
+            terms=run.terms,
+            compiled=config.model.torchcompile,
         )
         classes = {
-            name: labels.ids.to(setup.device)
-            for name, labels in self.dataset.labels.items()
+            name: labels.ids.to(run.device)
+            for name, labels in run.dataset.labels.items()
             if bool((labels.ids >= 0).all())  # known of every sample
         }
         self.builder = prototypes.EpisodeBuilder(
-            self.config.episode,
-            teacher=setup.teacher if self.active.external else None,
-            internal=self.active.internal,
+            config.episode,
+            teacher=run.teacher if run.active.external else None,
+            internal=run.active.internal,
             classes=classes,
         )
-        self.features = EpisodeFeatures(
-            self.config.episode,
-            self.plan,
-            samples=len(self.dataset),
-            dim=model.projection_dim,
-            device=setup.device,
-            needed=self.active.prototypes,
-            reuses=reuses,
-            extract=self._extract_features,
-        )
+        self.features = EpisodeFeatures(run, self._extract_features)
         self.watch = prototypes.Watch()
-        self.faults = Faults(
-            self.dataset, self.config.data.max_bad_fraction, lambda text: self.folder.say(text)
-        )
+        self.faults = Faults(run.dataset, config.data.max_bad_fraction, run.folder.say)
+        model = run.model
         self.loader = Loader(
-            self.dataset,
-            self.config.optim.batch_size,
-            build_transform(model.image_size, model.mean, model.std, self.config.data.augmentation),
+            run.dataset,
+            config.optim.batch_size,
+            build_transform(model.image_size, model.mean, model.std, config.data.augmentation),
             model.short_tokenizer,
-            workers=setup.workers,
-            prefetch_factor=self.config.data.prefetch_factor,
-            captions=self.config.data.captions,
+            workers=run.workers,
+            prefetch_factor=config.data.prefetch_factor,
+            captions=config.data.captions,
             faults=self.faults,
-            pin_memory=setup.device.type == "cuda",
+            pin_memory=run.device.type == "cuda",
         )
-        self.episode: Episode | None = None
-        self.step = 0
-        self.signals = StopSignals()
-        self.saves = SaveTimes(self.config.run.save_every, self.signals)
-        self.log = Log(self.config, self.plan, self.phases, setup.device)
+        self.stops = Stops(run)
+        self.log = Log(run, self.faults)
 
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: weights, their two moments, and stored features."""
-        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        return 3 * weights + self.features.checkpoint_bytes()
-
-    def run(self) -> None:
+    def train(self) -> None:
         """Train to the end of the plan.
 
         Raises:
             Stopped: a signal asked the run to stop; the state is saved.
-            ValueError: hardly a step had a finite loss and gradient; the state is saved.
+            ValueError: too many steps had no finite loss and gradient; the state is saved.
         """
-        plan = self.plan
-        self.log.begin(self.step)
-        with (
-            self.signals,
-            contextlib.closing(self.loader),
-            tqdm(
-                initial=self.step * plan.global_batch_size,
-                total=plan.total_steps * plan.global_batch_size,
-                unit=" samples",
-                unit_scale=True,
-                smoothing=0.1,
-                disable=progress_hidden(),
-            ) as bar,
-        ):
-            first_episode = self.step // plan.steps_per_episode
-            for episode_number in range(first_episode, plan.episodes):
-                self.run_episode(episode_number, bar)
-            self._finish_line()
-            if self.saves.saved_step != self.step:
-                self.save(None)
-        self._check_taken()
+        with self.stops, contextlib.closing(self.loader), self.log.start(self.step):
+            try:
+                self.train_until(self.plan.total_steps)
+                if self.stops.saved_step != self.step:
+                    self.save()
+            except TooManySkipped:
+                self.save()
+                raise
+        self.log.check_trained()
 
-    def _check_taken(self) -> None:
-        """ValueError if hardly a step of the run was taken."""
-        skipped = self.log.reported_skips
-        if skipped <= MOST_SKIPPED * self.plan.total_steps:
-            return
-        last = self.log.last_skipped
-        numbers = f" (in the last one: {', '.join(last.numbers)})" if last and last.numbers else ""
-        raise ValueError(
-            f"training: {skipped:,} of {plural(self.plan.total_steps, 'step')} were skipped, as "
-            f"loss or gradient was not finite{numbers}, so the model has not been trained; "
-            f"{IF_NOT_FINITE}; then remove {self.folder.path} and start again"
-        )
-
-    def run_episode(self, episode_number: int, bar: tqdm) -> None:
-        """Build the episode's prototypes, if it has any, then run its steps."""
-        config = self.config
-        plan = self.plan
-        steps = plan.steps_of(episode_number)
-        bar.set_description(f"episode {episode_number + 1}/{plan.episodes}")
-        stream = self._begin_episode(episode_number)
-        for step_number in steps[self.step - steps.start :]:  # an interrupted run has done some
-            with self.phases.measure("data", on_host=True):
-                step_batches = [next(stream) for _ in range(config.optim.accum_freq)]
-            lr = schedule.learning_rate(config.optim, plan.total_steps, step_number)
+    def train_until(self, end: int) -> None:
+        """Take the steps up to ``end`` steps."""
+        stream: Iterator[Batch] | None = None
+        for step in range(self.step, end):
+            if stream is None or self.plan.begins_episode(step):  # None: maybe resumed inside one
+                stream = self._begin_episode(step)
             outcome = self.stepper.step(
-                step_number,
-                step_batches,
+                step,
+                self._next_batches(stream),
                 self.episode,
-                project=self.active.projects,
-                lr=lr,
-                image_lr=schedule.image_learning_rate(config, plan, step_number),
+                project=self.run.active.projects,
+                lr=schedule.learning_rate(self.run.config.optim, self.plan.total_steps, step),
+                image_lr=schedule.image_learning_rate(self.run.config, self.plan, step),
             )
-            self.features.put(step_number, episode_number, outcome)
+            self.features.put(step, outcome)
             self.watch.count(outcome.losses.hits)
-            self.step += 1
-            self._log_or_check(outcome, step_batches, lr)
-            bar.set_postfix(loss=f"{self.log.loss:.3f}", refresh=False)
-            bar.update(plan.global_batch_size)
-            self._between_steps()
+            self.step = step + 1
+            self.log.after(self.step, outcome)
+            self._evaluate_if_due()
+            self._save_or_stop()
 
-    def _begin_episode(self, episode_number: int) -> Iterator[Batch]:
-        """Build the episode's prototypes, if it has any; returns the batches of its steps from the
-        current one on."""
-        config = self.config
+    def _next_batches(self, stream: Iterator[Batch]) -> list[Batch]:
+        """The batches of one step."""
+        with self.run.phases.measure("data", on_host=True):
+            return [next(stream) for _ in range(self.run.config.optim.accum_freq)]
+
+    def _evaluate_if_due(self) -> None:
+        for evaluation in self.evaluations:
+            interval_steps = max(1, round(evaluation.interval_epochs * self.plan.steps_per_epoch))
+            if self.step == self.plan.total_steps or self.step % interval_steps == 0:
+                with self.run.phases.measure("evaluation", on_host=True):
+                    scores = evaluation.evaluate(self.run.model)
+                self.log.evaluated(self.step, scores)
+
+    def _save_or_stop(self) -> None:
+        what = self.stops.after(self.step)
+        if what.save:
+            self.save(what.epoch)
+        if what.stop:
+            raise what.stop
+
+    def _begin_episode(self, step: int) -> Iterator[Batch]:
+        """Build the prototypes of a step's episode, if it has any; returns the batches of the
+        episode's steps from this one on."""
+        config = self.run.config
         plan = self.plan
-        steps = plan.steps_of(episode_number)
+        number = plan.episode_of(step)
+        steps = plan.steps_of(number)
+        self.log.bar.set_description(f"episode {number + 1}/{plan.episodes}")
         draws = self._draw(steps)
-        done = self.step - steps.start  # steps of this episode before an interruption
-        warmed_up = episode_number >= config.episode.infonce_warmup
-        if 0 < config.episode.lit_start <= episode_number:
+        warmed_up = number >= config.episode.infonce_warmup
+        if 0 < config.episode.lit_start <= number:
             self.episode = None  # LiT: the image tower is frozen, InfoNCE only
-            self.model.lock_image()
-        elif done == 0 and warmed_up and self.active.prototypes:
+            self.run.model.lock_image()
+        elif step == steps.start and warmed_up and self.run.active.prototypes:
             whole = range(steps.start, steps.start + plan.steps_per_episode)
             samples = draws
             if self.features.source.reuses and whole != steps:  # a resume with more steps does all
                 samples = self._draw(whole)
-            self.episode = self._build_episode(episode_number, samples.unique())
-        self.model.train()
+            self.episode = self._build_episode(number, samples.unique())
+        self.run.model.train()
         positions, draw_numbers = schedule.own_draws(plan, draws)
+        done = step - steps.start  # before an interruption
         own_draws = Draws(
             positions=positions,
-            seed=schedule.episode_seed(config.run.seed, episode_number, schedule.TRAINING),
+            seed=schedule.episode_seed(config.run.seed, number, schedule.TRAINING),
             start=done * plan.global_batch_size // distributed.world_size(),
             numbers=draw_numbers,
         )
@@ -259,44 +187,45 @@ class Trainer:
         """The positions that these steps train on, over all ranks."""
         return schedule.draw(
             self.plan,
-            self.config.run.seed,
+            self.run.config.run.seed,
             steps,
-            replacement=self.config.episode.replacement,
-            order=self.setup.order.permutation,
+            replacement=self.run.config.episode.replacement,
+            order=self.run.order.permutation,
         )
 
-    def _build_episode(self, episode_number: int, samples: Tensor) -> Episode | None:
+    def _build_episode(self, number: int, samples: Tensor) -> Episode | None:
         """Build the prototypes of an episode that trains on ``samples``, int64 [M] sorted
         positions; None while too few of them have stored features."""
-        seed = self.config.run.seed
-        with self.phases.measure("features"):
-            features = self.features.of_samples(episode_number, samples)
+        phases = self.run.phases
+        with phases.measure("features"):
+            features = self.features.of_samples(number, samples)
             recent = None
             if self.builder.teacher is not None:
-                recent = self.features.of_episode(episode_number - 1)
-        with self.phases.measure("clusters"):
-            random = generator(seed, schedule.EPISODES, episode_number, schedule.CLUSTERS)
+                recent = self.features.of_episode(number - 1)
+        with phases.measure("clusters"):
+            seed = self.run.config.run.seed
+            random = generator(seed, schedule.EPISODES, number, schedule.CLUSTERS)
             episode = self.builder.build(samples, features, random, recent, self.episode)
         if episode is None:
             return None
         episode = replace(episode, metrics={**episode.metrics, **self.watch.accuracy()})
         self.log.episode_metrics = episode.metrics
         if warning := self.watch.collapse(episode.metrics):
-            self.folder.say(f"step {self.step}: {warning}")
+            self.run.folder.say(f"step {self.step}: {warning}")
         return episode
 
-    def _extract_features(self, episode_number: int, samples: Tensor) -> Features:
-        """A forward pass over this rank's share of the samples."""
+    def _extract_features(self, number: int, samples: Tensor) -> Features:
+        """A forward pass over this rank's share of an episode's samples."""
         draw_numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
         draws = Draws(
             positions=samples[draw_numbers],
-            seed=schedule.episode_seed(self.config.run.seed, episode_number, schedule.FEATURES),
+            seed=schedule.episode_seed(self.run.config.run.seed, number, schedule.FEATURES),
             numbers=draw_numbers,
         )
         return prototypes.extract(
-            self.model,
+            self.run.model,
             self._stoppable(self.loader.batches(draws)),
-            device=self.setup.device,
+            device=self.run.device,
             autocast=self.stepper.autocast,
         )
 
@@ -305,91 +234,32 @@ class Trainer:
         bar = tqdm(stream, "features", unit=" batches", leave=False, disable=progress_hidden())
         for batch in bar:
             yield batch
-            if self.signals.received and not distributed.is_distributed():
+            if self.stops.received and not distributed.is_distributed():
                 self._save_or_stop()  # nothing has changed since the last step
 
-    def _log_or_check(self, outcome: Step, step_batches: Sequence[Batch], lr: float) -> None:
-        """After a step: begin a line if one is due, and finish the one before. A line that need
-        not be waited for is finished at once."""
-        due = self.log.due(self.step)
-        if not (due or self.log.reads_freely):
-            return
-        self._finish_line()
-        positions = [position for batch in step_batches for position in batch.index.tolist()]
-        skips = {
-            "bad_steps": self.stepper.skipped_steps,
-            "in_a_row": self.stepper.consecutive_skips,
-        }
-        scalars = scalars_of(outcome, self.model, self.faults) if due else {}
-        self.log.begin_line(self.step, scalars, skips, lr, positions)
-        if self.log.reads_freely:
-            self._finish_line()
-
-    def _finish_line(self) -> None:
-        """Write the line that was begun, if any; after --max-bad-steps skipped steps in a row, save
-        and stop."""
-        skipped = self.log.finish_line(self.folder, self.dataset.keys)
-        if skipped is not None and skipped.in_a_row >= self.config.run.max_bad_steps:
-            self.save(None)
-            raise ValueError(
-                f"training: loss or gradient was not finite in {skipped.in_a_row} steps in a row, "
-                f"up to step {skipped.step} (its numbers and samples are in out.log, first "
-                f"{skipped.key}); {IF_NOT_FINITE}; the last finite weights are in "
-                f"{self.folder.path}"
-            )
-
-    def _between_steps(self) -> None:
-        """Evaluate and save at the end of an epoch that asks for it, or after a signal."""
-        per_epoch = self.plan.steps_per_epoch
-        last = self.step == self.plan.total_steps
-        for evaluation in self.evaluations:
-            interval_steps = max(1, round(evaluation.interval_epochs * per_epoch))
-            if last or self.step % interval_steps == 0:
-                self._finish_line()
-                with self.phases.measure("evaluation", on_host=True):
-                    scalars = evaluation.evaluate(self.model)
-                self.folder.metrics(self.step, self.step * self.plan.global_batch_size, scalars)
-                self.log.pause(self.step)
-        epochs = self.config.run.save_frequency
-        epoch = math.ceil(self.step / per_epoch)
-        if epochs and epoch % epochs == 0 and self.plan.ends_pass(self.step):
-            self.save(epoch)
-        self._save_or_stop()
-
-    def _save_or_stop(self) -> None:
-        """Save if it is time; save and stop if a signal asks for it."""
-        requests = self.saves.requests_after(self.step)
-        if requests.save or requests.stop:
-            self.save(None)
-        if requests.stop:
-            by_ctrl_c = requests.stop == StopRequest.CTRL_C
-            signal = "Ctrl-C" if by_ctrl_c else self.signals.received or "a signal to another rank"
-            raise Stopped(
-                f"stopped by {signal} after step {self.step}; continue with --resume "
-                f"{self.folder.path}",
-                code=130 if by_ctrl_c else 0,
-            )
-        self.saves.exchange_requests()
-
-    def save(self, epoch: int | None) -> None:
+    def save(self, epoch: int | None = None) -> None:
         """Write a checkpoint that OpenCLIP can read: epoch_latest.pt, and with ``epoch`` the same
         one under that number."""
-        self._finish_line()
-        with self.phases.measure("checkpoint", on_host=True):
+        with self.run.phases.measure("checkpoint", on_host=True):
             training = self.state()
             payload = state.payload(
                 training,
                 step=self.step,
-                epoch=epoch or math.ceil(self.step / self.plan.steps_per_epoch),
-                name=self.folder.path.name,
-                config=self.config,
-                model=self.model,
+                epoch=math.ceil(self.step / self.plan.steps_per_epoch),
+                name=self.run.folder.path.name,
+                config=self.run.config,
+                model=self.run.model,
                 optimizer=self.stepper.adamw.state_dict(),
                 own_terms=self.stepper.terms.state(),
             )
-            self.folder.checkpoint(payload, epoch)
-        self.saves.mark_saved(self.step)
+            self.run.folder.checkpoint(payload, epoch)
+        self.stops.saved(self.step)
         self.faults.check(len(training.faults))  # of all ranks: each has counted its own
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: weights, their two moments, and stored features."""
+        weights = sum(tensor.nbytes for tensor in self.run.model.state_dict().values())
+        return 3 * weights + self.features.checkpoint_bytes()
 
     def state(self) -> TrainingState:
         """The state between two steps; a collective call."""
@@ -397,49 +267,52 @@ class Trainer:
         return TrainingState(
             batch_size=self.plan.global_batch_size,
             passes=self._passes,
-            precision=self.setup.precision,
-            terms=asdict(self.active),
+            precision=self.run.precision,
+            terms=asdict(self.run.active),
             scaler=self.stepper.scaler.state_dict(),
             episode=None if self.episode is None else self.episode.state_dict(),
             watch=self.watch.state_dict(),
-            features=self.features.state_dict(self.folder.path / "checkpoints"),
-            skipped=[int(self.stepper.skipped_steps), int(self.stepper.consecutive_skips)],
+            features=self.features.state_dict(self.run.folder.path / "checkpoints"),
+            skipped=self.log.state(),
             faults=sorted({fault for faults in faults_by_rank for fault in faults}),
-            seconds=self.phases.saved(),
-            data=checkpoint.fingerprint(self.dataset.keys),
+            seconds=self.run.phases.saved(),
+            data=checkpoint.fingerprint(self.run.dataset.keys),
         )
 
-    def restore(self, payload: Mapping[str, Any]) -> list[str]:
+    def restore(self, resume: Resume) -> list[str]:
         """Continue from a checkpoint of the same run; returns notes on what will differ.
 
         Raises:
             ValueError: the checkpoint has other settings, or something is missing.
         """
+        run = self.run
+        payload = resume.payload
+        notes = [
+            f"resumed: {resume.file}, after step {resume.step} of {self.plan.total_steps}",
+            *check_resume(resume, run.config, self.plan.global_batch_size, run.dataset.keys),
+        ]
         saved = state.read_state(payload)
-        device = self.setup.device
-        self.model.load_state(dict(payload))
+        self.step = resume.step
+        run.model.load_state(dict(payload))
         self.stepper.terms.load_state(payload["protoclip"].get("own_terms", {}))
-        self.stepper.load_state(payload["optimizer"], saved.scaler, saved.skipped)
+        self.stepper.load_state(payload["optimizer"], saved.scaler)
         self.features.load_state_dict(saved.features)
         if saved.episode is not None:
-            self.episode = Episode.from_state(saved.episode, device)
-        self.watch.load_state_dict(saved.watch, device)
+            self.episode = Episode.from_state(saved.episode, run.device)
+        self.watch.load_state_dict(saved.watch, run.device)
         self.faults.positions = set(saved.faults) if distributed.is_main() else set()
-        self.phases.add(saved.seconds)
-        self.step = payload["protoclip"]["step"]
-        self.log.reported_skips = saved.skipped[0]
-        if self.episode is not None:
-            self.log.resume(self.step, self.episode.metrics)
-        trained = ActiveLosses(**saved.terms)
-        return state.differences(
+        run.phases.add(saved.seconds)
+        metrics = {} if self.episode is None else self.episode.metrics
+        self.log.load_state(self.step, saved.skipped, metrics)
+        return notes + state.differences(
             saved,
-            passes=self._passes if depends_on_split(self.model) else saved.passes,
-            precision=self.setup.precision,
-            trained=trained.words(),
-            trains=self.active.words(),
+            passes=self._passes if depends_on_split(run.model) else saved.passes,
+            precision=run.precision,
+            trained=ActiveLosses(**saved.terms).words(),
+            trains=run.active.words(),
         )
 
     @property
     def _passes(self) -> list[int]:
         """How a step's batch is split: ranks, and forward passes of each."""
-        return [distributed.world_size(), self.config.optim.accum_freq]
+        return [distributed.world_size(), self.run.config.optim.accum_freq]

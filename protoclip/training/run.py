@@ -1,0 +1,49 @@
+"""What a training run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from protoclip.common.phases import Phases
+from protoclip.data import PairDataset
+from protoclip.data.loader import EpochOrder
+from protoclip.evaluate.during import Evaluation
+from protoclip.losses import Term
+from protoclip.model import ProtoModel
+from protoclip.runs.resume import Resume
+from protoclip.runs.run_folder import NullRunFolder
+from protoclip.settings.config import TrainConfig
+from protoclip.training.checks import ActiveLosses, active_losses
+from protoclip.training.schedule import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is open before the first step. The loop trains ``model`` and writes to
+    ``folder``; the rest stays as it is."""
+
+    config: TrainConfig
+    plan: Plan
+    dataset: PairDataset
+    order: EpochOrder
+    model: ProtoModel
+    device: torch.device
+    precision: str  # "fp32", "amp_bf16" or "amp"
+    folder: NullRunFolder
+    phases: Phases
+    teacher: Tensor | None = None  # [dataset, d] fp32, on the device
+    teacher_remark: str = ""  # for the log
+    workers: int = 0  # processes that read images
+    terms: Mapping[str, Term] = field(default_factory=dict)  # losses of the user's own, by name
+    evaluation: Evaluation | None = None
+    resume: Resume | None = None  # the checkpoint to continue from
+
+    @cached_property
+    def active(self) -> ActiveLosses:
+        """The losses that are trained besides InfoNCE."""
+        return active_losses(self.config, has_teacher=self.teacher is not None)
