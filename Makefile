@@ -1,9 +1,9 @@
 PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
-NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp)
+NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check check-peers help lint fix test parity check-arm sanitize dist-check faults bench bench-full pictures kernels gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers parity check-arm sanitize dist-check faults bench bench-full pictures kernels ptx ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -72,6 +72,14 @@ pictures:  ## the front page's pictures and alt texts, from the records
 
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.compile_report
+
+ptx:  ## every kernel, executed in an emulator of PTX; ARCH="80 90": ten minutes of one core each
+	for arch in $(or $(ARCH),80 90); do \
+		env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.run $$arch $(PTX) || failed=1; \
+	done; exit $${failed:-0}
+
+ptx-mutants:  ## breaks one PTX instruction at a time and prints what notices it; ARCH=80
+	for arch in $(or $(ARCH),80); do env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.mutants $$arch || exit 1; done
 
 gpu:  ## on a card: the kernels' tests, then the benchmarks; results under OUT, else benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

@@ -35,11 +35,16 @@ class Launch:
     descriptors: bool = False  # load by TMA where base and row stride are multiples of 16 bytes
     part: int = 16  # consecutive rows of a product that are one warp's
     max_registers: int | None = None  # asked of the assembler, so that ``ctas_per_sm`` fit
+    fuses: bool = True  # a multiply with an add, which then rounds once
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What Triton itself takes; it stops fusing multiplies and adds by default in 3.10."""
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        """What Triton itself takes; its own default for fusing changes in 3.10."""
+        options = {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": self.fuses,
+        }
         if self.max_registers is not None:
             options["maxnreg"] = self.max_registers
         return options
@@ -137,10 +142,9 @@ HALF_ANY: dict[str, Launch] = {
     "info_nce_gradient": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32),
     "sigmoid_loss": Launch(64, 32, 32, warps=4, stages=2, ctas_per_sm=2, slice_m=32),
 }
-# fp32 runs on FMA units: three-term tf32 would meet the error budget only if tensor cores rounded
-# their accumulators, and they truncate (simulated at D = 512: 6 to 10 times the error of sgemm).
-FLOAT_ANY = Launch(64, 64, 16, warps=8, stages=1, ctas_per_sm=2)
-FLOAT_CONTRASTIVE = replace(FLOAT_ANY, ctas_per_sm=1)
+# fp32 runs as three products of TF32 (``tiles.dot``). On FMA units y would be read with 8-way bank
+# conflicts: 77,000 wavefronts for 128 x 128 pairs of 64 features on sm_80, 7,500 this way.
+FLOAT_ANY = Launch(64, 64, 16, warps=4, stages=2, ctas_per_sm=2, slice_m=32)
 INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, slice_m=32)
 
 # Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
@@ -174,7 +178,7 @@ CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
 # Triton 3.6 takes 241 registers for the weights of 128 x 128: one CTA, 42 to 51 % busy by the
 # model; of 128 x 64 it takes 122, and two are at most 76 to 91 %.
 CHUNKED[90] = replace(CHUNKED[90], block_m=64 if TRITON < (3, 7) else 128)
-CHUNKED_FLOAT = Launch(64, 64, 16, warps=8, stages=2)  # four warps spill in the loop over keys
+CHUNKED_FLOAT = Launch(64, 64, 16, warps=4, stages=2, ctas_per_sm=2)
 
 # k-means, by row width: one-term products, and three-term products of fp32 rows (ASSIGN_OPEN).
 # Rows up to that width are loaded once, wider ones for each tile of centroids. ASSIGN_EXACT then
@@ -208,7 +212,9 @@ SCALE = Launch(4096, 0, 0, warps=4, stages=1)
 ID_CODES = Launch(64, 128, 0, warps=4, stages=1)
 FINISH = Launch(16, 0, 128, warps=4, stages=1)
 REDUCE = Launch(1024, 0, 0, warps=4, stages=1)
-JOIN_SLICES = Launch(32, 0, 64, warps=4, stages=1)
+# Lanes that reduce the same row would round its last sum differently if it were fused with a
+# product, and the result would depend on which of them stores it.
+JOIN_SLICES = Launch(32, 0, 64, warps=4, stages=1, fuses=False)
 
 # An architecture for tensors on any device: to compile, not to run.
 compiling_for: int | None = None
@@ -280,7 +286,7 @@ def choose(kernel: str, x: Tensor, y: Tensor) -> Launch:
     if arch is None:
         return INTERPRETER
     if x.dtype == torch.float32:
-        return FLOAT_CONTRASTIVE if kernel.startswith("contrastive") else FLOAT_ANY
+        return FLOAT_ANY
     config = HALF[kernel][arch]
     large = HALF_LARGE.get(kernel, {}).get(arch)
     if large is not None and x.shape[1] >= LEAST_DEPTH.get(kernel, 0):

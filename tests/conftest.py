@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
 LONG_FILES = (
     "test_kernels_compile.py",
     "test_kernels_hot_paths.py",
+    "test_ptx.py",
     "test_benchmarks.py",
     "test_openclip_trainer.py",
     "test_distributed_launch.py",

@@ -43,11 +43,11 @@ def library(op: str) -> ctypes.CDLL:
         return ctypes.CDLL(f"{folder}/library.so")
 
 
-def _pointer(x: Tensor) -> ctypes.c_void_p:
+def pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def _strides(x: Tensor) -> Any:
+def strides_of(x: Tensor) -> Any:
     return (ctypes.c_int64 * 2)(*x.stride())
 
 
@@ -65,14 +65,14 @@ class _KmeansAssign(ctypes.Structure):  # as csrc/launchers.h
     ]
 
 
-def _kmeans_call(points: Tensor, centroids: Tensor, packed: Tensor | None) -> Any:
+def kmeans_call(points: Tensor, centroids: Tensor, packed: Tensor | None) -> Any:
     k, d = centroids.shape
     return ctypes.byref(
         _KmeansAssign(
             points=points.data_ptr(),
-            point_strides=_strides(points),
+            point_strides=strides_of(points),
             centroids=centroids.data_ptr(),
-            centroid_strides=_strides(centroids),
+            centroid_strides=strides_of(centroids),
             n=len(points),
             k=k,
             d=d,
@@ -88,10 +88,10 @@ def kmeans_encode(points: Tensor, centroids: Tensor | None = None) -> Tensor:
     if centroids is None:
         centroids = points
     native = library("kmeans_assign")
-    size = native.packed_bytes(_kmeans_call(points, centroids, None))
+    size = native.packed_bytes(kmeans_call(points, centroids, None))
     memory = torch.full((size + 512,), 255, dtype=torch.uint8)
     packed = memory[-memory.data_ptr() % 256 :]
-    error = native.encode(_kmeans_call(points, centroids, packed))
+    error = native.encode(kmeans_call(points, centroids, packed))
     assert error == 0 and (packed[size:] == 255).all(), f"launch failed with {error}"
     return packed
 
@@ -124,8 +124,8 @@ def kmeans_assign(
     native.set_device(*device)
     if packed is None:
         packed = kmeans_encode(points, centroids)
-    call = _kmeans_call(points, centroids, packed)
-    error = native.kmeans_assign(call, _pointer(labels), _pointer(distances), report)
+    call = kmeans_call(points, centroids, packed)
+    error = native.kmeans_assign(call, pointer(labels), pointer(distances), report)
     assert error == 0, f"launch failed with {error}"
     return Assignment(labels, distances, Plan._make(report))
 
@@ -140,18 +140,18 @@ def segment_mean(values: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor
     starts = torch.searchsorted(keys, torch.arange(k + 1, dtype=torch.int32), out_int32=True)
     pieces = torch.full((2 * -(-n // 128) + 1, d), float("nan"))  # one more than there are
     error = library("segment_mean").segment_mean(
-        _pointer(values),
-        _strides(values),
-        _pointer(keys),
-        _pointer(rows),
-        _pointer(starts),
-        _pointer(pieces),
+        pointer(values),
+        strides_of(values),
+        pointer(keys),
+        pointer(rows),
+        pointer(starts),
+        pointer(pieces),
         ctypes.c_int64(n),
         k,
         d,
         DTYPES[values.dtype],
-        _pointer(means),
-        _pointer(counts),
+        pointer(means),
+        pointer(counts),
     )
     assert error == 0 and pieces[-1].isnan().all(), f"launch failed with {error}"
     return means, counts

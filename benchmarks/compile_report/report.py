@@ -97,8 +97,7 @@ def _cost(case: Case, compiled: Compiled) -> Cost:
     if ctas < 1:
         problems.append(f"{metadata.shared} bytes of shared memory, more than the card has")
     if kernel in TILED:
-        multiplied = "bf16" if kernel == "screen" else case.dtype
-        expected = "fma" if multiplied == "fp32" else TENSOR_CORE[case.arch]
+        expected = TENSOR_CORE[case.arch]
         if instruction != expected:
             problems.append(f"{instruction} where {expected} was expected")
         promised = compiled.config.ctas_per_sm

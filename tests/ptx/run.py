@@ -1,0 +1,289 @@
+"""Executes cases in the emulator and prints a line for each, then what was executed and counted.
+
+    python -m tests.ptx.run 80 ["part of a name" …] [--ci] [--count] [--noise] [--shard 0/2]
+
+A case is compared with the reference backend in fp64 on the same rounded inputs, by the budget of
+tests/budget.py, whose base is the reference backend in the inputs' dtype. A number is the error, in
+units of the base's own or of half an ulp of the largest value, whichever is larger. Fresh tensors
+are full of NaN, so that a read of what no kernel wrote shows too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from protoclip.kernels import info_nce, prototype_cross_entropy, softmax_gradient, waves
+from tests.budget import assert_within_budget
+from tests.ptx import cases, cuda_driver, triton_driver
+from tests.ptx.arithmetic import EmulatorError, options
+from tests.ptx.cases import Case
+from tests.ptx.launch import Access
+
+Results = dict[str, Tensor]
+
+
+def results(case: Case, capability: int | None, dtype: torch.dtype | None = None) -> Results:
+    """Loss and gradients, or results by name, on an architecture; None: of the reference backend,
+    in ``dtype``."""
+    leaves = {name: leaf.detach() for name, leaf in case.leaves.items()}
+    if dtype is not None:
+        leaves = {
+            name: leaf.to(dtype) if leaf.is_floating_point() else leaf
+            for name, leaf in leaves.items()
+        }
+    if case.on_cuda is not None and capability is not None:
+        return case.on_cuda(capability, **leaves)
+    backend = "reference" if capability is None else "triton"
+    if not case.has_gradients:
+        return case.run(backend, **leaves)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    loss = case.run(backend, **leaves)
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream, allow_unused=True)
+    by_name = {
+        f"d{name}": gradient
+        for name, gradient in zip(leaves, gradients, strict=True)
+        if gradient is not None
+    }
+    return {"loss": loss.detach()} | by_name
+
+
+class Judgement(NamedTuple):
+    text: str
+    problems: list[str]
+
+
+def judge(case: Case, got: Results, truth: Results, base: Results) -> Judgement:
+    """Each result against the budget."""
+    texts: list[str] = []
+    problems: list[str] = []
+    # Gradients of scalars are sums that cancel; of the terms' absolute values, at least those of
+    # whole rows.
+    terms = 0.0
+    for name in ("dx", "dy"):
+        if name in truth:
+            by_row = (case.leaves[name[1:]].double() * truth[name]).sum(-1)
+            terms += by_row.abs().sum().item() / max(case.scale, 1)
+    for name, exact in truth.items():
+        value = got[name]
+        if not value.dtype.is_floating_point:
+            differ = int((value != exact).sum())
+            texts.append(f"{name} {differ} differ")
+            if differ and name != "labels":  # labels may tie: their distances decide
+                problems.append(f"{name}: {differ} differ")
+        elif name == "distances":
+            close = torch.isclose(value.double(), exact.double(), rtol=1e-6, atol=0, equal_nan=True)
+            texts.append(f"{name} {int((~close).sum())} differ")
+            if not close.all():
+                problems.append(f"{name}: {int((~close).sum())} are not the least")
+        else:
+            size = exact.double().abs().max().item()
+            error = (value.double() - exact).abs().max().item()
+            base_error = (base[name].double() - exact).abs().max().item()
+            unit = max(base_error, torch.finfo(value.dtype).eps / 2 * size, 1e-300)
+            texts.append(f"{name} {error / unit:.2g}")
+            magnitude = max(size, terms) if exact.ndim == 0 and name != "loss" else size
+            try:
+                assert_within_budget(
+                    value, exact, base[name], name, magnitude=magnitude, logit_scale=case.scale
+                )
+            except AssertionError as over:
+                problems.append(str(over))
+    return Judgement(", ".join(texts), problems)
+
+
+BOUNDS = [
+    (waves, "GRADIENT_BYTES", 1 << 15),
+    (waves, "SIDE", 256),
+    (prototype_cross_entropy, "PROTOTYPE_BYTES", 1 << 15),
+    (info_nce, "PARTIAL_BYTES", 1 << 15),
+]
+
+
+@contextmanager
+def bounds_of(case: Case) -> Iterator[None]:
+    """Chunks as small as the case says, and extremes looked for where it says so."""
+    changes: list[tuple[Any, str, int]] = []
+    if case.small_chunks:
+        changes += BOUNDS
+    if case.small_chunks or case.extremes:
+        changes.append((softmax_gradient, "FEW", 0))
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@dataclass
+class Tally:
+    """Of one kernel, over all launches."""
+
+    launches: int = 0
+    seconds: float = 0.0
+    blocks: dict[Any, Any] = field(default_factory=dict)  # compiled variant -> runs of its blocks
+    instructions: collections.Counter[str] = field(default_factory=collections.Counter)
+    accesses: dict[tuple[str, str], Access] = field(default_factory=dict)  # by space and line
+
+    def add(self, launched: triton_driver.Launched) -> None:
+        launch = launched.launch
+        self.launches += 1
+        self.seconds += launched.seconds
+        executed = self.blocks.get(launch.kernel, 0)
+        self.blocks[launch.kernel] = executed + launch.block_counts
+        self.instructions += launch.kernel.opcode_counts(launch)
+        for (line, space), access in launch.accesses.items():
+            place = space, launch.kernel.source_of(line)
+            self.accesses.setdefault(place, Access()).add(access)
+
+    def coverage(self) -> tuple[int, int, set[str]]:
+        """Instructions executed, of all variants' instructions, and source lines of which no
+        variant's instruction was."""
+        executed = total = 0
+        seen: set[str] = set()
+        lines: set[str] = set()
+        for kernel, counts in self.blocks.items():
+            total += len(kernel.instructions)
+            for (start, end), count in zip(kernel.block_range, counts, strict=True):
+                places = {i.place[1].split(" < ")[0] for i in kernel.instructions[start:end]}
+                own = {place for place in places if "standard.py" not in place}
+                lines |= own
+                if count:
+                    executed += end - start
+                    seen |= own
+        return executed, total, lines - seen
+
+
+def execute(case: Case, capability: int) -> Judgement:
+    """One case. Launches are in ``triton_driver.launches`` afterwards."""
+    triton_driver.serve_protoclip(capability, case.num_sms)
+    triton_driver.launches.clear()
+    with bounds_of(case):
+        try:
+            got = results(case, capability)
+        except EmulatorError as error:
+            return Judgement("", [str(error)])
+        except Exception as error:
+            traceback.print_exc()
+            return Judgement("", [f"{type(error).__name__}: {error}"])
+        return judge(case, got, results(case, None, torch.float64), results(case, None))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.run")
+    parser.add_argument("capability", type=int, help="80, 86, 89, 90, 100 or 120")
+    parser.add_argument("names", nargs="*", help="only cases whose names contain one of these")
+    parser.add_argument("--ci", action="store_true", help="only the cases that CI runs")
+    parser.add_argument("--shard", default="0/1", help="I/K: every K-th case from I on")
+    parser.add_argument("--count", action="store_true", help="bank conflicts and sectors by line")
+    parser.add_argument("--noise", action="store_true", help="approximate instructions 2 ulp off")
+    parser.add_argument("--nearest", action="store_true", help="tensor cores round correctly")
+    parser.add_argument("--cut", action="store_true", help="tensor cores truncate each product")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    asked = arguments(argv)
+    triton_driver.install(asked.capability)
+    options.count = asked.count
+    options.product_sums = "nearest" if asked.nearest else "cut" if asked.cut else "truncated"
+    options.approximate_ulps = 2 if asked.noise else 0
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors are full of NaN
+    torch.set_num_threads(1)
+    first, step = map(int, asked.shard.split("/"))
+    chosen = [
+        case
+        for case in cases.ALL[first::step]
+        if not asked.names or any(name in case.name for name in asked.names)
+    ]
+    if asked.ci:
+        chosen = [case for case in chosen if asked.capability in case.ci]
+    tallies: dict[str, Tally] = collections.defaultdict(Tally)
+    counts = collections.Counter(passed=0, failed=0, skipped=0)
+    begin = time.time()
+    for case in chosen:
+        outcome = run_case(case, asked.capability, tallies)
+        counts[outcome] += 1
+    seconds = time.time() - begin
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    print(f"sm_{asked.capability}: {summary}, {seconds:.0f} s")
+    print_tallies(tallies, asked.count)
+    return int(counts["failed"] > 0 or not chosen)
+
+
+def run_case(case: Case, capability: int, tallies: dict[str, Tally]) -> str:
+    """Prints a case's line. -> passed, failed or skipped"""
+    label = f"sm_{capability}"
+    if case.on_cuda is not None and (reason := cuda_driver.missing(capability)):
+        print(f"{label} skipped {case.name}: {reason}", flush=True)
+        return "skipped"
+    begin = time.time()
+    judgement = execute(case, capability)
+    seconds = time.time() - begin
+    for launched in triton_driver.launches:
+        tallies[launched.kernel].add(launched)
+    note = ""
+    if judgement.problems and capability in case.truncated and options.product_sums != "nearest":
+        usual = options.product_sums
+        options.product_sums = "nearest"
+        note = f"; over the budget by truncated sums alone: {'; '.join(judgement.problems)}"
+        judgement = execute(case, capability)
+        options.product_sums = usual
+    launches = triton_driver.launches
+    ctas = sum(launched.ctas for launched in launches)
+    size = f"[{len(launches)} launches, {ctas} CTAs, {seconds:.1f} s]"
+    verdict = "failed" if judgement.problems else "passed"
+    problems = "".join(f"\n    {problem}" for problem in judgement.problems)
+    text = f"{label} {verdict} {case.name}: {judgement.text} {size}{note}{problems}"
+    print(text, flush=True)
+    return verdict
+
+
+def print_tallies(tallies: dict[str, Tally], count: bool) -> None:
+    print("\nkernel: launches, seconds, variants, PTX instructions executed at least once")
+    unseen: dict[str, set[str]] = {}
+    for kernel, tally in sorted(tallies.items()):
+        executed, total, unseen[kernel] = tally.coverage()
+        share = 100 * executed // total
+        print(
+            f"  {kernel}: {tally.launches}, {tally.seconds:.0f} s, {len(tally.blocks)} variants, "
+            f"{executed} of {total} ({share} %)"
+        )
+    print("\nsource lines of which no variant's instruction was executed")
+    for kernel, lines in unseen.items():
+        if lines:
+            print(f"  {kernel}: {', '.join(sorted(lines))}")
+    if not count:
+        return
+    print("\nwarp instructions")
+    for kernel, tally in sorted(tallies.items()):
+        common = ", ".join(f"{op} {number}" for op, number in tally.instructions.most_common(12))
+        print(f"  {kernel}: {tally.instructions.total()}: {common}")
+    print("\naccesses by line: requests, wavefronts or sectors, and the fewest possible")
+    rows = [
+        (access.done - access.least, f"  {kernel} {space} {line}: {access.requests}, "
+         f"{access.done} of {access.least} ({access.done / max(1, access.least):.2f} x)")
+        for kernel, tally in tallies.items()
+        for (space, line), access in tally.accesses.items()
+    ]  # fmt: skip
+    for excess, row in sorted(rows, reverse=True):
+        if excess > 0:
+            print(row)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

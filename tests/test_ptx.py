@@ -1,0 +1,156 @@
+"""The compiled kernels, executed instruction by instruction (tests/ptx)."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.ptx.arithmetic import EmulatorError, accumulate, options
+from tests.ptx.program import Kernel
+
+# In fresh processes: kernels of the interpreter do not compile.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def command(module: str, *arguments: str) -> str:
+    """What a command of the emulator prints; a failure shows it."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_each_kernel_computes_what_the_reference_does(capability: str) -> None:
+    """Within the budget, without a bad access, a race or a deadlock."""
+    printed = command("tests.ptx.run", capability, "--ci")
+    assert " 0 failed" in printed
+    if " 0 skipped" not in printed:
+        reasons = [line for line in printed.splitlines() if " skipped " in line]
+        pytest.skip(f"all others passed; {reasons[0]}")
+
+
+@pytest.mark.slow
+def test_broken_kernels_are_noticed() -> None:
+    assert "3 mutants, 0 unnoticed" in command("tests.ptx.mutants", "80", "--ci")
+
+
+def executed(body: str, lanes: int = 64, size: int = 256) -> np.ndarray:
+    """The 4-byte words of a tensor after a kernel of one CTA, whose pointer is %a and whose lane,
+    times 4, is %t."""
+    text = f"""
+.visible .entry kernel(.param .u64 .ptr pointer, .param .u32 number)
+{{
+    .reg .pred %p<4>;
+    .reg .b32 %r<32>;
+    .reg .b32 %t;
+    .reg .b64 %a;
+    .reg .b64 %b;
+    ld.param.b64 %a, [pointer];
+    mov.u32 %r0, %tid.x;
+    shl.b32 %t, %r0, 2;
+    cvt.u64.u32 %b, %t;
+    add.s64 %b, %a, %b;
+{body}
+    ret;
+}}
+.extern .shared .align 16 .b8 buffer[];
+"""
+    tensor = np.zeros(size, "u1")
+    address = tensor.ctypes.data
+    params = [struct.pack("<Q", address), struct.pack("<I", 0)]
+    Kernel(text).launch((1, 1, 1), lanes, params, [(address, size)], 256)
+    return tensor.view("u4")
+
+
+def test_lanes_that_diverge_meet_again() -> None:
+    words = executed("""
+    setp.lt.u32 %p0, %r0, 5;
+    @%p0 bra few;
+    mov.u32 %r1, 7;
+    bra.uni done;
+few:
+    mov.u32 %r1, 1;
+done:
+    shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;
+    st.global.b32 [%b], %r2;
+""")
+    assert words.tolist() == [1, 1, 1, 1, 7, 1] + [7] * 58
+
+
+WRONG = {
+    "outside every tensor": "st.global.b32 [%b+4], %r0;",
+    "misaligned global access": "st.global.b32 [%b+2], %r0;",
+    "outside the 256 bytes of shared memory": "st.shared.b32 [%t+8], %r0;",
+    "reads uninitialised shared memory": "ld.shared.b32 %r1, [%t];",
+    "race: reads what another warp wrote": """
+    xor.b32 %r1, %t, 128;
+    st.shared.b32 [%t], %r0;
+    ld.shared.b32 %r2, [%r1];""",
+    "race: reads what another lane of the warp wrote": """
+    xor.b32 %r1, %t, 4;
+    st.shared.b32 [%t], %r0;
+    ld.shared.b32 %r2, [%r1];""",
+    "race: lanes write different values": "st.global.b32 [%a], %r0;",
+    "deadlock": """
+    setp.lt.u32 %p0, %r0, 32;
+    @%p0 bar.sync 1, 64;
+    @!%p0 bar.sync 2, 64;""",
+    "a warp collective names lanes that are elsewhere": """
+    setp.lt.u32 %p0, %r0, 5;
+    @%p0 bra few;
+    bra.uni done;
+few:
+    shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;
+done:
+    mov.u32 %r3, 0;""",
+    "bytes that cp.async has not delivered": """
+    cvt.u64.u32 %b, %t;
+    add.s64 %b, %a, %b;
+    cp.async.ca.shared.global [%t], [%b], 4;
+    cp.async.commit_group;
+    ld.shared.b32 %r2, [%t];""",
+    "not modelled": "mul.rz.f32 %r2, %r0, %r1;",
+}
+
+
+@pytest.mark.parametrize("error", WRONG)
+def test_what_a_kernel_must_not_do_is_an_error(error: str) -> None:
+    with pytest.raises(EmulatorError, match=error):
+        executed(WRONG[error])
+
+
+def test_a_barrier_between_them_makes_an_exchange_right() -> None:
+    words = executed("""
+    xor.b32 %r1, %t, 128;
+    st.shared.b32 [%t], %r0;
+    bar.sync 0;
+    ld.shared.b32 %r2, [%r1];
+    st.global.b32 [%b], %r2;
+""")
+    assert words.tolist() == [lane ^ 32 for lane in range(64)]
+
+
+def test_tensor_cores_truncate_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 + 2^-24 + 2^-24: correctly rounded 1 + 2^-23 in one sum; truncated in two parts, 1."""
+    ones = np.ones((1, 1, 16))
+    tiny = np.full((1, 16, 1), 0.0)
+    tiny[0, [0, 8]] = 2.0**-24
+    one = np.ones((1, 1, 1), "f4")
+    sums = {}
+    for model in ("truncated", "cut", "nearest"):
+        monkeypatch.setattr(options, "product_sums", model)
+        sums[model] = accumulate(one, ones, tiny, 8).item()
+    assert sums == {"truncated": 1.0, "cut": 1.0, "nearest": 1 + 2.0**-23}
