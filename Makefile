@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test check-peers parity check-arm sanitize dist-check faults bench bench-full pictures kernels ptx ptx-mutants gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers parity check-arm sanitize dist-check faults bench bench-full peers pictures kernels ptx ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -66,6 +66,9 @@ bench:  ## parity, then speed; minutes on two cores
 
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where
 	$(PYTHON) -m pytest benchmarks --benchmark-only --sizes full --record $(or $(RECORD),benchmarks/results)
+
+peers:  ## other packages' own tests with our losses: make peers PEERS="open_clip=PATH lightly=PATH sentence_transformers=PATH"
+	$(PYTHON) -m benchmarks.peer_suites $(PEERS)
 
 pictures:  ## the front page's pictures and alt texts, from the records
 	$(PYTHON) -m benchmarks.pictures

@@ -21,7 +21,7 @@ import torch
 
 from protoclip import distributed
 from protoclip.common.files import DISK_FULL, mebibytes
-from protoclip.common.host import choose_workers, keep_freed_memory, start_again_if_busy
+from protoclip.common.host import choose_workers, keep_freed_memory
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
 from protoclip.data.loader import EpochOrder
@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = parse(train_parser(), with_saved_config(argv))
         device = choose_device(config.run.device)
         if device.type == "cpu" and (argv is None or sys.argv[1:] == ["train", *argv]):
-            start_again_if_busy(device)
             keep_freed_memory()  # the process is ours; called from Python, main changes nothing
         try:
             train(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler_util as profiler
 
-from benchmarks import gpu, loader, machine, report, step_table, test_contrastive
+from benchmarks import gpu, loader, machine, report, test_contrastive
 
 RECORDS = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -397,55 +396,3 @@ def test_both_loaders_read_the_photographs(
     printed = capsys.readouterr().out.splitlines()
     rows = [row.split("|") for row in printed if row.startswith(("| 1 ", "| 2 "))]
     assert len(rows) == 2 and all(float(row[4]) > 0 for row in rows)
-
-
-MANY_GPUS = Path(__file__).parents[1] / "docs" / "many-gpus.md"
-STEPS = re.findall(
-    r"^\| ([^|]+) \|((?: [\d.]+ \|){6})$",
-    MANY_GPUS.read_text().partition("### What a step does\n")[2],
-    re.MULTILINE,
-)
-
-
-def test_the_page_has_every_kind_of_step() -> None:
-    assert tuple(case for case, _ in STEPS) == step_table.CASES
-
-
-def cells_of(row: str) -> dict[str, str]:
-    """By column."""
-    names = ("forward", "backward", "update", "our kernels", "MiB to the card", "bytes read")
-    return dict(zip(names, (cell.strip() for cell in row.strip(" |").split("|")), strict=True))
-
-
-SAID = {case: cells_of(numbers) for case, numbers in STEPS}
-
-
-@functools.cache
-def counted(case: str) -> dict[str, str]:
-    row = step_table.count_step(case, "ViT-B-32", 256, step_table.count_our_kernels(case, 256))
-    return cells_of(step_table.table([row]).splitlines()[-1].removeprefix(f"| {case} |"))
-
-
-def added_to(clip: dict[str, str], cells: dict[str, str], name: str) -> int:
-    return int(cells[name]) - int(clip[name])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts on a CPU")
-@pytest.mark.parametrize("case", SAID)
-def test_a_step_does_what_the_page_says(case: str) -> None:
-    """How many operations a tower takes is up to PyTorch and OpenCLIP, so a case is held to those
-    that it adds to CLIP's."""
-    for name in ("update", "our kernels", "MiB to the card", "bytes read"):
-        assert counted(case)[name] == SAID[case][name]
-    if case != "CLIP, two passes":  # which runs the towers twice
-        for name in ("forward", "backward"):
-            added = added_to(counted("CLIP"), counted(case), name)
-            assert added == added_to(SAID["CLIP"], SAID[case], name)
-
-
-def test_only_the_batch_is_copied_to_the_card(nano: Path) -> None:
-    row = step_table.count_step("CLIP", str(nano), 24, 0)
-    assert row.copied_bytes == 24 * (4 * 3 * 16**2 + 8 * 12 + 8)
-    twice = step_table.count_step("CLIP, two passes", str(nano), 24, 0)
-    assert twice.copied_bytes == row.copied_bytes
-    assert 1.5 * row.forward < twice.forward and row.update == twice.update

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from ranks import bare_run
 
-from protoclip.common.host import busy_note, start_again_if_busy
+from protoclip.common.host import busy_note
 from protoclip.train import main
 
 FREED = 128  # MiB
@@ -93,53 +92,6 @@ def test_nothing_is_said_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch,
     assert busy_note(cpu) and busy_note(torch.device("cuda")) == ""
     torch.set_num_threads(1)
     assert busy_note(cpu) == ""
-
-
-COMMAND = """
-import os, sys
-os.getloadavg = lambda: (99.0, 0.0, 0.0)  # in every process of this test
-"""
-
-
-def test_the_command_starts_again_once_on_a_busy_machine(tmp_path: Path) -> None:
-    """With as many threads as before, on which the bits of a run depend."""
-    (tmp_path / "sitecustomize.py").write_text(COMMAND)
-    flags = bare_run(tmp_path, "--max-steps", "1", "--method", "clip", "--val-frequency", "0")
-    variables = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    variables |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": path}
-    run = subprocess.run(
-        [sys.executable, "-m", "protoclip", "train", *flags],
-        cwd=tmp_path,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stderr.count("starting again with OMP_WAIT_POLICY=passive") == 1
-    log = (tmp_path / "logs" / "run" / "out.log").read_text()
-    assert "2 threads" in log and "note: the load is" not in log
-
-
-def test_a_process_that_is_not_ours_is_never_replaced(
-    monkeypatch: pytest.MonkeyPatch, threads
-) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr("os.getloadavg", lambda: (1000.0, 0.0, 0.0))
-    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("replaced"))
-    words = ["train", "--max-steps", "3"]
-    for program in ("script.py", "protoclip"):
-        monkeypatch.setattr(sys, "argv", [program, *words])
-        start_again_if_busy(torch.device("cpu"))  # the words are not those of pytest's process
-    monkeypatch.setattr(sys, "orig_argv", ["python", "script.py", *words])
-    monkeypatch.setattr(sys, "argv", ["script.py", *words])
-    start_again_if_busy(torch.device("cpu"))
-    monkeypatch.setattr(sys, "argv", ["protoclip", *words])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # the user's own choice
-    start_again_if_busy(torch.device("cpu"))
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    with pytest.raises(pytest.fail.Exception, match="replaced"):
-        start_again_if_busy(torch.device("cpu"))
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(

@@ -556,15 +556,6 @@ def test_results_are_json_without_nan(tmp_path: Path, every_part: Outcome) -> No
     assert raw["trained"]["HO"]["metrics"]["group/acc5"] is None
 
 
-def test_results_of_older_versions_are_read(tmp_path: Path, every_part: Outcome) -> None:
-    path = tmp_path / "results.json"
-    write_results(path, every_part)
-    raw = json.loads(path.read_text())
-    raw["floor"] = raw.pop("floors")["pixels"]
-    path.write_text(json.dumps(raw))
-    assert format_table(read_results(path)) == format_table(every_part)
-
-
 @pytest.mark.parametrize("text", ["", "[]", '{"trained": 3}', '{"trained": null}'])
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.json"

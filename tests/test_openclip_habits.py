@@ -30,7 +30,6 @@ def code_of(argv: list[str]) -> Any:
         ("train", ["--epcohs", "3"], "--epcohs: no such flag; did you mean --epochs?"),
         ("train", ["--weight-decay", "1"], "the flag is --wd"),
         ("train", ["--xyz"], "--xyz: no such flag; see --help"),
-        ("train", ["--ema-decay", "0.9"], "--ema-decay: extraction uses the model itself"),
         ("train", ["--distill-model", "ViT-B-32"], "protoclip openclip"),
         ("train", ["--imagenet-val", "x"], "protoclip evaluate RUN --data DIR"),
         ("train", ["--k", "3", "9"], "expected a flag, got '9'"),

@@ -15,8 +15,7 @@ import protoclip
 from protoclip import distributed
 from protoclip.distributed import find_rank
 from protoclip.model import processor_multiplies_bf16
-from protoclip.plan import main
-from protoclip.training.memory_plan import build_run, cpu_scratch, measure_shape, memory
+from protoclip.plan import build_run, cpu_scratch, main, measure_shape, memory
 
 CLUSTERS = 2000
 SAMPLES = 100_000

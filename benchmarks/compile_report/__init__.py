@@ -3,5 +3,5 @@
     python -m benchmarks.compile_report [--json] ["sm_90 info_nce 512" ...]
 
 ``launches.py`` calls the launchers with a driver that compiles and runs nothing, ``disassembly.py``
-reads the compiled code, ``model.py`` predicts its time on an H100, ``report.py`` prints all three.
+reads the compiled code, ``report.py`` prints registers, memory and instructions.
 """

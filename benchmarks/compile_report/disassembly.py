@@ -11,14 +11,8 @@ import triton
 
 
 class Instruction(NamedTuple):
-    """Scoreboards, of which a warp has six, are set by an instruction that others wait for."""
-
     name: str
     text: str
-    stall: int  # clk until the next instruction of the warp
-    waits_for: int  # a mask of scoreboards
-    result_board: int  # set until the result is there; 7: none
-    operand_board: int  # set until the operands have been read; 7: none
 
 
 Block = list[Instruction]
@@ -51,36 +45,17 @@ def _tool(*command: str, cubin: bytes) -> str:
 
 
 def blocks(sass: str) -> dict[str, Block]:
-    """The same from the text of ``nvdisasm -c -hex``: an instruction is two lines, its text beside
-    the lower half of its code, and the upper half, where the assembler's schedule is."""
+    """The same from the text of ``nvdisasm -c -hex``; the second line of an instruction, the upper
+    half of its code, is left out."""
     block: Block = []
     by_label = {"entry": block}
-    text = ""
-    low: int | None = None
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
             block = by_label.setdefault(label[1], [])
-        elif first := re.match(
-            r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?);?\s+/\* 0x([0-9a-f]{16}) \*/", line
-        ):
-            text = first[1]
-            low = int(first[2], 16)
-        elif low is not None and (second := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):
-            block.append(_decoded(text, int(second[1], 16) << 64 | low))
-            low = None
+        elif first := re.match(r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?);?\s+/\* 0x[0-9a-f]{16} \*/", line):
+            name = re.match(r"(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", first[1])
+            block.append(Instruction(name[1] if name else "", first[1]))
     return by_label
-
-
-def _decoded(text: str, code: int) -> Instruction:
-    name = re.match(r"(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text)
-    return Instruction(
-        name=name[1] if name else "",
-        text=text,
-        stall=code >> 105 & 15,
-        waits_for=code >> 116 & 63,
-        result_board=code >> 110 & 7,
-        operand_board=code >> 113 & 7,
-    )
 
 
 def local_accesses_in_loops(code: dict[str, Block]) -> int:

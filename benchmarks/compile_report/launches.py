@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compile_report.model import MEASURED_PRODUCTS, REGISTERS, SHARED, SMS
-from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss, tiles, waves
+from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss
 from protoclip.kernels import prototype_cross_entropy as prototypes
-from protoclip.ops import dispatch
 
+SMS = 132
+REGISTERS = 65536  # of an SM
+SHARED = dict.fromkeys((86, 89, 120, 121), 100 << 10)  # of an SM; 1 KiB a CTA is reserved
+SHARED |= dict.fromkeys((90, 100, 103, 110), 228 << 10) | {80: 164 << 10}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,8 +70,6 @@ def cases() -> Iterator[Case]:
     yield Case(90, "sigmoid_loss", "loss", "bf16", 512)
     yield Case(90, "info_nce", "large", "fp16", 128)
     yield Case(90, "prototypes", "hard", "bf16", 128)
-    for tile in MEASURED_PRODUCTS:
-        yield Case(90, "gemm", tile, "bf16", 8192)
 
 
 LARGE = {("info_nce", "large"), ("contrastive", "ids"), ("contrastive", "all")}
@@ -217,27 +215,6 @@ def _clusters(case: Case, n: int, logit_scale: torch.Tensor) -> None:
     clusters.segment_mean(points, labels, len(centroids))
 
 
-@triton.jit
-def gemm_kernel(
-    x, y, out, n, m, d,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    """A plain product x y^T, to check the model against public measurements."""
-    row0, col0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
-    acc = tiles.products(x, y, row0, col0, n, m, d, 0, BLOCK_N, BLOCK_M, BLOCK_D, EVEN_D)
-    out.store([row0, col0], acc.to(out.dtype))
-
-
-def _gemm(case: Case, n: int, logit_scale: torch.Tensor) -> None:
-    x = case.features(n)
-    y = case.features(n)
-    config = launch.Launch(128, int(case.form), 64, warps=8, stages=3, descriptors=True)
-    operands = tiles.operands(x, y, config)
-    del operands["x_ptr"], operands["y_ptr"], operands["strides"], operands["SLICE_M"]
-    out = tiles.gradient_chunk(x.new_empty(n, n), config)["g"]
-    gemm_kernel[(1, 1)](**operands, out=out)
-
-
 CALLS: dict[str, Callable[[Case, int, torch.Tensor], None]] = {
     "info_nce": _info_nce,
     "contrastive": _contrastive,
@@ -245,7 +222,6 @@ CALLS: dict[str, Callable[[Case, int, torch.Tensor], None]] = {
     "prototypes": _prototypes,
     "soft_targets": _soft_targets,
     "clusters": _clusters,
-    "gemm": _gemm,
 }
 
 
@@ -258,17 +234,17 @@ class Compiled(NamedTuple):
     config: launch.Launch
 
 
-def driver_for(arch: int, launched: list[str]) -> SimpleNamespace:
-    """A driver of Triton's that compiles for a card, launches nothing and notes what was asked."""
+def driver_for(arch: int) -> SimpleNamespace:
+    """A driver of Triton's that compiles for a GPU and launches nothing."""
 
     class Launcher:
         launch_pdl = False
 
         def __init__(self, source: Any, metadata: Any) -> None:
-            self.name = source.fn.__name__
+            pass
 
         def __call__(self, *_: Any) -> None:
-            launched.append(self.name)
+            pass
 
     class Utils:
         get_device_properties = staticmethod(
@@ -292,38 +268,6 @@ def driver_for(arch: int, launched: list[str]) -> SimpleNamespace:
         launcher_cls=Launcher,
         map_python_to_cpp_type=lambda name: name,
     )
-
-
-@contextmanager
-def without_a_card(arch: int) -> Iterator[list[str]]:
-    """Let Triton's backends take CPU tensors as a card would and compute nothing: what is left is
-    what a call costs on the host. Yields the names of the kernels launched."""
-    launched: list[str] = []
-
-    def no_product(
-        a: torch.Tensor,
-        b: torch.Tensor,
-        out: torch.Tensor | None = None,
-        *,
-        accumulate: bool = False,
-    ) -> torch.Tensor:
-        return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32) if out is None else out
-
-    products = (waves.multiply, prototypes.multiply)
-    tables = {op: dict(rows) for op, rows in dispatch.TABLE.items()}
-    driver.set_active(driver_for(arch, launched))
-    launch.compiling_for = launch.served_as(arch)
-    waves.multiply = prototypes.multiply = no_product
-    for rows in dispatch.TABLE.values():
-        if "triton" in rows:
-            rows["triton"] = replace(rows["triton"], device_types=("cpu",), why_not=lambda: None)
-    try:
-        yield launched
-    finally:
-        launch.compiling_for = None
-        waves.multiply, prototypes.multiply = products
-        for op, rows in tables.items():
-            dispatch.TABLE[op].update(rows)
 
 
 @contextmanager
@@ -366,7 +310,7 @@ def recording(arch: int | None = None) -> Iterator[list[Compiled]]:
         return options.__get__(chosen)
 
     if arch is not None:
-        driver.set_active(driver_for(arch, []))
+        driver.set_active(driver_for(arch))
     JITFunction.run = compile_only
     launch.Launch.options = property(remembered)
     launch.compiling_for = None if arch is None else launch.served_as(arch)

@@ -8,7 +8,6 @@ import functools
 import logging
 import mmap
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 MOST_WORKERS = 8  # that --workers auto starts for a GPU
-PACKAGE = Path(__file__).resolve().parents[1]
 # Options of glibc's mallopt.
 TRIM_THRESHOLD = -1
 TOP_PAD = -2
@@ -51,23 +49,6 @@ def busy_note(device: torch.device) -> str:
         f"note: the load is {load:.1f} on {cores} cores; threads that spin while they wait then "
         "make a run crawl, so start it with OMP_WAIT_POLICY=passive"
     )
-
-
-def start_again_if_busy(device: torch.device) -> None:
-    """Replace this process by the same command with OMP_WAIT_POLICY=passive, which OpenMP reads as
-    it loads, if ``busy_note`` advises it and the user has set no policy. The number of threads, on
-    which the bits of a run depend, stays. Does nothing unless the process is protoclip's own."""
-    words = sys.argv[1:]
-    program = Path(sys.argv[0])
-    is_ours = program.name == "protoclip" or PACKAGE in program.resolve().parents
-    started_so = sys.orig_argv[len(sys.orig_argv) - len(words) :] == words
-    if not (is_ours and started_so) or "OMP_WAIT_POLICY" in os.environ:
-        return
-    if note := busy_note(device):
-        what = note.removeprefix("note: ").partition(";")[0]
-        print(f"{what}: starting again with OMP_WAIT_POLICY=passive", file=sys.stderr, flush=True)
-        command = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, command, os.environ | {"OMP_WAIT_POLICY": "passive"})
 
 
 def usable_cores() -> int:

@@ -189,10 +189,7 @@ def read_results(path: str | os.PathLike[str]) -> Outcome:
     """
     try:
         content = parse_json(Path(path).read_text(encoding="utf-8"))
-        floors = content.get("floors", {})
-        if older := content.pop("floor", None):  # files of older versions have one
-            floors = {"pixels": older}
-        content["floors"] = {name: _read_sets(sets) for name, sets in floors.items()}
+        content["floors"] = {name: _read_sets(sets) for name, sets in content["floors"].items()}
         content["trained"] = _read_sets(content["trained"])
         if content.get("untrained") is not None:
             content["untrained"] = _read_sets(content["untrained"])

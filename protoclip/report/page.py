@@ -331,9 +331,7 @@ def is_report(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         head = file.read(4096)
-    if b'content="protoclip ' in head:
-        return b'content="protoclip report"' in head
-    return b"<title>protoclip: " in head  # a page of an earlier version
+    return b'content="protoclip report"' in head
 
 
 def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:

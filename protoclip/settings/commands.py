@@ -46,9 +46,8 @@ def plan_parser() -> Parser:
     """Flags of ``protoclip plan``: those of train, and some of its own."""
     parser = build_parser(
         "protoclip plan",
-        "Estimate the memory of each process of a run, and predict the time of a step on 8 to "
-        "1,024 GPUs; takes the flags of protoclip train. --device cpu plans for CPUs, without "
-        "times, anything else for GPUs.",
+        "Say whether a run fits: the memory that each of its processes needs, by part; takes the "
+        "flags of protoclip train. --device cpu plans for CPUs, anything else for GPUs.",
         PLANNED.split(),
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
@@ -56,18 +55,6 @@ def plan_parser() -> Parser:
     add_flag(group, "--ranks", 1, "processes, one GPU each", low=1)
     add_flag(group, "--samples", 3_000_000, "pairs in the dataset", low=1)
     group.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    words = "What the prediction assumes of a machine; the defaults are for H100s, not measured"
-    group = parser.add_argument_group("Rates", words)
-    words = "TFLOP/s of towers and losses; the peak in bf16 is 989"
-    add_flag(group, "--tflops", 400.0, words, low=0.001)
-    add_flag(group, "--nvlink", 360.0, "GB/s of a GPU, each way; the peak is 450", low=0.001)
-    words = "GB/s of a GPU, each way; the peak of NDR is 50"
-    add_flag(group, "--infiniband", 40.0, words, low=0.001)
-    words = "microseconds of a collective call on one machine, and again when machines double"
-    add_flag(group, "--latency", 20.0, words, low=0)
-    add_flag(group, "--gpus-per-machine", 8, "GPUs that NVLink connects", low=1)
-    words = "photographs a second that a worker process reads"
-    add_flag(group, "--pairs-per-worker", 300.0, words, low=0.001)
     return parser
 
 

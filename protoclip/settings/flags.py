@@ -40,9 +40,6 @@ PURE_PRECISIONS = ("bf16", "fp16", "pure_bf16", "pure_fp16")  # OpenCLIP's, with
 EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
 # Removed flags and common wrong names, each with what to do instead.
 RETIRED = {
-    "--ema-decay": "extraction uses the model itself; leave the flag out",
-    "--normalize-centroids": "centroids are plain means; leave the flag out",
-    "--external-target-temperature": "external targets are hard labels; leave the flag out",
     "--learning-rate": "the flag is --lr",
     "--weight-decay": "the flag is --wd",
     "--num-clusters": "the flag is --k",
