@@ -24,7 +24,7 @@ REFUSED = {
     "train --resume logs/none": "--resume: logs/none does not exist; check the path, or use --res",
     "train --external-teacher a/b.npz": "--external-teacher: the file a/b.npz does not exist",
     "plan --ranks 0": "--ranks: expected a whole number of at least 1, got 0",
-    "plan --tflops nan": "--tflops: expected a number of at least 0.001, got nan",
+    "plan --samples nan": "--samples: expected a whole number of at least 1, got nan",
     "cluster none/": "DATA: the folder none/ does not exist; check the path",
     "cluster none.npy": "DATA: the file none.npy does not exist",
     "cluster . --k 1": "--k: expected auto or 2 to N groups, got 1",

@@ -20,9 +20,8 @@ EVERYDAY = """
     --accum-freq --lr --warmup --name --resume --save-every --seed --device --precision
 """
 PLANNED = """
-    --ranks --samples --json --tflops --nvlink --infiniband --latency --gpus-per-machine
-    --pairs-per-worker --model --grad-checkpointing --k --episode-size --external-teacher
-    --batch-size --accum-freq --workers --device --precision
+    --ranks --samples --json --model --grad-checkpointing --k --episode-size --external-teacher
+    --batch-size --accum-freq --device --precision
 """
 MINILM = "builtin:minilm"
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
