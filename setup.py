@@ -50,6 +50,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "protoclip",
+        "protoclip.cluster",
         "protoclip.common",
         "protoclip.data",
         "protoclip.episodes",

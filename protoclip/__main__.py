@@ -17,7 +17,7 @@ from protoclip.common.files import printable_lines
 from protoclip.settings.command_line import PROCESS_COUNTS, check_command_line
 from protoclip.settings.commands import PARSERS
 
-PACKAGES = ("data", "evaluate", "report")
+PACKAGES = ("cluster", "data", "evaluate", "report")
 HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictures.
 
   protoclip train                         train a small ProtoCLIP on built-in

@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import protoclip
-from protoclip import cluster as cluster_module
 from protoclip.__main__ import main
-from protoclip.cluster import main as cluster
+from protoclip.cluster import __main__ as cluster_module
+from protoclip.cluster.__main__ import main as cluster
 from protoclip.data import open_dataset
 from protoclip.episodes.prototypes import purity
 from protoclip.model import build_model
@@ -195,6 +195,11 @@ def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFi
     squared = torch.tensor([float(line["squared_distance"]) for line in lines])
     apart = features.rows - clusters.centroids[labels]
     torch.testing.assert_close(squared, apart.square().sum(1))
+    distances = squared.sqrt()
+    outliers = torch.tensor([float(line["outlier"]) for line in lines])
+    mean_distances = torch.stack([distances[labels == group].mean() for group in range(12)])
+    torch.testing.assert_close(outliers, distances / mean_distances[labels], rtol=1e-3, atol=0)
+    assert {line["duplicate_of"] for line in lines} == {""}
     ranks = torch.tensor([int(line["rank"]) for line in lines])
     for group in range(12):
         members = labels == group
@@ -205,7 +210,7 @@ def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFi
 def test_the_page_of_features_has_the_words_of_each_group_and_a_map(features: FeatureFile) -> None:
     page = read_page(cluster_features(features, "a", "--k", "12") / "report.html")
     cards = json.loads(page.section("prototypes").one("script").source)
-    assert sorted(card["words"] for card in cards) == sorted(f"{a}, number" for a in ANIMALS)
+    assert sorted(card["words"] for card in cards) == sorted(ANIMALS)
     assert "map" in page.sections and "curves" not in page.sections
     assert page.all("img") == []
 
@@ -319,25 +324,6 @@ def test_a_run_that_failed_leaves_no_folder_and_no_claim_to_one(
     assert (out / "report.html").read_text() == "mine"
 
 
-def test_features_of_an_interrupted_run_are_kept(
-    pictures: Path, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "o"
-    command = [str(pictures), "--k", "2", "--model", str(nano), "--pretrained", "random"]
-    command += ["--device", "cpu", "--out", str(out)]
-    assert cluster(command) == 0
-    (out / "clusters.csv").unlink()  # as if it had been stopped before
-    features = (out / "features.npz").read_bytes()
-    capsys.readouterr()
-    assert cluster(command) == 2
-    assert f"--features {out}/features.npz, or replace them" in capsys.readouterr().err
-    assert (out / "features.npz").read_bytes() == features
-    go_on = [str(pictures), "--k", "2", "--features", f"{out}/features.npz", "--out", str(out)]
-    assert cluster(go_on) == 0
-    assert (out / "clusters.csv").exists()
-    assert cluster([*command, "--overwrite"]) == 0
-
-
 def test_a_k_that_is_too_large_is_refused_before_encoding(
     pictures: Path, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -415,7 +401,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["pictures", "--features", "x.npy"], "expected features.npz of these pictures"),
         (["pictures", "--captions", "w.txt"], "expected a file of features"),
         (["pictures", "--model", "nano.json"], "--pretrained is missing"),
-        (["pictures"], "--run logs/NAME, --model NAME --pretrained FILE, or a file of features"),
+        (["pictures"], "without a download, protoclip cluster features.npy groups features"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line(
@@ -531,7 +517,7 @@ def test_pictures_are_encoded_once(
     """The same groups come from the features that the command wrote."""
     flags = ["--features", str(groups.out / "features.npz"), "--weights", str(groups.weights)]
     assert cluster([str(pictures), *flags, "--k", "5", "--out", str(tmp_path)]) == 0
-    assert "left out 2 pictures without features" in capsys.readouterr().err
+    assert f"torn.jpg: no features in {groups.out}/features.npz" in capsys.readouterr().err
     assert (tmp_path / "clusters.csv").read_text() == (groups.out / "clusters.csv").read_text()
     assert "60 pictures of" in read_page(tmp_path / "report.html").text
 
@@ -592,8 +578,7 @@ def test_captioned_pictures_are_grouped_by_a_run_and_shown_with_words(
     page = read_page(tmp_path / "report.html")
     assert f"features by {captioned_run.run.name}" in page.section("summary").text
     prototypes = page.section("prototypes")
-    assert "the words that set each apart" in prototypes.text
     cards = json.loads(prototypes.one("script", type="application/json").source)
     assert len(cards) == 4
     assert sum(card["samples"] for card in cards) == NUMBER_OF_PICTURES
-    assert all(card["words"] and card["captions"] and card["images"] for card in cards)
+    assert all(card["captions"] and card["images"] for card in cards)

@@ -24,11 +24,10 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 import protoclip
-from protoclip.cluster import main as cluster
+from protoclip.cluster.__main__ import main as cluster
 from protoclip.common.files import DataError
-from protoclip.data import Faults, PairDataset, images
+from protoclip.data import images
 from protoclip.data.folders import ImageFolder
-from protoclip.evaluate.tasks import Encoder
 
 
 def draw(path: Path, number: int) -> None:
@@ -211,32 +210,25 @@ def test_a_person_with_a_folder_never_reads_of_pairs(
     assert "pair" not in error
 
 
-@pytest.mark.parametrize(("torn", "passes"), [(1, 1), (400, 2)])
 def test_torn_pictures_are_left_out(
-    torn: int, passes: int, photos: Path, out: Path, nano: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """One costs no second pass; where most are torn there is one, over those that are whole."""
+    photos: Path, out: Path, nano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve are more than the terminal names."""
     for number in range(4):
         draw(photos / f"{number}.png", number)
-    for number in range(torn):
-        (photos / f"torn-{number:03}.jpg").write_bytes(b"no picture")
-    encode = Encoder.images
-    encoded: list[int] = []
-
-    def images(encoder: Encoder, dataset: PairDataset, faults: Faults | None = None) -> Tensor:
-        encoded.append(len(dataset))
-        return encode(encoder, dataset, faults)
-
-    monkeypatch.setattr(Encoder, "images", images)
-    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2", "--workers", "0"]
+    torn = [f"torn-{number:03}.jpg" for number in range(12)]
+    for name in torn:
+        (photos / name).write_bytes(b"no picture")
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
     assert cluster([str(photos), *flags, "--out", str(out)]) == 0
-    assert encoded == [4 + torn, 4][:passes]
     error = capsys.readouterr().err
-    assert f"left out {torn} of {torn + 4} pictures:\n  {photos}/torn-" in error
-    assert ("and 380 more" in error) == (torn == 400)
+    assert "left out 12 of 16 pictures" in error and error.count("does not decode") == 10
+    assert "and 2 more; left_out.csv lists them all" in error
     names = {line["file"] for line in rows_of(out / "clusters.csv")}
     assert names == {f"{number}.png" for number in range(4)}
+    left_out = rows_of(out / "left_out.csv")
+    assert [line["file"] for line in left_out] == torn
+    assert all("does not decode" in line["reason"] for line in left_out)
 
 
 @pytest.mark.parametrize(
@@ -373,19 +365,45 @@ def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) 
     )
 
 
-def test_groups_of_the_same_words_are_told_apart_by_their_numbers(photos: Path, out: Path) -> None:
-    for number in range(20):
-        draw(photos / f"{'trips' if number % 3 else 'scans'}/{number:03}.png", number)
-    kinds = [int(Path(key).stem) % 3 for key in ImageFolder(photos).keys]
-    rows = np.eye(3, 8, dtype=np.float32)[kinds]
-    flags = known_features(photos, rows)
-    assert cluster([str(photos), *flags, "--k", "3", "--out", str(out)]) == 0
+@pytest.mark.parametrize(
+    "folders, expected",
+    [
+        (  # "actions" and "gnome" tell three groups from the others, but not from each other
+            ["actions/gnome/mail", "actions/gnome/edit", "actions/gnome/gimp", "apps", "places",
+             "emblems", "panel"],
+            ["mail, actions, gnome", "edit, actions, gnome", "gimp, actions, gnome", "apps",
+             "places", "emblems", "panel"],
+        ),
+        (  # the same words, and no others
+            ["trips/1", "trips/2", "scans", "cats", "dogs"],
+            ["trips #0", "trips #1", "scans", "cats", "dogs"],
+        ),
+        (["trips/1", "trips/2", "scans"], ["group 0", "group 1", "scans"]),  # most have "trips"
+        (["all/trips", "all/scans", "all/dogs"], ["trips", "scans", "dogs"]),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_group_tells_it_from_the_others(
+    photos: Path, out: Path, folders: list[str], expected: list[str]
+) -> None:
+    """Each folder is a group."""
+    for number in range(8 * len(folders)):
+        draw(photos / folders[number % len(folders)] / f"{number:03}.png", number)
+    keys = ImageFolder(photos).keys
+    kinds = [int(Path(key).stem) % len(folders) for key in keys]
+    flags = known_features(photos, 10 * np.eye(len(folders), 8)[kinds])
+    assert cluster([str(photos), *flags, "--k", str(len(folders)), "--out", str(out)]) == 0
     page = read_page(out / "report.html")
     plane = json.loads(page.section("map").one("script", type="application/json").source)
     names = plane["by"]["cluster (k-means)"]["names"]
-    assert "scans" in names
-    others = [number for number, name in enumerate(names) if name != "scans"]
-    assert [names[number] for number in others] == [f"trips #{number}" for number in others]
+    group_of = {row["file"]: int(row["cluster"]) for row in rows_of(out / "clusters.csv")}
+    found = {kind: group_of[key] for key, kind in zip(keys, kinds, strict=True)}
+    for kind, name in enumerate(expected):
+        # A number in a name is the group's, whichever it became.
+        number = found[kind]
+        words = name.replace(f"#{kind}", f"#{number}").replace(f"group {kind}", f"group {number}")
+        assert names[number] == words
+    titles = {card["cluster"]: card["words"] for card in group_cards(page)}
+    assert all(titles[group] in (name, "") for group, name in enumerate(names))
 
 
 def test_groups_without_words_are_numbers(photos: Path, out: Path) -> None:
@@ -413,6 +431,8 @@ def test_near_duplicates_are_marked_and_others_are_not(photos: Path, out: Path) 
     for card in group_cards(page):
         for place, first in card["duplicates"].items():
             marked[card["members"][int(place)]] = card["members"][first]
+    in_table = {row["file"]: row["duplicate_of"] for row in rows_of(out / "clusters.csv")}
+    assert {file: first for file, first in in_table.items() if first} == marked
     alike = {"3.png", "larger.jpg", "lighter.png"}
     together = [alike & set(card["members"]) for card in group_cards(page)]
     assert len(marked) == sum(max(0, len(names) - 1) for names in together) >= 1
@@ -439,7 +459,7 @@ def test_pictures_of_any_shape_fill_their_frame(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, sharp: int, side: int
 ) -> None:
     """Of many pictures the page has smaller ones."""
-    monkeypatch.setattr("protoclip.cluster.SHARP", sharp)
+    monkeypatch.setattr("protoclip.cluster.page.SHARP", sharp)
     for number in range(20):
         size = [(300, 100), (100, 250), (40, 30)][number % 3]
         draw(photos / f"{number}.png", number)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import HEIC, load, picture, refused, same
 
-from protoclip.cluster import main as cluster_command
+from protoclip.cluster.__main__ import main as cluster_command
 from protoclip.data import DataError, Faults, open_dataset
 from protoclip.data.__main__ import main as data_command
 from protoclip.evaluate.__main__ import main as evaluate_command

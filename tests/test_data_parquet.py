@@ -23,7 +23,7 @@ from ranks import (
     wait_until,
 )
 
-from protoclip.cluster import main as cluster_command
+from protoclip.cluster.__main__ import main as cluster_command
 from protoclip.data import DataError, EpochOrder, Subset, open_dataset, parquet
 from protoclip.data.__main__ import main as data_command
 from protoclip.evaluate.datasets import open_layout

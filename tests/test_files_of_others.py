@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from protoclip.cluster import MARK, read_mark
+from protoclip.cluster.output import MARK, read_mark
 from protoclip.common.files import local_copy, write_atomic, write_safetensors
 from protoclip.data import DataError, open_dataset
 from protoclip.data.__main__ import main as data_command

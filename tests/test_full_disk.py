@@ -13,7 +13,7 @@ from ranks import bare_run, full_disk, losses
 
 import protoclip
 from protoclip import export
-from protoclip.cluster import main as cluster
+from protoclip.cluster.__main__ import main as cluster
 from protoclip.evaluate.during import Evaluation
 from protoclip.train import main as train
 

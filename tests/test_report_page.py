@@ -21,7 +21,7 @@ from PIL import Image
 from ranks import metrics
 from report_run import make_run
 
-from protoclip.cluster import main as cluster
+from protoclip.cluster.__main__ import main as cluster
 from protoclip.data import Labels, open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.tasks import EvalSet
@@ -618,7 +618,14 @@ def test_a_word_of_a_large_cluster_stands_in_a_tenth_of_its_captions(
     times: int, words: str
 ) -> None:
     captions = ["sign"] * (21 - times) + ["sign lira"] * times
-    assert words_of({0: captions}) == {0: words}
+    assert words_of({0: captions, 1: ["boat"]}) == {0: words, 1: "boat"}
+
+
+def test_a_word_that_most_clusters_have_is_in_no_name() -> None:
+    animals = ["cat", "dog", "owl", "bee", "fly", "rat"]
+    clusters = {number: [f"a photo of a {animal}"] * 9 for number, animal in enumerate(animals)}
+    clusters[0] += ["a photo of a dog"]  # a tenth is less than half of the dogs' share
+    assert words_of(clusters) == dict(enumerate(animals))
 
 
 # ---- runs that went wrong ----

@@ -117,6 +117,21 @@ def read_file(path: str) -> bytes:
 
 
 @contextlib.contextmanager
+def sole_writer(lock: Path, flag: str) -> Iterator[None]:
+    """Hold the lock of a folder; ValueError, for the ``flag`` that names the folder, if another
+    process has it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        held = FileLock(lock, timeout=0).acquire()
+    except Timeout as error:
+        shown = printable(str(lock.parent))
+        raise ValueError(f"{flag}: {shown} is in use by another process; stop it") from error
+    with held:
+        yield
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` at the end, so a reader sees either the old
     file or the complete new one. An OSError of the block names ``path``."""

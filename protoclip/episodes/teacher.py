@@ -185,10 +185,10 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
     return array, keys
 
 
-def write_rows(path: Path, features: np.ndarray, keys: Sequence[str]) -> None:
-    """Write a .npz of ``features`` [N, d] and ``keys``, whole or not at all."""
+def write_rows(path: Path, features: np.ndarray, keys: Sequence[str], **more: Any) -> None:
+    """Write a .npz of ``features`` [N, d], ``keys`` and ``more``, whole or not at all."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, features=features, keys=np.array(list(keys)))
+        np.savez(file, features=features, keys=np.array(list(keys), dtype=np.str_), **more)
 
 
 def minilm_missing() -> str:

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.data import Draws, Faults, Labels, PairDataset, batches
+from protoclip.data import Batch, Draws, Faults, Labels, PairDataset, batches
 from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask, labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice
@@ -78,24 +78,34 @@ class Encoder:
     bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
 
     @torch.no_grad()
-    def images(self, dataset: PairDataset, faults: Faults | None = None) -> Tensor:
-        """u of every picture, float32 [N, D] on the device. ``faults`` notes those of this rank
-        that cannot be read, whose rows are another picture's; else they raise a DataError."""
+    def images(self, dataset: PairDataset) -> Tensor:
+        """u of every picture, float32 [N, D] on the device; a picture that cannot be read raises a
+        DataError."""
 
         def encode(rows: slice) -> Tensor:
-            stream = batches(
-                dataset,
-                Draws(torch.arange(rows.start, rows.stop), seed=0),
-                self.batch_size,
-                eval_transform(self.model),
-                self.model.short_tokenizer,
-                workers=self.workers,
-                captions="first",
-                faults=faults,
-            )
-            return self._rows(self.model.clip.encode_image, (batch.image for batch in stream))
+            return torch.cat([features for _, features in self.image_batches(dataset, rows)])
 
         return self._shared(len(dataset), "pictures", encode)
+
+    @torch.no_grad()
+    def image_batches(
+        self, dataset: PairDataset, rows: slice = slice(None), faults: Faults | None = None
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """The pictures of some rows, batch by batch, each with its u, float32 [B, D]. ``faults``
+        notes those that cannot be read, whose rows are another picture's."""
+        stream = batches(
+            dataset,
+            Draws(torch.arange(len(dataset))[rows], seed=0),
+            self.batch_size,
+            eval_transform(self.model),
+            self.model.short_tokenizer,
+            workers=self.workers,
+            captions="first",
+            faults=faults,
+        )
+        with self._evaluating():
+            for batch in stream:
+                yield batch, self._encode(self.model.clip.encode_image, batch.image)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -123,17 +133,24 @@ class Encoder:
         return torch.cat(parts).to(self.device)
 
     def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
-        rows = []
+        with self._evaluating():
+            return torch.cat([self._encode(encode, part) for part in parts])
+
+    def _encode(self, encode: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+        with self.autocast():
+            rows = encode(part.to(self.device, non_blocking=True)).float()
+        self.bar.update(len(part))
+        return rows
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in eval mode."""
         was_training = self.model.training
         self.model.eval()
         try:
-            for part in parts:
-                with self.autocast():
-                    rows.append(encode(part.to(self.device, non_blocking=True)).float())
-                self.bar.update(len(part))
+            yield
         finally:
             self.model.train(was_training)
-        return torch.cat(rows)
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ class FixedEncoder(Encoder):
 
     features: Callable[[Image.Image], np.ndarray] = np.asarray
 
-    def images(self, dataset: PairDataset, faults: Faults | None = None) -> Tensor:
+    def images(self, dataset: PairDataset) -> Tensor:
         rows = [self.features(dataset.image(i)) for i in range(len(dataset))]
         return torch.from_numpy(np.stack(rows)).flatten(1).float().to(self.device)
 

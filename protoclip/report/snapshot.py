@@ -53,7 +53,6 @@ VOCABULARY = 20_000  # words in all captions
 COMMON = 0.1  # of a cluster's captions have each of its words; rarer ones do not describe it
 MOSTLY = 0.25  # of a cluster: rarer classes and words of file names do not describe it
 NAME_WORDS = 3  # of file names, per cluster
-EVERYWHERE = 0.9  # of all files: a word of more of their names tells no clusters apart
 CAMERA = {  # words that cameras and programs put into the names of files
     "copy", "dsc", "dscf", "dscn", "edit", "edited", "final", "image", "images", "img", "mvimg",
     "photo", "photos", "pic", "picture", "pictures", "pxl", "untitled",
@@ -275,7 +274,6 @@ def cluster_block(
             labels,
             most=NAME_WORDS,
             common=MOSTLY,
-            everywhere=EVERYWHERE,
         )
     images = min(images, max(1, PICTURES // len(order)))
     if ROW < images < len(labels):  # else all of a group's are shown
@@ -357,24 +355,21 @@ def words_of_path(path: str) -> str:
 
 
 def words_of_clusters(
-    text_of: Callable[[int], str],
-    labels: Tensor,
-    *,
-    most: int = WORDS,
-    common: float = COMMON,
-    everywhere: float = 1.0,
+    text_of: Callable[[int], str], labels: Tensor, *, most: int = WORDS, common: float = COMMON
 ) -> dict[int, str]:
-    """The words that set each cluster apart, by c-TF-IDF: frequent in it, rare elsewhere.
+    """The words that set each cluster apart, by tf-idf over the clusters: in many of its texts and
+    in few other clusters.
 
-    A word of a single text says nothing of the others: each stands in a share ``common`` of them
-    and, unless the cluster has but one, in two. A cluster without such a word has no entry.
+    A cluster has a word if the share of its texts with the word is at least half the share in any
+    other. A word that most clusters have is in no name. Clusters of the same words get one more
+    that tells them apart. A cluster without words that set it apart has no entry.
 
     Args:
         text_of: the text of sample i.
         labels: int64 [N], negative: in no cluster.
         most: words of a cluster.
-        common: share of a cluster's texts that have each of its words.
-        everywhere: share of all texts; a word that stands in more of them is left out.
+        common: share of a cluster's texts that have each of its words; there are two such texts,
+            unless the cluster has but one.
     """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
@@ -384,7 +379,6 @@ def words_of_clusters(
         token_pattern=r"[^\W\d_]{2,}",
         max_features=VOCABULARY,
         binary=True,
-        max_df=everywhere,
     )
     clustered = (labels >= 0).nonzero().flatten().numpy()
     try:
@@ -394,19 +388,34 @@ def words_of_clusters(
     count = len(clustered)
     member = csr_matrix((np.ones(count), (labels.numpy()[clustered], np.arange(count))))
     sizes = np.asarray(member.sum(axis=1)).ravel()
-    captions = (member @ times).tocsr()  # [K, words]: captions of the cluster with the word
-    rarity = np.log1p(captions.sum() / len(sizes) / np.asarray(captions.sum(axis=0)).ravel())
+    texts = (member @ times).tocsr()  # [K, words]: texts of the cluster with the word
+    texts.sort_indices()
+    shares = texts.copy()
+    shares.data = texts.data / np.repeat(sizes, np.diff(texts.indptr))
+    largest_shares = shares.max(axis=0).toarray().ravel()
+    has_word = shares.data >= 0.5 * largest_shares[shares.indices]
+    clusters_with = np.bincount(shares.indices[has_word], minlength=shares.shape[1])
+    num_clusters = int((sizes > 0).sum())
     names = counter.get_feature_names_out()
     words: dict[int, str] = {}
-    for cluster in np.flatnonzero(np.diff(captions.indptr)).tolist():
-        row = slice(captions.indptr[cluster], captions.indptr[cluster + 1])
-        counts = captions.data[row]
-        word_ids = captions.indices[row]
-        is_common = counts >= max(min(2, sizes[cluster]), common * sizes[cluster])
-        score = counts[is_common] * rarity[word_ids[is_common]]
-        best = word_ids[is_common][np.argsort(-score, kind="stable")[:most]]
+    clusters_of: dict[str, list[int]] = {}  # by the words that they have in common
+    for cluster in np.flatnonzero(np.diff(shares.indptr)).tolist():
+        row = slice(shares.indptr[cluster], shares.indptr[cluster + 1])
+        word_ids = shares.indices[row]
+        is_common = texts.data[row] >= max(min(2, sizes[cluster]), common * sizes[cluster])
+        is_apart = clusters_with[word_ids] <= num_clusters / 2
+        chosen = is_common & is_apart
+        idf = np.log(num_clusters / clusters_with[word_ids[chosen]])
+        score = shares.data[row][chosen] * idf
+        best = word_ids[chosen][np.argsort(-score, kind="stable")[:most]]
         if len(best):
             words[cluster] = ", ".join(names[best])
+            clusters_of.setdefault(words[cluster], []).append(cluster)
+    for same, clusters in clusters_of.items():
+        if len(clusters) > 1:
+            among_them = labels.where(torch.isin(labels, torch.tensor(clusters)), -1)
+            further = words_of_clusters(text_of, among_them, most=1, common=common)
+            words |= {cluster: f"{same}, {word}" for cluster, word in further.items()}
     return words
 
 

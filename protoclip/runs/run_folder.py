@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from protoclip.common.files import lines_of, printable, printable_lines, write_atomic
+from protoclip.common.files import lines_of, printable, printable_lines, sole_writer, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.runs import checkpoint
@@ -109,12 +108,7 @@ class RunFolder(NullRunFolder):
             resume_file: the checkpoint to continue from.
         """
         self.path.mkdir(parents=True, exist_ok=resume_step is not None)
-        try:
-            self._open.enter_context(FileLock(self.path / ".lock", timeout=0))
-        except Timeout as error:
-            raise ValueError(
-                f"--name: {self.path} is in use by another process; stop it"
-            ) from error
+        self._open.enter_context(sole_writer(self.path / ".lock", "--name"))
         try:
             self._begin(resume_step, resume_file)
         except BaseException:

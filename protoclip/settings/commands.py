@@ -62,9 +62,9 @@ def cluster_parser() -> Parser:
     parser = Parser(
         "protoclip cluster",
         usage="%(prog)s DATA [options]",
-        description="Group pictures, or rows of features, by k-means. Writes "
-        "clusters.csv, centroids.safetensors, of pictures features.npz, and report.html, a page "
-        "that shows the groups.",
+        description="Group pictures, or rows of features, by k-means. Writes clusters.csv, "
+        "left_out.csv, centroids.safetensors, of pictures features.npz, and report.html, a page "
+        "that shows the groups. A run that was stopped continues by the same command.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
     words = (
@@ -73,7 +73,10 @@ def cluster_parser() -> Parser:
     words += "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
     words = "number of groups, 2 to N; auto: of 2 to 16 and then steps of a fifth up to 300, that "
-    words += "with the largest mean silhouette on 3,000 rows (default: auto)"
+    words += (
+        "with the largest mean silhouette on 3,000 rows; if that is below 0.2, the square root of "
+    )
+    words += "N/2, at most 300 (default: auto)"
     parser.add_argument("--k", default="auto", type=group_number, metavar="N|auto", help=words)
     for flag, default, words in (
         ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
@@ -90,9 +93,11 @@ def cluster_parser() -> Parser:
         add_flag(parser, flag, default, words)
     add_flag(parser, "--iters", 20, "iterations of k-means, at most", low=0)
     add_flag(parser, "--seed", 0, "the same seed gives the same groups")
-    add_flag(parser, "--batch-size", 256, "pictures encoded at once", low=1)
+    words = "pictures encoded at once; 0: 32 on a CPU, 256 on a GPU"
+    add_flag(parser, "--batch-size", 0, words, low=0)
     add_flag(parser, "--workers", 0, "processes that read pictures", low=0)
-    words = "replace the files of an earlier run in --out"
+    words = "replace the files of an earlier run in --out; features that the same model made of "
+    words += "the same files are used again"
     parser.add_argument("--overwrite", action="store_true", help=words)
     folders = parser.add_mutually_exclusive_group()
     words = "a new folder: in it a folder for each group, with links to its pictures"

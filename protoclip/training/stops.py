@@ -5,38 +5,18 @@ Several ranks agree on both, so that none saves or ends alone.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from protoclip.common.signals import Stopped, StopSignals
 from protoclip.distributed import max_later
 from protoclip.training.run import Run
 from protoclip.training.schedule import parse_interval
-
-FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
-
-
-class Stopped(SystemExit):
-    """The run was asked to stop and has saved.
-
-    It ends a script that does not catch it without a traceback, with ``protoclip train``'s exit
-    code; like Ctrl-C's own exception, it is not caught by ``except Exception``.
-    """
-
-    code: int
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(code)
-        self.message = message
 
 
 class AfterStep(NamedTuple):
@@ -47,45 +27,22 @@ class AfterStep(NamedTuple):
     stop: Stopped | None  # what to raise, once the run is saved
 
 
-class Stops:
+class Stops(StopSignals):
     """Says after each step whether to save and whether to stop, the same on all ranks.
-
-    Inside its context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``received`` to the signal's
-    name; a second Ctrl-C ends the process at once.
 
     Attributes:
         saved_step: after which the run was last saved; -1: not yet.
     """
 
     def __init__(self, run: Run) -> None:
+        super().__init__()
         self.run = run
-        self.received = ""
         self.saved_step = -1
         self._saved_time = time.monotonic()
         self._every = parse_interval(run.config.run.save_every)
         # What the ranks want, on its way while they take a step: to save; to stop, by any signal
         # and by Ctrl-C.
         self._wanted: Callable[[], Tensor] = lambda: torch.zeros(3)
-        self._handlers: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Stops:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        second_ctrl_c = number == signal.SIGINT and self.received == "SIGINT"
-        self.received = signal.Signals(number).name
-        if second_ctrl_c:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
-                os.write(2, FIRST_CTRL_C)
 
     def after(self, step: int) -> AfterStep:
         """What to do after ``step``. Signals and the clock count one step later, when all ranks

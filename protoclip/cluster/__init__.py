@@ -1,0 +1,1 @@
+"""``protoclip cluster``: which pictures, or rows of features, belong together."""

@@ -1,0 +1,186 @@
+"""``protoclip cluster DATA --k 50``: group pictures, or rows of features, by k-means.
+
+Writes clusters.csv, left_out.csv, centroids.safetensors (``protoclip.Clusters.load`` reads it),
+report.html and, for pictures, features.npz to a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.cluster.encoded import FEATURES, stop_if_asked
+from protoclip.cluster.folders import write_folders
+from protoclip.cluster.groups import (
+    BLOCK,
+    Groups,
+    check_k,
+    choose_k,
+    fewer_groups,
+    write_left_out,
+    write_table,
+)
+from protoclip.cluster.output import (
+    CENTROIDS,
+    CSV,
+    LEFT_OUT,
+    PROG,
+    check_output,
+    open_output,
+    write_files,
+)
+from protoclip.cluster.page import make_page
+from protoclip.cluster.points import Points, open_pictures, points_of_pictures, read_features
+from protoclip.common.files import plural, printable, printable_lines, write_atomic
+from protoclip.common.paths import check_exists
+from protoclip.common.signals import Stopped, StopSignals
+from protoclip.distributed import run_command
+from protoclip.episodes.teacher import SUFFIXES
+from protoclip.lloyd import Clusters, kmeans
+from protoclip.model import choose_device
+from protoclip.report import page
+from protoclip.settings.commands import cluster_parser
+
+PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command: features, K, k-means, and files."""
+    check_exists(args.data, "DATA", "check the path")
+    out = Path(args.out)
+    is_file = Path(args.data).suffix in SUFFIXES
+    is_encoded = not (is_file or args.features)
+    names = [CSV, LEFT_OUT, CENTROIDS, page.NAME, *([FEATURES] if is_encoded else [])]
+    check_output(out, names, args.overwrite)
+    began_at = time.perf_counter()
+    if is_file:
+        points = read_features(args)
+    else:
+        source = open_pictures(args)
+        check_k(args.k, len(source.dataset))  # before hours of encoding
+    with open_output(out, names, args.overwrite):
+        if not is_file:
+            points = points_of_pictures(source, args, out)
+        next_step = "start it again"
+        if is_encoded:
+            next_step = "the features are kept, and the same command continues with them"
+        with StopSignals() as signals:
+            write_groups(
+                args,
+                out,
+                points,
+                began_at,
+                lambda: stop_if_asked(signals, f"before its end; {next_step}"),
+            )
+
+
+def write_groups(
+    args: argparse.Namespace,
+    out: Path,
+    points: Points,
+    began_at: float,
+    check_signals: Callable[[], None],
+) -> None:
+    """K, k-means, and the files; ``began_at``: on the clock of ``time.perf_counter``.
+    ``check_signals`` ends it; once k-means has come to its end, so does the run."""
+    rows = points.rows.to(choose_device(args.device))
+    features_done_at = time.perf_counter()
+    chosen = choose_k(args.k, rows, args.seed, check_signals)
+    k = chosen.k
+    centroid_bytes = k * rows.shape[1] * rows.element_size()
+    kmeans_bytes = rows.nbytes + 4 * centroid_bytes + 32 * len(rows)
+    if chosen.scores:
+        print(chosen.scores_in_words, file=sys.stderr)
+    print(
+        f"{plural(len(rows), 'row')} of {plural(rows.shape[1], 'number')} into {k:,} groups"
+        f"{chosen.why}; k-means needs {math.ceil(kmeans_bytes / 2**20):,} MiB",
+        file=sys.stderr,
+    )
+    clusters = cluster_rows(rows, k, args, points.weights, check_signals)
+    blocks = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
+    squared_distances = [
+        (block_rows - clusters.centroids[block_labels]).square().sum(1)
+        for block_rows, block_labels in blocks
+    ]
+    labels = clusters.labels.cpu()
+    if empty_groups := fewer_groups(labels, k):
+        print(f"note: {empty_groups}", file=sys.stderr)
+    groups = Groups.of(labels, torch.cat(squared_distances).cpu())
+    seconds = {
+        "features": features_done_at - began_at,
+        "k-means": time.perf_counter() - features_done_at,
+    }
+    html, duplicates = make_page(points, groups, chosen, seconds)
+    with write_files(out) as temporary:  # a table without its page helps nobody
+        write_table(temporary / CSV, points.dataset.keys, groups, duplicates)
+        write_left_out(temporary / LEFT_OUT, points.left_out)
+        clusters.save(temporary / CENTROIDS)
+        write_atomic(temporary / page.NAME, printable_lines(html))
+    if args.link_to or args.copy_to:
+        folder = Path(args.link_to or args.copy_to)
+        write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
+    name = printable(str(out))
+    print(f"{clusters}\n{name}/{CSV}, {CENTROIDS}; look at {name}/{page.NAME}")
+
+
+def cluster_rows(
+    rows: Tensor,
+    k: int,
+    args: argparse.Namespace,
+    weights: Tensor | None,
+    check_signals: Callable[[], None],
+) -> Clusters:
+    """k-means with a progress bar."""
+    few_groups = k <= PLUS_PLUS
+    num_restarts = 3 if few_groups else 1
+    max_iterations = num_restarts * args.iters
+    with tqdm(total=max_iterations, desc="k-means", unit=" iterations", disable=None) as bar:
+        restarts_left = num_restarts
+
+        def progress(iteration: int, inertia: Tensor) -> None:
+            nonlocal restarts_left
+            if iteration == 0:  # the run before may have come to rest early
+                bar.total = bar.n + restarts_left * args.iters
+                restarts_left -= 1
+            bar.update()
+            bar.set_postfix_str(f"inertia {float(inertia):.6g}")
+            check_signals()
+
+        clusters = kmeans(
+            rows,
+            k,
+            num_iters=args.iters,
+            num_restarts=num_restarts,
+            init="k-means++" if few_groups else "random",
+            seed=args.seed,
+            weights=weights,
+            progress=progress,
+        )
+        bar.total = bar.n
+    return clusters
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
+
+    def work() -> int:
+        try:
+            run(cluster_parser().parse_args(argv))
+        except Stopped as stop:
+            print(f"{PROG}: {printable_lines(stop.message)}", file=sys.stderr)
+            return stop.code
+        return 0
+
+    return run_command(work, PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
