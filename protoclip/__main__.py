@@ -23,7 +23,9 @@ HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictu
   protoclip train                         train a small ProtoCLIP on built-in
                                           icons: minutes on a CPU
   protoclip train --train-data pairs.csv  train on your pictures and captions
-  protoclip report logs/A logs/B          compare runs, or show one, on a page
+  protoclip compare --train-data PAIRS    ProtoCLIP against CLIP over seeds: does
+                                          it help on your data?
+  protoclip report logs/A logs/B          show runs next to each other on a page
   protoclip evaluate logs/RUN             evaluate a run, or any CLIP
   protoclip cluster photos/ --k 50        group a folder of pictures
   protoclip export logs/RUN --out DIR     write the model for OpenCLIP
@@ -37,7 +39,7 @@ More commands: openclip (OpenCLIP's trainer with these losses), plan (the
 memory of a run), data (check or export pairs), teacher (a model's features).
 Flags of a command: protoclip COMMAND --help"""
 # What else people call a command -> its name.
-SYNONYMS = {"compare": "report", "group": "cluster", "eval": "evaluate", "kmeans": "cluster"}
+SYNONYMS = {"group": "cluster", "eval": "evaluate", "kmeans": "cluster"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,9 @@ from protoclip.report.statistics import (
     seeds_needed,
 )
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
 DRAWS = 5000
 SEEDS = 5
 # Two rows and three primary scores: the tests of a family.
@@ -156,7 +158,7 @@ def test_the_first_study_is_reproduced() -> None:
     tests = [paired(of_pairs) for of_pairs in differences]
     corrected = holm(np.array([test.p for test in tests]))
     for (_, _, expected, p), test, of_family in zip(STUDY, tests, corrected, strict=True):
-        assert words(test.mean, test.half) == expected
+        assert words(test.mean, test.half) == expected and expected in EVIDENCE
         assert f"{of_family:.2g}" == f"{p:.2g}"
 
 
@@ -176,7 +178,7 @@ def test_the_second_study_is_reproduced(tower: str, metric: str, at_64: str, at_
     for batch, expected in ((64, at_64), (256, at_256)):
         runs = records("small_batches", stage="main", tower=tower, batch=batch, icons=60_000)
         test = paired(gains(runs, "external only", EQUAL_TIME, metric))
-        assert words(test.mean, test.half) == expected
+        assert words(test.mean, test.half) == expected and expected in EVIDENCE
 
 
 DEFAULT_RUN = {  # score: ProtoCLIP minus CLIP at equal time, and at equal samples
@@ -201,4 +203,4 @@ def test_the_default_run_is_reproduced(score: str) -> None:
     }
     for other, expected in zip(("clip at equal time", "clip"), DEFAULT_RUN[score], strict=True):
         test = independent(runs["protoclip"], runs[other])
-        assert words(test.mean, test.half) == expected
+        assert words(test.mean, test.half) == expected and expected in EVIDENCE

@@ -15,7 +15,7 @@ ROOT = Path(protoclip.__file__).parent
 ROOMS = [
     "common", "settings", "ops", "distributed", "data", "model", "lloyd", "episodes",
     "losses", "runs", "cached_gradients", "evaluate", "report", "cluster", "training", "train",
-    "openclip", "export", "teacher", "plan", "sentence_transformers", "__main__",
+    "compare", "openclip", "export", "teacher", "plan", "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

@@ -159,6 +159,29 @@ def chart_svg(chart: Chart) -> str:
         return _svg(figure)
 
 
+def differences_svg(rows: Sequence[tuple[Sequence[float], float, float]]) -> str:
+    """A line for each row, from the top: a dot per seed, and the mean with its 95 % interval.
+    ``rows``: differences by seed, their mean, half of the interval (infinite: none)."""
+    height = 0.5 + 0.42 * len(rows)  # inches
+    with _figure(
+        yticks=[], size=(SIZE[0], height), panel=(0.03, 0.25 / height, 0.94, 1 - 0.3 / height)
+    ) as (
+        figure,
+        axes,
+    ):
+        axes.grid(False)
+        axes.axvline(0, color=MUTED, lw=0.8)
+        for place, (seeds, mean, half) in enumerate(rows):
+            colour = CYCLE[place % len(CYCLE)]
+            if np.isfinite(half):
+                axes.plot([mean - half, mean + half], [-place, -place], color=colour, lw=2.5)
+            axes.plot([mean], [-place], color=colour, marker="|", ms=11, mew=2.5)
+            axes.plot(seeds, [-place + 0.25] * len(seeds), color=colour, ls="", marker="o", ms=3.5)
+        axes.set_ylim(-len(rows) + 0.4, 0.6)
+        axes.locator_params(axis="x", nbins=5)
+        return _svg(figure)
+
+
 def histogram_svg(edges: Sequence[float], shares: Sequence[Sequence[float]]) -> str:
     """Overlaid histograms, coloured in order."""
     with _figure(yticks=[]) as (figure, axes):
@@ -168,14 +191,18 @@ def histogram_svg(edges: Sequence[float], shares: Sequence[Sequence[float]]) -> 
 
 
 @contextlib.contextmanager
-def _figure(**options: Any) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    size: tuple[float, float] = SIZE,
+    panel: tuple[float, float, float, float] = PANEL,
+    **options: Any,
+) -> Iterator[tuple[Any, Any]]:
     """A figure and its axes, without pyplot and its global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE)
-        yield figure, figure.add_axes(PANEL, **options)
+        figure = Figure(figsize=size)
+        yield figure, figure.add_axes(panel, **options)
 
 
 def _svg(figure: Any) -> str:

@@ -26,10 +26,21 @@ from protoclip.episodes.prototypes import Watch
 from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
+from protoclip.report.comparison import (
+    Comparison,
+    Listed,
+    compare_runs,
+    format_comparison,
+    interval_words,
+    notes,
+    other_pictures,
+    paragraph,
+    time_words,
+)
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import Snapshot, load_snapshot
 from protoclip.runs.run_folder import OWN_TERMS
-from protoclip.settings.config import TrainConfig, parse_json, to_dict
+from protoclip.settings.config import TrainConfig, flat, parse_json, to_dict
 
 NAME = "report.html"
 ASSETS = Path(__file__).parent
@@ -307,10 +318,23 @@ def write_report(
             f"--out: {path} exists and is not a page of protoclip report; choose another name "
             "or remove it"
         )
+    if comparison := over_seeds(runs):
+        write_comparison(comparison, path)
+        return path
     # Bytes of a file's name that are not UTF-8 become escapes, which JSON in the page can hold.
     text = render(runs).encode("utf-8", "backslashreplace").decode("utf-8")
     write_atomic(path, text)
     return path
+
+
+def over_seeds(runs: Sequence[Run]) -> Comparison | None:
+    """The comparison of runs of which some differ only in the seed; None: they are shown next to
+    each other."""
+    listed = [Listed(run.name, run.path, run.config, run.outcome) for run in runs if run.path]
+    comparison = compare_runs(listed) if len(runs) > 1 else None
+    if comparison is None or all(len(row.folders) < 2 for row in comparison.rows):
+        return None
+    return comparison
 
 
 def default_name(folders: Sequence[str | os.PathLike[str]]) -> str:
@@ -337,22 +361,57 @@ def is_report(path: Path) -> bool:
 def summary(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Each run in a sentence, and the settings that differ: what the page says first."""
     runs = read_runs(folders)
+    if comparison := over_seeds(runs):
+        return [format_comparison(comparison)]
     answers = [f"{run.name}: {sentence}" for run in runs if (sentence := answer(run))]
     answers += [run.no_prototypes for run in runs if run.no_prototypes]
     return answers + all_differences(runs)
 
 
 def all_differences(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each run whose settings differ from the baseline's."""
+    """A sentence for each run with other settings or other pictures than the baseline."""
     baseline = find_baseline(runs)
     if baseline is None:
         return []
-    sentences = [differences(run, baseline) for run in runs if run is not baseline]
+    others = [run for run in runs if run is not baseline]
+    sentences = [differences(run, baseline) for run in others]
+    sentences += [
+        other_pictures(run.name, baseline.name, [run.outcome], [baseline.outcome], key)
+        for run in others
+        for key in run.outcome.trained.keys() & baseline.outcome.trained.keys()
+    ]
     return [sentence for sentence in sentences if sentence]
 
 
-def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
-    """Render the page; ``opening``: its first paragraphs if no run was trained."""
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page of a comparison over seeds."""
+    defaults = flat(to_dict(TrainConfig()))
+    settings = [{**defaults, **row.settings} for row in comparison.rows]
+    names = dict.fromkeys(name for of_row in settings for name in of_row)
+    text = (
+        environment()
+        .get_template("comparison.html.j2")
+        .render(
+            css=figures.CSS,
+            written=time.strftime("%Y-%m-%d %H:%M"),
+            comparison=comparison,
+            paragraph=paragraph(comparison),
+            notes=notes(comparison),
+            time_words=partial(time_words, comparison),
+            meaning=meaning,
+            differing={
+                name: [of_row.get(name) for of_row in settings]
+                for name in names
+                if len({repr(of_row.get(name)) for of_row in settings}) > 1
+            },
+            page_of=lambda folder: os.path.relpath(Path(folder) / NAME, path.parent),
+        )
+    )
+    write_atomic(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def environment() -> jinja2.Environment:
+    """The templates and their filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -362,11 +421,18 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         plural=plural,
         as_html=as_html,
         chart=figures.chart_svg,
+        differences=figures.differences_svg,
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
         pretty=lambda value: json.dumps(value, indent=2),
         rows=lambda scores: rows_of(scores.metrics),
+        interval=lambda cell: interval_words(cell).removesuffix(" *").replace("-", "−"),
     )
+    return environment
+
+
+def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
+    """Render the page; ``opening``: its first paragraphs if no run was trained."""
     baseline = find_baseline(runs)
     columns = sorted(runs, key=lambda run: run is not baseline)  # the baseline is the first
     # Without prototypes nothing uses their scale.
@@ -405,25 +471,34 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
     ]
     answers = {run.name: sentence for run in runs if (sentence := answer(run))}
     title = " and ".join(run.name for run in runs)
-    return environment.get_template("page.html.j2").render(
-        title=title if title.startswith("protoclip") else f"protoclip: {title}",
-        answers=answers,
-        terms=terms,
-        meaning=meaning,
-        floor=partial(best_floor, columns),
-        css=figures.CSS,
-        js=(ASSETS / "page.js").read_text(encoding="utf-8"),
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        runs=runs,
-        baseline=baseline,
-        columns=columns,
-        opening=opening or all_differences(runs) + warnings,
-        unit=unit_of(runs[0]),
-        sets=sets,
-        beside=runs[0].outcome.beside if len(runs) == 1 else floors,
-        floors={**results.FLOORS, "untrained": "the model before its first step"},
-        top=top,
-        left_out=sorted(left_out),
-        curves=figures.charts([*figures.CURVES, *own_charts], series),
-        churn=figures.charts(figures.CHURN, series),
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title if title.startswith("protoclip") else f"protoclip: {title}",
+            answers=answers,
+            terms=terms,
+            meaning=meaning,
+            floor=partial(best_floor, columns),
+            css=figures.CSS,
+            js=(ASSETS / "page.js").read_text(encoding="utf-8"),
+            written=time.strftime("%Y-%m-%d %H:%M"),
+            runs=runs,
+            baseline=baseline,
+            same_pictures=lambda run, key: bool(
+                baseline
+                and {run.outcome.trained.get(key, results.NOTHING).fingerprint}
+                == {baseline.outcome.trained.get(key, results.NOTHING).fingerprint}
+            ),
+            columns=columns,
+            opening=opening or all_differences(runs) + warnings,
+            unit=unit_of(runs[0]),
+            sets=sets,
+            beside=runs[0].outcome.beside if len(runs) == 1 else floors,
+            floors={**results.FLOORS, "untrained": "the model before its first step"},
+            top=top,
+            left_out=sorted(left_out),
+            curves=figures.charts([*figures.CURVES, *own_charts], series),
+            churn=figures.charts(figures.CHURN, series),
+        )
     )

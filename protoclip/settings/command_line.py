@@ -10,6 +10,7 @@ from typing import Any
 
 from protoclip.common.paths import check_exists
 from protoclip.settings.commands import PARSERS
+from protoclip.settings.comparison import parse_record
 from protoclip.settings.config import ProtoConfig
 from protoclip.settings.flags import Parser, checked_config, refusal, with_saved_config
 
@@ -52,6 +53,10 @@ def check_command_line(command: str, argv: Sequence[str]) -> None:
         ProtoConfig(**vars(settings))
         if importlib.util.find_spec("open_clip_train"):  # else the command says what to install
             check_openclips_flags(words)
+        return
+    if command == "compare":
+        _, flags = parse_record(argv)
+        _check_paths(parser, flags)
         return
     if command in ("train", "plan"):
         argv = with_saved_config(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 from protoclip.settings.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
@@ -12,6 +13,7 @@ from protoclip.settings.flags import (
     build_parser,
     group_number,
     open_clips_help,
+    seeds_of,
 )
 
 EVERYDAY = """
@@ -22,6 +24,9 @@ EVERYDAY = """
 PLANNED = """
     --ranks --samples --json --model --grad-checkpointing --k --episode-size --external-teacher
     --batch-size --accum-freq --device --precision
+"""
+COMPARED = """
+    --row --seeds --out --equal-steps --count-teacher --jobs --nproc-per-run --dry-run
 """
 MINILM = "builtin:minilm"
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
@@ -39,6 +44,50 @@ def train_parser() -> Parser:
         "protoclip train --train-data pairs.csv --csv-img-key file --csv-caption-key text\n"
         "         protoclip train --train-data 'shards/{00000..00099}.tar' --model ViT-B-32",
     )
+
+
+def compare_parser() -> Parser:
+    """Flags of ``protoclip compare``: those of train, and some of its own."""
+    parser = build_parser(
+        "protoclip compare",
+        "Train ProtoCLIP and CLIP on several seeds and say what differs: a table, a page and "
+        "comparison.json. Takes the flags of protoclip train, for all rows. CLIP is also trained "
+        "for as long as each other row takes. The same command again continues.",
+        [*EVERYDAY.split(), *COMPARED.split()],
+        "protoclip compare --train-data pairs.csv --val-fraction 0.2 --model ViT-B-32 --epochs 30\n"
+        "         protoclip compare --row 'CLIP: --method clip' --row 'K 100: --k 100'",
+    )
+    for action in parser._actions:
+        if not {"--name", "--logs", "--resume", "--seed"}.isdisjoint(action.option_strings):
+            action.help = argparse.SUPPRESS  # each run has its own
+    group = parser.add_argument_group("Comparison")
+    group.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="'NAME: FLAGS'",
+        help="a row of the comparison, with flags of protoclip train of its own; repeated; the "
+        "first is the baseline (default: CLIP, and ProtoCLIP as the flags say)",
+    )
+    group.add_argument(
+        "--seeds",
+        type=seeds_of,
+        default=seeds_of("5"),
+        metavar="N|A,B,...",
+        help="seeds of training: so many from 0 on, or these (default: 5)",
+    )
+    add_flag(group, "--out", "logs/compare", "folder of the comparison; a run is OUT/ROW/seed-N")
+    words = "do not train the baseline for as long as each other row takes; nothing is then claimed"
+    group.add_argument("--equal-steps", action="store_true", help=words)
+    words = "count the teacher's time as training time"
+    group.add_argument("--count-teacher", action="store_true", help=words)
+    words = "runs at the same time, after the first seed; on GPUs each owns one"
+    add_flag(group, "--jobs", 1, words, low=1)
+    words = "processes of a run, started by torchrun; on GPUs each owns one"
+    add_flag(group, "--nproc-per-run", 1, words, low=1)
+    words = "print the rows, the primary scores and the number of runs, and exit"
+    group.add_argument("--dry-run", action="store_true", help=words)
+    return parser
 
 
 def plan_parser() -> Parser:
@@ -170,7 +219,8 @@ def report_parser() -> Parser:
         "protoclip report",
         description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
         "a map, examples, cost and settings. Several runs are shown side by side, with "
-        "the differences to the first run of --method clip, or else to the first run.",
+        "the differences to the first run of --method clip, or else to the first run. Runs that "
+        "differ only in the seed become one row, with intervals, as in protoclip compare.",
         example="protoclip report logs/A logs/B",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
@@ -268,6 +318,7 @@ def openclip_parser() -> Parser:
 
 PARSERS: dict[str, Callable[[], Parser]] = {
     "train": train_parser,
+    "compare": compare_parser,
     "plan": plan_parser,
     "cluster": cluster_parser,
     "evaluate": evaluate_parser,

@@ -387,6 +387,18 @@ def group_number(text: str) -> str:
     return text
 
 
+def seeds_of(text: str) -> list[int]:
+    """Seeds of ``protoclip compare``: "3" are 0, 1 and 2, and "0,3,7" are these; for argparse."""
+    numbers = [part.strip() for part in text.split(",") if part.strip()]
+    most = 2**31 if "," in text else 1000
+    if not all(number.isdecimal() and int(number) <= most for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"expected a number of seeds, or seeds such as 0,3,7, got {text}"
+        )
+    seeds = list(map(int, numbers))
+    return seeds if "," in text else list(range(seeds[0])) if seeds else []
+
+
 def precision_name(name: str) -> str:
     """The precision that a flag names, by our name or OpenCLIP's; for argparse."""
     if name in PURE_PRECISIONS:

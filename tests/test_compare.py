@@ -1,0 +1,357 @@
+"""``protoclip compare``: which runs it starts, what it keeps, and what it says of them.
+
+Most runs are of fake_train.py, which writes a run's files without training.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from html_page import in_browser, needs_browser, read_page
+
+from protoclip import compare as command
+from protoclip.data import open_dataset
+from protoclip.evaluate.results import Outcome, SetResults, read_results
+from protoclip.report.__main__ import main as report
+from protoclip.report.comparison import (
+    Comparison,
+    Pair,
+    Row,
+    compare_rows,
+    format_comparison,
+    notes,
+    paragraph,
+    primary_of,
+)
+from protoclip.settings.comparison import FILE
+from protoclip.train import make_config
+
+HERE = Path(__file__).parent
+FAKE = [sys.executable, str(HERE / "fake_train.py")]
+ROWS = ["CLIP", "ProtoCLIP", "CLIP-time-of-ProtoCLIP"]
+Compare = Callable[..., int]
+
+
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
+    """``compare(*flags)`` with fake runs of 40 steps; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "train_command", lambda processes: FAKE)
+    write_table(tmp_path)
+
+    def start(*flags: str) -> int:
+        data = ["--train-data", "pairs.csv", "--val-fraction", "0.25", "--max-steps", "40"]
+        return command.main([*data, "--device", "cpu", "--seeds", "3", *flags])
+
+    return start
+
+
+def write_table(folder: Path) -> None:
+    """Pictures with three captions each."""
+    shapes = open_dataset("builtin:shapes:32")
+    rows = []
+    for i in range(len(shapes)):
+        shapes.image(i).save(folder / f"{i}.png")
+        rows += [(f"{i}.png", f"{word} {shapes.captions(i)[0]}") for word in ("a", "the", "one")]
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows])
+
+
+def calls() -> list[str]:
+    """The runs that were started, since the last call."""
+    file = Path("calls.txt")
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
+def started() -> list[str]:
+    return [line.split()[0] for line in calls()]
+
+
+def content() -> dict[str, Any]:
+    return json.loads(Path("logs/compare", FILE).read_text())
+
+
+def test_the_first_seed_gives_the_time_that_the_baseline_gets(compare: Compare) -> None:
+    assert compare() == 0
+    runs = [line.split() for line in calls()]
+    names = [run[0] for run in runs]
+    assert names[:2] == ["CLIP/seed-0", "ProtoCLIP/seed-0"]
+    assert sorted(names) == sorted(f"{row}/seed-{seed}" for row in ROWS for seed in range(3))
+    steps = {(run[0].split("/")[0], run[1], run[2]) for run in runs}
+    assert steps == {
+        ("CLIP", "clip", "40"),
+        ("ProtoCLIP", "protoclip", "40"),
+        ("CLIP-time-of-ProtoCLIP", "clip", "60"),
+    }
+    assert {run[4] for run in runs} == {"passive"}
+    assert content()["ratios"] == {"ProtoCLIP": 1.5}
+    (equal_time, equal_steps) = content()["result"]["contrasts"]
+    assert equal_time["equal_time"] and equal_time["time_ratio"] == pytest.approx(1)
+    assert not equal_steps["equal_time"] and equal_steps["time_ratio"] == pytest.approx(1 / 1.5)
+    text, image = (score for score in equal_time["scores"] if score["primary"])
+    assert text["significant"] and abs(text["difference"] - 0.1) < 0.01
+    assert not image["significant"]
+    assert not any(score["significant"] for score in equal_steps["scores"])
+
+
+def test_the_teacher_counts_where_it_is_asked_for(compare: Compare) -> None:
+    assert compare("--count-teacher", "--seeds", "1") == 0
+    assert content()["ratios"] == {"ProtoCLIP": (60 + 10) / 40}
+    assert "CLIP-time-of-ProtoCLIP/seed-0 clip 70" in " ".join(calls())
+
+
+def test_a_killed_command_continues_and_a_new_seed_adds_only_its_runs(
+    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed as its fifth run has begun: that run is resumed, and finished ones are kept."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from protoclip import compare\n"
+        f"compare.train_command = lambda processes: {FAKE!r}\n"
+        "sys.exit(compare.main(sys.argv[1:]))"
+    )
+    flags = ["--train-data", "pairs.csv", "--val-fraction", "0.25", "--max-steps", "40"]
+    flags += ["--device", "cpu", "--seeds", "3"]
+    monkeypatch.setenv("FAKE_TRAIN", json.dumps({"ProtoCLIP/seed-1": "kill"}))
+    killed = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True)
+    assert killed.returncode == -9
+    first = started()
+    assert len(first) == 5 and first[-1] == "ProtoCLIP/seed-1" and not content()["shown"]
+    monkeypatch.delenv("FAKE_TRAIN")
+    before = Path("logs/compare/CLIP/seed-0/results.json").stat().st_mtime_ns
+    assert compare() == 0
+    again = started()
+    assert again[0] == first[-1] and len(again) == 9 - 4
+    assert Path("logs/compare/CLIP/seed-0/results.json").stat().st_mtime_ns == before
+    assert compare() == 0 and started() == []
+    assert compare("--seeds", "4") == 0
+    assert sorted(started()) == sorted(f"{row}/seed-3" for row in ROWS)
+    assert content()["result"]["added"] == [3]
+    assert not any(
+        score["significant"]
+        for contrast in content()["result"]["contrasts"]
+        for score in contrast["scores"]
+    )
+    assert "Seeds added after a result was shown (3)" in content()["result"]["text"]
+
+
+def test_a_failed_run_leaves_its_seed_out_of_all_rows(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", json.dumps({"ProtoCLIP/seed-1": "fail"}))
+    assert compare("--seeds", "4") == 1
+    out = capsys.readouterr().out
+    assert "ProtoCLIP, seed 1 failed: training: loss was not finite" in out
+    assert content()["result"]["seeds"] == [0, 2, 3]
+    page = read_page(Path("logs/compare/report.html")).text
+    assert "ProtoCLIP, seed 1 failed" in page
+    monkeypatch.delenv("FAKE_TRAIN")
+    calls()
+    assert compare("--seeds", "4") == 0 and started() == ["ProtoCLIP/seed-1"]
+
+
+def test_what_training_refuses_ends_the_command_before_other_runs(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "train_command", lambda processes: [sys.executable, "-c",
+        "import sys; print('protoclip train: error: no such model', file=sys.stderr); sys.exit(2)"
+    ])  # fmt: skip
+    assert compare() == 2
+    assert "error: row CLIP: no such model" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_done(
+    compare: Compare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--row", "plain: --method clip", "--row", "K 4: --k 4", "--row", "K 8: --k 8"]
+    assert compare("--dry-run", *rows, "--seeds", "0,7") == 0
+    out = capsys.readouterr().out
+    assert "plain; K 4; K 8; plain, time of K 4; plain, time of K 8" in out
+    assert "primary scores: image -> text R@1 (HO), text -> image R@1 (HO)" in out
+    assert "runs: 10, 5 for each of the seeds 0, 7; 0 finished" in out
+    assert not Path("logs").exists() and not calls()
+
+
+def test_a_folder_is_of_one_comparison(
+    compare: Compare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("other").mkdir()
+    Path("other/file").touch()
+    assert compare("--out", "other") == 2
+    assert "--out: expected a new folder or that of a comparison" in capsys.readouterr().err
+    assert compare("--seeds", "1", "--equal-steps") == 0
+    for flags, words in (
+        (["--equal-steps", "--lr", "0.5"], "the row CLIP has optim.lr 0.003, got 0.5"),
+        ([], "--equal-steps: the comparison in logs/compare has True, got False"),
+        (["--equal-steps", "--row", "A: --method clip", "--row", "B: --k 3"], "the baseline in"),
+    ):
+        capsys.readouterr()
+        assert compare(*flags) == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("error:") == 1 and message.count("\n") == 1
+    calls()
+    # A new row is trained on the seeds that are there, and the others stay in the result.
+    row = ["--row", "CLIP: --method clip", "--row", "K 3: --k 3"]
+    assert compare("--seeds", "1", "--equal-steps", *row) == 0
+    assert started() == ["K-3/seed-0"]
+    assert [c["row"] for c in content()["result"]["contrasts"]] == ["ProtoCLIP", "K 3"]
+
+
+def test_it_is_not_started_by_torchrun(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert compare() == 2
+    assert "use --nproc-per-run N, which starts torchrun" in capsys.readouterr().err
+    assert command.train_command(2)[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+
+
+def test_report_shows_the_same_table(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare() == 0
+    table = capsys.readouterr().out.partition("\n\n")[2].partition("\npage: ")[0]
+    assert "ProtoCLIP against CLIP, time of ProtoCLIP (for as long)" in table
+    runs = sorted(map(str, Path("logs/compare").glob("*/seed-*")))
+    assert report([*runs, "--out", "report.html"]) == 0
+    assert table in capsys.readouterr().err
+    pages = [read_page(Path(name)) for name in ("report.html", "logs/compare/report.html")]
+    tables = [page.section("table").text for page in pages]
+    assert tables[0] == tables[1]
+
+
+def test_report_groups_runs_that_differ_only_in_the_seed(
+    compare: Compare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without comparison.json: the row of plain CLIP that took as long is the baseline."""
+    assert compare() == 0
+    shutil.move("logs/compare", "runs")
+    Path("runs", FILE).unlink()
+    capsys.readouterr()
+    assert report([*sorted(map(str, Path("runs").glob("*/seed-*"))), "--out", "page.html"]) == 0
+    err = capsys.readouterr().err
+    assert "ProtoCLIP against CLIP-time-of-ProtoCLIP (for as long)" in err
+    assert "image -> text R@1 (+0." in err and "improved" in err
+
+
+def test_runs_that_were_judged_on_different_pictures_show_no_difference(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_TRAIN", json.dumps({"ProtoCLIP/seed-2": "other pictures"}))
+    assert compare() == 0
+    assert "ProtoCLIP and CLIP were judged on different pictures" in capsys.readouterr().out
+    assert not any(contrast["scores"] for contrast in content()["result"]["contrasts"])
+    pair = ["logs/compare/CLIP/seed-2", "logs/compare/ProtoCLIP/seed-2"]
+    folders = [shutil.copytree(folder, name) for folder, name in zip(pair, "ab", strict=True)]
+    assert report([*map(str, folders), "--out", "two.html"]) == 0
+    assert "b and a were judged on different pictures (20 and 20)" in capsys.readouterr().err
+    assert not read_page(Path("two.html")).all("span", class_="difference")
+
+
+def outcome(seed: int, gain: float, training: float = 10.0) -> Outcome:
+    noise = np.random.default_rng(seed).normal(0, 0.01, size=2)
+    metrics = {"class/acc1": 0.5 + gain + noise[0], "class/ami": 0.5 + noise[1]}
+    judged = SetResults("All", 100, 100, metrics, fingerprint="f")
+    work = {"training": training}
+    return Outcome("d", "m", "p", {"ALL": judged}, work_seconds=work)
+
+
+def made(seeds: int, gain: float, training: float = 10.0, **more: Any) -> Comparison:
+    rows = [
+        Row("CLIP", {seed: outcome(seed, 0.0) for seed in range(seeds)}, {}),
+        Row("P", {seed: outcome(100 + seed, gain, training) for seed in range(seeds)}, {}),
+    ]
+    primary = [("ALL", "class/acc1"), ("ALL", "class/ami")]
+    return compare_rows(rows, [Pair("P", "CLIP", True)], primary, **more)
+
+
+def test_the_paragraph_says_what_can_be_claimed() -> None:
+    text = paragraph(made(5, 0.1))
+    assert re.search(r"P over 5 seeds: zero-shot class \(\+0\.\d{3} ± 0\.\d{3}\) improved", text)
+    assert "no significant difference in k-means AMI class" in text
+    assert re.search(r"would need (\d+|more than 50) seeds", text)
+    assert "(t, paired by seed, Holm over 2 tests) cover the randomness of training" in text
+    assert "zero-shot class (-0." in paragraph(made(5, -0.1)) and "got worse" in paragraph(
+        made(5, -0.1)
+    )
+
+
+def test_what_is_not_claimed() -> None:
+    two = made(2, 0.1)
+    assert "With 2 seeds these are differences without a claim" in paragraph(two)
+    cells = two.contrasts[0].cells.values()
+    assert not any(cell.significant for cell in cells) and "±" not in format_comparison(two)
+    added = made(5, 0.1, added=[4])
+    assert not any(cell.significant for cell in added.contrasts[0].cells.values())
+    assert "No seed has finished in all rows" in paragraph(made(0, 0.1))
+    (warning,) = notes(made(5, 0.1, training=12.0))
+    assert "CLIP trained 0.83 times as long as P, not equally long within 5 %" in warning
+    assert notes(made(5, 0.1, training=10.3)) == []
+
+
+def test_the_primary_scores_follow_from_the_data() -> None:
+    recalls = ["text_retrieval_recall@1", "image_retrieval_recall@1"]
+    assert primary_of({"HO": [*recalls, "modality_gap"]}) == [("HO", name) for name in recalls]
+    icons = command.expected_metrics(make_config(device="cpu"))
+    assert primary_of(icons) == [
+        ("NEW", "concept/acc1"),
+        ("NEW", "concept/nn_acc1"),
+        ("HO", "concept/ami"),
+    ]
+
+
+def test_the_page_is_whole(compare: Compare) -> None:
+    assert compare() == 0
+    page = read_page(Path("logs/compare/report.html"))
+    assert page.sections == ["primary", "table", "time", "settings", "runs"]
+    assert len(page.section("primary").all("svg")) == 2
+    links = [link.attributes["href"] for link in page.section("runs").all("a")]
+    assert len(links) == 9 and all(Path("logs/compare", link).exists() for link in links)
+    assert "optim.max_steps" in page.section("settings").text
+    assert len(page.section("table").all("b")) == 1
+    for region in page.all(class_="scroll"):
+        assert region.attributes["tabindex"] == "0" and region.attributes["aria-label"]
+
+
+@needs_browser
+def test_the_page_fits_a_narrow_dark_window(compare: Compare, tmp_path: Path) -> None:
+    assert compare() == 0
+    state = in_browser(
+        Path("logs/compare/report.html"),
+        "<pre id=state></pre><script>state.textContent = JSON.stringify({"
+        "wide: document.documentElement.scrollWidth > innerWidth,"
+        "background: getComputedStyle(document.body).backgroundColor})</script>",
+        tmp_path,
+    )
+    assert state == {"wide": False, "background": "rgb(20, 24, 29)"}
+
+
+def test_real_runs_are_compared_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nano: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path)
+    config = make_config(
+        train_data="pairs.csv", val_fraction=0.25, model=str(nano), batch_size=16, max_steps=2,
+        k=4, infonce_warmup_epoch=0, device="cpu", report_to="none",
+    )  # fmt: skip
+    comparison = command.compare(config, seeds=[3], out="both", equal_steps=True)
+    (contrast,) = comparison.contrasts
+    assert comparison.seeds == (3,) and not comparison.failed
+    assert contrast.pair == Pair("ProtoCLIP", "CLIP", False) and contrast.time_ratio > 0
+    recall = next(score for score in contrast.cells if score.metric == "text_retrieval_recall@1")
+    runs = [read_results(Path("both", row, "seed-3", "results.json")) for row in ROWS[:2]]
+    values = [run.trained["HO"].metrics[recall.metric] for run in runs]
+    assert contrast.cells[recall].differences == (values[1] - values[0],)
+    saved = json.loads(Path("both/CLIP/seed-3/config.json").read_text())
+    assert saved["run"]["seed"] == 3 and saved["method"] == "clip"
