@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test check-peers parity check-arm sanitize dist-check faults bench bench-full peers pictures kernels ptx ptx-mutants gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers parity check-arm sanitize dist-check faults bench bench-full peers docs pictures kernels ptx ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -69,6 +69,9 @@ bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results
 
 peers:  ## other packages' own tests with our losses: make peers PEERS="open_clip=PATH lightly=PATH sentence_transformers=PATH"
 	$(PYTHON) -m benchmarks.peer_suites $(PEERS)
+
+docs:  ## the pages, the API and the commands as a site in build/docs (pip install -e '.[docs]')
+	$(PYTHON) -m sphinx -W --keep-going -q -b html -c docs . build/docs
 
 pictures:  ## the front page's pictures and alt texts, from the records
 	$(PYTHON) -m benchmarks.pictures

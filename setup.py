@@ -39,6 +39,7 @@ DEV = [
     "sentence-transformers",  # the peers of test_contrastive
     "pytorch-metric-learning",
 ]
+DOCS = ["sphinx==9.0.4", "myst-parser==5.2.0", "furo==2025.12.19", "sphinx-argparse==0.6.1"]
 
 setup(
     name="protoclip",
@@ -108,6 +109,7 @@ setup(
         "wandb": ["wandb"],
         "remote": ["fsspec[http]", "s3fs", "gcsfs", "huggingface_hub"],
         "dev": DEV,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["protoclip = protoclip.__main__:main"]},
     classifiers=[

@@ -7,7 +7,7 @@ Run from the root of this repository, for checkouts of the peers:
 Each suite runs twice, as it is and with our classes in place before its tests are imported. A test
 that fails both times is the peer's or the environment's (no network, another version); one that
 fails only with ours is ours, unless it asks for what we keep private or refuse. ``--write`` puts
-these rows into the table of docs/peer-suites.md. lightly's tests need requests and pytest-mock.
+these rows into benchmarks/results/peer_suites.md. lightly's tests need requests and pytest-mock.
 sentence-transformers' tests load models from a hub; both runs give them one of random weights.
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import protoclip
 
-PAGE = Path(__file__).parent.parent / "docs" / "peer-suites.md"
+PAGE = Path(__file__).parent / "results" / "peer_suites.md"
 SUITE = "PROTOCLIP_PEER"  # in the tests' process: the suite that runs
 OURS = "PROTOCLIP_PEER_OURS"  # in the tests' process: whether its classes are replaced
 
@@ -304,9 +304,14 @@ def compare(name: str, checkout: Path) -> Result:
     return Result(name, commit, ours, failed_alone, excused, faults)
 
 
+INTRODUCTION = """# Peers' own test suites with our losses
+
+Written by `make peers`.
+
+"""
 HEAD = (
-    "| suite | commit | passed | skipped | failed | fails without ours too | asks for what we "
-    "do not give | our fault |",
+    "| Suite | Commit | Passed | Skipped | Failed | Also fails without protoclip | Needs "
+    "unsupported internals | protoclip bug |",
     "|---|---|---|---|---|---|---|---|",
 )
 
@@ -359,10 +364,9 @@ def main() -> None:
         lines += lines_of(compare(name, checkout))
     print(table(lines))
     if args.write:
-        head, begin, rest = PAGE.read_text(encoding="utf-8").partition("<!-- suites: begin -->\n")
-        old, end, tail = rest.partition("<!-- suites: end -->")
-        lines += [line for line in old.splitlines() if suite_of(line) not in ("", *checkouts)]
-        PAGE.write_text(head + begin + table(lines) + end + tail, encoding="utf-8")
+        old = PAGE.read_text(encoding="utf-8").splitlines()
+        lines += [line for line in old if suite_of(line) not in ("", *checkouts)]
+        PAGE.write_text(INTRODUCTION + table(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

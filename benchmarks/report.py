@@ -1,9 +1,7 @@
-"""Records into docs/speed.md, and README's table.
+"""Tables of the newest record of each machine.
 
-    python -m benchmarks.report RESULTS.json …            print the tables
-    python -m benchmarks.report RESULTS.json … --write    update the pages
-
-Of each machine the newest record counts; README shows the newest of a CPU.
+python -m benchmarks.report RESULTS.json …            print the tables
+python -m benchmarks.report RESULTS.json … --write    write them to benchmarks/results/speed.md
 """
 
 from __future__ import annotations
@@ -22,11 +20,17 @@ IDENTITY = ("op", "phase", "variant", "shape", "dtype", "sweep")  # the last in 
 OURS = "protoclip"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "speed.md"
-README = ROOT / "README.md"
-BEGIN = "<!-- record: begin (python -m benchmarks.report writes this) -->"
-END = "<!-- record: end -->"
-HEADLINES = {  # README's rows: a name, and which case it is
+PAGE = RESULTS / "speed.md"
+INTRODUCTION = """# Records of speed
+
+Written by `python -m benchmarks.report benchmarks/results/*.json --write` from the newest record
+of each machine. [docs/speed.md](../../docs/speed.md) says how they are measured, and where
+protoclip is slower and why. In a label, "both" is forward and backward. `authors` is the prototype
+loss as the ProtoCLIP authors write it, `attention+gather` the same loss written with PyTorch's
+attention.
+
+"""
+HEADLINES = {  # the cases of the front page's picture: a name, and which case it is
     "InfoNCE and gradient, bf16": "info_nce both bf16 N=4096 D=512",
     "InfoNCE and gradient, fp32": "info_nce both fp32 N=4096 D=512",
     "SigLIP and gradient, bf16": "siglip both bf16 N=4096 D=512",
@@ -35,26 +39,6 @@ HEADLINES = {  # README's rows: a name, and which case it is
     "k-means, 10 iterations, fp32": "kmeans 10 iterations fp32 N=20000 K=1000 D=128",
     "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",  # older ones
 }
-
-
-def between(path: Path, begin: str, end: str) -> tuple[str, str, str]:
-    """What stands before, between and after two marks of a page.
-
-    Raises:
-        ValueError: the marks are not there once each.
-    """
-    text = path.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{path}: expected the lines {begin!r} and {end!r} once each")
-    before, _, from_begin = text.partition(begin)
-    middle, _, after = from_begin.partition(end)
-    return before, middle.strip(), after
-
-
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two marks of a page."""
-    before, _, after = between(path, begin, end)
-    path.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
 def identity(row: Row) -> str:
@@ -109,10 +93,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def section(records: Iterable[Record]) -> str:
-    """Everything between the page's marks."""
+def page(records: Iterable[Record]) -> str:
+    """The whole page."""
     machines = [_machine(record) for record in newest_per_machine(records)]
-    return "\n\n".join(machines) if machines else "No record yet."
+    return INTRODUCTION + ("\n\n".join(machines) if machines else "No record yet.") + "\n"
 
 
 def newest_cpu(records: Iterable[Record]) -> Record | None:
@@ -122,43 +106,13 @@ def newest_cpu(records: Iterable[Record]) -> Record | None:
 
 
 def headline_cases(record: Record) -> dict[str, list[Row]]:
-    """README's cases by name; those that the record lacks are left out."""
+    """The picture's cases by name; those that the record lacks are left out."""
     by_case = {}
     for group in cases(row for row in record["rows"] if not row.get("sweep")):
         fastest = group[0]
         if is_ours(fastest):
             by_case[f"{label(fastest)} {fastest['dtype']} {sizes(fastest)}"] = group
     return {name: by_case[case] for name, case in HEADLINES.items() if case in by_case}
-
-
-def headlines(records: Iterable[Record]) -> str:
-    """Everything between README's marks."""
-    record = newest_cpu(records)
-    if record is None:
-        return "No record yet."
-    compared = [row for row in record["rows"] if row["ratio"] is not None]
-    lines = []
-    shown = headline_cases(record)
-    numbers = sorted({row["run"] for group in shown.values() for row in group})
-    runs = [record["runs"][number] for number in numbers] or record["runs"][-1:]
-    days = " and ".join(sorted({run["date"][:10] for run in runs}))
-    commits = ", ".join(dict.fromkeys(run["commit"] or "no commit" for run in runs))
-    slower = [row for row in compared if row["ratio"] < 1]
-    of_kmeans = sum(row["op"] == "kmeans" for row in slower)
-    for name, group in shown.items():
-        ours = group[0]
-        time = f"{digits(ours['median_ms'])} ms"
-        lines.append([f"{name}, {sizes(ours)}", time, mib(ours), _peers(group)])
-    head = ["", "protoclip", "extra memory", "others: time as a multiple of ours (extra memory)"]
-    machine, versions = runs[-1]["machine"], runs[-1]["versions"]
-    return (
-        f"{machine}, torch {versions['torch']}, recorded {days} at {commits}. "
-        f"Of the {len(compared)} comparisons in this record the other is faster in {len(slower)}, "
-        f"{of_kmeans} of them k-means ([which](docs/speed.md)).\n\n{table(head, lines)}"
-    )
-
-
-PAGES = {PAGE: section, README: headlines}
 
 
 def _machine(record: Record) -> str:
@@ -267,12 +221,8 @@ def _slower(groups: Iterable[list[Row]]) -> str:
 
 
 def stale(records: list[Record]) -> bool:
-    """Whether a page says something else than the records."""
-    for page, text_of in PAGES.items():
-        _, text, _ = between(page, BEGIN, END)
-        if text != text_of(records).strip():
-            return True
-    return False
+    """Whether the page says something else than the records."""
+    return PAGE.read_text(encoding="utf-8") != page(records)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -280,14 +230,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("results", nargs="+", type=Path, help="records written by --record")
-    parser.add_argument("--write", action="store_true", help="update the pages")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     options = parser.parse_args(arguments)
     records = [json.loads(path.read_text()) for path in options.results]
-    if not options.write:
-        print(section(records))
-        return 0
-    for page, text_of in PAGES.items():
-        write_between(page, BEGIN, END, text_of(records))
+    if options.write:
+        PAGE.write_text(page(records), encoding="utf-8")
+    else:
+        print(page(records))
     return 0
 
 

@@ -41,7 +41,7 @@ def test_a_page_is_stale_after_a_new_record_and_says_which_peers_are_faster() ->
         if row["ratio"]:
             row["ratio"] = 0.5
     assert report.stale(changed)
-    assert " takes 0.50 of our time" in report.section(changed)
+    assert " takes 0.50 of our time" in report.page(changed)
 
 
 @pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
