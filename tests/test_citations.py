@@ -107,7 +107,7 @@ def test_code_cites_sections_of_the_mathematics():
     assert cited_pages.count("docs/algorithm.md") >= 5
 
 
-def test_the_page_on_design_has_the_rooms_of_the_house_in_order():
+def test_the_page_on_design_has_the_modules_in_order():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    table = page.partition("| room |")[2].partition("\n\n")[0]
+    table = page.partition("| Module |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ROOMS

@@ -63,7 +63,7 @@ def known_features(folder: Path, rows: np.ndarray | None = None) -> list[str]:
 
 
 def rows_of(table: Path) -> list[dict[str, str]]:
-    """The rows of a clusters.csv, read as docs/evaluation.md says."""
+    """The rows of a clusters.csv, read as docs/cluster.md says."""
     with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
 

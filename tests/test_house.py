@@ -1,4 +1,4 @@
-"""The house as docs/design.md draws it: rooms in one order and no circles."""
+"""Imports point one way, in the order of docs/design.md's table, without cycles."""
 
 import ast
 import pickle
@@ -11,7 +11,7 @@ from protoclip import losses, ops
 
 ROOT = Path(protoclip.__file__).parent
 
-# A room imports from itself and from the rooms before it. The order is the data flow.
+# A module imports from itself and from those before it. The order is the data flow.
 ROOMS = [
     "common", "settings", "ops", "distributed", "data", "model", "lloyd", "episodes",
     "losses", "runs", "cached_gradients", "evaluate", "report", "cluster", "training", "train",
@@ -53,10 +53,10 @@ def own_modules(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_arrows_point_one_way(path):
     here = module_of(path).split(".")[1]
-    assert here in FLOOR, f"{here} has no place in the house; give it one in ROOMS"
+    assert here in FLOOR, f"{here} has no place in the order; give it one in ROOMS"
     for module in own_modules(path):
         room = module.split(".")[1]
-        assert FLOOR[room] <= FLOOR[here], f"{here} imports {room}, which stands behind it"
+        assert FLOOR[room] <= FLOOR[here], f"{here} imports {room}, which comes later"
 
 
 def test_there_is_no_circle():

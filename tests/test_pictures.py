@@ -17,7 +17,7 @@ def texts_of(svg):
     return [(float(element.get("x")), element.text) for element in texts]
 
 
-DRAWING = '<svg viewBox="0 0 8 8" width="8" fill="#000"><path d="M1 1h6v6z"/></svg>'
+DRAWING = '<svg viewBox="0 0 8 8" width="8"><path d="M1 1h6v6z" fill="#000"/></svg>'
 
 
 def test_names_are_drawn_right_and_wrong():
