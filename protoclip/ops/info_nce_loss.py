@@ -22,32 +22,35 @@ from protoclip.kernels.results import Gradients, InfoNceForward
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
+    PassTo,
+    backend_operator,
+    call_saved,
     define_gradient,
     direction_weight,
     empty,
     gradient_like,
-    operator,
     reduce,
     reduce_weighted,
     refuse_gradient,
-    save,
     saved_values,
+    saving,
     without_autocast,
 )
 from protoclip.ops.pairs import Matching, SameId
 from protoclip.ops.query_losses import pair_loss, query_losses
-from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
+from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash
 from protoclip.ops.sums import plain_smoothing
 
 
 class InfoNceLoss(NamedTuple):
-    """Results of the forward pass."""
+    """Results of the forward pass: those of ``InfoNceForward``, in order, and the stash."""
 
     loss: Tensor  # of each pair [N], or [] for "mean" and "sum"
     row_reference: Tensor  # [N]
     row_sum: Tensor  # [N]
     column_reference: Tensor  # [M], or [0] of one direction
     column_sum: Tensor  # [M], or [0] of one direction
+    positive: Tensor  # [N]
     stash: Tensor
 
 
@@ -77,12 +80,14 @@ def _info_nce_loss_shapes(arguments: Any) -> InfoNceLoss:
         row_sum=empty(x, n),
         column_reference=empty(x, m),
         column_sum=empty(x, m),
+        positive=empty(x, n),
         stash=fake_stash("info_nce", arguments.backend, x, y, arguments.keep_stash),
     )
 
 
-@operator("info_nce", _info_nce_loss_shapes, InfoNceLoss)
+@backend_operator("info_nce", _info_nce_loss_shapes, InfoNceLoss)
 def info_nce_loss(
+    pass_to: PassTo,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -91,28 +96,16 @@ def info_nce_loss(
     reduction: str,
     backend: str,
     keep_stash: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of each row or, with ``both_directions`` (N = M), half the sum of both."""
     stash = empty_stash("info_nce", backend, x, y, keep_stash)
-    run = with_stash(function("info_nce", backend, "info_nce_fwd"), stash)
-    results = run(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        offset=offset,
-        both_directions=both_directions,
+    results = pass_to(
+        function("info_nce", backend, "info_nce_fwd"),
         pair_weight=direction_weight(both_directions, reduction, x.shape[0]),
         summed=reduction != "none",
-    )
-    forward = InfoNceForward._make(results)
-    return InfoNceLoss(
-        loss=forward.loss,
-        row_reference=forward.row_reference,
-        row_sum=forward.row_sum,
-        column_reference=forward.column_reference,
-        column_sum=forward.column_sum,
         stash=stash,
     )
+    return (*results, stash)
 
 
 def _info_nce_gradients_shapes(arguments: Any) -> Gradients:
@@ -120,8 +113,9 @@ def _info_nce_gradients_shapes(arguments: Any) -> Gradients:
     return Gradients(dx=x.new_empty(x.shape), dy=y.new_empty(y.shape), dlogit_scale=empty(x))
 
 
-@operator("info_nce_bwd", _info_nce_gradients_shapes, Gradients)
+@backend_operator("info_nce_bwd", _info_nce_gradients_shapes, Gradients)
 def info_nce_gradients(
+    pass_to: PassTo,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -144,33 +138,7 @@ def info_nce_gradients(
     [0] of one direction."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = direction_weight(half_sum, reduction, x.shape[0])
-    run = with_stash(function("info_nce", backend, "info_nce_bwd"), stash)
-    return run(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        row_reference=row_reference,
-        row_sum=row_sum,
-        column_reference=column_reference,
-        column_sum=column_sum,
-        row_weight=row_weight,
-        column_weight=column_weight,
-        offset=offset,
-        pair_weight=pair_weight,
-    )
-
-
-def _save_info_nce_loss(ctx: Any, arguments: Any, results: InfoNceLoss) -> None:
-    save(
-        ctx,
-        **arguments._asdict(),
-        row_reference=results.row_reference,
-        row_sum=results.row_sum,
-        column_reference=results.column_reference,
-        column_sum=results.column_sum,
-        stash=results.stash,
-    )
-    ctx.set_materialize_grads(False)  # the statistics have none
+    return pass_to(function("info_nce", backend, "info_nce_bwd"), pair_weight=pair_weight)
 
 
 def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
@@ -178,21 +146,12 @@ def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
         return {}
     saved = saved_values(ctx)
     weight = grads.loss.expand(saved.x.shape[0])
-    gradients = info_nce_gradients(
-        x=saved.x,
-        y=saved.y,
-        logit_scale=saved.logit_scale,
-        row_reference=saved.row_reference,
-        row_sum=saved.row_sum,
-        column_reference=saved.column_reference,
-        column_sum=saved.column_sum,
+    gradients = call_saved(
+        info_nce_gradients,
+        saved,
         row_weight=weight,
         column_weight=weight if saved.both_directions else weight[:0],
-        offset=saved.offset,
         half_sum=saved.both_directions,
-        reduction=saved.reduction,
-        backend=saved.backend,
-        stash=saved.stash,
     )
     return {
         "x": gradients.dx,
@@ -201,7 +160,11 @@ def _info_nce_loss_backward(ctx: Any, grads: InfoNceLoss) -> dict[str, Tensor]:
     }
 
 
-define_gradient(info_nce_loss, save=_save_info_nce_loss, backward=_info_nce_loss_backward)
+define_gradient(
+    info_nce_loss,
+    save=saving(["row_reference", "row_sum", "column_reference", "column_sum", "stash"]),
+    backward=_info_nce_loss_backward,
+)
 refuse_gradient(info_nce_gradients, "info_nce")
 
 

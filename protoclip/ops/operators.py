@@ -6,12 +6,13 @@ more.
 
 from __future__ import annotations
 
+import inspect
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
 _LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
+# Arguments that an op has for itself; the functions of backends do not take them.
+OF_THE_OP = ("backend", "reduction", "half_sum", "keep_stash")
+
+PassTo = Callable[..., Any]  # (function, further arguments by name) -> the function's results
 Parameters = ParamSpec("Parameters")
 Named = TypeVar("Named")
 
@@ -71,6 +76,41 @@ def operator(
     return register
 
 
+def backend_operator(
+    name: str,
+    shapes: Callable[[Any], Tensor | tuple[Tensor, ...]],
+    results: Callable[..., Named],
+) -> Callable[[Callable[Concatenate[PassTo, Parameters], Any]], Callable[Parameters, Named]]:
+    """``operator`` for an op that a backend's function computes.
+
+    The body's first parameter, which is none of the op's, calls that function with the op's
+    arguments by name, except ``OF_THE_OP`` and an empty stash, and with further ones given there.
+    """
+
+    def register(body: Callable[..., Any]) -> Callable[..., Named]:
+        signature = inspect.signature(body)
+        parameters = list(signature.parameters.values())[1:]
+        names = [parameter.name for parameter in parameters]
+
+        def run(*values: Any) -> Any:
+            def pass_to(function: Callable[..., Any], **arguments: Any) -> Any:
+                for name, value in zip(names, values, strict=True):
+                    if name not in OF_THE_OP:
+                        arguments.setdefault(name, value)
+                if "stash" in arguments and not arguments["stash"].numel():
+                    del arguments["stash"]
+                return function(**arguments)
+
+            return body(pass_to, *values)
+
+        run.__name__ = body.__name__
+        run.__doc__ = body.__doc__
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return operator(name, shapes, results)(run)
+
+    return register
+
+
 def single(tensor: Tensor) -> Tensor:
     """``results`` of an op that returns one tensor."""
     return tensor
@@ -84,7 +124,8 @@ def define_gradient(
     """Give the op of a function its gradient.
 
     Args:
-        save: (ctx, arguments, results) -> None, both by name; keeps what ``backward`` needs.
+        save: (ctx, arguments, results) -> None, both by name; keeps what ``backward`` needs, such
+            as ``saving(...)``.
         backward: (ctx, gradients of the results, by name) -> gradients of arguments, by name; an
             argument without an entry has none. ``wanted_gradients`` says which are wanted.
     """
@@ -92,6 +133,7 @@ def define_gradient(
     arguments = _arguments_of(registered.op)
 
     def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # results without a gradient have None
         tensors = output if isinstance(output, tuple) else (output,)
         save(ctx, arguments(*inputs), registered.results(*tensors))
 
@@ -155,10 +197,26 @@ def save(ctx: Any, **values: Any) -> None:
     ctx.other_values = {name: value for name, value in values.items() if name not in tensors}
 
 
+def saving(results: Sequence[str]) -> Callable[[Any, Any, Any], None]:
+    """``save`` of ``define_gradient`` that keeps all arguments and the results of these names."""
+
+    def keep(ctx: Any, arguments: Any, output: Any) -> None:
+        save(ctx, **arguments._asdict(), **{name: getattr(output, name) for name in results})
+
+    return keep
+
+
 def saved_values(ctx: Any) -> Any:
     """What ``save`` has kept, by name."""
     tensors = dict(zip(ctx.names_of_tensors, ctx.saved_tensors, strict=True))
     return SimpleNamespace(**tensors, **ctx.other_values)
+
+
+def call_saved(function: Callable[..., Named], saved: Any, **given: Any) -> Named:
+    """Call an op with the arguments ``given``; the others are saved values of the same names."""
+    op = _REGISTERED[function].op
+    values = vars(saved) | given
+    return function(*(values[argument.name] for argument in op._schema.arguments))
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:

@@ -75,7 +75,8 @@ class Pairs:
 
     def tensors(self) -> dict[str, Any]:
         """The arguments about pairs of the contrastive op and its backends, by name."""
-        return pair_tensors(self)
+        names = ("own_key", "offset", "exclude", "key_bias")
+        return {name: getattr(self, name) for name in names} | self.ids()
 
     def own_positions(self, queries: Tensor) -> Tensor:
         """``own_key`` of the queries [N, D], whether it was given or not."""
@@ -88,12 +89,6 @@ class Pairs:
         """The arguments about pairs of SigLIP's op and its backends, by name."""
         names = ("query_ids", "key_ids", "same_positive")
         return {name: getattr(self, name) for name in names}
-
-
-def pair_tensors(values: Any) -> dict[str, Any]:
-    """The attributes of ``values`` that are the contrastive op's arguments about pairs, by name."""
-    names = ("own_key", "offset", "exclude", "query_ids", "key_ids", "key_bias", "same_positive")
-    return {name: getattr(values, name) for name in names}
 
 
 class Gaps(NamedTuple):

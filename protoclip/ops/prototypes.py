@@ -20,11 +20,13 @@ from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
+    PassTo,
     accumulator,
+    backend_operator,
+    call_saved,
     define_gradient,
     empty,
     gradient_like,
-    operator,
     reduce,
     reduce_weighted,
     refuse_gradient,
@@ -55,8 +57,9 @@ def _sample_losses_shapes(arguments: Any) -> SampleLosses:
     )
 
 
-@operator("prototype_cross_entropy", _sample_losses_shapes, SampleLosses)
+@backend_operator("prototype_cross_entropy", _sample_losses_shapes, SampleLosses)
 def sample_losses(
+    pass_to: PassTo,
     features: Tensor,
     prototypes: Tensor,
     targets: Tensor,
@@ -71,17 +74,7 @@ def sample_losses(
     """The loss of each sample, or their sum, or their mean over those with a label; ``targets`` is
     [0, D] for hard labels."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_fwd")
-    return run(
-        features=features,
-        prototypes=prototypes,
-        targets=targets,
-        labels=labels,
-        logit_scale=logit_scale,
-        need_grad=need_grad,
-        need_nearest=need_nearest,
-        need_scale_gradient=need_scale_gradient,
-        reduction=reduction,
-    )
+    return pass_to(run, reduction=reduction)
 
 
 def _scaled_gradients_shapes(arguments: Any) -> ScaledGradients:
@@ -91,8 +84,9 @@ def _scaled_gradients_shapes(arguments: Any) -> ScaledGradients:
     )
 
 
-@operator("prototype_cross_entropy_scale", _scaled_gradients_shapes, ScaledGradients)
+@backend_operator("prototype_cross_entropy_scale", _scaled_gradients_shapes, ScaledGradients)
 def scaled_gradients(
+    pass_to: PassTo,
     grad: Tensor,
     divisor: Tensor,
     logit_scale: Tensor,
@@ -104,22 +98,16 @@ def scaled_gradients(
     """What the forward pass saved times the upstream gradient, [N] or, with a ``divisor``, []. A
     saved gradient of no rows is not wanted."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_scale")
-    return run(
-        grad=grad,
-        divisor=divisor,
-        logit_scale=logit_scale,
-        gradient=gradient,
-        scale_gradient=scale_gradient,
-        features=features,
-    )
+    return pass_to(run)
 
 
 def _prototype_gradient_shapes(arguments: Any) -> Tensor:
     return arguments.prototypes.new_empty(arguments.prototypes.shape)
 
 
-@operator("prototype_cross_entropy_bwd", _prototype_gradient_shapes, single)
+@backend_operator("prototype_cross_entropy_bwd", _prototype_gradient_shapes, single)
 def prototype_gradient(
+    pass_to: PassTo,
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
@@ -132,20 +120,10 @@ def prototype_gradient(
 ) -> Tensor:
     """logit_scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_bwd")
-    return run(
-        features=features,
-        prototypes=prototypes,
-        labels=labels,
-        logit_scale=logit_scale,
-        row_max=row_max,
-        row_sum=row_sum,
-        weight=weight,
-        hard=hard,
-    )
+    return pass_to(run)
 
 
 def _save_sample_losses(ctx: Any, arguments: Any, results: SampleLosses) -> None:
-    ctx.set_materialize_grads(False)  # only the loss has one; saves zeros of [N, D]
     save(
         ctx,
         features=arguments.features,
@@ -169,14 +147,11 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
     wanted = wanted_gradients(ctx, sample_losses)
     saved = saved_values(ctx)
     if wanted.features or wanted.logit_scale:
-        gradients = scaled_gradients(
+        gradients = call_saved(
+            scaled_gradients,
+            saved,
             grad=grads.loss,
-            divisor=saved.divisor,
-            logit_scale=saved.logit_scale,
             gradient=saved.gradient if wanted.features else saved.gradient[:0],
-            scale_gradient=saved.scale_gradient,
-            features=saved.features,
-            backend=saved.backend,
         )
         if wanted.features:
             by_name["features"] = gradients.dfeatures
@@ -186,17 +161,7 @@ def _sample_losses_backward(ctx: Any, grads: SampleLosses) -> dict[str, Any]:
         weight = grads.loss
         if weight.ndim == 0:
             weight = (weight / saved.divisor).expand(saved.row_sum.shape[0])
-        by_name["prototypes"] = prototype_gradient(
-            features=saved.features,
-            prototypes=saved.prototypes,
-            labels=saved.labels,
-            logit_scale=saved.logit_scale,
-            row_max=saved.row_max,
-            row_sum=saved.row_sum,
-            weight=weight,
-            hard=saved.hard,
-            backend=saved.backend,
-        )
+        by_name["prototypes"] = call_saved(prototype_gradient, saved, weight=weight)
     return by_name
 
 

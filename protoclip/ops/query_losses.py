@@ -14,34 +14,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protoclip.kernels.results import (
-    ContrastiveForward,
-    ContrastiveGradients,
-    PairStatistics,
-)
+from protoclip.kernels.results import ContrastiveGradients, PairStatistics
 from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
+    PassTo,
+    backend_operator,
+    call_saved,
     define_gradient,
     direction_weight,
     empty,
     gradient_like,
-    operator,
     refuse_gradient,
-    save,
     saved_values,
+    saving,
     without_autocast,
 )
-from protoclip.ops.pairs import Gaps, Matching, SameId, pair_tensors
-from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash, with_stash
+from protoclip.ops.pairs import Gaps, Matching, SameId
+from protoclip.ops.stash import empty_stash, fake_stash, keeps_stash
 from protoclip.ops.sums import LN2, log_add, logits_of_negatives, smoothing, with_others
 
 NUM_POSITIVES = PairStatistics._fields.index("num_positives")  # a row of the statistics
 
 
 class ContrastiveLoss(NamedTuple):
-    """Results of the forward pass: ``ContrastiveForward``, and the stash."""
+    """Results of the forward pass: those of ``ContrastiveForward``, in order, and the stash."""
 
     gap: Tensor
     positive_mean: Tensor
@@ -75,8 +73,9 @@ def _contrastive_shapes(arguments: Any) -> ContrastiveLoss:
     )
 
 
-@operator("contrastive", _contrastive_shapes, ContrastiveLoss)
+@backend_operator("contrastive", _contrastive_shapes, ContrastiveLoss)
 def contrastive_gaps(
+    pass_to: PassTo,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -96,32 +95,13 @@ def contrastive_gaps(
     "mean" and "sum" (N = M, both directions), the loss of the batch of pairs. ``own_key``
     to ``same_positive`` are ``Pairs.tensors()``."""
     stash = empty_stash("contrastive", backend, x, y, keep_stash)
-    run = with_stash(function("contrastive", backend, "contrastive_fwd"), stash)
-    results = run(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        own_key=own_key,
-        offset=offset,
-        exclude=exclude,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        key_bias=key_bias,
-        same_positive=same_positive,
-        both_directions=both_directions,
+    results = pass_to(
+        function("contrastive", backend, "contrastive_fwd"),
         pair_weight=direction_weight(both_directions, reduction, x.shape[0]),
         summed=reduction != "none",
-    )
-    forward = ContrastiveForward._make(results)
-    return ContrastiveLoss(
-        gap=forward.gap,
-        positive_mean=forward.positive_mean,
-        column_gap=forward.column_gap,
-        column_positive_mean=forward.column_positive_mean,
-        row_statistics=forward.row_statistics,
-        column_statistics=forward.column_statistics,
         stash=stash,
     )
+    return (*results, stash)
 
 
 def _contrastive_gradients_shapes(arguments: Any) -> ContrastiveGradients:
@@ -134,8 +114,9 @@ def _contrastive_gradients_shapes(arguments: Any) -> ContrastiveGradients:
     )
 
 
-@operator("contrastive_bwd", _contrastive_gradients_shapes, ContrastiveGradients)
+@backend_operator("contrastive_bwd", _contrastive_gradients_shapes, ContrastiveGradients)
 def contrastive_gradients(
+    pass_to: PassTo,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -160,37 +141,8 @@ def contrastive_gradients(
     the means (None: 0). Of one direction the columns' are [0]."""
     # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
     pair_weight = direction_weight(reduction != "none", reduction, x.shape[0])
-    run = with_stash(function("contrastive", backend, "contrastive_bwd"), stash)
-    return run(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        own_key=own_key,
-        offset=offset,
-        exclude=exclude,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        key_bias=key_bias,
-        same_positive=same_positive,
-        row_statistics=row_statistics,
-        column_statistics=column_statistics,
-        row_gap_weight=row_gap_weight,
-        row_positive_mean_weight=row_positive_mean_weight,
-        column_gap_weight=column_gap_weight,
-        column_positive_mean_weight=column_positive_mean_weight,
-        pair_weight=pair_weight,
-    )
-
-
-def _save_contrastive(ctx: Any, arguments: Any, results: ContrastiveLoss) -> None:
-    save(
-        ctx,
-        **arguments._asdict(),
-        row_statistics=results.row_statistics,
-        column_statistics=results.column_statistics,
-        stash=results.stash,
-    )
-    ctx.set_materialize_grads(False)
+    run = function("contrastive", backend, "contrastive_bwd")
+    return pass_to(run, pair_weight=pair_weight)
 
 
 def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]:
@@ -207,20 +159,13 @@ def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]
         row_gap = saved.row_statistics.new_zeros(()).expand(saved.row_statistics.shape[1])
     if column_gap is None:
         column_gap = saved.row_statistics.new_zeros(()).expand(saved.column_statistics.shape[1])
-    gradients = contrastive_gradients(
-        x=saved.x,
-        y=saved.y,
-        logit_scale=saved.logit_scale,
-        **pair_tensors(saved),
-        row_statistics=saved.row_statistics,
-        column_statistics=saved.column_statistics,
+    gradients = call_saved(
+        contrastive_gradients,
+        saved,
         row_gap_weight=row_gap,
         row_positive_mean_weight=grads.positive_mean,
         column_gap_weight=column_gap,
         column_positive_mean_weight=grads.column_positive_mean,
-        reduction=saved.reduction,
-        backend=saved.backend,
-        stash=saved.stash,
     )
     by_name = {
         "x": gradients.dx,
@@ -232,7 +177,11 @@ def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]
     return by_name
 
 
-define_gradient(contrastive_gaps, save=_save_contrastive, backward=_contrastive_backward)
+define_gradient(
+    contrastive_gaps,
+    save=saving(["row_statistics", "column_statistics", "stash"]),
+    backward=_contrastive_backward,
+)
 refuse_gradient(contrastive_gradients, "contrastive")
 
 

@@ -18,7 +18,10 @@ from protoclip.ops import checks, pairs, reference
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
+    PassTo,
     accumulator,
+    backend_operator,
+    call_saved,
     define_gradient,
     empty,
     gradient_like,
@@ -27,6 +30,7 @@ from protoclip.ops.operators import (
     refuse_gradient,
     save,
     saved_values,
+    saving,
     single,
     wants_gradient,
     without_autocast,
@@ -49,8 +53,9 @@ def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
     )
 
 
-@operator("sigmoid_loss", _sigmoid_shapes, SigmoidLoss)
+@backend_operator("sigmoid_loss", _sigmoid_shapes, SigmoidLoss)
 def fused_sigmoid_loss(
+    pass_to: PassTo,
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -63,18 +68,7 @@ def fused_sigmoid_loss(
     same_positive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sigmoid loss of a strip, with its gradients if they are wanted."""
-    run = function("sigmoid_loss", backend, "sigmoid_loss")
-    return run(
-        x=x,
-        y=y,
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        offset=offset,
-        gradients=gradients,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        same_positive=same_positive,
-    )
+    return pass_to(function("sigmoid_loss", backend, "sigmoid_loss"))
 
 
 def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
@@ -88,7 +82,6 @@ def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
         dlogit_bias=results.dlogit_bias,
         backend=arguments.backend,
     )
-    ctx.set_materialize_grads(False)
 
 
 def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
@@ -100,8 +93,9 @@ def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
     )
 
 
-@operator("sigmoid_loss_bwd", _sigmoid_gradients_shapes, SigmoidGradients)
+@backend_operator("sigmoid_loss_bwd", _sigmoid_gradients_shapes, SigmoidGradients)
 def sigmoid_gradients(
+    pass_to: PassTo,
     grad: Tensor,
     dx: Tensor,
     dy: Tensor,
@@ -110,22 +104,17 @@ def sigmoid_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The upstream gradient [] times what the forward pass saved."""
-    run = function("sigmoid_loss", backend, "sigmoid_loss_bwd")
-    return run(grad=grad, dx=dx, dy=dy, dlogit_scale=dlogit_scale, dlogit_bias=dlogit_bias)
+    return pass_to(function("sigmoid_loss", backend, "sigmoid_loss_bwd"))
 
 
 def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
     if grads.loss is None:
         return {}
     saved = saved_values(ctx)
-    gradients = sigmoid_gradients(
-        grad=grads.loss,
-        dx=saved.dx,
-        dy=saved.dy,
-        dlogit_scale=saved.dlogit_scale,
-        dlogit_bias=saved.dlogit_bias,
-        backend=saved.backend,
-    )
+    return _by_name(call_saved(sigmoid_gradients, saved, grad=grads.loss), saved)
+
+
+def _by_name(gradients: SigmoidGradients, saved: Any) -> dict[str, Tensor]:
     return {
         "x": gradients.dx,
         "y": gradients.dy,
@@ -206,22 +195,12 @@ def _strips(pairs: Pairs, own_key: Tensor, m: int) -> Iterator[tuple[slice, Pair
         yield rows, replace(pairs, own_key=own_key[rows], query_ids=query_ids)
 
 
-def _save_rows(ctx: Any, arguments: Any, results: Tensor) -> None:
-    save(ctx, **arguments._asdict())
-
-
 def _rows_backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     saved = saved_values(ctx)
-    gradients = sigmoid_rows_gradients(**vars(saved), grad=grad)
-    return {
-        "x": gradients.dx,
-        "y": gradients.dy,
-        "logit_scale": gradient_like(gradients.dlogit_scale, saved.logit_scale),
-        "logit_bias": gradient_like(gradients.dlogit_bias, saved.logit_bias),
-    }
+    return _by_name(call_saved(sigmoid_rows_gradients, saved, grad=grad), saved)
 
 
-define_gradient(sigmoid_rows, save=_save_rows, backward=_rows_backward)
+define_gradient(sigmoid_rows, save=saving([]), backward=_rows_backward)
 refuse_gradient(sigmoid_rows_gradients, "sigmoid_loss")
 
 

@@ -7,9 +7,7 @@ returns tensors only: where nothing is stashed it is [0].
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -80,8 +78,3 @@ def empty_stash(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) -
 def fake_stash(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) -> Tensor:
     """``empty_stash`` as ``torch.compile`` sees it."""
     return x.new_empty(_bytes_for(op, backend, x, y, keep_stash), dtype=torch.uint8)
-
-
-def with_stash(run: Callable[..., Any], stash: Tensor) -> Callable[..., Any]:
-    """The function with the stash as an argument, if there is one."""
-    return partial(run, stash=stash) if stash.numel() else run
