@@ -316,7 +316,7 @@ class EpisodeBuilder:
         """None if fewer samples than clusters have features: images and texts before the second
         pass over the data."""
         m = len(positions)
-        num_clusters = min(self.config.num_clusters or default_clusters(m), m)
+        num_clusters = clusters_for(self.config, m)
         samples = int(sum_over_ranks(torch.tensor(len(source.points), device=positions.device)))
         if samples < num_clusters:
             return None
@@ -383,20 +383,20 @@ def _labels_of_all_ranks(positions: Tensor, index: Tensor, labels: Tensor) -> Te
     return max_over_ranks(of_all)
 
 
-def check_clusters(config: EpisodeConfig, samples: int) -> int:
-    """The number of clusters K for an episode of ``samples``.
+def clusters_for(config: EpisodeConfig, samples: int) -> int:
+    """The number of clusters K for an episode of ``samples``, at most one per sample."""
+    return min(config.num_clusters or default_clusters(samples), samples)
 
-    Raises:
-        ValueError: there are more clusters than samples.
-    """
-    num_clusters = config.num_clusters or default_clusters(samples)
-    if num_clusters > samples:
+
+def check_clusters(config: EpisodeConfig, samples: int) -> int:
+    """``clusters_for``; ValueError if --k is more than one per sample."""
+    if config.num_clusters > samples:
         raise ValueError(
-            f"--k: expected at most one cluster per sample, got k={num_clusters} for the {samples} "
-            f"samples of an episode; use --k {default_clusters(samples)}, or a larger "
+            f"--k: expected at most one cluster per sample, got k={config.num_clusters} for the "
+            f"{samples} samples of an episode; use --k {default_clusters(samples)}, or a larger "
             "--episode-size"
         )
-    return num_clusters
+    return clusters_for(config, samples)
 
 
 def health(points: Tensor, clusters: Clusters, group: Group = None) -> dict[str, float]:

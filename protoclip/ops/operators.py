@@ -23,7 +23,7 @@ ANY_FLOAT = (*FLOATS, torch.float64)
 _LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
 # Arguments that an op has for itself; the functions of backends do not take them.
-OF_THE_OP = ("backend", "reduction", "half_sum", "keep_stash")
+OF_THE_OP = frozenset({"backend", "reduction", "half_sum", "keep_stash"})
 
 PassTo = Callable[..., Any]  # (function, further arguments by name) -> the function's results
 Parameters = ParamSpec("Parameters")
@@ -96,7 +96,7 @@ def backend_operator(
             def pass_to(function: Callable[..., Any], **arguments: Any) -> Any:
                 for name, value in zip(names, values, strict=True):
                     if name not in OF_THE_OP:
-                        arguments.setdefault(name, value)
+                        arguments[name] = value
                 if "stash" in arguments and not arguments["stash"].numel():
                     del arguments["stash"]
                 return function(**arguments)
@@ -214,9 +214,9 @@ def saved_values(ctx: Any) -> Any:
 
 def call_saved(function: Callable[..., Named], saved: Any, **given: Any) -> Named:
     """Call an op with the arguments ``given``; the others are saved values of the same names."""
-    op = _REGISTERED[function].op
     values = vars(saved) | given
-    return function(*(values[argument.name] for argument in op._schema.arguments))
+    names = _arguments_of(_REGISTERED[function].op)._fields
+    return function(*[values[name] for name in names])
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:

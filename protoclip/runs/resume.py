@@ -177,7 +177,7 @@ def check_resume(
     changes = changes_since(resume, config)
     wrong = list(changes.forbidden)
     for what, name, value in (
-        ("the global batch_size (all ranks and passes)", "batch_size", global_batch_size),
+        ("the global batch_size (all ranks and passes)", "global_batch_size", global_batch_size),
         ("the training data", "data", checkpoint.fingerprint(keys)),
     ):
         before = resume.training.get(name)

@@ -25,7 +25,7 @@ ENTRIES = {  # of the nested entries
 class TrainingState:
     """Training between two steps; the same for any number of ranks."""
 
-    batch_size: int  # of a step, over all ranks and passes
+    global_batch_size: int  # of a step, over all ranks and passes
     passes: list  # [ranks, forward passes of each]
     precision: str
     terms: dict  # name -> whether it is trained

@@ -265,7 +265,7 @@ class Trainer:
         """The state between two steps; a collective call."""
         faults_by_rank = distributed.gather_objects(sorted(self.faults.positions))
         return TrainingState(
-            batch_size=self.plan.global_batch_size,
+            global_batch_size=self.plan.global_batch_size,
             passes=self._passes,
             precision=self.run.precision,
             terms=asdict(self.run.active),
