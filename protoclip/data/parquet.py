@@ -22,7 +22,16 @@ from protoclip.data.shards import expand, key_prefixes
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import BadSample, Facts, Labels, PairDataset, StringTable
 
-CAPTIONS = ("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences")
+# What columns are usually called, the first first.
+USUAL_NAMES = {
+    "picture": ("image", "jpg", "png"),
+    "class": ("label", "class"),
+    "caption": (
+        "caption", "captions", "text", "texts", "title", "description", "sentence", "sentences",
+    ),
+}  # fmt: skip
+STRINGS = ("string", "large_string")  # types of pyarrow
+BYTES = ("binary", "large_binary")
 TITLE = "title"  # what --csv-caption-key is if nobody says so
 PATHS = "filepath"  # the usual name of a column of paths; pictures in the file come before it
 CACHE_BYTES = 256 << 20  # of row groups that a process keeps; the window of a shuffle fits in half
@@ -48,7 +57,7 @@ class ParquetDataset(PairDataset):
     Args:
         spec: files, folders, braces, globs and URLs, joined by "::".
         csv_img_key, csv_caption_key: the columns; without such columns, that of the type Image,
-            and the one with a usual name (``CAPTIONS``), a ClassLabel, or the only text.
+            and the one with a usual name (``USUAL_NAMES``), a ClassLabel, or the only text.
         class_template: of captions that are made from classes; see :func:`read_templates`.
     A shard is a row group here, and those of ``facts.window`` pairs fit in memory.
     """
@@ -261,68 +270,47 @@ def _damage() -> tuple[type[Exception], ...]:
 
 
 def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: str) -> Columns:
-    """The columns of pictures, captions and classes.
+    """The columns of pictures, captions and classes: the one with the first of the
+    ``USUAL_NAMES``, or the only one.
 
     Raises:
         DataError: several columns would do, or none.
     """
-    import pyarrow as pa
-
     features = _features(schema)
+    columns: dict[str, list[str]] = {content: [] for content in USUAL_NAMES}
+    for field in schema:
+        columns.setdefault(_content_of(field.type, features.get(field.name)), []).append(field.name)
 
-    def columns_where(matches: Any) -> list[str]:
-        return [field.name for field in schema if matches(field.name, field.type)]
+    def only(content: str) -> str:
+        names = columns[content]
+        usual = [name for name in USUAL_NAMES[content] if name in names]
+        if usual:
+            return usual[0]
+        return names[0] if len(names) == 1 else ""
 
-    def is_binary(arrow_type: Any) -> bool:
-        return pa.types.is_binary(arrow_type) or pa.types.is_large_binary(arrow_type)
-
-    def is_string(arrow_type: Any) -> bool:
-        return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type)
-
-    def is_text(arrow_type: Any) -> bool:
-        if pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type):
-            arrow_type = arrow_type.value_type
-        if pa.types.is_dictionary(arrow_type):
-            arrow_type = arrow_type.value_type
-        return is_string(arrow_type)
-
-    def can_be_picture(arrow_type: Any) -> bool:
-        in_struct = pa.types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0
-        return in_struct or is_binary(arrow_type)
-
-    def is_picture(name: str, arrow_type: Any) -> bool:
-        return can_be_picture(arrow_type) and features.get(name, "Image") == "Image"
-
-    def only(names: list[str], usual: Sequence[str]) -> str:
-        """The first of the usual names, or the only one there is."""
-        named = [name for name in usual if name in names]
-        return named[0] if named else names[0] if len(names) == 1 else ""
-
-    images = columns_where(is_picture)
-    image = only(images, ("image", "jpg", "png"))
+    image = only("picture")
     if csv_img_key in schema.names and (csv_img_key != PATHS or not image):
         image = csv_img_key
     if image in schema.names:
         arrow_type = schema.field(image).type
-        if not (can_be_picture(arrow_type) or is_string(arrow_type)):
+        if not (_holds_bytes(arrow_type) or str(arrow_type) in STRINGS):
             raise DataError(
                 f"{where}: expected bytes, paths or a struct with bytes in {image!r}, got "
                 f"{arrow_type}; name the column of pictures with --csv-img-key"
             )
-    classes = columns_where(lambda name, _: isinstance(features.get(name), tuple))
-    label = only(classes, ("label", "class"))
-    texts = columns_where(lambda _, arrow_type: is_text(arrow_type))
-    caption = next((name for name in (csv_caption_key, *CAPTIONS) if name in texts), "")
-    others = [name for name in CAPTIONS if name in texts and name != caption]
+    label = only("class")
+    usual = [name for name in USUAL_NAMES["caption"] if name in columns["caption"]]
+    caption = "" if label and not usual else only("caption")
+    if csv_caption_key in columns["caption"]:
+        caption = csv_caption_key
     was_asked_for = caption == csv_caption_key != TITLE
-    if others and caption in CAPTIONS and not was_asked_for:
+    if len(usual) > 1 and caption in usual and not was_asked_for:
         warn_once(
             logger,
             f"captions come from the column {caption!r} of the parquet files, not from "
-            f"{', '.join(others)}; --csv-caption-key names another",
+            f"{', '.join(name for name in usual if name != caption)}; --csv-caption-key names "
+            "another",
         )
-    if not caption and not label:
-        caption = only(texts, ())
     if not image or not (caption or label):
         what = "captions (or a ClassLabel)" if image else "pictures"
         raise DataError(
@@ -330,6 +318,23 @@ def choose_columns(schema: Any, csv_img_key: str, csv_caption_key: str, where: s
             "--csv-img-key or --csv-caption-key"
         )
     return Columns(image, caption, label, features[label] if label else ())
+
+
+def _content_of(arrow_type: Any, feature: Any) -> str:
+    """What a column may be used for, a key of ``USUAL_NAMES``, or "". ``feature``: its type in the
+    datasets library, if that is known."""
+    if isinstance(feature, tuple):
+        return "class"
+    if _holds_bytes(arrow_type):
+        return "picture" if feature in (None, "Image") else ""
+    while str(arrow_type).startswith(("list<", "large_list<", "dictionary<")):
+        arrow_type = arrow_type.value_type
+    return "caption" if str(arrow_type) in STRINGS else ""
+
+
+def _holds_bytes(arrow_type: Any) -> bool:
+    is_struct = str(arrow_type).startswith("struct<")
+    return str(arrow_type) in BYTES or (is_struct and arrow_type.get_field_index("bytes") >= 0)
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def operator(
         op = getattr(torch.ops.protoclip, name).default
         arguments = _arguments_of(op)
         torch.library.register_fake(
-            f"protoclip::{name}", lambda *values: shapes(arguments(*values)), lib=_LIBRARY
+            f"protoclip::{name}", lambda *values: shapes(arguments._make(values)), lib=_LIBRARY
         )
 
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Named:
@@ -135,9 +135,9 @@ def define_gradient(
     def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.set_materialize_grads(False)  # results without a gradient have None
         tensors = output if isinstance(output, tuple) else (output,)
-        save(ctx, arguments(*inputs), registered.results(*tensors))
+        save(ctx, arguments._make(inputs), registered.results(*tensors))
 
-    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         by_name = backward(ctx, registered.results(*grads))
         return tuple(map(by_name.get, arguments._fields))
 
@@ -162,7 +162,9 @@ def _define_autograd(
     """
     if not all(hasattr(torch._C, name) for name in PRIVATE):
         name = op._schema.name
-        torch.library.register_autograd(name, gradients, setup_context=keep, lib=_LIBRARY)
+        torch.library.register_autograd(
+            name, lambda ctx, *grads: gradients(ctx, grads), setup_context=keep, lib=_LIBRARY
+        )
         return
 
     def without_autograd(keyset: Any, values: Sequence[Any]) -> Any:
@@ -179,7 +181,7 @@ def _define_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return (*gradients(ctx, *grads), None)
+            return (*gradients(ctx, grads), None)
 
     def call(keyset: Any, *values: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
@@ -216,13 +218,13 @@ def call_saved(function: Callable[..., Named], saved: Any, **given: Any) -> Name
     """Call an op with the arguments ``given``; the others are saved values of the same names."""
     values = vars(saved) | given
     names = _arguments_of(_REGISTERED[function].op)._fields
-    return function(*[values[name] for name in names])
+    return function(**{name: values[name] for name in names})
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:
     """Asking for a gradient of the function's op, a second derivative of ``public``, raises."""
 
-    def refuse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def refuse(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         raise RuntimeError(
             f"{public}: its fused backends have no second derivative; use backend='reference' for "
             "it"
@@ -234,7 +236,7 @@ def refuse_gradient(function: Callable[..., Any], public: str) -> None:
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
     """Whether each argument of the function wants a gradient from the running backward pass."""
     arguments = _arguments_of(_REGISTERED[function].op)
-    return arguments(*ctx.needs_input_grad[: len(arguments._fields)])
+    return arguments._make(ctx.needs_input_grad[: len(arguments._fields)])
 
 
 @cache
