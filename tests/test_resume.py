@@ -348,17 +348,22 @@ def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
     def killed(trainer: Trainer) -> None:
         raise SystemError("killed")
 
+    save_or_stop = Trainer._save_or_stop
+
+    def killed_at_step_12(trainer: Trainer) -> None:
+        if trainer.step == 12:
+            killed(trainer)
+        save_or_stop(trainer)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Trainer, "_save_or_stop", lambda trainer: trainer.step < 12 or killed(trainer)
-        )
+        patch.setattr(Trainer, "_save_or_stop", killed_at_step_12)
         with pytest.raises(SystemError):
             main(flags)
     assert newest_checkpoint(run)["protoclip"]["step"] == 10
     assert main([*flags, "--max-steps", "13", "--resume", str(run)]) == 0
     assert newest_checkpoint(run)["protoclip"]["step"] == 13
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run", killed)
+        patch.setattr(Trainer, "train", killed)
         with pytest.raises(SystemError):
             main([*flags, "--resume", str(run / "checkpoints" / "epoch_1.pt")])
     assert newest_checkpoint(run)["protoclip"]["step"] == 10

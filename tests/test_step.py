@@ -90,7 +90,9 @@ def test_too_many_bad_steps_in_a_row_save_and_stop(
     message = capsys.readouterr().err
     assert "not finite in 3 steps in a row, up to step 7" in message
     assert "detect_anomaly" in message and ".tar/" in message and "Traceback" not in message
-    state = newest_checkpoint(tmp_path / "logs" / "run")["protoclip"]
+    run = tmp_path / "logs" / "run"
+    assert ", loss, grad_norm not finite, 1 so far; samples: [" in (run / "out.log").read_text()
+    state = newest_checkpoint(run)["protoclip"]
     assert state["step"] == 7
     assert state["training"]["skipped"] == [3, 3]
 

@@ -1,6 +1,7 @@
 """One training step: forward, losses, gradient, update; on several ranks, in several passes.
 
-A step whose loss or gradient is not finite is skipped and counted. Read from ``Stepper.step`` down.
+A step whose loss or gradient is not finite is skipped, and ``Step.finite`` tells the log. Read from
+``Stepper.step`` down.
 """
 
 from __future__ import annotations
