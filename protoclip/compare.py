@@ -359,7 +359,7 @@ class Runs:
         plan = self.record.plan
         done = sum(finished(plan.folder(row, seed)) is not None for row, seed in runs_of(plan))
         total = len(plan.all_rows) * len(plan.seeds)
-        now = ", ".join(run_name(run.row, run.seed) for run in self.running)
+        now = "; ".join(run_name(run.row, run.seed) for run in self.running)
         text = f"{done} of {total} runs"
         if self.failed:
             text += f", {len(self.failed)} failed"

@@ -41,7 +41,7 @@ judged = {
 work = {"training": steps * (1.5 if proto else 1.0), "teacher": 10.0 * proto}
 results = {
     "data": "pairs", "model": "m", "pretrained": "p", "trained": {"HO": judged},
-    "steps": steps, "work_seconds": work,
+    "floors": {}, "steps": steps, "work_seconds": work,
 }  # fmt: skip
 (folder / "results.json").write_text(json.dumps(results))
 (folder / "report.html").write_text('<meta name="generator" content="protoclip report">')

@@ -144,7 +144,7 @@ def test_a_killed_command_continues_and_a_new_seed_adds_only_its_runs(
         for contrast in content()["result"]["contrasts"]
         for score in contrast["scores"]
     )
-    assert "Seeds added after a result was shown (3)" in content()["result"]["text"]
+    assert "Seeds added after a result was shown: 3." in content()["result"]["text"]
 
 
 def test_a_failed_run_leaves_its_seed_out_of_all_rows(

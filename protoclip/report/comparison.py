@@ -238,7 +238,10 @@ def other_pictures(
     ]
     if len(judged[0] | judged[1]) == 1:
         return ""
-    counts = [" or ".join(f"{samples:,}" for _, samples in sorted(side)) for side in judged]
+    counts = [
+        " or ".join(f"{samples:,}" for samples in sorted({samples for _, samples in side}))
+        for side in judged
+    ]
     return (
         f"{name} and {other} were judged on different pictures ({counts[0]} and {counts[1]}), so "
         "no difference is shown."
@@ -350,7 +353,12 @@ def _of_folder(record: Record, runs: Sequence[Listed]) -> Comparison | None:
     if not pairs:
         return None
     return compare_rows(
-        rows, pairs, record.primary, added=record.added, count_teacher=plan.count_teacher
+        rows,
+        pairs,
+        record.primary,
+        added=record.added,
+        failed=record.result.get("failed", {}),
+        count_teacher=plan.count_teacher,
     )
 
 
@@ -377,13 +385,13 @@ def paragraph(comparison: Comparison) -> str:
     elif comparison.added:
         which = ", ".join(map(str, comparison.added))
         sentences.append(
-            f"Seeds added after a result was shown ({which}) make no result significant: who adds "
-            "seeds until a difference appears finds one."
+            f"Seeds added after a result was shown: {which}. Nothing is significant then, because "
+            "adding seeds until a difference appears would find one."
         )
     for contrast in tested:
         sentences.append(_verdict(contrast, comparison))
     tests = sum(score in contrast.cells for contrast in tested for score in comparison.primary)
-    if len(seeds) >= LEAST_SEEDS:
+    if tests and len(seeds) >= LEAST_SEEDS:
         holm_words = f", Holm over {plural(tests, 'test')}" if tests > 1 else ""
         sentences.append(
             f"The 95 % intervals (t, paired by seed{holm_words}) cover the randomness of training "
@@ -441,7 +449,7 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.failed:
         lines.append("The seeds of failed runs are left out of all rows.")
     for contrast in comparison.contrasts:
-        if contrast.other_pictures:
+        if contrast.other_pictures and not contrast.claims:  # else the paragraph says it
             lines.append(contrast.other_pictures)
         if contrast.claims and abs(contrast.time_ratio - 1) > TOLERANCE:
             lines.append(
