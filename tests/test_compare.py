@@ -215,7 +215,13 @@ def test_it_is_not_started_by_torchrun(
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert compare() == 2
     assert "use --nproc-per-run N, which starts torchrun" in capsys.readouterr().err
-    assert command.train_command(2)[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+
+
+def test_a_run_of_several_processes_is_started_by_torchrun() -> None:
+    assert command.train_command(2)[1:] == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "protoclip",
+        "train",
+    ]  # fmt: skip
 
 
 def test_report_shows_the_same_table(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:

@@ -273,8 +273,9 @@ class Listed(NamedTuple):
 
     @property
     def row_name(self) -> str:
-        name = re.sub(r"[-_, ]*seed[-_ ]?\d+$", "", self.name)
-        return name or self.path.resolve().parent.name
+        """Its name without the seed, else that of the folder in which it lies."""
+        name = re.sub(r"[-_, /]*seed[-_ ]?\d+$", "", self.name)
+        return Path(name).name or self.path.resolve().parent.name
 
 
 def group_runs(runs: Sequence[Listed]) -> tuple[list[Row], list[Pair]]:
