@@ -276,9 +276,9 @@ class Runs:
         settings = folder.parent / "settings.json"
         write_atomic(settings, json.dumps(to_dict(clean), indent=2) + "\n")
         slot = min(set(range(self.jobs)) - {other.slot for other in self.running})
-        command = train_command(plan.nproc_per_run)
-        command += ["--preset", str(settings), "--seed", str(seed)]
-        command += ["--logs", str(folder.parent), "--name", folder.name, "--resume", "auto"]
+        command = [*train_command(plan.nproc_per_run), "--preset", str(settings)]
+        command += ["--seed", str(seed), "--logs", str(folder.parent), "--name", folder.name]
+        command += ["--resume", "auto"]
         stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         process = subprocess.Popen(
             command,
