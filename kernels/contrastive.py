@@ -17,7 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from protoclip.kernels import launch
-from protoclip.kernels.info_nce import join, merge_blocks, store_columns, store_sums
+from protoclip.kernels.info_nce import (
+    join,
+    load_pairs,
+    merge_blocks,
+    store_columns,
+    store_sums,
+)
 from protoclip.kernels.launch import cdiv
 from protoclip.kernels.results import (
     ContrastiveForward,
@@ -168,10 +174,9 @@ def _merge_side(
     positive_ptr = part_ptr + 2 * tl.cast(blocks, tl.int64) * PARTS * length
     for first in range(0, blocks, DEPTH):
         block = first + tl.arange(0, DEPTH)
-        at = positive_ptr + 2 * (block[:, None].to(tl.int64) * length + position[None, :])
-        mask = (block[:, None] < blocks) & inside[None, :]
-        positive_sum += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
-        num_positives += tl.sum(tl.load(at + 1, mask=mask, other=0.0), 0)
+        sums, counts, _ = load_pairs(positive_ptr, block, blocks, position, inside, length)
+        positive_sum += tl.sum(sums, 0)
+        num_positives += tl.sum(counts, 0)
     if IS_LAST:
         count = tl.maximum(num_positives, 1.0)
         mean = positive_sum / count

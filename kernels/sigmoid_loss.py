@@ -155,8 +155,12 @@ def scale_gradients_kernel(
 @triton.jit
 def _scale_block(block, grad, from_ptr, to_ptr, size, BLOCK: tl.constexpr):
     at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = grad * tl.load(from_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(to_ptr + at, value.to(to_ptr.dtype.element_ty), mask=at < size)
+    if (tl.cast(block, tl.int64) + 1) * BLOCK <= size:  # a mask would split loads and stores
+        value = grad * tl.load(from_ptr + at).to(tl.float32)
+        tl.store(to_ptr + at, value.to(to_ptr.dtype.element_ty))
+    else:
+        value = grad * tl.load(from_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+        tl.store(to_ptr + at, value.to(to_ptr.dtype.element_ty), mask=at < size)
 
 
 def sigmoid_loss(

@@ -91,14 +91,19 @@ def info_nce(
     dtype: torch.dtype,
     scale: float = 14.3,
     strided: bool = False,
+    longest: float = 1.0,
     **options: Any,
 ) -> None:
+    """``longest``: the norm of the last row of x; the first one's is 0.1."""
     fields = fields_of(options)
 
     def run(backend: str, x: Tensor, y: Tensor, s: Tensor) -> Tensor:
         return protoclip.info_nce(x, y, s, backend=backend, **options)
 
     leaves = pairs(n, n, d, dtype, scale, strided)
+    if longest != 1.0:
+        leaves["x"] = (leaves["x"].float() * torch.linspace(0.1, longest, n)[:, None]).to(dtype)
+        scale *= longest
     add(f"info_nce {n}x{d}", about, dtype, leaves=leaves, run=run, scale=scale, **fields)
 
 
@@ -310,6 +315,9 @@ info_nce("scale 100", 150, 64, BF16, scale=100.0)
 info_nce("scale 100", 150, 64, FP32, scale=100.0, ci=BOTH)
 info_nce("scale 100", 70, 512, FP32, scale=100.0)
 info_nce("scale 100", 66, 1024, FP32, scale=100.0)
+# References that no one exponential bridges: two, slice by slice.
+info_nce("far apart", 150, 64, BF16, longest=12.0, ci=BOTH)
+info_nce("far apart", 150, 64, FP32, longest=12.0)
 info_nce("large rows", 300, 512, BF16, num_sms=1, truncated=(80, 86, 89, 120), ci=(90,))
 info_nce("ids positive", 150, 128, BF16, ids=ids300[:150], same_id="positive")
 info_nce(
@@ -367,6 +375,7 @@ bias[::9] = -float("inf")
 bias[own[own >= 0]] = 0.1
 contrastive("bias", 150, 200, 64, BF16, {"key_bias": bias}, positives=own, ci=BOTH)
 bias_of_300 = torch.randn(300, generator=generator)
+contrastive("bias, all seen", 150, 300, 64, BF16, {"key_bias": bias_of_300}, ci=BOTH)
 contrastive("bias, large rows", 300, 300, 64, BF16, {"key_bias": bias_of_300}, num_sms=1)
 bias_of_200 = torch.randn(200, generator=generator)
 contrastive("bias, any D", 150, 200, 40, BF16, {"key_bias": bias_of_200}, positives=own)

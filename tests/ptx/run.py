@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
+import re
+import shutil
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from protoclip.kernels import info_nce, prototype_cross_entropy, softmax_gradient, waves
@@ -190,6 +196,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ci", action="store_true", help="only the cases that CI runs")
     parser.add_argument("--shard", default="0/1", help="I/K: every K-th case from I on")
     parser.add_argument("--count", action="store_true", help="bank conflicts and sectors by line")
+    parser.add_argument("--facts", type=Path, help="a file for what was counted, as JSON")
     parser.add_argument("--noise", action="store_true", help="approximate instructions 2 ulp off")
     parser.add_argument("--nearest", action="store_true", help="tensor cores round correctly")
     parser.add_argument("--cut", action="store_true", help="tensor cores truncate each product")
@@ -199,7 +206,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     asked = arguments(argv)
     triton_driver.install(asked.capability)
-    options.count = asked.count
+    options.count = asked.count or asked.facts is not None
     options.product_sums = "nearest" if asked.nearest else "cut" if asked.cut else "truncated"
     options.approximate_ulps = 2 if asked.noise else 0
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors are full of NaN
@@ -213,16 +220,65 @@ def main(argv: list[str] | None = None) -> int:
     if asked.ci:
         chosen = [case for case in chosen if asked.capability in case.ci]
     tallies: dict[str, Tally] = collections.defaultdict(Tally)
+    facts: dict[str, dict[str, Facts]] = {}
     counts = collections.Counter(passed=0, failed=0, skipped=0)
     begin = time.time()
     for case in chosen:
         outcome = run_case(case, asked.capability, tallies)
         counts[outcome] += 1
+        facts[case.name] = facts_of(triton_driver.launches)
     seconds = time.time() - begin
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     print(f"sm_{asked.capability}: {summary}, {seconds:.0f} s")
     print_tallies(tallies, asked.count)
+    if asked.facts is not None:
+        cases_facts = {
+            name: {kernel: counted._asdict() for kernel, counted in by_kernel.items()}
+            for name, by_kernel in facts.items()
+        }
+        recorded = {"compilers": compilers(), f"sm_{asked.capability}": cases_facts}
+        asked.facts.write_text(json.dumps(recorded, indent=1) + "\n")
     return int(counts["failed"] > 0 or not chosen)
+
+
+class Facts(NamedTuple):
+    """What a profiler would count of a kernel in one case."""
+
+    instructions: int  # of warps
+    shared: int  # wavefronts
+    least_shared: int  # without a bank conflict
+    sectors: int  # of 32 bytes of global memory
+    least_sectors: int
+
+
+def facts_of(launches: list[triton_driver.Launched]) -> dict[str, Facts]:
+    """By kernel."""
+    facts: dict[str, Facts] = {}
+    for launched in launches:
+        launch = launched.launch
+        spaces = {"shared": Access(), "global": Access()}
+        for (_, space), access in launch.accesses.items():
+            spaces[space.rsplit(".")[-1]].add(access)
+        counted = Facts(
+            instructions=launch.kernel.opcode_counts(launch).total(),
+            shared=spaces["shared"].done,
+            least_shared=spaces["shared"].least,
+            sectors=spaces["global"].done,
+            least_sectors=spaces["global"].least,
+        )
+        before = facts.get(launched.kernel, Facts(0, 0, 0, 0, 0))
+        facts[launched.kernel] = Facts(*(a + b for a, b in zip(before, counted, strict=True)))
+    return facts
+
+
+def compilers() -> dict[str, str]:
+    """Their versions, without the last number."""
+    versions = {"triton": ".".join(triton.__version__.split(".")[:2])}
+    if nvcc := shutil.which("nvcc"):
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        if found := re.search(r"release (\d+\.\d+)", told):
+            versions["nvcc"] = found[1]
+    return versions
 
 
 def run_case(case: Case, capability: int, tallies: dict[str, Tally]) -> str:
