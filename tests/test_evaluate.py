@@ -164,6 +164,7 @@ def test_equal_captions_are_right_answers_of_each_other(model: Any) -> None:
 
     class Pairs:
         name = "pairs"
+        keys = [str(i) for i in range(len(captions))]
         labels: Mapping[str, Labels] = {}
 
         def __len__(self) -> int:
