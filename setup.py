@@ -94,7 +94,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "jinja2",
-        "scikit-learn>=1.5",
+        "scikit-learn>=1.6",
         "safetensors",
         *ICONS,
     ],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.cached_gradients import grad_cache
     from protoclip.data import open_dataset
+    from protoclip.estimator import KMeans
     from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
     from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
     from protoclip.losses.global_losses import (
@@ -50,6 +51,7 @@ __all__ = [
     "Bank",
     "ClipLoss",
     "Clusters",
+    "KMeans",
     "ProtoClipLoss",
     "ProtoConfig",
     "PrototypeLosses",
@@ -82,6 +84,7 @@ __all__ = [
 _MODULES = {
     "ClipLoss": "losses",
     "Clusters": "lloyd",
+    "KMeans": "estimator",
     "ProtoClipLoss": "losses",
     "ProtoConfig": "settings.config",
     "SigLipLoss": "losses",

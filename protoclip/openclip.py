@@ -144,6 +144,20 @@ def _with_prototypes(args: Any, proto: ProtoConfig) -> ProtoClipLoss:
     return loss
 
 
+def _warn_if_too_short(loss: ProtoClipLoss, args: Any, batches: int) -> None:
+    """Log a warning if a run of ``batches`` an epoch ends before it has prototypes."""
+    accum_freq = getattr(args, "accum_freq", 1)
+    warmup = loss.steps_to_prototypes(args.batch_size * accum_freq)
+    steps = batches // accum_freq * args.epochs
+    if steps <= warmup and args.rank == 0:
+        LOGGER.warning(
+            "protoclip: the run has %d steps, and prototypes start after %d, so it trains plain "
+            "CLIP; use a smaller --proto-queue or --proto-warmup, or more epochs",
+            steps,
+            warmup,
+        )
+
+
 def _steps_done(checkpoint: str) -> int:
     """The optimiser's steps until a checkpoint of OpenCLIP's trainer; 0 if it does not say."""
     try:
@@ -235,10 +249,19 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
     if (name := next((name for name in ours if hasattr(trainer, name)), "")) not in ours:
         raise ValueError(f"openclip: expected create_loss or create_task in {trainer}, got neither")
     original = getattr(trainer, name)
+    get_data = getattr(trainer, "get_data", None) if proto else None
+    opened: dict[str, Any] = {}
     watches = []
+
+    def keep_data(*args: Any, **kwargs: Any) -> Any:
+        opened.update(get_data(*args, **kwargs))  # type: ignore[misc]
+        return opened
 
     def factory(*args: Any, **kwargs: Any) -> nn.Module:
         loss_or_task = ours[name](*args, proto=proto, **kwargs)
+        loss = getattr(loss_or_task, "loss", loss_or_task)
+        if isinstance(loss, ProtoClipLoss) and "train" in opened:
+            _warn_if_too_short(loss, args[0], opened["train"].dataloader.num_batches)
         if not dedup:
             return loss_or_task
         loss = CaptionLoss(loss_or_task if name == "create_loss" else loss_or_task.loss)
@@ -249,11 +272,15 @@ def patched(trainer: Any, proto: ProtoConfig | None, dedup: bool = False) -> Ite
         return loss_or_task
 
     setattr(trainer, name, factory)
+    if get_data:
+        trainer.get_data = keep_data
     try:
         with repaired():
             yield
     finally:
         setattr(trainer, name, original)
+        if get_data:
+            trainer.get_data = get_data
         for watch in watches:
             watch.remove()
 

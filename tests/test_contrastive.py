@@ -639,7 +639,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "columns": (dict(keys=Y[:, :3]), ValueError, "share D"),
     "integers": (dict(keys=Y.long()), TypeError, "cast it"),
     "scale": (dict(logit_scale=X), ValueError, r"shape \[\] or \[1\]"),
-    "positives' dtype": (dict(positives=torch.arange(4).int()), TypeError, r"positives.long\(\)"),
+    "positives' dtype": (dict(positives=torch.arange(4.0)), TypeError, r"positives.long\(\)"),
     "positives' shape": (dict(positives=IDS), ValueError, r"positives of shape \[4\], got \[6\]"),
     "a list": (dict(exclude=[1, 2]), TypeError, "exclude as a Tensor"),
     "floating ids": (dict(key_ids=IDS.float()), TypeError, r"key_ids as int64.*key_ids.long\(\)"),
@@ -735,3 +735,34 @@ def assert_strides_do_not_matter(backend: str) -> None:
 @each_backend
 def test_strides_do_not_matter(backend: str) -> None:
     assert_strides_do_not_matter(backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint32])
+def test_other_integers_are_as_good_as_int64(dtype: torch.dtype) -> None:
+    """Ids, labels, positions and the samples' index: the values are those of int64."""
+    x, y = (F.normalize(torch.randn(12, 8), dim=1) for _ in range(2))
+    scale = torch.tensor(9.0)
+    labels = torch.arange(12) % 4
+    positions = torch.arange(12).flip(0)
+    prototypes = F.normalize(torch.randn(4, 8), dim=1)
+    options = {"query_ids": labels, "key_ids": labels, "exclude": positions.roll(1)}
+
+    def losses(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        casted = {name: cast(value) for name, value in options.items()}
+        bank = protoclip.Bank(prototypes, cast(labels))
+        proto = protoclip.ProtoClipLoss(proto=protoclip.ProtoConfig(queue=12, k=3))
+        results = [
+            protoclip.info_nce(x, y, scale, ids=cast(labels)),
+            protoclip.sigmoid_loss(x, y, scale, -3.0, ids=cast(labels)),
+            protoclip.nt_xent(x, y, scale, ids=cast(labels)),
+            protoclip.sup_con(x, cast(labels), scale),
+            protoclip.contrastive(x, y, scale, positives=cast(positions), **casted),
+            protoclip.prototype_cross_entropy(x, prototypes, cast(labels), scale),
+            protoclip.prototype_losses(x, [bank], scale).loss,
+            protoclip.segment_mean(x, cast(labels), 4)[0],
+            protoclip.ClipLoss()(x, y, scale, ids=cast(labels)),
+        ]
+        return results + [proto(x, y, scale, index=cast(positions)) for _ in range(3)]
+
+    for got, expected in zip(losses(lambda x: x.to(dtype)), losses(lambda x: x), strict=True):
+        assert torch.equal(got, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tarfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from protoclip.data import DataError, open_dataset
 from protoclip.data.__main__ import main as data_command
+from protoclip.data.faults import Faults
 from protoclip.data.tables import MAX_CAPTION
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -64,7 +66,10 @@ def test_a_table_without_tabs_needs_no_separator_flag(folder, separator):
 
 HEADER = "filepath,title\nimages/0.png,first\n"
 TABLE_FAULTS = {
-    "caption": ("filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n", "line 3.*remove the row"),
+    "caption": (
+        "filepath\ttitle\nimages/0.png\ta\nimages/1.png\t  \n",
+        "1 of 2 rows has no caption .*line 3",
+    ),
     "picture": ("filepath\ttitle\nimages/9.png\ta\n", "line 2.*no picture at 'images/9.png'"),
     "short row": ("filepath\ttitle\nimages/0.png\n", "line 2.*1 columns where the header has 2"),
     "long row": ("filepath,title\nimages/0.png,a dog, running\n", "line 2.*3 columns where"),
@@ -238,8 +243,39 @@ class TestCheck:
             "1 of 6 samples are good, 5 are not",
         ):
             assert words in text
-        with pytest.raises(DataError, match="line 3"):  # training itself stops at the first
+        with pytest.raises(DataError, match="line 6: 1 columns"):  # of training
             open_dataset(table)
+
+    def test_holes_of_a_table_are_counted_and_can_be_left_out(self, tmp_path: Path) -> None:
+        picture(0).save(tmp_path / "0.png")
+        rows = [("0.png", f"text {i}") for i in range(96)]
+        rows[10] = ("gone.png", "a")
+        rows[20:24] = [("lost.png", "b")] * 4
+        rows[30:62] = [("0.png", " ")] * 32
+        table = write_table(tmp_path, rows)
+        counts = r"5 of 96 rows have no picture \(first: line 12, no picture at 'gone.png' .*\) "
+        counts += r"and 32 of 96 rows have no caption \(first: line 32, the caption is empty\)"
+        with pytest.raises(DataError, match=counts + "; fix them, or leave them .* --skip-bad"):
+            open_dataset(table)
+        dataset = open_dataset(table, skip_bad=True)
+        assert len(dataset) == 59 and len(dataset.facts.left_out) == 1
+        assert re.search("left out, as " + counts, dataset.facts.left_out[0])
+        Faults(dataset, max_fraction=0.05)  # those were asked for
+        with pytest.raises(DataError, match="3 of 3 rows have no caption"):
+            open_dataset(write_table(tmp_path, [("0.png", "")] * 3), skip_bad=True)
+
+    def test_a_hole_found_late_is_counted_with_those_after_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Pictures of later rows are looked for only then, and with --skip-bad."""
+        monkeypatch.setattr("protoclip.data.tables.CHECKED", 2)
+        picture(0).save(tmp_path / "0.png")
+        rows = [("0.png", "a"), ("0.png", "b"), ("late.png", "c"), ("late.png", "d")]
+        table = write_table(tmp_path, rows)
+        assert len(open_dataset(table)) == 4
+        assert len(open_dataset(table, skip_bad=True)) == 2
+        with pytest.raises(DataError, match="3 of 4 rows have no picture"):
+            open_dataset(write_table(tmp_path, [("gone.png", "a"), *rows[1:]]))
 
     def test_a_table_without_a_good_sample_is_counted(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

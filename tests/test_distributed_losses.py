@@ -430,8 +430,8 @@ class TwoCalls(NamedTuple):
     error: str
 
 
-def call_twice(name: str, equal: bool) -> TwoCalls:
-    """With batches of 6, or of 5 on rank 1."""
+def call_twice(name: str, sizes: tuple[int, int]) -> TwoCalls:
+    """With batches of these sizes on rank 1, and of 6 on rank 0."""
     info = find_rank()
     distributed.start(info, CPU, 60)
     gathers: list[int] = []
@@ -443,9 +443,9 @@ def call_twice(name: str, equal: bool) -> TwoCalls:
 
     distributed.gather_rows = noted
     loss = getattr(protoclip, name)(rank=info.rank, world_size=info.world_size)
-    x = F.normalize(torch.randn(6 if equal else 6 - info.rank, D), dim=1)
+    first_x, x = (F.normalize(torch.randn(n if info.rank else 6, D), dim=1) for n in sizes)
     try:
-        loss(x, x, torch.tensor(14.0))
+        loss(first_x, first_x, torch.tensor(14.0))
         first_gathers = gathers.copy()
         loss(x, x, torch.tensor(14.0))
         result = TwoCalls(first_gathers, gathers[len(first_gathers) :], "")
@@ -455,19 +455,20 @@ def call_twice(name: str, equal: bool) -> TwoCalls:
     return result
 
 
+@pytest.mark.parametrize("sizes", [(5, 6), (6, 5)], ids=["first", "second"])
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
-def test_unequal_batches_are_a_sentence_on_every_rank(name: str) -> None:
-    for calls in on_ranks(2, call_twice, name, False):
+def test_unequal_batches_are_a_sentence_on_every_rank(name: str, sizes: tuple[int, int]) -> None:
+    for calls in on_ranks(2, call_twice, name, sizes):
         words = f"{name}: expected as many rows on every rank, got 6, 5 on ranks"
         assert calls.error.startswith(words)
         assert "drop_last=True" in calls.error
 
 
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
-def test_the_sizes_of_batches_are_compared_once(name: str) -> None:
-    for calls in on_ranks(2, call_twice, name, True):
+def test_the_sizes_of_batches_on_a_cpu_are_compared_at_every_call(name: str) -> None:
+    for calls in on_ranks(2, call_twice, name, (6, 6)):
         assert calls.error == ""
-        assert calls.first_gathers.count(1) == 1 and 1 not in calls.second_gathers
+        assert calls.first_gathers.count(1) == calls.second_gathers.count(1) == 1
 
 
 def sent_rows(shape: list[int] | None) -> list[Any]:

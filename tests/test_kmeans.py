@@ -23,7 +23,7 @@ import protoclip
 from protoclip import Clusters
 from protoclip.ops.clusters import assignment
 
-kmeans_module = importlib.import_module("protoclip.kmeans")  # protoclip.kmeans is the function
+kmeans_module = importlib.import_module("protoclip.lloyd")
 INITS = ["random", "k-means++", "plain k-means++"]
 
 
@@ -507,7 +507,7 @@ def test_progress_is_told_of_each_iteration_and_predict_repeats_the_labels() -> 
     )
     assert tuple(inertias) == clusters.history[:-1]
     assert torch.equal(clusters.predict(points), clusters.labels)
-    with pytest.raises(TypeError, match="predict: expected points as a Tensor, got list"):
+    with pytest.raises(ValueError, match=r"predict: expected points of shape \[M, D\], got \(1,\)"):
         clusters.predict([1])
 
 

@@ -479,7 +479,7 @@ BAD: dict[str, dict[str, Any]] = {
     "integers num_iters >= 0 and num_restarts >= 1, got 2.5, 1": {"num_iters": 2.5},
     "num_restarts >= 1, got 20, '3'": {"num_restarts": "3"},
     r"expected init in .* got None": {"init": None},
-    r"expected init in .* got \[\[0": {"init": [[0.0, 0.0], [1.0, 1.0]]},
+    r"init centroids .* got \[3, 2\]": {"init": [[0.0, 0.0]] * 3},
     r"init centroids .* got \[2\]": {"init": np.zeros(2)},
     "empty_clusters in .* got 'drop'": {"empty_clusters": "drop"},
     r"weights \[N\] as numbers, got 'heavy'": {"weights": "heavy"},
@@ -494,7 +494,7 @@ def test_bad_values_are_refused_in_words(words: str) -> None:
         protoclip.kmeans(**arguments)
 
 
-@pytest.mark.parametrize("points", [np.array([["a"]]), np.ones((3, 2), dtype=int), [[1.0]]])
+@pytest.mark.parametrize("points", [np.array([["a"]]), torch.ones(3, 2, dtype=torch.bool), {}])
 def test_points_of_other_types_are_refused_in_words(points: Any) -> None:
     with pytest.raises(TypeError, match="kmeans: expected points"):
         protoclip.kmeans(points, 1)
@@ -503,3 +503,30 @@ def test_points_of_other_types_are_refused_in_words(points: Any) -> None:
         clusters.transform(points)
     with pytest.raises(ValueError, match="transform: expected points and centroids to share D"):
         clusters.transform(torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.int64, np.uint16, torch.int32, torch.uint8])
+def test_lists_and_integers_are_points(kind: Any) -> None:
+    """They give the clusters of the same numbers in fp32."""
+    numbers = torch.randint(0, 200, (60, 3), generator=torch.Generator().manual_seed(1))
+    expected = protoclip.kmeans(numbers.float(), 4)
+    points: Any = kind(numbers.tolist()) if kind in (list, tuple) else None
+    if isinstance(kind, torch.dtype):
+        points = numbers.to(kind)
+    elif points is None:
+        points = numbers.numpy().astype(kind)
+    clusters = protoclip.kmeans(points, 4)
+    assert clusters.centroids.dtype == torch.float32
+    assert torch.equal(clusters.centroids, expected.centroids)
+    assert torch.equal(clusters.predict(points), expected.labels)
+    assert torch.equal(clusters.transform(points), expected.transform(numbers.float()))
+    warm = protoclip.kmeans(points, 4, init=expected.centroids.tolist())
+    assert torch.equal(warm.labels, expected.labels)
+
+
+def test_large_integers_are_clustered_in_fp64() -> None:
+    points = 2**40 + torch.arange(6)[:, None] // 3 * 5
+    clusters = protoclip.kmeans(points, 2, init="k-means++")
+    assert clusters.centroids.dtype == torch.float64 and clusters.inertia == 0
+    with pytest.raises(ValueError, match="rows of numbers of one length"):
+        protoclip.kmeans([[1.0], [1.0, 2.0]], 1)

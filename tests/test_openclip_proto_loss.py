@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 import protoclip
+from protoclip import openclip
 from protoclip.losses import ProtoClipLoss
 from protoclip.settings.config import ProtoConfig
 
@@ -435,3 +437,45 @@ def test_autocast_and_the_default_device_change_nothing() -> None:
         loss(*images, 14.3)
         terms = loss(*texts, 14.3, output_dict=True)
     assert terms == plain
+
+
+def test_with_index_the_queue_holds_at_most_the_capacity(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each of 512 samples is stored once, and prototypes come after one pass over them."""
+    proto = ProtoConfig(capacity=512, k=16, every=4)
+    assert proto.queue == 512 and ProtoConfig(capacity=512).num_clusters == 51
+    assert ProtoConfig(queue=64, capacity=512).queue == 64
+    loss = ProtoClipLoss(proto=proto)
+    for step in range(17):
+        image, text = pairs(64, seed=step % 8)
+        index = torch.arange(64) + 64 * (step % 8)
+        terms = loss(image, text, torch.tensor(SCALE), output_dict=True, index=index)
+        assert ("proto_loss" in terms) == (step >= 8)
+    assert sorted(torch.cat([step.keys for step in loss.online._recent]).tolist()) == [*range(512)]
+    starts = [record.getMessage() for record in caplog.records if "start after" in record.msg]
+    assert starts == ["protoclip: prototypes start after 8 steps of 64 pairs"]
+
+
+@pytest.mark.parametrize(("epochs", "is_short"), [(1, True), (4, False)])
+def test_a_run_that_ends_before_its_prototypes_is_warned_about(
+    epochs: int, is_short: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two optimiser steps an epoch, and prototypes after four."""
+    arguments = SimpleNamespace(
+        model="nano", siglip=False, distill=False, local_loss=False, gather_with_grad=False,
+        rank=0, world_size=1, horovod=False, loss_dist_impl=None, accum_freq=2, batch_size=8,
+        epochs=epochs,
+    )  # fmt: skip
+
+    def get_data(arguments: Any) -> dict[str, Any]:
+        return {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=5))}
+
+    trainer = SimpleNamespace(create_loss=None, get_data=get_data)
+    with openclip.patched(trainer, ProtoConfig(queue=64, k=4)):
+        assert trainer.get_data(arguments)["train"].dataloader.num_batches == 5
+        trainer.create_loss(arguments)
+    assert trainer.get_data is get_data
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = "the run has 2 steps, and prototypes start after 4, so it trains plain CLIP"
+    assert [expected in text for text in warned] == [True] * is_short

@@ -226,7 +226,6 @@ def test_the_matrices_of_distillation_count() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--ranks", "0"], "--ranks: expected at least 1"),
         (["--k", "600", "--episode-size", "512"], "got k=600 for the 512 samples"),
         (["--batch-size", "512", "--samples", "500"], "expected at most 500 pairs in all, got 512"),
         (["--model", "no-such"], "--model: OpenCLIP knows no model 'no-such'"),

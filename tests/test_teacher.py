@@ -200,7 +200,6 @@ class TestCommand:
             (["--out", "x.npy"], "ending in .npz"),
             (["--out", "x.npz", "--model", "empty"], "--model empty: expected builtin:minilm"),
             (["--out", "x.npz", "--data", "builtin:nothing"], "builtin:nothing"),
-            (["--out", "x.npz", "--batch-size", "0"], "--batch-size"),
             (["--out", "x.npz", "--paper"], "--paper: expected --model with a text model"),
         ],
     )

@@ -215,6 +215,8 @@ def test_buffers_are_put_back_whole_or_not_at_all() -> None:
     copy_back(state, before)
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
     restore_unless(torch.tensor(True), [], flat_copy([]))
+    with pytest.raises(ValueError, match="buffers of the model that keep their shapes, got"):
+        restore_unless(torch.tensor(True), [*state, torch.ones(3)], before)
 
 
 def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:

@@ -54,10 +54,10 @@ def open_dataset(
         split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
             builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
-        keep_going: collect a table's bad rows in ``facts.skipped`` instead of raising at the first.
+        keep_going: collect a table's bad rows in ``facts.skipped`` instead of raising.
         class_template: makes captions from class names; see :func:`folders.read_templates`.
-        table: csv_separator, csv_img_key, csv_caption_key, csv_encoding of :class:`CsvDataset`; the
-            keys also name columns of parquet files.
+        table: csv_separator, csv_img_key, csv_caption_key, csv_encoding, skip_bad of
+            :class:`CsvDataset`; the keys also name columns of parquet files.
     Returns:
         A data set with at least one pair, unless ``keep_going`` finds none.
     Raises:

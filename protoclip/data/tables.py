@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,13 +21,34 @@ CHECKED = 10_000  # files checked at the start; later ones are checked when they
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred
 
 
+class BadRow(NamedTuple):
+    """A row that is not a pair, and what it lacks."""
+
+    line: int
+    lacks: str  # picture or caption
+    fault: str  # with what to do
+
+
+def counted(bad: Sequence[BadRow], total: int) -> str:
+    """How many of the rows of a table are bad, with the first of each kind."""
+    parts = []
+    for lacks, count in Counter(row.lacks for row in bad).items():
+        first = next(row for row in bad if row.lacks == lacks)
+        fault = first.fault.partition(";")[0]
+        have = "has" if count == 1 else "have"
+        where = f"first: line {first.line}, {fault}"
+        parts.append(f"{count:,} of {total:,} rows {have} no {lacks} ({where})")
+    return " and ".join(parts)
+
+
 class CsvDataset(PairDataset):
     """One pair per row: the path of a picture and its caption.
 
     Args:
         path: the table, first row the column names.
-        keep_going: collect bad rows in ``facts.skipped`` instead of raising at the first, and check
-            all picture paths now.
+        keep_going: collect bad rows in ``facts.skipped`` instead of raising, and check all picture
+            paths now.
+        skip_bad: the same, but only say in ``facts.left_out`` how many there are.
         csv_separator: between columns, one character. The default, OpenCLIP's, is a tab; a table
             without a tab in its first line is split at commas, semicolons or bars.
         csv_img_key: column of the paths; a relative path starts at the working directory (as in
@@ -43,28 +66,42 @@ class CsvDataset(PairDataset):
         csv_img_key: str = "filepath",
         csv_caption_key: str = "title",
         csv_encoding: str = "utf-8",
+        skip_bad: bool = False,
     ) -> None:
         self.name = str(path)
         self.folder = os.path.dirname(os.path.abspath(path))
-        skipped: list[BadSample] = []
+        bad: list[BadRow] = []
         rows: list[list[str]] = []
         columns = (csv_img_key, csv_caption_key)
         for number, row, fault in read_table(self.name, columns, csv_separator, csv_encoding):
-            look = keep_going or len(rows) < CHECKED
+            look = keep_going or skip_bad or bad or len(rows) < CHECKED
+            lacks = "columns"
+            if fault and not keep_going:  # an open quote may hold any number of rows
+                raise DataError(f"{self.name}, line {number}: {fault}")
             if not fault and not row[1].strip():
+                lacks = "caption"
                 fault = "the caption is empty; remove the row or write a caption"
             elif not fault and look and not os.path.isfile(self._find(row[0])):
+                lacks = "picture"
                 places = " nor from ".join(dict.fromkeys((os.getcwd(), self.folder)))
                 fault = f"no picture at {row[0]!r} starting from {places}; correct the path"
-            if not fault:
-                rows.append(row)
-            elif keep_going:
-                skipped.append(BadSample(f"{self.name}, line {number}", "", fault))
+            if fault:
+                bad.append(BadRow(number, lacks, fault))
             else:
-                raise DataError(f"{self.name}, line {number}: {fault}")
-        if not rows and not skipped:
+                rows.append(row)
+        if not rows and not bad:
             raise DataError(f"{self.name}: the table has no rows below its header; add some")
-        self.facts = Facts(skipped=skipped)
+        if keep_going:
+            samples = [BadSample(f"{self.name}, line {row.line}", "", row.fault) for row in bad]
+            self.facts = Facts(skipped=samples)
+        elif bad:
+            counts = counted(bad, len(bad) + len(rows))
+            if not skip_bad or not rows:
+                raise DataError(
+                    f"{self.name}: {counts}; fix them, or leave them out with --skip-bad "
+                    "(protoclip data --check lists them)"
+                )
+            self.facts = Facts(left_out=[f"{self.name}: left out, as {counts}"])
         self._files = StringTable(file for file, _ in rows)
         self._captions = StringTable(text.strip()[:MAX_CAPTION] for _, text in rows)
         self.keys: Sequence[str] = StringTable(_numbered(file for file, _ in rows))

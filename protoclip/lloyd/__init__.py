@@ -34,6 +34,7 @@ SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as 
 EMPTY_CLUSTERS = ("move", "split")
 CANDIDATES = 1024  # points that empty clusters may move to in one iteration
 MEAN_ERROR = 128  # units in the last place that the mean of equal points may be off
+LARGEST_INTEGER = 2**24  # up to which fp32 holds all integers
 SMALLEST = 1e-18  # coordinates whose squares have all digits in fp32
 TRANSFORM_BLOCK = 1 << 21  # distances that ``Clusters.transform`` computes at once
 
@@ -68,14 +69,14 @@ class Clusters:
             f"inertia {self.inertia:.4g}, {self.num_iters} iterations)"
         )
 
-    def predict(self, points: Tensor | Array) -> Tensor:
+    def predict(self, points: Tensor | Array | Sequence[Any]) -> Tensor:
         """The nearest cluster of each point: [M, D] -> int64 [M]."""
         x = _tensor(points)
         checks.matrix("predict", "points", x, "[M, D]")
         return kmeans_assign(x, self.centroids.to(x.device))[0]
 
     @torch.no_grad()
-    def transform(self, points: Tensor | Array) -> Tensor:
+    def transform(self, points: Tensor | Array | Sequence[Any]) -> Tensor:
         """The distance of each point to each centroid: [M, D] -> [M, K] in the centroids' dtype.
 
         They are computed in fp64, some points at a time, so that points far from the origin have
@@ -135,13 +136,13 @@ class Clusters:
 
 @torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
 def kmeans(
-    points: Tensor | Array,
+    points: Tensor | Array | Sequence[Any],
     num_clusters: int,
     *,
     num_iters: int = 20,
     tol: float = 0.0,
     num_restarts: int = 1,
-    init: str | Tensor | Array = "random",
+    init: str | Tensor | Array | Sequence[Any] = "random",
     seed: int = 0,
     spherical: bool = False,
     weights: Tensor | Array | Sequence[float] | None = None,
@@ -156,10 +157,11 @@ def kmeans(
     for bit. Of all states that it passes, the one with the lowest inertia is returned.
 
     Args:
-        points: [N, D], finite, and N times the largest value too; float32, bfloat16, float16
-            (computed in fp32) or float64, whose squares are finite too. Squared distances are
-            fp32: for points 1e19 apart the inertia is inf, for points 1e-18 apart it is too small;
-            both with a warning.
+        points: [N, D], a tensor, array or list; finite, and N times the largest value too;
+            float32, bfloat16, float16 (computed in fp32), float64, whose squares are finite too,
+            or integers (computed in fp32, or in fp64 where one is above 2^24). Squared distances
+            are fp32: for points 1e19 apart the inertia is inf, for points 1e-18 apart it is too
+            small; both with a warning.
         num_clusters: K, 1 <= K <= N.
         num_iters: updates of the centroids, at most; >= 0.
         tol: also stop after an update that moves the centroids by a total squared distance of at
@@ -254,17 +256,29 @@ def kmeans(
 
 
 def _tensor(x: Any) -> Any:
-    """A NumPy array of numbers as a tensor, which shares its memory where torch can."""
-    if not isinstance(x, np.ndarray):
+    """A list or array of numbers as a floating-point tensor, which shares the array's memory where
+    torch can; integers become fp32, or fp64 where fp32 does not hold them."""
+    if isinstance(x, (list, tuple)):
+        try:
+            x = np.array(x, dtype=np.float32)
+        except ValueError as error:
+            raise ValueError(
+                f"kmeans: expected points, or centroids, as rows of numbers of one length ({error})"
+            ) from error
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "fiu":
+            raise TypeError(
+                "kmeans: expected points, or centroids, as an array of numbers, got one of "
+                f"{x.dtype}; use .astype(float)"
+            )
+        if min(x.strides, default=0) < 0:  # torch takes none, also where there is one row
+            x = x.copy()
+        native = x.dtype.newbyteorder("=")
+        x = torch.from_numpy(np.require(x, dtype=native, requirements=["C", "W"]))
+    if not isinstance(x, Tensor) or x.dtype not in checks.INTEGERS + checks.OTHER_INTEGERS:
         return x
-    if x.dtype.kind not in "fiu":
-        raise TypeError(
-            f"kmeans: expected points, or centroids, as an array of numbers, got one of {x.dtype}; "
-            "use .astype(float)"
-        )
-    if min(x.strides, default=0) < 0:  # torch takes none, also where there is one row
-        x = x.copy()
-    return torch.from_numpy(np.require(x, dtype=x.dtype.newbyteorder("="), requirements=["C", "W"]))
+    x = x.double()
+    return x if (x.abs() > LARGEST_INTEGER).any() else x.float()
 
 
 def _check_numbers(

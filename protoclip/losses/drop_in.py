@@ -25,27 +25,34 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchan
 
 
 class _OverRanks(nn.Module):
-    """A loss that looks once, before its first value, at the ranks that it is computed on."""
+    """A loss that checks the ranks that it is computed on."""
 
     rank: int
     world_size: int
     _looked = False
+    _rows = -1  # of the last call whose number of rows was compared
     _own_logits = False  # a subclass has its own get_logits or get_ground_truth
 
-    def _look_once(self, rows: Tensor) -> None:
-        """ValueError if the process has another number or the ranks' batches differ; a warning if
-        the loss is of one of several."""
-        if torch.compiler.is_compiling() or self._looked:  # else a second graph
+    def _look(self, rows: Tensor) -> None:
+        """ValueError if the ranks' batches differ or, at the first call, if the process has another
+        number; then also a warning if the loss is of one of several ranks."""
+        if torch.compiler.is_compiling():  # it would be a second graph
             return
+        if not self._looked:
+            self._look_once()
+        # On a GPU the comparison waits for the device, so it is made when the own size changes.
+        if self.world_size > 1 and (rows.device.type == "cpu" or len(rows) != self._rows):
+            check_equal_rows(type(self).__name__, rows)
+            self._rows = len(rows)
+
+    def _look_once(self) -> None:
         name = type(self).__name__
         expected = f"{name}: expected rank={rank()} and world_size={world_size()} of this process"
-        if self.world_size > 1:
-            if (self.rank, self.world_size) != (rank(), world_size()):
-                raise ValueError(
-                    f"{expected}, got rank={self.rank} and world_size={self.world_size}; call "
-                    "torch.distributed.init_process_group first, and pass both"
-                )
-            check_equal_rows(name, rows)
+        if self.world_size > 1 and (self.rank, self.world_size) != (rank(), world_size()):
+            raise ValueError(
+                f"{expected}, got rank={self.rank} and world_size={self.world_size}; call "
+                "torch.distributed.init_process_group first, and pass both"
+            )
         self._looked = True
         if self.world_size < world_size():
             warnings.warn(
@@ -113,7 +120,7 @@ class ClipLoss(_OverRanks):
         Returns:
             float32 [], nats.
         """
-        self._look_once(image_features)
+        self._look(image_features)
         loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
             bias = checks.scalar("ClipLoss", "logit_bias", logit_bias, loss.device)
@@ -373,7 +380,7 @@ class SigLipLoss(_OverRanks):
             "SigLipLoss", image_features, text_features, logit_scale
         )
         bias = 0.0 if logit_bias is None else logit_bias
-        self._look_once(x)
+        self._look(x)
         loss_of = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
         loss = loss_of(
             x,
@@ -507,6 +514,7 @@ class ProtoClipLoss(ClipLoss):
             float32 [], nats.
         """
         if index is not None:
+            index = checks.as_int64(index)
             # A data loader leaves it on the host.
             device = getattr(index, "device", image_features.device)
             checks.tensor(

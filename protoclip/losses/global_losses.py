@@ -266,7 +266,7 @@ def ids_of_all_ranks(op: str, ids: Tensor | None, rows: Tensor, name: str = "ids
     """The ids of all ranks' rows, int64 [W * B] or [W * B, R]."""
     if ids is None:
         return None
-    check_ids(op, name, ids, len(rows), rows.device)
+    ids = check_ids(op, name, ids, len(rows), rows.device)
     return gather_rows(ids) if is_distributed() else ids
 
 

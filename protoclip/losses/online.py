@@ -200,6 +200,13 @@ class OnlinePrototypes:
         """Add the step's features [N, D] to the queue; cluster when it is time. Only the last call
         of a step does so, so that all calls of the step see the same prototypes."""
         self._calls += 1
+        if self._calls == 1 and (self.builder.group is None or is_main()):
+            # A warning, because without it a short run would be plain CLIP in silence.
+            LOGGER.warning(
+                "protoclip: prototypes start after %d steps of %d pairs",
+                self.first_step(len(image)),
+                len(image),
+            )
         if self._calls % self.calls_per_step:
             return
         self.steps += 1

@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from protoclip.ops.operators import ANY_FLOAT, accumulator, in_transform
 
 REDUCTIONS = ("mean", "sum", "none")
 INTEGERS = (torch.int64,)
+OTHER_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 PAIR = ("image_features", "text_features")
 LEFT_OUT = -100  # in place of a label or position, as in torch's cross-entropy
 
@@ -58,9 +63,9 @@ def strip(
     """Check [N, D] and [M, D]; return them in one dtype, and the scale as a tensor."""
     matrix(op, names[0], x, "[N, D]")
     matrix(op, names[1], y, "[M, D]")
-    like(op, names[1], y, names[0], x)
+    like(op, names[0], x, names[1], y)
     x, y = promoted(x, y)
-    return x, y, scalar(op, "logit_scale", logit_scale, x.device, accumulator(x), lowest=0)
+    return x, y, scale(op, logit_scale, x.device, accumulator(x))
 
 
 def equal_rows(
@@ -96,11 +101,9 @@ def scalar(
     x: Any,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    *,
-    lowest: float = -math.inf,
 ) -> Tensor:
     """A one-element float tensor on ``device``, from such a tensor or, in ``dtype``, from a real
-    number of at least ``lowest``."""
+    number."""
     if not isinstance(x, Tensor):
         # numpy's scalars and one-element arrays are numbers too; strings and booleans are not
         is_number = hasattr(x, "__float__") and getattr(x, "size", 1) == 1
@@ -111,9 +114,8 @@ def scalar(
                 f"{type(x).__name__}; pass float({name})"
             )
         number = float(number)
-        if not number >= lowest:  # NaN too
-            least = "a number" if lowest == -math.inf else f"at least {lowest:g}"
-            raise ValueError(f"{op}: expected {name} of {least}, got {number:g}; check the model")
+        if math.isnan(number):
+            raise ValueError(f"{op}: expected {name} as a number, got nan; check the model")
         return torch.full((), number, dtype=dtype, device=device)
     if x.shape not in ((), (1,)) or x.device != device:
         raise ValueError(
@@ -123,6 +125,23 @@ def scalar(
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{op}: expected {name} as a float tensor, got {x.dtype}; use .float()")
     return x if x.dtype in ANY_FLOAT else x.float()
+
+
+def scale(op: str, x: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The logit scale as ``scalar`` gives it. ValueError if it is negative; a tensor on a GPU, or
+    one that is traced, is not read."""
+    logit_scale = scalar(op, "logit_scale", x, device, dtype)
+    if isinstance(x, Tensor):
+        is_plain = type(x) in (Tensor, Parameter)
+        number = x.item() if is_plain and x.device.type == "cpu" and readable(x) else 0
+    else:
+        number = float(x)
+    if number < 0:
+        raise ValueError(
+            f"{op}: logit_scale is the multiplier, not its logarithm; got {number:g}; pass "
+            "log_scale.exp()"
+        )
+    return logit_scale
 
 
 def tensor(
@@ -153,9 +172,16 @@ def tensor(
         )
 
 
-def labels(op: str, x: Tensor, rows: Tensor) -> None:
-    """Require int64 [N] on the device of the [N, D] rows."""
+def as_int64(x: Any) -> Any:
+    """A tensor of other integers as int64, anything else as it is."""
+    return x.long() if isinstance(x, Tensor) and x.dtype in OTHER_INTEGERS else x
+
+
+def labels(op: str, x: Tensor, rows: Tensor) -> Tensor:
+    """Require integers [N] on the device of the [N, D] rows; return them as int64."""
+    x = as_int64(x)
     tensor(op, "labels", x, dtypes=INTEGERS, shapes=[(rows.shape[0],)], device=rows.device)
+    return x
 
 
 def label_values(op: str, x: Tensor, count: int) -> None:

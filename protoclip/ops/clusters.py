@@ -59,7 +59,7 @@ def kmeans_assign(
     op = "kmeans_assign"
     checks.matrix(op, "points", points, "[N, D]")
     checks.matrix(op, "centroids", centroids, "[K, D]")
-    checks.like(op, "centroids", centroids, "points", points)
+    checks.like(op, "points", points, "centroids", centroids)
     n, k = points.shape[0], centroids.shape[0]
     if n and not k:
         raise ValueError(f"{op}: expected K >= 1 centroids for N = {n} points, got 0")
@@ -134,7 +134,7 @@ def segment_mean(
     """
     op = "segment_mean"
     checks.matrix(op, "values", values, "[N, D]")
-    checks.labels(op, labels, values)
+    labels = checks.labels(op, labels, values)
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"{op}: expected num_segments as an int >= 0, got {num_segments!r}")
     backend_name = resolve(op, backend, values.device.type, values.dtype)

@@ -260,7 +260,7 @@ def two_views(
     """The arguments of ``nt_xent`` for views that are keys ``first`` and following."""
     x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
     if ids is not None:
-        pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
+        ids = pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
     elif decoupled:  # what is not seen is told by ids
         ids = torch.arange(first, first + x.shape[0], device=x.device)
     if ids is not None:
@@ -291,14 +291,14 @@ def labelled_views(
     """The arguments of ``sup_con`` for rows that are keys ``first`` and following."""
     if isinstance(features, Tensor) and features.ndim == 3:
         samples = features[:, 0] if features.shape[1] else features.flatten(1)
-        checks.labels(op, labels, samples)
+        labels = checks.labels(op, labels, samples)
         if weights is not None:
             checks.weights(op, weights, samples, "")
             weights = weights.repeat_interleave(features.shape[1])
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
     x, _, logit_scale = checks.strip(op, ("features", "features"), features, features, logit_scale)
-    checks.labels(op, labels, x)
+    labels = checks.labels(op, labels, x)
     itself = torch.arange(first, first + x.shape[0], device=x.device)
     # Rows of unknown labels have a label each.
     labels = labels.where(labels != checks.LEFT_OUT, itself + torch.iinfo(torch.int64).min)

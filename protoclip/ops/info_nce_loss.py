@@ -257,7 +257,7 @@ def info_nce(
         checks.weights(op, weights, x, backend_name)
     reduces = weights is None and not label_smoothing and reduction != "none"
     if ids is not None:
-        pairs.check_ids(op, "ids", ids, n, x.device)
+        ids = pairs.check_ids(op, "ids", ids, n, x.device)
         matching = Matching(query_ids=ids, key_ids=ids, same_id=same_id)
         if reduces and backend_name != "reference":
             return pair_loss(

@@ -46,6 +46,13 @@ class Matching:
     key_bias: Tensor | None = None  # [M]
     offset: int = 0  # without positives, query i's own key is key i + offset
 
+    def __post_init__(self) -> None:
+        shared = self.query_ids is self.key_ids  # the ops use that
+        for name in ("positives", "query_ids", "key_ids", "exclude"):
+            object.__setattr__(self, name, checks.as_int64(getattr(self, name)))
+        if shared:
+            object.__setattr__(self, "query_ids", self.key_ids)
+
     @property
     def plain(self) -> bool:
         """No arguments: each query has its own key and sees all keys."""
@@ -219,9 +226,11 @@ def refuse_out_of_range(op: str, pairs: Pairs, num_keys: int) -> None:
         )
 
 
-def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> None:
-    """Require int64 [count] or [count, R], R <= 2."""
+def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> Tensor:
+    """Require integers [count] or [count, R], R <= 2; return them as int64."""
+    ids = checks.as_int64(ids)
     _check_integers(op, name, ids, [(count,), (count, 1), (count, 2)], device)
+    return ids
 
 
 def _check_integers(

@@ -178,6 +178,9 @@ class Bank:
     labels: Tensor  # int64 [N], -100 = ignore
     targets: Tensor | None = None  # [K, D], rows m_y; None: hard labels
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", checks.as_int64(self.labels))
+
 
 @dataclass(frozen=True)
 class PrototypeLosses:
@@ -231,9 +234,7 @@ def prototype_cross_entropy(
     checks.label_smoothing(op, label_smoothing)
     bank = Bank(prototypes, labels, targets)
     _check_inputs(op, features, [bank], reduction)
-    logit_scale = checks.scalar(
-        op, "logit_scale", logit_scale, features.device, accumulator(features), lowest=0
-    )
+    logit_scale = checks.scale(op, logit_scale, features.device, accumulator(features))
     if weights is not None:
         backend_name = resolve(op, backend, features.device.type, features.dtype)
         checks.weights(op, weights, features, backend_name)
@@ -298,9 +299,7 @@ def prototype_losses(
     matrices = [matrix for bank in banks for matrix in (bank.prototypes, bank.targets)]
     dtype = checks.common_dtype([features, *(m for m in matrices if m is not None)])
     features = features.to(dtype)
-    logit_scale = checks.scalar(
-        op, "logit_scale", logit_scale, features.device, accumulator(features), lowest=0
-    )
+    logit_scale = checks.scale(op, logit_scale, features.device, accumulator(features))
     losses = []
     nearest = []
     for bank in banks:
@@ -360,14 +359,14 @@ def _check_inputs(op: str, features: Tensor, banks: Sequence[Bank], reduction: s
 
 def _check_bank(op: str, features: Tensor, bank: Bank) -> None:
     checks.matrix(op, "prototypes", bank.prototypes, "[K, D]")
-    checks.like(op, "prototypes", bank.prototypes, "features", features)
+    checks.like(op, "features", features, "prototypes", bank.prototypes)
     checks.labels(op, bank.labels, features)
     n, k = features.shape[0], bank.prototypes.shape[0]
     if n and not k:
         raise ValueError(f"{op}: expected K >= 1 prototypes for N = {n} samples, got 0")
     if bank.targets is not None:
         checks.matrix(op, "targets", bank.targets, "[K, D]")
-        checks.like(op, "targets", bank.targets, "prototypes", bank.prototypes)
+        checks.like(op, "prototypes", bank.prototypes, "targets", bank.targets)
         if bank.targets.shape != bank.prototypes.shape:
             raise ValueError(
                 f"{op}: expected targets of the prototypes' shape {tuple(bank.prototypes.shape)}, "

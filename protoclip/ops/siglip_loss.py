@@ -289,7 +289,7 @@ def sigmoid_losses(
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
     matching = Matching(same_id=same_id, offset=offset)
     if ids is not None:
-        pairs.check_ids(op, "ids", ids, m, x.device)
+        ids = pairs.check_ids(op, "ids", ids, m, x.device)
         own_ids = ids[offset : offset + n]
         matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, offset=offset)
     if x.dtype == torch.float16:  # the fused op stores a sum's gradient, which may pass 65,504

@@ -20,7 +20,10 @@ PRECISIONS = ("auto", "fp32", "amp_bf16", "amp")
 BOARDS = ("tensorboard", "wandb", "tensorboard,wandb", "none")
 PRESETS = Path(__file__).parent / "presets"
 # How to read pairs that are not built in.
-TABLE = ("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding", "class_template")
+TABLE = (
+    *("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding", "skip_bad"),
+    "class_template",
+)
 Config = TypeVar("Config")
 to_dict = dataclasses.asdict  # a config as a nested plain dict, ready for JSON
 
@@ -170,6 +173,12 @@ class DataConfig:
     )
     csv_caption_key: str = option("title", "column of the caption in it")
     csv_encoding: str = option("utf-8", "encoding of a .csv/.tsv file", flag="encoding")
+    skip_bad: bool = option(
+        False,
+        "leave out the rows of a .csv/.tsv file that have no picture or caption; without it they "
+        "are counted, and nothing runs",
+        fixed=True,
+    )
     class_template: str = option(
         "a photo of a {}.",
         "makes captions from class names: a text with {}, openai (80), simple (7), or a file with "
@@ -372,7 +381,12 @@ class ProtoConfig:
     """Online prototypes (any of these switches them on)"""
 
     weight: float = option(1.0, "weight of the prototype loss", flag="proto-weight")
-    queue: int = option(16384, "newest pairs to cluster", flag="proto-queue", low=2)
+    queue: int = option(
+        16384,
+        "newest pairs to cluster; at most --proto-capacity where that is given",
+        flag="proto-queue",
+        low=2,
+    )
     capacity: int = option(
         0,
         "newest pairs whose labels are kept, for loops that pass index=; at least the size of the "
@@ -396,6 +410,8 @@ class ProtoConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if 0 < self.capacity < self.queue:  # with more, the queue would hold samples twice
+            object.__setattr__(self, "queue", max(2, self.capacity))
         if self.k > self.queue:
             raise ValueError(
                 f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "

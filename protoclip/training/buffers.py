@@ -33,8 +33,19 @@ def copy_back(buffers: Sequence[Tensor], values: Flat) -> None:
 
 def restore_unless(taken: Tensor, buffers: Sequence[Tensor], before: Flat) -> None:
     """Put back the values from before a step unless it was ``taken``, a bool scalar for which the
-    host does not wait; then every rank gets those of rank 0."""
+    host does not wait; then every rank gets those of rank 0.
+
+    Raises:
+        ValueError: a buffer has another shape than before the step.
+    """
     now = flat_copy(buffers)
+    sizes_before = {dtype: len(values) for dtype, values in before.items()}
+    if (sizes := {dtype: len(values) for dtype, values in now.items()}) != sizes_before:
+        raise ValueError(
+            "training: expected buffers of the model that keep their shapes, got "
+            f"{sum(sizes.values())} numbers after a step and {sum(sizes_before.values())} before; "
+            "keep what changes its shape in a plain attribute"
+        )
     values = {dtype: torch.where(taken, now[dtype], before[dtype]) for dtype in now}
     broadcast(*values.values())
     copy_back(buffers, values)
