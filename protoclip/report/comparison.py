@@ -475,7 +475,7 @@ def time_words(comparison: Comparison, contrast: Contrast) -> str:
         f"({contrast.time_ratio:.2f} times)"
     )
     if teacher := mean(ours, "teacher"):
-        counted = "counted" if comparison.count_teacher else "not counted"
+        counted = "included" if comparison.count_teacher else "not included"
         text += f"; teacher {teacher:,.1f} s, {counted}"
     return text
 

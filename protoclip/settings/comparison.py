@@ -173,7 +173,7 @@ def plan_of_flags(flags: Mapping[str, Any]) -> Plan:
         for name, value in flags.items()
         if "." in name or name in ("method", "preset", "dataset_type") or name.startswith("--")
     }
-    _refuse_own(settings, "")
+    _refuse_own(settings)
     if not texts and "method" in settings:
         raise ValueError(
             "--method: the rows CLIP and ProtoCLIP set it; leave it out, or name rows with --row"
@@ -186,7 +186,7 @@ def plan_of_flags(flags: Mapping[str, Any]) -> Plan:
             parser = train_parser()
             parser.raises = True
             of_row = vars(parser.parse_args(shlex.split(words)))
-            _refuse_own(of_row, name)
+            _refuse_own(of_row)
             if of_row["preset"] == "default":
                 of_row["preset"] = settings["preset"]
             if of_row["dataset_type"] == "auto":
@@ -220,7 +220,7 @@ def _row_flags(texts: Sequence[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def _refuse_own(flags: Mapping[str, Any], row: str) -> None:
+def _refuse_own(flags: Mapping[str, Any]) -> None:
     for name in SET_BY_COMPARE:
         if name in flags:
             flag = "--" + name.partition(".")[2]
