@@ -38,7 +38,7 @@ def train_parser() -> Parser:
     return build_parser(
         "protoclip train",
         "Train ProtoCLIP (or CLIP) on image-text pairs. Without flags: ProtoCLIP on the built-in "
-        "icons, a few minutes on two CPU cores. The defaults suit icons: for photographs give "
+        "icons, a few minutes on two CPU cores. The defaults are for icons; for photographs set "
         "--model and --epochs.",
         EVERYDAY.split(),
         "protoclip train --train-data pairs.csv --csv-img-key file --csv-caption-key text\n"
@@ -50,9 +50,11 @@ def compare_parser() -> Parser:
     """Flags of ``protoclip compare``: those of train, and some of its own."""
     parser = build_parser(
         "protoclip compare",
-        "Train ProtoCLIP and CLIP on several seeds and say what differs: a table, a page and "
-        "comparison.json. Takes the flags of protoclip train, for all rows. CLIP is also trained "
-        "for as long as each other row takes. The same command again continues.",
+        "Train ProtoCLIP and CLIP on several seeds and report which scores differ, as a table, a "
+        "page and comparison.json. Takes the flags of protoclip train, for "
+        "all rows. CLIP is also trained "
+        "for as long as each other row takes. The same command continues "
+        "an interrupted comparison.",
         [*EVERYDAY.split(), *COMPARED.split()],
         "protoclip compare --train-data pairs.csv --val-fraction 0.2 --model ViT-B-32 --epochs 30\n"
         "         protoclip compare --row 'CLIP: --method clip' --row 'K 100: --k 100'",
@@ -74,16 +76,16 @@ def compare_parser() -> Parser:
         type=seeds_of,
         default=seeds_of("5"),
         metavar="N|A,B,...",
-        help="seeds of training: so many from 0 on, or these (default: 5)",
+        help="number of training seeds, or a list of them (default: 5)",
     )
-    add_flag(group, "--out", "logs/compare", "folder of the comparison; a run is OUT/ROW/seed-N")
-    words = "do not train the baseline for as long as each other row takes; nothing is then claimed"
+    add_flag(group, "--out", "logs/compare", "output folder; runs are in OUT/ROW/seed-N")
+    words = "omit the equal-time baselines; then no difference is tested"
     group.add_argument("--equal-steps", action="store_true", help=words)
     words = "count the teacher's time as training time"
     group.add_argument("--count-teacher", action="store_true", help=words)
-    words = "runs at the same time, after the first seed; on GPUs each owns one"
+    words = "parallel runs after the first seed; on GPUs each run owns one"
     add_flag(group, "--jobs", 1, words, low=1)
-    words = "processes of a run, started by torchrun; on GPUs each owns one"
+    words = "processes per run, started by torchrun; on GPUs each process owns one"
     add_flag(group, "--nproc-per-run", 1, words, low=1)
     words = "print the rows, the primary scores and the number of runs, and exit"
     group.add_argument("--dry-run", action="store_true", help=words)
@@ -94,8 +96,8 @@ def plan_parser() -> Parser:
     """Flags of ``protoclip plan``: those of train, and some of its own."""
     parser = build_parser(
         "protoclip plan",
-        "Say whether a run fits: the memory that each of its processes needs, by part; takes the "
-        "flags of protoclip train. --device cpu plans for CPUs, anything else for GPUs.",
+        "Estimate the memory of each process of a run, by part, to see whether the run fits. "
+        "Takes the flags of protoclip train. --device cpu is for CPUs, anything else for GPUs.",
         PLANNED.split(),
         "protoclip plan --model ViT-B-32 --batch-size 256 --ranks 64 --samples 30000000 --k 20000",
     )
@@ -112,8 +114,8 @@ def cluster_parser() -> Parser:
         "protoclip cluster",
         usage="%(prog)s DATA [options]",
         description="Group pictures, or rows of features, by k-means. Writes clusters.csv, "
-        "left_out.csv, centroids.safetensors, of pictures features.npz, and report.html, a page "
-        "that shows the groups. A run that was stopped continues by the same command.",
+        "left_out.csv, centroids.safetensors, report.html and, for pictures, features.npz. The "
+        "same command continues an interrupted run.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
     words = (
@@ -121,38 +123,41 @@ def cluster_parser() -> Parser:
     )
     words += "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
-    words = "number of groups, 2 to N; auto: of 2 to 16 and then steps of a fifth up to 300, that "
-    words += (
-        "with the largest mean silhouette on 3,000 rows; if that is below 0.2, the square root of "
+    words = (
+        "number of groups; auto tries 2 to 16, then steps of 20 %% up to 300, and takes the best "
     )
-    words += "N/2, at most 300 (default: auto)"
+    words += "mean silhouette on a sample of 3,000 rows; if that is below 0.2, it takes the square "
+    words += "root of N/2, at most 300 (default: auto)"
     parser.add_argument("--k", default="auto", type=group_number, metavar="N|auto", help=words)
     for flag, default, words in (
         ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
         ("--model", "", "encode the pictures with this OpenCLIP model (default: ViT-B-32)"),
         ("--pretrained", "", "weights of --model: a file or an OpenCLIP tag"),
         ("--features", "", "features.npz of an earlier --out, to skip the encoding"),
-        ("--captions", "", "a file with one caption per line for the rows of a features file; "
-         "tables and shards have their own"),
-        ("--weights", "", "a file with the weight of each picture or row, one number per line; "
-         "a folder's pictures are sorted by folder and name, unreadable ones included"),
+        ("--captions", "", "file with one caption per line for the rows of a features file"),
+        ("--weights", "",
+            "file with one weight per line for each picture or row; "
+            "pictures of a folder are sorted "
+         "by folder and name, unreadable ones included"),
         ("--out", "groups", "folder to write to"),
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
     add_flag(parser, "--iters", 20, "iterations of k-means, at most", low=0)
-    add_flag(parser, "--seed", 0, "the same seed gives the same groups")
+    add_flag(parser, "--seed", 0, "seed of k-means")
     words = "pictures encoded at once; 0: 32 on a CPU, 256 on a GPU"
     add_flag(parser, "--batch-size", 0, words, low=0)
     add_flag(parser, "--workers", 0, "processes that read pictures", low=0)
-    words = "replace the files of an earlier run in --out; features that the same model made of "
-    words += "the same files are used again"
+    words = (
+        "replace the files of an earlier run in --out; its features are used again if model and "
+    )
+    words += "pictures are the same"
     parser.add_argument("--overwrite", action="store_true", help=words)
     folders = parser.add_mutually_exclusive_group()
-    words = "a new folder: in it a folder for each group, with links to its pictures"
+    words = "create this folder, with a folder of links to the pictures of each group"
     add_flag(folders, "--link-to", "", words)
-    add_flag(folders, "--copy-to", "", "the same with copies, for disks that have no links")
-    words = "scale the rows of a features file to length 1, as is done for pictures"
+    add_flag(folders, "--copy-to", "", "the same with copies")
+    words = "normalise the rows of a features file to length 1"
     parser.add_argument("--normalize", action="store_true", help=words)
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
     add_options(parser, DataConfig(), only=TABLE)
@@ -164,8 +169,8 @@ def evaluate_parser() -> Parser:
     parser = Parser(
         "protoclip evaluate",
         usage="%(prog)s MODEL [options]",
-        description="Evaluate a CLIP; prints a table, writes results.json and, per data set and "
-        "task, the JSON that CLIP_benchmark writes.",
+        description="Evaluate a CLIP model. Prints a table and writes results.json and, for each "
+        "data set and task, a JSON file in CLIP_benchmark's format.",
         epilog="data: builtin:icons | builtin:shapes[:N] | class "
         "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
         "or parquet files with captions. Without a train split, probes train on 80 % of the "
@@ -178,11 +183,14 @@ def evaluate_parser() -> Parser:
         help="run folder, checkpoint, OpenCLIP name, its config .json, local-dir:PATH or hf-hub:ID",
     )
     for flag, default, help_text in (
-        ("--data", "", "see below (default: the held-out pairs of the run)"),
+        ("--data", "",
+            "what to evaluate on: class folders, a table, shards, parquet "
+            "files or builtin:... "
+         "(details below; default: the held-out pairs of the run)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
         ("--model", "", "for a checkpoint of OpenCLIP's trainer: its model name or config .json"),
         ("--pretrained", "", "weights of an OpenCLIP name: a tag, a file, or random"),
-        ("--split", "", "folder of the split to evaluate (default: test, val or validation)"),
+        ("--split", "", "split folder to evaluate (default: test, val or validation)"),
         ("--templates", "openai", "prompts: openai (80), simple (7), a text with {}, or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
         ("--out --output", "", "file for the results (default: results.json in the run folder, or "
@@ -208,7 +216,8 @@ def evaluate_parser() -> Parser:
         choices=PROTOCOLS,
     )
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
-    group = parser.add_argument_group("Reading", "as in training (default: the run's)")
+    words = "How tables are read (same flags as for training; default: as in the run)"
+    group = parser.add_argument_group("Reading", words)
     add_options(group, DataConfig(), only=TABLE)
     return parser
 
@@ -217,15 +226,17 @@ def report_parser() -> Parser:
     """Flags of ``protoclip report``."""
     parser = Parser(
         "protoclip report",
-        description="Write one self-contained HTML page about runs: numbers, curves, prototypes, "
+        description="Write one self-contained HTML page about runs: scores, curves, prototypes, "
         "a map, examples, cost and settings. Several runs are shown side by side, with "
         "the differences to the first run of --method clip, or else to the first run. Runs that "
         "differ only in the seed become one row, with intervals, as in protoclip compare.",
         example="protoclip report logs/A logs/B",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
-    words = "file to write (default: report.html in the run; of several runs, a page of its own in "
-    words += "the last one)"
+    words = (
+        "file to write (default: report.html in the run folder; for several runs, a page of its "
+    )
+    words += "own in the last folder)"
     add_flag(parser, "--out --output", "", words)
     return parser
 
@@ -252,8 +263,8 @@ def teacher_parser() -> Parser:
     """Flags of ``protoclip teacher``."""
     parser = Parser(
         "protoclip teacher",
-        description="Write a frozen model's features of all pairs, with their keys, to a .npz "
-        "for protoclip train --external-teacher.",
+        description="Compute the features of a frozen model for all pairs and write them, with "
+        "their keys, to a .npz for protoclip train --external-teacher.",
         example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
     )
     add_flag(parser, "--data", "builtin:icons", "as in protoclip train --train-data")
@@ -268,7 +279,7 @@ def teacher_parser() -> Parser:
         action="store_true",
         help="average 77 tokens, padding included, as the authors did with roberta-large",
     )
-    parser.add_argument("--out", required=True, metavar="PATH", help="the .npz to write")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz to write")
     add_flag(parser, "--batch-size", 64, "texts encoded at once", low=1)
     add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if available")
     add_options(parser, DataConfig(), only=TABLE)

@@ -140,7 +140,7 @@ class DataConfig:
     val_data: str = option(
         "",
         "data to evaluate on; default: the held-out part of built-in data, the pairs of "
-        "--val-fraction, or else 1,000 of the pairs that were trained on",
+        "--val-fraction, or 1,000 training pairs",
     )
     val_fraction: float = option(
         0.0,
@@ -152,31 +152,31 @@ class DataConfig:
     val_seed: int = option(
         0,
         "chooses the pictures that --val-fraction or built-in data holds out; independent of "
-        "--seed, so that runs of several seeds are judged on the same ones",
+        "--seed, so that all seeds are evaluated on the same pictures",
         high=2**31,
         fixed=True,
     )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
     shuffle_buffer: int = option(
         -1,
-        "samples in the window that is shuffled; 0: everything; -1: everything, or a window of "
+        "samples in the shuffle window; 0: everything; -1: everything, or a window of "
         "10,000 for shards from URLs and one that fits in memory for large parquet files",
         low=-1,
         fixed=True,
     )
-    max_bad_fraction: float = option(0.05, "largest share of unusable samples", high=1)
+    max_bad_fraction: float = option(0.05, "largest fraction of unusable samples", high=1)
     csv_separator: str = option(
-        "\t", "separator of a .csv/.tsv file; default: tab, or , ; | where there is no tab"
+        "\t", "separator of a .csv/.tsv file; default: tab, or , ; | if the header has none"
     )
     csv_img_key: str = option(
         "filepath", "column of the image path in a .csv/.tsv file, or of the image in .parquet"
     )
-    csv_caption_key: str = option("title", "column of the caption in it")
+    csv_caption_key: str = option("title", "column of the caption")
     csv_encoding: str = option("utf-8", "encoding of a .csv/.tsv file", flag="encoding")
     skip_bad: bool = option(
         False,
-        "leave out the rows of a .csv/.tsv file that have no picture or caption; without it they "
-        "are counted, and nothing runs",
+        "leave out rows of a .csv/.tsv file without a picture or caption; by default such rows are "
+        "counted and the run ends",
         fixed=True,
     )
     class_template: str = option(
@@ -185,22 +185,26 @@ class DataConfig:
         "one a line",
     )
     augmentation: str = option(
-        "clip", "paper: ProtoCLIP's", choices=("paper", "clip", "none"), fixed=True
+        "clip",
+        "image augmentation; paper: ProtoCLIP's",
+        choices=("paper", "clip", "none"),
+        fixed=True,
     )
     captions: str = option(
         "canonical",
-        "which of several is used: any, the first, or the first half of the time ('canonical')",
+        "which of several captions is used: any, the first, or the first "
+        "half of the time ('canonical')",
         choices=("random", "canonical", "first"),
         fixed=True,
     )
     workers: int = option(
         -1,
-        "processes that read images; 0: in the training process; auto: none on a CPU, on a GPU a "
-        "process for each core, at most 8",
+        "processes that read images; 0: the training process itself; auto: 0 on a CPU, one per "
+        "core on a GPU, at most 8",
         low=-1,
         words={"auto": -1},
     )
-    prefetch_factor: int = option(2, "batches that each of them loads ahead", low=1)
+    prefetch_factor: int = option(2, "batches that each worker loads ahead", low=1)
 
 
 @dataclass(frozen=True)
@@ -210,22 +214,22 @@ class ModelConfig:
     model: str = option(
         "protoclip-icons",
         "OpenCLIP model such as ViT-B-32, config .json, local-dir:PATH, hf-hub:ID; the default is "
-        "a small one for pictures of 48 pixels",
+        "a small model for 48-pixel pictures",
         fixed=True,
     )
     pretrained: str = option("", "weights to start from: an OpenCLIP tag or a checkpoint file")
-    force_image_size: int = option(0, "side of an image in pixels; 0: the model's", fixed=True)
-    force_context_length: int = option(0, "tokens of a caption; 0: the model's", fixed=True)
+    force_image_size: int = option(0, "image size in pixels; 0: the model's", fixed=True)
+    force_context_length: int = option(0, "context length in tokens; 0: the model's", fixed=True)
     lock_image: bool = option(
-        False, "freeze the image tower, train only the text (LiT)", fixed=True
+        False, "freeze the image encoder and train only the text encoder (LiT)", fixed=True
     )
-    lock_text: bool = option(False, "freeze the text tower", fixed=True)
+    lock_text: bool = option(False, "freeze the text encoder", fixed=True)
     siglip: bool = option(
         False, "SigLIP's sigmoid loss and logit bias instead of InfoNCE", fixed=True
     )
     grad_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     torchcompile: bool = option(
-        False, "compile towers and heads for training: minutes at the start, faster steps"
+        False, "compile encoders and heads for training: slow start, faster steps"
     )
     add_projection_head: bool = option(
         True, "put projection heads before the prototypes", fixed=True
@@ -256,26 +260,29 @@ class EpisodeConfig:
     )
     features: str = option(
         "auto",
-        "features that give clusters and labels: 'extract' runs a forward pass over the episode's "
-        "samples (paper); 'reuse' stores training's own projections, so internal prototypes begin "
-        "with the second pass over the data; 'auto': reuse where the run makes two passes and "
-        "memory allows",
+        "features to cluster: 'extract' runs a forward pass over the episode's samples (paper); "
+        "'reuse' stores the projections of training, so internal prototypes start with the second "
+        "pass over the data; 'auto': reuse if the run makes two passes and memory allows",
         flag="episode-features",
         choices=("auto", "extract", "reuse"),
         fixed=True,
     )
     num_clusters: int = option(0, "prototypes per source; 0: a tenth of the episode", flag="k")
-    target_temperature: float = option(0.01, "for internal soft targets; 0: hard labels")
+    target_temperature: float = option(0.01, "temperature of internal soft targets; 0: hard labels")
     pbt: bool = option(True, "back translation; off: the other modality's centroids", flag="PBT")
     keep_empty: bool = option(False, "keep empty clusters as prototypes at zero (paper)")
     infonce_warmup: int = option(
         2, "episodes before the first prototypes (paper: 1)", flag="infonce-warmup-epoch"
     )
-    lit_start: int = option(0, "freeze the image tower after N episodes, InfoNCE only; 0: never")
-    kmeans_init: str = option("warm", "warm: last centroids", choices=("warm", "random"))
+    lit_start: int = option(
+        0, "after N episodes freeze the image encoder and train InfoNCE only; 0: never"
+    )
+    kmeans_init: str = option(
+        "warm", "start of k-means; warm: the last centroids", choices=("warm", "random")
+    )
     kmeans_backend: str = option(
         "auto",
-        "protoclip's fastest usable backend, one by name, or faiss (the paper's)",
+        "auto: protoclip's fastest usable backend; or a backend by name, or faiss (the paper's)",
         choices=("auto", "reference", "cpu", "cuda", "triton", "faiss"),
     )
     kmeans_max_iter: int = option(20, "iterations of k-means, at most", low=1)
@@ -296,8 +303,7 @@ class LossConfig:
     w_clip: float = option(1.0, "weight of InfoNCE")
     w_proto: float = option(
         -1.0,
-        "weight of the internal prototype loss; -1: 1 without a teacher's prototypes, 0 beside "
-        "them",
+        "weight of the internal prototype loss; -1: 1 without a teacher's prototypes, 0 with them",
         low=-1,
     )
     w_proto_external: float = option(1.0, "weight of the external prototype loss")
@@ -305,8 +311,8 @@ class LossConfig:
     distill_temperature: float = option(0.1, "temperature of --w-distill", low=1e-6)
     dedup: str = option(
         "off",
-        "pairs of a batch that are not negatives in InfoNCE, and are positives in SigLIP: those "
-        "with the same caption, or the same sample drawn twice; off: the loss as published",
+        "pairs of a batch that are not negatives in InfoNCE (positives in SigLIP): those with the "
+        "same caption, or the same sample drawn twice; off: none",
         choices=("off", "caption", "id"),
     )
 
@@ -316,17 +322,23 @@ class OptimConfig:
     """Optimisation"""
 
     epochs: float = option(28.0, "passes over the data")
-    max_steps: int = option(0, "shorten the run and its schedule to N steps; 0: no limit")
+    max_steps: int = option(0, "limit the run and its schedule to N steps; 0: no limit")
     batch_size: int = option(256, "pairs per forward pass of a process", low=2)
-    accum_freq: int = option(1, "passes per step; global batch = batch size x this x ranks", low=1)
+    accum_freq: int = option(
+        1, "forward passes per step; global batch = batch size x this x ranks", low=1
+    )
     lr: float = option(3e-3, "peak learning rate")
-    beta1: float = option(0.9, "AdamW", high=1)
-    beta2: float = option(0.98, "AdamW", high=1)
-    eps: float = option(1e-6, "AdamW")
+    beta1: float = option(0.9, "beta1 of AdamW", high=1)
+    beta2: float = option(0.98, "beta2 of AdamW", high=1)
+    eps: float = option(1e-6, "epsilon of AdamW")
     wd: float = option(0.2, "weight decay; none on vectors and projection heads (paper: 0.5)")
-    warmup: float = option(0.1, "of the learning rate: a fraction of the run, or steps (>= 1)")
-    lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const"))
-    grad_clip_norm: float = option(10.0, "largest norm of the gradient; 0: no clipping")
+    warmup: float = option(
+        0.1, "learning-rate warm-up: a fraction of the run (< 1) or a number of steps (>= 1)"
+    )
+    lr_scheduler: str = option(
+        "cosine", "learning rate after the warm-up", choices=("cosine", "const")
+    )
+    grad_clip_norm: float = option(10.0, "clip the gradient to this norm; 0: no clipping")
 
 
 @dataclass(frozen=True)
@@ -334,14 +346,21 @@ class RunConfig:
     """Run"""
 
     name: str = option("", "folder under --logs; default: date and time, method, seed")
-    logs: str = option("logs", "where run folders go")
-    seed: int = option(0, "same seed, same machine, same run", high=2**31, fixed=True)
+    logs: str = option("logs", "folder in which run folders are created")
+    seed: int = option(
+        0,
+        "seed of training; the same seed gives the same run on one machine",
+        high=2**31,
+        fixed=True,
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     precision: str = option(
-        "auto", "auto: amp_bf16 on a GPU or CPU that has it", choices=PRECISIONS, fixed=True
+        "auto", "auto: amp_bf16 where the hardware supports it", choices=PRECISIONS, fixed=True
     )
-    dist_backend: str = option("auto", "auto: nccl on GPUs", choices=("auto", "nccl", "gloo"))
-    dist_timeout: float = option(1800.0, "seconds that a process waits for others", low=1)
+    dist_backend: str = option(
+        "auto", "auto: nccl on GPUs, gloo on CPUs", choices=("auto", "nccl", "gloo")
+    )
+    dist_timeout: float = option(1800.0, "seconds that a process waits for the others", low=1)
     log_every_n_steps: int = option(
         0, "steps between lines of metrics.jsonl; 0: 1 on a CPU, 10 on a GPU"
     )
@@ -350,15 +369,14 @@ class RunConfig:
     delete_previous_checkpoint: bool = option(False, "keep only the newest of --save-frequency")
     save_every: str = option(
         "10m",
-        "save every 500steps, 10m or 2h, and after the first step, so that a full disk shows at "
-        "once; 0: only when the run ends or stops",
+        "how often to save, such as 500steps, 10m or 2h; 0: only when the run ends or stops",
     )
     resume: str = option(
         "", "continue a run: its folder or checkpoint; auto or latest: the run that --name names"
     )
     max_bad_steps: int = option(10, "stop after N non-finite steps in a row", low=1)
-    report_to: str = option("tensorboard", "loggers besides metrics.jsonl", choices=BOARDS)
-    wandb_project_name: str = option("protoclip", "the project of --report-to wandb")
+    report_to: str = option("tensorboard", "loggers in addition to metrics.jsonl", choices=BOARDS)
+    wandb_project_name: str = option("protoclip", "project name for --report-to wandb")
 
 
 @dataclass(frozen=True)
@@ -383,19 +401,25 @@ class ProtoConfig:
     weight: float = option(1.0, "weight of the prototype loss", flag="proto-weight")
     queue: int = option(
         16384,
-        "newest pairs to cluster; at most --proto-capacity where that is given",
+        "number of newest pairs to cluster, at most --proto-capacity",
         flag="proto-queue",
         low=2,
     )
     capacity: int = option(
         0,
-        "newest pairs whose labels are kept, for loops that pass index=; at least the size of the "
-        "data; 0: the queue",
+        "number of pairs whose labels are kept, for loops that pass index=; at least the size of "
+        "the data; 0: the queue",
         flag="proto-capacity",
     )
     k: int = option(0, "prototypes per modality; 0: queue / 10", flag="proto-k")
-    every: int = option(0, "steps between clusterings; 0: a full queue", flag="proto-every")
-    warmup: int = option(0, "first steps without prototypes (>= one queue)", flag="proto-warmup")
+    every: int = option(
+        0, "steps between clusterings; 0: when the queue has been renewed", flag="proto-every"
+    )
+    warmup: int = option(
+        0,
+        "steps without prototypes at the start (at least until the queue is full)",
+        flag="proto-warmup",
+    )
     target_temperature: float = option(
         0.01, "temperature of the soft targets; 0: hard labels", flag="proto-target-temperature"
     )

@@ -45,6 +45,18 @@ RETIRED = {
     "--num-clusters": "the flag is --k",
     **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
 }
+# What --help shows for the value of a flag, where TEXT would not say enough.
+METAVARS = {
+    **dict.fromkeys(("--train-data", "--val-data", "--data"), "DATA"),
+    **dict.fromkeys(("--logs", "--out", "--link-to", "--copy-to"), "DIR"),
+    **dict.fromkeys(("--features", "--captions", "--weights", "--external-teacher"), "FILE"),
+    **dict.fromkeys(("--csv-img-key", "--csv-caption-key", "--csv-label-key"), "COLUMN"),
+    "--out --output": "FILE",
+    "--model": "MODEL",
+    "--pretrained": "FILE|TAG",
+    "--resume": "DIR|FILE",
+    "--run": "DIR|FILE",
+}
 DATA_NAMES = ("--data", "--dataset", "--data-path", "--csv", "--images", "--folder")
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
@@ -171,7 +183,9 @@ def add_flag(
             arguments["type"] = precision_name
     else:
         arguments["type"] = type(default)
-        arguments["metavar"] = {int: "N", float: "X", str: "TEXT"}[type(default)]
+        arguments["metavar"] = METAVARS.get(
+            flag, {int: "N", float: "X", str: "TEXT"}[type(default)]
+        )
         if words:
             arguments["type"] = partial(word_or_number, words)
             arguments["metavar"] = "|".join(["N", *words])
