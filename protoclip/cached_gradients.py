@@ -56,6 +56,13 @@ def grad_cache(
             batch was changed in place since: the second pass would give other features.
     Source:
         Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup.
+
+    Example:
+        >>> encoder = torch.nn.Linear(16, 8)
+        >>> x, y = protoclip.grad_cache([encoder, encoder], [torch.randn(32, 16)] * 2, chunk_size=8)
+        >>> protoclip.info_nce(x, y, 1.0).backward()
+        >>> encoder.weight.grad.shape
+        torch.Size([8, 16])
     """
     if not isinstance(encoders, Sized) or not isinstance(inputs, Sized):
         raise ValueError(

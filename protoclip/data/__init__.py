@@ -62,6 +62,11 @@ def open_dataset(
         A data set with at least one pair, unless ``keep_going`` finds none.
     Raises:
         DataError: what is wrong, where, and what to do.
+
+    Example:
+        >>> pairs = protoclip.open_dataset("builtin:shapes:100", split="train")
+        >>> pairs.image(0).size, len(pairs.captions(0)) > 0
+        ((72, 72), True)
     """
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")

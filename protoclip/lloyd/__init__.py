@@ -44,7 +44,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, repr=False)
 class Clusters:
-    """A clustering; labels, counts and inertia belong to the returned centroids."""
+    """A clustering; labels, counts and inertia belong to the returned centroids.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> clusters = protoclip.kmeans(points, 2, init="k-means++")
+        >>> bool(clusters.predict(torch.tensor([[0.2]])) == clusters.labels[0])
+        True
+    """
 
     centroids: Tensor  # [K, D] fp32 (fp64 for fp64 points)
     labels: Tensor  # int64 [N]
@@ -153,17 +160,17 @@ def kmeans(
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
 
-    The run ends when an update changes no centroid: more iterations would give the same result, bit
-    for bit. Of all states that it passes, the one with the lowest inertia is returned.
+    The run stops as soon as an update moves no centroid. More iterations would give the same
+    result, bit for bit. The state with the lowest inertia is returned.
 
     Args:
-        points: [N, D], a tensor, array or list; finite, and N times the largest value too;
-            float32, bfloat16, float16 (computed in fp32), float64, whose squares are finite too,
-            or integers (computed in fp32, or in fp64 where one is above 2^24). Squared distances
-            are fp32: for points 1e19 apart the inertia is inf, for points 1e-18 apart it is too
-            small; both with a warning.
+        points: [N, D], a tensor, an array or a list. float32, bfloat16, float16 (computed in fp32),
+            float64, or integers (computed in fp32, or in fp64 if one is above 2^24). All values
+            must be finite, and so must N times the largest one (float64: its square). Squared
+            distances are fp32: if points are 1e19 apart the inertia is inf, and if they are 1e-18
+            apart it is too small. Both cases warn.
         num_clusters: K, 1 <= K <= N.
-        num_iters: updates of the centroids, at most; >= 0.
+        num_iters: maximum number of updates of the centroids, >= 0.
         tol: also stop after an update that moves the centroids by a total squared distance of at
             most ``tol`` times the mean variance of the points' columns, as in scikit-learn; >= 0.
         num_restarts: independent runs from different initial centroids; the result is the one with
@@ -190,6 +197,14 @@ def kmeans(
         ValueError, TypeError: shapes or dtypes are wrong, a number is out of range, points, weights
             or given centroids are not finite, or the named backend cannot run, "faiss" without
             faiss included.
+
+    Example:
+        >>> points = torch.cat([torch.zeros(5, 2), torch.ones(5, 2)])
+        >>> clusters = protoclip.kmeans(points, 2, init="k-means++")
+        >>> clusters.inertia
+        0.0
+        >>> sorted(clusters.counts.tolist())
+        [5, 5]
     """
     x = _tensor(points)
     checks.matrix("kmeans", "points", x, "[N, D]")
@@ -657,6 +672,12 @@ def choose_num_clusters(
         ValueError: fewer than 6 points, a limit is too small, or the points are equal.
     Source:
         Rousseeuw 1987, "Silhouettes".
+
+    Example:
+        >>> points = torch.arange(3).repeat_interleave(20)[:, None] * 10.0 + torch.randn(60, 1)
+        >>> k, silhouettes = protoclip.choose_num_clusters(points)
+        >>> k
+        3
     """
     op = "choose_num_clusters"
     x = _tensor(points)

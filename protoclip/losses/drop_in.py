@@ -73,6 +73,12 @@ class ClipLoss(_OverRanks):
         cache_labels: kept because OpenCLIP has it, unused: there are no labels to cache.
         rank, world_size: those of this process.
         use_horovod: must be false.
+
+    Example:
+        >>> criterion = protoclip.ClipLoss()
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> criterion(image, text, torch.tensor(14.3)).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -326,6 +332,12 @@ class SigLipLoss(_OverRanks):
         rank, world_size: those of this process.
         dist_impl: "bidir", "shift", "reduce" or "gather"; they give the same value and gradient,
             and here all use one ring exchange of the texts.
+
+    Example:
+        >>> criterion = protoclip.SigLipLoss()
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> criterion(image, text, torch.tensor(10.0), torch.tensor(-10.0)).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -437,6 +449,13 @@ class ProtoClipLoss(ClipLoss):
         proto: settings of the prototypes.
         accum_freq: calls per optimiser step, each with all features of the step, as with OpenCLIP's
             ``--accum-freq``.
+
+    Example:
+        >>> config = protoclip.ProtoConfig(capacity=64, queue=32, k=4)
+        >>> criterion = protoclip.ProtoClipLoss(proto=config)
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> criterion(image, text, torch.tensor(14.3), index=torch.arange(8)).shape
+        torch.Size([])
     """
 
     def __init__(

@@ -126,6 +126,11 @@ def global_contrastive(
             count on each; "sum" and "none": over this rank's queries.
         logit_scale, same_id, label_smoothing, backend: as in ``contrastive``, as are the result
             and errors.
+
+    Example:
+        >>> queries, keys = torch.randn(2, 4, 16)  # on one rank, the same as contrastive
+        >>> protoclip.global_contrastive(queries, keys, 1.0).shape
+        torch.Size([])
     """
     op = "global_contrastive"
     matching = Matching(
@@ -165,7 +170,13 @@ def global_contrastive_parts(
     key_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``contrastive_parts`` of this rank's queries; arguments as in ``global_contrastive``."""
+    """``contrastive_parts`` of this rank's queries; arguments as in ``global_contrastive``.
+
+    Example:
+        >>> level, positive = protoclip.global_contrastive_parts(*torch.randn(2, 4, 16), 1.0)
+        >>> level.shape
+        torch.Size([4])
+    """
     op = "global_contrastive_parts"
     matching = Matching(
         positives=positives,
@@ -196,6 +207,11 @@ def global_nt_xent(
 
     Mean and reduction are as in ``global_contrastive``, the arguments as in ``nt_xent``, for this
     rank's samples; N is the same on every rank.
+
+    Example:
+        >>> views = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> protoclip.global_nt_xent(views[0], views[1], 2.0).shape
+        torch.Size([])
     """
     op = "global_nt_xent"
     first = 2 * len(views_a) * rank()
@@ -228,6 +244,11 @@ def global_sup_con(
 
     Mean and reduction are as in ``global_contrastive``, the arguments as in ``sup_con``, for this
     rank's rows; their number is the same on every rank.
+
+    Example:
+        >>> features = torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
+        >>> protoclip.global_sup_con(features, torch.tensor([0, 0, 1, 1]), 10.0).shape
+        torch.Size([])
     """
     op = "global_sup_con"
     first = features.shape[:-1].numel() * rank()

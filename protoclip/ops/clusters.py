@@ -55,6 +55,11 @@ def kmeans_assign(
     Raises:
         ValueError, TypeError: shapes or devices disagree, K = 0 with N > 0, or the named backend
             cannot run.
+
+    Example:
+        >>> points, centroids = torch.tensor([[0.0], [9.0]]), torch.tensor([[1.0], [10.0]])
+        >>> protoclip.kmeans_assign(points, centroids)
+        Assignment(labels=tensor([0, 1]), distances=tensor([1., 1.]))
     """
     op = "kmeans_assign"
     checks.matrix(op, "points", points, "[N, D]")
@@ -131,6 +136,13 @@ def segment_mean(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree, a label is >= num_segments
             (checked on the CPU; a precondition on a GPU), or the named backend cannot run.
+
+    Example:
+        >>> values = torch.tensor([[1.0], [3.0], [5.0]])
+        >>> protoclip.segment_mean(values, torch.tensor([0, 0, 2]), 3)
+        SegmentMeans(means=tensor([[2.],
+                [0.],
+                [5.]]), counts=tensor([2, 0, 1]))
     """
     op = "segment_mean"
     checks.matrix(op, "values", values, "[N, D]")

@@ -74,6 +74,13 @@ def contrastive(
             int64, and on a CPU or by the reference if a position is out of range or a weight is
             negative. A GPU's values, and those in compiled code, are not read: there a position
             out of range gives NaN.
+
+    Example:
+        >>> queries, passages = torch.randn(4, 16), torch.randn(4, 16)
+        >>> hard_negatives = torch.randn(8, 16)
+        >>> keys = torch.cat([passages, hard_negatives])
+        >>> protoclip.contrastive(queries, keys, logit_scale=1.0).shape
+        torch.Size([])
     """
     matching = Matching(
         positives=positives,
@@ -197,6 +204,11 @@ def nt_xent(
         float32 [], nats per view.
     Source:
         Chen et al. 2020 (SimCLR), equation 1; Yeh et al. 2022 (DCL), equation 5.
+
+    Example:
+        >>> views = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> protoclip.nt_xent(views[0], views[1], logit_scale=2.0).shape
+        torch.Size([])
     """
     op = "nt_xent"
     views = two_views(op, views_a, views_b, logit_scale, ids, same_id, decoupled, weights)
@@ -233,6 +245,11 @@ def sup_con(
         float32 [], nats per row.
     Source:
         Khosla et al. 2020 (SupCon), equation 2, without the factor temperature / base temperature.
+
+    Example:
+        >>> features = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
+        >>> protoclip.sup_con(features, torch.tensor([0, 0, 1, 1, 2, 2]), logit_scale=10.0).shape
+        torch.Size([])
     """
     op = "sup_con"
     views = labelled_views(op, features, labels, logit_scale, weights)

@@ -138,6 +138,10 @@ def backends(op: str) -> dict[str, str | None]:
         the native library (once).
     Raises:
         ValueError: no such op.
+
+    Example:
+        >>> protoclip.backends("info_nce")["reference"] is None
+        True
     """
     row_name = ROW_OF.get(op, op)
     if row_name not in TABLE:

@@ -244,6 +244,14 @@ def info_nce(
         TypeError: dtypes are not floating point.
     Source:
         Radford et al. 2021 (CLIP), figure 3.
+
+    Example:
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> protoclip.info_nce(image, text, logit_scale=14.3).shape
+        torch.Size([])
+        >>> captions = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # the first two are the same
+        >>> protoclip.info_nce(image, text, 14.3, ids=captions, reduction="none").shape
+        torch.Size([8])
     """
     op = "info_nce"
     x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)

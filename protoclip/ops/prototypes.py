@@ -229,6 +229,12 @@ def prototype_cross_entropy(
             ``targets`` requires grad, K = 0 with N > 0, or the named backend cannot run.
     Source:
         ProtoCLIP (arXiv 2206.10996), prototype loss, simplified by linearity in the target.
+
+    Example:
+        >>> features = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
+        >>> prototypes, labels = torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1, 2, -100])
+        >>> protoclip.prototype_cross_entropy(features, prototypes, labels, logit_scale=10.0).shape
+        torch.Size([])
     """
     op = "prototype_cross_entropy"
     checks.label_smoothing(op, label_smoothing)
@@ -291,6 +297,13 @@ def prototype_losses(
         The losses per bank, and per sample the nearest prototype (for prototype accuracy).
     Raises:
         ValueError, TypeError: as in ``prototype_cross_entropy``.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 2, 3])
+        >>> bank = protoclip.Bank(torch.randn(4, 16), labels)
+        >>> result = protoclip.prototype_losses(torch.randn(4, 16), [bank, bank], 10.0)
+        >>> result.loss.shape, result.nearest.shape
+        (torch.Size([2]), torch.Size([2, 4]))
     """
     op = "prototype_cross_entropy"
     if not banks:
@@ -418,6 +431,11 @@ def soft_targets(
         ValueError, TypeError: shapes or devices disagree, or the named backend cannot run.
     Source:
         ProtoCLIP (arXiv 2206.10996), soft targets; linearity of cross-entropy in the target.
+
+    Example:
+        >>> source_centroids, prototypes = torch.randn(4, 8), torch.randn(4, 16)
+        >>> protoclip.soft_targets(source_centroids, prototypes, temperature=0.1).shape
+        torch.Size([4, 16])
     """
     op = "soft_targets"
     checks.matrix(op, "source_centroids", source_centroids, "[K, Ds]")

@@ -307,7 +307,7 @@ def contrastive_parts(
     To join several sets of keys, such as the batch and each query's own negatives, take the
     ``logaddexp`` of their log-sum-exps.
 
-    Args: those of ``contrastive``.
+    The arguments are those of ``contrastive``.
 
     Returns:
         Log-sum-exp over the keys that each query sees (-inf: none), even if positives is -100,
@@ -315,6 +315,12 @@ def contrastive_parts(
         are as exact as fp32 at the size of the mean: a positive's bias of -1e6 costs 0.1 nats.
     Raises:
         ValueError, TypeError: as in ``contrastive``.
+
+    Example:
+        >>> queries, keys = torch.randn(2, 4, 16)
+        >>> level, positive = protoclip.contrastive_parts(queries, keys, 1.0)
+        >>> (level - positive).shape  # the loss of each query
+        torch.Size([4])
     """
     matching = Matching(
         positives=positives,

@@ -243,6 +243,11 @@ def sigmoid_loss(
         ValueError, TypeError: as in ``info_nce``.
     Source:
         Zhai et al. 2023 (SigLIP), equation 1.
+
+    Example:
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> protoclip.sigmoid_loss(image, text, logit_scale=10.0, logit_bias=-10.0).shape
+        torch.Size([])
     """
     return sigmoid_losses(
         "sigmoid_loss",
