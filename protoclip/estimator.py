@@ -39,6 +39,11 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         inertia_: the sum of squared distances, weighted by ``sample_weight``.
         n_iter_: iterations that ran.
         clusters_: the ``protoclip.Clusters``.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> protoclip.KMeans(n_clusters=2, random_state=0).fit(points).inertia_
+        1.0
     """
 
     def __init__(
