@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from smoke import SMOKE
 
 ROOT = Path(__file__).parent.parent
 # Stands in for every tool that CI starts: writes down the call, and fails at the chosen one.
@@ -78,3 +79,9 @@ def test_the_hooks_run_what_make_lint_runs():
 def test_make_help_lists_every_target():
     targets = re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert re.findall(r"^make (\S+) +\S", made("help"), re.MULTILINE) == targets[0].split()
+
+
+def test_the_first_look_names_tests_that_are_there():
+    for file, names in SMOKE.items():
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert [n for n in names if n != "*" and f"def {n}(" not in text] == [], file
