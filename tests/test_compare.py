@@ -245,7 +245,7 @@ def test_report_groups_runs_that_differ_only_in_the_seed(
     Path("runs", FILE).unlink()
     capsys.readouterr()
     assert report([*sorted(map(str, Path("runs").glob("*/seed-*"))), "--out", "page.html"]) == 0
-    err = capsys.readouterr().err
+    err = " ".join(capsys.readouterr().err.split())  # lines are wrapped
     assert "ProtoCLIP against CLIP-time-of-ProtoCLIP (for as long)" in err
     assert "image -> text R@1 (+0." in err and "improved" in err
 
