@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from tests.ptx.program import Kernel
 
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+RECORD = Path(__file__).parent / "ptx" / "record.json"
 
 
 def command(module: str, *arguments: str) -> str:
@@ -31,20 +36,98 @@ def command(module: str, *arguments: str) -> str:
     return run.stdout
 
 
+class Counted(NamedTuple):
+    """Of a kernel in a case."""
+
+    case: str
+    kernel: str
+    facts: dict[str, int]  # ``Facts`` of tests/ptx/run.py
+
+
+class Run(NamedTuple):
+    architecture: str
+    printed: str
+    compilers: dict[str, str]
+    kernels: list[Counted]
+
+
+@pytest.fixture(scope="module", params=["80", "90"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """CI's cases on an architecture."""
+    capability = request.param
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "facts.json")
+        printed = command("tests.ptx.run", capability, "--ci", "--facts", str(path))
+        record = json.loads(path.read_text())
+    kernels = [
+        Counted(case, kernel, facts)
+        for case, by_kernel in record[f"sm_{capability}"].items()
+        for kernel, facts in by_kernel.items()
+    ]
+    return Run(f"sm_{capability}", printed, record["compilers"], kernels)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_each_kernel_computes_what_the_reference_does(capability: str) -> None:
+def test_each_kernel_computes_what_the_reference_does(run: Run) -> None:
     """Within the budget, without a bad access, a race or a deadlock."""
-    printed = command("tests.ptx.run", capability, "--ci")
-    assert " 0 failed" in printed
-    if " 0 skipped" not in printed:
-        reasons = [line for line in printed.splitlines() if " skipped " in line]
+    assert " 0 failed" in run.printed
+    if " 0 skipped" not in run.printed:
+        reasons = [line for line in run.printed.splitlines() if " skipped " in line]
         pytest.skip(f"all others passed; {reasons[0]}")
 
 
 @pytest.mark.slow
+def test_16_bit_kernels_have_no_bank_conflict(run: Run) -> None:
+    kernels = [kernel for kernel in run.kernels if kernel.case.endswith(("bf16", "fp16"))]
+    assert kernels
+    assert [k for k in kernels if k.facts["shared"] > k.facts["least_shared"]] == []
+
+
+# Those that read features or write G, of aligned features.
+BULK = {
+    "info_nce_forward_kernel",
+    "contrastive_forward_kernel",
+    "softmax_gradient_kernel",
+    "sigmoid_loss_kernel",
+    "attention_kernel",
+}
+
+
+@pytest.mark.slow
+def test_16_bit_kernels_read_and_write_whole_sectors(run: Run) -> None:
+    kernels = [
+        kernel
+        for kernel in run.kernels
+        if kernel.case.endswith("bf16") and "any D" not in kernel.case and kernel.kernel in BULK
+    ]
+    assert {kernel.kernel for kernel in kernels} == BULK
+    assert [k for k in kernels if k.facts["sectors"] > 1.1 * k.facts["least_sectors"]] == []
+
+
+@pytest.mark.slow
+def test_kernels_execute_as_many_instructions_as_recorded(run: Run) -> None:
+    """By the compilers that the record names; ``python -m tests.ptx.run 80 --record`` renews it."""
+    record = json.loads(RECORD.read_text())
+    executed = {(k.kernel, k.case): k.facts["instructions"] for k in run.kernels}
+    others = set()
+    for kernel, recorded in record[run.architecture].items():
+        compiler = "nvcc" if "CUDA" in kernel else "triton"
+        instructions = executed.get((kernel, recorded["case"]))
+        if run.compilers.get(compiler) != record["compilers"][compiler]:
+            print(f"{kernel}, {recorded['case']}: {instructions}, recorded {recorded}")
+            others.add(f"{compiler} {run.compilers.get(compiler)}")
+        else:
+            assert instructions is not None, kernel
+            assert abs(instructions / recorded["instructions"] - 1) <= 0.03, (kernel, instructions)
+    if others:
+        pytest.skip(f"recorded with {record['compilers']}, not {', '.join(sorted(others))}")
+
+
+@pytest.mark.slow
 def test_broken_kernels_are_noticed() -> None:
-    assert "3 mutants, 0 unnoticed" in command("tests.ptx.mutants", "80", "--ci")
+    """A barrier that is missing, a store out of bounds, a wrong value."""
+    printed = command("tests.ptx.mutants", "80", "--ci")
+    assert printed.count(": caught: ") == 2 and printed.count(": wrong result ") == 1
 
 
 def executed(body: str, lanes: int = 64, size: int = 256) -> np.ndarray:

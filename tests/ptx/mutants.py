@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=3, help="of each mutation of each kernel")
     parser.add_argument("--only", default="", help="part of a mutation's name")
-    parser.add_argument("--ci", action="store_true", help="three that must be noticed")
+    parser.add_argument("--ci", action="store_true", help="three mutations that must be noticed")
     asked = parser.parse_args(argv)
     random.seed(asked.seed)
     triton_driver.install(asked.capability)
@@ -208,8 +208,11 @@ def main(argv: list[str] | None = None) -> int:
         triton_driver.launches.clear()
         truth = results(case, None, torch.float64)
         base = distances(results(case, asked.capability), truth)
-        each, wanted = (1, CI) if asked.ci else (asked.each, None)
-        for mutant in list(mutants(case, each, asked.only, wanted)):
+        wanted = CI if asked.ci else None
+        for mutant in list(mutants(case, asked.each, asked.only, wanted)):
+            noticed = score[mutant.mutation]["caught"] + score[mutant.mutation]["wrong result"]
+            if asked.ci and noticed:  # the first ones may have been equivalent
+                continue
             outcome = verdict(mutant, asked.capability, truth, base)
             score[mutant.mutation][outcome.split(":")[0].split(",")[0]] += 1
             line = mutant.kernel.lines[mutant.line - 1].strip()[:60]
@@ -224,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     unnoticed = sum(counts["unnoticed"] for counts in score.values())
     total = sum(counts.total() for counts in score.values())
     print(f"sm_{asked.capability}: {total} mutants, {unnoticed} unnoticed")
-    return int(asked.ci and (unnoticed > 0 or total != len(CI)))
+    return int(asked.ci and total - unnoticed != len(CI))
 
 
 if __name__ == "__main__":

@@ -197,6 +197,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", default="0/1", help="I/K: every K-th case from I on")
     parser.add_argument("--count", action="store_true", help="bank conflicts and sectors by line")
     parser.add_argument("--facts", type=Path, help="a file for what was counted, as JSON")
+    parser.add_argument("--record", action="store_true", help="counts of CI's cases to record.json")
     parser.add_argument("--noise", action="store_true", help="approximate instructions 2 ulp off")
     parser.add_argument("--nearest", action="store_true", help="tensor cores round correctly")
     parser.add_argument("--cut", action="store_true", help="tensor cores truncate each product")
@@ -207,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = arguments(argv)
     triton_driver.install(asked.capability)
     options.count = asked.count or asked.facts is not None
+    asked.ci |= asked.record
     options.product_sums = "nearest" if asked.nearest else "cut" if asked.cut else "truncated"
     options.approximate_ulps = 2 if asked.noise else 0
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors are full of NaN
@@ -231,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     print(f"sm_{asked.capability}: {summary}, {seconds:.0f} s")
     print_tallies(tallies, asked.count)
+    if asked.record:
+        write_record(asked.capability, facts)
     if asked.facts is not None:
         cases_facts = {
             name: {kernel: counted._asdict() for kernel, counted in by_kernel.items()}
@@ -269,6 +273,23 @@ def facts_of(launches: list[triton_driver.Launched]) -> dict[str, Facts]:
         before = facts.get(launched.kernel, Facts(0, 0, 0, 0, 0))
         facts[launched.kernel] = Facts(*(a + b for a, b in zip(before, counted, strict=True)))
     return facts
+
+
+RECORD = Path(__file__).parent / "record.json"
+
+
+def write_record(capability: int, facts: dict[str, dict[str, Facts]]) -> None:
+    """For each kernel the instructions of one case, the first one of bf16 if there is one."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for case in sorted(facts, key=lambda name: not name.endswith("bf16")):
+        for kernel, counted in facts[case].items():
+            one = {"case": case, "instructions": counted.instructions}
+            chosen.setdefault(kernel, one)
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if record.get("compilers") != compilers():
+        record = {"compilers": compilers()}
+    record[f"sm_{capability}"] = dict(sorted(chosen.items()))
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def compilers() -> dict[str, str]:
