@@ -75,6 +75,15 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("kmeans_encode(Tensor points) -> Tensor[]", cpu(&protoclip::kmeans_encode));
   m.def("kmeans_assign_coded(Tensor points, Tensor centroids, Tensor[] codes) -> (Tensor, Tensor)",
         cpu(&protoclip::kmeans_assign_coded));
+  m.def(
+      "kmeans_greedy_start(Tensor points, Tensor? weights, Tensor[] codes, int first,"
+      " int num_clusters, int trials, int rounds, Generator? generator) -> Tensor",
+      cpu(&protoclip::kmeans_greedy_start));
+  m.def(
+      "kmeans_iteration(Tensor points, Tensor values, Tensor? weights, float weight,"
+      " Tensor? centre, Tensor centroids, Tensor labels, Tensor distances, Tensor[] codes,"
+      " float limit) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      cpu(&protoclip::kmeans_iteration));
   m.def("segment_mean(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
         cpu(&protoclip::segment_mean));
 }

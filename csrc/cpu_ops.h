@@ -1,6 +1,7 @@
 // The CPU's ops, as bindings.cpp registers them. Contracts: protoclip/ops.
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -73,6 +74,13 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
 std::vector<Tensor> kmeans_encode(const Tensor& points);
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                at::TensorList codes);
+Tensor kmeans_greedy_start(const Tensor& points, const Optional& weights, at::TensorList codes,
+                           int64_t first, int64_t num_clusters, int64_t trials, int64_t rounds,
+                           at::Generator generator);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_iteration(
+    const Tensor& points, const Tensor& values, const Optional& weights, double weight,
+    const Optional& centre, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
+    at::TensorList codes, double limit);
 std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
                                         int64_t num_segments);
 

@@ -82,6 +82,34 @@ inline uint32_t mask_ge(Float a, Float b) {
 #endif
 }
 
+inline uint32_t mask_lt(Float a, Float b) {
+#if defined(PROTOCLIP_INT8_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+#elif defined(PROTOCLIP_INT8_AVX2)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t{a[i] < b[i]} << i;
+  return mask;
+#endif
+}
+
+// Without NaN.
+inline float minimum(Float x) {
+#if defined(PROTOCLIP_INT8_AVX512)
+  return _mm512_reduce_min_ps((__m512)x);
+#else
+  typedef float Half __attribute__((vector_size(2 * kLanes)));
+  Half low, high;
+  std::memcpy(&low, &x, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+  low = high < low ? high : low;
+  const float first = low[0] < low[1] ? low[0] : low[1];
+  const float second = low[2] < low[3] ? low[2] : low[3];
+  return first < second ? first : second;
+#endif
+}
+
 constexpr int kColumns = kLanes * kVectors;
 
 // f(0) ... f(COUNT - 1) with constant arguments: arrays of vectors then stay in registers.

@@ -13,6 +13,7 @@
 
 #include "cpu_ops.h"
 #include "kmeans_block.h"
+#include "kmeans_direct.h"
 
 namespace protoclip {
 namespace {
@@ -23,14 +24,100 @@ void prefetch(const T* row, int64_t d) {
   for (int64_t j = 0; j < d; j += kLine) __builtin_prefetch(row + j, 0, 2);
 }
 
+// Some rows in fp32.
+template <class T>
+struct DirectRows {
+  explicit DirectRows(const Tensor& points)
+      : data(points.const_data_ptr<T>()),
+        last(points.size(0) - 1),
+        d(points.size(1)),
+        row_stride(points.stride(0)),
+        stride(points.stride(1)),
+        converted(kDirectRows * d) {}
+
+  const T* data;
+  int64_t last, d, row_stride, stride;
+  Buffer<float> converted;
+  const float* row[kDirectRows];
+
+  // Rows from `first` on; past the end the last one again.
+  void read(int64_t first) {
+    for (int64_t r = 0; r < kDirectRows; ++r) {
+      const T* x = data + std::min(first + r, last) * row_stride;
+      if constexpr (std::is_same_v<T, float>) {
+        row[r] = x;
+        if (stride == 1) continue;
+      }
+      float* out = converted.get() + r * d;
+      row[r] = out;
+      for (int64_t j = 0; j < d; ++j) out[j] = static_cast<float>(x[j * stride]);
+    }
+  }
+};
+
+// The best centroid so far of each lane, for one point.
+struct Lanes {
+  int8::Float distance = int8::broadcast(kInfinity);
+  int8::Int first = {};  // the number of the centroid in lane 0 at that time
+
+  void meet(int8::Float distances, int64_t centroid) {
+    const auto nearer = distances < distance;
+    distance = nearer ? distances : distance;
+    first = nearer ? static_cast<int32_t>(centroid) - int8::Int{} : first;
+  }
+  // Of equal ones the first.
+  Nearest best() const {
+    const float least = int8::minimum(distance);
+    Nearest nearest{std::numeric_limits<int64_t>::max(), least};
+    for (uint32_t mask = int8::mask_ge(int8::broadcast(least), distance); mask; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      nearest.label = std::min<int64_t>(nearest.label, first[lane] + lane);
+    }
+    return nearest;
+  }
+};
+
+// Few centroids and coordinates: all distances are measured. `spread`: max |c'|.
+template <class T>
+void assign_directly(const Tensor& points, const Tensor& centroids, float spread, int64_t* labels,
+                     float* distances) {
+  const int64_t n = points.size(0), k = centroids.size(0), d = centroids.size(1);
+  const float* rows = centroids.const_data_ptr<float>();
+  const Panels panels(rows, k, d);
+  // Where all centroids lie so near, squares near fp32's end decide.
+  const float least = spread < kTooSmall ? kTooSmall * kTooSmall : 0;
+  const int64_t grain = 1 + kThreadWork / (kDirectRows * panels.count * kDirectColumns * d + 1);
+  at::parallel_for(0, blocks(n, kDirectRows), grain, [&](int64_t begin, int64_t end) {
+    DirectRows<T> x(points);
+    for (int64_t base = begin * kDirectRows; base < std::min(n, end * kDirectRows);
+         base += kDirectRows) {
+      x.read(base);
+      Lanes lanes[kDirectRows];
+      for (int64_t panel = 0; panel < panels.count; ++panel)
+        direct_tile(x.row, panels, panel, [&](auto r, auto v, int8::Float distance) ALWAYS_INLINE {
+          lanes[r].meet(distance, panel * kDirectColumns + v * int8::kLanes);
+        });
+      for (int64_t i = base; i < std::min(n, base + kDirectRows); ++i) {
+        const float* row = x.row[i - base];
+        Nearest nearest = lanes[i - base].best();
+        if (nearest.distance < kTooLarge * kTooLarge && nearest.distance >= least)
+          nearest.distance = squared_distance(row, rows + nearest.label * d, d);  // as the others'
+        else
+          nearest = nearest_in_fp64(row, rows, k, d);
+        labels[i] = nearest.label;
+        distances[i] = nearest.distance;
+      }
+    }
+  });
+}
+
 // `coded`: the points' codes, or null.
 template <class T>
 void assign(const Tensor& points, const Centroids& c, const CodedPoints* coded, int64_t* labels,
             float* distances) {
   const int64_t n = points.size(0), row_stride = points.stride(0), stride = points.stride(1);
   const T* data = points.const_data_ptr<T>();
-  const int64_t chunk =
-      std::max<int64_t>(1, std::min(kChunkPanels, kChunkBytes / (kColumns * c.depth + 1)));
+  const int64_t chunk = c.chunk();
   const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     Block block(c);
@@ -57,36 +144,70 @@ void assign(const Tensor& points, const Centroids& c, const CodedPoints* coded, 
   });
 }
 
-std::tuple<Tensor, Tensor> assign_in(const Frame& frame, const Tensor& points,
-                                     const Tensor& centroids, bool finite,
-                                     const CodedPoints* coded) {
-  const int64_t n = points.size(0);
-  auto labels = at::full({n}, -1, points.options().dtype(at::kLong));
-  auto distances =
-      at::full({n}, std::numeric_limits<float>::quiet_NaN(), points.options().dtype(at::kFloat));
-  if (n == 0 || !finite) return {labels, distances};
-  const Centroids prepared(centroids, frame);
-  const auto run = [&](auto type) {
-    assign<decltype(type)>(points, prepared, coded, labels.mutable_data_ptr<int64_t>(),
-                           distances.mutable_data_ptr<float>());
-  };
-  with_dtype(points.scalar_type(), run);
-  return {labels, distances};
-}
+struct Assigned {
+  explicit Assigned(const Tensor& points)
+      : labels(at::full({points.size(0)}, -1, points.options().dtype(at::kLong))),
+        distances(at::full({points.size(0)}, std::numeric_limits<float>::quiet_NaN(),
+                           points.options().dtype(at::kFloat))) {}
+  Tensor labels, distances;
+
+  // f(type, labels, distances)
+  template <class F>
+  void fill(at::ScalarType dtype, const F& f) {
+    with_dtype(dtype, [&](auto type) {
+      f(type, labels.mutable_data_ptr<int64_t>(), distances.mutable_data_ptr<float>());
+    });
+  }
+};
 
 Tensor sample(const Tensor& points) {
   const int64_t step = std::max<int64_t>(1, points.size(0) / kSample);
   return points.slice(0, 0, points.size(0), step).to(at::kFloat).contiguous();
 }
 
+// The largest distance of a row from the mean.
+float spread_about(const Tensor& mean, const Tensor& rows) {
+  const int64_t d = rows.size(1);
+  std::vector<float> centred(d);
+  double largest = 0;
+  for (int64_t i = 0; i < rows.size(0); ++i)
+    largest = std::max(largest, screen::centre(rows.const_data_ptr<float>() + i * d,
+                                               mean.const_data_ptr<float>(), d, centred.data()));
+  return static_cast<float>(std::sqrt(largest));
+}
+
+// `codes`: of kmeans_encode, or none.
+std::tuple<Tensor, Tensor> assign_any(const Tensor& points, const Tensor& centroids,
+                                      at::TensorList codes) {
+  const Tensor rows = centroids.to(at::kFloat).contiguous();
+  const int64_t k = rows.size(0), d = rows.size(1);
+  const Tensor mean = mean_row(rows);
+  const float* means = mean.const_data_ptr<float>();
+  const bool finite = std::all_of(means, means + d, [](float m) { return std::isfinite(m); });
+  Assigned out(points);
+  if (points.size(0) == 0 || !finite) return {out.labels, out.distances};
+  const float spread = k * d <= kDirect ? spread_about(mean, rows) : kInfinity;
+  if (spread < kTooLarge) {
+    out.fill(points.scalar_type(), [&](auto type, int64_t* labels, float* distances) {
+      assign_directly<decltype(type)>(points, rows, spread, labels, distances);
+    });
+    return {out.labels, out.distances};
+  }
+  Frame frame(codes.empty() ? mean : codes[2]);
+  frame.rotated =
+      codes.empty() ? frame.peaky(sample(points)) || frame.peaky(rows) : codes[3].item<bool>();
+  const Centroids prepared(rows, frame);
+  const CodedPoints coded = codes.empty() ? CodedPoints{} : CodedPoints{codes[0], codes[1]};
+  out.fill(points.scalar_type(), [&](auto type, int64_t* labels, float* distances) {
+    assign<decltype(type)>(points, prepared, codes.empty() ? nullptr : &coded, labels, distances);
+  });
+  return {out.labels, out.distances};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids) {
-  const Tensor rows = centroids.to(at::kFloat).contiguous();
-  Frame frame(mean_row(rows));
-  const bool finite = frame.finite();
-  frame.rotated = finite && (frame.peaky(sample(points)) || frame.peaky(rows));
-  return assign_in(frame, points, rows, finite, nullptr);
+  return assign_any(points, centroids, {});
 }
 
 // For kmeans_assign_coded: codes [N, depth], their bounds [N, CodedRow::kSize], the frame's
@@ -116,12 +237,7 @@ std::vector<Tensor> kmeans_encode(const Tensor& strided_points) {
 
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                at::TensorList codes) {
-  const Tensor rows = centroids.contiguous();
-  const bool finite = Frame(mean_row(rows)).finite();
-  Frame frame(codes[2]);
-  frame.rotated = codes[3].item<bool>();
-  const CodedPoints coded{codes[0], codes[1]};
-  return assign_in(frame, points, rows, finite, &coded);
+  return assign_any(points, centroids, codes);
 }
 
 }  // namespace protoclip

@@ -14,13 +14,35 @@ using int8::kColumns;
 using int8::kRows;
 using int8::kVectors;
 
-constexpr int64_t kBlockRows = 128;         // points that share one pass over the centroids' codes
-constexpr int64_t kChunkBytes = 320 << 10;  // of codes: they stay in the L2 cache over the block
-constexpr int64_t kChunkPanels = 24;        // scratch of bounds: kRows * 24 * kColumns floats
+constexpr int64_t kBlockRows = 128;  // points that share one pass over the centroids' codes
 // Norms outside (kTooSmall, kTooLarge) have squares near fp32's ends: such a row is done in fp64.
 constexpr float kTooSmall = 1e-10f, kTooLarge = 1e15f;
 // Sums of more products of codes may leave int32: rows that are wider are done in fp64 too.
 constexpr int64_t kMostProducts = std::numeric_limits<int32_t>::max() / (screen::kOffset * 127);
+
+// The nearest centroid of a point.
+struct Nearest {
+  int64_t label = -1;
+  float distance = kInfinity;  // squared
+};
+
+// Without bounds, for points whose squares leave fp32; those that are not finite have no label.
+inline Nearest nearest_in_fp64(const float* x, const float* centroids, int64_t k, int64_t d) {
+  double best = std::numeric_limits<double>::infinity();
+  Nearest nearest{-1, std::numeric_limits<float>::quiet_NaN()};
+  for (int64_t i = 0; i < k; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < d; ++j) {
+      const double gap = static_cast<double>(x[j]) - centroids[i * d + j];
+      sum += gap * gap;
+    }
+    if (sum < best) {
+      best = sum;
+      nearest = {i, static_cast<float>(sum)};
+    }
+  }
+  return nearest;
+}
 
 // A centroid that may be nearer than the best so far.
 struct Hit {
@@ -82,7 +104,10 @@ struct Block {
   void read(int64_t row, const T* x, int64_t stride);
   void encode(int64_t row);
   void take(int64_t row, const CodedPoints& points, int64_t from);
+  bool expect(int64_t row, const CodedPoints& points, int64_t from, float nearest);
   bool begin(int64_t row, double square);
+  bool fits(int64_t row) const;
+  float least_score(int64_t row, float distance) const;
   void finish(int64_t row, const screen::Coded& coded);
   void screen_chunk(int64_t group, int64_t panel, int64_t panels);
   int64_t find_hits(int64_t row, int64_t panel, int64_t panels, float least);
@@ -130,11 +155,39 @@ inline bool Block::begin(int64_t row, double squared_norm) {
   inverse[row] = widening[row] = 0;
   threshold[row] = -kInfinity;
   distance[row] = std::numeric_limits<float>::quiet_NaN();
-  const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
-  if (c.d <= kMostProducts && norm < kTooLarge && norm >= kTooSmall) return true;
+  if (fits(row)) return true;
   threshold[row] = kInfinity;  // nothing passes
   brute_force(row);
   return false;
+}
+
+inline bool Block::fits(int64_t row) const {
+  const double norm = std::max<double>(std::sqrt(square[row]), c.largest);
+  return c.d <= kMostProducts && norm < kTooLarge && norm >= kTooSmall;
+}
+
+// As `take`, of a point whose centroids farther than `nearest`, squared, do not matter. False where
+// bounds cannot tell: all are to be measured, and none passes.
+inline bool Block::expect(int64_t row, const CodedPoints& points, int64_t from, float nearest) {
+  const CodedRow point =
+      CodedRow::load(points.code_bounds.const_data_ptr<float>() + from * CodedRow::kSize);
+  std::copy_n(points.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
+              codes.get() + row * c.depth);
+  square[row] = point.square;
+  inverse[row] = widening[row] = 0;
+  threshold[row] = kInfinity;
+  if (!fits(row) || point.coded.scale < min_scale) return false;
+  finish(row, point.coded);
+  threshold[row] = least_score(row, nearest);
+  return true;
+}
+
+// score / s of a centroid at this squared distance, from below.
+inline float Block::least_score(int64_t row, float distance) const {
+  const double rounding = (static_cast<double>(c.d) / int8::kLanes + 16) / (1 << 24);
+  const double score =
+      (square[row] * (1 - rounding) - distance * (1 + rounding)) / 2 * inverse[row];
+  return static_cast<float>(score - std::abs(score) * 1e-6);
 }
 
 inline void Block::finish(int64_t row, const screen::Coded& coded) {
@@ -228,27 +281,13 @@ inline void Block::measure(int64_t row, int64_t candidate) {
   if (label[row] >= 0 && !nearer) return;
   label[row] = candidate;
   distance[row] = now;
-  const double rounding = (static_cast<double>(c.d) / int8::kLanes + 16) / (1 << 24);
-  const double score = (square[row] * (1 - rounding) - now * (1 + rounding)) / 2 * inverse[row];
-  threshold[row] = static_cast<float>(score - std::abs(score) * 1e-6);
+  threshold[row] = least_score(row, now);
 }
 
-// fp64 without bounds, for points whose squares leave fp32; non-finite points stay without label.
 inline void Block::brute_force(int64_t row) {
-  const float* x = point[row];
-  double best = std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < c.k; ++i) {
-    double sum = 0;
-    for (int64_t j = 0; j < c.d; ++j) {
-      const double gap = static_cast<double>(x[j]) - c.rows[i * c.d + j];
-      sum += gap * gap;
-    }
-    if (sum < best) {
-      best = sum;
-      label[row] = i;
-      distance[row] = static_cast<float>(sum);
-    }
-  }
+  const Nearest nearest = nearest_in_fp64(point[row], c.rows, c.k, c.d);
+  label[row] = nearest.label;
+  distance[row] = nearest.distance;
 }
 
 }  // namespace protoclip

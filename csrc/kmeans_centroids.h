@@ -13,8 +13,10 @@
 
 namespace protoclip {
 
-constexpr int64_t kSample = 256;  // rows looked at to decide on the rotation
-constexpr double kPeaky = 4.5;    // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
+constexpr int64_t kChunkBytes = 320 << 10;  // of codes: they stay in the L2 cache over a block
+constexpr int64_t kChunkPanels = 24;        // scratch of bounds: kRows * 24 * kColumns floats
+constexpr int64_t kSample = 256;            // rows looked at to decide on the rotation
+constexpr double kPeaky = 4.5;              // normal coordinates: 2.6 at D = 64 to 3.4 at D = 1024
 
 // The coordinates in which points and centroids are coded: from a centre, rotated where peaky.
 struct Frame {
@@ -28,10 +30,6 @@ struct Frame {
   // out = row - mean; its squared norm.
   double centre(const float* row, float* out) const {
     return screen::centre(row, mean.get(), d, out);
-  }
-
-  bool finite() const {
-    return std::all_of(mean.get(), mean.get() + d, [](float m) { return std::isfinite(m); });
   }
 
   // Of about kSample of the rows, fp32 and contiguous: is the largest coordinate mostly far above
@@ -80,6 +78,11 @@ struct Centroids {
   Buffer<int8_t> codes;                          // [panels][depth / 4][int8::kColumns][4]
   Buffer<int32_t> start;                         // [panels * int8::kColumns], takes kOffset out
   Buffer<float> scale, half_square, norm_bound;  // [panels * int8::kColumns]
+
+  // Panels that a block of points meets at once.
+  int64_t chunk() const {
+    return std::max<int64_t>(1, std::min(kChunkPanels, kChunkBytes / (int8::kColumns * depth + 1)));
+  }
 
  private:
   void encode_panel(int64_t panel, float* error);

@@ -6,7 +6,6 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import protoclip
 from protoclip import Clusters
-from protoclip.ops.clusters import assignment
+from protoclip.ops.clusters import PointsAssignment
 
 kmeans_module = importlib.import_module("protoclip.lloyd")
 INITS = ["random", "k-means++", "plain k-means++"]
@@ -130,6 +129,7 @@ class Case:
         """All iterations, also those at rest."""
         with monkeypatch.context() as patch:
             patch.setattr(kmeans_module, "_moved", lambda *_: torch.tensor(True))
+            patch.setattr(PointsAssignment, "runs_kmeans", False)
             return self.run(**options)
 
 
@@ -213,24 +213,40 @@ def test_more_clusters_than_distinct_points_never_end_wrong(
 def test_a_run_at_rest_costs_one_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
     at_rest = protoclip.kmeans(MANY, 12, num_iters=400)
     num_assignments = 0
+    assign = PointsAssignment.__call__
 
-    def counted(*arguments: Any) -> Callable[[Tensor], Any]:
-        assign = assignment(*arguments)
+    def assign_and_count(self: PointsAssignment, centroids: Tensor) -> Any:
+        nonlocal num_assignments
+        num_assignments += 1
+        return assign(self, centroids)
 
-        def assign_and_count(centroids: Tensor) -> Any:
-            nonlocal num_assignments
-            num_assignments += 1
-            return assign(centroids)
-
-        return assign_and_count
-
-    monkeypatch.setattr(kmeans_module, "assignment", counted)
+    monkeypatch.setattr(PointsAssignment, "__call__", assign_and_count)
+    monkeypatch.setattr(PointsAssignment, "runs_kmeans", False)
     again = protoclip.kmeans(MANY, 12, num_iters=200, init=at_rest.centroids)
     assert_same_clusters(again, at_rest)
     assert again.num_iters == num_assignments == 1
     num_assignments = 0
     protoclip.kmeans(MANY, 12, num_iters=400)
     assert num_assignments == at_rest.num_iters  # a run that does not end makes one more
+
+
+OFFSET = MANY + 1e4
+ONE_OP = AT_REST | {
+    "tol": Case(MANY, options={"tol": 1e-3}),
+    "far from 0": Case(OFFSET, options={"weights": WEIGHTS}),
+    "screened": Case(mixture(n=900, k=60, d=64), num_clusters=60, options={"weights": None}),
+}
+
+
+@pytest.mark.parametrize("case", ONE_OP)
+def test_an_iteration_as_one_op_has_the_bits_of_its_steps(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clusters = ONE_OP[case].run(init="random", num_iters=30)
+    monkeypatch.setattr(PointsAssignment, "runs_kmeans", False)
+    by_steps = ONE_OP[case].run(init="random", num_iters=30)
+    assert_same_clusters(clusters, by_steps)
+    assert clusters.history == by_steps.history
 
 
 def test_each_restart_ends_by_itself() -> None:

@@ -19,7 +19,7 @@ import protoclip
 from protoclip.episodes.prototypes import PrototypeBuilder
 from protoclip.evaluate.metrics import group_scores
 from protoclip.lloyd import starts
-from protoclip.ops.clusters import assignment, segment_mean
+from protoclip.ops.clusters import PointsAssignment, assignment, segment_mean
 from protoclip.settings.config import EpisodeConfig
 
 ROUNDING = 1e-6  # that history may rise by, as docs/functions.md says
@@ -91,10 +91,50 @@ def test_the_products_of_a_greedy_start_only_choose(
     assert start(points, 6, init="k-means++").inertia == 0
 
 
-def test_a_greedy_start_has_the_same_bits_on_any_number_of_threads() -> None:
-    points = blobs(6000, 16, 80)
-    on_one, on_two = on_threads(lambda: start(points, 80, init="k-means++"), counts=(1, 2))
-    assert torch.equal(on_one.centroids, on_two.centroids)
+@pytest.mark.parametrize("d", [16, 70])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_greedy_start_has_the_same_bits_on_any_number_of_threads(d: int, weighted: bool) -> None:
+    points = blobs(9000, d, 80)
+    weights = torch.arange(9000) % 5 if weighted else None
+    options: dict[str, Any] = {"init": "k-means++", "weights": weights}
+    runs = on_threads(lambda: start(points, 80, **options), counts=(1, 2, 7))
+    assert torch.equal(runs[0].centroids, runs[1].centroids)
+    assert torch.equal(runs[0].centroids, runs[2].centroids)
+
+
+STARTS = {
+    "few columns": (2000, 3, 40),
+    "no whole vector of centroids": (500, 16, 7),
+    "screened": (3000, 70, 50),
+    "screened, an odd width": (1025, 33, 30),
+    "more than a thousand clusters": (2100, 20, 1030),
+    "one point more than a slice": (1025, 2, 90),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_greedy_start_as_one_op_chooses_as_its_steps_do(
+    case: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, d, k = STARTS[case]
+    points = blobs(n, d, 20)
+    weights = torch.arange(n) % 4 if weighted else None
+    options: dict[str, Any] = {"init": "k-means++", "weights": weights, "seed": 3}
+    chosen = start(points, k, **options).centroids
+    monkeypatch.setattr(PointsAssignment, "runs_kmeans", False)
+    by_steps = start(points, k, **options).centroids
+    assert torch.equal(chosen, by_steps)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e17])
+@pytest.mark.parametrize("d", [3, 40])
+def test_a_greedy_start_takes_points_at_the_ends_of_fp32(scale: float, d: int) -> None:
+    """Each of twelve points once: where no bound holds all distances are measured."""
+    points = (scale * torch.eye(d)[:3]).repeat(4, 1) * torch.arange(1, 5).repeat_interleave(3)[
+        :, None
+    ]
+    assert len(start(points.repeat(3, 1), 12, init="k-means++").centroids.unique(dim=0)) == 12
 
 
 # ---- empty clusters ----

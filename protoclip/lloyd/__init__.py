@@ -25,9 +25,14 @@ from torch import Tensor
 
 from protoclip.common.host import start_copy_to_host
 from protoclip.common.seeds import evenly_spaced
-from protoclip.lloyd.starts import INITS, Assign, PointSlice, first_centroids
+from protoclip.lloyd.starts import INITS, PointSlice, first_centroids
 from protoclip.ops import checks
-from protoclip.ops.clusters import assignment, kmeans_assign
+from protoclip.ops.clusters import (
+    KMeansIteration,
+    PointsAssignment,
+    assignment,
+    kmeans_assign,
+)
 from protoclip.ops.operators import without_autocast
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
@@ -342,9 +347,8 @@ def _check_values(rows: PointSlice, num_clusters: int, init: str | Tensor) -> No
         largest = min(largest, 1e150)
     if rows.points.shape[1] == 0:
         return
-    # Without a second matrix of the points' size; NaN fits nowhere.
-    fits = torch.linalg.vector_norm(rows.points, ord=math.inf, dim=1) <= largest
-    if int(rows.sum((~fits).sum())):
+    if int(rows.sum((~(rows.bounds <= largest)).sum())):  # NaN fits nowhere
+        fits = torch.linalg.vector_norm(rows.points, ord=math.inf, dim=1) <= largest
         not_finite = ~torch.isfinite(rows.points).all(dim=1)
         _refuse_rows(not_finite, rows, "finite points", "NaN or inf")
         limit = f"points of at most {largest:.1e}, whose sums and squares are finite"
@@ -421,7 +425,7 @@ def _lloyd(
     limit: float,
     spherical: bool,
     splits: bool,
-    assign: Assign,
+    assign: PointsAssignment,
     progress: Progress | None,
 ) -> Clusters:
     """Lloyd's iterations, until the centroids move by at most ``limit`` in squared distance."""
@@ -431,23 +435,33 @@ def _lloyd(
     best: _State | None = None
     labels, distances = assign(centroids)
     for iteration in range(num_iters):
-        means, counts = rows.means(values, labels, len(centroids))
-        updated = means.where(counts[:, None] > 0, centroids)
-        if splits:
-            updated = _split_largest(updated, counts)
-        updated = rows.placed(updated, spherical)
-        facts = _facts(rows, distances, _moved(centroids, updated, limit), (counts == 0).any())
+        update = _iteration(
+            rows,
+            values,
+            centroids,
+            labels,
+            distances,
+            limit=limit,
+            spherical=spherical,
+            splits=splits,
+            assign=assign,
+        )
+        updated = update.centroids
         if progress is not None:
-            progress(iteration, _Facts._make(facts).inertia)
-        wait_for_facts = start_copy_to_host(facts)
-        ahead = assign(updated) if updated.is_cuda else None  # while the host reads
+            progress(iteration, _Facts._make(update.facts).inertia)
+        wait_for_facts = start_copy_to_host(update.facts)
+        ahead = (update.labels, update.distances) if len(update.labels) else None
+        if updated.is_cuda:
+            ahead = assign(updated)  # while the host reads
         on_host = _Facts._make(wait_for_facts())
         history.append(on_host.inertia)
         if best is None or not best.inertia < on_host.inertia:
             best = _State(centroids, labels, distances, on_host.inertia)
         moving = on_host.moving
         if on_host.empty and not splits:
-            relabelled = _moved_to_points(rows, updated, counts, labels, distances, spherical)
+            relabelled = _moved_to_points(
+                rows, updated, update.counts, labels, distances, spherical
+            )
             if relabelled is not None:
                 means, counts = rows.means(values, relabelled, len(centroids))
                 updated = rows.placed(means.where(counts[:, None] > 0, centroids), spherical)
@@ -467,6 +481,41 @@ def _lloyd(
     return _clusters(rows, best if best and best.inertia < last.inertia else last, history)
 
 
+def _iteration(
+    rows: PointSlice,
+    values: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    distances: Tensor,
+    *,
+    limit: float,
+    spherical: bool,
+    splits: bool,
+    assign: PointsAssignment,
+) -> KMeansIteration:
+    """An update of the centroids, with the labels of the new ones where the backend computes both
+    in one op."""
+    if assign.runs_kmeans and rows.group is None and not (spherical or splits):
+        return assign.iteration(
+            values,
+            centroids,
+            labels,
+            distances,
+            weights=rows.weights,
+            weight=rows.weight,
+            centre=rows.centre,
+            limit=limit,
+        )
+    means, counts = rows.means(values, labels, len(centroids))
+    updated = means.where(counts[:, None] > 0, centroids)
+    if splits:
+        updated = _split_largest(updated, counts)
+    updated = rows.placed(updated, spherical)
+    moved = _moved(centroids, updated, limit)
+    facts = _facts(rows, distances, moved, (counts == 0).any())
+    return KMeansIteration(updated, counts, facts, labels[:0], distances[:0])
+
+
 class _Facts(NamedTuple):
     """Of an iteration, over all ranks: numbers, or scalars that are still on the device."""
 
@@ -477,13 +526,16 @@ class _Facts(NamedTuple):
 
 def _facts(rows: PointSlice, distances: Tensor, moved: Tensor, empty: Tensor) -> Tensor:
     """``_Facts`` as fp64 [3]. ``distances``: squared, [N]; ``moved``, ``empty``: bool []."""
-    inertia = rows.by_weight(distances).sum() * rows.weight
+    inertia = _weighted_sum(rows, distances)
     return rows.sum(torch.stack([inertia, moved.to(inertia), empty.to(inertia)]))
 
 
 def _inertia(rows: PointSlice, distances: Tensor) -> float:
-    none = torch.zeros((), dtype=torch.bool, device=distances.device)
-    return float(_Facts._make(_facts(rows, distances, none, none)).inertia)
+    return float(rows.sum(_weighted_sum(rows, distances)))
+
+
+def _weighted_sum(rows: PointSlice, distances: Tensor) -> Tensor:
+    return rows.by_weight(distances).sum() * rows.weight
 
 
 def _moved(old: Tensor, new: Tensor, limit: float) -> Tensor:

@@ -7,7 +7,6 @@ points; all ranks draw the same centroids, which do not depend on how the points
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.ops.clusters import segment_mean
+from protoclip.ops.clusters import PointsAssignment, segment_mean
 
 INITS = ("random", "k-means++", "plain k-means++")
 GREEDY = 50_000_000  # the largest N x K that starts greedily: 2 s at D = 128 on one core
@@ -24,8 +23,6 @@ BLOCK = 1 << 22  # distances that the greedy start keeps at once
 PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
 FEW = 1 << 17  # numbers; up to so many, finding those near a point takes longer than all of them
 FAR = 64  # a column lies far from 0 if its values differ by less than one part in so many
-
-Assign = Callable[[Tensor], tuple[Tensor, Tensor]]  # centroids -> labels, squared distances
 
 
 class PointSlice:
@@ -38,13 +35,18 @@ class PointSlice:
         self.centre: Tensor | None = None  # [D], what was subtracted from the points
         self.weights: Tensor | None = None  # fp64 [N], in units of ``weight``; None: all equal
         self.weight = 1.0  # of each point, where they are equal
-        num_ranks = 1 if group is None else dist.get_world_size(group)
-        sizes = torch.zeros(num_ranks, dtype=torch.int64, device="cpu")
         self.rank = 0 if group is None else dist.get_rank(group)
-        sizes[self.rank] = len(points)
-        self.sizes = self.sum(sizes.to(points.device)).tolist()
+        self.sizes = [len(points)]  # of all ranks
+        if group is not None:
+            sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device="cpu")
+            sizes[self.rank] = len(points)
+            self.sizes = self.sum(sizes.to(points.device)).tolist()
         self.start = sum(self.sizes[: self.rank])
         self.count = sum(self.sizes)
+        # -min and max of this rank's columns, [2, D]; NaN where a column has one.
+        self.bounds = points.new_full((2, points.shape[1]), -math.inf)
+        if len(points):
+            self.bounds = torch.stack([-points.amin(dim=0), points.amax(dim=0)])
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -59,13 +61,11 @@ class PointSlice:
         exact (Sterbenz 1974), and labels are those of the points as given. With ``spherical`` only
         columns within 1 of 0: a centroid of unit length has no digits beside a larger centre.
         """
-        high = self.points.new_full((2, self.points.shape[1]), -math.inf)
-        if len(self.points):
-            low, top = self.points.aminmax(dim=0)
-            high = torch.stack([-low, top])
+        bounds = self.bounds
         if self.group is not None:
-            dist.all_reduce(high, dist.ReduceOp.MAX, self.group)
-        low, high = -high[0], high[1]
+            bounds = bounds.clone()
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, self.group)
+        low, high = -bounds[0], bounds[1]
         is_far = FAR * (high - low) <= torch.minimum(low.abs(), high.abs())
         if spherical:
             is_far &= torch.maximum(low.abs(), high.abs()) <= 1
@@ -84,6 +84,8 @@ class PointSlice:
 
     def pick(self, values: Tensor, index: Tensor) -> Tensor:
         """Rows of values [N, D] by index [K] over all ranks' rows -> [K, D], equal on each rank."""
+        if self.group is None:
+            return values[index.to(values.device)]
         local = index.to(values.device) - self.start
         mine = (local >= 0) & (local < len(values))
         picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
@@ -138,7 +140,7 @@ def global_segment_mean(
 
 
 def first_centroids(
-    rows: PointSlice, num_clusters: int, init: str | Tensor, seed: int, assign: Assign
+    rows: PointSlice, num_clusters: int, init: str | Tensor, seed: int, assign: PointsAssignment
 ) -> Tensor:
     """Given centroids, random points, or k-means++: greedy up to N x K = GREEDY, else plain."""
     points = rows.points
@@ -150,6 +152,8 @@ def first_centroids(
         warm = points[:0]
     is_random = isinstance(init, Tensor) or init == "random"
     num_random = num_clusters - len(warm) if is_random else 1
+    if not num_random:
+        return warm
     if rows.weights is None:
         index = torch.randperm(rows.count, generator=generator, device="cpu")[:num_random]
     else:
@@ -163,7 +167,19 @@ def first_centroids(
     if is_random:
         return centroids
     if init == "k-means++" and rows.count * num_clusters <= GREEDY:
-        return _greedy(rows, centroids, num_clusters, generator)
+        trials = 2 + int(math.log(num_clusters))
+        rounds = max(1, BLOCK // (trials * rows.count))
+        if rows.group is not None or not assign.runs_kmeans:
+            return _greedy(rows, centroids, num_clusters, trials, rounds, generator)
+        chosen = assign.greedy_start(
+            int(index[0]),
+            rows.weights,
+            num_clusters,
+            trials=trials,
+            rounds=rounds,
+            generator=generator,
+        )
+        return points[chosen]
     return _plain(rows, centroids, num_clusters, generator, assign)
 
 
@@ -219,7 +235,7 @@ def _plain(
     centroids: Tensor,
     num_clusters: int,
     generator: torch.Generator,
-    assign: Assign,
+    assign: PointsAssignment,
 ) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007) in few passes over the points: centroids [1, D] ->
     [K, D]."""
@@ -241,17 +257,21 @@ def _plain(
 
 
 def _greedy(
-    rows: PointSlice, centroids: Tensor, num_clusters: int, generator: torch.Generator
+    rows: PointSlice,
+    centroids: Tensor,
+    num_clusters: int,
+    trials: int,
+    most_rounds: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """k-means++ that draws 2 + floor(log K) candidates for each centroid, and takes the one that
-    leaves the lowest sum of squared distances: centroids [1, D] -> [K, D].
+    """k-means++ that draws some candidates (``trials``) for each centroid, and takes the one that
+    leaves the lowest sum of squared distances: centroids [1, D] -> [K, D]. Those of up to
+    ``most_rounds`` centroids are drawn together.
 
     Distances of many candidates are one product, about the mean of the points. It only chooses:
     distances to the chosen centroids are then computed from differences, for the points near it.
     """
     points = rows.points
-    trials = 2 + int(math.log(num_clusters))
-    blocks = max(1, BLOCK // (trials * rows.count))
     weights = None if rows.weights is None else rows.weights.to(points.dtype)
     mean = rows.sum(points.sum(0, dtype=torch.float64)) / rows.count
     shifted = points - mean.to(points)
@@ -261,7 +281,7 @@ def _greedy(
     num_chosen = 1
     while num_chosen < num_clusters:
         # While half as many more centroids are chosen, few of the candidates become too near.
-        rounds = max(1, min(blocks, num_chosen // 2, num_clusters - num_chosen))
+        rounds = max(1, min(most_rounds, num_chosen // 2, num_clusters - num_chosen))
         candidates = _Candidates.draw(rows, squared, trials * rounds, generator)
         apart = candidates.apart()
         offsets = candidates.points - mean.to(points)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from protoclip.ops import checks, reference
 from protoclip.ops.dispatch import TABLE, function, resolve
 from protoclip.ops.operators import empty, in_transform, operator, without_autocast
+
+MEASURED_COLUMNS = 16  # up to so many, a start measures all distances in C++, without codes
 
 
 class Assignment(NamedTuple):
@@ -74,25 +76,124 @@ def kmeans_assign(
         return _kmeans_assign(points=points, centroids=centroids, backend=backend_name)
 
 
-def assignment(
-    points: Tensor, num_clusters: int, backend: str
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from centroids [K, D] to ``kmeans_assign`` of these points, with the same bits.
+class KMeansIteration(NamedTuple):
+    """What an iteration of Lloyd's algorithm does."""
+
+    centroids: Tensor  # [K, D], updated; a cluster without points keeps its own
+    counts: Tensor  # int64 [K], the points of the clusters before the update
+    facts: Tensor  # fp64 [3]: inertia before it, whether centroids moved, whether some are empty
+    labels: Tensor  # int64 [N], of the updated centroids; [0] if none moved or some are empty
+    distances: Tensor  # fp32 [N] or [0]
+
+
+@dataclass(frozen=True)
+class PointsAssignment:
+    """``kmeans_assign`` of the same points, for many calls, with the same bits."""
+
+    points: Tensor  # [N, D]
+    backend: str  # a row of the table
+    codes: list[Tensor]  # what the backend keeps of the points, if anything
+
+    def __call__(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Centroids [K, D] -> labels and squared distances."""
+        if not self.codes:
+            return self._function("kmeans_assign")(points=self.points, centroids=centroids)
+        run = self._function("kmeans_assign_coded")
+        return run(points=self.points, centroids=centroids, codes=self.codes)
+
+    @property
+    def runs_kmeans(self) -> bool:
+        """Whether the backend has ``greedy_start`` and ``iteration``."""
+        return TABLE["kmeans_assign"][self.backend].runs_kmeans
+
+    def greedy_start(
+        self,
+        first: int,
+        weights: Tensor | None,
+        num_clusters: int,
+        *,
+        trials: int,
+        rounds: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The points where greedy k-means++ starts, int64 [K], the first one given; all of it is
+        one op. ``lloyd.starts`` says how, step by step.
+
+        Args:
+            weights: fp64 [N]; None: all equal.
+            trials: candidates for each centroid.
+            rounds: centroids whose candidates are drawn together, at most.
+        """
+        codes = self.codes
+        if not codes and self.points.shape[1] > MEASURED_COLUMNS:
+            codes = self._function("kmeans_encode")(self.points)
+        return self._function("kmeans_greedy_start")(
+            points=self.points,
+            weights=weights,
+            codes=codes,
+            first=first,
+            num_clusters=num_clusters,
+            trials=trials,
+            rounds=rounds,
+            generator=generator,
+        )
+
+    def iteration(
+        self,
+        values: Tensor,
+        centroids: Tensor,
+        labels: Tensor,
+        distances: Tensor,
+        *,
+        weights: Tensor | None,
+        weight: float,
+        centre: Tensor | None,
+        limit: float,
+    ) -> KMeansIteration:
+        """An iteration as one op, with the bits of the steps that ``lloyd`` makes it of.
+
+        Args:
+            values: what is averaged: the points, or weight x point and weight, [N, D + 1].
+            labels, distances: those of the centroids.
+            weights: fp64 [N] in units of ``weight``; None: all equal.
+            centre: [D], what was subtracted from the points, if anything.
+            limit: centroids have moved if the squared distances add up to more.
+        """
+        run = self._function("kmeans_iteration")
+        results = run(
+            points=self.points,
+            values=values,
+            weights=weights,
+            weight=weight,
+            centre=centre,
+            centroids=centroids,
+            labels=labels,
+            distances=distances,
+            codes=self.codes,
+            limit=limit,
+        )
+        return KMeansIteration._make(results)
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        return function("kmeans_assign", self.backend, name)
+
+
+def assignment(points: Tensor, num_clusters: int, backend: str) -> PointsAssignment:
+    """``kmeans_assign`` of these points as a function of centroids [K, D], with the same bits.
 
     It is for many calls: the form in which products take fp32 points is computed once and kept.
     C++: 8-bit codes, N (D + 16) bytes, where coding takes 4 % of an assignment or more. CUDA: two
     bfloat16 parts, 4 N D bytes; Triton: one, 2 N D. A GPU always keeps them: a single assignment
     takes as much.
     """
-    plain = partial(kmeans_assign, points, backend=backend)
-    if points.dtype != torch.float32 or not len(points):
-        return plain
     backend_name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
-    if num_clusters > TABLE["kmeans_assign"][backend_name].most_coded_clusters:
-        return plain
-    codes = function("kmeans_assign", backend_name, "kmeans_encode")(points)
-    run = function("kmeans_assign", backend_name, "kmeans_assign_coded")
-    return lambda centroids: run(points=points, centroids=centroids, codes=codes)
+    row = TABLE["kmeans_assign"][backend_name]
+    is_measured = num_clusters * points.shape[1] <= row.most_measured
+    keeps_codes = num_clusters <= row.most_coded_clusters and not is_measured
+    codes: list[Tensor] = []
+    if keeps_codes and points.dtype == torch.float32 and len(points):
+        codes = function("kmeans_assign", backend_name, "kmeans_encode")(points)
+    return PointsAssignment(points, backend_name, codes)
 
 
 class SegmentMeans(NamedTuple):

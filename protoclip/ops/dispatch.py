@@ -42,6 +42,10 @@ class Backend:
     codes_ids: bool = False
     # The largest K for which coding the points first is faster; -1: it cannot code them.
     most_coded_clusters: float = -1
+    # Up to this K x D it measures all distances, without codes.
+    most_measured: int = 0
+    # Whether it has the functions kmeans_greedy_start and kmeans_iteration.
+    runs_kmeans: bool = False
 
 
 @cache
@@ -90,8 +94,8 @@ REFERENCE = Backend(partial(getattr, reference), None, ANY_FLOAT, lambda: None)
 CPU_WITH_STASH = replace(CPU, keeps_stash=True)
 PROTOTYPES = triton_backend("prototype_cross_entropy")
 CLUSTERS = {
-    # Beyond 1,024 coding is less than 4 % of an assignment.
-    "cpu": replace(CPU, most_coded_clusters=1024),
+    # Beyond 1,024 coding is less than 4 % of an assignment. K x D: kDirect in kmeans_direct.h.
+    "cpu": replace(CPU, most_coded_clusters=1024, most_measured=2048, runs_kmeans=True),
     "cuda": replace(CUDA, most_coded_clusters=float("inf")),
     "triton": replace(triton_backend("clusters"), most_coded_clusters=float("inf")),
     "reference": REFERENCE,
