@@ -621,6 +621,13 @@ def test_a_word_of_a_large_cluster_stands_in_a_tenth_of_its_captions(
     assert words_of({0: captions, 1: ["boat"]}) == {0: words, 1: "boat"}
 
 
+def test_a_word_that_a_cluster_has_less_than_half_as_often_is_not_in_its_name() -> None:
+    """Both captions are in both clusters, in other shares."""
+    clusters = {0: ["red ball"] * 9 + ["blue box"] * 3, 1: ["red ball"] * 3 + ["blue box"] * 9}
+    assert words_of(clusters) == {0: "ball, red", 1: "blue, box"}
+    assert words_of({0: ["red ball"] * 9, 1: ["red ball"] * 5 + ["blue box"]}) == {}
+
+
 def test_a_word_that_most_clusters_have_is_in_no_name() -> None:
     animals = ["cat", "dog", "owl", "bee", "fly", "rat"]
     clusters = {number: [f"a photo of a {animal}"] * 9 for number, animal in enumerate(animals)}

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
         points = read_features(args)
     else:
         source = open_pictures(args)
-        check_k(args.k, len(source.dataset))  # before hours of encoding
+        if is_encoded:
+            check_k(args.k, len(source.dataset))  # before hours of encoding
     with open_output(out, names, args.overwrite):
         if not is_file:
             points = points_of_pictures(source, args, out)

@@ -403,7 +403,7 @@ def words_of_clusters(
         row = slice(shares.indptr[cluster], shares.indptr[cluster + 1])
         word_ids = shares.indices[row]
         is_common = texts.data[row] >= max(min(2, sizes[cluster]), common * sizes[cluster])
-        is_apart = clusters_with[word_ids] <= num_clusters / 2
+        is_apart = has_word[row] & (clusters_with[word_ids] <= num_clusters / 2)
         chosen = is_common & is_apart
         idf = np.log(num_clusters / clusters_with[word_ids[chosen]])
         score = shares.data[row][chosen] * idf
