@@ -79,8 +79,8 @@ setup(
         "protoclip.settings": ["presets/*.json"],
     },
     install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
         "numpy",
         "ninja",
         "pybind11",
@@ -113,7 +113,9 @@ setup(
     },
     entry_points={"console_scripts": ["protoclip = protoclip.__main__:main"]},
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -91,7 +91,9 @@ def contrastive_forward_kernel(
     NUM_IDS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile: references and sums, then those of the positives."""
-    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
+    ids = None
+    if NUM_IDS > 0:
+        ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     base2_scale = tl.load(logit_scale_ptr).to(tl.float32) * LOG2E
     REPEATS: tl.constexpr = BLOCK_N // PARTS // PART

@@ -90,7 +90,9 @@ def sigmoid_loss_kernel(
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     logit_bias = tl.load(logit_bias_ptr).to(tl.float32)
     rows = row0 + tl.arange(0, BLOCK_N)
-    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
+    ids = None
+    if NUM_IDS > 0:
+        ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     masked = needs_mask(row0, col0, n, m, offset, BLOCK_N, BLOCK_M)
     if ids is not None:
         masked = masked | _holds_equal_ids(ids, row0, col0, n, m, BLOCK_N, BLOCK_M)

@@ -251,7 +251,9 @@ def softmax_gradient_kernel(
     NUM_IDS: tl.constexpr, LIFT: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """G of one tile times the lift, its part of sum G x.y, and its column sums."""
-    ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
+    ids = None
+    if NUM_IDS > 0:
+        ids = id_pointers(query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids, NUM_IDS)
     row0, col0 = tile_origin(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, 8)
     logit_scale = tl.load(logit_scale_ptr).to(tl.float32)
     base2_scale = logit_scale * LOG2E

@@ -133,10 +133,10 @@ IDS = ["query_ids_ptr", "key_ids_ptr"]  # slices, which begin anywhere
 
 @triton.jit
 def id_pointers(query_ids_ptr, key_ids_ptr, stride_query, stride_key, NUM_IDS: tl.constexpr):
-    """-> for each column of ids a pointer to those of rows and one to those of columns, or None."""
-    if NUM_IDS == 0:
-        return None
-    elif NUM_IDS == 1:
+    """-> for each column of ids, of which there is at least one, a pointer to those of rows and one
+    to those of columns. Triton 3.4 cannot return None, so the caller decides whether there are any.
+    """
+    if NUM_IDS == 1:
         return query_ids_ptr, key_ids_ptr
     else:
         return (

@@ -19,6 +19,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
@@ -101,10 +102,10 @@ def why_not(device_type: str) -> str | None:
     if os.environ.get("PROTOCLIP_DISABLE_JIT") == "1":
         return "PROTOCLIP_DISABLE_JIT=1 is set"
     if device_type == "cuda":
-        from torch.utils.cpp_extension import CUDA_HOME
-
         if not torch.cuda.is_available():
             return "no CUDA device, or this torch was built without CUDA"
+        from torch.utils.cpp_extension import CUDA_HOME  # warns where there is no device
+
         if CUDA_HOME is None:
             return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
         if not any(card >= OLDEST_CARD for card in _cards()):
@@ -350,14 +351,28 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _errors_only(logger_name: str) -> Iterator[None]:
+    """Keep warnings of this logger from the terminal: its first import warns if nvcc is there and
+    no GPU, which does not matter to the CPU's library."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _compile(recipe: Recipe, folder: Path) -> None:
     from unittest import mock
 
-    from torch.utils import cpp_extension
+    cpu = recipe.device_type == "cpu"
+    with _errors_only("torch.utils.cpp_extension") if cpu else contextlib.nullcontext():
+        from torch.utils import cpp_extension
 
     _say(f"compiling the {recipe.device_type} kernels, once (about half a minute) ...")
     start = time.perf_counter()
-    cpu = recipe.device_type == "cpu"
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
         path = f"{importlib.import_module('ninja').BIN_DIR}{os.pathsep}{path}"

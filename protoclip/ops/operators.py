@@ -144,7 +144,7 @@ def define_gradient(
     _define_autograd(registered.op, keep, gradients)
 
 
-# Of torch._C; torch's own register_autograd is made of them in 2.11 to 2.13.
+# Of torch._C; torch's own register_autograd is made of them in 2.8 to 2.15.
 PRIVATE = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
 
 
@@ -299,9 +299,14 @@ def reduce_weighted(
     return losses.sum() / total.where(total > 0, 1)
 
 
+@torch.compiler.assume_constant_result  # torch 2.8 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Turn autocast off, on devices that have it ("meta" does not)."""
-    if torch.amp.is_autocast_available(device_type):
+    if _has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
