@@ -92,7 +92,7 @@ def test_the_command_writes_the_page_and_says_the_answer(
     output = capsys.readouterr()
     assert output.out.strip() == f"report: {runs.ours / 'report.html'}"
     assert (runs.ours / "report.html").is_file()
-    assert re.fullmatch(r"ours: It names \d+ of 100 drawings .*\n", output.err)
+    assert re.fullmatch(r"ours: It correctly names \d+ % of drawings .*\n", output.err)
 
 
 def test_the_page_of_several_runs_is_beside_the_last_ones_own(runs: Runs) -> None:
@@ -322,7 +322,12 @@ def test_cards_of_many_clusters_have_whole_rows_of_pictures(
 
 def test_lines_are_named_where_there_are_several(page: Element) -> None:
     keys = {key.text for legend in page.all("div", class_="legend") for key in legend.all("span")}
-    assert {"contrastive loss", "proto loss", "matching", "drawn at random"} <= keys
+    assert {
+        "contrastive loss",
+        "prototype loss (own features)",
+        "matching",
+        "drawn at random",
+    } <= keys
     assert "lr" not in keys
 
 
@@ -360,7 +365,7 @@ def test_one_answer_stands_on_top(runs: Runs, page: Element) -> None:
     metrics_of_set = read_json(runs.ours / "results.json")["trained"]["HO"]["metrics"]
     right = 100 * metrics_of_set["group/acc1"]
     answer = page.one("p", class_="answer")
-    assert answer.text == f"It names {right:.0f} of 100 drawings that it has never seen."
+    assert answer.text == f"It correctly names {right:.0f} % of drawings it has never seen."
     elements = page.all()
     assert elements.index(answer) < elements.index(page.one("nav"))
 
@@ -387,7 +392,7 @@ def test_each_score_has_its_floor(runs: Runs, copy: Path) -> None:
     assert floor.text.split()[0] == f"{max(0.123, untrained):.3f}"
     assert "chance 0.083" in floor.one("span").attributes["title"]
     answers = [answer.text for answer in page.all("p", class_="answer")]
-    assert any(text.startswith("ours:") and text.endswith("(chance 8).") for text in answers)
+    assert any(text.startswith("ours:") and text.endswith("(guessing: 8 %).") for text in answers)
 
 
 def folded_away(page: Element) -> set[int]:

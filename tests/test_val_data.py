@@ -105,7 +105,7 @@ def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys):
     page = (folder / "report.html").read_text()
     hits = 100 * results["trained"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
     assert (
-        f"It finds the caption of {hits:.0f} of 100 pictures that it was trained on among 80 "
+        f"It finds the caption of {hits:.0f} % of pictures it was trained on among 80 "
         "captions (chance 1)." in page
     )
     assert "was not evaluated" not in page and "--val-fraction 0.1" in page

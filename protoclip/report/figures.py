@@ -33,7 +33,7 @@ STYLE: Any = {
     "lines.linewidth": 1.6, "lines.markersize": 3,
 }  # fmt: skip
 SIZE = (4.6, 2.3)  # inches
-PANEL = (0.12, 0.12, 0.86, 0.84)  # the axes: left, bottom, width, height
+PANEL = (0.12, 0.18, 0.86, 0.78)  # the axes: left, bottom, width, height
 POINTS = 240  # a longer series is drawn as the means of this many pieces
 LEGEND = (
     ("text_retrieval_recall@5", "image → text"),
@@ -42,6 +42,10 @@ LEGEND = (
     ("val_HO_", "held out, "),
     ("val_TRAIN_", "trained on, "),
     ("val_ALL_", "--val-data, "),
+    ("external_loss", "prototype loss (teacher)"),
+    ("proto_loss", "prototype loss (own features)"),
+    ("clip_loss", "InfoNCE"),
+    ("proto_logit_scale", "prototype logit scale"),
 )
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # scalar -> steps and values
 
@@ -156,6 +160,7 @@ def chart_svg(chart: Chart) -> str:
         low, high = axes.get_ylim()
         spare = max(0.0, chart.least - (high - low)) / 2
         axes.set_ylim(min(0.0, low) if chart.zero else low - spare, high + spare)
+        axes.set_xlabel("training step")
         return _svg(figure)
 
 

@@ -65,7 +65,7 @@ MEANINGS = {  # the words of a table's rows -> what they mean
     "nearest neighbours": "accuracy when the most similar training images vote for the class",
     "1-NN": "accuracy when the most similar training image names the class",
     "k-means AMI": "agreement of clusters of image features with the classes; 0: chance, 1: equal",
-    "k-means ARI": "the same as the share of pairs of images, corrected for chance",
+    "k-means ARI": "share of image pairs on which clusters and classes agree, corrected for chance",
     "k-means NMI": "the same, not corrected for chance: many clusters look good",
     "modality gap": "distance between the means of image and caption features",
     "alignment": "mean squared distance of an image to its caption",
@@ -186,8 +186,8 @@ def find_baseline(runs: Sequence[Run]) -> Run | None:
 
 
 def answer(run: Run) -> str:
-    """The run in one sentence: how many of 100 things it gets right, and how many guessing would;
-    "" if it was not evaluated."""
+    """The run in one sentence: the share that it gets right, and that of guessing; "" if it was not
+    evaluated."""
     for key, scores in run.outcome.trained.items():
         names = [name for name in scores.metrics if name.endswith("/acc1")]
         metric = next(iter(names), RETRIEVAL if RETRIEVAL in scores.metrics else "")
@@ -200,22 +200,22 @@ def answer(run: Run) -> str:
         elif metric == RETRIEVAL:
             chance = 1 / min(scores.samples, scores.different_captions or scores.captions)
         digits = ".1g" if chance < 0.095 else ".0f"  # 9.5 rounds to 10, which .1g writes as 1e+01
-        beside = "" if math.isnan(chance) else f" (chance {100 * chance:{digits}})"
-        right = f"{100 * scores.metrics[metric]:.0f} of 100"
+        guessing = "" if math.isnan(chance) else f" (guessing: {100 * chance:{digits}} %)"
+        right = f"{100 * scores.metrics[metric]:.0f} % of"
         builtin = run.outcome.data.startswith("builtin:")
         subject = "drawings" if builtin else "pictures"
         if key == results.TRAIN:
-            subject += " that it was trained on"
+            subject += " it was trained on"
         elif builtin or key == "HO":
-            subject += " that it has never seen"
+            subject += " it has never seen"
         else:
             subject += f" of {run.outcome.data}"
         if metric == RETRIEVAL:
             return (
                 f"It finds the caption of {right} {subject} among {scores.number_of_captions}"
-                f"{beside}."
+                f"{guessing}."
             )
-        return f"It names {right} {subject}{beside}."
+        return f"It correctly names {right} {subject}{guessing}."
     return ""
 
 
