@@ -106,7 +106,7 @@ def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys):
     hits = 100 * results["trained"]["TRAIN"]["metrics"]["text_retrieval_recall@1"]
     assert (
         f"It finds the caption of {hits:.0f} % of pictures it was trained on among 80 "
-        "captions (chance 1)." in page
+        "captions (guessing: 1 %)." in page
     )
     assert "was not evaluated" not in page and "--val-fraction 0.1" in page
     sections = set(re.findall(r'<section id="(\w+)"', page))
