@@ -23,8 +23,7 @@ HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictu
   protoclip train                         train a small ProtoCLIP on built-in
                                           icons: minutes on a CPU
   protoclip train --train-data pairs.csv  train on your pictures and captions
-  protoclip compare --train-data PAIRS    ProtoCLIP against CLIP over seeds: does
-                                          it help on your data?
+  protoclip compare --train-data PAIRS    does ProtoCLIP help on your data?
   protoclip report logs/A logs/B          show runs next to each other on a page
   protoclip evaluate logs/RUN             evaluate a run, or any CLIP
   protoclip cluster photos/ --k 50        group a folder of pictures

@@ -82,13 +82,15 @@ def test_help_loads_nothing_heavy(helps: list[Help]) -> None:
 def test_help_lists_the_commands(helps: list[Help]) -> None:
     for shown in helps[:3]:
         lines = shown.text.splitlines()
-        assert len(lines) == 18 and lines[-3].startswith("More commands")
+        assert len(lines) == 19 and lines[-3].startswith("More commands")
         commands = [line.split()[1] for line in lines if line.startswith("  protoclip ")]
-        assert commands == ["train", "train", "report", "evaluate", "cluster", "export"]
+        assert commands == [
+            "train", "train", "compare", "report", "evaluate", "cluster", "export"
+        ]  # fmt: skip
 
 
 def test_help_of_each_command_has_an_example(helps: list[Help]) -> None:
-    assert len(helps[3:]) == len(PARSERS) == 9
+    assert len(helps[3:]) == len(PARSERS) == 10
     for shown in helps[3:]:
         assert f"example: protoclip {shown.words[0]} " in shown.text
 
@@ -117,7 +119,7 @@ def test_a_command_that_is_misspelt_is_named(capsys: pytest.CaptureFixture[str])
 
 def test_a_command_is_found_and_gives_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "nowhere"]) == 2
-    assert "found no nowhere" in capsys.readouterr().err
+    assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_the_version_is_the_packages() -> None:
@@ -505,7 +507,7 @@ def test_the_page_of_pictures_shows_groups_and_a_map(groups: PictureGroups) -> N
     assert "60 pictures of" in answer
     assert "nano.json (" in summary and "weights.pt)" in summary
     assert len(page.all("details", class_="gallery")) == 1
-    assert "is a picture, placed" in page.section("map").text
+    assert "is a picture; similar items" in page.section("map").text
     assert "caption" not in page.section("map").text
     assert "the words that set" not in page.section("prototypes").text  # there are no words
 

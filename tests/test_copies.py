@@ -43,7 +43,8 @@ class Update(torch.optim.AdamW):
 def plain_update(
     model: torch.nn.Module, config: OptimConfig, others: Iterable[torch.nn.Parameter]
 ) -> Update:
-    return Update([*model.parameters(), *others], lr=config.lr)
+    weights = [*model.parameters(), *others]
+    return Update([{"params": weights, "image": False}], lr=config.lr)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

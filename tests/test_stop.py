@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -61,32 +60,15 @@ def whole_run(folder: Path, ranks: int, steps: int) -> list[tuple[int, float]]:
     return losses(folder / "logs" / name)
 
 
-def kill_a_worker(folder: Path, name: str, process: Any) -> None:
-    """The run goes on, with a warning; a worker that has loaded its last batch is not missed, so
-    the moments are random: a multiple of an episode's steps apart, all would be alike."""
+def kill_workers(process: Any) -> None:
+    """Until the run has ended: a worker that has loaded its last batch is not missed."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    dice = random.Random(0)
-    for _ in range(200):
-        for worker in children.read_text().split()[:1]:
-            with contextlib.suppress(ProcessLookupError):
+    while process.is_alive():
+        with contextlib.suppress(OSError):
+            for worker in children.read_text().split()[:1]:
                 os.kill(int(worker), signal.SIGKILL)
-        more = dice.randrange(1, 8)
-        wait_for_steps(folder, name, more, process, or_until="worker died")
-        if "worker died" in output_of(folder)[0]:
-            break
-    wait_for_steps(folder, name, 2, process)
-    assert "worker died" in output_of(folder)[0], logs_of(folder)
-
-
-def wait_for_steps(
-    folder: Path, name: str, more: int, process: Any, or_until: str = "never printed"
-) -> None:
-    steps = steps_of(folder, name) + more
-    wait_until(
-        lambda: or_until in output_of(folder)[0] or steps_of(folder, name) >= steps,
-        [process],
-        folder,
-    )
+        process.join(0.2)
+    assert process.exitcode == 2
 
 
 def assert_saved_and_resumed(folder: Path, name: str, processes: list[Any], exit_code: int) -> None:
@@ -137,11 +119,14 @@ def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(
     assert_saved_and_resumed(folder, name, processes, EXIT_CODES[sent])
 
 
-def test_a_run_whose_worker_was_killed_goes_on_bit_for_bit(folder: Path) -> None:
+def test_a_run_whose_worker_was_killed_ends_and_resumes_bit_for_bit(folder: Path) -> None:
     (process,) = start_with_a_clean_log(folder, "killed", workers=2, ranks=1)
-    kill_a_worker(folder, "killed", process)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert_saved_and_resumed(folder, "killed", [process], EXIT_CODES["SIGTERM"])
+    kill_workers(process)
+    assert "worker was killed" in output_of(folder)[0], logs_of(folder)
+    run = folder / "logs" / "killed"
+    total = len(losses(run)) + 4
+    train(folder, flags(folder, "killed", "--max-steps", str(total), "--resume", "auto"), 1)
+    assert losses(run) == whole_run(folder, 1, total)[:total]
 
 
 def let_pictures_wait() -> None:

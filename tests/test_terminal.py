@@ -30,7 +30,7 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("importlib.import_module", interrupted)
-    assert main(["export", "logs/x"]) == 130
+    assert main(["teacher", "--out", "y"]) == 130
     assert capsys.readouterr().err == "protoclip: interrupted\n"
 
 
@@ -51,7 +51,6 @@ def test_everyday_flags_exist_and_terms_are_explained():
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["compare", "a", "b"], "did you mean report?"),
         (["groups"], "did you mean cluster?"),
         (["loss"], "expected one of train"),
         (["help", "groups"], "did you mean cluster?"),

@@ -131,7 +131,7 @@ def test_held_out_pairs_are_never_trained_on(run, table, capsys):
     assert list(results["trained"]) == ["HO"] and results["data"].endswith("[held out]")
     assert results["trained"]["HO"]["samples"] == len(data.held_out)
     page = (folder / "report.html").read_text()
-    assert "pictures that it has never seen" in page and "trained on" not in page
+    assert "pictures it has never seen" in page and "trained on" not in page
     capsys.readouterr()
     assert evaluate([str(folder), "--output", str(folder / "again.json")]) == 0
     assert "Held-out pairs (HO)" in capsys.readouterr().out

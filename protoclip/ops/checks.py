@@ -129,14 +129,14 @@ def scalar(
 
 def scale(op: str, x: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """The logit scale as ``scalar`` gives it. ValueError if it is negative; a tensor on a GPU, or
-    one that is traced, is not read."""
+    one that is traced, is not read. -inf is not finite, and so is the loss."""
     logit_scale = scalar(op, "logit_scale", x, device, dtype)
-    if isinstance(x, Tensor):
-        is_plain = type(x) in (Tensor, Parameter)
-        number = x.item() if is_plain and x.device.type == "cpu" and readable(x) else 0
-    else:
-        number = float(x)
-    if number < 0:
+    number = 0.0
+    if not isinstance(x, Tensor):
+        number = x.item() if hasattr(x, "item") else float(x)  # NumPy's numbers and arrays
+    elif type(x) in (Tensor, Parameter) and x.device.type == "cpu" and readable(x):
+        number = x.item()
+    if -math.inf < number < 0:
         raise ValueError(
             f"{op}: logit_scale is the multiplier, not its logarithm; got {number:g}; pass "
             "log_scale.exp()"
