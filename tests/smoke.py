@@ -45,7 +45,7 @@ SMOKE = {
     "test_plan.py": ["test_the_command_takes_trains_flags"],
     "test_prototype_cross_entropy.py": ["*"],
     "test_prototypes.py": ["test_the_loss_is_the_weighted_sum_of_its_terms"],
-    "test_readme.py": ["*"],
+    "test_readme.py": ["test_links_lead_somewhere", "test_flags_exist", "test_no_dialect"],
     "test_report_page.py": ["test_the_command_writes_the_page_and_says_the_answer"],
     "test_resume.py": ["test_auto_starts_a_named_run_and_goes_on_with_it"],
     "test_segment_mean.py": ["test_means_of_segments_by_hand"],
