@@ -1,7 +1,7 @@
 """``protoclip plan``: does a run fit? The memory of each process, by part, before the run starts.
 
 Shapes are exact: the model's forward pass runs on tensors without data, which shows what autograd
-keeps. Losses of a user's own are not known to a command line, and not counted.
+keeps. The estimate leaves out losses of a user's own.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
         f"Memory per rank at the peak of a step: {mebibytes(sum(parts.values()))}",
     ]
     lines += [f"  {name:<42}{mebibytes(size):>14}" for name, size in parts.items()]
-    lines.append("  (losses of your own are not counted: 16 bytes a weight, and what they keep)")
+    lines.append("  (without losses of your own: 16 bytes per weight, and what they keep)")
     return "\n".join(lines)
 
 
