@@ -298,7 +298,9 @@ def open_record(plan: Plan) -> Record:
             f"--out: the baseline in {plan.out} is {before.baseline}, got {plan.baseline}; name "
             "the rows in the same order, or choose another --out"
         )
-    for name in begun & before.rows.keys() & plan.rows.keys():
+    for name in plan.rows:
+        if name not in begun:
+            continue
         settings = settings_of(before.rows[name])
         for setting, value in settings_of(plan.rows[name]).items():
             if settings.get(setting) != value:
