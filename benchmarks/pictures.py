@@ -132,7 +132,7 @@ def draw_peers(record: Record) -> str:
     """Time and extra memory of each peer beside ours, a panel for each case."""
     left, longest = 150, 150
     y = 12.0
-    parts = [text(0, y, "Time, and extra memory. × : times as long as protoclip", "muted")]
+    parts = [text(0, y, "Time, and extra memory. × = time relative to protoclip", "muted")]
     for name, rows in shown_peers(record).items():
         slowest = max(row["ratio"] or 1.0 for row in rows)
         y += 28
@@ -161,7 +161,7 @@ def peers_title(record: Record) -> str:
     ]
     return (
         "Time and extra memory of protoclip and of other implementations on a CPU "
-        f"({machine(record)}); × is times as long as protoclip. {'. '.join(panels)}."
+        f"({machine(record)}); × = time relative to protoclip. {'. '.join(panels)}."
     )
 
 

@@ -111,7 +111,7 @@ def start(info: RankInfo, device: torch.device, timeout: float, backend: str = "
         )
     except RuntimeError as error:
         raise ValueError(
-            f"distributed: rank {info.rank} of {info.world_size} cannot meet the others at "
+            f"distributed: rank {info.rank} of {info.world_size} cannot connect to the others at "
             f"{host}:{port} ({str(error).splitlines()[0]}); start all ranks, or set MASTER_ADDR to "
             "the machine of rank 0 and MASTER_PORT to a free port there"
         ) from error

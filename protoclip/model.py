@@ -240,15 +240,15 @@ def check_model(config: ModelConfig) -> str:
 
 
 def _refuse_code(name: str) -> None:
-    """ValueError if the model's config has transformers run code that lies beside its tokenizer."""
+    """ValueError if the model's config asks to run code that comes with its tokenizer."""
     settings: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # OpenCLIP says what is wrong with a config, or has none
         settings = open_clip.get_model_config(name) or {}  # also of a folder, or of the hub
     arguments = settings.get("text_cfg", {}).get("tokenizer_kwargs") or {}
     if arguments.get("trust_remote_code"):
         raise ValueError(
-            "its config has code run that lies beside its tokenizer (trust_remote_code), which "
-            "protoclip does not; copy the model and take that out, or use another one"
+            "its config asks to run code that comes with its tokenizer (trust_remote_code), which "
+            "protoclip never does; use another model, or a copy without that setting"
         )
 
 

@@ -94,7 +94,7 @@ def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Modu
         return _with_prototypes(args, proto)
     if proto is not None:
         raise ValueError(
-            "--proto-*: prototypes go with the plain contrastive loss only; leave out --siglip, "
+            "--proto-*: expected the plain contrastive loss, got another one; leave out --siglip, "
             "CoCa, distillation and Horovod, or the --proto-* flags"
         )
     ours = REPLACEMENTS.get(type(original))
@@ -116,7 +116,7 @@ def _fused(original: nn.Module, args: Any, proto: ProtoConfig | None) -> nn.Modu
                 **common,
             )
         return ours(**common)
-    _say(args, f"OpenCLIP's own {type(original).__name__} stays: protoclip has no replacement")
+    _say(args, f"OpenCLIP's own {type(original).__name__} is used: protoclip has no replacement")
     return None
 
 
@@ -319,7 +319,7 @@ def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, words: list[str
     ):
         if ours and is_used:
             flag = "--dedup caption" if ours is True else "--proto-*"
-            raise ValueError(f"{flag} does not go with {name}: leave one of them out")
+            raise ValueError(f"{flag} cannot be combined with {name}; leave one of them out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

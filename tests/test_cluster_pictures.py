@@ -287,7 +287,7 @@ def test_equal_pictures_are_said_to_be_equal(
     flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
     assert cluster([str(photos), *flags, "--out", str(out)]) == 0
     error = capsys.readouterr().err
-    assert "note: 1 of 2 groups has members; the others stayed empty" in error
+    assert "note: 1 of 2 groups has members; the others are empty" in error
     page = read_page(out / "report.html")
     answer = page.one("p", class_="answer").text
     assert "20 pictures of" in answer and "in 1 group;" in answer

@@ -183,4 +183,4 @@ def test_loops_that_do_not_show_the_tokens_are_refused(
     pytest.importorskip("open_clip_train.main")
     data = ["--model", "ViT-B-32", "--train-data", "x"]
     assert command.main([*data, "--dedup", "caption", *flags]) == 2
-    assert f"--dedup caption does not go with {flags[0]}" in capsys.readouterr().err
+    assert f"--dedup caption cannot be combined with {flags[0]}" in capsys.readouterr().err

@@ -370,7 +370,7 @@ def test_the_cuda_half_is_not_tried_where_every_card_is_too_old(
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
     monkeypatch.setattr(native, "_cards", lambda: {(7, 5)})
     monkeypatch.setattr(native, "_library", lambda device_type: pytest.fail("it was compiled"))
-    assert "8.0, which no card here has" in str(native.why_not.__wrapped__("cuda"))
+    assert "8.0, which no GPU here has" in str(native.why_not.__wrapped__("cuda"))
 
 
 @pytest.mark.parametrize("before", [None, "8.6"])

@@ -46,7 +46,7 @@ class TestFiles:
 
     def test_a_file_of_keys_alone_is_refused_in_words(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", keys=np.array(DATASET.keys))
-        with pytest.raises(ValueError, match=r"expected one array beside keys.*got \[\]"):
+        with pytest.raises(ValueError, match=r"expected one array next to keys.*got \[\]"):
             load_teacher(str(tmp_path / "a.npz"), DATASET)
 
     def test_rows_are_found_by_key_whatever_their_order(self, tmp_path: Path) -> None:

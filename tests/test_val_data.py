@@ -182,7 +182,7 @@ def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_
     own_table.write_text("\n".join([header, *rows[1:]]))
     capsys.readouterr()
     assert evaluate([str(folder)]) == 2
-    assert "is not what the run was trained on" in capsys.readouterr().err
+    assert "has changed since the run was trained" in capsys.readouterr().err
 
 
 def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):

@@ -104,8 +104,8 @@ def read_kept(out: Path, source: str, overwrite: bool) -> EncodedPictures:
             kept.update(encoded)
         elif not overwrite:
             raise ValueError(
-                f"--out: {printable(str(out))} holds features of a run that did not end, by "
-                f"{printable(source_of_file)}, and not by {printable(source)}; choose another "
+                f"--out: {printable(str(out))} holds features of an unfinished run with "
+                f"{printable(source_of_file)}, expected {printable(source)}; choose another "
                 "folder, or replace them with --overwrite"
             )
     if overwrite and not kept.states:

@@ -155,5 +155,5 @@ def fewer_groups(labels: Tensor, k: int) -> str:
         return ""
     return (
         f"{nonempty:,} of {plural(k, 'group')} {'has' if nonempty == 1 else 'have'} members; the "
-        "others stayed empty, as they do where there are fewer different rows than groups"
+        "others are empty, as happens if there are fewer different rows than groups"
     )

@@ -228,7 +228,10 @@ def as_rows(array: np.ndarray) -> Tensor:
 def read_features(args: argparse.Namespace) -> Points:
     """The rows of a features file."""
     if args.run or args.model or args.pretrained or args.features:
-        raise ValueError("--run, --model, --pretrained, --features: drop them, DATA has features")
+        raise ValueError(
+            "--run, --model, --pretrained, --features: expected pictures as DATA, got features "
+            f"({args.data}); leave the flags out"
+        )
     if not Path(args.data).is_file():
         raise ValueError(f"DATA: expected a file of features, found no file {args.data}")
     array, keys = read_rows(Path(args.data), "DATA")

@@ -46,8 +46,8 @@ def busy_note(device: torch.device) -> str:
     if load <= cores:
         return ""
     return (
-        f"note: the load is {load:.1f} on {cores} cores; threads that spin while they wait then "
-        "make a run crawl, so start it with OMP_WAIT_POLICY=passive"
+        f"note: the load is {load:.1f} on {cores} cores, which can make this run very slow; "
+        "OMP_WAIT_POLICY=passive helps"
     )
 
 

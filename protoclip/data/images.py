@@ -56,7 +56,7 @@ def decode(data: bytes, where: str) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 size = f"{image.width:,} x {image.height:,} pixels"
-                message = f"{where}: {size} take long to read; a smaller copy would do"
+                message = f"{where}: {size} are slow to read; use a smaller copy"
                 warn_once(logger, message)
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"a side is more than {LONGEST:,} times the other")

@@ -169,7 +169,7 @@ def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
         stored = arrays.pop("keys", None)
         if "features" not in arrays and len(arrays) != 1:
             raise ValueError(
-                f"expected one array beside keys, or one named 'features', got {sorted(arrays)}"
+                f"expected one array next to keys, or one named 'features', got {sorted(arrays)}"
             )
     except Exception as error:  # each format has its own errors
         raise ValueError(f"{flag}: {path} cannot be read ({error}); is it complete?") from error

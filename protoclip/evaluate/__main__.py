@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
     if own_held_out and (args.split or args.csv_label_key):
         raise ValueError(
-            "--split, --csv-label-key: the pairs that the run held out have neither; leave the "
-            "flag out, or give --data"
+            "--split, --csv-label-key: expected --data with them, got the run's own held-out "
+            "pairs; leave the flag out, or give --data"
         )
     layout = own_held_out or open_layout(data, **columns)
     if distributed.is_main():
@@ -141,8 +141,8 @@ def _own_held_out(loaded: Loaded) -> Layout | None:
     name = loaded.config.data.train_data
     if loaded.training_data and not is_beginning(loaded.training_data, run_data.training.keys):
         raise ValueError(
-            f"{name} is not what the run was trained on, so that the pictures it held out are no "
-            "longer known: restore the data (rows may be added at the end), or give --data"
+            f"{name} has changed since the run was trained, so its held-out pictures are unknown; "
+            "restore the data (rows may be added at the end), or give --data"
         )
     layout = own_layout(run_data)
     if layout is None or run_data.held_out is None:

@@ -157,7 +157,7 @@ def _image_folder(root: Path, split: str, words: Sequence[str]) -> Layout:
     if not split:
         chosen = next((root / name for name in SPLITS if (root / name).is_dir()), root)
         if chosen == root and train.is_dir() and any(path.is_dir() for path in train.iterdir()):
-            raise DataError(f"{root}: expected {' or '.join(SPLITS)} beside train; give --split")
+            raise DataError(f"{root}: expected {' or '.join(SPLITS)} next to train; give --split")
     if not chosen.is_dir():
         raise DataError(f"--split {split}: no folder {chosen}; name one that holds class folders")
     with_train = chosen not in (root, train) and train.is_dir()

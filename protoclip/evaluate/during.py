@@ -188,7 +188,6 @@ def _remark(run_data: RunData, count: int) -> str:
     if run_data.held_out is not None:
         return f"evaluation: {plural(count, 'pair')} held out by --val-fraction"
     return (
-        f"evaluation: on {plural(count, 'pair')} of the training data, which says whether they "
-        "were learnt, not how the model does on others (--val-fraction 0.1 holds some out, "
-        "--val-data FILE names some)"
+        f"evaluation: on {plural(count, 'pair')} of the training data, so the scores do not say "
+        "how well the model generalises (use --val-fraction 0.1 or --val-data FILE)"
     )

@@ -109,7 +109,7 @@ def why_not(device_type: str) -> str | None:
         if CUDA_HOME is None:
             return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
         if not any(card >= OLDEST_CARD for card in _cards()):
-            return "the CUDA kernels need compute capability 8.0, which no card here has"
+            return "the CUDA kernels need compute capability 8.0, which no GPU here has"
     if _compiler() is None:
         reason = f"no C++ compiler was found (looked for {', '.join(_compilers())})"
         remedy = "apt install g++, dnf install gcc-c++, or conda install cxx-compiler"

@@ -150,8 +150,8 @@ def refuse_other_terms(resume: Resume, weights: Mapping[str, float]) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"--resume: {resume.file} cannot go on with other terms: {'; '.join(sorted(wrong))}; "
-            "give train(terms=) those of the run, or start a new run with --pretrained"
+            f"--resume: {resume.file} cannot be resumed with other terms: "
+            f"{'; '.join(sorted(wrong))}; give train(terms=) those of the run, or start a new run with --pretrained"
         )
 
 
@@ -185,8 +185,8 @@ def check_resume(
             wrong.append(f"{what} was {before} and is {value}")
     if wrong:
         raise ValueError(
-            f"--resume: {resume.file} cannot go on with other settings: {'; '.join(wrong)}; use "
-            "the run's own settings, or start a new run with --pretrained"
+            f"--resume: {resume.file} cannot be resumed with other settings: "
+            f"{'; '.join(wrong)}; use the run's own settings, or start a new run with --pretrained"
         )
     return [
         f"since the checkpoint, {note}: this is no longer the same run" for note in changes.noted

@@ -125,7 +125,7 @@ def differences(
     if precision != saved.precision:
         notes.append(
             f"note: until now the run computed in {saved.precision}, and --precision auto means "
-            f"{precision} here, {differ}; --precision {saved.precision} goes on as before"
+            f"{precision} here, {differ}; --precision {saved.precision} avoids this"
         )
     if trains != trained:
         notes.append(

@@ -26,7 +26,9 @@ PLANNED = """
     --batch-size --accum-freq --device --precision
 """
 COMPARED = """
-    --row --seeds --out --equal-steps --count-teacher --jobs --nproc-per-run --dry-run
+    --row --seeds --out --equal-steps --count-teacher --jobs --nproc-per-run --dry-run --train-data
+    --val-data --val-fraction --csv-img-key --csv-caption-key --model --pretrained --k
+    --external-teacher --epochs --batch-size --lr --device --precision
 """
 MINILM = "builtin:minilm"
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
@@ -51,11 +53,10 @@ def compare_parser() -> Parser:
     parser = build_parser(
         "protoclip compare",
         "Train ProtoCLIP and CLIP on several seeds and report which scores differ, as a table, a "
-        "page and comparison.json. Takes the flags of protoclip train, for "
-        "all rows. CLIP is also trained "
-        "for as long as each other row takes. The same command continues "
-        "an interrupted comparison.",
-        [*EVERYDAY.split(), *COMPARED.split()],
+        "page and comparison.json. Takes the flags of protoclip train, for all rows. CLIP is also "
+        "trained for as long as each other row takes. The same command continues an interrupted "
+        "comparison.",
+        COMPARED.split(),
         "protoclip compare --train-data pairs.csv --val-fraction 0.2 --model ViT-B-32 --epochs 30\n"
         "         protoclip compare --row 'CLIP: --method clip' --row 'K 100: --k 100'",
     )
@@ -68,8 +69,8 @@ def compare_parser() -> Parser:
         action="append",
         default=[],
         metavar="'NAME: FLAGS'",
-        help="a row of the comparison, with flags of protoclip train of its own; repeated; the "
-        "first is the baseline (default: CLIP, and ProtoCLIP as the flags say)",
+        help="a row of the comparison: a name and flags of protoclip train; may be repeated; the "
+        "first row is the baseline (default: CLIP, and ProtoCLIP as the other flags say)",
     )
     group.add_argument(
         "--seeds",
@@ -83,12 +84,13 @@ def compare_parser() -> Parser:
     group.add_argument("--equal-steps", action="store_true", help=words)
     words = "count the teacher's time as training time"
     group.add_argument("--count-teacher", action="store_true", help=words)
-    words = "parallel runs after the first seed; on GPUs each run owns one"
+    words = "parallel runs after the first seed; on GPUs each run has its own"
     add_flag(group, "--jobs", 1, words, low=1)
-    words = "processes per run, started by torchrun; on GPUs each process owns one"
+    words = "processes per run, started by torchrun; on GPUs each has its own"
     add_flag(group, "--nproc-per-run", 1, words, low=1)
     words = "print the rows, the primary scores and the number of runs, and exit"
     group.add_argument("--dry-run", action="store_true", help=words)
+    parser._action_groups.insert(2, parser._action_groups.pop())  # shown before those of train
     return parser
 
 
@@ -120,14 +122,14 @@ def cluster_parser() -> Parser:
     )
     words = (
         "a folder of pictures, a .csv or .tsv, webdataset shards, parquet files, built-in data, "
+        "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     )
-    words += "or features [N, D]: .npy, .npz (with keys) or .safetensors"
     parser.add_argument("data", metavar="DATA", help=words)
     words = (
-        "number of groups; auto tries 2 to 16, then steps of 20 %% up to 300, and takes the best "
+        "number of groups; auto tries 2 to 16, then steps of a fifth up to 300, and takes the best "
+        "mean silhouette on a sample of 3,000 rows; if that is below 0.2, it takes the square "
+        "root of N/2, at most 300 (default: auto)"
     )
-    words += "mean silhouette on a sample of 3,000 rows; if that is below 0.2, it takes the square "
-    words += "root of N/2, at most 300 (default: auto)"
     parser.add_argument("--k", default="auto", type=group_number, metavar="N|auto", help=words)
     for flag, default, words in (
         ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
@@ -136,27 +138,26 @@ def cluster_parser() -> Parser:
         ("--features", "", "features.npz of an earlier --out, to skip the encoding"),
         ("--captions", "", "file with one caption per line for the rows of a features file"),
         ("--weights", "",
-            "file with one weight per line for each picture or row; "
-            "pictures of a folder are sorted "
+         "file with one weight per line for each picture or row; pictures of a folder are sorted "
          "by folder and name, unreadable ones included"),
         ("--out", "groups", "folder to write to"),
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
-    add_flag(parser, "--iters", 20, "iterations of k-means, at most", low=0)
+    add_flag(parser, "--iters", 20, "maximum number of k-means iterations", low=0)
     add_flag(parser, "--seed", 0, "seed of k-means")
     words = "pictures encoded at once; 0: 32 on a CPU, 256 on a GPU"
     add_flag(parser, "--batch-size", 0, words, low=0)
     add_flag(parser, "--workers", 0, "processes that read pictures", low=0)
     words = (
         "replace the files of an earlier run in --out; its features are used again if model and "
+        "pictures are the same"
     )
-    words += "pictures are the same"
     parser.add_argument("--overwrite", action="store_true", help=words)
     folders = parser.add_mutually_exclusive_group()
-    words = "create this folder, with a folder of links to the pictures of each group"
+    words = "create this folder, and in it a folder for each group with links to its pictures"
     add_flag(folders, "--link-to", "", words)
-    add_flag(folders, "--copy-to", "", "the same with copies")
+    add_flag(folders, "--copy-to", "", "like --link-to, but with copies")
     words = "normalise the rows of a features file to length 1"
     parser.add_argument("--normalize", action="store_true", help=words)
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
@@ -171,10 +172,9 @@ def evaluate_parser() -> Parser:
         usage="%(prog)s MODEL [options]",
         description="Evaluate a CLIP model. Prints a table and writes results.json and, for each "
         "data set and task, a JSON file in CLIP_benchmark's format.",
-        epilog="data: builtin:icons | builtin:shapes[:N] | class "
-        "folders (ImageFolder), also below train/ and test/ | a .csv or .tsv | webdataset shards "
-        "or parquet files with captions. Without a train split, probes train on 80 % of the "
-        "pictures and are tested on 20 %.",
+        epilog="data: builtin:icons | builtin:shapes[:N] | class folders (ImageFolder), also in "
+        "train/ and test/ | a .csv or .tsv | webdataset shards or parquet files with captions. "
+        "Without a train split, probes train on 80 % of the pictures and are tested on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
     parser.add_argument(
@@ -184,8 +184,7 @@ def evaluate_parser() -> Parser:
     )
     for flag, default, help_text in (
         ("--data", "",
-            "what to evaluate on: class folders, a table, shards, parquet "
-            "files or builtin:... "
+         "what to evaluate on: class folders, a table, shards, parquet files or builtin:... "
          "(details below; default: the held-out pairs of the run)"),
         ("--tasks", "", f"some of {','.join(TASKS)}, or all (default: what the data allows)"),
         ("--model", "", "for a checkpoint of OpenCLIP's trainer: its model name or config .json"),
@@ -216,8 +215,8 @@ def evaluate_parser() -> Parser:
         choices=PROTOCOLS,
     )
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
-    words = "How tables are read (same flags as for training; default: as in the run)"
-    group = parser.add_argument_group("Reading", words)
+    words = "how tables are read (same flags as for training; default: as in the run)"
+    group = parser.add_argument_group("Tables", words)
     add_options(group, DataConfig(), only=TABLE)
     return parser
 
@@ -234,9 +233,9 @@ def report_parser() -> Parser:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder of protoclip train")
     words = (
-        "file to write (default: report.html in the run folder; for several runs, a page of its "
+        "file to write (default: report.html in the run folder; for several runs, "
+        "report-with-NAMES.html in the last folder)"
     )
-    words += "own in the last folder)"
     add_flag(parser, "--out --output", "", words)
     return parser
 
@@ -290,12 +289,13 @@ def data_parser() -> Parser:
     """Flags of ``protoclip data``."""
     parser = Parser(
         "protoclip data",
-        description="Check pairs, or write them as webdataset shards.",
+        description="Check pairs, or write them as webdataset shards. DATA is what --train-data of "
+        "protoclip train takes.",
         example="protoclip data --check pairs.csv",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--export", metavar="DATA", help="data to write as shards, see --train-data")
-    what.add_argument("--check", metavar="DATA", help="read everything once; list what is wrong")
+    what.add_argument("--export", metavar="DATA", help="data to write as shards")
+    what.add_argument("--check", metavar="DATA", help="data to read once, to list what is wrong")
     parser.add_argument("--out", metavar="DIR", help="a new or empty folder for the shards")
     add_flag(parser, "--image-format", "png", "format of the pictures", choices=("png", "jpg"))
     add_flag(parser, "--per-shard", 1000, "pairs per shard", low=1)

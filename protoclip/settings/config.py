@@ -182,7 +182,7 @@ class DataConfig:
     class_template: str = option(
         "a photo of a {}.",
         "makes captions from class names: a text with {}, openai (80), simple (7), or a file with "
-        "one a line",
+        "one template per line",
     )
     augmentation: str = option(
         "clip",
@@ -285,7 +285,7 @@ class EpisodeConfig:
         "auto: protoclip's fastest usable backend; or a backend by name, or faiss (the paper's)",
         choices=("auto", "reference", "cpu", "cuda", "triton", "faiss"),
     )
-    kmeans_max_iter: int = option(20, "iterations of k-means, at most", low=1)
+    kmeans_max_iter: int = option(20, "maximum number of k-means iterations", low=1)
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
@@ -427,7 +427,7 @@ class ProtoConfig:
         0.0, "scale of the prototype logits; 0: the model's logit scale", flag="proto-logit-scale"
     )
     kmeans_max_iter: int = option(
-        20, "iterations of k-means, at most", flag="proto-kmeans-max-iter", low=1
+        20, "maximum number of k-means iterations", flag="proto-kmeans-max-iter", low=1
     )
     pbt: bool = option(True, "back translation; off: the other modality", flag="proto-PBT")
     seed: int = option(0, "seed of k-means", flag="proto-seed", high=2**31)

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -93,6 +94,13 @@ def refusal(flag: str, flags: Collection[str]) -> str:
     return f"{name}: no such flag; " + (f"did you mean --{near[0]}?" if near else "see --help")
 
 
+class HelpLines(argparse.HelpFormatter):
+    """Help whose lines do not end within a name, such as local-dir:PATH."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names a remedy.
 
@@ -105,9 +113,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, prog: str, everyday: Sequence[str] = (), example: str = "", **arguments: Any
     ) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+        super().__init__(prog=prog, allow_abbrev=False, formatter_class=HelpLines, **arguments)
         self.example = f"\nexample: {example}\n" if example else ""
-        words = "show the other flags too" if everyday else argparse.SUPPRESS
+        words = "show all flags" if everyday else argparse.SUPPRESS
         self.add_argument("--help-all", action="help", help=words)
         self.everyday = {*everyday, "--help", "--help-all"} if everyday else set()
 
@@ -222,8 +230,8 @@ def build_parser(
         parser,
         "--preset --config",
         "default",
-        f"settings to start from: {', '.join(preset_names())}, or a .json file, such as a run's "
-        "config.json, or one of flags and values",
+        f"settings to start from: {', '.join(preset_names())}, or a .json file: a run's "
+        "config.json, or an object of flags and values",
     )
     parser.add_argument(
         "--paper",

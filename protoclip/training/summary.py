@@ -88,7 +88,7 @@ def _method(run: Run, features: FeatureSource) -> str:
     samples = run.plan.episode_samples(len(run.dataset))
     remark = run.teacher_remark
     if config.loss.w_proto < 0 and active.external:
-        remark += "; no internal prototypes beside it (--w-proto 1 adds them)"
+        remark += "; no internal prototypes (--w-proto 1 adds them)"
     return (
         f"method: protoclip; {run.plan.episodes} episodes of {run.plan.steps_per_episode} steps, "
         f"{prototypes.check_clusters(episode, samples)} prototypes per source\n"
