@@ -151,7 +151,8 @@ def refuse_other_terms(resume: Resume, weights: Mapping[str, float]) -> None:
     if wrong:
         raise ValueError(
             f"--resume: {resume.file} cannot be resumed with other terms: "
-            f"{'; '.join(sorted(wrong))}; give train(terms=) those of the run, or start a new run with --pretrained"
+            f"{'; '.join(sorted(wrong))}; give train(terms=) those of the run, or start a new run "
+            "with --pretrained"
         )
 
 
