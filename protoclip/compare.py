@@ -26,9 +26,10 @@ from filelock import FileLock, Timeout
 
 from protoclip.common.files import plural, printable_lines, write_atomic
 from protoclip.common.host import usable_cores
-from protoclip.data.settings import open_arguments, open_run_data
+from protoclip.data.settings import open_run_data
 from protoclip.distributed import run_command
-from protoclip.evaluate.datasets import Layout, Part, open_layout
+from protoclip.evaluate.datasets import Layout, Part
+from protoclip.evaluate.during import evaluation_data, open_run_layout
 from protoclip.evaluate.results import Outcome, read_results
 from protoclip.model import choose_device
 from protoclip.report.comparison import (
@@ -126,11 +127,8 @@ def prepare(record: Record) -> None:
 
 def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
     """The scores that a run will have and that may be primary, by evaluation set."""
-    data = config.data.val_data
-    if config.data.train_data.startswith("builtin:"):
-        data = data or config.data.train_data
-    if data:
-        layout = open_layout(data, **open_arguments(config))
+    if data := evaluation_data(config):
+        layout = open_run_layout(config, data)
     else:
         run_data = open_run_data(config)
         layout = Layout(run_data.training, captions=1, key="TRAIN")
@@ -239,13 +237,15 @@ class Runs:
         ]
         while waiting or self.running:
             while waiting and len(self.running) < self.jobs:
-                self._start(*waiting.pop(0))
+                row, seed = waiting.pop(0)
+                self._start(row, seed)
             self._wait()
 
     def _find_ratios(self) -> None:
         """Freeze each row's training time over the baseline's, of the first seed that both
         finish, alone on the machine."""
-        plan, ratios = self.record.plan, self.record.ratios
+        plan = self.record.plan
+        ratios = self.record.ratios
         for seed in plan.seeds:
             untimed = [name for name in plan.others if name not in ratios]
             for name in [plan.baseline, *untimed] if untimed else []:
@@ -305,13 +305,13 @@ class Runs:
             names = [str(gpu) for gpu in range(torch.cuda.device_count())]
             if visible:
                 names = visible.split(",")
-            own = names[slot * count : (slot + 1) * count]
-            if len(own) < count:
+            gpus = names[slot * count : (slot + 1) * count]
+            if len(gpus) < count:
                 raise ValueError(
                     f"--jobs {self.jobs}: expected {processes} GPUs, found {len(names)}; use "
                     "fewer jobs"
                 )
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return variables
 
     def _wait_for_other(self, folder: Path) -> None:

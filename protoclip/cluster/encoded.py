@@ -94,23 +94,23 @@ def read_kept(out: Path, source: str, overwrite: bool) -> EncodedPictures:
         ValueError: they were encoded by another model or from other data, and without
             ``overwrite`` they must not be replaced.
     """
-    kept = EncodedPictures()
+    encoded_before = EncodedPictures()
     files = sorted((out / PARTS).glob("*.npz"))
     if (out / FEATURES).exists():
         files.insert(0, out / FEATURES)
     for file in files:
         source_of_file, encoded = read_encoded(file)
         if source_of_file == source:
-            kept.update(encoded)
+            encoded_before.update(encoded)
         elif not overwrite:
             raise ValueError(
                 f"--out: {printable(str(out))} holds features of an unfinished run with "
                 f"{printable(source_of_file)}, expected {printable(source)}; choose another "
                 "folder, or replace them with --overwrite"
             )
-    if overwrite and not kept.states:
+    if overwrite and not encoded_before.states:
         remove_parts(out)
-    return kept
+    return encoded_before
 
 
 def remove_parts(out: Path) -> None:

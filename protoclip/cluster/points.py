@@ -102,8 +102,8 @@ def open_pictures(args: argparse.Namespace) -> PictureSource:
     if len(source_flags) > 1:
         # Features are of pictures that were encoded already, and a run has its own model.
         chosen = "--features" if args.features else "--run"
-        others = " and ".join(flag for flag in source_flags if flag != chosen)
-        raise ValueError(f"expected one source of features, got {chosen} too; leave out {others}")
+        extra = " and ".join(flag for flag in source_flags if flag != chosen)
+        raise ValueError(f"expected one source of features, got {chosen} too; leave out {extra}")
     source_type = data_kind(args.data)
     is_image_folder = source_type == "folder"
     if not source_type:

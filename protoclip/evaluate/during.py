@@ -61,9 +61,8 @@ class Evaluation:
         self.phases = phases
         self.autocast = autocast_for(precision, device)
         self.workers = workers
-        self.arguments = open_arguments(config)
-        builtin = config.data.train_data.startswith("builtin:")
-        self.data = config.data.val_data or (config.data.train_data if builtin else "")
+        self.config = config
+        self.data = evaluation_data(config)
         self._training_layout: Layout | None = None  # pairs of the training data
         self.quick_sets: dict[str, Layout] = {}
         self.sets: dict[str, tasks.EvalSet] = {}
@@ -78,7 +77,7 @@ class Evaluation:
                 self.quick_sets[layout.key] = layout
                 self.remarks = [_remark(run_data, len(layout.test)), *layout.left_out]
         else:
-            layout = open_layout(self.data, **self.arguments)
+            layout = open_run_layout(self.config, self.data)
             self.remarks = list(layout.left_out)
             if layout.parts:
                 parts = layout.parts
@@ -130,7 +129,7 @@ class Evaluation:
             return tasks.evaluate_features(self.sets, self._probe_train)
 
     def _layout(self) -> Layout:
-        return self._training_layout or open_layout(self.data, **self.arguments)
+        return self._training_layout or open_run_layout(self.config, self.data)
 
     def floors(self, model: ProtoModel) -> dict[str, Results]:
         """The scores that need no training: of guesses, and for built-in data also of simple
@@ -151,6 +150,17 @@ class Evaluation:
             for recall, hits in hits_by_recall.items():
                 scalars[f"val_{name}_{recall}"] = float(hits.mean())
         return scalars
+
+
+def evaluation_data(config: TrainConfig) -> str:
+    """What a run is evaluated on by name: --val-data, else built-in training data."""
+    builtin = config.data.train_data.startswith("builtin:")
+    return config.data.val_data or (config.data.train_data if builtin else "")
+
+
+def open_run_layout(config: TrainConfig, data: str) -> Layout:
+    """The evaluation sets of ``data``, opened with the settings of a run."""
+    return open_layout(data, **open_arguments(config))
 
 
 def own_layout(run_data: RunData) -> Layout | None:

@@ -467,7 +467,8 @@ def time_words(comparison: Comparison, contrast: Contrast) -> str:
     def mean(row: Row, phase: str) -> float:
         return float(np.mean([row.runs[s].work_seconds.get(phase, 0.0) for s in comparison.seeds]))
 
-    ours, theirs = by_name[contrast.pair.row], by_name[contrast.pair.baseline]
+    ours = by_name[contrast.pair.row]
+    theirs = by_name[contrast.pair.baseline]
     if not comparison.seeds or math.isnan(contrast.time_ratio):
         return ""
     text = (
@@ -484,8 +485,8 @@ def format_comparison(comparison: Comparison) -> str:
     """The table in the terminal: a block for each pair of rows."""
     blocks = []
     for contrast in comparison.contrasts:
-        kind = "for as long" if contrast.pair.equal_time else "without a claim"
-        head = f"{contrast.pair.row} against {contrast.pair.baseline} ({kind})"
+        claim = "for as long" if contrast.pair.equal_time else "without a claim"
+        head = f"{contrast.pair.row} against {contrast.pair.baseline} ({claim})"
         if times := time_words(comparison, contrast):
             head += f": {times}"
         lines = [head, f"  {'':<34}{'baseline':>10}{'row':>9}   difference (95 %)"]

@@ -181,7 +181,9 @@ def differences_svg(rows: Sequence[tuple[Sequence[float], float, float]]) -> str
             if np.isfinite(half):
                 axes.plot([mean - half, mean + half], [-place, -place], color=colour, lw=2.5)
             axes.plot([mean], [-place], color=colour, marker="|", ms=11, mew=2.5)
-            axes.plot(seeds, [-place + 0.25] * len(seeds), color=colour, ls="", marker="o", ms=3.5)
+            axes.plot(
+                seeds, np.full(len(seeds), 0.25 - place), color=colour, ls="", marker="o", ms=3.5
+            )
         axes.set_ylim(-len(rows) + 0.4, 0.6)
         axes.locator_params(axis="x", nbins=5)
         return _svg(figure)
