@@ -443,6 +443,7 @@ def train_sharded() -> list[float]:
     model = small_model()
     for part in (model[0], model[2], model):
         fully_shard(part)
+        part.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 sums for an average
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def next_loss() -> Tensor:

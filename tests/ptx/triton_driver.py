@@ -121,7 +121,8 @@ def install(capability: int, num_sms: int = 132) -> None:
 
     def with_ptx(self):
         init_handles(self)
-        self._run.ptx = self.asm["ptx"]
+        launcher = vars(self)["_run" if hasattr(self, "_run") else "run"]  # Triton 3.4: run
+        launcher.ptx = self.asm["ptx"]
 
     CompiledKernel._init_handles = with_ptx
 
