@@ -327,7 +327,7 @@ def lines_of(result: Result) -> list[str]:
     for reason, tests in result.excused.items():
         ask = "tests ask" if len(tests) > 1 else "test asks"
         lines.append(f"- {result.name}: {len(tests)} {ask} for {reason}.")
-    lines += [f"- {result.name}, without ours too: `{test}`" for test in result.failed_alone]
+    lines += [f"- {result.name}, also without protoclip: `{test}`" for test in result.failed_alone]
     lines += [f"- {result.name}, ours: `{test}`" for test in result.faults]
     return lines
 

@@ -152,7 +152,7 @@ def measure_shape(run: PlannedRun) -> Shape:
 
 
 def cpu_scratch(n: int, m: int, d: int, bf16: bool) -> int:
-    """Bytes that InfoNCE's C++ gradient of [N, D] against [M, D] holds beside its results: a block
+    """Bytes that InfoNCE's C++ gradient of [N, D] against [M, D] needs besides its results: a block
     of the logits' gradient; for bf16 features also the block's rows again and fp32 sums
     (csrc/strip_gradient.h)."""
     rows = min(n, CPU_BLOCK_ROWS)

@@ -206,7 +206,7 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
     if uses_prototypes(config):
         prototypes.check_clusters(config.episode, plan.episode_samples(len(dataset)))
     precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
-    # The config keeps "auto", so that a run can go on on another machine.
+    # The config keeps "auto", so that a run can continue on another machine.
     workers = choose_workers(config.data.workers, device, distributed.world_size())
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)

@@ -336,7 +336,7 @@ def test_the_first_section_has_ten_images_with_their_five_nearest_names(
 ) -> None:
     names = page.section("names")
     assert page.sections[0] == "names"
-    assert "Among 12 names" in names.text
+    assert "nearest of 12 names" in names.text
     assert len(names.all("img")) == 10
     lists = names.all("ol")
     assert [len(answers.all("li")) for answers in lists] == [5] * 10

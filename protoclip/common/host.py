@@ -59,7 +59,7 @@ def usable_cores() -> int:
 
 
 def choose_workers(setting: int, device: torch.device, ranks: int) -> int:
-    """The number of processes that read images. A ``setting`` below 0 is automatic: none beside
+    """The number of processes that read images. A ``setting`` below 0 is automatic: none during
     training on a CPU; on a GPU this process's share of the machine's cores, at most MOST_WORKERS.
     """
     if setting >= 0:

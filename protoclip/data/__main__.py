@@ -114,7 +114,7 @@ def export_shards(
 
 
 def _members_of(dataset: PairDataset, i: int, kind: str) -> dict[str, str | bytes]:
-    """A pair in the form that webdataset's writer takes, but for its key."""
+    """A pair in the form that webdataset's writer takes, except its key."""
     captions = dataset.captions(i)
     stream = io.BytesIO()
     dataset.image(i).save(stream, FORMATS[kind], quality=95)

@@ -232,7 +232,7 @@ def _concept(name: str, names: set[str]) -> str:
 
 
 def is_brand(name: str) -> bool:
-    """Whether a name stands for a company or product."""
+    """Whether a name is that of a company or product."""
     return name.split("-")[0] in BRANDS.split() or BRAND_NAMES.fullmatch(name) is not None
 
 

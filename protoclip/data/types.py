@@ -46,7 +46,7 @@ class Batch:
         return self.index.shape[0]
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory from which a GPU copies while the host goes on."""
+        """The same batch in memory from which a GPU copies while the host continues."""
         return Batch(
             index=self.index.pin_memory(),
             image=self.image.pin_memory(),

@@ -95,7 +95,7 @@ class Outcome:
 
     @property
     def beside(self) -> dict[str, Results]:
-        """The results to show beside the trained model, those that there are."""
+        """The results to show next to the trained model, as far as they exist."""
         columns = {**self.floors, "untrained": self.untrained}
         return {name: results for name, results in columns.items() if results}
 

@@ -123,7 +123,7 @@ class Encoder:
 
     def _shared(self, count: int, what: str, encode: Callable[[slice], Tensor]) -> Tensor:
         """Encode ``count`` rows, each rank a slice, and return all of them. The bar counts them
-        from the start, beside what they are."""
+        from the start, next to what they are."""
         self.bar.reset(count)
         self.bar.set_postfix_str(what)
         share = own_slice(count)

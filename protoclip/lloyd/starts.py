@@ -59,7 +59,7 @@ class PointSlice:
 
         All values of such a column lie within a factor of two of the centre, so the differences are
         exact (Sterbenz 1974), and labels are those of the points as given. With ``spherical`` only
-        columns within 1 of 0: a centroid of unit length has no digits beside a larger centre.
+        columns within 1 of 0: a centroid of unit length has no digits next to a larger centre.
         """
         bounds = self.bounds
         if self.group is not None:

@@ -489,7 +489,7 @@ class ProtoClipLoss(ClipLoss):
         return self.online.state_dict()
 
     def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from ``get_extra_state`` of a loss with the same settings."""
+        """Continue from ``get_extra_state`` of a loss with the same settings."""
         self.online.load_state_dict(state)
 
     def _load_from_state_dict(

@@ -60,7 +60,7 @@ class TermInputs:
 
 @dataclass(frozen=True)
 class Term:
-    """A loss of your own, minimised beside the others."""
+    """A loss of your own, minimised together with the others."""
 
     module: nn.Module  # TermInputs -> scalar; the loss is its mean over ranks
     weight: float = 1.0

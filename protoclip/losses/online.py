@@ -115,7 +115,7 @@ class OnlinePrototypes:
         return state | _with_prefix("sizes", sizes) | _with_prefix("accuracy", self._accuracy)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a ``state_dict``; of a loss that has not begun, it may be empty."""
+        """Continue from a ``state_dict``, which is empty for a loss that has not begun."""
         if not state:
             return
         self.steps, self._calls, self._clusterings, self._next = state["counters"].tolist()

@@ -3,7 +3,7 @@
 There are two libraries, so that one works if the other does not build: ``cpu`` (csrc/*.cpp) and
 ``cuda`` (csrc/*.cu and csrc/cuda_*.cpp, if torch has CUDA and nvcc is installed). Each is built in
 its own folder, which is then renamed to a hash of everything that goes into the library. The
-library's seal lies beside it: its size and SHA-256. A library that does not match its seal, such as
+library's seal, its size and SHA-256, is next to it. A library that does not match its seal, such as
 one that a full disk cut short, is built again and never loaded: loading it could kill the process
 with SIGBUS. One process builds, under a file lock; others wait.
 
@@ -41,7 +41,7 @@ import torch
 from protoclip.common.paths import cache_dir
 
 CPUINFO = Path("/proc/cpuinfo")
-OLDEST_CARD = (8, 0)  # that has bf16 in its tensor cores, and copies to shared memory beside work
+OLDEST_CARD = (8, 0)  # that has bf16 in its tensor cores, and copies to shared memory during work
 TOO_OLD = re.compile(r"[1-7]\.|Kepler|Maxwell|Pascal|Volta|Turing")  # in TORCH_CUDA_ARCH_LIST
 CAUSE = re.compile(r"error:|undefined reference|cannot find|not found|killed|no space left", re.I)
 REMEDIES = {  # by what a failed build says
@@ -159,7 +159,7 @@ def _warn(problem: str, device_type: str) -> None:
         "the reference backends run instead: several times slower, and their losses hold all "
         "logits in memory"
     )
-    if device_type == "cuda":  # the losses of a card are Triton's
+    if device_type == "cuda":  # losses on a GPU are Triton's
         consequence = "k-means runs on Triton or in plain torch instead, slower; losses are as fast"
     message = f"protoclip: {problem}. Until then {consequence}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -210,8 +210,8 @@ def _recipe(device_type: str) -> Recipe:
 
 
 def cuda_architectures() -> str:
-    """Those of TORCH_CUDA_ARCH_LIST, which a container may have set for other cards, and of all
-    cards in this machine, but for those that are too old: "8.0;9.0"."""
+    """Those of TORCH_CUDA_ARCH_LIST, which a container may have set for other GPUs, and of all
+    GPUs in this machine, except those that are too old: "8.0;9.0"."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
     architectures = [name for name in named if name and not TOO_OLD.match(name)]
     numbers = {name.removesuffix("+PTX").rstrip("af") for name in architectures}
@@ -222,7 +222,7 @@ def cuda_architectures() -> str:
 
 
 def _cards() -> set[tuple[int, int]]:
-    """The compute capabilities of the cards in this machine."""
+    """The compute capabilities of the GPUs in this machine."""
     return {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
 
 

@@ -339,7 +339,7 @@ def over_seeds(runs: Sequence[Run]) -> Comparison | None:
 
 def default_name(folders: Sequence[str | os.PathLike[str]]) -> str:
     """The name of the page in the last folder: of a comparison with the names of the other runs,
-    and with the folders that lead to those that do not lie beside the last one."""
+    and with the folders that lead to those that are not next to the last one."""
     if len(folders) == 1:
         return NAME
     beside = Path(folders[-1]).resolve().parent

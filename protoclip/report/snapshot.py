@@ -41,7 +41,7 @@ from protoclip.settings.config import parse_json
 NAME = "report.json"
 FORMAT = 6
 SIDE = 64  # pixels of a thumbnail
-LARGE = 128  # pixels of a picture that stands alone
+LARGE = 128  # pixels of a picture shown alone
 CARDS = 20_000  # clusters per source
 IMAGES = 8  # images nearest to a cluster's mean
 ROW = 4  # pictures side by side on a card (page.css): more than a row are whole rows

@@ -74,7 +74,7 @@ def _link(file: Path, path: Path) -> None:
 
 
 def make_latest(file: Path, folder: Path) -> None:
-    """Have a run go on from ``file``, even if it is stopped before its next save. The newest
+    """Have a run continue from ``file``, even if it is stopped before its next save. The newest
     checkpoint until now becomes the previous one."""
     latest = folder / LATEST
     if latest.exists() and latest.samefile(file):

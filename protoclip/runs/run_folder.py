@@ -104,7 +104,7 @@ class RunFolder(NullRunFolder):
 
         Args:
             resume_step: continue after this step and remove later log lines; 0: begin again and
-                keep the old lines in a file beside the new ones; None: a new run, in a new folder.
+                keep the old lines in a file next to the new ones; None: a new run, in a new folder.
             resume_file: the checkpoint to continue from.
         """
         self.path.mkdir(parents=True, exist_ok=resume_step is not None)

@@ -458,7 +458,7 @@ def preset_names() -> list[str]:
 
 def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in their sections, where a preset may also name them by their flags: "batch-size",
-    "batch_size" or "--batch-size" beside, or instead of, "optim"."""
+    "batch_size" or "--batch-size" next to, or instead of, "optim"."""
     places = {
         flag_of(item).removeprefix("--"): (section, item.name)
         for section, defaults in vars(TrainConfig()).items()

@@ -382,7 +382,7 @@ def _with_dataset_type(dataset_type: str, config: TrainConfig) -> TrainConfig:
 
 
 def word_or_number(words: Mapping[str, int], text: str) -> int:
-    """The number that a flag's text stands for; for argparse."""
+    """The number that a flag's text means; for argparse."""
     try:
         return words[text] if text in words else int(text)
     except ValueError:

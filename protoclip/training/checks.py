@@ -60,7 +60,7 @@ class ActiveLosses:
 
 
 def loss_weights(config: TrainConfig, *, has_teacher: bool) -> LossConfig:
-    """The weights that a run trains with: ``w_proto`` as it stands, or if it is below 0 (automatic)
+    """The weights that a run trains with: ``w_proto`` as given, or if it is below 0 (automatic)
     0 where prototypes of a teacher are trained and 1 where not."""
     weights = config.loss
     if weights.w_proto >= 0:

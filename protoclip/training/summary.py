@@ -139,7 +139,7 @@ def conclude(run: Run, evaluation: Evaluation, episode: Episode | None, outcome:
     if outcome.trained:  # before the plots, which may take more memory than there is
         report = path / page.NAME
         if page.is_report(report):
-            report.unlink()  # of fewer steps: a page beside results.json is of these results
+            report.unlink()  # of fewer steps: a page next to results.json is of these results
         results.write_results(path / "results.json", outcome)
     encoder = replace(evaluation.encoder(run.model), batch_size=config.optim.batch_size)
     held_out = None
