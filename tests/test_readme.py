@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs/: snippets run, commands know their flags, links lead somewhere."""
 
+import ast
 import contextlib
 import io
 import json
@@ -165,11 +166,29 @@ def helps() -> dict[str, str]:
     return {name: parser().format_help() for name, parser in PARSERS.items() if name != "openclip"}
 
 
-TEMPLATE = (ROOT / "protoclip" / "report" / "page.html.j2").read_text(encoding="utf-8")
-TEMPLATE = re.sub(
-    r"\{[{%].*?[}%]\}", "", TEMPLATE, flags=re.DOTALL
-)  # names in the code are not read
-WORDS = PAGES | helps() | {"page.html.j2": TEMPLATE}
+def templates() -> dict[str, str]:
+    """What the pages of protoclip say, without the names in their code."""
+    files = (ROOT / "protoclip" / "report").glob("*.j2")
+    code = re.compile(r"\{[{%].*?[}%]\}", re.DOTALL)
+    return {file.name: code.sub("", file.read_text(encoding="utf-8")) for file in files}
+
+
+def messages() -> str:
+    """What protoclip may print: its strings of several words, without docstrings."""
+    strings = []
+    for file in sorted((ROOT / "protoclip").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        strings += [
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+            if node not in docstrings
+        ]
+    return "\n".join(strings)
+
+
+WORDS = PAGES | helps() | templates() | {"messages": messages()}
 
 
 @pytest.mark.parametrize("text", sorted(WORDS))

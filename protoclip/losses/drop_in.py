@@ -68,8 +68,8 @@ class ClipLoss(_OverRanks):
     Args:
         local_loss: each rank's rows against all ranks' columns, instead of all against all.
         gather_with_grad: gradients also flow to the rows of other ranks. With ``local_loss`` the
-            loss is then exact and only the texts are gathered. (A rank's gradient of the scale is
-            its strip's; the mean over the ranks is OpenCLIP's.)
+            loss is then exact and only the texts are gathered. (Each rank's gradient of the scale
+            is that of its own rows; the mean over ranks equals OpenCLIP's.)
         cache_labels: kept because OpenCLIP has it, unused: there are no labels to cache.
         rank, world_size: those of this process.
         use_horovod: must be false.
