@@ -293,7 +293,7 @@ def test_a_single_confusion_is_not_listed(copy: Path, times: tuple[int, ...], sh
     (copy / "report.json").write_text(json.dumps(report | {"confusions": [entry]}))
     section = read_page(write_report([copy])).section("zeroshot")
     assert len(section.all("td", class_="num")) == shown
-    assert ("No class was taken for the same other class twice" in section.text) == (shown == 0)
+    assert ("No class was predicted as the same other class twice" in section.text) == (shown == 0)
 
 
 def test_the_worst_confusions_of_many_classes_take_no_table() -> None:

@@ -185,6 +185,12 @@ def find_baseline(runs: Sequence[Run]) -> Run | None:
     return runs[0] if len(runs) > 1 else None
 
 
+def percent(share: float) -> str:
+    """A share in per cent, in whole ones from 1 % on."""
+    digits = ".1g" if share < 0.095 else ".0f"  # 9.5 rounds to 10, which .1g writes as 1e+01
+    return f"{100 * share:{digits}} %"
+
+
 def answer(run: Run) -> str:
     """The run in one sentence: the share that it gets right, and that of guessing; "" if it was not
     evaluated."""
@@ -199,9 +205,8 @@ def answer(run: Run) -> str:
             chance = guess.metrics.get(metric, math.nan)
         elif metric == RETRIEVAL:
             chance = 1 / min(scores.samples, scores.different_captions or scores.captions)
-        digits = ".1g" if chance < 0.095 else ".0f"  # 9.5 rounds to 10, which .1g writes as 1e+01
-        guessing = "" if math.isnan(chance) else f" (guessing: {100 * chance:{digits}} %)"
-        right = f"{100 * scores.metrics[metric]:.0f} % of"
+        guessing = "" if math.isnan(chance) else f" (guessing: {percent(chance)})"
+        right = f"{percent(scores.metrics[metric])} of"
         builtin = run.outcome.data.startswith("builtin:")
         subject = "drawings" if builtin else "pictures"
         if key == results.TRAIN:
