@@ -270,7 +270,7 @@ def test_what_stayed_the_same_is_a_number_and_no_chart(copy: Path) -> None:
     assert [caption.text for caption in churn.all("figcaption")] == ["Clusters in use"]
     (row,) = churn.one("table").all("tr")
     assert row.one("th").text.startswith("Churn Share of samples")
-    assert row.one("td").text == "external churn 0"
+    assert row.one("td").text == "teacher churn 0"
 
 
 def test_a_run_that_nobody_named_is_called_by_method_and_seed(runs: Runs, tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_sets_have_names_that_people_read(compared: Element) -> None:
 
 def test_the_teachers_prototypes_come_first(compared: Element) -> None:
     galleries = compared.section("prototypes").all("details", class_="gallery")
-    assert [gallery.one("summary").one("b").text for gallery in galleries] == ["external", "image"]
+    assert [gallery.one("summary").one("b").text for gallery in galleries] == ["teacher", "image"]
 
 
 def test_a_run_without_prototypes_has_no_such_section(runs: Runs) -> None:

@@ -43,6 +43,7 @@ LEGEND = (
     ("val_TRAIN_", "trained on, "),
     ("val_ALL_", "--val-data, "),
     ("external_loss", "prototype loss (teacher)"),
+    ("external_", "teacher_"),
     ("proto_loss", "prototype loss (own features)"),
     ("clip_loss", "InfoNCE"),
     ("proto_logit_scale", "prototype logit scale"),
@@ -119,14 +120,17 @@ def charts(empty_charts: Sequence[Chart], runs: Mapping[str, Series]) -> list[Ch
     filled = []
     for chart in empty_charts:
         lines = []
-        for name in (name for name in names if re.fullmatch(chart.pattern, name)):
+        matches = [name for name in names if re.fullmatch(chart.pattern, name)]
+        for name in matches:
             for number, (run, series) in enumerate(runs.items()):
                 points = np.array(series.get(name, ([], []))).T  # [P, 2]
                 points = points[np.isfinite(points).all(axis=1)]
                 if len(points) > POINTS:
                     pieces = np.array_split(points, POINTS)
                     points = np.array([piece.mean(axis=0) for piece in pieces])
-                label = words_of(name) + (f" · {run}" if len(runs) > 1 else "")
+                label = words_of(name)
+                if len(runs) > 1:
+                    label = run if len(matches) == 1 else f"{label} · {run}"
                 if len(points):
                     steps, values = points.T.tolist()
                     lines.append(Line(label, steps, values, number > 0))

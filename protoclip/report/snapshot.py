@@ -72,7 +72,12 @@ NAMES = 5  # nearest names of an image
 UNSEEN = (
     "anchor", "bug", "dog", "guitar", "hammer", "key", "moon", "rocket", "scissors", "umbrella",
 )  # fmt: skip
-SOURCES = {"image": "the image features", "text": "the caption features"}
+SOURCES = {
+    "image": "the image features",
+    "text": "the caption features",
+    "external": "the teacher's features",
+}
+SHOWN_AS = {"external": "teacher"}  # the name of a source on the page
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """The clusters of each source, the teacher's first, with the samples nearest to their means."""
     blocks = []
     rows = {"images": samples.projected.image, "captions": samples.projected.text}
-    for name in sorted(samples.clusters, key=lambda name: (name in SOURCES, name)):
+    for name in sorted(samples.clusters, key=lambda name: (name != "external", name)):
         labels = samples.clusters[name].cpu()
         if bool((labels >= 0).any()):
             near = {shown: nearness(features, labels) for shown, features in rows.items()}
@@ -225,8 +230,7 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
                 all_clusters=samples.all_clusters.get(name, labels),
                 all_labels=samples.all_labels or samples.dataset.labels,
             )
-            source = SOURCES.get(name, "the external teacher's features")
-            blocks.append({"name": name, "of": source, **block})
+            blocks.append({"name": SHOWN_AS.get(name, name), "of": SOURCES[name], **block})
     return blocks
 
 
@@ -434,7 +438,10 @@ def plane(
         name: _colours(classes.ids, classes.names)
         for name, classes in samples.dataset.labels.items()
     }
-    colours |= {f"cluster ({name})": _colours(ids) for name, ids in samples.clusters.items()}
+    colours |= {
+        f"cluster ({SHOWN_AS.get(name, name)})": _colours(ids)
+        for name, ids in samples.clusters.items()
+    }
     words = [caption_of(samples.dataset, i)[:60] for i in range(n)]
     pictures: list[int] = []
     if thumbs and reads:
