@@ -577,7 +577,7 @@ def test_captioned_pictures_are_grouped_by_a_run_and_shown_with_words(
     flags = ["--run", str(captioned_run.run), "--k", "4", "--out", str(tmp_path)]
     assert cluster([str(captioned_run.pairs), *flags]) == 0
     page = read_page(tmp_path / "report.html")
-    assert f"features by {captioned_run.run.name}" in page.section("summary").text
+    assert f"features (model: {captioned_run.run.name})" in page.section("summary").text
     prototypes = page.section("prototypes")
     cards = json.loads(prototypes.one("script", type="application/json").source)
     assert len(cards) == 4

@@ -129,7 +129,7 @@ def write_groups(
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
     name = printable(str(out))
-    print(f"{clusters}\n{name}/{CSV}, {CENTROIDS}; look at {name}/{page.NAME}")
+    print(f"{clusters}\nwrote {name}/{CSV} and {CENTROIDS}; open {name}/{page.NAME}")
 
 
 def cluster_rows(

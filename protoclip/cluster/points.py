@@ -159,7 +159,7 @@ def points_of_pictures(source: PictureSource, args: argparse.Namespace, out: Pat
     else:
         encoded = encode_pictures(dataset, source.model, args, out)
         model_name = f"{short(source.model.name)} ({short(source.model.pretrained)})"
-        of = f"the pictures' features by {short(args.run) if args.run else model_name}"
+        of = f"the pictures' features (model: {short(args.run) if args.run else model_name})"
     positions = [i for i, key in enumerate(dataset.keys) if key in encoded.rows]
     say_left_out(encoded.reasons, len(dataset))
     return Points(
