@@ -171,13 +171,9 @@ def chart_svg(chart: Chart) -> str:
 def differences_svg(rows: Sequence[tuple[Sequence[float], float, float]]) -> str:
     """A line for each row, from the top: a dot per seed, and the mean with its 95 % interval.
     ``rows``: differences by seed, their mean, half of the interval (infinite: none)."""
-    height = 0.5 + 0.42 * len(rows)  # inches
-    with _figure(
-        yticks=[], size=(SIZE[0], height), panel=(0.03, 0.25 / height, 0.94, 1 - 0.3 / height)
-    ) as (
-        figure,
-        axes,
-    ):
+    height = 0.67 + 0.42 * len(rows)  # inches
+    panel = (0.03, 0.42 / height, 0.94, 1 - 0.47 / height)
+    with _figure(size=(SIZE[0], height), panel=panel, yticks=[]) as (figure, axes):
         axes.grid(False)
         axes.axvline(0, color=MUTED, lw=0.8)
         for place, (seeds, mean, half) in enumerate(rows):
@@ -190,6 +186,7 @@ def differences_svg(rows: Sequence[tuple[Sequence[float], float, float]]) -> str
             )
         axes.set_ylim(-len(rows) + 0.4, 0.6)
         axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel("difference from the baseline")
         return _svg(figure)
 
 
