@@ -425,7 +425,7 @@ def test_a_class_score_below_the_most_frequent_class_is_left_out(
     first, whole = summary.all("table", class_="numbers")
     assert ("zero-shot group" in first.text) != is_left_out
     assert "zero-shot group" in whole.text  # every number is there
-    assert ("below the most frequent class: zero-shot group." in summary.text) == is_left_out
+    assert ("most frequent class is better: zero-shot group." in summary.text) == is_left_out
 
 
 def test_the_words_of_the_tables_are_explained_and_no_others(compared: Element) -> None:
