@@ -38,7 +38,7 @@ from protoclip.report.comparison import (
     time_words,
 )
 from protoclip.report.figures import Series, read_series
-from protoclip.report.snapshot import Snapshot, load_snapshot
+from protoclip.report.snapshot import SHOWN_AS, Snapshot, load_snapshot
 from protoclip.runs.run_folder import OWN_TERMS
 from protoclip.settings.config import TrainConfig, flat, parse_json, to_dict
 
@@ -425,6 +425,7 @@ def environment() -> jinja2.Environment:
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
         plural=plural,
         as_html=as_html,
+        source=lambda name: SHOWN_AS.get(name, name),
         chart=figures.chart_svg,
         differences=figures.differences_svg,
         histogram=figures.histogram_svg,

@@ -230,7 +230,7 @@ def gallery(samples: Samples, thumbs: Thumbnails) -> list[dict[str, Any]]:
                 all_clusters=samples.all_clusters.get(name, labels),
                 all_labels=samples.all_labels or samples.dataset.labels,
             )
-            blocks.append({"name": SHOWN_AS.get(name, name), "of": SOURCES[name], **block})
+            blocks.append({"name": name, "of": SOURCES[name], **block})
     return blocks
 
 
