@@ -509,7 +509,7 @@ def test_the_page_of_pictures_shows_groups_and_a_map(groups: PictureGroups) -> N
     assert len(page.all("details", class_="gallery")) == 1
     assert "is a picture; similar items" in page.section("map").text
     assert "caption" not in page.section("map").text
-    assert "the words that set" not in page.section("prototypes").text  # there are no words
+    assert "the words that distinguish" not in page.section("prototypes").text  # there are no words
 
 
 def test_pictures_are_encoded_once(

@@ -358,7 +358,7 @@ def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) 
     page = read_page(out / "report.html")
     words = {tuple(sorted(card["words"].split(", "))) for card in group_cards(page)}
     assert words == {("beach", "day", "trips"), ("scans",)}  # not: all, IMG, copy
-    assert "in the names of files" in page.section("prototypes").text
+    assert "from file names" in page.section("prototypes").text
     plane = json.loads(page.section("map").one("script", type="application/json").source)
     assert sorted(plane["by"]["cluster (k-means)"]["names"]) == sorted(
         card["words"] for card in group_cards(page)
@@ -413,7 +413,7 @@ def test_groups_without_words_are_numbers(photos: Path, out: Path) -> None:
     assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
     page = read_page(out / "report.html")
     assert [card["words"] for card in group_cards(page)] == ["", ""]
-    assert "the words that set" not in page.section("prototypes").text
+    assert "the words that distinguish" not in page.section("prototypes").text
 
 
 def test_near_duplicates_are_marked_and_others_are_not(photos: Path, out: Path) -> None:
