@@ -382,7 +382,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
     ("flags", "words"),
     [
         (["x.npy", "--k", "901"], "--k: expected auto or 2 to N = 900"),
-        (["x.npy", "--run", "logs/x"], "DATA has features"),
+        (["x.npy", "--run", "logs/x"], "expected pictures as DATA, got features"),
         (["x.npy", "--captions", "w.txt"], "--captions: expected one for each of the 900 rows"),
         (["x.npy", "--weights", "w.txt", "--k", "3"], "expected a number for each of the 900"),
         (["x.npy", "--weights", "bad.txt"], "--weights: expected one number a line in bad.txt"),

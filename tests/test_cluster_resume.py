@@ -233,7 +233,7 @@ def test_features_by_another_model_are_not_mixed(
     by_another = [str(other) if word == str(nano) else word for word in command]
     assert cluster([*by_another, "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert f"features of a run that did not end, by {nano}" in error and "--overwrite" in error
+    assert f"features of an unfinished run with {nano}" in error and "--overwrite" in error
     pictures_encoded.clear()
     assert cluster([*by_another, "--out", str(out), "--overwrite"]) == 0
     assert sum(pictures_encoded) == PICTURES + 1
