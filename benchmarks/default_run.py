@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.report import table
 from protoclip.evaluate.results import Outcome, read_results
-from protoclip.report.statistics import paired
+from protoclip.report.statistics import LEVEL, paired
 from protoclip.settings.comparison import read_record
 
 RECORD = Path(__file__).parent / "results" / "default_run" / "seeds.json"
@@ -78,7 +78,8 @@ def record(folder: Path, commit: str) -> dict[str, Any]:
 
 
 def evidence_table(recorded: dict[str, Any]) -> str:
-    """Means of each row and the paired differences, by score."""
+    """Means of each row and the paired differences, by score; bold where the interval excludes
+    zero."""
     lines = []
     for title in SCORES:
         values = {
@@ -92,7 +93,8 @@ def evidence_table(recorded: dict[str, Any]) -> str:
         cells += [f"{side.mean():.3f}" for side in (ours, equal_time, clip)]
         for other in (equal_time, clip):
             test = paired(ours - other)
-            cells.append(f"{test.mean:+.3f} ± {test.half:.3f}")
+            words = f"{test.mean:+.3f} ± {test.half:.3f}"
+            cells.append(f"**{words}**" if test.p < LEVEL else words)
         lines.append([title, *cells])
     epochs = {name: f"{number:.3g} epochs" for name, number in recorded["epochs"].items()}
     head = ["", "best floor", f"ProtoCLIP, {epochs['protoclip']}"]

@@ -30,27 +30,12 @@ def paired(differences: np.ndarray) -> Difference:
     mean = differences.mean(-1)
     if count < 2:
         return Difference(mean, np.full_like(mean, np.inf), np.ones_like(mean))
-    return _of_t(mean, differences.std(-1, ddof=1) / np.sqrt(count), count - 1)
-
-
-def independent(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Welch's t of runs [..., seeds] that share no seeds, two or more of each."""
-    squares = [side.var(-1, ddof=1) / side.shape[-1] for side in (ours, theirs)]
-    total = np.maximum(squares[0] + squares[1], np.finfo(float).tiny)
-    parts = [
-        square**2 / (side.shape[-1] - 1)
-        for square, side in zip(squares, (ours, theirs), strict=True)
-    ]
-    freedom = total**2 / np.maximum(parts[0] + parts[1], np.finfo(float).tiny)
-    return _of_t(ours.mean(-1) - theirs.mean(-1), np.sqrt(squares[0] + squares[1]), freedom)
-
-
-def _of_t(mean: np.ndarray, error: np.ndarray, freedom: np.ndarray | int) -> Difference:
-    half = stats.t.ppf(1 - LEVEL / 2, freedom) * error
+    error = differences.std(-1, ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(1 - LEVEL / 2, count - 1) * error
     # Scores of few pictures can repeat on every seed, which says nothing of their spread.
     spreads = error > 1e-12
     t = np.abs(mean) / np.where(spreads, error, 1.0)
-    return Difference(mean, half, np.where(spreads, 2 * stats.t.sf(t, freedom), 1.0))
+    return Difference(mean, half, np.where(spreads, 2 * stats.t.sf(t, count - 1), 1.0))
 
 
 def holm(p: np.ndarray) -> np.ndarray:
