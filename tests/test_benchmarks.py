@@ -100,8 +100,14 @@ def test_nothing_is_timed_whose_other_logits_are_wrong(case: str) -> None:
 # ---- what a card is asked for ----
 
 
+@pytest.fixture
+def needs_triton() -> None:
+    if reason := protoclip.backends("siglip")["triton"]:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("needs_triton")
 def test_a_card_is_asked_for_kernels_graphs_and_rows() -> None:
-    pytest.importorskip("triton")
     output = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--seconds", "1"],
         cwd=report.ROOT,
@@ -151,10 +157,8 @@ GridExecutor.__call__ = launch_or_crash
 
 
 @pytest.fixture
-def crashing_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def crashing_kernel(needs_triton: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file of tests whose kernel takes the process with it, in every process started later."""
-    if reason := protoclip.backends("siglip")["triton"]:
-        pytest.skip(reason)
     (tmp_path / "sitecustomize.py").write_text(CRASHING)
     (tmp_path / "conftest.py").write_text(
         "def pytest_addoption(parser):\n    parser.addoption('--bare', action='store_true')\n"
@@ -178,6 +182,7 @@ def test_a_canary_that_dies_leaves_the_others(
     assert capsys.readouterr().out == "siglip: crashed, SIGABRT\nsoft targets: ran\n"
 
 
+@pytest.mark.usefixtures("needs_triton")
 def test_a_canary_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

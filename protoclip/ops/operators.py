@@ -153,8 +153,9 @@ def _define_autograd(
     keep: Callable[[Any, Sequence[Any], Any], None],
     gradients: Callable[..., tuple[Any, ...]],
 ) -> None:
-    """What ``torch.library.register_autograd`` does, for ops without defaults, in half its time (30
-    us a call); and that itself where torch has lost a private name that this takes.
+    """What ``torch.library.register_autograd`` does, for ops without defaults, in less time (torch
+    2.15, Zen 3, a tiny op: 37 us forward, 159 with backward; 46 and 177 by that); and that itself
+    where torch has lost a private name that this takes.
 
     Args:
         keep: (ctx, inputs, output) -> None.
