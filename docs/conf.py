@@ -13,7 +13,8 @@ extensions = [
 ]
 # The source folder is the root of the repository, so that links to ../README.md work.
 root_doc = "docs/README"
-include_patterns = ["*.md", "docs/*.md", "protoclip/data/NOTICE.md"]
+include_patterns = ["*.md", "docs/*.md", "benchmarks/results/*.md", "protoclip/data/NOTICE.md"]
+suppress_warnings = ["toc.not_included"]  # README, NOTICE and records are linked, not listed
 html_theme = "furo"
 html_title = f"protoclip {release}"
 myst_heading_anchors = 4
