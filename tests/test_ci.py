@@ -37,23 +37,24 @@ def calls_of_ci(folder: Path, fails_at: int = 0, root: bool = True) -> tuple[int
 
 def test_ci_installs_as_the_readme_says_and_runs_its_test_command(tmp_path):
     code, calls = calls_of_ci(tmp_path)
-    assert code == 0 and calls[-3] == "make lint" and calls[-1] == "make parity SIZES=tiny"
+    assert code == 0 and calls[-4:-2] == ["make lint", "make docs"]
+    assert calls[-1] == "make parity SIZES=tiny"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ours = re.search(r"&& (python -m pytest [^#\n]*)", readme)
     assert ours is not None and calls[-2].startswith(ours[1].strip())
     assert [call for call in calls if call.startswith("pip")][1].endswith("-e .[dev]")
 
 
-@pytest.mark.parametrize("number", range(1, 10))
+@pytest.mark.parametrize("number", range(1, 12))
 def test_ci_stops_where_anything_fails(tmp_path, number):
-    """Of nine calls: two of apt-get, the environment, three of pip, lint, tests, parity."""
+    """Of eleven: two of apt-get, the environment, four of pip, lint, docs, tests, parity."""
     code, calls = calls_of_ci(tmp_path, fails_at=number)
     assert code != 0 and len(calls) == number
 
 
 def test_ci_without_root_installs_no_system_packages(tmp_path):
     code, calls = calls_of_ci(tmp_path, root=False)
-    assert code == 0 and len(calls) == 7 and calls[0].startswith("python3 -m venv")
+    assert code == 0 and len(calls) == 9 and calls[0].startswith("python3 -m venv")
 
 
 def test_the_workflow_only_calls_ci():
