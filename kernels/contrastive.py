@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch
+from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import (
     join,
     load_pairs,
@@ -34,11 +34,12 @@ from protoclip.kernels.results import (
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.softmax_gradient import (
     PairPointers,
+    chunk_operands,
     column_slice_of,
+    contrastive_gradient_kernel,
     exponential,
     holds_pairs,
-    side_of,
-    softmax_gradients,
+    pair_side,
 )
 from protoclip.kernels.tiles import (
     ID_STRIDES,
@@ -410,37 +411,43 @@ def contrastive_bwd(
         no_bias = zero.new_zeros(num_biases)
         return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, no_bias)
     kernel = "contrastive_gradient" if key_bias is None else "contrastive_gradient_with_biases"
+    config = launch.choose(kernel, x, y)
     lifted = x.dtype == torch.float16
-    rows = row_statistics.contiguous()
-    columns = column_statistics.contiguous()
-    return softmax_gradients(
-        x,
-        y,
-        logit_scale,
-        row_side=side_of(
-            reference=rows,
-            total=None,
-            weight=row_gap_weight,
-            mean_weight=row_positive_mean_weight,
-            lifted=lifted,
-        ),
-        column_side=side_of(
-            reference=columns,
-            total=None,
-            weight=column_gap_weight,
-            mean_weight=column_positive_mean_weight,
-            lifted=lifted,
-        ),
-        pairs=PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias),
-        offset=offset,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        same_positive=same_positive,
-        num_columns=column_statistics.shape[1],
-        pair_weight=pair_weight,
-        config=launch.choose(kernel, x, y),
-        diagonal=False,
+    num_columns = column_statistics.shape[1]
+    row_side = pair_side(row_statistics, row_gap_weight, row_positive_mean_weight, lifted=lifted)
+    column_side = pair_side(
+        column_statistics, column_gap_weight, column_positive_mean_weight, lifted=lifted
     )
+    pairs = PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias)
+    plan = waves.chunks(x, y, config)
+    factor = x.new_empty((), dtype=torch.float32)
+    partial_sums = factor.new_empty(sum(chunk.tiles for chunk in plan))
+    dkey_bias = factor.new_zeros(num_biases) if num_biases else factor.new_empty(0)
+
+    def fill(chunk: waves.Chunk, g: Tensor) -> None:
+        bias_sums = None
+        if num_biases:
+            bias_sums = factor.new_empty(
+                (chunk.shape[0] // config.block_n, chunk.cols.stop - chunk.cols.start)
+            )
+        contrastive_gradient_kernel[(chunk.tiles,)](
+            **chunk_operands(x, y, chunk, g, config),
+            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
+            row_side=row_side, column_side=column_side,
+            num_rows=x.shape[0], num_columns=num_columns,
+            stride_row_weight=row_gap_weight.stride(0),
+            stride_column_weight=column_gap_weight.stride(0),
+            partial_sum_ptr=rows_of(partial_sums, chunk.places), dkey_bias_ptr=bias_sums,
+            pairs=pairs, offset=offset, **id_arguments(query_ids, key_ids),
+            BOTH_DIRECTIONS=num_columns > 0, SAME_POSITIVE=same_positive, LIFT=lifted,
+        )  # fmt: skip
+        if bias_sums is not None:
+            dkey_bias[chunk.cols] += bias_sums.sum(dim=0)
+
+    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
+        x, y, factor, offset, plan, fill, partial_sums[None], None
+    )
+    return ContrastiveGradients(dx=dx, dy=dy, dlogit_scale=dlogit_scale, dkey_bias=dkey_bias)
 
 
 def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForward:

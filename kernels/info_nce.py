@@ -40,11 +40,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from protoclip.kernels import launch
-from protoclip.kernels.launch import cdiv
+from protoclip.kernels import launch, waves
+from protoclip.kernels.launch import Launch, cdiv
 from protoclip.kernels.results import Gradients, InfoNceForward
 from protoclip.kernels.scratch import PARTIAL_BYTES
-from protoclip.kernels.softmax_gradient import PairPointers, side_of, softmax_gradients
+from protoclip.kernels.softmax_gradient import (
+    Side,
+    chunk_operands,
+    info_nce_gradient_kernel,
+    peak_of,
+    reference_extremes_kernel,
+)
 from protoclip.kernels.tiles import (
     HIDDEN,
     LN2,
@@ -62,6 +68,8 @@ from protoclip.kernels.waves import rows_of, store_entries
 # Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
 # for 1,024 would take 20 us by the model.
 ONE_PROGRAM = 256
+# Up to so many, looking for extremes of the references beforehand costs more than it saves.
+FEW = 1024
 
 
 @triton.jit
@@ -390,33 +398,60 @@ def info_nce_bwd(
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
+    n = x.shape[0]
+    m = y.shape[0]
+    num_columns = len(column_reference)
+    config = launch.choose("info_nce_gradient", x, y)
+    extremes = None
+    if max(n, m) > FEW:
+        extremes = _extremes(row_reference, column_reference, config)
     lifted = x.dtype == torch.float16
-    gradients = softmax_gradients(
-        x,
-        y,
-        logit_scale,
-        row_side=side_of(
-            reference=row_reference,
-            total=row_sum,
-            weight=row_weight,
-            mean_weight=None,
-            lifted=lifted,
-        ),
-        column_side=side_of(
-            reference=column_reference,
-            total=column_sum,
-            weight=column_weight,
-            mean_weight=None,
-            lifted=lifted,
-        ),
-        pairs=PairPointers(own_key_ptr=None, exclude_ptr=None, key_bias_ptr=None),
-        offset=offset,
-        query_ids=None,
-        key_ids=None,
-        same_positive=False,
-        num_columns=len(column_reference),
-        pair_weight=pair_weight,
-        config=launch.choose("info_nce_gradient", x, y),
-        diagonal=True,
+    row_side = Side(
+        reference_ptr=row_reference,
+        sum_ptr=row_sum,
+        weight_ptr=row_weight,
+        peak_ptr=peak_of(row_weight) if lifted else None,
     )
-    return Gradients(gradients.dx, gradients.dy, gradients.dlogit_scale)
+    column_side = Side(
+        reference_ptr=column_reference,
+        sum_ptr=column_sum,
+        weight_ptr=column_weight,
+        peak_ptr=peak_of(column_weight) if lifted else None,
+    )
+    plan = waves.chunks(x, y, config)
+    factor = x.new_empty((), dtype=torch.float32)
+    partial_sums = factor.new_empty(sum(chunk.tiles for chunk in plan))
+    entries = factor.new_empty(n)
+
+    def fill(chunk: waves.Chunk, g: Tensor) -> None:
+        info_nce_gradient_kernel[(chunk.tiles,)](
+            **chunk_operands(x, y, chunk, g, config),
+            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
+            row_side=row_side, column_side=column_side,
+            stride_row_weight=row_weight.stride(0), stride_column_weight=column_weight.stride(0),
+            extremes_ptr=extremes, first_column_block=cdiv(n, config.block_n),
+            entry_ptr=rows_of(entries, chunk.rows),
+            partial_sum_ptr=rows_of(partial_sums, chunk.places),
+            offset=offset + chunk.rows.start - chunk.cols.start,
+            BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
+        )  # fmt: skip
+
+    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
+        x, y, factor, offset, plan, fill, partial_sums[None], entries
+    )
+    return Gradients(dx, dy, dlogit_scale)
+
+
+def _extremes(row_reference: Tensor, column_reference: Tensor, config: Launch) -> Tensor:
+    """The extremes of the references of each block of rows, then of columns, [blocks, 2]."""
+    n = len(row_reference)
+    m = len(column_reference)
+    blocks = cdiv(n, config.block_n) + cdiv(m, config.block_m)
+    extremes = row_reference.new_empty((blocks, 2))
+    with torch.cuda.device_of(row_reference):
+        reference_extremes_kernel[(blocks,)](
+            row_reference_ptr=row_reference, column_reference_ptr=column_reference,
+            n=n, m=m, out_ptr=extremes,
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
+        )  # fmt: skip
+    return extremes

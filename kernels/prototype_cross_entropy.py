@@ -104,7 +104,7 @@ def join_slices_kernel(
     if GRADIENT:
         dscale = tl.zeros([BLOCK_N], tl.float32)
         for start in range(0, d, BLOCK_D):
-            columns = start + tl.arange(0, BLOCK_D)
+            columns = tl.max_contiguous(start + tl.arange(0, BLOCK_D), [4])  # as in waves.py
             mask = used[:, None] & (columns < d)[None, :]
             acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for j in range(1 if JOINED else slices):
@@ -167,6 +167,7 @@ def scale_samples_kernel(
         if gradient_ptr is not None:
             rows = program.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            columns = tl.max_contiguous(columns, [4])  # a thread, as in waves.py
             mask = (rows < n)[:, None] & (columns < d)[None, :]
             weight = tl.load(grad_ptr + rows * stride_grad, mask=rows < n, other=0.0)
             weight = weight.to(tl.float32) * (tl.load(logit_scale_ptr).to(tl.float32) / divisor)

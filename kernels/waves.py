@@ -34,6 +34,11 @@ class Chunk(NamedTuple):
     first_tile: int
     tiles: int
 
+    @property
+    def places(self) -> slice:
+        """Of its tiles among all."""
+        return slice(self.first_tile, self.first_tile + self.tiles)
+
 
 def chunks(x: Tensor, y: Tensor, config: Launch, *, bounded: bool = True) -> list[Chunk]:
     """Row by row, chunks whose G fits ``GRADIENT_BYTES`` (but one tile always may); one chunk where
@@ -182,7 +187,8 @@ def _finish_side(
     """Rows first + [0, n) of one gradient; the partner of row i is row i + offset of [M, D], their
     entry is at i + shift."""
     rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Four a thread: eight, for 16-bit gradients, would load half of each sector of fp32 at once.
+    depth = tl.max_contiguous(tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), [4])
     mask = (rows[:, None] < n) & (depth[None, :] < d)
     at = rows.to(tl.int64)[:, None] * d + depth[None, :]
     value = tl.load(sum_ptr + at, mask=mask, other=0.0)

@@ -60,7 +60,8 @@ def matching(costs: list[Cost], **facts: object) -> list[Cost]:
 
 SPILL_NOTHING = {
     "info_nce_forward",
-    "softmax_gradient",
+    "info_nce_gradient",
+    "contrastive_gradient",
     "sigmoid_loss",
     "contrastive_forward",
 }
@@ -101,7 +102,7 @@ def test_a_wide_tile_is_for_those_who_fill_the_card(monkeypatch: pytest.MonkeyPa
 
 def test_two_ctas_compare_ids_or_centroids(costs: list[Cost]) -> None:
     """One CTA's other work runs while the other multiplies."""
-    for kernel in ("contrastive_forward", "softmax_gradient", "sigmoid_loss"):
+    for kernel in ("contrastive_forward", "contrastive_gradient", "sigmoid_loss"):
         (cost,) = matching(costs, kernel=kernel, form="ids", arch=90)
         assert cost.ctas_per_sm >= 2
     passes = matching(costs, kernel="screen", dtype="fp32", arch=90)
@@ -243,7 +244,7 @@ def test_no_slice_compiles_again() -> None:
     codes: dict[str, list[int]] = {}
     for kernel, compiled_code in json.loads(python("-c", code)):
         codes.setdefault(kernel, []).append(compiled_code)
-    gradients = codes["softmax_gradient_kernel"]
+    gradients = codes["info_nce_gradient_kernel"]
     assert len(gradients) > 20 and len(set(gradients)) == 1
     attention = codes["attention_kernel"]
     assert len(attention) == 3 and len(set(attention)) == 1

@@ -391,7 +391,7 @@ def whole_tiles_without_a_positive(rows: int, columns: int, row: launch.Launch) 
     return sum(i + row.block_n <= j or j + row.block_m <= i for i, j in tiles)
 
 
-BY_DESCRIPTOR = ("info_nce_forward_kernel", "softmax_gradient_kernel", "sigmoid_loss_kernel")
+BY_DESCRIPTOR = ("info_nce_forward_kernel", "info_nce_gradient_kernel", "sigmoid_loss_kernel")
 
 
 def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:

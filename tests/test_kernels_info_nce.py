@@ -177,10 +177,10 @@ def test_mean_and_sum_are_within_budget(
 ) -> None:
     """The sum of the losses from one program or several, whose gradient looks for the extremes of
     its references first; one upstream gradient for all pairs."""
-    from protoclip.kernels import info_nce, softmax_gradient
+    from protoclip.kernels import info_nce
 
     monkeypatch.setattr(info_nce, "ONE_PROGRAM", few)
-    monkeypatch.setattr(softmax_gradient, "FEW", few)
+    monkeypatch.setattr(info_nce, "FEW", few)
     x, y = features(100, 24, "cones", dtype)
     assert_info_nce_within_budget(
         x, y, logit_scale=14.3, weights=torch.tensor(-2.5), reduction=reduction
@@ -272,10 +272,10 @@ def test_many_waves_and_chunks_are_within_budget(
 ) -> None:
     """Bounds so small that the forward takes several waves, merged by several programs, and the
     backward 3 x 2 chunks."""
-    from protoclip.kernels import info_nce, softmax_gradient, waves
+    from protoclip.kernels import info_nce, waves
 
     monkeypatch.setattr(info_nce, "ONE_PROGRAM", 64)
-    monkeypatch.setattr(softmax_gradient, "FEW", 64)
+    monkeypatch.setattr(info_nce, "FEW", 64)
     monkeypatch.setattr(info_nce, "PARTIAL_BYTES", 2 * (8 * 32 * 3 + 12 * 161))
     monkeypatch.setattr(waves, "SIDE", 64)
     monkeypatch.setattr(waves, "GRADIENT_BYTES", 64 * 128 * dtype.itemsize)
@@ -578,7 +578,7 @@ def test_forward_and_backward_of_a_small_batch_are_six_launches(
     with Launches(monkeypatch) as launches:
         torch.autograd.grad(loss(image, text, scale), [image, text, scale], upstream)
     forward = ["info_nce_forward_kernel", "info_nce_merge_kernel"]
-    backward = ["softmax_gradient_kernel", "addmm", "addmm", "finish_kernel"]
+    backward = ["info_nce_gradient_kernel", "addmm", "addmm", "finish_kernel"]
     assert launches.names == forward + backward
 
 

@@ -100,7 +100,7 @@ KERNELS = {
     "info_nce 150x64 bf16": (
         "info_nce_forward_kernel",
         "info_nce_merge_kernel",
-        "softmax_gradient_kernel",
+        "info_nce_gradient_kernel",
         "finish_kernel",
     ),
     "prototypes 150x300x128 bf16": ("attention_kernel", "join_slices_kernel"),
@@ -109,7 +109,7 @@ KERNELS = {
 CI = [
     ("info_nce_forward_kernel", "barrier dropped"),
     ("info_nce_merge_kernel", "st.global 1 MiB further"),
-    ("softmax_gradient_kernel", "operands of mma swapped"),
+    ("info_nce_gradient_kernel", "operands of mma swapped"),
 ]
 
 
