@@ -205,8 +205,10 @@ SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
 
 # Small kernels that merge the tiles' partial results. MERGE: pairs per program, partials per load.
 # MERGE_ALL: one program; with 8 warps its threads would spill.
-MERGE = Launch(64, 8, 0, warps=4, stages=3)
-MERGE_ALL = Launch(256, 8, 0, warps=16, stages=3)
+# Older Triton lets several lanes store a merged sum, which has to be the same in all of them.
+_FUSES = TRITON >= (3, 7)
+MERGE = Launch(64, 8, 0, warps=4, stages=3, fuses=_FUSES)
+MERGE_ALL = Launch(256, 8, 0, warps=16, stages=3, fuses=_FUSES)
 EXTREMES = Launch(0, 0, 0, warps=1, stages=3)  # its blocks are the gradient's
 # Gradients and prototypes' losses: rows and columns of D.
 SCALE = Launch(4096, 0, 0, warps=4, stages=1)

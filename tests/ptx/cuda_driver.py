@@ -40,6 +40,7 @@ CALLBACK = ctypes.CFUNCTYPE(
 DEVICES = {80: SM_80, 86: SM_86, 89: SM_86, 90: SM_90, 100: SM_90}
 DEVICES[120] = Device(2, SM_86.bytes_of_multiprocessor, SM_86.bytes_of_block)
 OPTIONS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-cudart", "none", "-shared"]
+OPTIONS += ["-Xlinker", "-Bsymbolic"]  # our runtime, not that of a CUDA build of torch
 
 
 def missing(capability: int) -> str | None:
