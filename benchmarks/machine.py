@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -105,13 +106,18 @@ def best_seconds(run: Callable[[], object], seconds: float) -> float:
     """The fastest round of those that fit into ``seconds``, after one to warm up."""
     run()
     sync()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
+    fastest = math.inf
+    total = 0.0
+    rounds = 0
+    while rounds < 3 or total < seconds:
         start = time.perf_counter()
         run()
         sync()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        elapsed = time.perf_counter() - start
+        fastest = min(fastest, elapsed)
+        total += elapsed
+        rounds += 1
+    return fastest
 
 
 def ceilings(tiny: bool) -> dict[str, float]:

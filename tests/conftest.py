@@ -11,6 +11,7 @@ import functools
 import http.server
 import json
 import os
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -43,6 +44,32 @@ MAY_MISS = {
     "PIL", "hypothesis", "matplotlib", "open_clip", "safetensors", "tensorboard", "torchvision",
     "tqdm", "webdataset",
 }  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    """Triton's interpreter patches triton.language at every call of a device function, tl.sum's
+    too, which takes most of its time; once for each module and launch is enough."""
+    if "triton.runtime.interpreter" not in sys.modules:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    launch = interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(function)
+
+    def launch_afresh(executor: Any, *arguments: Any, **options: Any) -> None:
+        patched.clear()
+        launch(executor, *arguments, **options)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_afresh
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -145,6 +172,19 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch, no_page: None) -> None:
+    """Nor is the model evaluated at the end."""
+    monkeypatch.setattr("protoclip.evaluate.during.Evaluation.full", lambda *_: None)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None) -> Path:
+    """The working directory, for runs that end without evaluation and report."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def no_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without pillow-heif."""
     from PIL import Image
@@ -179,6 +219,27 @@ def trained(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     assert main(flags) == 0
     return logs / "r"
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``error_of(main, *argv)``: the one line of a command that refuses its flags with exit code 2.
+    ``among_others``: other lines may come before and after it."""
+
+    def error_of(
+        command: Callable[[list[str]], int], *argv: str | Path, among_others: bool = False
+    ) -> str:
+        capsys.readouterr()
+        try:
+            code = command([str(word) for word in argv])
+        except SystemExit as ended:  # argparse's
+            code = ended.code
+        message = capsys.readouterr().err
+        assert code == 2 and message.count("error: ") == 1 and "Traceback" not in message, message
+        assert among_others or message.count("\n") == 1, message
+        return message.removesuffix("\n")
+
+    return error_of
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import webdataset
 from PIL import Image
 from torch import Tensor
 
 from protoclip.data import Batch, Draws, batches, build_transform
-from protoclip.data.__main__ import main as data_command
 
 TEXTS = ("ein Mädchen läuft", "女の子が走る", "drapeau\u202f: Chine 🇨🇳", 'says "hi", twice')
 MEAN = (0.48, 0.46, 0.41)
@@ -85,14 +83,6 @@ def spoil(path: Path, member: str, byte: bytes = b"?", skip: int = 8) -> None:
     with open(path, "r+b") as shard:
         shard.seek(info.offset_data + skip)
         shard.write(byte * (info.size - skip))
-
-
-def refused(spec: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the data command says of data that it does not take: one line, no traceback."""
-    assert data_command(["--check", spec]) == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
 
 
 def tokenize(texts: list[str]) -> Tensor:

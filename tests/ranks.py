@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from protoclip import distributed
 from protoclip.data import open_dataset
 from protoclip.data.__main__ import export_shards
 from protoclip.ops import native
@@ -192,6 +193,20 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
     failures = [f"rank {outcome.rank}:\n{outcome.value}" for outcome in outcomes if outcome.failed]
     assert not failures, "\n".join(failures)
     return [outcome.value for outcome in sorted(outcomes, key=lambda outcome: outcome.rank)]
+
+
+def in_group(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """As ``on_ranks``, with the processes in a group."""
+    return on_ranks(ranks, _in_group, function, *arguments)
+
+
+def _in_group(function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch
+
+    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
+    result = function(*arguments)
+    distributed.stop()
+    return result
 
 
 def config_of(*flags: str) -> TrainConfig:

@@ -44,12 +44,11 @@ def test_freed_blocks_are_kept() -> None:
 
 
 def test_malloc_is_set_in_our_own_process_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     calls = []
     monkeypatch.setattr("protoclip.train.keep_freed_memory", lambda: calls.append(1))
-    flags = bare_run(tmp_path, "--max-steps", "1", "--method", "clip")
+    flags = bare_run(workdir, "--max-steps", "1", "--method", "clip")
     flags += ["--name", "called"]
     monkeypatch.setattr(sys, "argv", ["script.py", "its-own-word", *flags])
     assert main(flags) == 0 and not calls
@@ -69,16 +68,15 @@ def threads():
 
 
 def test_the_log_begins_with_a_busy_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None, threads
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, threads
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
-    flags = bare_run(tmp_path, "--max-steps", "1", "--method", "clip")
+    flags = bare_run(workdir, "--max-steps", "1", "--method", "clip")
     for load, name in ((2.1, "busy"), (2.0, "free")):
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
         assert main([*flags, "--name", name]) == 0
-        first = (tmp_path / "logs" / name / "out.log").read_text().splitlines()[0]
+        first = (workdir / "logs" / name / "out.log").read_text().splitlines()[0]
         assert ("note: the load is 2.1 on 2 cores" in first) == (load > 2)
         assert ("OMP_WAIT_POLICY=passive" in first) == (load > 2)
 
@@ -95,14 +93,10 @@ def test_nothing_is_said_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_page: None,
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     for seconds, expected in ((0.0, 3), (3600.0, 0)):
         monkeypatch.setattr("protoclip.training.log.LINE_SECONDS", seconds)
-        flags = bare_run(tmp_path, "--max-steps", "3", "--method", "clip")
+        flags = bare_run(workdir, "--max-steps", "3", "--method", "clip")
         assert main([*flags, "--name", f"run{expected}"]) == 0
         assert capsys.readouterr().err.count(" samples/s, ETA ") == expected

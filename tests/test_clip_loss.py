@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from budget import PlainResults, Results, assert_results_within_budget, leaf, loss_and_gradients
 from open_clip import loss as open_clip_loss
-from ranks import on_ranks
+from ranks import in_group
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -574,7 +574,6 @@ def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Resul
 
 
 def of_rank() -> RankResults:
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     mine = slice(20 * rank, 20 * rank + 20)
     image, text = features(40, 12)
@@ -592,7 +591,6 @@ def of_rank() -> RankResults:
         with_ids=results_with_ids(mine, rank=rank, world_size=2),
         warned=warnings_without_a_rank(),
     )
-    dist.destroy_process_group()
     return RankResults(
         ours=as_arrays(results.ours),
         theirs=as_arrays(results.theirs),
@@ -625,7 +623,7 @@ def two_ranks() -> list[RankResults]:
             with_ids=as_tensors(results.with_ids),
             warned=results.warned,
         )
-        for results in on_ranks(2, of_rank)
+        for results in in_group(2, of_rank)
     ]
 
 

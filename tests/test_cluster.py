@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,9 +118,8 @@ def test_a_command_that_is_misspelt_is_named(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == expected
 
 
-def test_a_command_is_found_and_gives_its_own_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "nowhere"]) == 2
-    assert "nowhere does not exist" in capsys.readouterr().err
+def test_a_command_is_found_and_gives_its_own_error(error_of: Callable[..., str]) -> None:
+    assert "nowhere does not exist" in error_of(main, "report", "nowhere")
 
 
 def test_the_version_is_the_packages() -> None:
@@ -285,28 +285,27 @@ def test_a_file_of_half_precision_with_keys_gives_its_keys(features: FeatureFile
 
 
 def test_what_others_wrote_is_never_replaced(
-    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+    features: FeatureFile, error_of: Callable[..., str]
 ) -> None:
     """A page and a table of the user's own, beside the data."""
     for name in ("report.html", "clusters.csv"):
         (features.folder / name).write_text("mine")
         for flag in ((), ("--overwrite",)):
             command = [features.rows_path, "--k", "2", "--out", str(features.folder), *flag]
-            assert cluster(command) == 2
-            assert f"holds {name}, which protoclip cluster did not write" in capsys.readouterr().err
+            error = error_of(cluster, *command)
+            assert f"holds {name}, which protoclip cluster did not write" in error
         assert (features.folder / name).read_text() == "mine"
         (features.folder / name).unlink()
 
 
 def test_an_earlier_run_is_replaced_if_that_is_asked_for(
-    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+    features: FeatureFile, error_of: Callable[..., str]
 ) -> None:
     out = cluster_features(features, "o", "--k", "3")
     table_of_three = (out / "clusters.csv").read_bytes()
     (out / "features.npz").write_text("of an earlier encoding")
     command = [features.rows_path, "--k", "2", "--out", str(out)]
-    assert cluster(command) == 2
-    assert "or replace it with --overwrite" in capsys.readouterr().err
+    assert "or replace it with --overwrite" in error_of(cluster, *command)
     assert (out / "clusters.csv").read_bytes() == table_of_three
     assert cluster([*command, "--overwrite"]) == 0
     assert {line["cluster"] for line in table(out)} == {"0", "1"}
@@ -327,22 +326,22 @@ def test_a_run_that_failed_leaves_no_folder_and_no_claim_to_one(
 
 
 def test_a_k_that_is_too_large_is_refused_before_encoding(
-    pictures: Path, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, nano: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     out = tmp_path / "o"
-    command = [str(pictures), "--k", "9999", "--model", str(nano), "--pretrained", "random"]
-    assert cluster([*command, "--device", "cpu", "--out", str(out)]) == 2
-    assert "--k: expected auto or 2 to N = " in capsys.readouterr().err
+    model = ["--model", nano, "--pretrained", "random", "--device", "cpu"]
+    error = error_of(cluster, pictures, "--k", "9999", *model, "--out", out, among_others=True)
+    assert "--k: expected auto or 2 to N = " in error
     assert not out.exists()
 
 
 def test_a_page_that_changed_since_is_not_replaced(
-    features: FeatureFile, capsys: pytest.CaptureFixture[str]
+    features: FeatureFile, error_of: Callable[..., str]
 ) -> None:
     out = cluster_features(features, "o", "--k", "3")
     (out / "report.html").write_text("mine")
-    assert cluster([features.rows_path, "--k", "2", "--out", str(out), "--overwrite"]) == 2
-    assert "holds report.html, which" in capsys.readouterr().err
+    error = error_of(cluster, features.rows_path, "--k", "2", "--out", out, "--overwrite")
+    assert "holds report.html, which" in error
     assert (out / "report.html").read_text() == "mine"
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,12 @@ def test_a_picture_is_known_by_its_content_where_its_ending_says_nothing(
 
 @pytest.mark.usefixtures("no_heif")
 def test_a_telephones_pictures_are_named_with_what_opens_them(
-    photos: Path, out: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, out: Path, error_of: Callable[..., str]
 ) -> None:
     for name in ("IMG_1.HEIC", "IMG_2.heic"):
         (photos / name).write_bytes(HEIC)
-    assert cluster([str(photos), "--k", "2", "--out", str(out)]) == 2
-    assert "none among 2 files, 2 of them HEIC: pip install pillow-heif" in capsys.readouterr().err
+    error = error_of(cluster, photos, "--k", "2", "--out", out)
+    assert "none among 2 files, 2 of them HEIC: pip install pillow-heif" in error
     with pytest.raises(DataError, match=r"x.jpg: .* \(HEIC: pip install pillow-heif\)"):
         images.decode(HEIC, "x.jpg")
 
@@ -586,15 +586,14 @@ PHOTOS = ["photos", "--features", "x.npz"]
 )
 def test_groups_as_folders_are_refused_before_any_work(
     six_pictures: Path,
-    capsys: pytest.CaptureFixture[str],
+    error_of: Callable[..., str],
     flag: str,
     data: list[str],
     target: str,
     words: str,
 ) -> None:
-    assert cluster([*data, "--k", "2", flag, target]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"error: {flag}: " in error and words in error
+    error = error_of(cluster, *data, "--k", "2", flag, target)
+    assert f"error: {flag}: " in error and words in error
     assert (six_pictures / "full" / "mine").read_text() == "mine"
     assert not (six_pictures / "new").exists()
     assert not (six_pictures / "groups" / "clusters.csv").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_mistaken_outputs_are_refused_first(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error_of: Callable[..., str],
     command,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -141,9 +142,8 @@ def test_mistaken_outputs_are_refused_first(
     flag = "--out"
     for path, words in (("file/x", "but file is a file"), ("folder", "folder")):
         if (command, path) != ("export", "folder"):
-            assert main([*argv, flag, path]) == 2
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1 and f"error: {flag}: " in said and words in said
+            error = error_of(main, *argv, flag, path)
+            assert f"error: {flag}: " in error and words in error
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from pairs import HEIC, load, picture, refused, same
+from pairs import HEIC, load, picture, same
 
 from protoclip.cluster.__main__ import main as cluster_command
 from protoclip.data import DataError, Faults, open_dataset
@@ -63,11 +64,11 @@ def test_names_of_classes_and_the_train_split(animals: Path, tmp_path: Path) -> 
 
 
 def test_pictures_without_classes_are_refused_with_the_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     (tmp_path / "flat").mkdir()
     picture(0).save(tmp_path / "flat" / "1.png")
-    message = refused(str(tmp_path / "flat"), capsys)
+    message = error_of(data_command, "--check", tmp_path / "flat")
     assert "no class folders; expected" in message and "protoclip cluster" in message
 
 

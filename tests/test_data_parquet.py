@@ -4,6 +4,7 @@ and what is read when."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pairs import TEXTS, assert_equal, encoded, load, picture, refused, same, write_parquet
+from pairs import TEXTS, assert_equal, encoded, load, picture, same, write_parquet
 from ranks import (
     bare_run,
     exit_codes,
@@ -196,24 +197,26 @@ def test_bad_rows_are_left_out_named_and_counted(
 
 
 def test_what_is_no_parquet_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "data"
     write_parquet(folder, files=1)
     whole = next(folder.iterdir())
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-100])
-    assert "cut.parquet: not a parquet file" in refused(str(tmp_path / "cut.parquet"), capsys)
-    assert "no shard" in refused(str(tmp_path / "no" / "*.parquet"), capsys)
+    error = error_of(data_command, "--check", tmp_path / "cut.parquet")
+    assert "cut.parquet: not a parquet file" in error
+    assert "no shard" in error_of(data_command, "--check", tmp_path / "no" / "*.parquet")
     png = [encoded(picture(0))]
     write_plain(folder / "train-2.parquet", {"jpg": png, "caption": ["a"]})
-    assert "the same columns in all files" in refused(str(folder), capsys)
+    assert "the same columns in all files" in error_of(data_command, "--check", folder)
     (folder / "test-0.parquet").write_bytes(whole.read_bytes())
-    message = refused(str(folder), capsys)
+    message = error_of(data_command, "--check", folder)
     assert "holds files of test and train; name those of one, such as" in message
     write_plain(tmp_path / "none.parquet", {"jpg": png, "caption": [""]})
-    assert "no row has a picture and a caption" in refused(str(tmp_path / "none.parquet"), capsys)
+    error = error_of(data_command, "--check", tmp_path / "none.parquet", among_others=True)
+    assert "no row has a picture and a caption" in error
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert "pip install -e '.[parquet]'" in refused(str(whole), capsys)
+    assert "pip install -e '.[parquet]'" in error_of(data_command, "--check", whole)
 
 
 def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
@@ -296,8 +299,7 @@ def test_clusters_of_a_parquet_folder(tmp_path: Path, nano: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_stopped_run_on_parquet_goes_on_exactly(tmp_path: Path, ranks: int) -> None:
+def test_a_stopped_run_on_parquet_goes_on_exactly(tmp_path: Path) -> None:
     spec = write_parquet(tmp_path / "data", files=3, rows=50, per_group=5)
     flags = bare_run(
         tmp_path, "--train-data", spec, "--shuffle-buffer", "20", "--workers", "2",
@@ -312,7 +314,7 @@ def test_a_stopped_run_on_parquet_goes_on_exactly(tmp_path: Path, ranks: int) ->
 
     def start(name: str) -> list[Any]:
         argv = [*flags, "--name", name, "--max-steps", "14", "--save-every", "1steps"]
-        return start_command(tmp_path, [*argv, "--resume", "auto"], ranks, bare=True)
+        return start_command(tmp_path, [*argv, "--resume", "auto"], bare=True)
 
     stopped = start("stopped")
     wait_until(lambda: steps_of(tmp_path, "stopped") > 5, stopped, tmp_path)
@@ -321,7 +323,7 @@ def test_a_stopped_run_on_parquet_goes_on_exactly(tmp_path: Path, ranks: int) ->
     exit_codes(stopped)
     assert steps_of(tmp_path, "stopped") < 14
     for name in ("stopped", "whole"):
-        assert exit_codes(start(name)) == [0] * ranks, output_of(tmp_path)
+        assert exit_codes(start(name)) == [0, 0], output_of(tmp_path)
     whole = losses(tmp_path / "logs" / "whole")
     assert len(whole) == 14 and losses(tmp_path / "logs" / "stopped") == whole
     assert "the picture does not decode" in "".join(output_of(tmp_path))

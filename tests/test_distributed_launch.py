@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,30 @@ from protoclip import distributed
 from protoclip.distributed import find_rank
 
 
-@pytest.mark.parametrize(
-    ("victim", "sent", "timeout"),
-    [(1, signal.SIGKILL, "600"), (1, signal.SIGSTOP, "20"), (0, signal.SIGKILL, "600")],
-)
-def test_a_lost_rank_ends_the_others(
-    tmp_path: Path, victim: int, sent: signal.Signals, timeout: str
-) -> None:
-    """One that is killed at once, one that hangs after --dist-timeout seconds, in which a healthy
-    one must have got its turn on a busy machine."""
-    argv = bare_run(tmp_path, "--max-steps", "100000", "--epochs", "100000")
-    argv += ["--dist-timeout", timeout]
-    processes = start_command(tmp_path, argv)
-    wait_until(lambda: steps_of(tmp_path, "run") >= 2, processes, tmp_path)
+def lose_a_rank(folder: Path, victim: int, sent: signal.Signals, timeout: str) -> list[Any]:
+    """The processes of a run, one of which was sent a signal after two steps."""
+    argv = bare_run(folder, "--max-steps", "100000", "--epochs", "100000")
+    processes = start_command(folder, [*argv, "--dist-timeout", timeout], bare=True)
+    wait_until(lambda: steps_of(folder, "run") >= 2, processes, folder)
     os.kill(processes[victim].pid, sent)
-    codes = exit_codes([processes[1 - victim]])
-    processes[victim].kill()
-    assert codes == [1], logs_of(tmp_path)
+    return processes
+
+
+@pytest.fixture(scope="module")
+def hanging_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """The rank that waits for one that hangs, and its folder. It waits twenty seconds, in which a
+    healthy one must have got its turn on a busy machine, while other tests run."""
+    folder = tmp_path_factory.mktemp("hangs")
+    waiting, hanging = lose_a_rank(folder, victim=1, sent=signal.SIGSTOP, timeout="20")
+    yield waiting, folder
+    hanging.kill()
+
+
+@pytest.mark.usefixtures("hanging_run")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, victim: int) -> None:
+    processes = lose_a_rank(tmp_path, victim, signal.SIGKILL, timeout="600")
+    assert exit_codes([processes[1 - victim]]) == [1], logs_of(tmp_path)
 
 
 def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
@@ -237,6 +244,13 @@ def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path: Path) -> None
     assert (run / "checkpoints" / "epoch_latest.pt").exists()
     assert sum(text.count("run folder:") for text in printed) == 1
     assert sum(text.count("done: ") for text in printed) == 1
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout(
+    hanging_run: tuple[Any, Path],
+) -> None:
+    waiting, folder = hanging_run
+    assert exit_codes([waiting]) == [1], logs_of(folder)
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:

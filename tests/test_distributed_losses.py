@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import Results, assert_within_budget, leaf, loss_and_gradients
-from ranks import on_ranks
+from ranks import in_group, on_ranks
 from torch import Tensor
 
 import protoclip
@@ -293,7 +294,6 @@ def as_ddp_averages(results: Results) -> Arrays:
 
 
 def of_rank() -> RankResults:
-    distributed.start(find_rank(), CPU, 60)
     mine = distributed.own_slice(G)
     results = RankResults(
         losses=[
@@ -309,7 +309,6 @@ def of_rank() -> RankResults:
         batch_norm=batch_norm_over_ranks(mine),
         refusal=refusal(),
     )
-    distributed.stop()
     return results
 
 
@@ -375,7 +374,7 @@ def refusal() -> str:
 
 @pytest.fixture(scope="module", params=[1, 3, 4], ids=lambda ranks: f"{ranks} ranks")
 def first_rank(request: pytest.FixtureRequest) -> RankResults:
-    return on_ranks(request.param, of_rank)[0]
+    return in_group(request.param, of_rank)[0]
 
 
 def assert_equal_in_fp64(got: Any, expected: Tensor, name: str = "") -> None:
@@ -383,13 +382,18 @@ def assert_equal_in_fp64(got: Any, expected: Tensor, name: str = "") -> None:
     assert error <= 1e-12 * max(1, expected.abs().max()), name
 
 
+@cache
+def of_one_process(kind: Kind, dtype: torch.dtype) -> dict[str, Results]:
+    reference = Kind(kind.dtype, "reference", kind.logit_scale)
+    return every_result(reference, dtype=dtype, over_ranks=False)
+
+
 @pytest.mark.parametrize("number, kind", list(enumerate(KINDS)), ids=str)
 def test_losses_and_gradients_over_ranks_are_those_of_the_whole_batch(
     first_rank: RankResults, number: int, kind: Kind
 ) -> None:
-    reference = Kind(kind.dtype, "reference", kind.logit_scale)
-    truths = every_result(reference, dtype=torch.float64, over_ranks=False)
-    bases = every_result(reference, dtype=kind.dtype, over_ranks=False)
+    truths = of_one_process(kind, torch.float64)
+    bases = of_one_process(kind, kind.dtype)
     assert first_rank.losses[number].keys() == truths.keys()
     for case, results in first_rank.losses[number].items():
         assert results.keys() == truths[case].keys()
@@ -430,10 +434,13 @@ class TwoCalls(NamedTuple):
     error: str
 
 
-def call_twice(name: str, sizes: tuple[int, int]) -> TwoCalls:
-    """With batches of these sizes on rank 1, and of 6 on rank 0."""
+# The loss, and the sizes of rank 1's batches in its two calls; rank 0 has 6 pairs.
+CALLS = [(name, sizes) for name in ("ClipLoss", "SigLipLoss") for sizes in ((5, 6), (6, 5), (6, 6))]
+
+
+def calls_of_rank() -> list[TwoCalls]:
+    """Of each of CALLS."""
     info = find_rank()
-    distributed.start(info, CPU, 60)
     gathers: list[int] = []
     gather_rows = distributed.gather_rows
 
@@ -442,64 +449,67 @@ def call_twice(name: str, sizes: tuple[int, int]) -> TwoCalls:
         return gather_rows(rows)
 
     distributed.gather_rows = noted
-    loss = getattr(protoclip, name)(rank=info.rank, world_size=info.world_size)
-    first_x, x = (F.normalize(torch.randn(n if info.rank else 6, D), dim=1) for n in sizes)
-    try:
-        loss(first_x, first_x, torch.tensor(14.0))
-        first_gathers = gathers.copy()
-        loss(x, x, torch.tensor(14.0))
-        result = TwoCalls(first_gathers, gathers[len(first_gathers) :], "")
-    except ValueError as error:
-        result = TwoCalls([], [], str(error))
-    distributed.stop()
-    return result
+    results = []
+    for name, sizes in CALLS:
+        gathers.clear()
+        loss = getattr(protoclip, name)(rank=info.rank, world_size=info.world_size)
+        first_x, x = (F.normalize(torch.randn(n if info.rank else 6, D), dim=1) for n in sizes)
+        try:
+            loss(first_x, first_x, torch.tensor(14.0))
+            first_gathers = gathers.copy()
+            loss(x, x, torch.tensor(14.0))
+            results.append(TwoCalls(first_gathers, gathers[len(first_gathers) :], ""))
+        except ValueError as error:
+            results.append(TwoCalls([], [], str(error)))
+    return results
 
 
-@pytest.mark.parametrize("sizes", [(5, 6), (6, 5)], ids=["first", "second"])
-@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
-def test_unequal_batches_are_a_sentence_on_every_rank(name: str, sizes: tuple[int, int]) -> None:
-    for calls in on_ranks(2, call_twice, name, sizes):
-        words = f"{name}: expected as many rows on every rank, got 6, 5 on ranks"
-        assert calls.error.startswith(words)
-        assert "drop_last=True" in calls.error
+def test_sizes_are_compared_at_every_call_and_unequal_ones_are_a_sentence_on_every_rank() -> None:
+    for results in in_group(2, calls_of_rank):
+        for (name, sizes), calls in zip(CALLS, results, strict=True):
+            if sizes == (6, 6):
+                assert calls.error == ""
+                assert calls.first_gathers.count(1) == calls.second_gathers.count(1) == 1
+            else:
+                words = f"{name}: expected as many rows on every rank, got 6, 5 on ranks"
+                assert calls.error.startswith(words) and "drop_last=True" in calls.error
 
 
-@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
-def test_the_sizes_of_batches_on_a_cpu_are_compared_at_every_call(name: str) -> None:
-    for calls in on_ranks(2, call_twice, name, (6, 6)):
-        assert calls.error == ""
-        assert calls.first_gathers.count(1) == calls.second_gathers.count(1) == 1
+SHAPES = [[7, 3], [1, 3], [0, 3], [3, 0], None, []]
 
 
-def sent_rows(shape: list[int] | None) -> list[Any]:
-    """What rank 0 sends, rows in Fortran's order in pieces of two, or what it says of an error."""
+def sent_rows() -> list[Any]:
+    """What rank 0 sends of each of SHAPES, rows in Fortran's order in pieces of two, or what it
+    says of an error."""
     info = find_rank()
-    distributed.start(info, CPU, 60)
     distributed.PIECE = 24
 
-    def make() -> tuple[Tensor | None, str]:
+    def make(shape: list[int] | None) -> tuple[Tensor | None, str]:
         assert info.rank == 0
         if shape is None:
             return None, "no rows"
         if not shape:
             raise ValueError("no such file")
-        rows = torch.arange(math.prod(shape), dtype=torch.float32)
-        return rows.view(shape[::-1]).T, "rows"
+        return rows_in_fortrans_order(shape), "rows"
 
-    try:
-        rows, words = distributed.rows_from_main(make)
-    except ValueError as error:
-        rows, words = None, str(error)
-    distributed.stop()
-    return [words, None if rows is None else rows.tolist()]
+    sent = []
+    for shape in SHAPES:
+        try:
+            rows, words = distributed.rows_from_main(partial(make, shape))
+        except ValueError as error:
+            rows, words = None, str(error)
+        sent.append([words, None if rows is None else rows.tolist()])
+    return sent
+
+
+def rows_in_fortrans_order(shape: list[int]) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.float32).view(shape[::-1]).T
 
 
 def test_rows_of_rank_0_reach_every_rank() -> None:
-    for shape in ([7, 3], [1, 3], [0, 3], [3, 0]):
-        rows = torch.arange(math.prod(shape), dtype=torch.float32).view(shape[::-1]).T
-        assert on_ranks(3, sent_rows, shape) == [["rows", rows.tolist()]] * 3
-    assert on_ranks(3, sent_rows, None) == [["no rows", None]] * 3
-    assert on_ranks(3, sent_rows, []) == [["no such file", None]] * 3
+    expected = [["rows", rows_in_fortrans_order(shape).tolist()] for shape in SHAPES if shape]
+    expected += [["no rows", None], ["no such file", None]]
+    assert in_group(3, sent_rows) == [expected] * 3
 
 
 def of_a_slow_rank_0() -> str:
@@ -507,7 +517,7 @@ def of_a_slow_rank_0() -> str:
     distributed.start(info, CPU, 5)
 
     def make() -> str:
-        time.sleep(8)
+        time.sleep(6)
         return "made"
 
     result = distributed.from_main(make)
@@ -519,21 +529,20 @@ def test_the_work_of_rank_0_may_take_longer_than_ranks_wait_for_each_other() -> 
     assert on_ranks(2, of_a_slow_rank_0) == ["made"] * 2
 
 
-def of_no_pairs(local_loss: bool, gather_with_grad: bool) -> tuple[float, float]:
-    """The loss and the largest gradient of a batch without pairs on any rank."""
+def of_no_pairs() -> list[float]:
+    """Losses, and largest gradients, of a batch without pairs on any rank."""
     info = find_rank()
-    distributed.start(info, CPU, 60)
-    loss = protoclip.ClipLoss(
-        local_loss, gather_with_grad, rank=info.rank, world_size=info.world_size
-    )
-    x = torch.zeros(0, D, requires_grad=True)
-    value = loss(x, x, torch.tensor(14.0))
-    (gradient,) = torch.autograd.grad(value, x)
-    distributed.stop()
-    return float(value), float(gradient.abs().sum())
+    results = []
+    for local_loss, gather_with_grad in itertools.product([False, True], repeat=2):
+        loss = protoclip.ClipLoss(
+            local_loss, gather_with_grad, rank=info.rank, world_size=info.world_size
+        )
+        x = torch.zeros(0, D, requires_grad=True)
+        value = loss(x, x, torch.tensor(14.0))
+        (gradient,) = torch.autograd.grad(value, x)
+        results += [float(value), float(gradient.abs().sum())]
+    return results
 
 
-@pytest.mark.parametrize("gather_with_grad", [False, True])
-@pytest.mark.parametrize("local_loss", [False, True])
-def test_a_batch_without_pairs_costs_nothing(local_loss: bool, gather_with_grad: bool) -> None:
-    assert on_ranks(2, of_no_pairs, local_loss, gather_with_grad) == [(0.0, 0.0)] * 2
+def test_a_batch_without_pairs_costs_nothing() -> None:
+    assert in_group(2, of_no_pairs) == [[0.0] * 8] * 2

@@ -17,6 +17,7 @@ from ranks import (
     TINY,
     bare_run,
     exit_codes,
+    in_group,
     logs_of,
     metrics,
     on_ranks,
@@ -171,7 +172,6 @@ def random_episode() -> Episode:
 
 def gradients_of_steps(model_file: Path) -> dict[Step, dict[str, np.ndarray]]:
     """In fp64, by the parameter's name."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
     torch.manual_seed(0)
     config = ModelConfig(str(model_file), projection_dim=8, projection_hidden_dim=24)
     model = build_model(config).double()
@@ -192,7 +192,6 @@ def gradients_of_steps(model_file: Path) -> dict[Step, dict[str, np.ndarray]]:
         embedding = by_name.pop("clip.token_embedding.weight")
         by_name["embedding"] = embedding[tokens.unique()]
         gradients[step] = {name: gradient.numpy().copy() for name, gradient in by_name.items()}
-    distributed.stop()
     return gradients
 
 
@@ -200,8 +199,8 @@ def test_ranks_and_passes_give_the_exact_gradients(tmp_path: Path) -> None:
     """Of parameters that a phase does not train there are none."""
     path = tmp_path / "nano.json"
     path.write_text(json.dumps(TINY))
-    (on_one_rank,) = on_ranks(1, gradients_of_steps, path)
-    for by_step in (on_one_rank, *on_ranks(2, gradients_of_steps, path)):
+    (on_one_rank,) = in_group(1, gradients_of_steps, path)
+    for by_step in (on_one_rank, *in_group(2, gradients_of_steps, path)):
         for step, gradients in by_step.items():
             expected = on_one_rank[Step(step.prototypes, passes=1)]
             assert set(gradients) == set(expected)

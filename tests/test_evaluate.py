@@ -8,7 +8,7 @@ import math
 import shutil
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -395,13 +395,12 @@ def test_the_command_renews_what_training_left(
 
 
 def test_the_command_asks_for_data_where_the_run_has_none(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, error_of: Callable[..., str]
 ) -> None:
     path, payload = checkpoint.load_newest(run)
     payload["protoclip"]["config"]["data"]["train_data"] = "pairs.csv"
     checkpoint.save(path, payload)
-    assert main([str(run)]) == 2
-    assert "give --data" in capsys.readouterr().err
+    assert "give --data" in error_of(main, run)
 
 
 # Results

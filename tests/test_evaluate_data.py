@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +230,7 @@ def test_weights_of_a_config_are_told_apart(
 def test_a_flag_that_the_data_cannot_follow_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error_of: Callable[..., str],
     data: str,
     flags: list[str],
     words: str,
@@ -237,8 +238,7 @@ def test_a_flag_that_the_data_cannot_follow_is_refused(
     monkeypatch.chdir(tmp_path)
     image_folder(Path("digits"), 12, parts=())
     Path("pairs.csv").write_text("filepath,title\n")
-    assert command.main([*MODEL, "--data", data, *flags]) == 2
-    assert words in capsys.readouterr().err
+    assert words in error_of(command.main, *MODEL, "--data", data, *flags)
 
 
 def test_data_without_a_letter_leaves_the_runs_own_results(
@@ -315,58 +315,47 @@ def test_a_thousand_folders_of_imagenet_have_their_names(tmp_path: Path) -> None
     ],
 )
 def test_mistakes_are_refused_in_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+    tmp_path: Path, error_of: Callable[..., str], flags: list[str], words: str
 ) -> None:
     flags = [*MODEL, *flags] if flags[0].startswith("--") else flags
     data = ["--data", str(image_folder(tmp_path / "digits", 20))]
-    code = command.main([*data, *flags, "--output", str(tmp_path / "results.json")])
-    message = capsys.readouterr().err
-    assert code == 2 and words in message and "Traceback" not in message
+    assert words in error_of(command.main, *data, *flags, "--output", tmp_path / "results.json")
     assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--tasks", "knn"]], ids=["all", "some"])
 def test_a_file_that_is_no_results_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+    tmp_path: Path, error_of: Callable[..., str], flags: list[str]
 ) -> None:
     data = image_folder(tmp_path / "digits", 20)
     notes = tmp_path / "notes.json"
     notes.write_text('{"milk": 2}')
-    assert command.main([*MODEL, "--data", str(data), "--output", str(notes), *flags]) == 2
-    assert "choose another --out" in capsys.readouterr().err
+    error = error_of(command.main, *MODEL, "--data", data, "--output", notes, *flags)
+    assert "choose another --out" in error
     assert notes.read_text() == '{"milk": 2}'
 
 
-def assert_refused(
-    root: Path, output_folder: Path, capsys: pytest.CaptureFixture[str], words: str
-) -> None:
-    assert evaluate(output_folder, root).code == 2
-    assert words in capsys.readouterr().err
+def assert_refused(error_of: Callable[..., str], root: Path, out: Path, words: str) -> None:
+    assert words in error_of(command.main, *MODEL, "--data", root, "--output", out / "r.json")
 
 
-def test_a_class_without_pictures_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_class_without_pictures_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
     (tmp_path / "data" / "test" / "cat").mkdir(parents=True)
-    assert_refused(tmp_path / "data", tmp_path, capsys, "as CLASS/picture")
+    assert_refused(error_of, tmp_path / "data", tmp_path, "as CLASS/picture")
 
 
-def test_a_folder_without_classes_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_classes_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
     (tmp_path / "data").mkdir()
-    assert_refused(tmp_path / "data", tmp_path, capsys, "no class folders")
+    assert_refused(error_of, tmp_path / "data", tmp_path, "no class folders")
 
 
-def test_too_few_class_names_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_class_names_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
     root = image_folder(tmp_path / "data", 20)
     (root / "classnames.txt").write_text("zero\none\n")
-    assert_refused(root, tmp_path, capsys, "the 10 class")
+    assert_refused(error_of, root, tmp_path, "the 10 class")
 
 
-def test_a_torn_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_torn_picture_is_named(tmp_path: Path, error_of: Callable[..., str]) -> None:
     root = image_folder(tmp_path / "data", 20)
     (root / "test" / "1" / "torn.png").write_bytes(b"no picture")
-    assert_refused(root, tmp_path, capsys, "torn.png")
+    assert_refused(error_of, root, tmp_path, "torn.png")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import full_disk, on_ranks
+from ranks import full_disk, in_group, on_ranks
 from torch import Tensor
 
 from protoclip import distributed
@@ -144,7 +145,6 @@ class OwnedRows(NamedTuple):
 def two_episodes(folder: Path, saved: str | None = None) -> list:
     """This rank's rows after two episodes, as arrays; within the second the state is saved, or
     loaded from the file of that name."""
-    distributed.start(distributed.find_rank(), CPU, 60)
     if saved is None:
         store = filled_store()
         store.end_episode(0)
@@ -154,45 +154,13 @@ def two_episodes(folder: Path, saved: str | None = None) -> list:
         is_main = distributed.is_main()
         store.load_state_dict(torch.load(f"{folder}/{saved}.pt") if is_main else {})
     state = store.state_dict(folder)
-    if distributed.is_main():
+    if saved is None and distributed.is_main():
         torch.save(state, f"{folder}/of-{distributed.world_size()}.pt")
     store.end_episode(1)
     second = store.of_episode(1)
     first = store.of_episode(0)
-    distributed.stop()
     rows = OwnedRows(second.index, second.image_h, first.index, first.text_h)
     return [tensor.numpy().copy() for tensor in rows]
-
-
-def rows_of_all(ranks: list[list]) -> OwnedRows:
-    """The ranks' rows one after the other."""
-    parts_by_field = zip(*ranks, strict=True)
-    return OwnedRows._make(torch.cat(list(map(torch.from_numpy, p))) for p in parts_by_field)
-
-
-def assert_same_rows(ranks: list[list], one_rank: list[list]) -> None:
-    for rows, expected in zip(rows_of_all(ranks), rows_of_all(one_rank), strict=True):
-        assert torch.equal(rows, expected)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_any_number_of_ranks_stores_and_saves_the_same(tmp_path: Path, ranks: int) -> None:
-    """23 samples on 2 and 4 ranks: the last rank owns fewer positions than the others."""
-    one_rank = on_ranks(1, two_episodes, tmp_path)
-    assert_same_rows(on_ranks(ranks, two_episodes, tmp_path), one_rank)
-    expected = torch.load(tmp_path / "of-1.pt")
-    state = torch.load(tmp_path / f"of-{ranks}.pt")
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
-def test_a_state_is_loaded_on_another_number_of_ranks(
-    tmp_path: Path, before: int, after: int
-) -> None:
-    one_rank = on_ranks(1, two_episodes, tmp_path)
-    on_ranks(before, two_episodes, tmp_path)
-    assert_same_rows(on_ranks(after, two_episodes, tmp_path, f"of-{before}"), one_rank)
 
 
 class SmallEpisode(NamedTuple):
@@ -204,8 +172,6 @@ class SmallEpisode(NamedTuple):
 
 def episode_of_few_samples(folder: Path, samples: int) -> SmallEpisode:
     """From a store of so few samples that some ranks own none."""
-    distributed.start(distributed.find_rank(), CPU, 60)
-    feature_store.CHUNK = 1  # one step at a time
     store = empty_store(samples, steps=2)
     put_step(store, 0, torch.tensor([0, 1, 2, 3, -1, -1, -1, -1]), projections(1))
     put_step(store, 1, torch.tensor([-1, -1, -1, -1, 3, 2, 1, -1]), projections(2))
@@ -219,20 +185,67 @@ def episode_of_few_samples(folder: Path, samples: int) -> SmallEpisode:
     builder = EpisodeBuilder(EpisodeConfig(num_clusters=2), teacher=teacher)
     features = store.of_positions(next_samples)
     episode = builder.build(next_samples, features, generator(1), store.of_episode(0))
-    distributed.stop()
     labels = {source: values.tolist() for source, values in episode.labels.items()}
     return SmallEpisode(labels, reloads)
 
 
-@pytest.mark.parametrize("samples", [5, 13])
-def test_ranks_without_rows_take_part(tmp_path: Path, samples: int) -> None:
+class StoresOfRank(NamedTuple):
+    rows: list  # of two episodes
+    small_episodes: list[SmallEpisode]  # of 5 and of 13 samples
+
+
+def of_rank(folder: Path) -> StoresOfRank:
+    rows = two_episodes(folder)
+    feature_store.CHUNK = 1  # one step at a time
+    small_episodes = [episode_of_few_samples(folder, samples) for samples in (5, 13)]
+    return StoresOfRank(rows, small_episodes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="module")
+def stores(folder: Path) -> dict[int, list[StoresOfRank]]:
+    """By the number of ranks."""
+    return {ranks: in_group(ranks, of_rank, folder) for ranks in (1, 2, 4)}
+
+
+def assert_same_rows(ranks: list[list], expected: list) -> None:
+    """The ranks' rows one after the other."""
+    for parts, rows in zip(zip(*ranks, strict=True), expected, strict=True):
+        assert np.array_equal(np.concatenate(parts), rows)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_stores_and_saves_the_same(
+    folder: Path, stores: dict[int, list[StoresOfRank]], ranks: int
+) -> None:
+    """23 samples on 2 and 4 ranks: the last rank owns fewer positions than the others."""
+    assert_same_rows([rank.rows for rank in stores[ranks]], stores[1][0].rows)
+    expected = torch.load(folder / "of-1.pt")
+    state = torch.load(folder / f"of-{ranks}.pt")
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1), (2, 4)])
+def test_a_state_is_loaded_on_another_number_of_ranks(
+    folder: Path, stores: dict[int, list[StoresOfRank]], before: int, after: int
+) -> None:
+    loaded = in_group(after, two_episodes, folder, f"of-{before}")
+    assert_same_rows(loaded, stores[1][0].rows)
+
+
+def test_ranks_without_rows_take_part(stores: dict[int, list[StoresOfRank]]) -> None:
     """5 samples on 4 ranks: the last owns no position; of 13 two ranks own none of the rows."""
-    (expected,) = on_ranks(1, episode_of_few_samples, tmp_path, samples)
-    assert expected.reloads
-    assert [label >= 0 for label in expected.labels["image"]] == [True] * 4 + [False]
+    expected = stores[1][0].small_episodes
+    for episode in expected:
+        assert episode.reloads
+        assert [label >= 0 for label in episode.labels["image"]] == [True] * 4 + [False]
     for ranks in (2, 4):
-        episodes = on_ranks(ranks, episode_of_few_samples, tmp_path, samples)
-        assert episodes == [expected] * ranks
+        assert all(rank.small_episodes == expected for rank in stores[ranks])
 
 
 @pytest.fixture

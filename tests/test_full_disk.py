@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from ranks import bare_run, full_disk, losses
 import protoclip
 from protoclip import export
 from protoclip.cluster.__main__ import main as cluster
-from protoclip.evaluate.during import Evaluation
 from protoclip.train import main as train
 
 
@@ -74,13 +74,9 @@ def test_groups_of_pictures_on_a_full_disk(
 
 
 def test_a_run_without_a_checkpoint_is_not_told_to_resume(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_page: None,
+    workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    flags = bare_run(tmp_path, "--max-steps", "2", "--method", "clip", "--name", "r")
+    flags = bare_run(workdir, "--max-steps", "2", "--method", "clip", "--name", "r")
     with full_disk(60_000):
         assert train(flags) == 2
     said = capsys.readouterr().err
@@ -88,22 +84,16 @@ def test_a_run_without_a_checkpoint_is_not_told_to_resume(
 
 
 def test_a_run_folder_without_settings_can_be_begun_again(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_page: None,
+    workdir: Path, capsys: pytest.CaptureFixture[str], error_of: Callable[..., str]
 ) -> None:
     """By the same line, once there is space."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
-    flags = bare_run(tmp_path, "--max-steps", "2", "--method", "clip", "--resume", "auto")
+    flags = bare_run(workdir, "--max-steps", "2", "--method", "clip", "--resume", "auto")
     with full_disk(100):
         assert train(flags) == 2
     assert "config.json: cannot write" in capsys.readouterr().err
-    assert train([*flags, "--resume", ""]) == 2
-    assert "run exists; start it again with --resume auto, choose" in capsys.readouterr().err
-    (tmp_path / "logs" / "file").touch()
-    assert train([*flags, "--name", "file"]) == 2
-    assert "file exists; " in capsys.readouterr().err
+    error = error_of(train, *flags, "--resume", "")
+    assert "run exists; start it again with --resume auto, choose" in error
+    (workdir / "logs" / "file").touch()
+    assert "file exists; " in error_of(train, *flags, "--name", "file")
     assert train(flags) == 0
-    assert [step for step, _ in losses(tmp_path / "logs" / "run")] == [1, 2]
+    assert [step for step, _ in losses(workdir / "logs" / "run")] == [1, 2]

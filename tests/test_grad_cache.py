@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from budget import assert_same_bits
-from ranks import on_ranks
+from ranks import in_group
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import protoclip
-from protoclip import distributed
 from protoclip.losses import global_info_nce
 
 ROWS = 10
@@ -403,15 +402,13 @@ CASES = ["lambdas", "used directly", "unused", "towers", "accumulate", "frozen",
 
 
 def every_case() -> dict[str, RankResult]:
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
     results = {case: on_two_ranks(case) for case in CASES}
-    distributed.stop()
     return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, RankResult]]:
-    return on_ranks(2, every_case)
+    return in_group(2, every_case)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -439,7 +436,6 @@ def small_model() -> nn.Sequential:
 
 def train_sharded() -> list[float]:
     """FSDP2: losses of three steps; a step before backward is refused."""
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
     model = small_model()
     for part in (model[0], model[2], model):
         fully_shard(part)
@@ -463,7 +459,6 @@ def train_sharded() -> list[float]:
     optimizer.step()
     with pytest.raises(RuntimeError, match="grad_cache: expected backward"):
         loss.backward()
-    distributed.stop()
     return losses
 
 
@@ -478,5 +473,5 @@ def test_sharded_parameters_train_and_may_not_change_before_backward() -> None:
         loss.backward()
         optimizer.step()
         on_one_process.append(loss.item())
-    for losses in on_ranks(2, train_sharded):
+    for losses in in_group(2, train_sharded):
         assert losses == pytest.approx(on_one_process, rel=1e-5)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from budget import on_threads
-from ranks import on_ranks
+from ranks import in_group
 from torch import Tensor
 
 import protoclip
@@ -582,7 +582,6 @@ NO_POINTS = "a rank without points, more clusters than points"
 
 
 def of_one_of_two_ranks() -> dict[str, SliceResult]:
-    dist.init_process_group("gloo")
     mine = slice(0, 130) if dist.get_rank() == 0 else slice(130, 400)  # unequal slices
     results = {
         case: run_on_slice(mixture(n=400), mine, 20, num_iters=6, **options)
@@ -592,13 +591,12 @@ def of_one_of_two_ranks() -> dict[str, SliceResult]:
     mine = slice(0, 6) if dist.get_rank() == 0 else slice(6, 6)  # a rank without points
     for init in ("random", "k-means++", "plain k-means++"):
         results[f"{NO_POINTS}, {init}"] = run_on_slice(two_points, mine, 4, init=init)
-    dist.destroy_process_group()
     return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, SliceResult]]:
-    return on_ranks(2, of_one_of_two_ranks)
+    return in_group(2, of_one_of_two_ranks)
 
 
 @pytest.mark.parametrize("init", ["random", "k-means++", "plain k-means++"])
@@ -642,7 +640,6 @@ class Ends(NamedTuple):
 
 
 def of_one_of_three_ranks() -> Ends:
-    dist.init_process_group("gloo")
     mine = SLICES[dist.get_rank()]
 
     def run(case: str, num_iters: int) -> SliceResult:
@@ -654,13 +651,12 @@ def of_one_of_three_ranks() -> Ends:
     # A rank that rounds differently from the others: all go on while one of them moves.
     kmeans_module._moved = lambda *_: torch.tensor(dist.get_rank() == 1)
     while_one_moves = len(run("plain", 20).history) - 1
-    dist.destroy_process_group()
     return Ends(ended, longer, while_one_moves)
 
 
 @pytest.fixture(scope="module")
 def three_ranks() -> list[Ends]:
-    return on_ranks(3, of_one_of_three_ranks)
+    return in_group(3, of_one_of_three_ranks)
 
 
 @pytest.mark.parametrize("case", THREE_RANKS)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from budget import on_threads
-from ranks import on_ranks
+from ranks import in_group
 from torch import Tensor
 
 import protoclip
@@ -439,20 +439,18 @@ def clusters_of(case: str, offset: str, mine: slice, **options: Any) -> dict[str
 
 
 def of_one_rank() -> dict[tuple[str, str], dict[str, Any]]:
-    dist.init_process_group("gloo")
     mine = SLICES[dist.get_rank()]
     results = {
         (case, offset): clusters_of(case, offset, mine, group=dist.group.WORLD)
         for case in CASES
         for offset in OFFSETS  # split clusters are not centred: far off, rounding decides
     }
-    dist.destroy_process_group()
     return results
 
 
 @pytest.fixture(scope="module")
 def three_ranks() -> list[dict[tuple[str, str], dict[str, Any]]]:
-    return on_ranks(3, of_one_rank)
+    return in_group(3, of_one_rank)
 
 
 @pytest.mark.parametrize(

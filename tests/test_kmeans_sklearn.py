@@ -1,7 +1,7 @@
 """scikit-learn's own tests of KMeans, from the installed package, on ``protoclip.kmeans``.
 
-The adapter below gives it scikit-learn's names. ``NOT_OURS`` lists the tests that are left out;
-cases with sparse input and MiniBatchKMeans are skipped with that reason.
+``NOT_OURS`` lists the tests that are left out; cases with sparse input and MiniBatchKMeans are
+skipped with that reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import protoclip
 
@@ -51,55 +50,33 @@ NOT_OURS = {
 }
 
 
-def dense(x: Any) -> np.ndarray:
-    if hasattr(x, "tocsr"):
-        pytest.skip("sparse input")
-    x = np.asarray(x)
-    return x if x.dtype.kind == "f" else x.astype(np.float64)
-
-
-class KMeans(base.BaseEstimator):
-    """``protoclip.kmeans`` under the names of scikit-learn's estimator."""
+class KMeans(protoclip.KMeans):
+    """With the other parameters of scikit-learn's, and its warning about empty clusters."""
 
     def __init__(
         self, n_clusters=8, *, init="k-means++", n_init="auto", max_iter=300, tol=1e-4,
         verbose=0, random_state=None, copy_x=True, algorithm="lloyd",
     ):  # fmt: skip
-        self.n_clusters = n_clusters
-        self.init = init
-        self.n_init = n_init
-        self.max_iter = max_iter
-        self.tol = tol
+        super().__init__(
+            n_clusters, init=init, n_init=n_init, max_iter=max_iter, tol=tol,
+            random_state=random_state,
+        )  # fmt: skip
         self.verbose = verbose
-        self.random_state = random_state
         self.copy_x = copy_x
         self.algorithm = algorithm
 
     def fit(self, X, y=None, sample_weight=None):
-        points = dense(X)
-        random = check_random_state(self.random_state)
-        init = self.init
+        init, n_init = self.init, self.n_init
         if callable(init):
-            init = init(points, self.n_clusters, random_state=random)
-        is_drawn = isinstance(init, str)
-        n_init = self.n_init
-        if n_init == "auto":
-            n_init = 10 if is_drawn and init == "random" else 1
-        clusters = protoclip.kmeans(
-            points,
-            self.n_clusters,
-            num_iters=self.max_iter,
-            tol=self.tol,
-            num_restarts=n_init if is_drawn else 1,
-            init=init if is_drawn else np.asarray(init),
-            seed=int(random.randint(2**31 - 1)),
-            weights=sample_weight,
-        )
-        self.cluster_centers_ = clusters.centroids.numpy()
-        self.labels_ = clusters.labels.numpy()
-        self.inertia_ = clusters.inertia
-        self.n_iter_ = clusters.num_iters
-        distinct = int((clusters.counts > 0).sum())
+            random = check_random_state(self.random_state)
+            self.init = init(X, self.n_clusters, random_state=random)
+        if not isinstance(init, str):
+            self.n_init = 1
+        elif n_init == "auto":
+            self.n_init = 10 if init == "random" else 1
+        super().fit(X, sample_weight=sample_weight)
+        self.init, self.n_init = init, n_init
+        distinct = int((self.clusters_.counts > 0).sum())
         if distinct < self.n_clusters:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
@@ -109,29 +86,10 @@ class KMeans(base.BaseEstimator):
             )
         return self
 
-    def _clusters(self):
-        k = len(self.cluster_centers_)
-        return protoclip.Clusters(
-            torch.from_numpy(np.array(self.cluster_centers_)),
-            torch.from_numpy(np.array(self.labels_)),
-            torch.zeros(k, dtype=torch.int64),
-            (self.inertia_,),
-        )
-
-    def predict(self, X):
-        return self._clusters().predict(dense(X)).numpy()
-
-    def transform(self, X):
-        return self._clusters().transform(dense(X)).numpy()
-
-    def fit_predict(self, X, y=None, sample_weight=None):
-        return self.fit(X, sample_weight=sample_weight).labels_
-
-    def fit_transform(self, X, y=None):
-        return self.fit(X).transform(X)
-
-    def score(self, X, y=None):
-        return -float(np.square(self.transform(X).min(axis=1)).sum())
+    def _points(self, X, reset=False):
+        if hasattr(X, "tocsr"):
+            pytest.skip("sparse input")
+        return super()._points(X, reset)
 
     def _init_centroids(self, X, x_squared_norms, init, random_state, sample_weight, n_centroids):
         return kmeans_plusplus(
@@ -152,7 +110,7 @@ def k_means(X, n_clusters, *, sample_weight=None, random_state=None):
 def kmeans_plusplus(
     X, n_clusters, *, sample_weight=None, x_squared_norms=None, random_state=None, init="k-means++"
 ):
-    points = dense(X)
+    points = KMeans()._points(X, reset=True)
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     start = protoclip.kmeans(
         points, n_clusters, num_iters=0, init=init, seed=seed, weights=sample_weight

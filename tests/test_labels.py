@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from ranks import TINY, config_of, metrics, on_ranks
+from ranks import TINY, config_of, in_group, metrics
 from torch import Tensor
 
 from protoclip import distributed, train
@@ -100,7 +100,6 @@ def tiny_trainer(folder: Path, flags: list[str]) -> Trainer:
 def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list[np.ndarray]]:
     """The labels that this rank's steps were given; if ``noisy``, NOISY_STEP sees noise for
     features."""
-    distributed.start(distributed.find_rank(), CPU, 60)
     trainer = tiny_trainer(folder, flags)
     model = trainer.run.model
     project = trainer.stepper.towers.project
@@ -117,8 +116,12 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
 
         trainer.stepper.towers.project = project_or_noise
         trainer.train()
-    distributed.stop()
     return labels_by_step
+
+
+def calm_and_noisy(folder: Path, flags: list[str]) -> list[dict[int, list[np.ndarray]]]:
+    runs = [labels_of_run(folder, flags, noisy) for noisy in (False, True)]
+    return runs
 
 
 MODES = {
@@ -138,10 +141,7 @@ def test_labels_do_not_depend_on_the_features_of_their_step(
     tmp_path: Path, ranks: int, mode: str
 ) -> None:
     """All sources: images, texts and a teacher. Up to the noisy step the runs are the same."""
-    flags = MODES[mode].split()
-    calm_ranks = on_ranks(ranks, labels_of_run, tmp_path, flags, False)
-    noisy_ranks = on_ranks(ranks, labels_of_run, tmp_path, flags, True)
-    for calm, noisy in zip(calm_ranks, noisy_ranks, strict=True):
+    for calm, noisy in in_group(ranks, calm_and_noisy, tmp_path, MODES[mode].split()):
         assert calm.keys() == noisy.keys() and len(calm[NOISY_STEP]) == 4  # sources x students
         for step in range(NOISY_STEP + 1):
             for expected, labels in zip(calm[step], noisy[step], strict=True):
@@ -150,7 +150,7 @@ def test_labels_do_not_depend_on_the_features_of_their_step(
 
 
 def test_a_bad_sample_has_no_label_and_its_replacement_keeps_its_newest_row(
-    tmp_path: Path, nano: Path, no_page: None
+    tmp_path: Path, nano: Path, no_evaluation: None
 ) -> None:
     """Picture 7 does not decode; in every pass another draw takes its place."""
     rows = ["filepath\ttitle"]
@@ -237,7 +237,6 @@ class Loop(NamedTuple):
 
 def loop_over_ranks() -> Loop:
     """Each step's second half is new, so that only the first rank of two knows its samples."""
-    distributed.start(distributed.find_rank(), CPU, 60)
     ranks = distributed.world_size()
     mine = distributed.own_slice(20)
     loss = ProtoClipLoss(
@@ -257,14 +256,13 @@ def loop_over_ranks() -> Loop:
             value = loss(image, text, SCALE, index=samples[mine])
             value.backward()
             values.append(float(value))
-    distributed.stop()
     return Loop(recorder.calls, values, (image.grad / ranks).numpy(), (text.grad / ranks).numpy())
 
 
 def test_index_over_ranks_is_that_of_one_process() -> None:
     """Ranks that know different numbers of their samples: the mean is over all labelled ones."""
-    (whole,) = on_ranks(1, loop_over_ranks)
-    first, second = on_ranks(2, loop_over_ranks)
+    (whole,) = in_group(1, loop_over_ranks)
+    first, second = in_group(2, loop_over_ranks)
     assert len(whole.labels) == 6
     for expected, of_first, of_second in zip(
         whole.labels, first.labels, second.labels, strict=True

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -220,13 +221,12 @@ def test_the_evaluation_is_open_clips(folder: Path) -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_a_checkpoint_of_open_clips_needs_its_models_name(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
-    run = str(folder / "logs" / "ours-siglip")
-    assert export.main([run, "--out", str(tmp_path / "out")]) == 2
-    assert "give the OpenCLIP name or config file" in capsys.readouterr().err
-    assert evaluate([run, "--data", "builtin:shapes:40"]) == 2
-    assert "as --model" in capsys.readouterr().err
+    run = folder / "logs" / "ours-siglip"
+    error = error_of(export.main, run, "--out", tmp_path / "out")
+    assert "give the OpenCLIP name or config file" in error
+    assert "as --model" in error_of(evaluate, run, "--data", "builtin:shapes:40")
 
 
 @pytest.mark.usefixtures("one_process")

@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -54,13 +55,8 @@ def bare() -> None:
     summary.page.write_report = lambda runs: runs[0]  # type: ignore[assignment]
 
 
-@pytest.fixture
-def no_evaluation(monkeypatch: pytest.MonkeyPatch, no_page: None) -> None:
-    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
-
-
 def run_page(folder: Path, changes: dict[str, Any], stops: bool = False) -> None:
-    """The page's program with other settings; ``stops``: its process dies in a step."""
+    """The page's program with other settings; ``stops``: it dies in a step."""
     os.chdir(folder)
     bare()
     original = Stepper.step
@@ -70,14 +66,23 @@ def run_page(folder: Path, changes: dict[str, Any], stops: bool = False) -> None
             raise RuntimeError("pulled the plug")
         return original(self, number, *arguments, **options)
 
-    Stepper.step = step  # type: ignore[method-assign]
     code = CODE.replace(ON_PAGE, ", ".join(f"{name}={value!r}" for name, value in changes.items()))
     assert code != CODE
-    try:
-        exec(compile(code, str(PAGE), "exec"), {"__name__": "own_loss"})
-    except RuntimeError as error:
-        if not (stops and "pulled the plug" in str(error)):
-            raise
+    with mock.patch.object(Stepper, "step", step):
+        try:
+            exec(compile(code, str(PAGE), "exec"), {"__name__": "own_loss"})
+        except RuntimeError as error:
+            if not (stops and "pulled the plug" in str(error)):
+                raise
+
+
+def run_page_whole_and_cut(folder: Path, whole: dict[str, Any]) -> None:
+    """In one run, and in another that dies and is resumed."""
+    run_page(folder, whole)
+    cut = whole | {"name": f"cut-{whole['name']}", "save_every": "2steps"}
+    run_page(folder, cut, stops=True)
+    assert len(metrics(folder / "logs" / cut["name"])) == STOPS_AT
+    run_page(folder, cut)
 
 
 def values(run: Path) -> list[tuple[float, float]]:
@@ -90,22 +95,14 @@ def test_the_page_is_short() -> None:
 
 
 def test_the_page_runs_on_one_rank_and_two_and_resumes(tmp_path: Path) -> None:
-    on_ranks(1, run_page, tmp_path, settings(tmp_path, name="whole"))
-    cut = settings(tmp_path, name="cut", save_every="2steps")
-    on_ranks(1, run_page, tmp_path, cut, True)
-    assert len(metrics(tmp_path / "logs" / "cut")) == STOPS_AT
-    on_ranks(1, run_page, tmp_path, cut)
-    whole = values(tmp_path / "logs" / "whole")
-    assert len(whole) == 7
-    assert values(tmp_path / "logs" / "cut") == whole
-    on_ranks(2, run_page, tmp_path, settings(tmp_path, name="two", batch_size=6))
-    two = values(tmp_path / "logs" / "two")
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(whole), rtol=1e-4, atol=1e-5)
-    cut = settings(tmp_path, name="cut-two", batch_size=6, save_every="2steps")
-    on_ranks(2, run_page, tmp_path, cut, True)
-    assert len(metrics(tmp_path / "logs" / "cut-two")) == STOPS_AT
-    on_ranks(2, run_page, tmp_path, cut)
-    assert values(tmp_path / "logs" / "cut-two") == two
+    on_ranks(1, run_page_whole_and_cut, tmp_path, settings(tmp_path, name="one"))
+    on_ranks(2, run_page_whole_and_cut, tmp_path, settings(tmp_path, name="two", batch_size=6))
+    one, cut_one, two, cut_two = (
+        values(tmp_path / "logs" / name) for name in ("one", "cut-one", "two", "cut-two")
+    )
+    assert len(one) == 7
+    assert cut_one == one and cut_two == two
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-5)
     _, payload = checkpoint.load_newest(tmp_path / "logs" / "two")
     saved = payload["protoclip"]["own_terms"]["spread"]
     assert saved["weight"] == 0.1 and saved["state"]["log_t"] != torch.tensor(0.7)
@@ -175,10 +172,7 @@ class Recorder(nn.Module):
         return inputs.image_features[:, 0].square().mean() * self.weight.mean()
 
 
-def test_a_term_sees_the_whole_step_and_is_enough_of_a_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_term_sees_the_whole_step_and_is_enough_of_a_loss(workdir: Path) -> None:
     module = Recorder()
     changes: dict[str, Any] = {
         "w_clip": 0,
@@ -186,7 +180,7 @@ def test_a_term_sees_the_whole_step_and_is_enough_of_a_loss(
         "batch_size": 6,
         "precision": "amp_bf16",
     }
-    config = make_config(**settings(tmp_path, **changes))
+    config = make_config(**settings(workdir, **changes))
     run = train(config, terms={"mine": Term(module, weight=2.0)})
     assert run == (Path("logs/run"), None)
     assert module.calls == len(module.inputs) == 7
@@ -206,9 +200,9 @@ def test_a_term_sees_the_whole_step_and_is_enough_of_a_loss(
     assert ">mine<" in page.render([page.read_run(run.folder)])
 
     changes |= {"resume": "logs/run", "max_steps": 9}
-    again = make_config(**settings(tmp_path, **changes))
+    again = make_config(**settings(workdir, **changes))
     with pytest.raises(ValueError, match="'mine' is missing"):
-        train(make_config(**settings(tmp_path, **changes | {"w_clip": 1})))
+        train(make_config(**settings(workdir, **changes | {"w_clip": 1})))
     refusals: list[tuple[dict[str, Term], str]] = [
         ({"mine": Term(Recorder(), 1.0)}, "'mine' had the weight 2 and has 1"),
         ({"mine": Term(Recorder(), 2.0), "more": Term(Recorder())}, "'more' is new"),
@@ -221,31 +215,25 @@ def test_a_term_sees_the_whole_step_and_is_enough_of_a_loss(
     assert resumed.calls == 9
 
 
-def test_a_skipped_step_puts_buffers_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
-) -> None:
+def test_a_skipped_step_puts_buffers_back(workdir: Path) -> None:
     class Sick(Recorder):
         def forward(self, inputs: TermInputs) -> Tensor:
             value = super().forward(inputs)
             return value * float("nan") if inputs.step == 1 else value
 
-    monkeypatch.chdir(tmp_path)
     module = Sick()
-    train(make_config(**settings(tmp_path, max_steps=3)), terms={"sick": Term(module)})
+    train(make_config(**settings(workdir, max_steps=3)), terms={"sick": Term(module)})
     assert len(module.inputs) == 3 and module.calls == 2
 
 
-def test_a_term_that_is_never_finite_ends_the_run_and_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
-) -> None:
+def test_a_term_that_is_never_finite_ends_the_run_and_is_named(workdir: Path) -> None:
     class Nan(nn.Module):
         def forward(self, inputs: TermInputs) -> Tensor:
             return inputs.image_features.sum() * float("nan")
 
-    monkeypatch.chdir(tmp_path)
     words = r"7 of 7 steps were skipped, .* \(in the last one: .*\bmine, .*\bloss, grad_norm\)"
     with pytest.raises(ValueError, match=words):
-        train(make_config(**settings(tmp_path)), terms={"mine": Term(Nan())})
+        train(make_config(**settings(workdir)), terms={"mine": Term(Nan())})
 
 
 @pytest.mark.parametrize(
@@ -315,29 +303,21 @@ class Late(nn.Module):
     ],
 )
 def test_a_buffer_that_changes_its_shape_is_named(
-    module: nn.Module,
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    no_evaluation: None,
+    module: nn.Module, words: str, workdir: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
-        train(make_config(**settings(tmp_path)), terms={"mine": Term(module)})
+        train(make_config(**settings(workdir)), terms={"mine": Term(module)})
     assert str(error.value).startswith("term 'mine': expected its buffer 'queue' to stay as it was")
     assert words in str(error.value) and "register it in __init__" in str(error.value)
 
 
-def test_a_term_that_is_no_scalar_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_evaluation: None
-) -> None:
+def test_a_term_that_is_no_scalar_is_named(workdir: Path) -> None:
     class Vector(nn.Module):
         def forward(self, inputs: TermInputs) -> Tensor:
             return inputs.image_features
 
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"'rows': expected a scalar tensor, got shape \(12, 16\)"):
-        train(make_config(**settings(tmp_path)), terms={"rows": Term(Vector())})
+        train(make_config(**settings(workdir)), terms={"rows": Term(Vector())})
 
 
 def train_on_rank(folder: Path) -> tuple[int, int]:

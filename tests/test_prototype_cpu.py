@@ -71,7 +71,7 @@ def test_twenty_thousand_prototypes_are_within_budget(
     d: int, logit_scale: float, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    for temperature in TEMPERATURES if d < 256 else TEMPERATURES[1:2]:
+    for temperature in TEMPERATURES if d == 8 else TEMPERATURES[1:2]:
         assert_random_problem_within_budget(
             23, 20_000, d, dtype=dtype, temperature=temperature, logit_scale=logit_scale
         )
@@ -124,12 +124,12 @@ def test_a_loss_near_zero_does_not_cancel(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "k, d_source, d", [(1, 1, 1), (2, 8, 64), (257, 64, 13), (700, 24, 128), (20_000, 16, 8)]
+    "k, d_source, d", [(1, 1, 1), (2, 8, 64), (257, 64, 13), (700, 24, 128), (5_000, 16, 8)]
 )
 def test_soft_targets_are_within_budget(k: int, d_source: int, d: int, dtype: torch.dtype) -> None:
-    """Of 20,000 clusters in 40 rows: the truth of all would be 3 GB."""
+    """Of 5,000 clusters in 40 rows: the truth of all would be 200 MB."""
     torch.manual_seed(0)
-    rows = torch.arange(0, k, 500 if k == 20_000 else 1)
+    rows = torch.arange(0, k, 125 if k == 5_000 else 1)
     for temperature in TEMPERATURES[1:]:
         source = 0.9 * unit(k, d_source, dtype=dtype)
         prototypes = unit(k, d, dtype=dtype)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,15 +180,13 @@ def test_the_page_is_the_same_every_time_but_for_its_date(runs: Runs) -> None:
     ids=["no settings", "torn settings", "a list"],
 )
 def test_folders_that_are_not_runs_are_refused_in_one_line(
-    copy: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+    copy: Path, error_of: Callable[..., str], content: str | None, words: str
 ) -> None:
     (copy / "report.html").unlink(missing_ok=True)
     (copy / "config.json").unlink()
     if content is not None:
         (copy / "config.json").write_text(content)
-    assert main([str(copy)]) == 2
-    message = capsys.readouterr().err
-    assert words in message and message.count("\n") == 1
+    assert words in error_of(main, copy)
     assert not (copy / "report.html").exists()
 
 

@@ -32,7 +32,6 @@ from ranks import (
 from torch import Tensor
 
 from protoclip.data import loader
-from protoclip.evaluate.during import Evaluation
 from protoclip.runs import checkpoint
 from protoclip.settings.flags import with_saved_config
 from protoclip.train import main
@@ -92,7 +91,7 @@ def test_kill_minus_nine_changes_no_bit(tmp_path: Path, ranks: int) -> None:
     assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == num_steps
 
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -257,11 +256,10 @@ def run_with_dropout(tmp_path: Path) -> list[str]:
 
 
 def test_another_batch_size_is_refused(
-    tmp_path: Path, run_with_dropout: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_with_dropout: list[str], error_of: Callable[..., str]
 ) -> None:
     resumed = [*run_with_dropout, "--max-steps", "4", "--resume", str(tmp_path / "run")]
-    assert main([*resumed, "--batch-size", "5"]) == 2
-    assert "was 12 and is 5" in capsys.readouterr().err
+    assert "was 12 and is 5" in error_of(main, *resumed, "--batch-size", "5")
 
 
 def test_dropout_and_another_number_of_passes_get_a_note(
@@ -288,11 +286,9 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert losses(tmp_path / "run") == whole
 
 
-def test_auto_needs_a_name(
-    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*flags, "--logs", str(tmp_path), "--resume", "auto", "--name", ""]) == 2
-    assert "--resume auto: expected --name" in capsys.readouterr().err
+def test_auto_needs_a_name(tmp_path: Path, flags: list[str], error_of: Callable[..., str]) -> None:
+    error = error_of(main, *flags, "--logs", tmp_path, "--resume", "auto", "--name", "")
+    assert "--resume auto: expected --name" in error
     assert not any(tmp_path.iterdir())
 
 
@@ -340,7 +336,6 @@ def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
 ) -> None:
     """Killed after a kept checkpoint, at step 10; then before the first save of a run that goes
     back to it."""
-    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
     run = tmp_path / "run"
     kept = ["--save-frequency", "1", "--save-every", "0"]
     flags = [*flags, "--logs", str(tmp_path), "--name", "run", *kept]

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 from ranks import bare_run, config_of, full_disk, metrics
 
-from protoclip.evaluate.during import Evaluation
 from protoclip.runs import checkpoint
 from protoclip.runs.resume import find_resume
 from protoclip.runs.run_folder import RunFolder, choose_folder, sum_up
@@ -31,15 +31,11 @@ def open_folder(path: Path, config: TrainConfig, resume_step: int | None = None)
 
 
 def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_page: None,
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the second checkpoint; the first one stays whole."""
-    monkeypatch.chdir(tmp_path)
-    flags = bare_run(tmp_path, "--max-steps", "9")
-    run = tmp_path / "logs" / "run"
+    flags = bare_run(workdir, "--max-steps", "9")
+    run = workdir / "logs" / "run"
     original_save = Trainer.save
 
     def save_on_a_full_disk(trainer: Trainer, epoch: int | None = None) -> None:
@@ -60,7 +56,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
 
 
-def saved_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[int]:
+def saved_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[int]:
     """The steps after which a run of nine steps saves."""
     steps: list[int] = []
     original_save = Trainer.save
@@ -69,9 +65,8 @@ def saved_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) ->
         steps.append(trainer.step)
         original_save(trainer, epoch)
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "save", save)
-    assert main(bare_run(tmp_path, "--max-steps", "9", *flags)) == 0
+    assert main(bare_run(folder, "--max-steps", "9", *flags)) == 0
     return steps
 
 
@@ -81,36 +76,28 @@ def saved_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) ->
     ids=lambda value: " ".join(map(str, value)),
 )
 def test_a_run_saves_after_its_first_step(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    no_page: None,
-    flags: list[str],
-    expected: list[int],
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: list[int]
 ) -> None:
     """A full disk shows at once, and little is lost whatever ends the run."""
-    assert saved_steps(tmp_path, monkeypatch, *flags) == expected
+    assert saved_steps(workdir, monkeypatch, *flags) == expected
 
 
 def test_little_free_space_is_said_before_training(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_page: None,
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.chdir(tmp_path)
+    usage = shutil.disk_usage(workdir)
     for free, warned in ((10_000, True), (10**9, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-        flags = bare_run(tmp_path, "--max-steps", "2", "--name", f"with-{free}")
+        flags = bare_run(workdir, "--max-steps", "2", "--name", f"with-{free}")
         assert main(flags) == 0
         assert ("0.0 MiB are free at" in capsys.readouterr().err) == warned
-    file = tmp_path / "logs" / "with-10000" / "checkpoints" / checkpoint.LATEST
+    file = workdir / "logs" / "with-10000" / "checkpoints" / checkpoint.LATEST
     planned = Trainer.checkpoint_bytes
     sizes: list[int] = []
     monkeypatch.setattr(
         Trainer, "checkpoint_bytes", lambda trainer: sizes.append(planned(trainer)) or sizes[0]
     )
-    assert main(bare_run(tmp_path, "--max-steps", "2", "--name", "again")) == 0
+    assert main(bare_run(workdir, "--max-steps", "2", "--name", "again")) == 0
     assert 0.8 < sizes[0] / file.stat().st_size < 1.25
 
 
@@ -124,14 +111,10 @@ def test_a_start_that_failed_can_be_tried_again_in_the_same_process(tmp_path: Pa
 
 
 def test_resume_auto_without_a_checkpoint_begins_again_and_keeps_the_old_metrics(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    no_page: None,
+    workdir: Path, capsys: pytest.CaptureFixture[str], error_of: Callable[..., str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    flags = bare_run(tmp_path, "--max-steps", "3")
-    run = tmp_path / "logs" / "run"
+    flags = bare_run(workdir, "--max-steps", "3")
+    run = workdir / "logs" / "run"
     for attempt in (1, 2):
         with full_disk(60_000):  # at the first checkpoint
             assert main([*flags, "--resume", "auto"]) == 2
@@ -139,11 +122,9 @@ def test_resume_auto_without_a_checkpoint_begins_again_and_keeps_the_old_metrics
         kept = [run / f"metrics.{number}.jsonl" for number in range(1, attempt)]
         assert all(path.read_text().count("\n") == 1 for path in kept)
     # What the folder's name alone, and --resume with its path, say about the way out.
-    capsys.readouterr()
-    assert main(flags) == 2
-    assert "start it again with --resume auto" in capsys.readouterr().err
-    assert main([*flags, "--resume", str(run)]) == 2
-    assert f"--resume auto --logs {run.parent} --name run" in capsys.readouterr().err
+    assert "start it again with --resume auto" in error_of(main, *flags)
+    error = error_of(main, *flags, "--resume", run)
+    assert f"--resume auto --logs {run.parent} --name run" in error
     assert main([*flags, "--resume", "auto"]) == 0
     assert f"no checkpoint in {Path('logs/run')}, starting at step 0" in capsys.readouterr().err
     assert len(metrics(run)) == 3 and (run / "metrics.2.jsonl").exists()
@@ -230,15 +211,14 @@ def test_the_boards_take_settings_that_are_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_a_kept_checkpoint_of_a_run_is_its_newest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last one is of a pass that the end of the run cuts off: 2 x 150 samples in 19 steps."""
-    monkeypatch.setattr(Evaluation, "full", lambda *_: None)
     steps = saved_steps(
-        tmp_path, monkeypatch, "--max-steps", "0", "--epochs", "2", "--save-frequency", "1",
+        workdir, monkeypatch, "--max-steps", "0", "--epochs", "2", "--save-frequency", "1",
         "--save-every", "0", "--method", "clip",
     )  # fmt: skip
-    run = tmp_path / "logs" / "run"
+    run = workdir / "logs" / "run"
     saved = {
         file.name: checkpoint.load(file)["protoclip"]["step"] for file in checkpoint.candidates(run)
     }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import in_group
 from torch import Tensor, nn
 
 pytest.importorskip("sentence_transformers")
@@ -21,7 +21,6 @@ from sentence_transformers.training_args import SentenceTransformerTrainingArgum
 from sentence_transformers.util import cos_sim, dot_score
 
 import protoclip
-from protoclip import distributed
 
 ours = protoclip.sentence_transformers  # loaded at first use
 PLAIN = "MultipleNegativesRankingLoss"
@@ -245,7 +244,6 @@ NAME_OF_CASE = {"default": PLAIN, "gte": CACHED}
 
 
 def on_a_rank(path: str) -> dict[str, RankLoss]:
-    distributed.start(distributed.find_rank(), torch.device("cpu"), 60)
     half = slice(3) if torch.distributed.get_rank() == 0 else slice(3, 6)
     results = {}
     for case, name in NAME_OF_CASE.items():
@@ -256,13 +254,12 @@ def on_a_rank(path: str) -> dict[str, RankLoss]:
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)
         results[case] = RankLoss(value.item(), gradient(loss.model).tolist())
-    distributed.stop()
     return results
 
 
 @pytest.fixture(scope="module")
 def two_ranks(path: str) -> list[dict[str, RankLoss]]:
-    return on_ranks(2, on_a_rank, path)
+    return in_group(2, on_a_rank, path)
 
 
 @pytest.mark.parametrize("case", NAME_OF_CASE)

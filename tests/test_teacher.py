@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -207,12 +208,10 @@ class TestCommand:
         self,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        error_of: Callable[..., str],
         flags: list[str],
         words: str,
     ) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty").mkdir()  # a model's folder without a model: no need of the network
-        code = main(["--data", "builtin:shapes:40", *flags])
-        message = capsys.readouterr().err
-        assert code == 2 and words in message and "Traceback" not in message
+        assert words in error_of(main, "--data", "builtin:shapes:40", *flags)

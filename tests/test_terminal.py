@@ -62,14 +62,9 @@ def test_everyday_flags_exist_and_terms_are_explained():
         (["report", "logs"], f"did you mean logs{os.sep}run?"),
     ],
 )
-def test_a_wrong_word_is_answered(tmp_path, monkeypatch, capsys, words, answer):
+def test_a_wrong_word_is_answered(tmp_path, monkeypatch, error_of, words, answer):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "logs" / "run").mkdir(parents=True)
     (tmp_path / "logs" / "run" / "config.json").write_text("{}")
-    try:
-        code = main(words)
-    except SystemExit as ended:
-        code = ended.code
-    said = capsys.readouterr().err
-    assert code == 2 and answer in said and said.count("\n") == 1
+    assert answer in error_of(main, *words)

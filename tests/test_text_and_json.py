@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,10 @@ def run_with(trained: Path, folder: Path, name: str, text: str) -> Path:
 @pytest.mark.parametrize("name", ["config.json", "results.json"])
 @DEEP_TEXTS
 def test_a_report_of_deep_settings_or_results_is_refused_in_one_line(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+    trained: Path, tmp_path: Path, error_of: Callable[..., str], name: str, text: str
 ) -> None:
     run = run_with(trained, tmp_path, name, text)
-    assert main(["report", str(run)]) == 2
-    message = capsys.readouterr().err
-    assert str(run / name) in message and message.count("\n") == 1
+    assert str(run / name) in error_of(main, "report", run)
 
 
 @pytest.mark.parametrize("name", ["report.json", "metrics.jsonl"])
@@ -122,23 +121,19 @@ def test_deep_optional_files_do_not_stop_a_report(
 
 @DEEP_TEXTS
 def test_a_run_with_deep_settings_is_not_resumed(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+    trained: Path, tmp_path: Path, error_of: Callable[..., str], text: str
 ) -> None:
     run = run_with(trained, tmp_path, "config.json", text)
-    assert main(["train", "--resume", str(run)]) == 2
-    message = capsys.readouterr().err
-    assert f"{run}/config.json cannot be used" in message and message.count("\n") == 1
+    assert f"{run}/config.json cannot be used" in error_of(main, "train", "--resume", run)
 
 
 def test_deep_json_in_a_preset_or_model_is_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     (tmp_path / "deep.json").write_text('{"optim": ' + DEEP)
     for flag in ("--preset", "--model"):
-        assert main(["train", flag, str(tmp_path / "deep.json")]) == 2
-        message = capsys.readouterr().err
+        message = error_of(main, "train", flag, tmp_path / "deep.json")
         assert message.startswith(f"protoclip train: error: {flag}: ")
-        assert message.count("\n") == 1
         assert "deep.json" in message and "100 levels" in message
 
 
@@ -206,10 +201,8 @@ def test_precisions_that_keep_fp32_weights_are_taken(
 @pytest.mark.parametrize(("name", "remedy"), REFUSED.items())
 @pytest.mark.parametrize("command", [["train"], ["evaluate", "x"], ["cluster", "x"]])
 def test_precisions_of_16_bit_weights_are_refused_with_a_remedy(
-    capsys: pytest.CaptureFixture[str], command: list[str], name: str, remedy: str
+    error_of: Callable[..., str], command: list[str], name: str, remedy: str
 ) -> None:
-    assert main([*command, "--precision", name]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
+    message = error_of(main, *command, "--precision", name)
     assert f"--precision: expected fp32 weights, got {name}" in message
     assert f"use {remedy}," in message
