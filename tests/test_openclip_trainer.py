@@ -261,7 +261,8 @@ def test_torchcompile_changes_no_loss(one_process: Calls, folder: Path) -> None:
     assert len(compiled) == STEPS and "proto_loss" in compiled[-1]
     for terms, eager in zip(compiled, one_process["proto icons"], strict=True):
         assert terms == pytest.approx(eager, rel=1e-3)
-    assert "Compiling model" in (folder / "logs" / "compiled" / "out.log").read_text()
+    log = (folder / "logs" / "compiled" / "out.log").read_text()
+    assert "Compiling model" in log or "Compiling task" in log  # OpenCLIP 3 and 4
 
 
 def test_two_ranks_have_open_clips_losses_and_prototypes(folder: Path) -> None:
