@@ -126,8 +126,8 @@ cudaError_t launch_kmeans_encode(const KmeansAssign& call, cudaStream_t stream) 
   return with_dtype(call.dtype, [&](auto* type) -> cudaError_t {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     return launch(pack_kernel<T>, row_blocks(call.n), kRowThreads, 0, stream,
-                  Rows<T>(call.points, packed.centre), call.n, call.d, packed.parts,
-                  packed.packed_d, packed.points, nullptr, nullptr);
+                  Rows<T>(call.points, packed.centre), call.n, call.d, packed.packed_d,
+                  packed.points, nullptr, nullptr);
   });
 }
 
@@ -170,7 +170,7 @@ cudaError_t launch_kmeans_assign(const KmeansAssign& call, const KmeansAssignPla
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Rows<T> points(call.points, at.centre), centroids(call.centroids, at.centre);
     PROTOCLIP_TRY(launch(pack_kernel<T>, row_blocks(ceil_div<int64_t>(call.k, kTileK) * kTileK),
-                         kRowThreads, 0, stream, centroids, call.k, call.d, at.parts, at.packed_d,
+                         kRowThreads, 0, stream, centroids, call.k, call.d, at.packed_d,
                          at.packed_centroids, at.bias, at.tally));
     Pass pass{{nullptr, nullptr, call.n}, 1, 0, at.open_rows, &at.tally->open_rows};
     if (at.parts == 2) {  // hi.hi first, + lo.hi + hi.lo for the rows that it leaves open

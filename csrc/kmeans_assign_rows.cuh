@@ -69,7 +69,7 @@ template <typename T>
 struct Rows {
   const T* data;
   int64_t row_stride, column_stride;
-  const float* centre;  // [D], subtracted; or null
+  const float* centre;  // [D], subtracted from fp32 rows; null for 16-bit rows
 
   explicit Rows(const Matrix& m, const float* centre = nullptr)
       : data(static_cast<const T*>(m.data)),
@@ -81,8 +81,8 @@ struct Rows {
     return to_float(data[row * row_stride + column * column_stride]);
   }
   __device__ float operator()(int64_t row, int column) const {
-    const float x = raw(row, column);
-    return centre == nullptr ? x : x - centre[column];
+    if constexpr (sizeof(T) == 2) return raw(row, column);
+    return raw(row, column) - centre[column];
   }
 };
 
@@ -116,8 +116,9 @@ __device__ inline uint16_t bits_of(float x) { return __bfloat16_as_ushort(__floa
 // packed [rows, parts, packed_d]: the rows in 16-bit parts, padded with zeros. With bias (for the
 // centroids): bias = -|row|^2 / 2, -inf past the last row, and tally->largest.
 template <typename T>
-__global__ void pack_kernel(Rows<T> matrix, int64_t rows, int d, int parts, int packed_d,
-                            uint16_t* packed, float* bias, Tally* tally) {
+__global__ void pack_kernel(Rows<T> matrix, int64_t rows, int d, int packed_d, uint16_t* packed,
+                            float* bias, Tally* tally) {
+  constexpr int parts = sizeof(T) == 4 ? 2 : 1;  // as ``Packed`` of kmeans_assign.cu
   const int64_t row = warp_row();
   const int lane = threadIdx.x % 32;
   if (row >= rows) {
@@ -141,7 +142,7 @@ __global__ void pack_kernel(Rows<T> matrix, int64_t rows, int d, int parts, int 
       }
     }
     out[i] = hi;
-    if (parts == 2) out[packed_d + i] = lo;
+    if constexpr (parts == 2) out[packed_d + i] = lo;
   }
   if (bias == nullptr) return;
   square = warp_sum(square);

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from tests.ptx.arithmetic import EmulatorError, accumulate, options
+from tests.ptx.arithmetic import EmulatorError, accumulate, float_max, options
 from tests.ptx.program import Kernel
 
 # In fresh processes: kernels of the interpreter do not compile.
@@ -247,3 +247,12 @@ def test_tensor_cores_truncate_their_sums(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(options, "product_sums", model)
         sums[model] = accumulate(one, ones, tiny, 8).item()
     assert sums == {"truncated": 1.0, "cut": 1.0, "nearest": 1 + 2.0**-23}
+
+
+def test_minus_zero_is_less_than_zero() -> None:
+    """As in PTX, whichever comes first: lanes that reduce the same numbers agree."""
+    minus = np.array([-0.0, 0.0], "f4")
+    plus = np.array([0.0, -0.0], "f4")
+    for nan in (False, True):
+        assert not np.signbit(float_max(minus, plus, False, nan)).any()
+        assert np.signbit(float_max(minus, plus, True, nan)).all()

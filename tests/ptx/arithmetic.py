@@ -183,8 +183,11 @@ def to_int(x, kind, mode):
 
 def float_max(a, b, least, nan):
     if nan:
-        return np.minimum(a, b) if least else np.maximum(a, b)
-    return np.fmin(a, b) if least else np.fmax(a, b)
+        result = np.minimum(a, b) if least else np.maximum(a, b)
+    else:
+        result = np.fmin(a, b) if least else np.fmax(a, b)
+    # PTX: -0 < +0. NumPy returns either, so that lanes that reduce the same numbers would differ.
+    return where(a == b, where(np.signbit(a) != least, b, a), result)
 
 
 # ---- matrix fragments: lane = 4 * group + thread ----

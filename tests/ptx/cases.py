@@ -16,7 +16,7 @@ from torch import Tensor
 import protoclip
 from tests.ptx import cuda_driver
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
 
@@ -310,6 +310,7 @@ info_nce("wide", 97, 200, BF16)
 info_nce("wide, strides", 77, 200, FP16, strided=True)
 info_nce("strides", 77, 64, FP32, strided=True)
 info_nce("none", 129, 64, BF16, reduction="none")
+info_nce("scale 0", 70, 64, BF16, scale=0.0)  # no product stands for a logit of -HIDDEN
 info_nce("scale 100", 150, 64, BF16, scale=100.0)
 # Products of fp32 in three of tf32 are truncated; scale 100 shows that most.
 info_nce("scale 100", 150, 64, FP32, scale=100.0, ci=BOTH)
@@ -318,6 +319,7 @@ info_nce("scale 100", 66, 1024, FP32, scale=100.0)
 # References that no one exponential bridges: two, slice by slice.
 info_nce("far apart", 150, 64, BF16, longest=12.0, ci=BOTH)
 info_nce("far apart", 150, 64, FP32, longest=12.0)
+info_nce("ids, far apart", 200, 64, BF16, longest=12.0, ids=torch.arange(200) // 3)
 info_nce("large rows", 300, 512, BF16, num_sms=1, truncated=(80, 86, 89, 120), ci=(90,))
 info_nce("ids positive", 150, 128, BF16, ids=ids300[:150], same_id="positive")
 info_nce(
@@ -347,6 +349,7 @@ excluded = ((own + 1) % 200).where(own >= 0, -1)
 
 of_dtypes(contrastive, "positives", 150, 200, 64, positives=own)
 contrastive("", 150, 150, 128, BF16)
+contrastive("", 100, 150, 64, FP16)
 contrastive("more keys", 100, 257, 40, BF16)
 contrastive("several positives", 150, 200, 64, BF16, positives=several)
 contrastive(
@@ -381,6 +384,8 @@ bias_of_200 = torch.randn(200, generator=generator)
 contrastive("bias, any D", 150, 200, 40, BF16, {"key_bias": bias_of_200}, positives=own)
 negatives = torch.stack([unit(130, 64, 20 + i, BF16) for i in range(3)], 1)
 contrastive("negatives", 130, 130, 64, BF16, {"negatives": negatives}, label_smoothing=0.1)
+negatives_of_70 = {"negatives": negatives[:70].half()}
+contrastive("negatives", 70, 70, 64, FP16, negatives_of_70, positives=far[:70] % 70)
 
 
 def nt_xent(backend: str, x: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -417,6 +422,17 @@ sigmoid_loss("mean", 200, 300, 64, FP16, reduction="mean", offset=90)
 sigmoid_loss("none", 100, 130, 128, BF16, reduction="none", offset=30)
 sigmoid_loss("strides", 70, 70, 64, BF16, strided=True)
 
+
+def sigmoid_loss_alone(backend: str, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"loss": protoclip.sigmoid_loss(x, y, 10.0, -8.0, backend=backend)}
+
+
+leaves = {"x": unit(150, 64, 1, BF16), "y": unit(200, 64, 2, BF16)}
+add(
+    "sigmoid_loss 150x200x64", "no gradient", BF16,
+    leaves=leaves, run=sigmoid_loss_alone, has_gradients=False, scale=10.0,
+)  # fmt: skip
+
 of_dtypes(prototypes, "", 150, 300, 128, ci={BF16: BOTH})
 of_dtypes(prototypes, "", 77, 300, 40, soft=True, ci={FP32: BOTH})
 prototypes("", 300, 1000, 64, BF16)
@@ -431,6 +447,35 @@ prototypes("", 97, 300, 300, BF16, soft=True, truncated=(80, 86, 89, 120))
 prototypes("", 97, 300, 300, BF16, trained=True)
 prototypes("", 97, 200, 130, FP32, trained=True)
 prototypes("one slice", 150, 300, 128, BF16, num_sms=1, reduction="none")
+
+
+def prototypes_of_features(backend: str, x: Tensor) -> Tensor:
+    keys = unit(300, 64, 4, BF16).to(x.dtype)
+    return protoclip.prototype_cross_entropy(x, keys, torch.arange(97), 20.0, backend=backend)
+
+
+def prototypes_of_scale(backend: str, s: Tensor) -> Tensor:
+    dtype = FP64 if s.dtype == FP64 else BF16
+    x = unit(97, 64, 5, BF16).to(dtype)
+    keys = unit(300, 64, 4, BF16).to(dtype)
+    return protoclip.prototype_cross_entropy(
+        x, keys, torch.arange(97), s, reduction="sum", backend=backend
+    )
+
+
+def prototypes_alone(backend: str, x: Tensor) -> dict[str, Tensor]:
+    return {"loss": prototypes_of_features(backend, x)}
+
+
+x = unit(97, 64, 5, BF16)
+fields: dict[str, Any] = {"scale": 20.0, "run": prototypes_of_features}
+add("prototypes 97x300x64", "features only", BF16, leaves={"x": x}, **fields)
+fields |= {"run": prototypes_alone, "has_gradients": False}
+add("prototypes 97x300x64", "no gradient", BF16, leaves={"x": x}, **fields)
+add(
+    "prototypes 97x300x64", "scale only, sum", BF16,
+    leaves={"s": torch.tensor(20.0)}, run=prototypes_of_scale, scale=20.0,
+)  # fmt: skip
 leaves = {"x": unit(150, 128, 5, BF16), "s": torch.tensor(20.0)}
 add(
     "prototype_losses 150x(300, 177)x128", "", BF16,
@@ -452,6 +497,7 @@ kmeans_assign("no structure", 200, 500, 128, FP32, clustered=False)
 kmeans_assign("ties of 4", 140, 200, 64, BF16, equal=4)
 kmeans_assign("ties of 4", 140, 200, 128, FP32, equal=4)
 kmeans_assign("ties of 4, strides", 100, 100, 40, FP16, equal=4, strided=True)
+kmeans_assign("more ties than CTAs", 1100, 12, 8, BF16, equal=4)
 kmeans_assign("huge", 100, 150, 64, FP32, scale=1e17, equal=3)
 kmeans_assign("tiny", 100, 150, 64, FP32, scale=1e-17, equal=3)
 kmeans_assign("not finite", 100, 150, 64, FP32, bad=True)
@@ -467,6 +513,7 @@ segment_mean("strides", 300, 200, 130, FP32, strided=True)
 segment_mean("strides", 300, 200, 130, BF16, strided=True)
 segment_mean("one column", 1000, 3, 1, FP16, long=True)
 segment_mean("one", 400, 1, 257, BF16)
+segment_mean("long run", 1100, 1, 8, BF16)
 
 small: dict[str, Any] = {"small_chunks": True}
 info_nce("small chunks", 300, 64, BF16, ci=BOTH, **small)
