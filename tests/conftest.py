@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -223,11 +223,11 @@ def trained(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``error_of(main, *argv)``: the one line of a command that refuses its flags with exit code 2.
+    """``error_of(main, argv)``: the one line of a command that refuses its flags with exit code 2.
     ``among_others``: other lines may come before and after it."""
 
     def error_of(
-        command: Callable[[list[str]], int], *argv: str | Path, among_others: bool = False
+        command: Callable[[list[str]], int], argv: Sequence[str | Path], among_others: bool = False
     ) -> str:
         capsys.readouterr()
         try:

@@ -119,7 +119,7 @@ def test_a_command_that_is_misspelt_is_named(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_command_is_found_and_gives_its_own_error(error_of: Callable[..., str]) -> None:
-    assert "nowhere does not exist" in error_of(main, "report", "nowhere")
+    assert "nowhere does not exist" in error_of(main, ["report", "nowhere"])
 
 
 def test_the_version_is_the_packages() -> None:
@@ -292,7 +292,7 @@ def test_what_others_wrote_is_never_replaced(
         (features.folder / name).write_text("mine")
         for flag in ((), ("--overwrite",)):
             command = [features.rows_path, "--k", "2", "--out", str(features.folder), *flag]
-            error = error_of(cluster, *command)
+            error = error_of(cluster, command)
             assert f"holds {name}, which protoclip cluster did not write" in error
         assert (features.folder / name).read_text() == "mine"
         (features.folder / name).unlink()
@@ -305,7 +305,7 @@ def test_an_earlier_run_is_replaced_if_that_is_asked_for(
     table_of_three = (out / "clusters.csv").read_bytes()
     (out / "features.npz").write_text("of an earlier encoding")
     command = [features.rows_path, "--k", "2", "--out", str(out)]
-    assert "or replace it with --overwrite" in error_of(cluster, *command)
+    assert "or replace it with --overwrite" in error_of(cluster, command)
     assert (out / "clusters.csv").read_bytes() == table_of_three
     assert cluster([*command, "--overwrite"]) == 0
     assert {line["cluster"] for line in table(out)} == {"0", "1"}
@@ -330,7 +330,7 @@ def test_a_k_that_is_too_large_is_refused_before_encoding(
 ) -> None:
     out = tmp_path / "o"
     model = ["--model", nano, "--pretrained", "random", "--device", "cpu"]
-    error = error_of(cluster, pictures, "--k", "9999", *model, "--out", out, among_others=True)
+    error = error_of(cluster, [pictures, "--k", "9999", *model, "--out", out], among_others=True)
     assert "--k: expected auto or 2 to N = " in error
     assert not out.exists()
 
@@ -340,7 +340,7 @@ def test_a_page_that_changed_since_is_not_replaced(
 ) -> None:
     out = cluster_features(features, "o", "--k", "3")
     (out / "report.html").write_text("mine")
-    error = error_of(cluster, features.rows_path, "--k", "2", "--out", out, "--overwrite")
+    error = error_of(cluster, [features.rows_path, "--k", "2", "--out", out, "--overwrite"])
     assert "holds report.html, which" in error
     assert (out / "report.html").read_text() == "mine"
 

@@ -143,7 +143,7 @@ def test_a_telephones_pictures_are_named_with_what_opens_them(
 ) -> None:
     for name in ("IMG_1.HEIC", "IMG_2.heic"):
         (photos / name).write_bytes(HEIC)
-    error = error_of(cluster, photos, "--k", "2", "--out", out)
+    error = error_of(cluster, [photos, "--k", "2", "--out", out])
     assert "none among 2 files, 2 of them HEIC: pip install pillow-heif" in error
     with pytest.raises(DataError, match=r"x.jpg: .* \(HEIC: pip install pillow-heif\)"):
         images.decode(HEIC, "x.jpg")
@@ -592,7 +592,7 @@ def test_groups_as_folders_are_refused_before_any_work(
     target: str,
     words: str,
 ) -> None:
-    error = error_of(cluster, *data, "--k", "2", flag, target)
+    error = error_of(cluster, [*data, "--k", "2", flag, target])
     assert f"error: {flag}: " in error and words in error
     assert (six_pictures / "full" / "mine").read_text() == "mine"
     assert not (six_pictures / "new").exists()

@@ -231,7 +231,7 @@ def test_features_by_another_model_are_not_mixed(
     other = tmp_path / "other.json"
     other.write_text(nano.read_text())
     by_another = [str(other) if word == str(nano) else word for word in command]
-    error = error_of(cluster, *by_another, "--out", out)
+    error = error_of(cluster, [*by_another, "--out", out])
     assert f"features of an unfinished run with {nano}" in error and "--overwrite" in error
     pictures_encoded.clear()
     assert cluster([*by_another, "--out", str(out), "--overwrite"]) == 0

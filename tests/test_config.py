@@ -142,7 +142,7 @@ def test_mistaken_outputs_are_refused_first(
     flag = "--out"
     for path, words in (("file/x", "but file is a file"), ("folder", "folder")):
         if (command, path) != ("export", "folder"):
-            error = error_of(main, *argv, flag, path)
+            error = error_of(main, [*argv, flag, path])
             assert f"error: {flag}: " in error and words in error
     assert sorted(tmp_path.rglob("*")) == before
 

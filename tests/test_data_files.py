@@ -312,8 +312,8 @@ def test_a_table_has_any_encoding(
     assert data_command(["--export", str(table), "--encoding", encoding, "--out", shards]) == 0
     assert open_dataset(shards).captions(0) == ("ein Mädchen läuft",)
     if encoding in ("latin-1", "utf-16"):
-        assert "--encoding, such as latin-1" in error_of(data_command, "--check", table)
-    error = error_of(data_command, "--check", table, "--encoding", "klingon")
+        assert "--encoding, such as latin-1" in error_of(data_command, ["--check", table])
+    error = error_of(data_command, ["--check", table, "--encoding", "klingon"])
     assert "--encoding: expected one that Python knows" in error
 
 
@@ -396,8 +396,8 @@ def test_a_split_of_a_table_does_not_divide_a_picture(folder: Path, split: str) 
 
 
 def test_an_export_overwrites_nothing(exported: Path, error_of: Callable[..., str]) -> None:
-    assert "not empty" in error_of(data_command, *EXPORT, "--out", exported)
+    assert "not empty" in error_of(data_command, [*EXPORT, "--out", exported])
 
 
 def test_an_export_needs_a_folder(error_of: Callable[..., str]) -> None:
-    assert "--out" in error_of(data_command, *EXPORT)
+    assert "--out" in error_of(data_command, EXPORT)

@@ -68,7 +68,7 @@ def test_pictures_without_classes_are_refused_with_the_way_out(
 ) -> None:
     (tmp_path / "flat").mkdir()
     picture(0).save(tmp_path / "flat" / "1.png")
-    message = error_of(data_command, "--check", tmp_path / "flat")
+    message = error_of(data_command, ["--check", tmp_path / "flat"])
     assert "no class folders; expected" in message and "protoclip cluster" in message
 
 

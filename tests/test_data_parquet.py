@@ -203,20 +203,20 @@ def test_what_is_no_parquet_is_refused(
     write_parquet(folder, files=1)
     whole = next(folder.iterdir())
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-100])
-    error = error_of(data_command, "--check", tmp_path / "cut.parquet")
+    error = error_of(data_command, ["--check", tmp_path / "cut.parquet"])
     assert "cut.parquet: not a parquet file" in error
-    assert "no shard" in error_of(data_command, "--check", tmp_path / "no" / "*.parquet")
+    assert "no shard" in error_of(data_command, ["--check", tmp_path / "no" / "*.parquet"])
     png = [encoded(picture(0))]
     write_plain(folder / "train-2.parquet", {"jpg": png, "caption": ["a"]})
-    assert "the same columns in all files" in error_of(data_command, "--check", folder)
+    assert "the same columns in all files" in error_of(data_command, ["--check", folder])
     (folder / "test-0.parquet").write_bytes(whole.read_bytes())
-    message = error_of(data_command, "--check", folder)
+    message = error_of(data_command, ["--check", folder])
     assert "holds files of test and train; name those of one, such as" in message
     write_plain(tmp_path / "none.parquet", {"jpg": png, "caption": [""]})
-    error = error_of(data_command, "--check", tmp_path / "none.parquet", among_others=True)
+    error = error_of(data_command, ["--check", tmp_path / "none.parquet"], among_others=True)
     assert "no row has a picture and a caption" in error
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert "pip install -e '.[parquet]'" in error_of(data_command, "--check", whole)
+    assert "pip install -e '.[parquet]'" in error_of(data_command, ["--check", whole])
 
 
 def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:

@@ -282,8 +282,8 @@ class TestUrls:
         write_tar(tmp_path / "x.tar", [("k.png", encoded(picture(0))), ("k.txt", b"a")])
         with pytest.raises(DataError, match=words):
             open_dataset(spec)
-        assert spec.split("::")[-1][:20] in error_of(data_command, "--check", spec)
-        error_of(train_command, "--train-data", spec)
+        assert spec.split("::")[-1][:20] in error_of(data_command, ["--check", spec])
+        error_of(train_command, ["--train-data", spec])
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("length", ["abc", "999999"])
@@ -292,7 +292,7 @@ class TestUrls:
     ) -> None:
         write_shards(tmp_path / "data", shards=1)
         url = f"{serve(tmp_path / 'data', content_length=length)}/000.tar"
-        assert f"{url}: cannot be copied" in error_of(data_command, "--check", url)
+        assert f"{url}: cannot be copied" in error_of(data_command, ["--check", url])
         # Nothing of the half copy is taken for the shard.
         with pytest.raises(DataError, match="cannot be copied"):
             open_dataset(url)

@@ -183,5 +183,5 @@ def test_loops_that_do_not_show_the_tokens_are_refused(
 ) -> None:
     pytest.importorskip("open_clip_train.main")
     data = ["--model", "ViT-B-32", "--train-data", "x"]
-    error = error_of(command.main, *data, "--dedup", "caption", *flags)
+    error = error_of(command.main, [*data, "--dedup", "caption", *flags])
     assert f"--dedup caption cannot be combined with {flags[0]}" in error

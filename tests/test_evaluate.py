@@ -400,7 +400,7 @@ def test_the_command_asks_for_data_where_the_run_has_none(
     path, payload = checkpoint.load_newest(run)
     payload["protoclip"]["config"]["data"]["train_data"] = "pairs.csv"
     checkpoint.save(path, payload)
-    assert "give --data" in error_of(main, run)
+    assert "give --data" in error_of(main, [run])
 
 
 # Results

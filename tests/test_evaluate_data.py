@@ -238,7 +238,7 @@ def test_a_flag_that_the_data_cannot_follow_is_refused(
     monkeypatch.chdir(tmp_path)
     image_folder(Path("digits"), 12, parts=())
     Path("pairs.csv").write_text("filepath,title\n")
-    assert words in error_of(command.main, *MODEL, "--data", data, *flags)
+    assert words in error_of(command.main, [*MODEL, "--data", data, *flags])
 
 
 def test_data_without_a_letter_leaves_the_runs_own_results(
@@ -319,7 +319,7 @@ def test_mistakes_are_refused_in_words(
 ) -> None:
     flags = [*MODEL, *flags] if flags[0].startswith("--") else flags
     data = ["--data", str(image_folder(tmp_path / "digits", 20))]
-    assert words in error_of(command.main, *data, *flags, "--output", tmp_path / "results.json")
+    assert words in error_of(command.main, [*data, *flags, "--output", tmp_path / "results.json"])
     assert not (tmp_path / "results.json").exists()
 
 
@@ -330,13 +330,13 @@ def test_a_file_that_is_no_results_is_kept(
     data = image_folder(tmp_path / "digits", 20)
     notes = tmp_path / "notes.json"
     notes.write_text('{"milk": 2}')
-    error = error_of(command.main, *MODEL, "--data", data, "--output", notes, *flags)
+    error = error_of(command.main, [*MODEL, "--data", data, "--output", notes, *flags])
     assert "choose another --out" in error
     assert notes.read_text() == '{"milk": 2}'
 
 
 def assert_refused(error_of: Callable[..., str], root: Path, out: Path, words: str) -> None:
-    assert words in error_of(command.main, *MODEL, "--data", root, "--output", out / "r.json")
+    assert words in error_of(command.main, [*MODEL, "--data", root, "--output", out / "r.json"])
 
 
 def test_a_class_without_pictures_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:

@@ -45,7 +45,7 @@ def test_too_many_stop_the_run_with_a_clear_word(
     flags = bare_run(tmp_path, "--max-steps", "8", "--method", "clip")
     for i in range(40, 49):
         spoil(tmp_path / "shards" / "00001.tar", _name(tmp_path, i))
-    message = error_of(main, *flags, "--name", "stops", among_others=True)
+    message = error_of(main, [*flags, "--name", "stops"], among_others=True)
     assert "8 of 150 samples cannot be used, more than --max-bad-fraction 0.05" in message
     assert "00001.tar" in message
     more = ["--max-bad-fraction", "0.1"]

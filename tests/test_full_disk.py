@@ -91,9 +91,9 @@ def test_a_run_folder_without_settings_can_be_begun_again(
     with full_disk(100):
         assert train(flags) == 2
     assert "config.json: cannot write" in capsys.readouterr().err
-    error = error_of(train, *flags, "--resume", "")
+    error = error_of(train, [*flags, "--resume", ""])
     assert "run exists; start it again with --resume auto, choose" in error
     (workdir / "logs" / "file").touch()
-    assert "file exists; " in error_of(train, *flags, "--name", "file")
+    assert "file exists; " in error_of(train, [*flags, "--name", "file"])
     assert train(flags) == 0
     assert [step for step, _ in losses(workdir / "logs" / "run")] == [1, 2]

@@ -39,8 +39,7 @@ def python(*arguments: str) -> str:
 def costs() -> list[Cost]:
     """What ``make kernels`` finds of every kernel on Hopper in bf16, and of some on the others, on
     cards of 100 KiB those that take most; all forms and types take minutes."""
-    forms = ("large", "small", "gradients", "ids", "few ids", "rows", "all", "few all")
-    forms += ("soft", "own")
+    forms = ("512 large", "small", "512 gradients", "ids", "rows", "all", "soft", "own")
     chosen = [f"sm_90 bf16 {form}" for form in forms]
     chosen += [f"sm_{arch} sigmoid_loss ids" for arch in (80, 89, 100)]
     chosen += ["sm_100 contrastive all bf16", "sm_90 clusters fp32 128"]
@@ -110,16 +109,9 @@ def test_two_ctas_compare_ids_or_centroids(costs: list[Cost]) -> None:
     assert all(cost.ctas_per_sm >= 2 for cost in passes)
 
 
-def test_a_row_that_breaks_its_promise_is_named() -> None:
+def test_a_row_that_breaks_its_promise_is_named(answers: dict[str, Any]) -> None:
     """A tile of 256 x 128 on four warps cannot hold two CTAs, nor avoid spills."""
-    code = (
-        f"from {REPORT}.report import Case, costs\n"
-        "from protoclip.kernels import launch\n"
-        "row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)\n"
-        "launch.HALF['sigmoid_loss'][90] = row\n"
-        "print([c.problems for c in costs(Case(90, 'sigmoid_loss', 'loss', 'bf16', 128))])"
-    )
-    problems = python("-c", code)
+    problems = " ".join(answers["problems"])
     assert "bytes of local memory a thread" in problems
     assert "the row promises 2" in problems
 
@@ -178,6 +170,57 @@ def test_backends_say_so_where_path_is_empty() -> None:
     assert "C compiler" in run.stdout, run.stderr
 
 
+ANSWERS = f"""
+import json, torch
+from {REPORT}.launches import Case, call, recording, variants
+from {REPORT}.report import costs
+from protoclip.kernels import info_nce, launch, waves
+from protoclip.kernels import prototype_cross_entropy as prototypes
+
+row = launch.Launch(256, 128, 64, warps=4, stages=3, ctas_per_sm=2)
+right = launch.HALF['sigmoid_loss'][90]
+launch.HALF['sigmoid_loss'][90] = row
+spilling = costs(Case(90, 'sigmoid_loss', 'loss', 'bf16', 128))
+launch.HALF['sigmoid_loss'][90] = right
+
+forms = [('info_nce', 'large', 'bf16', 512), ('contrastive', 'ids', 'bf16', 512),
+    ('contrastive', 'all', 'fp16', 128), ('sigmoid_loss', 'ids', 'bf16', 512),
+    ('sigmoid_loss', 'gradients', 'fp16', 128), ('prototypes', 'soft', 'bf16', 128),
+    ('prototypes', 'hard', 'bf16', 512), ('clusters', 'own', 'fp32', 128),
+    ('clusters', 'own', 'bf16', 64)]
+calls = []
+for arch in {CARDS}:
+    for form in forms:
+        with variants(arch) as asked:
+            call(Case(arch, *form), 512)
+            first = {{kernel: len(keys) for kernel, keys in asked.items()}}
+            for n in (511, 508, 475):
+                call(Case(arch, *form), n)
+        again = {{kernel: len(keys) for kernel, keys in asked.items()}}
+        calls.append(dict(form=form, arch=arch, first=first, again=again))
+
+waves.SIDE, waves.GRADIENT_BYTES = 256, 256 * 256 * 2
+n, x = 1027, torch.zeros(1031, 64, dtype=torch.bfloat16)
+w, y = torch.ones(1031), torch.zeros(1027, dtype=torch.int64)
+with recording(90) as recorded:
+    for offset in (0, 3):
+        info_nce.info_nce_bwd(
+            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset, 1.0)
+    for _ in range(3):
+        prototypes.prototype_cross_entropy_fwd(
+            x[:n], x, x, y, w[0], True, False, False, 'mean')
+codes = [(kernel.name, id(kernel.code)) for kernel in recorded]
+problems = [problem for cost in spilling for problem in cost.problems]
+print(json.dumps(dict(problems=problems, calls=calls, codes=codes)))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Any]:
+    """Of one process, as importing Triton takes longer than most of them."""
+    return json.loads(python("-c", ANSWERS))
+
+
 @dataclass(frozen=True)
 class Asked:
     """Of one form of a launcher's calls on a card: kernel -> variants it is compiled for."""
@@ -189,27 +232,9 @@ class Asked:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Asked]:
+def asked(answers: dict[str, Any]) -> list[Asked]:
     """N - 1, N - 4 and N - 37 are divisible by other powers of two. Nothing is compiled."""
-    code = (
-        "import json\n"
-        f"from {REPORT}.launches import Case, call, variants\n"
-        "forms = [('info_nce', 'large', 'bf16', 512), ('contrastive', 'ids', 'bf16', 512),\n"
-        "    ('contrastive', 'all', 'fp16', 128), ('sigmoid_loss', 'ids', 'bf16', 512),\n"
-        "    ('sigmoid_loss', 'gradients', 'fp16', 128), ('prototypes', 'soft', 'bf16', 128),\n"
-        "    ('prototypes', 'hard', 'bf16', 512), ('clusters', 'own', 'fp32', 128),\n"
-        "    ('clusters', 'own', 'bf16', 64)]\n"
-        f"for arch in {CARDS}:\n"
-        "    for form in forms:\n"
-        "        with variants(arch) as asked:\n"
-        "            call(Case(arch, *form), 512)\n"
-        "            first = {kernel: len(keys) for kernel, keys in asked.items()}\n"
-        "            for n in (511, 508, 475):\n"
-        "                call(Case(arch, *form), n)\n"
-        "        again = {kernel: len(keys) for kernel, keys in asked.items()}\n"
-        "        print(json.dumps(dict(form=form, arch=arch, first=first, again=again)))"
-    )
-    return [Asked(**json.loads(line)) for line in python("-c", code).splitlines()]
+    return [Asked(**call) for call in answers["calls"]]
 
 
 def test_a_last_batch_compiles_nothing_again(asked: list[Asked]) -> None:
@@ -222,27 +247,10 @@ def test_every_card_launches_the_same_kernels(asked: list[Asked]) -> None:
     assert [call for call in asked if call.first != on_hopper[tuple(call.form)]] == []
 
 
-def test_no_slice_compiles_again() -> None:
+def test_no_slice_compiles_again(answers: dict[str, Any]) -> None:
     """Another alignment of a vector, another first tile or chunk: the same compiled kernel."""
-    code = (
-        "import json, torch\n"
-        f"from {REPORT}.launches import recording\n"
-        "from protoclip.kernels import info_nce, waves\n"
-        "from protoclip.kernels import prototype_cross_entropy as prototypes\n"
-        "waves.SIDE, waves.GRADIENT_BYTES = 256, 256 * 256 * 2\n"
-        "n, x = 1027, torch.zeros(1031, 64, dtype=torch.bfloat16)\n"
-        "w, y = torch.ones(1031), torch.zeros(1027, dtype=torch.int64)\n"
-        "with recording(90) as recorded:\n"
-        "    for offset in (0, 3):\n"
-        "        info_nce.info_nce_bwd(\n"
-        "            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset, 1.0)\n"
-        "    for _ in range(3):\n"
-        "        prototypes.prototype_cross_entropy_fwd(\n"
-        "            x[:n], x, x, y, w[0], True, False, False, 'mean')\n"
-        "print(json.dumps([[kernel.name, id(kernel.code)] for kernel in recorded]))"
-    )
     codes: dict[str, list[int]] = {}
-    for kernel, compiled_code in json.loads(python("-c", code)):
+    for kernel, compiled_code in answers["codes"]:
         codes.setdefault(kernel, []).append(compiled_code)
     gradients = codes["info_nce_gradient_kernel"]
     assert len(gradients) > 20 and len(set(gradients)) == 1

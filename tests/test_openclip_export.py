@@ -104,7 +104,7 @@ def test_the_command_says_how_to_load_it_and_overwrites_nothing(
     out = tmp_path / "exported"
     assert export.main([str(trained), "--out", str(out)]) == 0
     assert f"local-dir:{out}" in capsys.readouterr().out
-    assert "in use" in error_of(export.main, trained, "--out", out)
+    assert "in use" in error_of(export.main, [trained, "--out", out])
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_open_clips_checkpoint_loads_in_ours(
     out = tmp_path / "out"
     assert export.main([str(path), "--out", str(out), "--model", str(nano)]) == 0
     assert_same(loaded_by_open_clip(out), expected)
-    assert "--model" in error_of(export.main, path, "--out", tmp_path / "no")
+    assert "--model" in error_of(export.main, [path, "--out", tmp_path / "no"])
 
 
 def test_a_checkpoint_keeps_how_pictures_are_prepared(nano: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_checkpoint_keeps_how_pictures_are_prepared(nano: Path, tmp_path: Path
 def assert_not_exported(
     tmp_path: Path, error_of: Callable[..., str], flags: list[str], words: str
 ) -> None:
-    assert words in error_of(export.main, *flags, "--out", tmp_path / "out")
+    assert words in error_of(export.main, [*flags, "--out", tmp_path / "out"])
     assert not (tmp_path / "out").exists()
 
 

@@ -58,7 +58,7 @@ def test_a_slip_ends_in_one_line_with_a_remedy(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    message = error_of(main, command, *argv)
+    message = error_of(main, [command, *argv])
     assert words in message and message.startswith(f"protoclip {command}: error: ")
 
 

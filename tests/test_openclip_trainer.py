@@ -224,9 +224,9 @@ def test_a_checkpoint_of_open_clips_needs_its_models_name(
     folder: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     run = folder / "logs" / "ours-siglip"
-    error = error_of(export.main, run, "--out", tmp_path / "out")
+    error = error_of(export.main, [run, "--out", tmp_path / "out"])
     assert "give the OpenCLIP name or config file" in error
-    assert "as --model" in error_of(evaluate, run, "--data", "builtin:shapes:40")
+    assert "as --model" in error_of(evaluate, [run, "--data", "builtin:shapes:40"])
 
 
 @pytest.mark.usefixtures("one_process")

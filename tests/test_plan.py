@@ -232,4 +232,4 @@ def test_the_matrices_of_distillation_count() -> None:
 def test_mistakes_are_refused_in_words(
     error_of: Callable[..., str], flags: list[str], words: str
 ) -> None:
-    assert words in error_of(main, *flags)
+    assert words in error_of(main, flags)

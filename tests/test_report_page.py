@@ -186,7 +186,7 @@ def test_folders_that_are_not_runs_are_refused_in_one_line(
     (copy / "config.json").unlink()
     if content is not None:
         (copy / "config.json").write_text(content)
-    assert words in error_of(main, copy)
+    assert words in error_of(main, [copy])
     assert not (copy / "report.html").exists()
 
 

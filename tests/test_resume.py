@@ -259,7 +259,7 @@ def test_another_batch_size_is_refused(
     tmp_path: Path, run_with_dropout: list[str], error_of: Callable[..., str]
 ) -> None:
     resumed = [*run_with_dropout, "--max-steps", "4", "--resume", str(tmp_path / "run")]
-    assert "was 12 and is 5" in error_of(main, *resumed, "--batch-size", "5")
+    assert "was 12 and is 5" in error_of(main, [*resumed, "--batch-size", "5"])
 
 
 def test_dropout_and_another_number_of_passes_get_a_note(
@@ -287,7 +287,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
 
 
 def test_auto_needs_a_name(tmp_path: Path, flags: list[str], error_of: Callable[..., str]) -> None:
-    error = error_of(main, *flags, "--logs", tmp_path, "--resume", "auto", "--name", "")
+    error = error_of(main, [*flags, "--logs", tmp_path, "--resume", "auto", "--name", ""])
     assert "--resume auto: expected --name" in error
     assert not any(tmp_path.iterdir())
 

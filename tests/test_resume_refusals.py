@@ -119,7 +119,7 @@ def test_a_command_that_finds_no_run_names_no_flag_of_another(
     error_of: Callable[..., str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert error_of(importlib.import_module(module).main, *flags).endswith(remedy)
+    assert error_of(importlib.import_module(module).main, flags).endswith(remedy)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,4 +206,4 @@ def test_other_commands_refuse_it_too(
         run.payload["protoclip"] = {}
     monkeypatch.chdir(tmp_path)
     checkpoint.save(tmp_path / "stranger.pt", run.payload)
-    error_of(importlib.import_module(module).main, "stranger.pt", *flags)
+    error_of(importlib.import_module(module).main, ["stranger.pt", *flags])

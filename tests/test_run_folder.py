@@ -122,8 +122,8 @@ def test_resume_auto_without_a_checkpoint_begins_again_and_keeps_the_old_metrics
         kept = [run / f"metrics.{number}.jsonl" for number in range(1, attempt)]
         assert all(path.read_text().count("\n") == 1 for path in kept)
     # What the folder's name alone, and --resume with its path, say about the way out.
-    assert "start it again with --resume auto" in error_of(main, *flags)
-    error = error_of(main, *flags, "--resume", run)
+    assert "start it again with --resume auto" in error_of(main, flags)
+    error = error_of(main, [*flags, "--resume", run])
     assert f"--resume auto --logs {run.parent} --name run" in error
     assert main([*flags, "--resume", "auto"]) == 0
     assert f"no checkpoint in {Path('logs/run')}, starting at step 0" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_too_many_bad_steps_in_a_row_save_and_stop(
 ) -> None:
     poison(monkeypatch, set(range(4, 99)))
     more = ["--max-bad-steps", "3", "--log-every-n-steps", log_every]
-    message = error_of(main, *flags, *more, among_others=True)
+    message = error_of(main, [*flags, *more], among_others=True)
     assert "not finite in 3 steps in a row, up to step 7" in message
     assert "detect_anomaly" in message and ".tar/" in message
     run = tmp_path / "logs" / "run"
@@ -103,7 +103,7 @@ def test_a_run_that_took_hardly_a_step_ends_with_an_error(
 ) -> None:
     """Never so many in a row that it would have ended before."""
     poison(monkeypatch, set(range(12)) - {5})
-    message = error_of(main, *flags, among_others=True)
+    message = error_of(main, flags, among_others=True)
     assert "training: 11 of 12 steps were skipped, as loss or gradient was not finite" in message
     assert "so the model has not been trained; lower --lr" in message
     run = tmp_path / "logs" / "run"
@@ -302,7 +302,7 @@ def test_skipped_steps_are_seen_when_the_line_is_read(
     read_late(monkeypatch)
     poison(monkeypatch, set(range(4, 99)))
     error = error_of(
-        main, *flags, "--max-bad-steps", "3", "--log-every-n-steps", "4", among_others=True
+        main, [*flags, "--max-bad-steps", "3", "--log-every-n-steps", "4"], among_others=True
     )
     assert "not finite in 4 steps in a row, up to step 8" in error
     run = tmp_path / "logs" / "run"

@@ -214,4 +214,4 @@ class TestCommand:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty").mkdir()  # a model's folder without a model: no need of the network
-        assert words in error_of(main, "--data", "builtin:shapes:40", *flags)
+        assert words in error_of(main, ["--data", "builtin:shapes:40", *flags])

@@ -67,4 +67,4 @@ def test_a_wrong_word_is_answered(tmp_path, monkeypatch, error_of, words, answer
     (tmp_path / "photos").mkdir()
     (tmp_path / "logs" / "run").mkdir(parents=True)
     (tmp_path / "logs" / "run" / "config.json").write_text("{}")
-    assert answer in error_of(main, *words)
+    assert answer in error_of(main, words)

@@ -107,7 +107,7 @@ def test_a_report_of_deep_settings_or_results_is_refused_in_one_line(
     trained: Path, tmp_path: Path, error_of: Callable[..., str], name: str, text: str
 ) -> None:
     run = run_with(trained, tmp_path, name, text)
-    assert str(run / name) in error_of(main, "report", run)
+    assert str(run / name) in error_of(main, ["report", run])
 
 
 @pytest.mark.parametrize("name", ["report.json", "metrics.jsonl"])
@@ -124,7 +124,7 @@ def test_a_run_with_deep_settings_is_not_resumed(
     trained: Path, tmp_path: Path, error_of: Callable[..., str], text: str
 ) -> None:
     run = run_with(trained, tmp_path, "config.json", text)
-    assert f"{run}/config.json cannot be used" in error_of(main, "train", "--resume", run)
+    assert f"{run}/config.json cannot be used" in error_of(main, ["train", "--resume", run])
 
 
 def test_deep_json_in_a_preset_or_model_is_a_sentence(
@@ -132,7 +132,7 @@ def test_deep_json_in_a_preset_or_model_is_a_sentence(
 ) -> None:
     (tmp_path / "deep.json").write_text('{"optim": ' + DEEP)
     for flag in ("--preset", "--model"):
-        message = error_of(main, "train", flag, tmp_path / "deep.json")
+        message = error_of(main, ["train", flag, tmp_path / "deep.json"])
         assert message.startswith(f"protoclip train: error: {flag}: ")
         assert "deep.json" in message and "100 levels" in message
 
@@ -203,6 +203,6 @@ def test_precisions_that_keep_fp32_weights_are_taken(
 def test_precisions_of_16_bit_weights_are_refused_with_a_remedy(
     error_of: Callable[..., str], command: list[str], name: str, remedy: str
 ) -> None:
-    message = error_of(main, *command, "--precision", name)
+    message = error_of(main, [*command, "--precision", name])
     assert f"--precision: expected fp32 weights, got {name}" in message
     assert f"use {remedy}," in message

@@ -93,14 +93,14 @@ def test_a_run_leaves_a_whole_folder(whole_run: Path) -> None:
 def test_mistakes_end_in_one_message(
     tmp_path: Path, error_of: Callable[..., str], flags: list[str], words: str
 ) -> None:
-    assert words in error_of(main, "--logs", tmp_path, "--name", "bad", *SMALL, *flags)
+    assert words in error_of(main, ["--logs", tmp_path, "--name", "bad", *SMALL, *flags])
     assert not (tmp_path / "bad").exists()
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path, error_of: Callable[..., str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious.txt").write_text("mine")
-    assert "taken" in error_of(main, "--logs", tmp_path, "--name", "taken", *SMALL)
+    assert "taken" in error_of(main, ["--logs", tmp_path, "--name", "taken", *SMALL])
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["precious.txt"]
 
 
@@ -208,7 +208,7 @@ def test_an_invalid_model_config_is_named(
 ) -> None:
     path = tmp_path / "mine.json"
     path.write_text(content)
-    error = error_of(main, "--logs", tmp_path, "--model", path, *SMALL)
+    error = error_of(main, ["--logs", tmp_path, "--model", path, *SMALL])
     assert "mine.json" in error and words in error
     build_model(ModelConfig())  # OpenCLIP's registry is as it was
 

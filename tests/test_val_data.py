@@ -113,7 +113,7 @@ def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys, erro
     assert export([str(folder), "--out", str(folder / "model")]) == 0
     card = (folder / "model" / "README.md").read_text()
     assert "pairs that it was trained on" in card and "model-index" not in card
-    assert "was trained on all of" in error_of(evaluate, folder)
+    assert "was trained on all of" in error_of(evaluate, [folder])
 
 
 def test_held_out_pairs_are_never_trained_on(run, table, capsys):
@@ -177,7 +177,7 @@ def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_
     assert results["trained"]["HO"]["samples"] > 25 and results["untrained"] is None
     assert (folder / "results.json").read_bytes() == of_training
     own_table.write_text("\n".join([header, *rows[1:]]))
-    assert "has changed since the run was trained" in error_of(evaluate, folder)
+    assert "has changed since the run was trained" in error_of(evaluate, [folder])
 
 
 def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):
