@@ -50,7 +50,7 @@ pool=$(nproc)
 [ "$pool" -le 16 ] || pool=16 # each holds a CUDA context
 slower=$((16 / pool))         # than what the build's limit is made for
 if [ "$sizes" = tiny ]; then
-  pool=1 tests=(${PROTOCLIP_REHEARSE_TEST:-}) last_tests=(tests/test_grad_cache.py)
+  pool=1 tests=(${PROTOCLIP_REHEARSE_TEST:-}) last_tests=(tests/test_prototype_cross_entropy.py)
   echo "a rehearsal: Triton's interpreter at tiny sizes; its times say nothing of a GPU. Of the tests it" \
     "runs" "${tests[@]}" "${last_tests[@]}" "only, the others are in make test" | tee -a "$out/gpu-summary.log"
 fi
