@@ -206,20 +206,18 @@ def assert_not_exported(
 
 @pytest.mark.parametrize("model, words", [("nano", "does not fit"), ("no-such", "no-such")])
 def test_weights_of_another_model_are_not_exported(
-    tmp_path: Path, nano: Path, capsys: pytest.CaptureFixture[str], model: str, words: str
+    tmp_path: Path, nano: Path, error_of: Callable[..., str], model: str, words: str
 ) -> None:
     path = tmp_path / "x.pt"
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
     model = str(nano) if model == "nano" else model
-    assert_not_exported(tmp_path, capsys, [str(path), "--model", model], words)
+    assert_not_exported(tmp_path, error_of, [str(path), "--model", model], words)
 
 
-def test_a_run_knows_its_model(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_knows_its_model(trained: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
     flags = [str(trained), "--model", "ViT-B-32"]
-    assert_not_exported(tmp_path, capsys, flags, "leave the flag out")
+    assert_not_exported(tmp_path, error_of, flags, "leave the flag out")
 
 
-def test_nothing_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_not_exported(tmp_path, capsys, [str(tmp_path / "nothing")], "found nothing")
+def test_nothing_is_not_exported(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    assert_not_exported(tmp_path, error_of, [str(tmp_path / "nothing")], "found nothing")
