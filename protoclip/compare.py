@@ -402,8 +402,9 @@ class Runs:
 def train_command(processes: int) -> list[str]:
     """The command that starts a run."""
     command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    if processes > 1:  # after "--", or torchrun would take --logs for its own --logs-specs
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "--"]
     return [*command, "protoclip", "train"]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed.run as torchrun
 from html_page import in_browser, needs_browser, read_page
 
 from protoclip import compare as command
@@ -218,10 +219,13 @@ def test_it_is_not_started_by_torchrun(
 
 
 def test_a_run_of_several_processes_is_started_by_torchrun() -> None:
-    assert command.train_command(2)[1:] == [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "protoclip",
-        "train",
-    ]  # fmt: skip
+    """Which leaves the flags of the run to the run."""
+    start = command.train_command(2)
+    assert start[1:3] == ["-m", "torch.distributed.run"]
+    parsed = torchrun.parse_args([*start[3:], "--logs", "elsewhere"])
+    assert parsed.module and parsed.nproc_per_node == "2"
+    assert parsed.training_script == "protoclip"
+    assert parsed.training_script_args == ["train", "--logs", "elsewhere"]
 
 
 def test_report_shows_the_same_table(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:
