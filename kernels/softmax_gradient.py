@@ -9,7 +9,7 @@ InfoNCE compute the extremes of the references beforehand, once per block. Other
 exponentials, slice by slice.
 
 **Positives.** InfoNCE's only positive of a row is at row + offset: a tile that holds some, or
-crosses the edge, puts logits of -HIDDEN in their place and goes on as all others do. The positives'
+crosses the edge, puts logits of -HIDDEN in their place. The positives'
 products leave the tile as one number a row, from which their entries of G follow, to be added in
 fp32 at the end. In the contrastive loss a tile that holds pairs to tell apart goes slice by slice,
 and its G has the positives.
