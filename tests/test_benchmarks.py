@@ -167,7 +167,7 @@ def crashing_kernel(needs_triton: None, monkeypatch: pytest.MonkeyPatch, tmp_pat
     test.write_text(
         "from benchmarks import gpu\n\n\ndef test_siglip():\n    gpu.run_canary('siglip')\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{report.ROOT}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(report.ROOT)]), os.pathsep)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PROTOCLIP_REHEARSE", "1")
     return test
