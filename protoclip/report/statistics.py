@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import
 
 LEVEL = 0.05  # family-wise error, and one minus the coverage of an interval
 POWER = 0.8
@@ -31,11 +31,11 @@ def paired(differences: np.ndarray) -> Difference:
     if count < 2:
         return Difference(mean, np.full_like(mean, np.inf), np.ones_like(mean))
     error = differences.std(-1, ddof=1) / np.sqrt(count)
-    half = stats.t.ppf(1 - LEVEL / 2, count - 1) * error
+    half = special.stdtrit(count - 1, 1 - LEVEL / 2) * error
     # Scores of few pictures can repeat on every seed, which says nothing of their spread.
     spreads = error > 1e-12
     t = np.abs(mean) / np.where(spreads, error, 1.0)
-    return Difference(mean, half, np.where(spreads, 2 * stats.t.sf(t, count - 1), 1.0))
+    return Difference(mean, half, np.where(spreads, 2 * special.stdtr(count - 1, -t), 1.0))
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -53,9 +53,10 @@ def power(effect: float, seeds: int, level: float = LEVEL) -> float:
     """How often the paired test finds a difference of ``effect`` standard deviations of the
     seeds' differences."""
     freedom = seeds - 1
-    critical = stats.t.ppf(1 - level / 2, freedom)
+    critical = special.stdtrit(freedom, 1 - level / 2)
     shift = effect * np.sqrt(seeds)
-    return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+    below, above = special.nctdtr(freedom, shift, [-critical, critical])
+    return float(below + 1 - above)
 
 
 def seeds_needed(differences: np.ndarray, level: float = LEVEL) -> int | None:
