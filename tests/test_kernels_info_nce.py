@@ -309,7 +309,7 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
 def test_descriptors_read_and_write_what_pointers_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoclip.kernels import launch
 
-    x, y = features(100, 40, "alike", torch.float16)
+    x, y = features(100, 48, "alike", torch.float16)
 
     def run(descriptors: bool) -> list[Results]:
         row = replace(launch.INTERPRETER, descriptors=descriptors)
@@ -536,16 +536,20 @@ class Launches(TorchDispatchMode):
         if not computes:
             monkeypatch.setattr(waves, "multiply", product)
             monkeypatch.setattr(prototype_cross_entropy, "multiply", product)
-        launch = type(info_nce_forward_kernel).run
+        jit_function = type(info_nce_forward_kernel)
+        launcher = jit_function.__getitem__
 
-        def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> Any:
             self.names.append(kernel.__name__)
             if not computes:
                 return None
             with _disable_current_modes():  # the interpreter itself computes with torch
-                return launch(kernel, *args, **kwargs)
+                return launcher(kernel, grid)(*args, **kwargs)
 
-        monkeypatch.setattr(type(info_nce_forward_kernel), "run", run)
+        def getitem(kernel: Any, grid: Any) -> Callable[..., Any]:
+            return partial(run, kernel, grid)
+
+        monkeypatch.setattr(jit_function, "__getitem__", getitem)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -651,7 +655,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.Monkey
         (launched if guards else unguarded).append(kernel.__name__)
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(type(info_nce_forward_kernel), "run", run)
+    jit_function = type(info_nce_forward_kernel)
+    monkeypatch.setattr(jit_function, "__getitem__", lambda kernel, grid: partial(run, kernel))
     x, y = features(40, 64, "alike", torch.bfloat16)
     labels = torch.arange(40, device=DEVICE)
     scale = torch.tensor(14.3, device=DEVICE)
