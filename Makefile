@@ -28,7 +28,7 @@ check-peers:  ## all cases of scikit-learn's own tests of k-means; `make test` r
 	$(PYTHON) -m pytest tests/test_kmeans_sklearn.py --all-peer-tests
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
-	$(PYTHON) -m pytest benchmarks --benchmark-disable $(if $(SIZES),--sizes $(SIZES))
+	$(PYTHON) -m pytest benchmarks -n auto --benchmark-disable $(if $(SIZES),--sizes $(SIZES))
 
 ARM_CXX ?= aarch64-linux-gnu-g++
 check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch64-linux-gnu, qemu-user)
