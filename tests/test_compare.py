@@ -298,7 +298,7 @@ def test_the_paragraph_says_what_can_be_claimed() -> None:
 
 def test_what_is_not_claimed() -> None:
     two = made(2, 0.1)
-    assert "With 2 seeds these are differences without a claim" in paragraph(two)
+    assert "With 2 seeds the differences are not tested for significance" in paragraph(two)
     cells = two.contrasts[0].cells.values()
     assert not any(cell.significant for cell in cells) and "±" not in format_comparison(two)
     added = made(5, 0.1, added=[4])

@@ -280,7 +280,7 @@ class Listed(NamedTuple):
 
 def group_runs(runs: Sequence[Listed]) -> tuple[list[Row], list[Pair]]:
     """Rows of runs that differ only in the seed. Each row is compared with the row of plain CLIP
-    that trained for about as long, or if there is none with the first row."""
+    trained for about the same time, or if there is none with the first row."""
     groups: dict[str, dict[int, Listed]] = {}
     for run in runs:
         seed = run.config.get("run", {}).get("seed", 0)
@@ -375,13 +375,13 @@ def paragraph(comparison: Comparison) -> str:
     sentences = []
     if not tested:
         sentences.append(
-            "No row has a baseline that trained for as long, so these are differences at equal "
-            "steps or of other lengths, without a claim."
+            "No row has a baseline trained for the same time, so the differences are at equal "
+            "steps or of other lengths and are not tested for significance."
         )
     elif len(seeds) < LEAST_SEEDS:
         sentences.append(
-            f"With {plural(len(seeds), 'seed')} these are differences without a claim; three seeds "
-            "are the least for an interval."
+            f"With {plural(len(seeds), 'seed')} the differences are not tested for significance, "
+            "which needs at least three seeds."
         )
     elif comparison.added:
         which = ", ".join(map(str, comparison.added))
@@ -430,7 +430,7 @@ def _verdict(contrast: Contrast, comparison: Comparison) -> str:
     if not parts:
         return contrast.other_pictures or f"{contrast.pair.row} has no primary score."
     text = (
-        f"Against {comparison.rows[0].name} that trained for as long, {contrast.pair.row} over "
+        f"Against {comparison.rows[0].name} trained for the same time, {contrast.pair.row} over "
         f"{plural(len(comparison.seeds), 'seed')}: {'; '.join(parts)}."
     )
     if undecided and len(comparison.seeds) >= LEAST_SEEDS:
