@@ -320,8 +320,8 @@ def sum_kernel(
             rows = tl.load(rows_ptr + at, mask=used, other=0)
         v = load_tile(values_ptr, rows, used, depth, d, stride_n, stride_d, False)
         total += tl.sum(v.to(tl.float32), 0)
-    if count_ptr is not None:
-        total /= tl.maximum(tl.load(count_ptr + part), 1).to(tl.float32)
+    if count_ptr is not None:  # correctly rounded; "/" may be two units in the last place off
+        total = tl.div_rn(total, tl.maximum(tl.load(count_ptr + part), 1).to(tl.float32))
     tl.store(out_ptr + part * d + depth, total, mask=depth < d)
 
 
