@@ -1,8 +1,7 @@
 """Runs OpenCLIP's real trainer several times in one process, and writes down every loss.
 
-    python tests/openclip_cases.py CASES.json OUT_FOLDER
-
-A case is {"name", "ours": bool, "flags": [...]}: ``protoclip.openclip`` or open_clip_train alone.
+The command line is CASES.json OUT_FOLDER. A case is {"name", "ours": bool, "flags": [...]}:
+``protoclip.openclip`` or open_clip_train alone.
 OUT_FOLDER/RANK.json gets, per case, the terms of every call of the loss, and the exit code.
 """
 
@@ -12,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,9 +85,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return {"calls": calls, "code": code}
 
 
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    out = Path(sys.argv[2])
+def main(argv: list[str]) -> int:
+    plan, out = map(Path, argv)
+    cases = json.loads(plan.read_text())
     register_configs()
     results = {case["name"]: run(case) for case in cases}
     if dist.is_initialized():
@@ -97,7 +95,4 @@ def main() -> None:
     with contextlib.suppress(FileExistsError):
         out.mkdir(parents=True)
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -14,7 +14,6 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,8 +35,8 @@ from protoclip.settings.flags import build_parser, parse
 ENVIRONMENT = dict(os.environ)  # a test may have another for a while
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["protoclip.train", "torch.distributed", "sklearn.neighbors", "sklearn.feature_extraction.text"]
-    + ["matplotlib.figure", "matplotlib.backends.backend_svg"]
+    ["protoclip.train", "torch.distributed.run", "sklearn.neighbors", "warm"]
+    + ["sklearn.feature_extraction.text", "matplotlib.figure", "matplotlib.backends.backend_svg"]
 )
 LIMIT = 120.0  # seconds in which nobody could use a core until a group of ranks counts as hanging
 LONGEST = 600.0  # seconds, however much it computes
@@ -50,6 +49,11 @@ TINY = {
 TORCHRUN = {
     "RANK": "{rank}", "WORLD_SIZE": "{ranks}", "LOCAL_RANK": "{rank}",
     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}",
+}  # fmt: skip
+AGENT = {  # of torchrun itself, for which these are flags; its ranks import this checkout
+    "PET_NODE_RANK": "{rank}", "PET_NNODES": "{ranks}",
+    "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "{port}",
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
 }  # fmt: skip
 
 
@@ -273,7 +277,7 @@ def start_command(
     folder: Path,
     argv: list[str],
     ranks: int = 2,
-    variables: dict[str, str] = TORCHRUN,
+    variables: dict[str, str] | None = None,
     fault: Callable[[], None] | None = None,
     command: str = "protoclip.train",
     bare: bool = False,
@@ -283,17 +287,17 @@ def start_command(
     unless another is named. ``bare``: no evaluation and no report, which take ten times as long as
     such a run's steps."""
     compile_first()
+    if variables is None:
+        variables = TORCHRUN if ranks > 1 else {}
     if faulty_rank is None:
         faulty_rank = ranks - 1
     port = free_port()
     processes = []
     for rank in range(ranks):
-        environment = {}
-        if ranks > 1:
-            environment = {
-                name: template.format(rank=rank, ranks=ranks, port=port)
-                for name, template in variables.items()
-            }
+        environment = {
+            name: template.format(rank=rank, ranks=ranks, port=port)
+            for name, template in variables.items()
+        }
         process = CONTEXT.Process(
             target=_run_command,
             kwargs={
@@ -311,18 +315,10 @@ def start_command(
     return processes
 
 
-def torchrun(folder: Path, argv: list[str], *flags: str) -> subprocess.Popen[str]:
-    """protoclip.train under torchrun: one thread a rank, from the sources of this checkout."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "protoclip.train"]
-    return subprocess.Popen(
-        command + argv,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def torchrun(folder: Path, argv: list[str], *flags: str, machines: int = 1) -> list[Any]:
+    """The agents of protoclip.train under torchrun, one a machine."""
+    command = [*flags, "-m", "protoclip.train", *argv]
+    return start_command(folder, command, machines, AGENT, command="torch.distributed.run")
 
 
 def exit_codes(processes: list[Any]) -> list[int | None]:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from ranks import (
     bare_run,
     exit_codes,
-    free_port,
     logs_of,
     metrics,
     on_ranks,
@@ -228,16 +227,9 @@ def test_other_launchers_variables_are_enough(tmp_path: Path, launcher: str) -> 
 def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path: Path) -> None:
     """Two agents of one rank each, as on two machines."""
     argv = tiny_run(tmp_path, "both", "--max-steps", "4")
-    port = str(free_port())
-    agents = [
-        torchrun(
-            tmp_path, argv, "--nproc-per-node", "1", "--nnodes", "2", "--node-rank", node,
-            "--master-addr", "127.0.0.1", "--master-port", port,
-        )
-        for node in ("0", "1")
-    ]  # fmt: skip
-    printed = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], printed
+    agents = torchrun(tmp_path, argv, "--nproc-per-node", "1", machines=2)
+    assert exit_codes(agents) == [0, 0], logs_of(tmp_path)
+    printed = output_of(tmp_path)
     run = tmp_path / "logs" / "both"
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert json.loads((run / "results.json").read_text())["trained"]

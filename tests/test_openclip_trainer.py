@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from ranks import TINY
+from ranks import TINY, exit_codes, logs_of, start_command
 
 from protoclip import export
 from protoclip.data import open_dataset
@@ -104,14 +101,9 @@ def train(folder: Path, cases: dict[str, list[str]], ranks: int = 1) -> list[Cal
             ]
         )
     )
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(Path(__file__).with_name("openclip_cases.py")), str(plan), str(out)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    argv = [str(plan), str(out)]
+    codes = exit_codes(start_command(folder, argv, ranks, command="openclip_cases"))
+    assert codes == [0] * ranks, logs_of(folder)
     results = [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
     assert all(case["code"] == 0 for result in results for case in result.values())
     return [{name: case["calls"] for name, case in result.items()} for result in results]

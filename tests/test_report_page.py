@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from protoclip.cluster.__main__ import main as cluster
 from protoclip.data import Labels, open_dataset
 from protoclip.data.shapes import ShapesDataset
 from protoclip.evaluate.tasks import EvalSet
+from protoclip.report import figures
 from protoclip.report import page as reading
 from protoclip.report.__main__ import main
 from protoclip.report.page import write_report
@@ -45,6 +46,28 @@ SECTIONS = [
     "names", "summary", "curves", "prototypes", "map", "gap", "zeroshot", "retrieval", "churn",
     "cost", "settings",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drawn_once() -> Iterator[None]:
+    """Most pages show the same curves, and a chart takes a fiftieth of a second."""
+    filters = reading.environment().filters
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("chart", "histogram"):
+            patch.setitem(filters, name, remembered(filters[name]))
+        yield
+
+
+def remembered(draw: Callable[..., str]) -> Callable[..., str]:
+    drawn: dict[str, str] = {}
+
+    def draw_once(*arguments: Any) -> str:
+        key = repr(arguments)
+        if key not in drawn:
+            drawn[key] = draw(*arguments)
+        return drawn[key]
+
+    return draw_once
 
 
 class Runs(NamedTuple):
@@ -163,7 +186,12 @@ def test_the_page_goes_where_it_is_told_to(runs: Runs, tmp_path: Path, flag: str
     assert (tmp_path / "page.html").is_file()
 
 
-def test_the_page_is_the_same_every_time_but_for_its_date(runs: Runs) -> None:
+def test_the_page_is_the_same_every_time_but_for_its_date(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters = reading.environment().filters
+    monkeypatch.setitem(filters, "chart", figures.chart_svg)
+    monkeypatch.setitem(filters, "histogram", figures.histogram_svg)
     written = re.compile(r"<p class=note>written .*?</p>")
     first = write_report([runs.ours]).read_text()
     second = write_report([runs.ours]).read_text()
@@ -311,6 +339,7 @@ def test_the_worst_confusions_of_many_classes_take_no_table() -> None:
 def test_cards_of_many_clusters_have_whole_rows_of_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("protoclip.report.snapshot.plane", lambda *_: {})  # no map: it takes long
     for pictures, each in ((7, 4), (5, 4), (8, 8), (3, 3)):
         monkeypatch.setattr("protoclip.report.snapshot.PICTURES", pictures * 36)  # image clusters
         blocks = load_snapshot(make_run(tmp_path / str(pictures))).clusters
@@ -659,11 +688,10 @@ def test_words_of_the_data_cannot_break_the_page(
     assert EVIL in parse_page(text).text  # as words
 
 
-def test_a_run_that_stopped_early_still_has_a_page(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "torn")
+def test_a_run_that_stopped_early_still_has_a_page(copy: Path) -> None:
     for name in ("results.json", "report.json", "metrics.jsonl"):
-        (path / name).unlink()
-    page = read_page(write_report([path]))
+        (copy / name).unlink()
+    page = read_page(write_report([copy]))
     assert "was not evaluated" in page.text
     assert page.sections == ["summary", "settings"]  # the others are empty
 

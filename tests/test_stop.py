@@ -19,7 +19,6 @@ from PIL import Image
 from ranks import (
     bare_run,
     exit_codes,
-    free_port,
     logs_of,
     losses,
     output_of,
@@ -88,10 +87,14 @@ def assert_saved_and_resumed(folder: Path, name: str, processes: list[Any], exit
     assert losses(run) == whole_run(folder, ranks, total)[:total]
 
 
-def start_with_a_clean_log(folder: Path, name: str, workers: int, ranks: int) -> list[Any]:
-    """A run that has taken its first steps."""
+def remove_logs(folder: Path) -> None:
     for log in folder.glob("rank*.log"):
         log.unlink()
+
+
+def start_with_a_clean_log(folder: Path, name: str, workers: int, ranks: int) -> list[Any]:
+    """A run that has taken its first steps."""
+    remove_logs(folder)
     argv = flags(folder, name, "--workers", str(workers))
     processes = start_command(folder, argv, ranks, bare=True)
     wait_until(lambda: steps_of(folder, name) >= 6, processes, folder)
@@ -143,7 +146,7 @@ def let_pictures_wait() -> None:
 
 def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     log = folder / "rank0.log"
-    log.unlink(missing_ok=True)
+    remove_logs(folder)
     (process,) = start_command(
         folder, flags(folder, "twice", "--save-every", "0"), 1, fault=let_pictures_wait
     )
@@ -160,11 +163,12 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "settings"),
+    ("sent", "ranks", "settings"),
     [
-        ("SIGTERM", []),
+        ("SIGTERM", 2, []),
         pytest.param(
             "SIGUSR1",
+            1,
             ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"],
             marks=pytest.mark.skipif(
                 "--signals-to-handle" not in get_args_parser().format_help(),
@@ -174,24 +178,21 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     ],
 )
 def test_torchrun_hands_a_signal_on_and_the_ranks_save(
-    folder: Path, sent: str, settings: list[str]
+    folder: Path, sent: str, ranks: int, settings: list[str]
 ) -> None:
     name = f"torchrun-{sent}"
-    settings = ["--nproc-per-node", "2", "--master-port", str(free_port()), *settings]
-    process = torchrun(folder, flags(folder, name, "--workers", "1"), *settings)
-    try:
-        wait_until(lambda: steps_of(folder, name) >= 2, [process], folder)
-        process.send_signal(signal.Signals[sent])
-        printed, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert f"stopped by {sent} after step" in printed
-    assert process.returncode == 1
+    remove_logs(folder)
+    argv = flags(folder, name, "--workers", "1")
+    (agent,) = torchrun(folder, argv, "--nproc-per-node", str(ranks), *settings)
+    wait_until(lambda: steps_of(folder, name) >= 2, [agent], folder)
+    os.kill(agent.pid, signal.Signals[sent])
+    assert exit_codes([agent]) == [1], logs_of(folder)
+    assert f"stopped by {sent} after step" in output_of(folder)[0]
     assert (folder / "logs" / name / "checkpoints" / "epoch_latest.pt").exists()
 
 
 def test_progress_is_a_line_in_the_log_and_no_bar_in_a_redirected_stderr(folder: Path) -> None:
-    (folder / "rank0.log").unlink(missing_ok=True)
+    remove_logs(folder)
     argv = flags(folder, "log", "--max-steps", "6", "--log-every-n-steps", "2")
     assert exit_codes(start_command(folder, argv, 1, bare=True)) == [0]
     lines = (folder / "logs" / "log" / "out.log").read_text().splitlines()

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -415,8 +415,9 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     write_atomic(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
+@cache
 def environment() -> jinja2.Environment:
-    """The templates and their filters."""
+    """The templates, each compiled once a process, and their filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
