@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test check-peers parity check-arm sanitize versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-mutants gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -26,6 +26,9 @@ test:  ## the tests, on all cores
 
 check-peers:  ## all cases of scikit-learn's own tests of k-means; `make test` runs one of each
 	$(PYTHON) -m pytest tests/test_kmeans_sklearn.py --all-peer-tests
+
+check-sizes:  ## more than 2^31 logits in C++, which `make test` leaves out: half a minute
+	$(PYTHON) -m pytest tests/test_info_nce.py -k two_to_the_31 --all-sizes
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks -n auto --benchmark-disable $(if $(SIZES),--sizes $(SIZES))

@@ -51,31 +51,7 @@ def pytest_collection_finish() -> None:
     if "open_clip.factory" in sys.modules and "protoclip.report.page" in sys.modules:
         importlib.import_module("warm")
     if "triton.runtime.interpreter" in sys.modules:
-        patch_once_a_launch()
-
-
-def patch_once_a_launch() -> None:
-    """Triton's interpreter patches triton.language at every call of a device function, tl.sum's
-    too, which takes most of its time; once for each module and launch is enough."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-    launch = interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module in patched:
-            return None
-        patched.add(module)
-        return patch(function)
-
-    def launch_afresh(executor: Any, *arguments: Any, **options: Any) -> None:
-        patched.clear()
-        launch(executor, *arguments, **options)
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_afresh
+        importlib.import_module("interpreter").speed_up()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,6 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nan-empties", action="store_true", help="torch.empty holds NaN at first")
     words = "all cases of scikit-learn's own tests, not only the first of each"
     parser.addoption("--all-peer-tests", action="store_true", help=words)
+    words = "also more than 2^31 logits on the CPU, half a minute"
+    parser.addoption("--all-sizes", action="store_true", help=words)
     share = "I/K: only compile the kernels of every K-th test from I on (make gpu)"
     parser.addoption("--compile-share", help=share)
 

@@ -1,9 +1,11 @@
-"""Work that must do with little memory, in a process of its own.
+"""Work in a process of its own: because it must do with little memory, or because of what a process
+decides once.
 
 What a process keeps resident is a matter of the allocator and the kernel, and a busy sandbox may
 count it coarsely. Its address space is not: past a limit an allocation fails, on any machine.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -27,3 +29,18 @@ def run_in_room(code: str) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "1"},
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+def run_in_fork(code: str, **environment: str) -> None:
+    """Run ``code`` in a process that has computed nothing yet. It is forked from the one that the
+    ranks of other tests are forked from, which has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_execute, args=(code, environment))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _execute(code: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    exec(code, {})

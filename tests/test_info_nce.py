@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +25,7 @@ from budget import (
     strip_gradients,
     usable,
 )
-from room import run_in_room
+from room import run_in_fork, run_in_room
 from torch import Tensor
 
 import protoclip
@@ -161,7 +157,6 @@ def test_a_loss_near_zero_keeps_its_digits() -> None:
 
 
 WITHOUT_BF16 = """
-import sys; sys.path.insert(0, {tests!r})
 import torch, test_info_nce, prototype_problem
 x, y = test_info_nce.clustered(300, 65, torch.bfloat16)
 weights = torch.rand(300) + 0.5
@@ -176,10 +171,7 @@ prototype_problem.assert_random_problem_within_budget(
 @pytest.mark.parametrize("cpu", ["AVX512_CORE", "SSE41"])
 def test_cpus_without_bf16_products_are_within_budget(cpu: str) -> None:
     """fp32 products for bf16 features; on the second CPU oneDNN has none either, and ours run."""
-    code = WITHOUT_BF16.format(tests=str(Path(__file__).parent))
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": cpu}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_in_fork(WITHOUT_BF16, ONEDNN_MAX_CPU_ISA=cpu)
 
 
 SWITCHED_OFF = """
@@ -206,9 +198,7 @@ torch.testing.assert_close(without, with_onednn, rtol=1e-2, atol=1e-4)
 @pytest.mark.parametrize("off_first", [True, False])
 def test_onednn_may_be_switched_off_at_any_time(off_first: bool) -> None:
     """torch.backends.mkldnn.flags: then bf16 has fp32 products, and afterwards its own again."""
-    code = SWITCHED_OFF.format(off_first=off_first)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_in_fork(SWITCHED_OFF.format(off_first=off_first))
 
 
 class Columns(NamedTuple):
@@ -456,8 +446,10 @@ def test_compiled_gradients_have_the_same_bits_at_every_size(dtype: torch.dtype)
 
 @needs_cpu
 @pytest.mark.slow
-def test_more_than_two_to_the_31_logits_are_right() -> None:
+def test_more_than_two_to_the_31_logits_are_right(pytestconfig: pytest.Config) -> None:
     """Rows of five kinds: the truth follows from a 5 x 5 table."""
+    if not pytestconfig.getoption("--all-sizes"):
+        pytest.skip("half a minute: make check-sizes")
     n = 46_345
     num_kinds = 5
     rows_of_a_kind = n / num_kinds

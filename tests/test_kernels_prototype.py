@@ -62,11 +62,18 @@ def test_loss_and_gradients_are_within_budget(shape: Shape, dtype: torch.dtype, 
         assert_problem_within_budget(problem, "triton")
 
 
-@pytest.mark.parametrize("labelled", [0, 1, 60])
+# No label, one, most of them; every reduction and dtype in one pass and in waves.
 @pytest.mark.parametrize("d", [8, 300], ids=["one pass", "in waves"])
 @pytest.mark.parametrize(
-    "reduction, dtype",
-    [("mean", torch.float32), ("sum", torch.bfloat16), ("mean", torch.float16)],
+    "reduction, dtype, labelled",
+    [
+        ("mean", torch.float32, 0),
+        ("mean", torch.float32, 1),
+        ("mean", torch.float32, 60),
+        ("sum", torch.bfloat16, 0),
+        ("sum", torch.bfloat16, 60),
+        ("mean", torch.float16, 60),
+    ],
     ids=str,
 )
 def test_the_loss_of_a_batch_is_that_of_its_samples(

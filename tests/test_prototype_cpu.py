@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_within_budget(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d, logit_scale", [(8, 1.0), (64, 14.3), (256, 14.3), (512, 100.0)])
+@pytest.mark.parametrize("d, logit_scale", [(8, 1.0), (64, 14.3), (512, 100.0)])
 def test_twenty_thousand_prototypes_are_within_budget(
     d: int, logit_scale: float, dtype: torch.dtype
 ) -> None:
