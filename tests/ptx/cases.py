@@ -522,7 +522,10 @@ info_nce("small chunks", 200, 64, FP32, **small)
 contrastive("small chunks", 200, 300, 64, BF16, positives=far[:200] % 300, **small)
 sigmoid_loss("small chunks", 200, 300, 64, BF16, offset=50, **small)
 prototypes("small chunks", 150, 500, 64, BF16, trained=True, **small)
-prototypes("small chunks", 130, 400, 300, BF16, soft=True, trained=True, **small)
+prototypes(
+    "small chunks", 130, 400, 300, BF16,
+    soft=True, trained=True, truncated=(80, 86, 89, 120), **small,
+)  # fmt: skip
 
 info_nce("extremes", 300, 64, BF16, extremes=True, ci=BOTH)
 info_nce("extremes, any D", 200, 40, FP16, extremes=True)
