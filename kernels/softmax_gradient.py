@@ -448,6 +448,9 @@ def contrastive_gradient_kernel(
         if pairs.key_bias_ptr is not None:
             s += (tl.load(pairs.key_bias_ptr + strip_cols) * LOG2E)[None, :]
         p = _with_one_exponential(s, high, row_factor, column_factor)
+        if dkey_bias_ptr is not None:
+            # Lanes that add one row to another would each fuse their own product into the sum.
+            p += 0.0
         tl.store(partial_sum_ptr, tl.sum(p * acc) / lift)
         if dkey_bias_ptr is not None:
             tl.store(dkey_bias_ptr + tl.arange(0, BLOCK_M), tl.sum(p, 0) / lift)

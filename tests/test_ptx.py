@@ -27,14 +27,15 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 RECORD = Path(__file__).parent / "ptx" / "record.json"
 
 
+def started(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of the emulator, ended."""
+    words = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
+
+
 def command(module: str, *arguments: str) -> str:
     """What a command of the emulator prints; a failure shows it."""
-    run = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    run = started(module, *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -49,36 +50,54 @@ class Counted(NamedTuple):
 
 class Run(NamedTuple):
     architecture: str
+    failed: bool
     printed: str
     compilers: dict[str, str]
     kernels: list[Counted]
+
+
+def skip_unfenced(capability: str) -> None:
+    if capability == "90" and TorchVersion(triton.__version__) < "3.7":
+        pytest.skip("Triton 3.4 and 3.6 set no fence.proxy.async between a lane's store and wgmma")
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def run(request: pytest.FixtureRequest) -> Run:
     """CI's cases on an architecture."""
     capability = request.param
-    if capability == "90" and TorchVersion(triton.__version__) < "3.7":
-        pytest.skip("Triton 3.4 and 3.6 set no fence.proxy.async between a lane's store and wgmma")
+    skip_unfenced(capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "facts.json")
-        printed = command("tests.ptx.run", capability, "--ci", "--facts", str(path))
+        arguments = ["tests.ptx.run", capability, "--ci", "--facts", str(path)]
+        done = started(*arguments)
+        assert path.exists(), done.stdout + done.stderr
         record = json.loads(path.read_text())
     kernels = [
         Counted(case, kernel, facts)
         for case, by_kernel in record[f"sm_{capability}"].items()
         for kernel, facts in by_kernel.items()
     ]
-    return Run(f"sm_{capability}", printed, record["compilers"], kernels)
+    failed = done.returncode != 0
+    return Run(f"sm_{capability}", failed, done.stdout, record["compilers"], kernels)
 
 
 @pytest.mark.slow
 def test_each_kernel_computes_what_the_reference_does(run: Run) -> None:
     """Within the budget, without a bad access, a race or a deadlock."""
-    assert " 0 failed" in run.printed
-    if " 0 skipped" not in run.printed:
-        reasons = [line for line in run.printed.splitlines() if " skipped " in line]
-        pytest.skip(f"all others passed; {reasons[0]}")
+    assert not run.failed, run.printed
+
+
+@pytest.mark.slow
+def test_cuda_kernels_are_executed_too(run: Run) -> None:
+    if reasons := [line for line in run.printed.splitlines() if " skipped " in line]:
+        pytest.skip(reasons[0])
+    assert any("CUDA" in counted.kernel for counted in run.kernels)
+
+
+@pytest.mark.slow
+def test_lanes_of_tcgen05_add_the_same_column_sums() -> None:
+    """Each has one row: a product fused into a sum of two lanes would differ in both."""
+    assert " 1 passed" in command("tests.ptx.run", "100", "bias, all seen")
 
 
 @pytest.mark.slow
@@ -92,52 +111,53 @@ def test_16_bit_kernels_have_no_bank_conflict(run: Run) -> None:
     assert conflicts == []
 
 
-# Those that read features or write G, of aligned features.
-BULK = {
-    "info_nce_forward_kernel",
-    "contrastive_forward_kernel",
-    "info_nce_gradient_kernel",
-    "contrastive_gradient_kernel",
-    "sigmoid_loss_kernel",
-    "attention_kernel",
+# Kernels that request more than 1.1 times the fewest sectors.
+MORE_SECTORS = {
+    "scale_gradients_kernel": "the mask of the last block; 1.0 in whole blocks",
+    "exact_kernel": "a thread sums eight features, four by each load; the second hits the L1 cache",
+    "weights_kernel": "stores rows of 77 weights, which begin anywhere",
+    "assign_kernel (CUDA)": "partial results of slices",
+    "runs_kernel (CUDA)": "labels before and after a piece",
 }
 
 
 @pytest.mark.slow
 def test_16_bit_kernels_read_and_write_whole_sectors(run: Run) -> None:
-    kernels = [
-        kernel
-        for kernel in run.kernels
-        if kernel.case.endswith("bf16") and "any D" not in kernel.case and kernel.kernel in BULK
-    ]
-    assert {kernel.kernel for kernel in kernels} == BULK
-    assert [k for k in kernels if k.facts["sectors"] > 1.1 * k.facts["least_sectors"]] == []
+    kernels = [k for k in run.kernels if k.case.endswith("bf16") and "any D" not in k.case]
+    assert {kernel.kernel for kernel in kernels} > {"info_nce_forward_kernel", "attention_kernel"}
+    more = {k.kernel for k in kernels if k.facts["sectors"] > 1.1 * k.facts["least_sectors"]}
+    assert more <= MORE_SECTORS.keys()
 
 
 @pytest.mark.slow
-def test_kernels_execute_as_many_instructions_as_recorded(run: Run) -> None:
+@pytest.mark.parametrize("compiler", ["triton", "nvcc"])
+def test_kernels_execute_as_many_instructions_as_recorded(run: Run, compiler: str) -> None:
     """By the compilers that the record names; ``python -m tests.ptx.run 80 --record`` renews it."""
     record = json.loads(RECORD.read_text())
-    executed = {(k.kernel, k.case): k.facts["instructions"] for k in run.kernels}
-    others = set()
-    for kernel, recorded in record[run.architecture].items():
-        compiler = "nvcc" if "CUDA" in kernel else "triton"
-        instructions = executed.get((kernel, recorded["case"]))
-        if run.compilers.get(compiler) != record["compilers"][compiler]:
-            print(f"{kernel}, {recorded['case']}: {instructions}, recorded {recorded}")
-            others.add(f"{compiler} {run.compilers.get(compiler)}")
-        else:
-            assert instructions is not None, kernel
-            assert abs(instructions / recorded["instructions"] - 1) <= 0.03, (kernel, instructions)
-    if others:
-        pytest.skip(f"recorded with {record['compilers']}, not {', '.join(sorted(others))}")
+    is_cuda = compiler == "nvcc"
+    recorded = {k: r for k, r in record[run.architecture].items() if ("CUDA" in k) == is_cuda}
+    executed = {
+        (k.kernel, k.case): k.facts["instructions"]
+        for k in run.kernels
+        if ("CUDA" in k.kernel) == is_cuda
+    }
+    found = {kernel: executed.get((kernel, r["case"]), 0) for kernel, r in recorded.items()}
+    if run.compilers.get(compiler) != record["compilers"][compiler]:
+        print(*found.items(), sep="\n")
+        pytest.skip(f"recorded with {record['compilers']}, not {run.compilers.get(compiler)}")
+    assert {kernel for kernel, _ in executed} == recorded.keys()
+    for kernel, instructions in found.items():
+        ratio = instructions / recorded[kernel]["instructions"]
+        assert abs(ratio - 1) <= 0.03, (kernel, instructions)
 
 
 @pytest.mark.slow
-def test_broken_kernels_are_noticed() -> None:
-    """A barrier that is missing, a store out of bounds, a wrong value."""
-    printed = command("tests.ptx.mutants", "80", "--ci")
-    assert printed.count(": caught: ") == 2 and printed.count(": wrong result ") == 1
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_broken_kernels_are_noticed(capability: str) -> None:
+    """A barrier, a store out of bounds, a wrong value; on sm_90 what asynchronous copies need."""
+    skip_unfenced(capability)
+    printed = command("tests.ptx.mutants", capability, "--ci")
+    assert printed.count(": caught: ") + printed.count(": wrong result ") == 3
 
 
 def executed(body: str, lanes: int = 64, size: int = 256) -> np.ndarray:

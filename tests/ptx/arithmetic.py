@@ -62,14 +62,17 @@ def truncated(x):
     return where(np.abs(y.astype(f8)) > np.abs(x), np.nextafter(y, f4.type(0)), y)
 
 
-def approx(x):
-    """The result of an approximate instruction from its exact one."""
+def approx(x, absolute=0.0):
+    """The result of an approximate instruction from its exact one. ``absolute``: the error is that
+    of a number at least as large."""
     y = np.asarray(x).astype(f4)
     if options.approximate_ulps:
         # The same for equal values; results that need no rounding, as 2^0, are exact on a GPU.
         hashed = (y.view(u4) * u4.type(2654435761)) >> u4.type(8)
         noise = hashed.astype(f4) * f4.type(2.0**-23) - 1
-        y = where(y == x, y, y * (1 + noise * f4.type(options.approximate_ulps * 2.0**-23)))
+        error = noise * f4.type(options.approximate_ulps * 2.0**-23)
+        size = np.maximum(np.abs(y), f4.type(absolute)) * np.sign(y)
+        y = where(y == x, y, y + size * error)
     return y
 
 

@@ -116,7 +116,7 @@ def exactly(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), size
 
 
-class Facts(NamedTuple):
+class Plan(NamedTuple):
     """What the launcher chose, and counts of rows."""
 
     resident: int
@@ -127,7 +127,7 @@ class Facts(NamedTuple):
 
 def kmeans_assign(
     points: Tensor, centroids: Tensor, capability: int
-) -> tuple[Tensor, Tensor, Facts]:
+) -> tuple[Tensor, Tensor, Plan]:
     """Labels and distances, which start as garbage."""
     native = library("kmeans_assign", capability)
     native.functions.packed_bytes.restype = ctypes.c_int64
@@ -145,7 +145,7 @@ def kmeans_assign(
     native.ranges[:] = [exactly(tensor) for tensor in tensors]
     counts = (ctypes.c_int64 * 2)()
     call(native, "assign", job, pointer(scratch), pointer(labels), pointer(distances), counts)
-    return labels, distances, Facts(plan[1], plan[2], counts[0], counts[1])
+    return labels, distances, Plan(plan[1], plan[2], counts[0], counts[1])
 
 
 def segment_mean(values: Tensor, labels: Tensor, k: int, capability: int) -> tuple[Tensor, Tensor]:

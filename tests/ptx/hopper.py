@@ -203,9 +203,8 @@ class AsynchronousProxy:
         size = 32 // depth
         d = d.astype(i8)
         start, lead, stride = ((d >> s & 0x3FFF) << 4 for s in (0, 16, 32))
-        mode = int(
-            d[0] >> 61 & 7
-        )  # wgmma's two bits are the upper ones: 1, 2, 3 of 128, 64, 32 bytes
+        # wgmma's two bits are the upper ones: 1, 2, 3 of 128, 64, 32 bytes.
+        mode = int(d[0] >> 61 & 7)
         swizzle = {2: 3, 4: 2, 6: 1}.get(mode)
         if swizzle is None or (d >> 49 & 7).any() or (d >> 61 & 7 != d[0] >> 61 & 7).any():
             raise self.error(place, lane, "a matrix descriptor that is not modelled")

@@ -46,9 +46,8 @@ class Launch:
         bytes_ = -(-(int(self.ends[-1]) - self.origin) // 16) * 16
         window = (ctypes.c_uint8 * bytes_).from_address(self.origin)
         self.views = {s: np.frombuffer(window, f"u{s}") for s in (1, 2, 4, 8)}
-        starts = (
-            self.starts // 16 * 16 - self.origin
-        )  # where each range lies in the shadow, in bytes
+        # Where each range lies in the shadow, in bytes.
+        starts = self.starts // 16 * 16 - self.origin
         sizes = (self.ends - self.origin + 15) // 16 * 16 - starts
         self.shift = np.concatenate([[0], np.cumsum(sizes)[:-1]]) - starts
         self.shadow_bytes = int(sizes.sum())

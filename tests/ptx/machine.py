@@ -178,9 +178,8 @@ class Run(AsynchronousProxy, TensorMemory):
                 gone = int((~live[s]).sum()) if need == self.threads else 0
                 if mine.sum() + gone >= need:
                     waiting[s] &= ~mine
-                    self.epoch[s] += (
-                        1  # of the CTA, also where the barrier is for some of its warps
-                    )
+                    # Of the CTA, also where the barrier is for some of its warps.
+                    self.epoch[s] += 1
                     self.warp_epoch[s][mine] += 1
 
     # -- errors --

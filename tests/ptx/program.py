@@ -499,7 +499,8 @@ class Kernel:
             if len(a) == 3:
                 code = f"float_max({code}, {a[2]}, {how})"
         elif base in APPROXIMATE and "rn" not in mods:
-            code = f"approx({APPROXIMATE[base].format(*(f'{x}.astype(f8)' for x in a))})"
+            exact = APPROXIMATE[base].format(*(f"{x}.astype(f8)" for x in a))
+            code = f"approx({exact}, {float(base == 'lg2')})"  # lg2: 2^-22 near 1
         else:
             code = FLOAT[base].format(*a)
         if "sat" in mods:
@@ -591,7 +592,7 @@ class Kernel:
         if comparison in ("num", "nan"):
             code = f"(np.isnan({a}) | np.isnan({b}))"
             code = code if comparison == "nan" else f"~{code}"
-        elif k[0] == "f" and comparison == "ne":  # ordered
+        elif (k[0] == "f" or t == "bf16") and comparison == "ne":  # ordered
             code = f"(({a} < {b}) | ({a} > {b}))"
         elif (k[0] == "f" or t == "bf16") and comparison[:-1] in COMPARE and comparison[-1] == "u":
             code = f"(({a} {COMPARE[comparison[:-1]]} {b}) | np.isnan({a}) | np.isnan({b}))"
@@ -611,9 +612,11 @@ class Kernel:
         get, put = self.operand, self.result
         to, from_ = [x for x in mods if x in NUMPY][-2:]
         mode = mods[0] if mods[0] in ROUNDINGS else None
+        if "relu" in mods:
+            raise EmulatorError("relu")
         if to in ("bf16x2", "f16x2"):
             high, low = (get(a, "f4") for a in args[1:3])
-            if mode != "rn" or "relu" in mods:
+            if mode != "rn":
                 raise EmulatorError("rounding mode")
             if to == "bf16x2":
                 return put(args[0], f"joined(bf16_down({low}), bf16_down({high}))", "u4")
@@ -828,6 +831,8 @@ class Kernel:
         return self.result(args[0], f"E.vote({mods[1]!r}, {p}, {member}, m, {place})", k)
 
     def do_redux(self, mods, args, place):
+        if {"NaN", "abs"} & set(mods):
+            raise EmulatorError("redux of NaN or absolute values")
         k = NUMPY[mods[-1]]
         a, member = self.operand(args[1], k), self.operand(args[2], "u4")
         return self.result(args[0], f"E.redux({mods[1]!r}, {a}, {member}, m, {place})", k)

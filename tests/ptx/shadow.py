@@ -25,9 +25,8 @@ class Shadow:
         self.last_reader = np.full(grains, -1, i4)
         self.read_epoch = np.full(grains, -1, i4)
         self.flying = np.zeros(grains, bool)
-        self.write_fence = np.zeros(
-            grains if shared else 0, i4
-        )  # -1: written by the asynchronous proxy
+        # -1: written by the asynchronous proxy.
+        self.write_fence = np.zeros(grains if shared else 0, i4)
         self.pending = np.zeros(grains if shared else 0, np.int16)  # asynchronous reads under way
 
     def spread(self, at, width):
