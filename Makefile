@@ -93,12 +93,12 @@ ptx:  ## every kernel, executed in an emulator of PTX; ARCH="80 90": ten minutes
 ptx-mutants:  ## breaks one PTX instruction at a time and prints what notices it; ARCH=80
 	for arch in $(or $(ARCH),80); do env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.mutants $$arch || exit 1; done
 
-gpu:  ## on a card: the kernels' tests, then the benchmarks; results under OUT, else benchmarks/results
+gpu:  ## on a GPU: the kernels' tests, then the benchmarks; results under OUT, else benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 SANITIZER = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
 
-gpu-sanitize:  ## on a card: the kernels under compute-sanitizer, fresh memory filled with NaN
+gpu-sanitize:  ## on a GPU: the kernels under compute-sanitizer, fresh memory filled with NaN
 	for tool in racecheck synccheck; do \
 		$(SANITIZER) --tool $$tool $(PYTHON) -m benchmarks.gpu canary --seconds 300 || exit 1; \
 	done

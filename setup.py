@@ -36,8 +36,7 @@ DEV = [
     "clang-format==23.1.5",
     "fsspec[http]",
     "pillow-heif",
-    "sentence-transformers",  # the peers of test_contrastive
-    "pytorch-metric-learning",
+    "pytorch-metric-learning",  # a peer of test_contrastive
 ]
 DOCS = ["sphinx==9.0.4", "myst-parser==5.2.0", "furo==2025.12.19", "sphinx-argparse==0.6.1"]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make gpu, ten minutes on a card with 16 cores: the native build beside the kernels' compiler in a
+# make gpu, ten minutes on a GPU with 16 cores: the native build beside the kernels' compiler in a
 # pool of processes, a canary of each kernel, one headline case of each op, the kernels' tests, time
 # by kernel and a sweep of launch rows, the other benchmarks by value, a training run. Each step has
 # a time limit, its log and record under $OUT as it goes, and each file of tests or benchmarks a

@@ -265,7 +265,7 @@ def why_not(capability: tuple[int, int] | None = None, hip: str | None = None) -
         return f"the Triton kernels have no launch rows for AMD GPUs (ROCm {hip})"
     major, minor = capability or torch.cuda.get_device_capability()
     if served_as(10 * major + minor) is None:
-        return f"the Triton kernels need compute capability 8.0, this card has {major}.{minor}"
+        return f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return _no_driver()
 
 

@@ -50,7 +50,7 @@ MAY_MISS = {
 def pytest_collection_finish() -> None:
     if "open_clip.factory" in sys.modules and "protoclip.report.page" in sys.modules:
         importlib.import_module("warm")
-    if "triton.runtime.interpreter" in sys.modules:
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
         importlib.import_module("interpreter").speed_up()
 
 

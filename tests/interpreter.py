@@ -55,7 +55,7 @@ def derive_from_each_type_once() -> None:
             init_tensor(self, handle, type)
             sizes = tuple(size.value for size in self.shape)
             self.shape = shapes.setdefault(sizes, self.shape)
-            tensors[type.name] = dict(vars(self))
+            tensors[type.name] = vars(self) | {"handle": None}
         vars(self).update(tensors[type.name], handle=handle, type=type)
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:

@@ -341,9 +341,12 @@ def wait_until(condition: Callable[[], Any], processes: list[Any], folder: Path)
     """Wait for a condition that one of the processes makes true."""
     patience = Patience(processes)
     while not condition():
-        assert all(map(_alive, processes)), logs_of(folder)
-        if patience.is_over():
+        is_over = patience.is_over()
+        if is_over:
             ask_for_stacks(processes)
+        if is_over or not all(map(_alive, processes)):
+            for process in processes:
+                process.kill()
             raise AssertionError(logs_of(folder))
         time.sleep(0.005)
 

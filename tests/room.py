@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
+from multiprocessing.connection import Connection
 
 ALLOW = """
 import resource
@@ -35,12 +37,24 @@ def run_in_fork(code: str, **environment: str) -> None:
     """Run ``code`` in a process that has computed nothing yet. It is forked from the one that the
     ranks of other tests are forked from, which has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_execute, args=(code, environment))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_execute, args=(code, environment, sender))
     process.start()
+    sender.close()
+    try:
+        failure = receiver.recv()
+    except EOFError:
+        process.join()
+        failure = f"it ended with exit code {process.exitcode}"
     process.join()
-    assert process.exitcode == 0
+    assert failure is None, failure
 
 
-def _execute(code: str, environment: dict[str, str]) -> None:
+def _execute(code: str, environment: dict[str, str], result: Connection) -> None:
     os.environ.update(environment)
-    exec(code, {})
+    try:
+        exec(code, {})
+    except BaseException:
+        result.send(traceback.format_exc())
+    else:
+        result.send(None)

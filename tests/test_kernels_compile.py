@@ -125,7 +125,7 @@ def test_cards_without_rows_of_their_own_are_served_by_a_relative() -> None:
 
 def test_cards_that_cannot_run_the_kernels_are_refused_in_words() -> None:
     assert launch.why_not((8, 6)) is None
-    assert "compute capability 8.0, this card has 7.5" in str(launch.why_not((7, 5)))
+    assert "compute capability 8.0, this GPU has 7.5" in str(launch.why_not((7, 5)))
     assert "AMD" in str(launch.why_not((9, 4), hip="6.4"))
 
 
@@ -221,7 +221,7 @@ def answers() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """Of one form of a launcher's calls on a card: kernel -> variants it is compiled for."""
+    """Of one form of a launcher's calls on a GPU: kernel -> variants it is compiled for."""
 
     form: tuple[str, str, str, int]
     arch: int

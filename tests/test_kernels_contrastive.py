@@ -1,4 +1,4 @@
-"""Triton's contrastive loss against the sets written out, on a card or in the interpreter."""
+"""Triton's contrastive loss against the sets written out, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 

@@ -417,7 +417,7 @@ def rows_of_the_table(arch: int) -> dict[str, launch.Launch]:
 def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
     monkeypatch: pytest.MonkeyPatch, arch: int
 ) -> None:
-    """Nothing is launched: which row each case of this file takes on a card, and its tiles."""
+    """Nothing is launched: which row each case of this file takes on a GPU, and its tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from protoclip.kernels.info_nce import info_nce_forward_kernel

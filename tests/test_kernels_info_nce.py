@@ -1,4 +1,4 @@
-"""Triton InfoNCE and sigmoid loss against the plain formulas, on a card or in the interpreter; and
+"""Triton InfoNCE and sigmoid loss against the plain formulas, on a GPU or in the interpreter; and
 how often they launch: below a few thousand pairs that is what they cost."""
 
 from __future__ import annotations

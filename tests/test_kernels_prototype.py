@@ -1,4 +1,4 @@
-"""Triton prototype cross-entropy and soft targets against fp64, on a card or in the interpreter."""
+"""Triton prototype cross-entropy and soft targets against fp64, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 

@@ -89,7 +89,6 @@ def test_a_case_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = (*case, "reference") if options else case
         try:
             test(*arguments, **options)
-        except BaseException as error:
-            assert not isinstance(error, KeyboardInterrupt | TypeError), error
+        except (AssertionError, pytest.fail.Exception, RuntimeError):  # the last one: of torch
             return
     pytest.fail(f"no case noticed: {fault}")

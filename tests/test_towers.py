@@ -1,4 +1,4 @@
-"""Towers and heads in a step: compiled, in TF32 on a card, and their buffers copied together."""
+"""Towers and heads in a step: compiled, in TF32 on a GPU, and their buffers copied together."""
 
 from __future__ import annotations
 

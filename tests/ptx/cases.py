@@ -1,6 +1,6 @@
 """What runs in the emulator: small calls of the public API that lead to each path of each kernel.
 
-``ci``: the architectures on which CI runs a case, which takes each kernel on each of its paths.
+``ci``: the architectures on which CI runs a case; all cases take each kernel on each of its paths.
 """
 
 from __future__ import annotations
