@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,7 @@ def main(argv: list[str]) -> int:
         out.mkdir(parents=True)
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
     return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from ranks import TINY, exit_codes, logs_of, start_command
+from ranks import TINY, exit_codes, logs_of, start_command, torchrun
 
 from protoclip import export
 from protoclip.data import open_dataset
@@ -102,8 +102,12 @@ def train(folder: Path, cases: dict[str, list[str]], ranks: int = 1) -> list[Cal
         )
     )
     argv = [str(plan), str(out)]
-    codes = exit_codes(start_command(folder, argv, ranks, command="openclip_cases"))
-    assert codes == [0] * ranks, logs_of(folder)
+    if ranks > 1:
+        nproc = ["--nproc-per-node", str(ranks)]
+        processes = torchrun(folder, argv, *nproc, module="openclip_cases")
+    else:
+        processes = start_command(folder, argv, 1, command="openclip_cases")
+    assert set(exit_codes(processes)) == {0}, logs_of(folder)
     results = [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
     assert all(case["code"] == 0 for result in results for case in result.values())
     return [{name: case["calls"] for name, case in result.items()} for result in results]

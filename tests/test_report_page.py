@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import pickle
 import re
 import shutil
 from collections import Counter
@@ -59,10 +60,10 @@ def drawn_once() -> Iterator[None]:
 
 
 def remembered(draw: Callable[..., str]) -> Callable[..., str]:
-    drawn: dict[str, str] = {}
+    drawn: dict[bytes, str] = {}
 
     def draw_once(*arguments: Any) -> str:
-        key = repr(arguments)
+        key = pickle.dumps(arguments)
         if key not in drawn:
             drawn[key] = draw(*arguments)
         return drawn[key]
