@@ -55,7 +55,7 @@ sanitize:  ## the ops' tests with csrc under the address and undefined-behaviour
 	libraries=$$(for name in asan ubsan stdc++; do printf '%s ' $$(g++ -print-file-name=lib$$name.so); done); \
 	env CXX=$(CURDIR)/$(SANITIZED)/g++ PROTOCLIP_CACHE=$(CURDIR)/$(SANITIZED) LD_PRELOAD="$$libraries" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(PYTHON) -m pytest -x $(OP_TESTS:%=tests/test_%.py) -k "not memory"  # a limit of addresses leaves asan no room
+		$(PYTHON) -m pytest -x $(OP_TESTS:%=tests/test_%.py) -k "not memory"  # a limit of addresses leaves asan no memory
 
 versions:  ## tests and kernels with other releases of PyTorch, 3 GB each: make versions VERSIONS="2.8 2.11 newest"
 	.ci/versions $(or $(VERSIONS),2.8 2.11 newest)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -176,7 +177,7 @@ def templates() -> dict[str, str]:
 def messages() -> str:
     """What protoclip may print: its strings of several words, without docstrings."""
     strings = []
-    for file in sorted((ROOT / "protoclip").rglob("*.py")):
+    for file in sorted([*(ROOT / "protoclip").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
         strings += [
@@ -188,7 +189,15 @@ def messages() -> str:
     return "\n".join(strings)
 
 
-WORDS = PAGES | helps() | templates() | {"messages": messages()}
+def public_docstrings() -> str:
+    """The API pages."""
+    names = [getattr(protoclip, name) for name in protoclip.__all__]
+    return "\n".join(inspect.getdoc(value) or "" for value in names)
+
+
+WORDS = PAGES | helps() | templates()
+WORDS |= {"messages": messages(), "API": public_docstrings()}
+WORDS |= {name: (ROOT / name).read_text() for name in ("Makefile", "CHANGELOG.md")}
 
 
 @pytest.mark.parametrize("text", sorted(WORDS))
