@@ -85,7 +85,7 @@ pictures:  ## the front page's pictures and alt texts, from the records
 kernels:  ## registers, spills, shared memory and instruction of each launch row; no GPU needed
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.compile_report
 
-ptx:  ## every kernel, executed in an emulator of PTX; ARCH="80 90": ten minutes of one core each
+ptx:  ## every kernel, executed in an emulator of PTX; ARCH="80 90": five to ten minutes of one core each
 	for arch in $(or $(ARCH),80 90); do \
 		env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.run $$arch $(PTX) || failed=1; \
 	done; exit $${failed:-0}

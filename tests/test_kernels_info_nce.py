@@ -120,7 +120,8 @@ SHAPES = {
 }
 KINDS = ("alike", "cones", "opposite", "outcasts", "buried")
 # Every kind of features in every dtype where there are several tiles (fp16: the kind whose sums
-# overflow first); every other shape in every dtype, with one kind of features for each dtype.
+# overflow first), and of one tile with a diagonal in fp32; every other shape in every dtype, with
+# one kind of features for each dtype.
 SEVERAL_TILES = "tiles off the diagonal, all sizes ragged"
 CASES = [
     pytest.param(*SHAPES[name], dtype, kind, id=f"{name}-{dtype}-{kind}")
