@@ -146,11 +146,12 @@ def test_points_go_to_the_nearest_centroid(
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k, d", [(90, 200), (20, 67)])  # in C++: by a screen, directly
 def test_points_of_half_precision_and_large_norms_go_to_the_nearest_centroid(
-    dtype: torch.dtype, backend: str
+    k: int, d: int, dtype: torch.dtype, backend: str
 ) -> None:
     torch.manual_seed(2)
-    problem = random(500, 90, 200)
+    problem = random(500, k, d)
     points = 2000 * problem.points.to(dtype)
     centroids = 2000 * problem.centroids.to(dtype)
     assert_assigned_to_the_nearest(points, centroids, backend)
