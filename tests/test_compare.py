@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed.run as torchrun
 from html_page import in_browser, needs_browser, read_page
 
@@ -226,6 +227,27 @@ def test_a_run_of_several_processes_is_started_by_torchrun() -> None:
     assert parsed.module and parsed.nproc_per_node == "2"
     assert parsed.training_script == "protoclip"
     assert parsed.training_script_args == ["train", "--logs", "elsewhere"]
+
+
+def test_jobs_share_the_visible_gpus(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    record, _ = command.parse_record(["--train-data", "pairs.csv", "--nproc-per-run", "2"])
+    runs = command.Runs(record, jobs=2)
+    gpus = [runs._share(slot, "cuda")["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
+    assert gpus == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,5")
+    assert runs._share(0, "cuda")["CUDA_VISIBLE_DEVICES"] == "7,3"
+    with pytest.raises(ValueError, match="expected 4 GPUs, found 3"):
+        runs._share(1, "cuda")
+    assert "CUDA_VISIBLE_DEVICES" not in command.Runs(record, jobs=1)._share(0, "cuda")
+
+
+def test_the_rows_can_be_printed(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare("--print-config") == 0
+    assert list(json.loads(capsys.readouterr().out)) == ROWS[:2]
+    assert started() == []
 
 
 def test_report_shows_the_same_table(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:
