@@ -32,18 +32,23 @@ def sync() -> None:
 
 
 def name() -> str:
-    """What a table is headed by: the card, or the CPU with its cores and widest arithmetic."""
+    """What a table is headed by: the GPU, or the CPU with its family (virtual machines leave out
+    more), cores and widest arithmetic."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     model = re.search(r"model name\s*:\s*(.+)", text)
+    family = re.search(r"cpu family\s*:\s*(\d+)", text)
     flags = re.search(r"flags\s*:\s*(.+)", text)
     features = set(flags[1].split()) if flags else set()
     arithmetic = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
     widest = next((unit for unit in arithmetic if unit in features), "-")
     cores = len(os.sched_getaffinity(0))
-    return f"{model[1] if model else platform.machine()}, {cores} cores, {widest}"
+    processor = model[1] if model else platform.machine()
+    if family:
+        processor += f" (family {family[1]})"
+    return f"{processor}, {cores} cores, {widest}"
 
 
 def slug() -> str:
