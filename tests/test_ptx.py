@@ -96,6 +96,15 @@ def test_cuda_kernels_are_executed_too(run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_cases_execute_each_source_line(run: Run) -> None:
+    """Of all kernels; compilers other than the recorded ones may place instructions elsewhere."""
+    if run.compilers != json.loads(RECORD.read_text())["compilers"]:
+        pytest.skip(f"not for {run.compilers}")
+    *_, unseen = run.printed.partition("instruction was executed\n")
+    assert unseen == ""
+
+
+@pytest.mark.slow
 def test_lanes_of_tcgen05_add_the_same_column_sums() -> None:
     """Each has one row: a product fused into a sum of two lanes would differ in both."""
     skip_unfenced("100")

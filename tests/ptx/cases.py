@@ -1,6 +1,6 @@
 """What runs in the emulator: small calls of the public API that lead to each path of each kernel.
 
-``ci``: the architectures on which CI runs a case; all cases take each kernel on each of its paths.
+``ci``: the architectures on which CI runs a case; these execute each source line of each kernel.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ info_nce("stash", 150, 64, BF16, stash=True)
 info_nce("stash ids", 150, 64, BF16, stash=True, ids=ids300[:150])
 info_nce("one", 1, 64, BF16)
 info_nce("ids", 420, 64, BF16, ids=torch.arange(420) % 70, ci=BOTH)
-info_nce("ids", 420, 128, BF16, ids=torch.arange(420) // 3, num_sms=1)
+info_nce("ids", 420, 128, BF16, ids=torch.arange(420) // 3, num_sms=1, ci=BOTH)
 info_nce(
     "two ids", 420, 64, FP16, ids=torch.stack([torch.arange(420) % 90, torch.arange(420) // 3], 1)
 )
@@ -351,10 +351,11 @@ of_dtypes(contrastive, "positives", 150, 200, 64, positives=own)
 contrastive("", 150, 150, 128, BF16)
 contrastive("", 100, 150, 64, FP16)
 contrastive("more keys", 100, 257, 40, BF16)
-contrastive("several positives", 150, 200, 64, BF16, positives=several)
+contrastive("several positives", 150, 200, 64, BF16, positives=several, ci=BOTH)
 contrastive(
-    "ids, exclude", 150, 200, 64, BF16, positives=own, key_ids=ids300[:200], exclude=excluded
-)
+    "ids, exclude", 150, 200, 64, BF16,
+    positives=own, key_ids=ids300[:200], exclude=excluded, ci=BOTH,
+)  # fmt: skip
 contrastive(
     "ids positive", 150, 200, 64, FP16,
     positives=own, key_ids=ids300[:200], same_id="positive", weights=weights(150),
@@ -363,7 +364,7 @@ contrastive("large rows", 300, 300, 64, BF16, num_sms=1)
 contrastive("large rows, ids", 300, 300, 64, BF16, key_ids=ids300, num_sms=1)
 far = torch.randperm(420, generator=generator)
 contrastive("shuffled positives", 420, 420, 64, BF16, positives=far)
-contrastive("shuffled positives, large rows", 420, 420, 64, BF16, positives=far, num_sms=1)
+contrastive("shuffled positives, large rows", 420, 420, 64, BF16, positives=far, num_sms=1, ci=BOTH)
 contrastive("shuffled positives", 300, 420, 40, BF16, positives=far[:300])
 contrastive(
     "shuffled positives, ids, exclude", 300, 420, 64, FP16,
@@ -379,7 +380,7 @@ bias[own[own >= 0]] = 0.1
 contrastive("bias", 150, 200, 64, BF16, {"key_bias": bias}, positives=own, ci=BOTH)
 bias_of_300 = torch.randn(300, generator=generator)
 contrastive("bias, all seen", 150, 300, 64, BF16, {"key_bias": bias_of_300}, ci=BOTH)
-contrastive("bias, large rows", 300, 300, 64, BF16, {"key_bias": bias_of_300}, num_sms=1)
+contrastive("bias, large rows", 300, 300, 64, BF16, {"key_bias": bias_of_300}, num_sms=1, ci=BOTH)
 bias_of_200 = torch.randn(200, generator=generator)
 contrastive("bias, any D", 150, 200, 40, BF16, {"key_bias": bias_of_200}, positives=own)
 negatives = torch.stack([unit(130, 64, 20 + i, BF16) for i in range(3)], 1)
@@ -406,13 +407,14 @@ for dtype in (BF16, FP32):
     leaves = {"x": unit(140, 64, 3, dtype), "s": torch.tensor(10.0)}
     add("sup_con 140x64", "", dtype, leaves=leaves, run=sup_con, scale=10.0)
 leaves = pairs(75, 75, 128, BF16)
-add("nt_xent 75x128", "ids, decoupled", BF16, leaves=leaves, run=nt_xent_of_ids, scale=14.3)
+fields: dict[str, Any] = {"run": nt_xent_of_ids, "scale": 14.3, "ci": BOTH}
+add("nt_xent 75x128", "ids, decoupled", BF16, leaves=leaves, **fields)
 
 of_dtypes(sigmoid_loss, "", 150, 150, 64, ci=HARD)
 of_dtypes(sigmoid_loss, "ids", 150, 200, 64, ids=ids300[:200], offset=23)
-sigmoid_loss("any D", 97, 97, 40, BF16)
+sigmoid_loss("any D", 97, 97, 40, BF16, ci=BOTH)
 sigmoid_loss("ids", 420, 420, 64, BF16, ids=torch.arange(420) % 99, ci=BOTH)
-sigmoid_loss("far offset", 130, 420, 64, BF16, offset=250)
+sigmoid_loss("far offset", 130, 420, 64, BF16, offset=250, ci=BOTH)
 sigmoid_loss("two ids, sum", 300, 300, 64, FP16, ids=two_ids)
 sigmoid_loss(
     "two ids, exclude, smoothing, weights", 130, 130, 128, BF16,
@@ -468,7 +470,7 @@ def prototypes_alone(backend: str, x: Tensor) -> dict[str, Tensor]:
 
 
 x = unit(97, 64, 5, BF16)
-fields: dict[str, Any] = {"scale": 20.0, "run": prototypes_of_features}
+fields = {"scale": 20.0, "run": prototypes_of_features}
 add("prototypes 97x300x64", "features only", BF16, leaves={"x": x}, **fields)
 fields |= {"run": prototypes_alone, "has_gradients": False}
 add("prototypes 97x300x64", "no gradient", BF16, leaves={"x": x}, **fields)
@@ -483,7 +485,7 @@ add(
 )  # fmt: skip
 
 soft_targets(300, 96, 64, FP32)
-soft_targets(177, 128, 40, BF16, ci=(80,))
+soft_targets(177, 128, 40, BF16, ci=BOTH)
 
 of_dtypes(kmeans_assign, "", 150, 300, 128, ci={FP32: BOTH, BF16: BOTH})
 of_dtypes(kmeans_assign, "", 77, 77, 40)
@@ -494,9 +496,9 @@ kmeans_assign("wide", 70, 140, 300, BF16)
 kmeans_assign("strides", 90, 130, 64, FP32, strided=True)
 kmeans_assign("strides", 90, 130, 64, BF16, strided=True)
 kmeans_assign("no structure", 200, 500, 128, FP32, clustered=False)
-kmeans_assign("ties of 4", 140, 200, 64, BF16, equal=4)
+kmeans_assign("ties of 4", 140, 200, 64, BF16, equal=4, ci=BOTH)
 kmeans_assign("ties of 4", 140, 200, 128, FP32, equal=4)
-kmeans_assign("ties of 4, strides", 100, 100, 40, FP16, equal=4, strided=True)
+kmeans_assign("ties of 4, strides", 100, 100, 40, FP16, equal=4, strided=True, ci=BOTH)
 kmeans_assign("more ties than CTAs", 1100, 12, 8, BF16, equal=4)
 kmeans_assign("huge", 100, 150, 64, FP32, scale=1e17, equal=3)
 kmeans_assign("tiny", 100, 150, 64, FP32, scale=1e-17, equal=3)

@@ -179,7 +179,7 @@ class Tally:
             total += len(kernel.instructions)
             for (start, end), count in zip(kernel.block_range, counts, strict=True):
                 places = {i.place[1].split(" < ")[0] for i in kernel.instructions[start:end]}
-                own = {place for place in places if "standard.py" not in place}
+                own = {p for p in places if "standard.py" not in p and not p.endswith(":0")}
                 lines |= own
                 if count:
                     executed += end - start
