@@ -98,7 +98,7 @@ def test_cuda_kernels_are_executed_too(run: Run) -> None:
 @pytest.mark.slow
 def test_cases_execute_each_source_line(run: Run) -> None:
     """Of all kernels; compilers other than the recorded ones may place instructions elsewhere."""
-    if run.compilers != json.loads(RECORD.read_text())["compilers"]:
+    if not run.compilers.items() <= json.loads(RECORD.read_text())["compilers"].items():
         pytest.skip(f"not for {run.compilers}")
     *_, unseen = run.printed.partition("instruction was executed\n")
     assert unseen == ""
