@@ -359,8 +359,8 @@ def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) 
     words = {tuple(sorted(card["words"].split(", "))) for card in group_cards(page)}
     assert words == {("beach", "day", "trips"), ("scans",)}  # not: all, IMG, copy
     assert "from file names" in page.section("prototypes").text
-    plane = json.loads(page.section("map").one("script", type="application/json").source)
-    assert sorted(plane["by"]["cluster (k-means)"]["names"]) == sorted(
+    map_data = json.loads(page.section("map").one("script", type="application/json").source)
+    assert sorted(map_data["by"]["cluster (k-means)"]["names"]) == sorted(
         card["words"] for card in group_cards(page)
     )
 
@@ -393,8 +393,8 @@ def test_the_name_of_a_group_tells_it_from_the_others(
     flags = known_features(photos, 10 * np.eye(len(folders), 8)[kinds])
     assert cluster([str(photos), *flags, "--k", str(len(folders)), "--out", str(out)]) == 0
     page = read_page(out / "report.html")
-    plane = json.loads(page.section("map").one("script", type="application/json").source)
-    names = plane["by"]["cluster (k-means)"]["names"]
+    map_data = json.loads(page.section("map").one("script", type="application/json").source)
+    names = map_data["by"]["cluster (k-means)"]["names"]
     group_of = {row["file"]: int(row["cluster"]) for row in rows_of(out / "clusters.csv")}
     found = {kind: group_of[key] for key, kind in zip(keys, kinds, strict=True)}
     for kind, name in enumerate(expected):

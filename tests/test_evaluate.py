@@ -140,9 +140,9 @@ def test_zero_shot_is_among_the_classes_of_the_set() -> None:
         class_vectors={"kind": torch.eye(3)[:2]},
         choices={"kind": torch.tensor([2, 5])},
     )
-    rows, judged = pairs.among("kind")
-    assert rows.tolist() == [0, 1, 2] and judged.ids.tolist() == [1, 0, 1]
-    assert judged.names == ("c", "f")
+    rows, classes = pairs.among("kind")
+    assert rows.tolist() == [0, 1, 2] and classes.ids.tolist() == [1, 0, 1]
+    assert classes.names == ("c", "f")
     scores = evaluate_features({"A": pairs}, tasks=("zeroshot",))["A"].metrics
     assert scores["kind/acc1"] == pytest.approx(2 / 3)
 

@@ -223,9 +223,9 @@ def test_an_example_shows_five_different_captions() -> None:
     """Each caption stands for two pictures."""
     ids = torch.arange(24) // 2
     text = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))[ids]
-    judged = EvalSet(text + 0.1, text, torch.arange(24), caption_ids=ids)
+    eval_set = EvalSet(text + 0.1, text, torch.arange(24), caption_ids=ids)
     dataset = CaptionsOfTwo(24)
-    to_captions = retrieval(dataset, judged, Thumbnails())[0]
+    to_captions = retrieval(dataset, eval_set, Thumbnails())[0]
     assert to_captions["to"] == "caption" and to_captions["queries"]
     for query in to_captions["queries"]:
         captions = [answer["caption"] for answer in query["answers"]]
@@ -331,8 +331,8 @@ def test_the_worst_confusions_of_many_classes_take_no_table() -> None:
     ids = torch.tensor([c for c, guesses in taken_for.items() for _ in guesses])
     seen = torch.tensor([guess for guesses in taken_for.values() for guess in guesses])
     labels = {"class": Labels(ids, tuple(map(str, range(len(vectors)))))}
-    judged = EvalSet(vectors[seen], vectors[:0], labels=labels, class_vectors={"class": vectors})
-    (entry,) = confusions(judged)
+    eval_set = EvalSet(vectors[seen], vectors[:0], labels=labels, class_vectors={"class": vectors})
+    (entry,) = confusions(eval_set)
     assert entry["worst"] == [(3, 50_000, 3), (9, 100_000, 2), (150_000, 0, 1)]
     assert entry["right"] == pytest.approx(1 / 7) and "table" not in entry
 
@@ -340,7 +340,9 @@ def test_the_worst_confusions_of_many_classes_take_no_table() -> None:
 def test_cards_of_many_clusters_have_whole_rows_of_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("protoclip.report.snapshot.plane", lambda *_: {})  # no map: it takes long
+    monkeypatch.setattr(
+        "protoclip.report.snapshot.map_data", lambda *_: {}
+    )  # no map: it takes long
     for pictures, each in ((7, 4), (5, 4), (8, 8), (3, 3)):
         monkeypatch.setattr("protoclip.report.snapshot.PICTURES", pictures * 36)  # image clusters
         blocks = load_snapshot(make_run(tmp_path / str(pictures))).clusters

@@ -105,17 +105,18 @@ def make_page(
         projected=encoded,
         clusters={"k-means": labels[mapped]},
     )
-    plane = snapshot.plane(
+    map_data = snapshot.map_data(
         samples, thumbs if "images" in points.shown else None, reads=len(mapped) <= FACES
     )
-    if plane and len(groups.ends) <= NAMED_GROUPS and any(card["words"] for card in block["cards"]):
+    has_words = any(card["words"] for card in block["cards"])
+    if map_data and has_words and len(groups.ends) <= NAMED_GROUPS:
         words = {card["cluster"]: card["words"] for card in block["cards"]}
         names = [words.get(group) or f"group {group}" for group in range(len(groups.ends))]
-        plane["by"]["cluster (k-means)"]["names"] = names
+        map_data["by"]["cluster (k-means)"]["names"] = names
     page_content = snapshot.Snapshot(
         pictures=thumbs.made,
         clusters=[{"name": "k-means", "of": points.of, **block}],
-        plane=plane,
+        map_data=map_data,
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
     name = short(dataset.name)

@@ -208,10 +208,10 @@ def _guesses(eval_set: EvalSet, train: EvalSet | None) -> tuple[dict[str, float]
     share: dict[str, float] = {}
     most: dict[str, float] = {}
     for label, labels in eval_set.labels.items():
-        rows, judged = eval_set.among(label)
+        rows, classes = eval_set.among(label)
         if not len(rows):
             continue
-        largest = float(judged.ids.bincount().max()) / len(rows)
+        largest = float(classes.ids.bincount().max()) / len(rows)
         present = len(eval_set.choices.get(label, labels.names))
         share[f"{label}/acc1"] = 1 / present
         most[f"{label}/acc1"] = largest
@@ -437,10 +437,10 @@ def _score(
     for label, classes in eval_set.labels.items():
         scores_of_label: dict[str, Tensor] = {}
         if "zeroshot" in tasks and label in eval_set.class_vectors:
-            rows, judged = eval_set.among(label)
+            rows, chosen = eval_set.among(label)
             score = partial(metrics.zero_shot_logits, vectors=eval_set.class_vectors[label])
             scores_of_label = metrics.classify(
-                eval_set.image[rows], judged.ids, len(judged.names), score
+                eval_set.image[rows], chosen.ids, len(chosen.names), score
             )
         everything = torch.arange(len(classes.ids), device=classes.ids.device)
         rows = everything if eval_set.probe_rows is None else eval_set.probe_rows

@@ -249,7 +249,7 @@ def best_floor(runs: Sequence[Run], key: str, metric: str) -> Floor | None:
     return Floor(floors[best], best, every)
 
 
-def says_nothing(runs: Sequence[Run], key: str, metric: str) -> bool:
+def below_majority(runs: Sequence[Run], key: str, metric: str) -> bool:
     """Whether every run names fewer images right than the most frequent class alone would."""
     floors = [
         run.outcome.floors.get("frequent", {}).get(key, results.NOTHING).metrics for run in runs
@@ -282,7 +282,7 @@ def unit_of(run: Run) -> str:
     """What a cluster has many of."""
     if run.config:
         return "sample"
-    return "picture" if run.snapshot.plane.get("pictures") or run.snapshot.pictures else "row"
+    return "picture" if run.snapshot.map_data.get("pictures") or run.snapshot.pictures else "row"
 
 
 def collapse_of(run: Run) -> str:
@@ -457,7 +457,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
     rows = [words for scores in sets.values() for _, words in rows_of(scores.metrics)]
     ends = {key: top_rows(sets[key]) for key in [*list(sets)[:1], *list(sets)[-1:]]}
     top = {
-        key: [row for row in rows_of_set if not says_nothing(columns, key, row[0])]
+        key: [row for row in rows_of_set if not below_majority(columns, key, row[0])]
         for key, rows_of_set in ends.items()
     }
     left_out = {

@@ -103,7 +103,7 @@ class Snapshot:
 
     pictures: Sequence[str] = ()
     clusters: Sequence[Mapping[str, Any]] = ()  # per source: numbers, a card per cluster
-    plane: Mapping[str, Any] = field(default_factory=dict)  # the map, arrays packed in base64
+    map_data: Mapping[str, Any] = field(default_factory=dict)  # the map, arrays packed in base64
     geometry: Mapping[str, Any] = field(default_factory=dict)  # histograms: edges and shares
     confusions: Sequence[Mapping[str, Any]] = ()
     retrieval: Sequence[Mapping[str, Any]] = ()
@@ -113,21 +113,21 @@ class Snapshot:
 
 def take_snapshot(
     samples: Samples,
-    judged: tuple[PairDataset, EvalSet] | None = None,
+    evaluated: tuple[PairDataset, EvalSet] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """The content of a page about training samples, an evaluation set with its features
-    (``judged``), and ``facts`` that JSON can hold."""
+    (``evaluated``), and ``facts`` that JSON can hold."""
     thumbs = Thumbnails()
-    captioned = judged if judged and len(judged[1].text) > 1 else None
+    captioned = evaluated if evaluated and len(evaluated[1].text) > 1 else None
     return Snapshot(
         pictures=thumbs.made,  # the calls below fill it
         clusters=gallery(samples, thumbs),
-        plane=plane(samples, thumbs),
+        map_data=map_data(samples, thumbs),
         geometry=geometry(captioned[1]) if captioned else {},
-        confusions=confusions(judged[1]) if judged else (),
+        confusions=confusions(evaluated[1]) if evaluated else (),
         retrieval=retrieval(*captioned, thumbs) if captioned else (),
-        named=named(*judged, thumbs) if judged else {},
+        named=named(*evaluated, thumbs) if evaluated else {},
         facts={**environment(), **(facts or {})},
     )
 
@@ -143,6 +143,8 @@ def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = parse_json((Path(folder) / NAME).read_text(encoding="utf-8"))
         if content.pop("format") == FORMAT:
+            if "plane" in content:  # its name in the files of older runs
+                content["map_data"] = content.pop("plane")
             return Snapshot(**content)
     return Snapshot()
 
@@ -423,7 +425,7 @@ def words_of_clusters(
     return words
 
 
-def plane(
+def map_data(
     samples: Samples, thumbs: Thumbnails | None = None, *, reads: bool = True
 ) -> dict[str, Any]:
     """The map: positions of images, then captions, in 16 bits, and the classes that colour them;
@@ -433,7 +435,7 @@ def plane(
     parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text) if len(rows)]
     if sum(map(len, parts)) < 15:
         return {}
-    places = lay_out(torch.cat([part - part.mean(0) for part in parts]))  # [N or 2N, 2]
+    places = tsne_layout(torch.cat([part - part.mean(0) for part in parts]))  # [N or 2N, 2]
     colours = {
         name: _colours(classes.ids, classes.names)
         for name, classes in samples.dataset.labels.items()
@@ -457,7 +459,7 @@ def _colours(ids: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:
     return {"ids": _base64(ids.cpu().numpy().astype("<i4")), "names": list(names)}
 
 
-def lay_out(points: Tensor) -> Tensor:
+def tsne_layout(points: Tensor) -> Tensor:
     """Positions in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids
     (about 1 s for any N); a point lies between its four nearest centroids."""
     from sklearn.manifold import TSNE
@@ -482,11 +484,11 @@ def lay_out(points: Tensor) -> Tensor:
     return (places - low) / (high - low).clamp_min(1e-9)
 
 
-def geometry(judged: EvalSet) -> dict[str, Any]:
+def geometry(eval_set: EvalSet) -> dict[str, Any]:
     """The modality gap and two histograms: cosines, and features along the gap."""
-    image = _unit(judged.image)
-    text = _unit(judged.text)
-    matching = image[judged.owner.cpu()]
+    image = _unit(eval_set.image)
+    text = _unit(eval_set.text)
+    matching = image[eval_set.owner.cpu()]
     other_captions = text.roll(max(1, len(text) // 3), 0)
     gap = image.mean(0) - text.mean(0)
     direction = F.normalize(gap, dim=0)
@@ -506,15 +508,15 @@ def _histogram(*parts: Tensor) -> dict[str, Any]:
     return {"edges": edges.tolist(), "shares": shares}
 
 
-def confusions(judged: EvalSet) -> list[dict[str, Any]]:
+def confusions(eval_set: EvalSet) -> list[dict[str, Any]]:
     """Zero-shot confusions of the classes, for every label with class vectors."""
     entries = []
-    for label, vectors in judged.class_vectors.items():
-        rows, classes = judged.among(label)
+    for label, vectors in eval_set.class_vectors.items():
+        rows, classes = eval_set.among(label)
         ids = classes.ids.cpu()
         names = list(classes.names)
         count = len(names)
-        images = _unit(judged.image[rows])
+        images = _unit(eval_set.image[rows])
         guesses = torch.cat([(x @ _unit(vectors).T).argmax(1) for x in images.split(4096)])
         places = ids * count + guesses  # of a table, for which there may be too many classes
         entry = {"label": label, "right": float((ids == guesses).float().mean()), "names": names}
@@ -530,19 +532,19 @@ def confusions(judged: EvalSet) -> list[dict[str, Any]]:
     return entries
 
 
-def named(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> dict[str, Any]:
+def named(dataset: PairDataset, eval_set: EvalSet, thumbs: Thumbnails) -> dict[str, Any]:
     """Ten images of an evaluation set, each with the nearest names of its first label's classes;
     {} without at least as many classes. Built-in icons have a fixed list, other data every n-th."""
-    for label, vectors in judged.class_vectors.items():
+    for label, vectors in eval_set.class_vectors.items():
         if len(vectors) < NAMES:
             continue
-        rows, classes = judged.among(label)
+        rows, classes = eval_set.among(label)
         ids = dict(zip(rows.tolist(), classes.ids.tolist(), strict=True))
         unseen = {f"lucide/{name}" for name in UNSEEN}
         chosen = [i for i, key in enumerate(dataset.keys) if key in unseen and i in ids]
         if not chosen:
             chosen = every(rows, len(UNSEEN)).tolist()
-        scores = _unit(judged.image[chosen]) @ _unit(vectors).T
+        scores = _unit(eval_set.image[chosen]) @ _unit(vectors).T
         shown = []
         for i, best in zip(chosen, scores.topk(NAMES, dim=1).indices.tolist(), strict=True):
             answers = [{"caption": classes.names[k], "hit": k == ids[i]} for k in best]
@@ -552,68 +554,92 @@ def named(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> dict[str
     return {}
 
 
-def retrieval(dataset: PairDataset, judged: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
+def retrieval(dataset: PairDataset, eval_set: EvalSet, thumbs: Thumbnails) -> list[dict[str, Any]]:
     """Right and wrong answers in both directions, spread evenly over the evaluation set."""
-    owner = judged.owner.cpu()
-    texts = torch.arange(len(owner)) if judged.caption_ids is None else judged.caption_ids.cpu()
-    image = _unit(judged.image)
-    text = _unit(judged.text)
+    texts = eval_set.caption_ids
+    texts = torch.arange(len(eval_set.text)) if texts is None else texts.cpu()
+    to_captions = _captions_of_images(dataset, eval_set, texts, thumbs)
+    return to_captions + _images_of_captions(dataset, eval_set, texts, thumbs)
 
-    def caption(row: int, hit: bool) -> dict[str, Any]:
-        """The k-th text row of a picture is its k-th caption."""
-        i = int(owner[row])
-        k = int((owner[:row] == i).sum())
-        return {"caption": caption_of(dataset, i, k), "hit": hit}
 
-    def picture(row: int, hit: bool) -> dict[str, Any]:
-        return thumbs.item(dataset, row, hit)
-
+def _captions_of_images(
+    dataset: PairDataset, eval_set: EvalSet, texts: Tensor, thumbs: Thumbnails
+) -> list[dict[str, Any]]:
+    """Images as queries; of captions with the same text the first one answers."""
+    owner = eval_set.owner.cpu()
+    asked = every(torch.arange(len(eval_set.image)), ASKED)
     first_of_text = np.unique(texts.numpy(), return_index=True)[1]
-    groups = []
-    for to, queries, answers, positions in (
-        ("caption", image, text, torch.from_numpy(np.sort(first_of_text))),
-        ("image", text, image, torch.arange(len(image))),
-    ):
-        asked = every(torch.arange(len(queries)), ASKED)
-        if to == "caption":
-            show_query = picture
-            show_answer = caption
-            right_picture = asked
-            is_right = partial(right_answers, owner, texts, columns=texts)
-            numbers = asked
-        else:
-            show_query = caption
-            show_answer = picture
-            right_picture = owner[asked]
-            is_right = partial(right_answers, texts, owner, columns=torch.arange(len(image)))
-            numbers = texts[asked]
-        candidates = answers[positions]
-        places, answered = [], []
-        for rows, number in zip(asked.split(AT_ONCE), numbers.split(AT_ONCE), strict=True):
-            nearest = (queries[rows] @ candidates.T).topk(min(5, len(positions)), dim=1).indices
-            places.append(positions[nearest])
-            answered.append(is_right(rows=number).gather(1, places[-1]))
-        best, hits = torch.cat(places), torch.cat(answered)  # [Q, 5]
-        for correct in (True, False):
-            rows = (hits[:, 0] == correct).nonzero().flatten()
-            shown = []
-            for row in every(rows, SHOWN).tolist():
-                query = show_query(int(asked[row]), True)
-                ranking = zip(best[row].tolist(), hits[row].tolist(), strict=True)
-                items = [show_answer(j, hit) for j, hit in ranking]
-                missed = not hits[row].any()
-                right = picture(int(right_picture[row]), True) if missed else None
-                shown.append({"query": query, "answers": items, "right": right})
-            groups.append(
-                {
-                    "to": to,
-                    "correct": correct,
-                    "share": len(rows) / len(asked),
-                    "asked": len(asked),
-                    "queries": shown,
-                }
-            )
-    return groups
+    captions = torch.from_numpy(np.sort(first_of_text))
+    is_right = partial(right_answers, owner, texts, columns=texts)
+    best, hits = _nearest(eval_set.image[asked], eval_set.text, captions, asked, is_right)
+
+    def example(row: int) -> dict[str, Any]:
+        query = thumbs.item(dataset, int(asked[row]), True)
+        ranking = zip(best[row].tolist(), hits[row].tolist(), strict=True)
+        answers = [_caption(dataset, owner, j, hit) for j, hit in ranking]
+        return {"query": query, "answers": answers, "right": None if hits[row].any() else query}
+
+    return [_examples("caption", correct, hits, example) for correct in (True, False)]
+
+
+def _images_of_captions(
+    dataset: PairDataset, eval_set: EvalSet, texts: Tensor, thumbs: Thumbnails
+) -> list[dict[str, Any]]:
+    """Captions as queries."""
+    owner = eval_set.owner.cpu()
+    asked = every(torch.arange(len(eval_set.text)), ASKED)
+    images = torch.arange(len(eval_set.image))
+    is_right = partial(right_answers, texts, owner, columns=images)
+    best, hits = _nearest(eval_set.text[asked], eval_set.image, images, texts[asked], is_right)
+
+    def example(row: int) -> dict[str, Any]:
+        query = _caption(dataset, owner, int(asked[row]), True)
+        ranking = zip(best[row].tolist(), hits[row].tolist(), strict=True)
+        answers = [thumbs.item(dataset, j, hit) for j, hit in ranking]
+        missed = not hits[row].any()
+        right = thumbs.item(dataset, int(owner[asked[row]]), True) if missed else None
+        return {"query": query, "answers": answers, "right": right}
+
+    return [_examples("image", correct, hits, example) for correct in (True, False)]
+
+
+def _nearest(
+    queries: Tensor,
+    answers: Tensor,
+    candidates: Tensor,
+    numbers: Tensor,
+    is_right: Callable[..., Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The five nearest of the answers in the rows ``candidates``, and which of them are right to
+    queries of these ``numbers``: rows of answers and bool, [Q, 5]."""
+    among = _unit(answers)[candidates]
+    best, hits = [], []
+    for rows, ids in zip(_unit(queries).split(AT_ONCE), numbers.split(AT_ONCE), strict=True):
+        places = (rows @ among.T).topk(min(5, len(candidates)), dim=1).indices
+        best.append(candidates[places])
+        hits.append(is_right(rows=ids).gather(1, best[-1]))
+    return torch.cat(best), torch.cat(hits)
+
+
+def _caption(dataset: PairDataset, owner: Tensor, row: int, hit: bool) -> dict[str, Any]:
+    """The k-th text row of a picture is its k-th caption."""
+    i = int(owner[row])
+    k = int((owner[:row] == i).sum())
+    return {"caption": caption_of(dataset, i, k), "hit": hit}
+
+
+def _examples(
+    to: str, correct: bool, hits: Tensor, example: Callable[[int], dict[str, Any]]
+) -> dict[str, Any]:
+    """Some queries whose nearest answer is right, or wrong."""
+    rows = (hits[:, 0] == correct).nonzero().flatten()
+    return {
+        "to": to,
+        "correct": correct,
+        "share": len(rows) / len(hits),
+        "asked": len(hits),
+        "queries": [example(row) for row in every(rows, SHOWN).tolist()],
+    }
 
 
 def environment() -> dict[str, Any]:
