@@ -148,6 +148,24 @@ def test_a_subclass_gets_the_loss_of_its_own_logits_and_positives(
         ours(*features(), scale, ids=torch.arange(48))
 
 
+@pytest.mark.parametrize(
+    "ids, remedy",
+    [
+        (list(range(48)), r"got list; use torch.as_tensor\(ids\), in int64 or another integer"),
+        (np.arange(48), r"got ndarray; use torch.as_tensor\(ids\), in int64 or another integer"),
+        (True, r"got bool; use torch.as_tensor\(ids\), in int64 or another integer"),
+        (torch.ones(48) > 0, r"int64 or another integer dtype, got torch.bool; use ids.long\(\)"),
+    ],
+    ids=["list", "array", "bool", "bool tensor"],
+)
+def test_ids_of_another_type_are_refused_with_the_way_to_convert_them(
+    ids: Any, remedy: str
+) -> None:
+    for loss in (protoclip.ClipLoss(), protoclip.SigLipLoss()):
+        with pytest.raises(TypeError, match=f"expected ids as .*{remedy}"):
+            loss(*features(), torch.tensor(3.0), torch.tensor(-1.0), ids=ids)
+
+
 def test_a_subclass_of_siglip_with_its_own_logits_is_refused() -> None:
     """Ours would not look at them."""
     with pytest.raises(ValueError, match="give the class its own forward"):

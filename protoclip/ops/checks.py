@@ -154,10 +154,16 @@ def tensor(
     device: torch.device,
 ) -> None:
     """Require a tensor in one of the dtypes and shapes, on the features' device."""
+    wants_integers = torch.int64 in dtypes
+    if wants_integers and not isinstance(x, Tensor):
+        raise TypeError(
+            f"{op}: expected {name} as a Tensor, got {type(x).__name__}; use "
+            f"torch.as_tensor({name}), in int64 or another integer dtype"
+        )
     _dense(op, name, x)
     if x.dtype not in dtypes:
-        if torch.int64 in dtypes:
-            expected, method = "int64", "long"
+        if wants_integers:
+            expected, method = "int64 or another integer dtype", "long"
         else:
             expected, method = "float32", "float"
         raise TypeError(
