@@ -64,15 +64,21 @@ _HOPPER_SLICES = replace(_HOPPER, slice_m=16)  # what wider slices need of pairs
 _HOPPER_FEW = replace(_HOPPER, block_n=64, block_m=64)
 _NARROW = Launch(128, 64, 64, warps=8, stages=3, slice_m=32, descriptors=True)
 
-# Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D; 120
-# is below.
+# Kernel -> architecture -> row, for half precision and rows that are aligned to whole BLOCK_D.
 HALF: dict[str, dict[int, Launch]] = {
-    "info_nce_forward": {80: _MMA, 89: _MMA, 90: _HOPPER, 100: replace(_HOPPER, part=32)},
+    "info_nce_forward": {
+        80: _MMA,
+        89: _MMA,
+        90: _HOPPER,
+        100: replace(_HOPPER, part=32),
+        120: _MMA,
+    },
     "info_nce_gradient": {
         80: _MMA,
         89: _MMA,
         90: _HOPPER,
         100: replace(_HOPPER, warps=8, ctas_per_sm=1),
+        120: _MMA,
     },
     # Loss and gradient at once: larger tiles spill. Two CTAs of 128 registers are 55 % busy by the
     # model, one of 170 is 29 %.
@@ -81,31 +87,32 @@ HALF: dict[str, dict[int, Launch]] = {
         89: _SMALL,
         90: replace(_NARROW, ctas_per_sm=2, max_registers=128),
         100: _NARROW,
+        120: _SMALL,
     },
     # Few pairs: most tiles hold some to tell apart and go slice by slice, a small one in less time.
-    "contrastive_forward": {80: _SMALL, 89: _SMALL, 90: _HOPPER_FEW, 100: _SMALL},
+    "contrastive_forward": {80: _SMALL, 89: _SMALL, 90: _HOPPER_FEW, 100: _SMALL, 120: _SMALL},
     "contrastive_forward_with_biases": {
         80: _SMALL,
         89: _SMALL,
         90: replace(_HOPPER_FEW, slice_m=16),  # wider slices spill
         100: _SMALL_SLICES,
+        120: _SMALL_SLICES,
     },
     "contrastive_gradient": {
         80: _SMALL_SLICES,
         89: _SMALL_SLICES,
         90: _HOPPER_FEW,
         100: _SMALL_SLICES,
+        120: _SMALL_SLICES,
     },
     "contrastive_gradient_with_biases": {
         80: _SMALL_SLICES,
         89: _SMALL_SLICES,
         90: _HOPPER_FEW,
         100: replace(_SMALL, slice_m=32),  # slices of 16 spill
+        120: _SMALL_SLICES,
     },
 }
-for rows in HALF.values():
-    rows[120] = rows[89]  # the same instructions and as much shared memory
-HALF["contrastive_forward_with_biases"][120] = _SMALL_SLICES
 # These rows apply where the logits fill at least LARGE_TILES whole tiles per SM; with fewer, SMs
 # would idle.
 LARGE_TILES = 2
@@ -125,10 +132,16 @@ HALF_LARGE: dict[str, dict[int, Launch]] = {
         100: replace(_HOPPER_SLICES, part=32),
         120: _MMA,
     },
+    "contrastive_forward_with_biases": {
+        80: _MMA,
+        89: _MMA,
+        90: _HOPPER_SLICES,
+        100: replace(_HOPPER_SLICES, part=32),
+        120: _MMA,
+    },
     "contrastive_gradient": {90: _HOPPER},
     "contrastive_gradient_with_biases": {90: replace(_HOPPER_SLICES, block_m=64)},
 }
-HALF_LARGE["contrastive_forward_with_biases"] = HALF_LARGE["contrastive_forward"]
 LEAST_DEPTH = {"info_nce_forward": 512, "info_nce_gradient": 512}  # the sweep may add a forward row
 # Any card, any D, any strides.
 HALF_ANY: dict[str, Launch] = {
@@ -151,22 +164,25 @@ INTERPRETER = Launch(32, 64, 32, warps=4, stages=1, slice_m=32)
 # Prototypes, values in the pass: 16-bit rows by width, BLOCK_D columns of them at once. On Hopper
 # two CTAs of four warps share an SM, so that the softmax of one runs under the products of the
 # other: 83 % of the tensor cores' time by the model at D = 128, 45 % as one CTA of eight.
+_MMA_ATTENTION = {
+    64: Launch(128, 64, 64, warps=8, stages=2),
+    128: Launch(64, 64, 128, warps=4, stages=2),
+    256: Launch(64, 32, 256, warps=8, stages=2),
+}
 ATTENTION: dict[int, dict[int, Launch]] = {
-    80: {
-        64: Launch(128, 64, 64, warps=8, stages=2),
-        128: Launch(64, 64, 128, warps=4, stages=2),
-        256: Launch(64, 32, 256, warps=8, stages=2),
-    },
+    80: _MMA_ATTENTION,
+    89: _MMA_ATTENTION,
     90: {
         64: Launch(64, 128, 64, warps=4, stages=2, ctas_per_sm=2),
         128: Launch(64, 128, 128, warps=4, stages=2, ctas_per_sm=2),
         256: Launch(64, 64, 256, warps=4, stages=2, ctas_per_sm=2),
     },
-}
-ATTENTION[89] = ATTENTION[120] = ATTENTION[80]
-ATTENTION[100] = ATTENTION[80] | {
-    128: Launch(128, 64, 128, warps=8, stages=2),
-    256: Launch(64, 64, 256, warps=8, stages=2),
+    100: {
+        64: Launch(128, 64, 64, warps=8, stages=2),
+        128: Launch(128, 64, 128, warps=8, stages=2),
+        256: Launch(64, 64, 256, warps=8, stages=2),
+    },
+    120: _MMA_ATTENTION,
 }
 # With the nearest prototype and the gradient of the scale the larger tile does not fit.
 ATTENTION_FULL = {
@@ -175,10 +191,16 @@ ATTENTION_FULL = {
 }
 WIDEST_ATTENTION = 256
 # Logits by chunks of D: statistics alone, and tiles of weights.
-CHUNKED = dict.fromkeys(ARCHITECTURES, Launch(128, 64, 64, warps=8, stages=3))
-# Triton 3.6 takes 241 registers for the weights of 128 x 128: one CTA, 42 to 51 % busy by the
-# model; of 128 x 64 it takes 122, and two are at most 76 to 91 %.
-CHUNKED[90] = replace(CHUNKED[90], block_m=64 if TRITON < (3, 7) else 128)
+_CHUNKED = Launch(128, 64, 64, warps=8, stages=3)
+CHUNKED = {
+    80: _CHUNKED,
+    89: _CHUNKED,
+    # Triton 3.6 takes 241 registers for the weights of 128 x 128: one CTA, 42 to 51 % busy by the
+    # model; of 128 x 64 it takes 122, and two are at most 76 to 91 %.
+    90: _CHUNKED if TRITON < (3, 7) else replace(_CHUNKED, block_m=128),
+    100: _CHUNKED,
+    120: _CHUNKED,
+}
 CHUNKED_FLOAT = Launch(64, 64, 16, warps=4, stages=2, ctas_per_sm=2)
 
 # k-means, by row width: one-term products, and three-term products of fp32 rows (ASSIGN_OPEN).
@@ -191,16 +213,18 @@ ASSIGN = {
 }
 ASSIGN_WIDE = Launch(128, 64, 64, warps=8, stages=3)
 _OPEN = Launch(64, 64, 64, warps=4, stages=2)
+_OPEN_DEEP = replace(_OPEN, block_m=32, block_d=128)
 ASSIGN_OPEN = {
-    arch: {64: _OPEN, 128: replace(_OPEN, block_d=128, block_m=64 if arch >= 90 else 32)}
-    for arch in ARCHITECTURES
+    80: {64: _OPEN, 128: _OPEN_DEEP},
+    89: {64: _OPEN, 128: _OPEN_DEEP},
+    90: {64: _OPEN, 128: replace(_OPEN, block_d=128)},
+    100: {64: _OPEN, 128: replace(_OPEN, block_d=128)},
+    # Wider tiles of three terms need more than 255 registers on sm_120.
+    120: {64: replace(_OPEN, block_m=32), 128: _OPEN_DEEP},
 }
-# Wider tiles of three terms need more than 255 registers on sm_120.
-ASSIGN_OPEN[120] = {64: replace(_OPEN, block_m=32), 128: ASSIGN_OPEN[89][128]}
 ASSIGN_OPEN_WIDE = replace(_OPEN, block_m=32)
-ASSIGN_EXACT = Launch(32, 64, 8, warps=8, stages=1)
-if INTERPRETED:  # there a program costs more than its products
-    ASSIGN_EXACT = replace(ASSIGN_EXACT, block_n=128, block_m=256)
+_EXACT_TILE = (128, 256) if INTERPRETED else (32, 64)  # there a program costs more than products
+ASSIGN_EXACT = Launch(*_EXACT_TILE, 8, warps=8, stages=1)
 SEGMENT_MEAN = Launch(32, 0, 128, warps=4, stages=1)
 
 # Small kernels that merge the tiles' partial results. MERGE: pairs per program, partials per load.

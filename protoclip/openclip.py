@@ -138,7 +138,7 @@ def _with_prototypes(args: Any, proto: ProtoConfig) -> ProtoClipLoss:
     _say(
         args,
         f"ClipLoss and online prototypes: K = {proto.num_clusters} per modality of the newest "
-        f"{proto.queue} pairs; InfoNCE alone for {steps} steps until the queue is full"
+        f"{proto.effective_queue} pairs; InfoNCE alone for {steps} steps until the queue is full"
         + (" (again: a checkpoint does not hold it)" if resumed else ""),
     )
     return loss

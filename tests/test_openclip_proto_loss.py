@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -444,8 +445,10 @@ def test_with_index_the_queue_holds_at_most_the_capacity(
 ) -> None:
     """Each of 512 samples is stored once, and prototypes come after one pass over them."""
     proto = ProtoConfig(capacity=512, k=16, every=4)
-    assert proto.queue == 512 and ProtoConfig(capacity=512).num_clusters == 51
-    assert ProtoConfig(queue=64, capacity=512).queue == 64
+    assert proto.queue == ProtoConfig().queue and proto.effective_queue == 512
+    assert ProtoConfig(capacity=512).num_clusters == 51
+    assert ProtoConfig(queue=64, capacity=512).effective_queue == 64
+    assert replace(proto, capacity=0).effective_queue == ProtoConfig().queue
     loss = ProtoClipLoss(proto=proto)
     for step in range(17):
         image, text = pairs(64, seed=step % 8)

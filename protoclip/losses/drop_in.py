@@ -470,7 +470,7 @@ class ProtoClipLoss(ClipLoss):
         )
         self.online = OnlinePrototypes(
             PrototypeBuilder(clustering),
-            queue=-(-self.proto.queue // self.world_size),
+            queue=-(-self.proto.effective_queue // self.world_size),
             num_clusters=self.proto.num_clusters,
             capacity=-(-self.proto.capacity // self.world_size),
             every=self.proto.every,

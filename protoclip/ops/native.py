@@ -364,9 +364,18 @@ def _errors_only(logger_name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _compile(recipe: Recipe, folder: Path) -> None:
-    from unittest import mock
+@contextlib.contextmanager
+def _quoted_libraries(cpp_extension: Any) -> Iterator[None]:
+    """Quote torch's folder of libraries for the linker: torch 2.13 quotes only those of headers."""
+    folder = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(folder)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = folder
 
+
+def _compile(recipe: Recipe, folder: Path) -> None:
     cpu = recipe.device_type == "cpu"
     with _errors_only("torch.utils.cpp_extension") if cpu else contextlib.nullcontext():
         from torch.utils import cpp_extension
@@ -381,10 +390,8 @@ def _compile(recipe: Recipe, folder: Path) -> None:
         variables["TORCH_CUDA_ARCH_LIST"] = recipe.parameters["arch"]
     # torch builds a name once a process, even if that was interrupted.
     cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(recipe.name, None)
-    # torch 2.13 quotes its folders of headers, but not that of its libraries.
-    libraries = shlex.quote(cpp_extension.TORCH_LIB_PATH)
     try:
-        with _environment(variables), mock.patch.object(cpp_extension, "TORCH_LIB_PATH", libraries):
+        with _environment(variables), _quoted_libraries(cpp_extension):
             cpp_extension.load(
                 name=recipe.name,
                 sources=[str(p) for p in recipe.sources],

@@ -434,18 +434,23 @@ class ProtoConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if 0 < self.capacity < self.queue:  # with more, the queue would hold samples twice
-            object.__setattr__(self, "queue", max(2, self.capacity))
-        if self.k > self.queue:
+        longest = self.effective_queue
+        if self.k > longest:
             raise ValueError(
-                f"--proto-k: expected at most --proto-queue = {self.queue}, got {self.k}; "
-                f"use --proto-k {default_clusters(self.queue)} or a longer queue"
+                f"--proto-k: expected at most --proto-queue = {longest}, got {self.k}; use "
+                f"--proto-k {default_clusters(longest)} or a longer queue"
             )
+
+    @property
+    def effective_queue(self) -> int:
+        """The number of pairs that are clustered: no more than are kept, so that none is clustered
+        twice."""
+        return min(self.queue, max(2, self.capacity)) if self.capacity else self.queue
 
     @property
     def num_clusters(self) -> int:
         """Prototypes per modality."""
-        return self.k or default_clusters(self.queue)
+        return self.k or default_clusters(self.effective_queue)
 
 
 ProtoConfig.__module__ = "protoclip"  # in pickles
