@@ -55,6 +55,7 @@ setup(
         "protoclip.data",
         "protoclip.episodes",
         "protoclip.evaluate",
+        "protoclip.features",
         "protoclip.lloyd",
         "protoclip.losses",
         "protoclip.ops",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.cached_gradients import grad_cache
     from protoclip.data import open_dataset
     from protoclip.estimator import KMeans
+    from protoclip.features import open_features
     from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
     from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
     from protoclip.losses.global_losses import (
@@ -72,6 +73,7 @@ __all__ = [
     "kmeans_assign",
     "nt_xent",
     "open_dataset",
+    "open_features",
     "prototype_cross_entropy",
     "prototype_losses",
     "segment_mean",
@@ -98,6 +100,7 @@ _MODULES = {
     "grad_cache": "cached_gradients",
     "kmeans": "lloyd",
     "open_dataset": "data",
+    "open_features": "features",
 }
 _SUBMODULES = ("losses", "ops", "sentence_transformers")  # usable after import protoclip
 

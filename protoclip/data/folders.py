@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.common.files import DataError, lines_of, plural, printable
+from protoclip.common.strings import StringTable
 from protoclip.data.images import NEEDS_HEIF, decode, no_picture
-from protoclip.data.types import Labels, PairDataset, StringTable
+from protoclip.data.types import Labels, PairDataset
 
 LABEL = "class"
 CLASS_TEMPLATE = "--class-template"

@@ -28,8 +28,9 @@ from PIL import Image
 
 from protoclip.common.files import DataError, write_atomic
 from protoclip.common.paths import cache_dir
+from protoclip.common.strings import StringTable
 from protoclip.data.images import draw_svgs
-from protoclip.data.types import Labels, PairDataset, StringTable, labels_of
+from protoclip.data.types import Labels, PairDataset, labels_of
 
 SIDE = 48  # pixels
 WEIGHTS = 4  # most drawings of one name in one family

@@ -15,12 +15,13 @@ from PIL import Image
 from protoclip.common.files import DataError, is_remote, local_copy, read_file
 from protoclip.common.host import lock_free_after_fork, warn_once
 from protoclip.common.json_text import parse_json
+from protoclip.common.strings import StringTable
 from protoclip.data.folders import CLASS_TEMPLATE, LABEL, read_templates
 from protoclip.data.images import decode
 from protoclip.data.loader import STREAM_BUFFER
 from protoclip.data.shards import expand, key_prefixes
 from protoclip.data.tables import MAX_CAPTION
-from protoclip.data.types import BadSample, Facts, Labels, PairDataset, StringTable
+from protoclip.data.types import BadSample, Facts, Labels, PairDataset
 
 # What columns are usually called, the first first.
 USUAL_NAMES = {

@@ -12,7 +12,8 @@ from PIL import Image, ImageColor, ImageDraw
 
 from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
-from protoclip.data.types import Labels, PairDataset, StringTable
+from protoclip.common.strings import StringTable
+from protoclip.data.types import Labels, PairDataset
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 BACKGROUNDS = ("white", "black", "grey", "beige")

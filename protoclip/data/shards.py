@@ -36,9 +36,10 @@ from protoclip.common.files import (
 from protoclip.common.host import warn_once
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import cache_dir
+from protoclip.common.strings import StringTable
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
-from protoclip.data.types import BadSample, Facts, PairDataset, StringTable
+from protoclip.data.types import BadSample, Facts, PairDataset
 from protoclip.distributed import gather_objects, is_distributed, rank, world_size
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")

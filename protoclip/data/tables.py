@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from protoclip.common.files import DataError, read_file
+from protoclip.common.strings import StringTable
 from protoclip.data.images import decode
-from protoclip.data.types import BadSample, Facts, PairDataset, StringTable
+from protoclip.data.types import BadSample, Facts, PairDataset
 
 CHECKED = 10_000  # files checked at the start; later ones are checked when they are read
 MAX_CAPTION = 10_000  # characters kept of one caption; a model sees the first few hundred

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.common.seeds import mix
+from protoclip.common.strings import StringTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,33 +119,6 @@ class PairDataset(ABC):
     def prefetch(self, positions: np.ndarray) -> None:
         """Start to fetch what these pairs, int64 [M], will need."""
         return
-
-
-class StringTable(Sequence[str]):
-    """A read-only list of strings, kept as one UTF-8 buffer and int64 offsets.
-
-    With a list of str objects, changing reference counts copy it page by page into every forked
-    worker; two arrays are not copied and need about a quarter of the memory.
-    """
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        data = bytearray()
-        ends = array("q", [0])
-        for string in strings:
-            data += string.encode("utf-8", "surrogateescape")
-            ends.append(len(data))
-        self._data = np.frombuffer(bytes(data), dtype=np.uint8)
-        self._ends = np.frombuffer(ends, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        raw = self._data[self._ends[i] : self._ends[i + 1]].tobytes()
-        return raw.decode("utf-8", "surrogateescape")
 
 
 class Subset(PairDataset):

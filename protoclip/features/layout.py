@@ -1,0 +1,211 @@
+"""How features lie on disk: one file, numbered parts, or clip-retrieval's folder.
+
+    DIR/img_emb/img_emb_0.npy  DIR/text_emb/text_emb_0.npy  DIR/metadata/metadata_0.csv or .parquet
+
+Rows of the same place in parts of the same number belong together.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from protoclip.common.files import DataError, plural, printable
+from protoclip.common.json_text import parse_json
+from protoclip.common.strings import StringTable
+from protoclip.features.parts import SUFFIXES, open_part, read_keys
+from protoclip.features.rows import FeatureRows, StoredRows
+from protoclip.features.table import KEY, FeatureTable
+
+IMAGES = "img_emb"
+TEXTS = "text_emb"
+TABLES = "metadata"
+RECORD = "encode.json"  # of protoclip encode: what the folder holds, and whether it is finished
+
+
+@dataclass(frozen=True)
+class FeatureFolder:
+    """Features in clip-retrieval's layout. Row i of both sides and of the table is of one pair."""
+
+    path: Path
+    images: FeatureRows | None
+    texts: FeatureRows | None
+    table: FeatureTable | None  # what each row is of; None if the folder has no metadata
+
+
+def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
+    """Rows of features on disk, of any number. Opening reads headers only.
+
+    The result has ``shape``, ``dtype``, ``len()``, ``keys`` (None, or a key for each row, read at
+    first use), ``rows(start, stop)`` and ``take(positions)``, which return NumPy arrays [M, D],
+    ``select(positions)``, which are rows on disk again, and ``not_finite()``, the positions of rows
+    with NaN or infinity.
+
+    Args:
+        spec: a .npy, .npz or .safetensors file; numbered .npy parts, as a folder or a pattern such
+            as "d/part_*.npy", in natural order; or a folder that ``protoclip encode`` or
+            clip-retrieval wrote. Numbers of any type and byte order.
+        side: "images" or "texts" of such a folder; "": the images, if it has some.
+    Raises:
+        DataError: there are no such files, one is cut off, parts differ in columns or dtype, a
+            number is missing, or the folder is unfinished. It is a ValueError.
+
+    Example:
+        >>> import numpy, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.npy"
+        >>> numpy.save(path, numpy.arange(6, dtype=numpy.float16).reshape(3, 2))
+        >>> rows = protoclip.open_features(path)
+        >>> rows.shape, rows.dtype.name, rows.take([2, 0]).tolist()
+        ((3, 2), 'float16', [[4.0, 5.0], [0.0, 1.0]])
+    """
+    text = os.fspath(spec)
+    path = Path(text)
+    if side not in ("", "images", "texts"):
+        raise ValueError(f"side: expected images or texts, got {side!r}")
+    if is_feature_folder(path):
+        folder = open_folder(path)
+        rows = folder.texts if side == "texts" or not (side or folder.images) else folder.images
+        if rows is None:
+            raise DataError(f"{printable(text)}: the folder has no features of {side}")
+        return rows
+    if side:
+        raise DataError(
+            f"{printable(text)}: expected a folder with {IMAGES} and {TEXTS}, of which {side} are "
+            "read; name a file or folder of rows itself"
+        )
+    if path.is_dir():
+        if path.name in (IMAGES, TEXTS) and is_feature_folder(path.parent):
+            return open_features(path.parent, "images" if path.name == IMAGES else "texts")
+        files = list(path.glob("*.npy"))
+        if not files:
+            raise DataError(f"{printable(text)}: expected numbered .npy files in it, found none")
+        return _rows_of(text, in_order(files))
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise DataError(
+                f"{printable(text)}: expected features in {', '.join(SUFFIXES)}; save them with "
+                "numpy.save"
+            )
+        return StoredRows(text, [open_part(path)], lambda: _texts_of(path))
+    files = [Path(name) for name in glob.glob(text)]
+    if not files:
+        raise DataError(f"{printable(text)}: no such file or folder of features; check the path")
+    return _rows_of(text, in_order(files))
+
+
+def is_feature_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has clip-retrieval's layout, or will have it."""
+    return any(os.path.exists(os.path.join(path, name)) for name in (IMAGES, TEXTS, RECORD))
+
+
+def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
+    """Open a folder that ``protoclip encode`` or clip-retrieval wrote.
+
+    Raises:
+        DataError: it is unfinished, or its parts do not fit together.
+    """
+    path = Path(path)
+    check_finished(path)
+    shown = printable(str(path))
+    files = {side: in_order(list((path / side).glob("*.npy"))) for side in (IMAGES, TEXTS)}
+    sides = {side: found for side, found in files.items() if found}
+    if not sides:
+        raise DataError(f"{shown}: expected .npy files in {IMAGES} or {TEXTS}, found none")
+    tables = in_order(
+        list((path / TABLES).glob("*.csv")) or list((path / TABLES).glob("*.parquet"))
+    )
+    parts = {side: [open_part(file) for file in found] for side, found in sides.items()}
+    first_files = next(iter(sides.values()))
+    for side, found in sides.items():
+        _check_numbers(shown, side, found, first_files)
+    if len(parts) == 2:
+        for image_part, text_part in zip(parts[IMAGES], parts[TEXTS], strict=True):
+            if image_part.shape[0] != text_part.shape[0]:
+                raise DataError(
+                    f"{printable(str(text_part.path))}: expected "
+                    f"{plural(image_part.shape[0], 'row')}, as in {image_part.path.name}, got "
+                    f"{text_part.shape[0]:,}; rows of the same number must belong together"
+                )
+    table = None
+    if tables:
+        _check_numbers(shown, TABLES, tables, first_files)
+        table = FeatureTable(tables, [part.shape[0] for part in next(iter(parts.values()))])
+
+    def read_keys() -> StringTable | None:
+        return None if table is None else table.column(KEY)
+
+    rows = {
+        side: StoredRows(str(path / side), side_parts, read_keys)
+        for side, side_parts in parts.items()
+    }
+    return FeatureFolder(path, rows.get(IMAGES), rows.get(TEXTS), table)
+
+
+def check_finished(path: Path) -> None:
+    """DataError, with the command that continues it, if ``protoclip encode`` has not finished."""
+    try:
+        record = parse_json((path / RECORD).read_text(encoding="utf-8"))
+        is_finished = bool(record["finished"])
+        command = str(record["command"])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        shown = printable(str(path / RECORD))
+        raise DataError(f"{shown}: cannot be read ({error}); encode into a new folder") from error
+    if not is_finished:
+        raise DataError(
+            f"{printable(str(path))}: the features are unfinished; this continues them: "
+            f"{printable(command)}"
+        )
+
+
+def in_order(files: Sequence[Path]) -> list[Path]:
+    """Files in natural order: a_2 before a_10.
+
+    Raises:
+        DataError: the names differ only in a number, and one is missing or occurs twice.
+    """
+    ordered = sorted(files, key=_natural)
+    numbered = [re.fullmatch(r"(.*?)(\d+)(\.[a-z]+)", file.name) for file in ordered]
+    stems = {(match[1], match[3]) for match in numbered if match}
+    if len(stems) != 1 or not all(numbered):
+        return ordered
+    numbers = [int(match[2]) for match in numbered if match]
+    for before, number, file in zip(numbers, numbers[1:], ordered[1:], strict=False):
+        if number != before + 1:
+            problem = f"number {before + 1} is missing before it"
+            if number == before:
+                problem = "its number occurs twice"
+            raise DataError(f"{printable(str(file))}: {problem}; copy or write the parts again")
+    return ordered
+
+
+def _natural(file: Path) -> list[tuple[int, int, str]]:
+    words = re.split(r"(\d+)", file.name)
+    return [(1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words]
+
+
+def _check_numbers(shown: str, name: str, files: Sequence[Path], expected: Sequence[Path]) -> None:
+    """DataError unless the files in the folder ``name`` have the numbers of those expected."""
+    if [_natural(file)[-2] for file in files] != [_natural(file)[-2] for file in expected]:
+        raise DataError(
+            f"{shown}: expected parts of the same numbers in {name} as in "
+            f"{expected[0].parent.name}, got {plural(len(files), 'part')} ({files[0].name} to "
+            f"{files[-1].name}) and {len(expected):,} ({expected[0].name} to {expected[-1].name}); "
+            "copy or write the folder again"
+        )
+
+
+def _rows_of(name: str, files: Sequence[Path]) -> FeatureRows:
+    return StoredRows(name, [open_part(file) for file in files], lambda: None)
+
+
+def _texts_of(path: Path) -> StringTable | None:
+    keys = read_keys(path)
+    if keys is None:
+        return None
+    return StringTable(os.fsdecode(k) if isinstance(k, bytes) else str(k) for k in keys.tolist())
