@@ -1,7 +1,8 @@
 """Tables of the newest record of each machine.
 
 python -m benchmarks.report RESULTS.json …            print the tables
-python -m benchmarks.report RESULTS.json … --write    write them to benchmarks/results/speed.md
+python -m benchmarks.report RESULTS.json … --write    write them to benchmarks/results/speed.md, and
+                                                      the list of lost comparisons to docs/speed.md
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ OURS = "protoclip"
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = RESULTS / "speed.md"
+LOST = ROOT / "docs" / "speed.md"  # the page with the list of lost comparisons
+LOST_BEGIN, LOST_END = "<!-- slower: begin -->\n", "<!-- slower: end -->\n"
 INTRODUCTION = """# Records of speed
 
 Written by `python -m benchmarks.report benchmarks/results/*.json --write` from the newest record
@@ -220,9 +223,35 @@ def _slower(groups: Iterable[list[Row]]) -> str:
     return "Slower than a peer:\n\n" + "\n".join(lines)
 
 
+def lost_comparisons(record: Record) -> str:
+    """Each comparison of a record whose peer took less time than ours, by the median, as a table
+    under the name of the machine."""
+    rows = [
+        [f"`{label(row)}` {sizes(row)} {row['dtype']}", row["variant"], f"{row['ratio']:.2f}"]
+        for group in cases(record["rows"])
+        for row in _compared(group)
+        if row["ratio"] < 1
+    ]
+    run = record["runs"][-1]
+    head = ["Case", "Peer", "Its median time as a share of ours"]
+    return f"{run['machine']}, {run['date'][:10]}:\n\n{table(head, rows)}\n"
+
+
+def with_lost_comparisons(text: str, records: Iterable[Record]) -> str:
+    """docs/speed.md with the list of the newest record of a CPU."""
+    newest = newest_cpu(records)
+    if newest is None:
+        return text
+    before, _, rest = text.partition(LOST_BEGIN)
+    after = rest.partition(LOST_END)[2]
+    return f"{before}{LOST_BEGIN}{lost_comparisons(newest)}{LOST_END}{after}"
+
+
 def stale(records: list[Record]) -> bool:
-    """Whether the page says something else than the records."""
-    return PAGE.read_text(encoding="utf-8") != page(records)
+    """Whether a page says something else than the records."""
+    lost = LOST.read_text(encoding="utf-8")
+    changed = lost != with_lost_comparisons(lost, records)
+    return changed or PAGE.read_text(encoding="utf-8") != page(records)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -230,11 +259,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("results", nargs="+", type=Path, help="records written by --record")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help="write the pages")
     options = parser.parse_args(arguments)
     records = [json.loads(path.read_text()) for path in options.results]
     if options.write:
         PAGE.write_text(page(records), encoding="utf-8")
+        lost = with_lost_comparisons(LOST.read_text(encoding="utf-8"), records)
+        LOST.write_text(lost, encoding="utf-8")
     else:
         print(page(records))
     return 0

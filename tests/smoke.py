@@ -1,4 +1,4 @@
-"""``pytest -m smoke``: a first look at every module, two minutes on two cores.
+"""``pytest -m smoke``: a first look at every module, about a minute on two cores.
 
 Each named test runs with all of its cases: values and gradients of each op on each backend, a run
 that resumes, a folder clustered, steps of OpenCLIP's trainer, a page, a comparison.

@@ -48,6 +48,8 @@ def shown(text: str) -> list[tuple[str, list[str]]]:
     return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
 
 
+RECORDS = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")]
+
 SHOWN = [use for text in PAGES.values() for use in shown(text)]
 
 
@@ -224,6 +226,62 @@ def test_readme_says_which_backends_an_op_has():
         if name in ops
     }
     assert told == {op: set(TABLE[op]) - {"reference"} for op in ops.values()}
+
+
+def kept_mib(criterion, n: int) -> float:
+    """What autograd keeps of a loss of n pairs of 512 fp32 features for its backward pass."""
+    image, text = (torch.nn.functional.normalize(torch.randn(n, 512), dim=1) for _ in range(2))
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    scale = torch.tensor(14.3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        criterion(image.requires_grad_(), text.requires_grad_(), scale)
+    return sum(kept.values()) / 2**20
+
+
+def test_readme_says_what_a_loss_keeps():
+    """By default, as users have it."""
+    if reason := protoclip.backends("info_nce")["cpu"]:
+        pytest.skip(reason)
+    pattern = (
+        r"For ([\d,]+) pairs of 512 fp32 features it keeps (\d+) MiB for the backward pass,\s+"
+        r"OpenCLIP (\d+)\. .*?, ([\d,]+) pairs keep (\d+) MiB, OpenCLIP's (\d+)\."
+    )
+    told = re.search(pattern, PAGES["README.md"], re.DOTALL).groups()
+    for n, ours, theirs in (told[:3], told[3:]):
+        size = int(n.replace(",", ""))
+        assert round(kept_mib(protoclip.ClipLoss(), size)) == int(ours)
+        assert round(kept_mib(open_clip.loss.ClipLoss(), size)) == int(theirs)
+
+
+def test_readme_says_at_which_size_torch_compile_is_slower():
+    """A range over the records of Zen 4 and Zen 5, to a decimal."""
+    rows = [
+        row
+        for record in RECORDS
+        if "avx512_bf16" in record["runs"][-1]["machine"]
+        for row in record["rows"]
+        if row["op"] == "info_nce" and row["phase"] == "both" and row["dtype"] == "bf16"
+    ]
+    ratios = {
+        n: sorted(
+            round(row["ratio"], 1)
+            for row in rows
+            if row["shape"] == {"N": n, "D": 512} and row["variant"] == "torch.compile"
+        )
+        for n in (256, 1024, 4096)
+    }
+    low, high = ratios[4096][0], ratios[4096][-1]
+    text = " ".join(PAGES["README.md"].split())
+    assert f"For 4,096 pairs in bf16, InfoNCE with its gradient is {low} to {high} times" in text
+    low, high = ratios[1024][0], ratios[1024][-1]
+    assert f"at 1,024 pairs {low} to {high}" in text and "at 256 as fast" in text
+    assert all(abs(ratio - 1) < 0.1 for ratio in ratios[256])
 
 
 def test_the_page_of_many_gpus_says_what_plan_says(capsys):
