@@ -67,9 +67,7 @@ def record(folder: Path, commit: str) -> dict[str, Any]:
     }
     epochs = {}
     for row, name in ROWS.items():
-        config = comparison.config(row)
-        assert config is not None, f"{row} has not been timed"
-        epochs[name] = config.optim.epochs
+        epochs[name] = comparison.rows[row].optim.epochs
     seeds = {
         name: {str(seed): scores_of(outcome.trained) for seed, outcome in by_seed.items()}
         for name, by_seed in runs.items()

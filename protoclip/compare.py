@@ -1,8 +1,8 @@
 """Does it help on my data? ``protoclip compare`` trains rows over seeds and says what differs.
 
 Each run is an ordinary run folder, OUT/ROW/seed-N, made by ``protoclip train`` in a process of its
-own. The first seed is timed: what the baseline gets at equal time follows from it. Read from
-``compare`` down.
+own. Some seeds are timed: whether a row needs a baseline that trains for as long, and for how long,
+follows from them. Read from ``compare`` down.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from protoclip.common.files import plural, printable_lines, write_atomic
+from protoclip.common.files import plural, printable_lines, sole_writer, write_atomic
 from protoclip.common.host import usable_cores
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import run_command
@@ -36,15 +37,26 @@ from protoclip.report.comparison import (
     RECALLS,
     Comparison,
     Score,
-    compare_rows,
+    cost_of,
     format_comparison,
-    of_plan,
+    of_record,
     primary_of,
-    training_seconds,
     values_of,
 )
 from protoclip.report.page import NAME, write_comparison
-from protoclip.settings.comparison import Plan, Record, check_rows, open_record, parse_record
+from protoclip.report.statistics import LEAST_SEEDS
+from protoclip.settings.comparison import (
+    FILE,
+    LOCK,
+    SETTINGS,
+    Cost,
+    Plan,
+    Record,
+    check_ratio,
+    check_rows,
+    open_record,
+    parse_record,
+)
 from protoclip.settings.config import TrainConfig, to_dict
 from protoclip.training.checks import check_settings
 
@@ -94,12 +106,13 @@ def compare(
         rows: name -> settings, the first is the baseline; None: CLIP and ProtoCLIP of ``config``.
         seeds: how many, from 0 on, or which.
         out: folder of the comparison; a run is OUT/ROW/seed-N.
-        equal_steps: do not train the baseline for as long as each other row takes.
+        equal_steps: compare at equal steps, not at equal time.
         count_teacher: count the teacher's time as training time.
-        jobs: runs at the same time, after the first seed.
+        jobs: runs at the same time, after three seeds that are timed.
         nproc_per_run: processes of a run.
     Raises:
-        ValueError: rows that cannot be compared, or a folder that holds something else.
+        ValueError: rows that cannot be compared, or a folder that holds something else or to
+            which another process writes.
     """
     if rows is None:
         rows = {"CLIP": replace(config, method="clip"), "ProtoCLIP": config}
@@ -152,21 +165,26 @@ def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
 def announcement(record: Record) -> str:
     """The rows, the primary scores and the number of runs."""
     plan = record.plan
-    lines = [f"rows: {'; '.join(plan.all_rows)} (the baseline is {plan.baseline})"]
+    lines = []
+    if record.rebuilt:
+        lines.append(f"{plan.out / FILE} was damaged; it was rebuilt from the runs in {plan.out}")
+    lines.append(f"rows: {'; '.join(record.rows)} (the baseline is {plan.baseline})")
     scores = [Score(key, metric) for key, metric in record.primary]
     lines.append("primary scores: " + ", ".join(f"{score.words} ({score.key})" for score in scores))
-    done = sum(finished(plan.folder(row, seed)) is not None for row, seed in runs_of(plan))
-    total = len(plan.all_rows) * len(plan.seeds)
+    runs = runs_of(record)
+    done = sum(finished(plan.folder(row, seed)) is not None for row, seed in runs)
     lines.append(
-        f"runs: {total}, {len(plan.all_rows)} for each of the seeds "
+        f"runs: {len(runs)}, {len(record.rows)} for each of the seeds "
         f"{', '.join(map(str, plan.seeds))}; {done} finished"
     )
+    if not plan.equal_steps and not record.costs:
+        lines.append(f"then {plan.baseline} for as long as each row that takes another time")
     return "\n".join(lines)
 
 
-def runs_of(plan: Plan) -> list[tuple[str, int]]:
-    """Every run, (row, seed), in the order of training."""
-    return [(row, seed) for seed in plan.seeds for row in plan.all_rows]
+def runs_of(record: Record) -> list[tuple[str, int]]:
+    """Every run, (row, seed), that is known to be needed."""
+    return [(row, seed) for seed in record.plan.seeds for row in record.rows]
 
 
 def finished(folder: Path) -> Outcome | None:
@@ -179,28 +197,21 @@ def finished(folder: Path) -> Outcome | None:
 
 def run(record: Record, jobs: int = 1) -> Comparison:
     """Train what is missing, compare, and write comparison.json and the page."""
-    record.write()
-    trainer = Runs(record, jobs)
-    with trainer.stopped_with_us():
-        trainer.train_all()
-    plan = record.plan
-    outcomes: dict[str, dict[int, Outcome]] = {row: {} for row in plan.all_rows}
-    for row, seed in runs_of(plan):
-        if outcome := finished(plan.folder(row, seed)):
-            outcomes[row][seed] = outcome
-    rows, pairs = of_plan(record, outcomes)
-    comparison = compare_rows(
-        rows,
-        pairs,
-        record.primary,
-        added=record.added,
-        failed=trainer.failed,
-        count_teacher=plan.count_teacher,
-    )
-    record.shown = record.shown or list(plan.seeds)
-    record.result = values_of(comparison)
-    record.write()
-    write_comparison(comparison, plan.out / NAME)
+    out = record.plan.out
+    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out / LOCK, "--out"):
+        # Another process may have written since.
+        record = replace(open_record(record.plan), primary=record.primary)
+        record.write()
+        trainer = Runs(record, jobs)
+        with trainer.stopped_with_us():
+            trainer.train_all()
+        outcomes = {name: trainer.outcomes(name, record.plan.seeds) for name in record.rows}
+        comparison = of_record(record, outcomes, trainer.failed)
+        record.shown = record.shown or list(record.plan.seeds)
+        record.result = values_of(comparison)
+        record.write()
+        write_comparison(comparison, out / NAME)
     return comparison
 
 
@@ -226,39 +237,56 @@ class Runs:
     _began: float = field(default_factory=time.monotonic)
 
     def train_all(self) -> None:
-        """The first seed one run at a time, to be timed; then the others, ``jobs`` at once."""
-        plan = self.record.plan
-        if not plan.equal_steps:
-            self._find_ratios()
-        waiting = [
-            (row, seed)
-            for row, seed in runs_of(plan)
-            if self.record.config(row) is not None and self._is_missing(row, seed)
-        ]
+        """The timed seeds one run at a time, those of the baselines at equal time after the
+        others'; then the other seeds, ``jobs`` at once."""
+        record = self.record
+        plan = record.plan
+        if not record.costs:
+            record.timed = list(plan.seeds if self.jobs == 1 else plan.seeds[:LEAST_SEEDS])
+        self._train([(row, seed) for seed in record.timed for row in plan.rows], jobs=1)
+        for name in plan.others:
+            self._measure(name, plan.baseline)
+            if not plan.equal_steps:
+                self._decide(name)
+        record.write()
+        self._train([(row, seed) for seed in record.timed for row in record.rows], jobs=1)
+        for name in record.ratios:
+            self._measure(name, plan.equal_time_rows[name])
+        record.write()
+        self._train(runs_of(record), self.jobs)
+
+    def _train(self, runs: Sequence[tuple[str, int]], jobs: int) -> None:
+        """Train those runs that are missing."""
+        waiting = [(row, seed) for row, seed in runs if self._is_missing(row, seed)]
         while waiting or self.running:
-            while waiting and len(self.running) < self.jobs:
+            while waiting and len(self.running) < jobs:
                 row, seed = waiting.pop(0)
                 self._start(row, seed)
             self._wait()
 
-    def _find_ratios(self) -> None:
-        """Freeze each row's training time over the baseline's, of the first seed that both
-        finish, alone on the machine."""
-        plan = self.record.plan
-        ratios = self.record.ratios
-        for seed in plan.seeds:
-            untimed = [name for name in plan.others if name not in ratios]
-            for name in [plan.baseline, *untimed] if untimed else []:
-                if self._is_missing(name, seed):
-                    self._start(name, seed)
-                    self._wait()
-            baseline = finished(plan.folder(plan.baseline, seed))
-            for name in untimed:
-                row = finished(plan.folder(name, seed))
-                if row and baseline:
-                    seconds = training_seconds(row, plan.count_teacher)
-                    ratios[name] = seconds / training_seconds(baseline)
-            self.record.write()
+    def _measure(self, name: str, baseline: str) -> None:
+        """Freeze how long a row trains compared with a baseline. What is not known may be measured
+        again, as runs that failed may have finished since."""
+        record = self.record
+        if not record.costs.get((name, baseline), Cost()).is_known:
+            record.costs[name, baseline] = cost_of(
+                self.outcomes(name, record.timed),
+                self.outcomes(baseline, record.timed),
+                record.plan.count_teacher,
+            )
+
+    def _decide(self, name: str) -> None:
+        """Freeze whether a row needs a baseline at equal time, and by what that trains longer."""
+        cost = self.record.costs[name, self.record.plan.baseline]
+        if name not in self.record.ratios and cost.is_known and not cost.is_equal:
+            ratio = math.exp(cost.log_ratio)
+            check_ratio(name, ratio)
+            self.record.ratios[name] = ratio
+
+    def outcomes(self, row: str, seeds: Sequence[int]) -> dict[int, Outcome]:
+        """The results of a row's finished runs, by seed."""
+        outcomes = {seed: finished(self.record.plan.folder(row, seed)) for seed in seeds}
+        return {seed: outcome for seed, outcome in outcomes.items() if outcome}
 
     def _is_missing(self, row: str, seed: int) -> bool:
         failed = run_name(row, seed) in self.failed
@@ -270,10 +298,9 @@ class Runs:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             self._wait_for_other(folder)
-        config = self.record.config(row)
-        assert config is not None
+        config = self.record.rows[row]
         clean = replace(config, run=replace(config.run, name="", resume=""))
-        settings = folder.parent / "settings.json"
+        settings = folder.parent / SETTINGS
         write_atomic(settings, json.dumps(to_dict(clean), indent=2) + "\n")
         slot = min(set(range(self.jobs)) - {other.slot for other in self.running})
         command = [*train_command(plan.nproc_per_run), "--preset", str(settings)]
@@ -356,14 +383,14 @@ class Runs:
 
     def _show(self) -> None:
         """One line of progress: over a terminal's last line, else when a run starts."""
-        plan = self.record.plan
-        done = sum(finished(plan.folder(row, seed)) is not None for row, seed in runs_of(plan))
-        total = len(plan.all_rows) * len(plan.seeds)
+        runs = runs_of(self.record)
+        total = len(runs)
+        done = sum(finished(self.record.plan.folder(row, seed)) is not None for row, seed in runs)
         now = "; ".join(run_name(run.row, run.seed) for run in self.running)
         text = f"{done} of {total} runs"
         if self.failed:
             text += f", {len(self.failed)} failed"
-        if done >= len(plan.all_rows) and self._done_here and now:
+        if done >= len(self.record.rows) and self._done_here and now:
             seconds_per_run = (time.monotonic() - self._began) / self._done_here
             left = (total - done - len(self.failed)) * seconds_per_run
             text += f", {plural(max(1, round(left / 60)), 'minute')} left"

@@ -1,5 +1,6 @@
 """Stands in for ``protoclip train`` in the tests of protoclip compare: the same flags and files,
-without training. FAKE_TRAIN, JSON, says which runs fail, stop, or are judged on other pictures."""
+without training. FAKE_TRAIN, JSON, says which runs fail, stop, are judged on other pictures, or
+take another time: "time 1.2"."""
 
 import json
 import os
@@ -38,7 +39,8 @@ judged = {
     "title": "Held-out pairs", "samples": 20, "captions": 20, "metrics": recalls,
     "fingerprint": "other" if orders == "other pictures" else "same",
 }  # fmt: skip
-work = {"training": steps * (1.5 if proto else 1.0), "teacher": 10.0 * proto}
+factor = float(orders.removeprefix("time ")) if orders.startswith("time ") else 1.0
+work = {"training": factor * steps * (1.5 if proto else 1.0), "teacher": 10.0 * proto}
 results = {
     "data": "pairs", "model": "m", "pretrained": "p", "trained": {"HO": judged},
     "floors": {}, "steps": steps, "work_seconds": work,

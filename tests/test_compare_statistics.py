@@ -22,6 +22,7 @@ from protoclip.report.statistics import (
     power,
     seeds_needed,
 )
+from protoclip.settings.comparison import Cost
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,6 +76,40 @@ def test_with_a_difference_the_power_is_that_of_theory(effect: float) -> None:
     assert within_three_errors(float((p[:, 0] < corrected).mean()), strict)
     # Holm's test of the family finds at least what its first step finds.
     assert (holm(p)[:, 0] < LEVEL).sum() >= (p[:, 0] < corrected).sum()
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("spread", [0.2, 0.02])
+def test_rows_that_differ_in_nothing_are_told_apart_in_5_percent(spread: float, seeds: int) -> None:
+    """In cost, and, at equal time, in a score; ``spread`` is that of a log ratio of times."""
+    random = np.random.default_rng(3)
+
+    def drawn() -> np.ndarray:
+        return random.normal(size=(DRAWS, seeds))
+
+    row_time, base_time, longer_noise = (spread / math.sqrt(2) * drawn() for _ in range(3))
+    row, base, longer = (drawn() for _ in range(3))
+    times = paired(row_time - base_time)
+    cost = Cost(times.mean, times.half)
+    needs_longer = cost.is_known & ~cost.is_equal
+    # A baseline that trains for exp(0.1) times as long gains 0.3 standard deviations.
+    longer = longer + 3 * times.mean[:, None]
+    missed = paired(row_time - longer_noise - times.mean[:, None])
+    against_longer = needs_longer & Cost(missed.mean, missed.half).is_close
+    starred = (cost.is_equal & (paired(row - base).p < LEVEL)) | (
+        against_longer & (paired(row - longer).p < LEVEL)
+    )
+    most = LEVEL + 3 * math.sqrt(LEVEL * (1 - LEVEL) / DRAWS)
+    assert needs_longer.mean() <= most
+    assert starred.mean() <= most
+    if spread == 0.02 and seeds == 5:
+        assert cost.is_known.mean() >= 0.95
+        assert starred.mean() > 0.04  # else nothing is tested
+
+
+def test_two_seeds_say_nothing_of_times() -> None:
+    times = paired(np.array([0.1, 0.1]))
+    assert not Cost(float(times.mean), float(times.half)).is_known
 
 
 def test_the_t_tests_are_scipys() -> None:

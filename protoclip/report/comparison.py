@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,30 @@ import numpy as np
 
 from protoclip.common.files import plural
 from protoclip.evaluate.results import ROWS, Outcome, number, rows_of
-from protoclip.report.statistics import LEVEL, MOST_SEEDS, holm, paired, seeds_needed
-from protoclip.settings.comparison import FILE, Record, read_record, settings_of
+from protoclip.report.statistics import (
+    LEAST_SEEDS,
+    LEVEL,
+    MOST_SEEDS,
+    holm,
+    paired,
+    seeds_needed,
+)
+from protoclip.settings.comparison import (
+    FILE,
+    Cost,
+    Record,
+    numbers_or_null,
+    read_record,
+    settings_of,
+)
 
 WITH_CLASSES = ("acc1", "nn_acc1", "ami")  # the primary scores; without classes R@1:
 RECALLS = ("text_retrieval_recall@1", "image_retrieval_recall@1")
-TOLERANCE = 0.05  # of the training time of rows that are called equally long
-LEAST_SEEDS = 3  # for a claim
+EQUAL = {  # what a row and its baseline have in common if they are tested -> how it is said
+    "time": "trained for the same time",
+    "steps": "at equal steps",
+    "": "not tested",
+}
 Run = Mapping[int, Outcome]  # by seed
 
 
@@ -55,7 +72,7 @@ class Pair(NamedTuple):
 
     row: str
     baseline: str
-    equal_time: bool  # whether the baseline was to train for as long
+    equal: str  # of ``EQUAL``; "": they are not tested
 
 
 class Cell(NamedTuple):
@@ -76,14 +93,14 @@ class Contrast:
     """Everything about one pair of rows."""
 
     pair: Pair
-    time_ratio: float  # training time of the baseline over the row's; NaN: not known
+    cost: Cost  # of the row, compared with its baseline
     cells: Mapping[Score, Cell]
     other_pictures: str = ""  # a sentence if they were judged on different pictures
 
     @property
     def claims(self) -> bool:
         """Whether its primary scores are tested."""
-        return self.pair.equal_time
+        return bool(self.pair.equal)
 
 
 @dataclass(frozen=True)
@@ -93,10 +110,25 @@ class Comparison:
     rows: Sequence[Row]
     primary: Sequence[Score]
     seeds: tuple[int, ...]  # those that all rows have finished
-    contrasts: Sequence[Contrast]
+    contrasts: Sequence[Contrast]  # those that matter first, one for each row
+    timed: tuple[int, ...] = ()  # seeds whose training times count
     added: tuple[int, ...] = ()  # seeds that came after a result was shown
     failed: Mapping[str, str] = field(default_factory=dict)  # run -> why
     count_teacher: bool = False
+    rebuilt: bool = False  # from its runs, as its file was damaged
+
+    @property
+    def may_claim(self) -> bool:
+        """Whether there are seeds enough for a test, all of them planned beforehand."""
+        return len(self.seeds) >= LEAST_SEEDS and not self.added
+
+    @property
+    def of_rows(self) -> list[Contrast]:
+        """The contrast of each row that matters."""
+        first: dict[str, Contrast] = {}
+        for contrast in self.contrasts:
+            first.setdefault(contrast.pair.row, contrast)
+        return list(first.values())
 
     @property
     def scores(self) -> list[Score]:
@@ -134,20 +166,40 @@ def training_seconds(outcome: Outcome, count_teacher: bool = False) -> float:
     return work["training"] + (work.get("teacher", 0.0) if count_teacher else 0.0)
 
 
+def cost_of(row: Run, baseline: Run, count_teacher: bool = False) -> Cost:
+    """The training time of a row's runs over that of its baseline's, on the seeds of both."""
+    ratios = [
+        training_seconds(run, count_teacher) / training_seconds(baseline[seed])
+        for seed, run in row.items()
+        if seed in baseline
+    ]
+    log_ratios = np.log([ratio for ratio in ratios if math.isfinite(ratio)])
+    if not len(log_ratios):
+        return Cost()
+    times = paired(log_ratios)
+    return Cost(float(times.mean), float(times.half))
+
+
 def compare_rows(
     rows: Sequence[Row],
     pairs: Iterable[Pair],
     primary: Sequence[tuple[str, str]],
-    *,
-    added: Sequence[int] = (),
-    failed: Mapping[str, str] | None = None,
-    count_teacher: bool = False,
+    costs: Mapping[tuple[str, str], Cost],
+    **more: Any,
 ) -> Comparison:
-    """Compare the seeds that all rows have finished."""
+    """Compare the seeds that all rows have finished.
+
+    Args:
+        pairs: those that matter first.
+        costs: of (row, baseline).
+        more: further fields of the comparison.
+    """
     by_name = {row.name: row for row in rows}
     seeds = sorted(set.intersection(*(set(row.runs) for row in rows)))
-    raw = [_contrast(by_name, pair, seeds, count_teacher) for pair in pairs]
-    may_claim = len(seeds) >= LEAST_SEEDS and not added
+    raw = [
+        _contrast(by_name, pair, seeds, costs.get((pair.row, pair.baseline), Cost()))
+        for pair in pairs
+    ]
     tested = [
         (number_of_contrast, score)
         for number_of_contrast, contrast in enumerate(raw)
@@ -157,6 +209,15 @@ def compare_rows(
     ]
     corrected = holm(np.array([raw[i].cells[score].p for i, score in tested] or [1.0]))
     p_of = dict(zip(tested, corrected.tolist(), strict=False))
+    scores = dict.fromkeys(score for contrast in raw for score in contrast.cells)
+    by_place = {(score.key, score.metric): score for score in scores}
+    comparison = Comparison(
+        rows=rows,
+        primary=[by_place[place] for place in primary if place in by_place],
+        seeds=tuple(seeds),
+        contrasts=raw,
+        **more,
+    )
     contrasts = []
     for i, contrast in enumerate(raw):
         cells = {}
@@ -165,34 +226,15 @@ def compare_rows(
             needed = None
             if (i, score) in p_of:
                 needed = seeds_needed(np.array(cell.differences), LEVEL / len(tested))
-            significant = may_claim and (i, score) in p_of and p < LEVEL
+            significant = comparison.may_claim and (i, score) in p_of and p < LEVEL
             cells[score] = cell._replace(p=p, significant=significant, seeds_needed=needed)
-        contrasts.append(
-            Contrast(contrast.pair, contrast.time_ratio, cells, contrast.other_pictures)
-        )
-    scores = dict.fromkeys(score for contrast in contrasts for score in contrast.cells)
-    by_place = {(score.key, score.metric): score for score in scores}
-    return Comparison(
-        rows=rows,
-        primary=[by_place[place] for place in primary if place in by_place],
-        seeds=tuple(seeds),
-        contrasts=contrasts,
-        added=tuple(added),
-        failed=failed or {},
-        count_teacher=count_teacher,
-    )
+        contrasts.append(replace(contrast, cells=cells))
+    return replace(comparison, contrasts=contrasts)
 
 
-def _contrast(
-    rows: Mapping[str, Row], pair: Pair, seeds: Sequence[int], count_teacher: bool
-) -> Contrast:
+def _contrast(rows: Mapping[str, Row], pair: Pair, seeds: Sequence[int], cost: Cost) -> Contrast:
     ours = [rows[pair.row].runs[seed] for seed in seeds]
     theirs = [rows[pair.baseline].runs[seed] for seed in seeds]
-    times = [
-        training_seconds(baseline, count_teacher=False) / training_seconds(run, count_teacher)
-        for run, baseline in zip(ours, theirs, strict=True)
-    ]
-    ratio = float(np.mean(times)) if times else math.nan
     cells: dict[Score, Cell] = {}
     sentence = ""
     for key in dict.fromkeys(key for outcome in ours for key in outcome.trained):
@@ -209,20 +251,19 @@ def _contrast(
             ]
             if np.isfinite(values).all():
                 cells[Score(key, metric, title)] = _cell(*values)
-    return Contrast(pair, ratio, cells, sentence)
+    return Contrast(pair, cost, cells, sentence)
 
 
 def _cell(ours: np.ndarray, theirs: np.ndarray) -> Cell:
     differences = ours - theirs
     test = paired(differences)
-    enough = len(differences) >= LEAST_SEEDS
     return Cell(
         baseline_mean=float(theirs.mean()),
         mean=float(ours.mean()),
         differences=tuple(differences.tolist()),
         difference=float(test.mean),
-        half=float(test.half) if enough else math.inf,
-        p=float(test.p) if enough else 1.0,
+        half=float(test.half),
+        p=float(test.p),
         significant=False,
         seeds_needed=None,
     )
@@ -251,16 +292,51 @@ def other_pictures(
 # Which runs belong together.
 
 
-def of_plan(record: Record, outcomes: Mapping[str, Run]) -> tuple[list[Row], list[Pair]]:
-    """The rows of a comparison's folder, and the pairs that it is about."""
+def of_record(record: Record, outcomes: Mapping[str, Run], failed: Mapping[str, str]) -> Comparison:
+    """The comparison of a folder, of the rows that ``outcomes`` has."""
     plan = record.plan
-    rows = []
-    for name in plan.all_rows:
-        settings = settings_of(record.config(name) or plan.rows[plan.baseline])
-        folders = {seed: plan.folder(name, seed) for seed in outcomes.get(name, {})}
-        rows.append(Row(name, outcomes.get(name, {}), settings, folders))
-    pairs = [Pair(name, other, True) for name, other in plan.equal_time_rows.items()]
-    return rows, pairs + [Pair(name, plan.baseline, False) for name in plan.others]
+    rows = [
+        Row(
+            name,
+            outcomes[name],
+            settings_of(config),
+            {seed: plan.folder(name, seed) for seed in outcomes[name]},
+        )
+        for name, config in record.rows.items()
+        if name in outcomes
+    ]
+    names = {row.name for row in rows}
+    pairs = [pair for pair in _pairs(record) if {pair.row, pair.baseline} <= names]
+    return compare_rows(
+        rows,
+        pairs,
+        record.primary,
+        record.costs,
+        timed=tuple(record.timed),
+        added=tuple(record.added),
+        failed=failed,
+        count_teacher=plan.count_teacher,
+        rebuilt=record.rebuilt,
+    )
+
+
+def _pairs(record: Record) -> list[Pair]:
+    """The pairs that a comparison is about, and then those that its table shows, too."""
+    plan = record.plan
+    baseline = plan.baseline
+    if plan.equal_steps:
+        return [Pair(name, baseline, "steps") for name in plan.others]
+    matter = []
+    shown = []
+    for name, longer in plan.equal_time_rows.items():
+        if name in record.ratios:
+            is_close = record.costs.get((name, longer), Cost()).is_close
+            matter.append(Pair(name, longer, "time" if is_close else ""))
+            shown.append(Pair(name, baseline, ""))
+        else:
+            is_equal = record.costs.get((name, baseline), Cost()).is_equal
+            matter.append(Pair(name, baseline, "time" if is_equal else ""))
+    return matter + shown
 
 
 class Listed(NamedTuple):
@@ -278,9 +354,9 @@ class Listed(NamedTuple):
         return Path(name).name or self.path.resolve().parent.name
 
 
-def group_runs(runs: Sequence[Listed]) -> tuple[list[Row], list[Pair]]:
-    """Rows of runs that differ only in the seed. Each row is compared with the row of plain CLIP
-    trained for about the same time, or if there is none with the first row."""
+def group_runs(runs: Sequence[Listed]) -> tuple[list[Row], dict[tuple[str, str], Cost]]:
+    """Rows of runs that differ only in the seed, and the pairs to compare: each row with the row of
+    plain CLIP whose training time is nearest, or if there is none with the first row."""
     groups: dict[str, dict[int, Listed]] = {}
     for run in runs:
         seed = run.config.get("run", {}).get("seed", 0)
@@ -301,22 +377,17 @@ def group_runs(runs: Sequence[Listed]) -> tuple[list[Row], list[Pair]]:
     baselines = [row for row in rows if row.settings.get("method") == "clip"]
     if len(baselines) in (0, len(rows)):
         baselines = rows[:1]
-    pairs = []
+    costs = {}
     for row in rows:
-        if row in baselines:
-            continue
-        nearest = min(baselines, key=lambda other: _time_distance(row, other))
-        is_equal = _time_distance(row, nearest) <= math.log1p(TOLERANCE)
-        pairs.append(Pair(row.name, nearest.name, is_equal))
-    return rows, pairs
+        if row not in baselines:
+            by_baseline = {other.name: cost_of(row.runs, other.runs) for other in baselines}
+            nearest = min(by_baseline, key=lambda name: _distance(by_baseline[name]))
+            costs[row.name, nearest] = by_baseline[nearest]
+    return rows, costs
 
 
-def _time_distance(row: Row, other: Row) -> float:
-    """How far apart the training times of two rows are; infinite if one is not known."""
-    times = [[training_seconds(outcome) for outcome in side.runs.values()] for side in (row, other)]
-    if not all(times) or not np.isfinite(sum(times, [])).all():
-        return math.inf
-    return abs(math.log(np.mean(times[0]) / np.mean(times[1])))
+def _distance(cost: Cost) -> float:
+    return math.inf if math.isnan(cost.log_ratio) else abs(cost.log_ratio)
 
 
 def compare_runs(runs: Sequence[Listed]) -> Comparison | None:
@@ -326,41 +397,36 @@ def compare_runs(runs: Sequence[Listed]) -> Comparison | None:
     root = roots.pop()
     if not roots and (root / FILE).is_file():
         return _of_folder(read_record(root), runs)
-    rows, pairs = group_runs(runs)
+    rows, costs = group_runs(runs)
     if len(rows) < 2:
         return None
+    pairs = [
+        Pair(row, baseline, "time" if cost.is_known and cost.is_close else "")
+        for (row, baseline), cost in costs.items()
+    ]
     metrics: dict[str, dict[str, float]] = {}
     for row in rows:
         for outcome in row.runs.values():
             for key, scores in outcome.trained.items():
                 metrics.setdefault(key, dict(scores.metrics))
-    return compare_rows(rows, pairs, primary_of(metrics))
+    timed = tuple(sorted({seed for row in rows for seed in row.runs}))
+    return compare_rows(rows, pairs, primary_of(metrics), costs, timed=timed)
 
 
 def _of_folder(record: Record, runs: Sequence[Listed]) -> Comparison | None:
     """The comparison of some of the runs in a comparison's folder."""
     plan = record.plan
-    outcomes = {run.path.resolve(): run.outcome for run in runs if run.outcome.trained}
-    by_row: dict[str, dict[int, Outcome]] = {name: {} for name in plan.all_rows}
-    for name, by_seed in by_row.items():
+    finished = {run.path.resolve(): run.outcome for run in runs if run.outcome.trained}
+    outcomes: dict[str, dict[int, Outcome]] = {}
+    for name in record.rows:
         for seed in plan.seeds:
             folder = plan.folder(name, seed).resolve()
-            if folder in outcomes:
-                by_seed[seed] = outcomes[folder]
-    rows, pairs = of_plan(record, by_row)
-    rows = [row for row in rows if row.runs]
-    names = {row.name for row in rows}
-    pairs = [pair for pair in pairs if {pair.row, pair.baseline} <= names]
-    if not pairs:
+            if folder in finished:
+                outcomes.setdefault(name, {})[seed] = finished[folder]
+    if len(outcomes) < 2:
         return None
-    return compare_rows(
-        rows,
-        pairs,
-        record.primary,
-        added=record.added,
-        failed=record.result.get("failed", {}),
-        count_teacher=plan.count_teacher,
-    )
+    comparison = of_record(record, outcomes, record.result.get("failed", {}))
+    return comparison if comparison.contrasts else None
 
 
 # What it says, in words.
@@ -368,31 +434,29 @@ def _of_folder(record: Record, runs: Sequence[Listed]) -> Comparison | None:
 
 def paragraph(comparison: Comparison) -> str:
     """What can be claimed, to be quoted."""
-    tested = [contrast for contrast in comparison.contrasts if contrast.claims]
     seeds = comparison.seeds
     if not seeds:
         return "No seed has finished in all rows, so nothing can be compared."
-    sentences = []
-    if not tested:
-        sentences.append(
-            "No row has a baseline trained for the same time, so the differences are at equal "
-            "steps or of other lengths and are not tested for significance."
-        )
-    elif len(seeds) < LEAST_SEEDS:
-        sentences.append(
-            f"With {plural(len(seeds), 'seed')} the differences are not tested for significance, "
-            "which needs at least three seeds."
-        )
+    sentences = [doubt for contrast in comparison.of_rows if (doubt := _doubt(contrast))]
+    if len(seeds) < LEAST_SEEDS:
+        sentences = [
+            f"With {plural(len(seeds), 'seed')} no difference is tested for significance, which "
+            "needs at least three seeds."
+        ]
     elif comparison.added:
-        which = ", ".join(map(str, comparison.added))
+        verb = "was" if len(comparison.added) == 1 else "were"
         sentences.append(
-            f"Seeds added after a result was shown: {which}. Nothing is significant then, because "
-            "adding seeds until a difference appears would find one."
+            f"{_seeds(comparison.added)} {verb} added after a result was shown, so no difference "
+            "is called significant."
         )
-    for contrast in tested:
-        sentences.append(_verdict(contrast, comparison))
-    tests = sum(score in contrast.cells for contrast in tested for score in comparison.primary)
-    if tests and len(seeds) >= LEAST_SEEDS:
+    sentences += [_verdict(contrast, comparison) for contrast in comparison.of_rows]
+    tests = sum(
+        score in contrast.cells
+        for contrast in comparison.contrasts
+        if contrast.claims
+        for score in comparison.primary
+    )
+    if len(seeds) >= LEAST_SEEDS and comparison.primary:
         holm_words = f", Holm over {plural(tests, 'test')}" if tests > 1 else ""
         sentences.append(
             f"The 95 % intervals (t, paired by seed{holm_words}) cover the randomness of training "
@@ -401,7 +465,29 @@ def paragraph(comparison: Comparison) -> str:
     return " ".join(sentences)
 
 
+def _doubt(contrast: Contrast) -> str:
+    """Why the training times allow no test, "" if they do."""
+    row, baseline, equal = contrast.pair
+    if equal:
+        return ""
+    if math.isnan(contrast.cost.log_ratio):
+        return (
+            f"The training times of {row} and {baseline} are not known, so no difference is called "
+            "significant."
+        )
+    times = _times(contrast)
+    if math.isinf(contrast.cost.half):
+        times += ", timed on fewer than three seeds"
+    reason = "" if contrast.cost.is_known else ": not known within 5 %"
+    return (
+        f"{times}{reason}, so nothing is compared at equal time and no difference is called "
+        "significant; longer runs, `--equal-steps` or more seeds, in a new `--out`, can change "
+        "that."
+    )
+
+
 def _verdict(contrast: Contrast, comparison: Comparison) -> str:
+    claims = contrast.claims and comparison.may_claim
     better: list[str] = []
     worse: list[str] = []
     undecided: list[str] = []
@@ -411,31 +497,66 @@ def _verdict(contrast: Contrast, comparison: Comparison) -> str:
             continue
         cell = contrast.cells[score]
         half = "" if math.isinf(cell.half) else f" ± {cell.half:.3f}"
-        words = f"{score.words} ({cell.difference:+.3f}{half})"
-        if cell.significant:
-            (better if cell.difference > 0 else worse).append(words)
-            continue
-        undecided.append(words)
-        count = str(cell.seeds_needed) if cell.seeds_needed else f"more than {MOST_SEEDS}"
-        needed.append(count)
+        difference = f"{cell.difference:+.3f}{half}"
+        if not claims:
+            undecided.append(f"{difference} in {score.words}")
+        elif cell.significant and cell.difference > 0:
+            better.append(f"{score.words} ({difference})")
+        elif cell.significant:
+            worse.append(f"{score.words} ({difference})")
+        else:
+            undecided.append(f"{score.words} ({difference})")
+            needed.append(str(cell.seeds_needed or f"more than {MOST_SEEDS}"))
+    row = contrast.pair.row
+    if not (better or worse or undecided):
+        return contrast.other_pictures or f"{row} has no primary score."
+    over = f"Over {plural(len(comparison.seeds), 'seed')},"
+    baseline = _baseline_words(contrast, comparison)
+    if not claims:
+        return f"{over} the difference of {row} from {baseline} is {_list(undecided)}."
     parts = []
     if better:
-        parts.append(f"{_list(better)} improved")
+        parts.append(f"improves {_list(better)}")
     if worse:
-        parts.append(f"{_list(worse)} got worse")
+        parts.append(f"worsens {_list(worse)}")
     if undecided:
-        claims = len(comparison.seeds) >= LEAST_SEEDS and not comparison.added
-        verb = "no significant difference in" if claims else "difference in"
-        parts.append(f"{verb} {_list(undecided)}")
-    if not parts:
-        return contrast.other_pictures or f"{contrast.pair.row} has no primary score."
-    text = (
-        f"Against {comparison.rows[0].name} trained for the same time, {contrast.pair.row} over "
-        f"{plural(len(comparison.seeds), 'seed')}: {'; '.join(parts)}."
-    )
-    if undecided and len(comparison.seeds) >= LEAST_SEEDS:
+        parts.append(f"does not differ significantly in {_list(undecided)}")
+    text = f"{over} {row}, compared with {baseline}, {_list(parts)}."
+    if needed:
         text += f" With 80 % power, differences of these sizes would need {_list(needed)} seeds."
+    if contrast.pair.equal == "steps" and not math.isnan(contrast.cost.log_ratio):
+        text += f" {_times(contrast)}."
     return text
+
+
+def _baseline_words(contrast: Contrast, comparison: Comparison) -> str:
+    row, baseline, equal = contrast.pair
+    if equal == "time":
+        return f"{baseline.removesuffix(f', time of {row}')} {EQUAL['time']}"
+    if baseline.endswith(f", time of {row}"):
+        return baseline
+    seed = comparison.seeds[0]
+    by_name = {row.name: row for row in comparison.rows}
+    ours = by_name[row].runs[seed].steps
+    theirs = by_name[baseline].runs[seed].steps
+    if ours == theirs:
+        return f"{baseline} trained for the same number of steps"
+    return f"{baseline} trained for {theirs:,} steps ({row}: {ours:,})"
+
+
+def _times(contrast: Contrast) -> str:
+    row, baseline, _ = contrast.pair
+    return f"{row} took {cost_words(contrast.cost)} the training time of {baseline}"
+
+
+def cost_words(cost: Cost) -> str:
+    """The ratio of two training times with its interval."""
+    half = "" if math.isinf(cost.half) else f" (± {100 * math.expm1(cost.half):.2g} %)"
+    return f"{math.exp(cost.log_ratio):.2f} times{half}"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"Seed{'s' if len(seeds) > 1 else ''} {_list(list(map(str, seeds)))}"
 
 
 def _list(words: Sequence[str]) -> str:
@@ -452,28 +573,30 @@ def notes(comparison: Comparison) -> list[str]:
     for contrast in comparison.contrasts:
         if contrast.other_pictures and not contrast.claims:  # else the paragraph says it
             lines.append(contrast.other_pictures)
-        if contrast.claims and abs(contrast.time_ratio - 1) > TOLERANCE:
-            lines.append(
-                f"warning: {contrast.pair.baseline} trained {contrast.time_ratio:.2f} times as "
-                f"long as {contrast.pair.row}, not equally long within 5 %."
-            )
+    if comparison.rebuilt:
+        lines.append(
+            f"{FILE} was damaged and has been rebuilt from the runs: seeds that were added after a "
+            "result was shown are no longer known as such."
+        )
     return lines
 
 
 def time_words(comparison: Comparison, contrast: Contrast) -> str:
-    """The training time of a row and of its baseline, and the teacher's."""
+    """The training time of a row and of its baseline, and the teacher's, on the seeds that were
+    timed."""
     by_name = {row.name: row for row in comparison.rows}
-
-    def mean(row: Row, phase: str) -> float:
-        return float(np.mean([row.runs[s].work_seconds.get(phase, 0.0) for s in comparison.seeds]))
-
-    ours = by_name[contrast.pair.row]
-    theirs = by_name[contrast.pair.baseline]
-    if not comparison.seeds or math.isnan(contrast.time_ratio):
+    ours = by_name[contrast.pair.row].runs
+    theirs = by_name[contrast.pair.baseline].runs
+    seeds = [seed for seed in comparison.timed if seed in ours and seed in theirs]
+    if not seeds or math.isnan(contrast.cost.log_ratio):
         return ""
+
+    def mean(runs: Run, phase: str) -> float:
+        return float(np.mean([runs[seed].work_seconds.get(phase, 0.0) for seed in seeds]))
+
     text = (
-        f"training {mean(ours, 'training'):,.1f} s, baseline {mean(theirs, 'training'):,.1f} s "
-        f"({contrast.time_ratio:.2f} times)"
+        f"training {mean(ours, 'training'):,.1f} s, baseline {mean(theirs, 'training'):,.1f} s: "
+        f"{cost_words(contrast.cost)} the baseline's"
     )
     if teacher := mean(ours, "teacher"):
         counted = "included" if comparison.count_teacher else "not included"
@@ -485,8 +608,8 @@ def format_comparison(comparison: Comparison) -> str:
     """The table in the terminal: a block for each pair of rows."""
     blocks = []
     for contrast in comparison.contrasts:
-        claim = "for as long" if contrast.pair.equal_time else "without a claim"
-        head = f"{contrast.pair.row} against {contrast.pair.baseline} ({claim})"
+        pair = contrast.pair
+        head = f"{pair.row} against {pair.baseline} ({EQUAL[pair.equal]})"
         if times := time_words(comparison, contrast):
             head += f": {times}"
         lines = [head, f"  {'':<34}{'baseline':>10}{'row':>9}   difference (95 %)"]
@@ -527,7 +650,7 @@ def values_of(comparison: Comparison) -> dict[str, Any]:
         "contrasts": [
             {
                 **contrast.pair._asdict(),
-                "time_ratio": None if math.isnan(contrast.time_ratio) else contrast.time_ratio,
+                "cost": numbers_or_null(asdict(contrast.cost)),
                 "scores": [
                     {
                         "set": score.key,

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -45,7 +46,6 @@ LEGEND = (
     ("external_loss", "prototype loss (teacher)"),
     ("external_", "teacher_"),
     ("proto_loss", "prototype loss (own features)"),
-    ("clip_loss", "InfoNCE"),
     ("proto_logit_scale", "prototype logit scale"),
 )
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # scalar -> steps and values
@@ -170,12 +170,15 @@ def chart_svg(chart: Chart) -> str:
 
 def differences_svg(rows: Sequence[tuple[Sequence[float], float, float]]) -> str:
     """A line for each row, from the top: a dot per seed, and the mean with its 95 % interval.
-    ``rows``: differences by seed, their mean, half of the interval (infinite: none)."""
+    A number counts seeds at one place. ``rows``: differences by seed, their mean, half of the
+    interval (infinite: none)."""
     height = 0.67 + 0.42 * len(rows)  # inches
     panel = (0.03, 0.42 / height, 0.94, 1 - 0.47 / height)
     with _figure(size=(SIZE[0], height), panel=panel, yticks=[]) as (figure, axes):
         axes.grid(False)
         axes.axvline(0, color=MUTED, lw=0.8)
+        every = [seed for seeds, _, _ in rows for seed in seeds] or [0.0]
+        dot = max(0.01 * (max([0.0, *every]) - min([0.0, *every])), 1e-12)  # the width of one
         for place, (seeds, mean, half) in enumerate(rows):
             colour = CYCLE[place % len(CYCLE)]
             if np.isfinite(half):
@@ -184,6 +187,12 @@ def differences_svg(rows: Sequence[tuple[Sequence[float], float, float]]) -> str
             axes.plot(
                 seeds, np.full(len(seeds), 0.25 - place), color=colour, ls="", marker="o", ms=3.5
             )
+            for step, count in Counter(round(seed / dot) for seed in seeds).items():
+                if count > 1:
+                    axes.annotate(
+                        f"{count}", (step * dot, 0.25 - place), xytext=(0, 3), ha="center",
+                        textcoords="offset points", color=colour, fontsize=7,
+                    )  # fmt: skip
         axes.set_ylim(-len(rows) + 0.4, 0.6)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("difference from the baseline")

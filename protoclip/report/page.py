@@ -27,6 +27,7 @@ from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
 from protoclip.report.comparison import (
+    EQUAL,
     Comparison,
     Listed,
     compare_runs,
@@ -403,6 +404,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             paragraph=paragraph(comparison),
             notes=notes(comparison),
             time_words=partial(time_words, comparison),
+            equal=EQUAL,
             meaning=meaning,
             differing={
                 name: [of_row.get(name) for of_row in settings]

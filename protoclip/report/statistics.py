@@ -13,6 +13,7 @@ from scipy import special  # scipy.stats takes a second to import
 
 LEVEL = 0.05  # family-wise error, and one minus the coverage of an interval
 POWER = 0.8
+LEAST_SEEDS = 3  # for an interval and a test
 MOST_SEEDS = 50  # more are not planned for
 
 
@@ -20,7 +21,7 @@ class Difference(NamedTuple):
     """Mean differences, half of their 95 % intervals, and the p of the two-sided t tests."""
 
     mean: np.ndarray
-    half: np.ndarray  # infinite for a single seed
+    half: np.ndarray  # infinite below three seeds
     p: np.ndarray  # 1 where it cannot be tested
 
 
@@ -28,7 +29,7 @@ def paired(differences: np.ndarray) -> Difference:
     """Student's t over the differences of paired seeds [..., seeds]."""
     count = differences.shape[-1]
     mean = differences.mean(-1)
-    if count < 2:
+    if count < LEAST_SEEDS:
         return Difference(mean, np.full_like(mean, np.inf), np.ones_like(mean))
     error = differences.std(-1, ddof=1) / np.sqrt(count)
     half = special.stdtrit(count - 1, 1 - LEVEL / 2) * error

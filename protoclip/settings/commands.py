@@ -53,9 +53,9 @@ def compare_parser() -> Parser:
     parser = build_parser(
         "protoclip compare",
         "Train ProtoCLIP and CLIP on several seeds and report which scores differ, as a table, a "
-        "page and comparison.json. Takes the flags of protoclip train, for all rows. CLIP is also "
-        "trained for as long as each other row takes. The same command continues an interrupted "
-        "comparison.",
+        "page and comparison.json. Takes the flags of protoclip train, for all rows. Where a row "
+        "takes another time than CLIP, CLIP is also trained for as long. The same command "
+        "continues an interrupted comparison.",
         COMPARED.split(),
         "protoclip compare --train-data pairs.csv --val-fraction 0.2 --model ViT-B-32 --epochs 30\n"
         "         protoclip compare --row 'CLIP: --method clip' --row 'K 100: --k 100'",
@@ -80,11 +80,11 @@ def compare_parser() -> Parser:
         help="number of training seeds, or a list of them (default: 5)",
     )
     add_flag(group, "--out", "logs/compare", "output folder; runs are in OUT/ROW/seed-N")
-    words = "omit the equal-time baselines; then no difference is tested"
+    words = "compare at equal steps, not at equal time"
     group.add_argument("--equal-steps", action="store_true", help=words)
     words = "count the teacher's time as training time"
     group.add_argument("--count-teacher", action="store_true", help=words)
-    words = "parallel runs after the first seed; on GPUs each run has its own"
+    words = "parallel runs after three seeds that are timed; on GPUs each run has its own"
     add_flag(group, "--jobs", 1, words, low=1)
     words = "processes per run, started by torchrun; on GPUs each has its own"
     add_flag(group, "--nproc-per-run", 1, words, low=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from protoclip.settings.config import TABLE, TrainConfig, flat, from_dict, to_di
 from protoclip.settings.flags import checked_config
 
 FILE = "comparison.json"
+PAGE = "report.html"
+SETTINGS = "settings.json"  # of a row, in its folder
+LOCK = ".lock"  # of the process that writes to the folder
+FORM = {  # what comparison.json holds
+    "rows": dict, "seeds": list, "equal_steps": bool, "count_teacher": bool, "nproc_per_run": int,
+    "primary": list, "timed": list, "costs": list, "ratios": dict, "shown": list,
+    "rebuilt": bool, "result": dict,
+}  # fmt: skip
+TOLERANCE = math.log1p(0.05)  # of the log ratio of training times that are called the same
+LARGEST_RATIO = 1000.0  # of the training times of two rows, for a baseline at equal time
 ROWS = {"CLIP": "--method clip", "ProtoCLIP": ""}  # without --row; the first is the baseline
 # The command gives each run its own.
 SET_BY_COMPARE = ("run.name", "run.logs", "run.resume", "run.seed")
@@ -66,14 +77,43 @@ class Plan:
         return self.out / folder_name(row) / f"seed-{seed}"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The training time of a row over its baseline's, on seeds whose runs trained alone.
+
+    The properties work on arrays, too.
+    """
+
+    log_ratio: float = math.nan  # mean over the seeds; NaN: not known
+    half: float = math.inf  # of its 95 % interval; infinite below three seeds
+
+    @property
+    def is_known(self) -> bool:
+        return self.half <= TOLERANCE
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the row costs what its baseline costs, as far as can be seen."""
+        return self.is_known & (abs(self.log_ratio) <= self.half)
+
+    @property
+    def is_close(self) -> bool:
+        """Whether a baseline that was to train for as long did so."""
+        return abs(self.log_ratio) <= TOLERANCE
+
+
 @dataclass
 class Record:
     """What ``comparison.json`` holds; written after each change."""
 
     plan: Plan
     primary: list[tuple[str, str]] = field(default_factory=list)  # evaluation set, metric
-    ratios: dict[str, float] = field(default_factory=dict)  # training time over the baseline's
+    timed: list[int] = field(default_factory=list)  # seeds whose runs train alone
+    costs: dict[tuple[str, str], Cost] = field(default_factory=dict)  # of (row, its baseline)
+    # Row -> by what its baseline at equal time trains longer; rows without one are not here.
+    ratios: dict[str, float] = field(default_factory=dict)
     shown: list[int] = field(default_factory=list)  # seeds of the first result that was shown
+    rebuilt: bool = False  # from the runs, as the file was damaged
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,23 +121,22 @@ class Record:
         """Seeds that came after a result was shown."""
         return [seed for seed in self.plan.seeds if seed not in self.shown] if self.shown else []
 
-    def config(self, row: str) -> TrainConfig | None:
-        """The settings of a row; None for a baseline at an equal time that is not known yet."""
+    @property
+    def rows(self) -> dict[str, TrainConfig]:
+        """The settings of all rows: the plan's, and the baselines at equal time that it needs."""
         plan = self.plan
-        if row in plan.rows:
-            return plan.rows[row]
-        timed = next(name for name, other in plan.equal_time_rows.items() if other == row)
-        if timed not in self.ratios:
-            return None
+        rows = dict(plan.rows)
         baseline = plan.rows[plan.baseline]
-        ratio = self.ratios[timed]
         steps = baseline.optim.max_steps
-        optim = replace(
-            baseline.optim,
-            epochs=baseline.optim.epochs * ratio,
-            max_steps=max(1, round(steps * ratio)) if steps else 0,
-        )
-        return replace(baseline, optim=optim)
+        for name, longer in plan.equal_time_rows.items():
+            if ratio := self.ratios.get(name):
+                optim = replace(
+                    baseline.optim,
+                    epochs=baseline.optim.epochs * ratio,
+                    max_steps=max(1, round(steps * ratio)) if steps else 0,
+                )
+                rows[longer] = replace(baseline, optim=optim)
+        return rows
 
     def write(self) -> None:
         plan = self.plan
@@ -108,12 +147,23 @@ class Record:
             "count_teacher": plan.count_teacher,
             "nproc_per_run": plan.nproc_per_run,
             "primary": self.primary,
+            "timed": self.timed,
+            "costs": [
+                {"row": row, "baseline": baseline, **numbers_or_null(asdict(cost))}
+                for (row, baseline), cost in self.costs.items()
+            ],
             "ratios": self.ratios,
             "shown": self.shown,
+            "rebuilt": self.rebuilt,
             "result": self.result,
         }
         plan.out.mkdir(parents=True, exist_ok=True)
         write_atomic(plan.out / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def numbers_or_null(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers for JSON, which has no NaN and no infinity."""
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 def folder_name(row: str) -> str:
@@ -254,6 +304,9 @@ def read_record(folder: Path) -> Record:
     file = folder / FILE
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
+        for name, kind in FORM.items():
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
         plan = Plan(
             {name: from_dict(TrainConfig, row) for name, row in content["rows"].items()},
             tuple(map(int, content["seeds"])),
@@ -262,10 +315,87 @@ def read_record(folder: Path) -> Record:
             content["count_teacher"],
             content["nproc_per_run"],
         )
-        primary = [(key, metric) for key, metric in content["primary"]]
-        return Record(plan, primary, content["ratios"], content["shown"], content["result"])
+        for name, ratio in content["ratios"].items():
+            check_ratio(name, ratio)
+        return Record(
+            plan,
+            primary=[(key, metric) for key, metric in content["primary"]],
+            timed=[int(seed) for seed in content["timed"]],
+            costs={(cost["row"], cost["baseline"]): _read_cost(cost) for cost in content["costs"]},
+            ratios=content["ratios"],
+            shown=[int(seed) for seed in content["shown"]],
+            rebuilt=content["rebuilt"],
+            result=content["result"],
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--out: {file} is damaged ({error}); choose another --out") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"--out: {file} is damaged ({reason}); `protoclip compare` with the flags of before "
+            "rebuilds it from the finished runs"
+        ) from error
+
+
+def check_ratio(name: str, ratio: float) -> None:
+    """Raise ValueError if a baseline at equal time cannot train this much longer."""
+    if not 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
+        raise ValueError(
+            f"row {name}: expected a training time of at most {LARGEST_RATIO:,.0f} times the "
+            f"baseline's, or the other way round, got {ratio:.3g}; use --equal-steps in a new --out"
+        )
+
+
+def _read_cost(numbers: Mapping[str, float | None]) -> Cost:
+    log_ratio = numbers["log_ratio"]
+    half = numbers["half"]
+    cost = Cost(math.nan if log_ratio is None else log_ratio, math.inf if half is None else half)
+    if not all(x is None or math.isfinite(x) for x in (log_ratio, half)) or cost.half < 0:
+        raise ValueError(f"costs: expected finite numbers, got {log_ratio} and {half}")
+    return cost
+
+
+def rebuild_record(plan: Plan) -> Record:
+    """The comparison of a folder whose file is damaged, from its runs: the plan's rows, with all
+    seeds that are there.
+
+    Raises:
+        ValueError: runs of a row that the plan does not have, or has with other settings.
+    """
+    rows = {folder_name(name): name for name in plan.all_rows}
+    settings: dict[str, Mapping[str, Any]] = {}
+    seeds: set[int] = set()
+    for folder in sorted(plan.out.glob("*/seed-*")):
+        name = rows.get(folder.parent.name)
+        if name is None:
+            raise ValueError(
+                f"--out: {plan.out / FILE} is damaged, and {folder.parent} is of no row of this "
+                "command; give all flags of before, or choose another --out"
+            )
+        seeds.add(int(folder.name.removeprefix("seed-")))
+        if name not in settings:
+            settings[name] = parse_json((folder.parent / SETTINGS).read_text(encoding="utf-8"))
+    for name in plan.rows:
+        if name in settings:
+            _check_same(plan, name, settings[name])
+    baseline = plan.rows[plan.baseline]
+    ratios = {
+        name: settings[longer]["optim"]["epochs"] / baseline.optim.epochs
+        for name, longer in plan.equal_time_rows.items()
+        if longer in settings
+    }
+    shown = sorted(seeds) if (plan.out / PAGE).exists() else []
+    merged = replace(plan, seeds=tuple(sorted({*seeds, *plan.seeds})))
+    return Record(merged, ratios=ratios, shown=shown, rebuilt=bool(seeds))
+
+
+def _check_same(plan: Plan, name: str, before: TrainConfig | Mapping[str, Any]) -> None:
+    """Raise ValueError if a row has other settings than ``before``."""
+    settings = settings_of(before)
+    for setting, value in settings_of(plan.rows[name]).items():
+        if settings.get(setting) != value:
+            raise ValueError(
+                f"--out: in {plan.out} the row {name} has {setting} {settings.get(setting)!r}, "
+                f"got {value!r}; choose another --out, or give the row another name"
+            )
 
 
 def open_record(plan: Plan) -> Record:
@@ -276,13 +406,16 @@ def open_record(plan: Plan) -> Record:
         ValueError: the folder holds something else, or a comparison with other settings.
     """
     if not (plan.out / FILE).exists():
-        if plan.out.is_dir() and any(plan.out.iterdir()):
+        if plan.out.is_dir() and any(path.name != LOCK for path in plan.out.iterdir()):
             raise ValueError(
                 f"--out: expected a new folder or that of a comparison, but {plan.out} holds other "
                 "files; choose another --out"
             )
         return Record(plan)
-    record = read_record(plan.out)
+    try:
+        record = read_record(plan.out)
+    except ValueError:
+        return rebuild_record(plan)
     before = record.plan
     begun = {name for name in before.all_rows if any(before.folder(name, 0).parent.glob("seed-*"))}
     if not begun:  # the first run was refused
@@ -301,13 +434,7 @@ def open_record(plan: Plan) -> Record:
     for name in plan.rows:
         if name not in begun:
             continue
-        settings = settings_of(before.rows[name])
-        for setting, value in settings_of(plan.rows[name]).items():
-            if settings.get(setting) != value:
-                raise ValueError(
-                    f"--out: in {plan.out} the row {name} has {setting} {settings[setting]!r}, "
-                    f"got {value!r}; choose another --out, or give the row another name"
-                )
+        _check_same(plan, name, before.rows[name])
     rows = {**before.rows, **plan.rows}
     merged = replace(plan, rows=rows, seeds=tuple(sorted({*before.seeds, *plan.seeds})))
     check_rows(merged)
