@@ -36,6 +36,7 @@ from protoclip.report.comparison import (
     paragraph,
     primary_of,
 )
+from protoclip.report.figures import differences_svg
 from protoclip.settings.comparison import FILE, LOCK, Cost
 from protoclip.train import make_config
 
@@ -525,6 +526,14 @@ def test_the_page_is_whole(compare: Compare) -> None:
     assert len(page.section("table").all("b")) == 1
     for region in page.all(class_="scroll"):
         assert region.attributes["tabindex"] == "0" and region.attributes["aria-label"]
+
+
+def test_seeds_at_one_place_are_counted() -> None:
+    """Scores of few pictures repeat."""
+    apart, together = (
+        differences_svg([(seeds, 0.3, 0.1)]) for seeds in ([0.2, 0.3, 0.4], [0.2, 0.2, 0.4])
+    )
+    assert ">2</text>" in together and ">2</text>" not in apart
 
 
 @needs_browser

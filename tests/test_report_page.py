@@ -26,6 +26,7 @@ from report_run import make_run
 from protoclip.cluster.__main__ import main as cluster
 from protoclip.data import Labels, open_dataset
 from protoclip.data.shapes import ShapesDataset
+from protoclip.evaluate.results import read_results
 from protoclip.evaluate.tasks import EvalSet
 from protoclip.report import figures
 from protoclip.report import page as reading
@@ -42,6 +43,7 @@ from protoclip.report.snapshot import (
     words_of_clusters,
 )
 from protoclip.train import main as train
+from protoclip.training.checks import LOGGED
 
 SECTIONS = [
     "names", "summary", "curves", "prototypes", "map", "gap", "zeroshot", "retrieval", "churn",
@@ -349,6 +351,15 @@ def test_cards_of_many_clusters_have_whole_rows_of_pictures(
         (block,) = [block for block in blocks if block["name"] == "image"]
         assert block["clusters"] == 36
         assert max(len(card["images"]) for card in block["cards"]) == each
+
+
+def test_labels_are_those_of_scalars_that_a_run_writes(trained: Path) -> None:
+    sets = read_results(trained / "results.json").trained
+    written = figures.read_series(trained / "metrics.jsonl").keys() | LOGGED
+    written |= {name for scores in sets.values() for name in scores.metrics}
+    labels = [key for key, _ in figures.LEGEND if not key.startswith("val_")]
+    assert [key for key in labels if not any(key in name for name in written)] == []
+    assert figures.words_of("contrastive_loss") == "contrastive loss"
 
 
 def test_lines_are_named_where_there_are_several(page: Element) -> None:
