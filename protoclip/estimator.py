@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any
+import warnings
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from sklearn.base import (
     BaseEstimator,
@@ -12,27 +14,42 @@ from sklearn.base import (
     ClusterMixin,
     TransformerMixin,
 )
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import (
+    _check_n_features,
+    _check_sample_weight,
+    check_is_fitted,
+    validate_data,
+)
 from torch import Tensor
 
-from protoclip.lloyd import Clusters, kmeans
-from protoclip.ops import kmeans_assign
+from protoclip.lloyd import INITS, Clusters, as_points, kmeans
+from protoclip.ops import checks, kmeans_assign
 
 
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """``protoclip.kmeans`` as a scikit-learn estimator, for arrays and tensors on any device.
 
     ``fit``, ``predict`` and ``transform`` return arrays for arrays and tensors for tensors.
+    Differences from ``sklearn.cluster.KMeans``: sparse ``X`` and a callable ``init`` are refused;
+    ``init`` may also be "plain k-means++"; every ``algorithm`` gives Lloyd's result; empty clusters
+    move to the points that contribute most to the inertia, one after the other; the random draws,
+    and so the clusters of a seed, are others.
 
     Args:
         n_clusters: K, at most the number of points.
         init: "k-means++", "random", or centroids [K, D].
-        n_init: independent runs, of which the one with the lowest inertia counts.
+        n_init: independent runs, of which the one with the lowest inertia counts. "auto": 10 with
+            init="random", else 1.
         max_iter: iterations of each run, at most.
         tol: also stop after an update that moves the centroids by a total squared distance of at
             most ``tol`` times the mean variance of the columns.
+        verbose: print the inertia of each iteration.
         random_state: a seed, a ``numpy.random.RandomState``, or None for NumPy's global one.
+        copy_x: has no effect; ``X`` is never changed.
+        algorithm: "lloyd" or "elkan", with the same result.
     Attributes:
         cluster_centers_: [K, D], in the dtype of the points (fp32 for 16-bit tensors).
         labels_: int64 [N], the cluster of each point.
@@ -46,33 +63,50 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         1.0
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_clusters": [Interval(Integral, 1, None, closed="left")],
+        "init": [StrOptions(set(INITS)), "array-like"],
+        "n_init": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "verbose": ["verbose"],
+        "random_state": ["random_state"],
+        "copy_x": ["boolean"],
+        "algorithm": [StrOptions({"lloyd", "elkan"})],
+    }
+
     def __init__(
         self,
         n_clusters: int = 8,
         *,
         init: Any = "k-means++",
-        n_init: int = 1,
+        n_init: Any = "auto",
         max_iter: int = 300,
         tol: float = 1e-4,
+        verbose: int = 0,
         random_state: Any = None,
+        copy_x: bool = True,
+        algorithm: str = "lloyd",
     ) -> None:
         self.n_clusters = n_clusters
         self.init = init
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
+        self.verbose = verbose
         self.random_state = random_state
+        self.copy_x = copy_x
+        self.algorithm = algorithm
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Cluster points [N, D], with optional weights [N]; ``y`` is ignored."""
+        self._validate_params()
         points = self._points(X, reset=True)
         if len(points) < self.n_clusters:
             raise ValueError(
                 f"KMeans: expected at least n_clusters={self.n_clusters} points, got "
                 f"n_samples={len(points)}; lower n_clusters or give more points"
             )
-        if sample_weight is not None and not isinstance(X, Tensor):
-            sample_weight = _check_sample_weight(sample_weight, X)
         seed = self.random_state
         if not isinstance(seed, Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
@@ -81,16 +115,39 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             self.n_clusters,
             num_iters=self.max_iter,
             tol=self.tol,
-            num_restarts=self.n_init,
+            num_restarts=self._num_restarts(),
             init=self.init,
             seed=int(seed),
-            weights=sample_weight,
+            weights=_weights(sample_weight, points),
+            progress=_print_inertia if self.verbose else None,
         )
         self.cluster_centers_ = _like(X, self.clusters_.centroids)
         self.labels_ = _like(X, self.clusters_.labels)
         self.inertia_ = self.clusters_.inertia
         self.n_iter_ = self.clusters_.num_iters
+        num_filled = int((self.clusters_.counts > 0).sum())
+        if num_filled < self.n_clusters:
+            warnings.warn(
+                f"Number of distinct clusters ({num_filled}) found smaller than n_clusters "
+                f"({self.n_clusters}). Possibly due to duplicate points in X.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
         return self
+
+    def _num_restarts(self) -> int:
+        if not isinstance(self.init, str):
+            if self.n_init not in ("auto", 1):
+                warnings.warn(
+                    "Explicit initial center position passed: performing only one init in KMeans "
+                    f"instead of n_init={self.n_init}.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            return 1
+        if self.n_init == "auto":
+            return 10 if self.init == "random" else 1
+        return int(self.n_init)
 
     def predict(self, X: Any) -> Any:
         """The nearest cluster of each point: [M, D] -> int64 [M]."""
@@ -105,15 +162,19 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         centroids = self._fitted().centroids
         points = self._points(X)
         _, squared = kmeans_assign(points, centroids.to(points.device))
+        squared = squared.double()
         if sample_weight is not None:
-            squared = squared * torch.as_tensor(sample_weight).to(squared)
-        return -float(squared.double().sum())
+            squared *= torch.from_numpy(_weights(sample_weight, points)).to(squared.device)
+        return -float(squared.sum())
 
     def _points(self, X: Any, reset: bool = False) -> Tensor:
         if isinstance(X, Tensor):
-            if reset and X.ndim == 2:
-                self.n_features_in_ = X.shape[1]
-            return X
+            points = as_points(X)
+            checks.matrix("KMeans", "X", points, "[N, D]")
+            _check_n_features(self, points, reset=reset)
+            return points
+        if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
+            as_points(X)  # says how to make rows of its elements
         array = validate_data(self, X, reset=reset, dtype=("float64", "float32"), order="C")
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
@@ -129,6 +190,19 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _weights(sample_weight: Any, points: Tensor) -> Any:
+    """fp64 [N], checked, or None."""
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, Tensor):
+        sample_weight = sample_weight.detach().cpu().numpy()
+    return _check_sample_weight(sample_weight, points, dtype=np.float64, ensure_non_negative=True)
+
+
+def _print_inertia(iteration: int, inertia: Tensor) -> None:
+    print(f"Iteration {iteration}, inertia {float(inertia)}.")
 
 
 def _like(X: Any, result: Tensor) -> Any:

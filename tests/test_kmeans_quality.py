@@ -70,7 +70,7 @@ def test_a_candidate_is_taken_for_the_sum_that_it_leaves() -> None:
 
 
 @pytest.mark.parametrize("weights", [None, torch.arange(400) % 3])
-def test_above_its_limit_the_start_is_the_plain_one(
+def test_above_its_limit_a_small_start_is_the_plain_one(
     weights: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = blobs(400, 4, 30)
@@ -78,6 +78,41 @@ def test_above_its_limit_the_start_is_the_plain_one(
     assert not torch.equal(start(points, 30, init="k-means++", weights=weights).centroids, plain)
     monkeypatch.setattr(starts, "GREEDY", 400 * 30 - 1)
     assert torch.equal(start(points, 30, init="k-means++", weights=weights).centroids, plain)
+
+
+@pytest.mark.parametrize("limit", ["GREEDY", "GREEDY_BYTES"])
+@pytest.mark.parametrize("weights", [None, torch.arange(9000) % 3])
+def test_above_its_limit_a_start_looks_at_a_sample(
+    weights: Tensor | None, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its centroids are points of weight, and nearly as good as those of all points."""
+    points = blobs(9000, 8, 25)
+    seeds = range(6)
+
+    def starts_of(init: str) -> list[protoclip.Clusters]:
+        return [start(points, 25, init=init, seed=seed, weights=weights) for seed in seeds]
+
+    whole = starts_of("k-means++")
+    monkeypatch.setattr(starts, limit, 64 * 25 * {"GREEDY": 25, "GREEDY_BYTES": 32}[limit])
+    monkeypatch.setattr(starts, "FEWEST_ROWS", 0)
+    sampled = starts_of("k-means++")
+    for clusters in sampled:
+        position = torch.cdist(clusters.centroids, points).argmin(1)
+        assert torch.equal(points[position], clusters.centroids)
+        assert weights is None or (weights[position] > 0).all()
+    inertia = [sum(clusters.inertia for clusters in clustering) for clustering in (whole, sampled)]
+    assert inertia[0] != inertia[1] < 1.1 * inertia[0]
+    monkeypatch.setattr(starts, limit, 1)  # the sample is too large as well: one draw each
+    assert inertia[1] < sum(clusters.inertia for clusters in starts_of("k-means++"))
+
+
+def test_a_sample_of_fewer_points_than_clusters_is_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = blobs(3000, 3, 5)
+    weights = torch.zeros(3000)
+    weights[:7] = 1
+    monkeypatch.setattr(starts, "GREEDY", 1)
+    monkeypatch.setattr(starts, "FEWEST_ROWS", 0)
+    assert protoclip.kmeans(points, 9, weights=weights).inertia == 0
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
@@ -227,9 +262,25 @@ def test_weights_and_points_are_taken_in_any_layout() -> None:
         clusters = protoclip.kmeans(points, 3, weights=layout)
         assert torch.equal(clusters.centroids, expected.centroids)
     assert protoclip.kmeans(points[:1][::-1], 1).inertia == 0
-    for kind in (object, bool):
-        with pytest.raises(TypeError, match=r"array of numbers, got one of (object|bool)"):
-            protoclip.kmeans(points.astype(kind), 3)
+
+
+def test_arrays_of_other_kinds_are_refused_with_a_remedy_that_works() -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
+    of_rows = np.empty(9, dtype=object)  # as numpy.load returns an array of arrays
+    of_rows[:] = list(rows)
+    remedy = r"object; use np.stack\(list\(points\)\)"
+    for points in (of_rows, rows.astype(object)):
+        with pytest.raises(TypeError, match=remedy):
+            protoclip.kmeans(points, 3)
+        assert (np.stack(list(points)).astype(np.float32) == rows).all()
+    with pytest.raises(TypeError, match=remedy):
+        protoclip.KMeans(3).fit(of_rows)
+    with pytest.raises(TypeError, match=r"bool; use \.astype\(np\.float32\)"):
+        protoclip.kmeans(rows > 0, 3)
+    with pytest.raises(TypeError, match="<U5; give numbers"):
+        protoclip.kmeans(np.array([["heavy"]]), 1)
+    with pytest.raises(ValueError, match="rows of numbers"):
+        protoclip.kmeans([[object()]], 1)
 
 
 def test_distances_of_points_that_are_not_finite_are_not_zero() -> None:
@@ -271,10 +322,10 @@ def test_split_clusters_have_the_bits_of_the_records(num_iters: int) -> None:
     points, first = records_case()
     expected = of_records(points, first, num_iters)
     options: dict[str, Any] = {"num_iters": num_iters, "empty_clusters": "split"}
-    split = protoclip.kmeans(points, 150, seed=5, **options)
+    split = protoclip.kmeans(points, 150, init="random", seed=5, **options)
     assert torch.equal(split.labels, expected)
     assert torch.equal(protoclip.kmeans(points, 150, init=first, **options).labels, expected)
-    moved = protoclip.kmeans(points, 150, seed=5, num_iters=num_iters)
+    moved = protoclip.kmeans(points, 150, init=first, num_iters=num_iters)
     assert not torch.equal(moved.labels, expected) and moved.inertia < split.inertia
 
 
@@ -416,6 +467,8 @@ FORTY = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
 WEIGHTS = torch.rand(400, generator=torch.Generator().manual_seed(2))
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {"init": "k-means++"},
+    "sample": {"init": "k-means++"},
+    "sample, weights": {"init": "k-means++", "weights": WEIGHTS},
     "greedy, weights": {"init": "k-means++", "weights": WEIGHTS},
     "plain": {"init": "plain k-means++", "weights": WEIGHTS},
     "empty": {"init": 1e3 * FORTY},
@@ -433,7 +486,12 @@ def clusters_of(case: str, offset: str, mine: slice, **options: Any) -> dict[str
     if settings.get("weights") is not None:
         settings["weights"] = settings["weights"][mine]
     points = FORTY.repeat(10, 1) + 0.1 * torch.arange(400)[:, None].sin() + OFFSETS[offset]
-    clusters = protoclip.kmeans(points[mine], 40, num_iters=6, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.startswith("sample"):
+            patch.setattr(starts, "GREEDY", 1)
+            patch.setattr(starts, "FEWEST_ROWS", 0)
+            patch.setattr(starts, "ROWS_PER_CLUSTER", 5)
+        clusters = protoclip.kmeans(points[mine], 40, num_iters=6, **settings)
     values = {name: np.asarray(value) for name, value in vars(clusters).items()}
     return values
 

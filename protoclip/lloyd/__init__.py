@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.host import start_copy_to_host
-from protoclip.common.seeds import evenly_spaced
+from protoclip.common.seeds import evenly_spaced, mix
 from protoclip.lloyd.starts import INITS, PointSlice, first_centroids
 from protoclip.ops import checks
 from protoclip.ops.clusters import (
@@ -42,6 +42,11 @@ MEAN_ERROR = 128  # units in the last place that the mean of equal points may be
 LARGEST_INTEGER = 2**24  # up to which fp32 holds all integers
 SMALLEST = 1e-18  # coordinates whose squares have all digits in fp32
 TRANSFORM_BLOCK = 1 << 21  # distances that ``Clusters.transform`` computes at once
+
+REMEDIES = {  # for arrays of another kind than numbers
+    "b": "use .astype(np.float32), which gives 0 and 1",
+    "O": "use np.stack(list(points)).astype(np.float32); its rows must be numbers, of one length",
+}
 
 Progress = Callable[[int, Tensor], None]
 Array = np.ndarray[Any, Any]
@@ -83,7 +88,7 @@ class Clusters:
 
     def predict(self, points: Tensor | Array | Sequence[Any]) -> Tensor:
         """The nearest cluster of each point: [M, D] -> int64 [M]."""
-        x = _tensor(points)
+        x = as_points(points)
         checks.matrix("predict", "points", x, "[M, D]")
         return kmeans_assign(x, self.centroids.to(x.device))[0]
 
@@ -94,7 +99,7 @@ class Clusters:
         They are computed in fp64, some points at a time, so that points far from the origin have
         exact distances too.
         """
-        x = _tensor(points)
+        x = as_points(points)
         checks.matrix("transform", "points", x, "[M, D]")
         centroids = self.centroids.to(x.device)
         checks.like("transform", "points", x, "centroids", centroids)
@@ -154,7 +159,7 @@ def kmeans(
     num_iters: int = 20,
     tol: float = 0.0,
     num_restarts: int = 1,
-    init: str | Tensor | Array | Sequence[Any] = "random",
+    init: str | Tensor | Array | Sequence[Any] = "k-means++",
     seed: int = 0,
     spherical: bool = False,
     weights: Tensor | Array | Sequence[float] | None = None,
@@ -180,11 +185,14 @@ def kmeans(
             most ``tol`` times the mean variance of the points' columns, as in scikit-learn; >= 0.
         num_restarts: independent runs from different initial centroids; the result is the one with
             the lowest inertia. Only 1 with given centroids.
-        init: "random" (K distinct points), "k-means++", or centroids (a warm start): [K, D], or
-            fewer, to which random points are added. "k-means++" is greedy, as in scikit-learn (the
-            best of 2 + log K candidates for each centroid), up to N K = 50 million; above that, and
-            as "plain k-means++", it draws one candidate, in few passes over the points.
-        seed: decides the initial centroids; restart r uses seed + r.
+        init: "k-means++", "random" (K distinct points), or centroids (a warm start): [K, D], or
+            fewer, to which random points are added. "k-means++" is greedy, as in scikit-learn: the
+            best of 2 + log K candidates for each centroid. Where N K is above 64 million, or the
+            points take more than 256 MiB, it looks at a sample of 64 K points, and at least
+            16,384; where the sample exceeds these limits too, one candidate is drawn for each
+            centroid, as "plain k-means++" does with all points.
+        seed: decides the initial centroids. The first run starts as one without restarts does,
+            the others from a hash of the seed and their number.
         spherical: keep centroids at unit length (for unit points: cosine k-means).
         weights: [N], >= 0, of each point in means, inertia and initial draws; None: 1. Equal
             weights give the clusters of None.
@@ -193,7 +201,8 @@ def kmeans(
             cluster, as in faiss, and the points are not centred (training's episodes).
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
         backend: "auto", a backend that both ops have, e.g. "reference", or "faiss": faiss.Kmeans
-            on all points, as in the paper (no group, weights, k-means++ or tol; all iterations).
+            on all points, as in the paper (no group, weights or tol; all iterations). With
+            init="random" it draws the points itself.
         progress: called in each iteration with its number and the inertia before its update, a
             scalar tensor; faiss does not call it.
     Returns:
@@ -211,7 +220,7 @@ def kmeans(
         >>> sorted(clusters.counts.tolist())
         [5, 5]
     """
-    x = _tensor(points)
+    x = as_points(points)
     checks.matrix("kmeans", "points", x, "[N, D]")
     x = x.detach()
     x = x if x.dtype == torch.float64 else x.float()
@@ -222,7 +231,7 @@ def kmeans(
         raise ValueError(
             f"kmeans: expected empty_clusters in {EMPTY_CLUSTERS}, got {empty_clusters!r}"
         )
-    first = init if isinstance(init, str) else _tensor(init)
+    first = init if isinstance(init, str) else as_points(init)
     if isinstance(first, Tensor) and num_restarts > 1:
         raise ValueError(
             f"kmeans: expected num_restarts=1 with init centroids, got {num_restarts}; every "
@@ -236,31 +245,33 @@ def kmeans(
     assign = assignment(rows.points, num_clusters, "auto" if backend == "faiss" else backend)
 
     def start(restart: int) -> Tensor:
+        # Hashed, so that the restarts of neighbouring seeds are others.
+        restart_seed = int(mix(seed, restart)) >> 1 if restart else seed
         with without_autocast(x.device.type):
-            return first_centroids(rows, num_clusters, first, seed + restart, assign)
+            return first_centroids(rows, num_clusters, first, restart_seed, assign)
 
-    if backend == "faiss":
-        if group is not None or weights is not None or tol or first in INITS[1:]:
-            raise ValueError(
-                "kmeans: backend 'faiss' takes init='random' or a Tensor, no group, no weights and "
-                f"no tol, got init={init!r}, group={group}, weights={weights}, tol={tol}; use "
-                "backend='auto'"
-            )
-        centroids, history = _faiss(
-            x,
-            num_clusters,
-            start(0) if isinstance(first, Tensor) else None,
-            num_iters=num_iters,
-            num_restarts=num_restarts,
-            seed=seed,
-            spherical=spherical,
+    if backend == "faiss" and (group is not None or weights is not None or tol):
+        raise ValueError(
+            "kmeans: backend 'faiss' takes no group, no weights and no tol, got group="
+            f"{group}, weights={weights}, tol={tol}; use backend='auto'"
         )
-        labels, distances = assign(centroids)
-        state = _State(centroids, labels, distances, _inertia(rows, distances))
-        return _clusters(rows, state, history)
     limit = tol * _mean_variance(rows) if tol else 0.0
+    faiss_draws = backend == "faiss" and isinstance(first, str) and first == "random"
 
     def run(restart: int) -> Clusters:
+        if backend == "faiss":
+            centroids, history = _faiss(
+                x,
+                num_clusters,
+                None if faiss_draws else start(restart),
+                num_iters=num_iters,
+                num_restarts=num_restarts if faiss_draws else 1,
+                seed=seed,
+                spherical=spherical,
+            )
+            labels, distances = assign(centroids)
+            state = _State(centroids, labels, distances, _inertia(rows, distances))
+            return _clusters(rows, state, history)
         return _lloyd(
             rows,
             start(restart),
@@ -272,24 +283,26 @@ def kmeans(
             progress=progress,
         )
 
-    return min(map(run, range(num_restarts)), key=lambda clusters: clusters.inertia)
+    restarts = range(1 if faiss_draws else num_restarts)
+    return min(map(run, restarts), key=lambda clusters: clusters.inertia)
 
 
-def _tensor(x: Any) -> Any:
+def as_points(x: Any) -> Any:
     """A list or array of numbers as a floating-point tensor, which shares the array's memory where
     torch can; integers become fp32, or fp64 where fp32 does not hold them."""
     if isinstance(x, (list, tuple)):
         try:
             x = np.array(x, dtype=np.float32)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"kmeans: expected points, or centroids, as rows of numbers of one length ({error})"
             ) from error
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiu":
+            remedy = REMEDIES.get(x.dtype.kind, "give numbers, such as features of an encoder")
             raise TypeError(
                 "kmeans: expected points, or centroids, as an array of numbers, got one of "
-                f"{x.dtype}; use .astype(float)"
+                f"{x.dtype}; {remedy}"
             )
         if min(x.strides, default=0) < 0:  # torch takes none, also where there is one row
             x = x.copy()
@@ -715,7 +728,7 @@ def choose_num_clusters(
         points: [N, D] with N >= 6, as for ``kmeans``.
         max_clusters: the largest number to try, >= 2.
         max_points: size of the sample, evenly spaced rows; time grows with its square.
-        seed, backend: as for ``kmeans``; "faiss" has no k-means++.
+        seed, backend: as for ``kmeans``.
         progress: called after each number with the number and its mean silhouette.
     Returns:
         The number, and the mean silhouette, -1 to 1, of each number tried. Numbers that leave one
@@ -732,7 +745,7 @@ def choose_num_clusters(
         3
     """
     op = "choose_num_clusters"
-    x = _tensor(points)
+    x = as_points(points)
     checks.matrix(op, "points", x, "[N, D]")
     if max_clusters < 2 or max_points < 6:
         raise ValueError(

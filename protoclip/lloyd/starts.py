@@ -14,10 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.ops.clusters import PointsAssignment, segment_mean
+from protoclip.ops.clusters import PointsAssignment, assignment, segment_mean
 
 INITS = ("random", "k-means++", "plain k-means++")
-GREEDY = 50_000_000  # the largest N x K that starts greedily: 2 s at D = 128 on one core
+# "k-means++" looks at all rows up to this N x K and this size, else at a sample of
+# ROWS_PER_CLUSTER, and at least FEWEST_ROWS, which then starts greedily up to the same limits.
+GREEDY = 64_000_000
+GREEDY_BYTES = 256 << 20
+ROWS_PER_CLUSTER = 64
+FEWEST_ROWS = 16_384
 MAX_DRAWS = 1024  # candidates per pass over the points
 BLOCK = 1 << 22  # distances that the greedy start keeps at once
 PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
@@ -91,6 +96,36 @@ class PointSlice:
         picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
         return self.sum(torch.where(mine[:, None], picked, 0).expand(-1, values.shape[1]).clone())
 
+    def draw(self, mass: Tensor, where: Tensor) -> Tensor:
+        """The rows where the running sum of ``mass`` fp64 [N], over all ranks, passes the parts
+        ``where`` [M] of its total: int64 [M], equal on each rank."""
+        running = mass.cumsum(0)
+        sums = mass.new_zeros(len(self.sizes))
+        sums[self.rank] = mass.sum()
+        bounds = self.sum(sums).cumsum(0)
+        aim = where.to(mass.device) * bounds[-1]
+        last = max(rank for rank, size in enumerate(self.sizes) if size)
+        owner = torch.searchsorted(bounds, aim, right=True).clamp_max(last)
+        local = aim - (bounds - sums)[self.rank]
+        row = torch.searchsorted(running, local, right=True).clamp_max(max(0, len(mass) - 1))
+        return self.sum(torch.where(owner == self.rank, self.start + row, 0))
+
+    def sample(self, count: int, generator: torch.Generator) -> PointSlice:
+        """``count`` rows drawn by weight, with replacement; each is there once. Where weights
+        differ, the sample's are the times that a row was drawn."""
+        if self.weights is None:
+            index = torch.randint(self.count, (count,), generator=generator, device="cpu")
+        else:
+            where = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+            index = self.draw(self.weights, where).cpu()
+        index, times = index.unique(return_counts=True)
+        mine = (index >= self.start) & (index < self.start + len(self.points))
+        local = (index[mine] - self.start).to(self.points.device)
+        sample = PointSlice(self.points[local], self.group, self.backend)
+        if self.weights is not None:
+            sample.weights = times[mine].to(self.weights)
+        return sample
+
     def largest(self, values: Tensor, count: int) -> Tensor:
         """Indices over all ranks of the ``count`` largest values >= 0 [N]; ties by index."""
         count = min(count, self.count)
@@ -142,9 +177,19 @@ def global_segment_mean(
 def first_centroids(
     rows: PointSlice, num_clusters: int, init: str | Tensor, seed: int, assign: PointsAssignment
 ) -> Tensor:
-    """Given centroids, random points, or k-means++: greedy up to N x K = GREEDY, else plain."""
-    points = rows.points
+    """Given centroids, random points, or k-means++: greedy, or plain where that takes too long."""
     generator = torch.Generator().manual_seed(seed)
+    is_greedy = False
+    if isinstance(init, str) and init == "k-means++":
+        count = rows.count
+        row_bytes = rows.points.shape[1] * rows.points.element_size()
+        if not _fits(count, num_clusters, row_bytes):
+            count = min(count, max(FEWEST_ROWS, ROWS_PER_CLUSTER * num_clusters))
+        if count < rows.count:
+            rows = rows.sample(count, generator)
+            assign = assignment(rows.points, num_clusters, assign.backend)
+        is_greedy = _fits(rows.count, num_clusters, row_bytes)
+    points = rows.points
     if isinstance(init, Tensor):
         warm = init.detach().to(points)
         warm = warm if rows.centre is None else warm - rows.centre
@@ -166,7 +211,7 @@ def first_centroids(
     centroids = torch.cat([warm, rows.pick(points, index)])
     if is_random:
         return centroids
-    if init == "k-means++" and rows.count * num_clusters <= GREEDY:
+    if is_greedy:
         trials = 2 + int(math.log(num_clusters))
         rounds = max(1, BLOCK // (trials * rows.count))
         if rows.group is not None or not assign.runs_kmeans:
@@ -181,6 +226,10 @@ def first_centroids(
         )
         return points[chosen]
     return _plain(rows, centroids, num_clusters, generator, assign)
+
+
+def _fits(count: int, num_clusters: int, row_bytes: int) -> bool:
+    return count * num_clusters <= GREEDY and count * row_bytes <= GREEDY_BYTES
 
 
 class _Candidates(NamedTuple):
@@ -202,17 +251,7 @@ class _Candidates(NamedTuple):
         """A candidate is the point where the running sum of weight x squared distance, over all
         ranks, passes a random part of the total."""
         where, luck = torch.rand(2, count, generator=generator, dtype=torch.float64, device="cpu")
-        mass = rows.by_weight(squared)
-        running = mass.cumsum(0)
-        sums = mass.new_zeros(len(rows.sizes))
-        sums[rows.rank] = mass.sum()
-        bounds = rows.sum(sums).cumsum(0)
-        aim = where.to(mass.device) * bounds[-1]
-        last = max(rank for rank, size in enumerate(rows.sizes) if size)
-        owner = torch.searchsorted(bounds, aim, right=True).clamp_max(last)
-        local = aim - (bounds - sums)[rows.rank]
-        row = torch.searchsorted(running, local, right=True).clamp_max(max(0, len(mass) - 1))
-        index = rows.sum(torch.where(owner == rows.rank, rows.start + row, 0))
+        index = rows.draw(rows.by_weight(squared), where)
         start = rows.pick(squared.double()[:, None], index)[:, 0]
         return cls(rows.pick(rows.points, index), start.cpu().numpy(), luck.numpy())
 

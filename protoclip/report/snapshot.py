@@ -467,7 +467,8 @@ def tsne_layout(points: Tensor) -> Tensor:
     if points.shape[1] < 2:  # the start of t-SNE needs two columns
         points = F.pad(points, (0, 1))
     count = min(LANDMARKS, len(points) // 3)
-    landmarks = kmeans(points, count, num_iters=8, seed=MAP_SEED).centroids.float()  # [L, P]
+    clusters = kmeans(points, count, num_iters=8, init="random", seed=MAP_SEED)
+    landmarks = clusters.centroids.float()  # [L, P]
     # If all points were equal, t-SNE's start would have no scale.
     random = torch.Generator().manual_seed(MAP_SEED)
     landmarks += 1e-6 * torch.randn(landmarks.shape, generator=random)
