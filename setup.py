@@ -53,6 +53,7 @@ setup(
         "protoclip.cluster",
         "protoclip.common",
         "protoclip.data",
+        "protoclip.encode",
         "protoclip.episodes",
         "protoclip.evaluate",
         "protoclip.features",

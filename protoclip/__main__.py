@@ -17,7 +17,7 @@ from protoclip.common.files import printable_lines
 from protoclip.settings.command_line import PROCESS_COUNTS, check_command_line
 from protoclip.settings.commands import PARSERS
 
-PACKAGES = ("cluster", "data", "evaluate", "report")
+PACKAGES = ("cluster", "data", "encode", "evaluate", "report")
 HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictures.
 
   protoclip train                         train a small ProtoCLIP on built-in
@@ -26,6 +26,7 @@ HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictu
   protoclip compare --train-data PAIRS    does ProtoCLIP help on your data?
   protoclip report logs/A logs/B          show runs next to each other on a page
   protoclip evaluate logs/RUN             evaluate a run, or any CLIP
+  protoclip encode photos/ --out DIR      store features of pictures and captions
   protoclip cluster photos/ --k 50        group a folder of pictures
   protoclip export logs/RUN --out DIR     write the model for OpenCLIP
 

@@ -83,15 +83,15 @@ def test_help_loads_nothing_heavy(helps: list[Help]) -> None:
 def test_help_lists_the_commands(helps: list[Help]) -> None:
     for shown in helps[:3]:
         lines = shown.text.splitlines()
-        assert len(lines) == 19 and lines[-3].startswith("More commands")
+        assert len(lines) == 20 and lines[-3].startswith("More commands")
         commands = [line.split()[1] for line in lines if line.startswith("  protoclip ")]
         assert commands == [
-            "train", "train", "compare", "report", "evaluate", "cluster", "export"
+            "train", "train", "compare", "report", "evaluate", "encode", "cluster", "export"
         ]  # fmt: skip
 
 
 def test_help_of_each_command_has_an_example(helps: list[Help]) -> None:
-    assert len(helps[3:]) == len(PARSERS) == 10
+    assert len(helps[3:]) == len(PARSERS) == 11
     for shown in helps[3:]:
         assert f"example: protoclip {shown.words[0]} " in shown.text
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.common.files import plural, write_csv
+from protoclip.common.files import path_in_table, plural, write_csv
 from protoclip.lloyd import choose_num_clusters, numbers_to_try
 
 SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
@@ -141,11 +141,6 @@ def write_left_out(path: Path, left_out: Mapping[str, str]) -> None:
     """Write left_out.csv."""
     rows = [(path_in_table(key), reason) for key, reason in left_out.items()]
     write_csv(path, ("file", "reason"), rows)
-
-
-def path_in_table(key: str) -> str:
-    """A name, with "./" before it if a spreadsheet would take it for a formula."""
-    return f"./{key}" if key.startswith(tuple("=+@-")) else key
 
 
 def fewer_groups(labels: Tensor, k: int) -> str:

@@ -51,6 +51,19 @@ def state_of(file: Path | str | int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def state_of_url(url: str) -> str:
+    """The size and ETag of what a URL names: whether it has been changed; "" if that is unknown."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+        info = filesystem.info(path)
+    except Exception:  # each file system has its own errors
+        return ""
+    tag = next((info[name] for name in ("ETag", "etag", "md5Hash", "blob_id") if name in info), "")
+    return f"{info.get('size')}:{tag}" if tag else ""
+
+
 def remote_folder(url: str) -> Path:
     """Where the cache keeps what belongs to a URL: deleted, all of it is fetched again."""
     digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
@@ -224,6 +237,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         csv.writer(file).writerows(itertools.chain([header], rows))
+
+
+def path_in_table(key: str) -> str:
+    """A name, with "./" before it if a spreadsheet would take it for a formula."""
+    return f"./{key}" if key.startswith(tuple("=+@-")) else key
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

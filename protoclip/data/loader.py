@@ -326,7 +326,7 @@ class _Pool:
             prefetch_factor=prefetch_factor,
             persistent_workers=True,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
             multiprocessing_context=_context_without_locks(),
             generator=torch.Generator(),  # otherwise it uses the caller's
         )
@@ -376,7 +376,7 @@ def _context_without_locks() -> Any:
     return context
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Leave signals to the training process, which still needs the batches of its step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -137,6 +137,9 @@ class ParquetDataset(PairDataset):
             return tuple(template.replace("{}", name) for template in self.templates)
         return captions_of(self._value(i, self._columns.caption))
 
+    def container(self, i: int) -> str:
+        return self._groups[self._shard_of[i]].file
+
     def image(self, i: int) -> Image.Image:
         group = self._groups[self._shard_of[i]]
         where = f"{group.file}, {self.keys[i]}"

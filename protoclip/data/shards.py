@@ -122,6 +122,9 @@ class ShardDataset(PairDataset):
             for shard in filter(is_remote, (self.shards[number] for number in numbers)):
                 fetch_ahead(shard)
 
+    def container(self, i: int) -> str:
+        return self.shards[self._shard_of[i]]
+
     def image(self, i: int) -> Image.Image:
         places = self._places[i]
         data = self._read(i, Place(int(places["image_offset"]), int(places["image_size"])))

@@ -112,6 +112,11 @@ class PairDataset(ABC):
         """The file of picture ``i``; "" if it has none of its own."""
         return ""
 
+    def container(self, i: int) -> str:
+        """The file or URL that holds picture ``i``: its own, a shard or a parquet file; "" of
+        built-in data."""
+        return self.path(i)
+
     def picture_numbers(self) -> np.ndarray:
         """A number for each pair, int64 [N]; pairs known to share a picture have the same."""
         return np.arange(len(self))
@@ -155,6 +160,9 @@ class Subset(PairDataset):
     def path(self, i: int) -> str:
         return self.dataset.path(int(self.indices[i]))
 
+    def container(self, i: int) -> str:
+        return self.dataset.container(int(self.indices[i]))
+
     def image(self, i: int) -> Image.Image:
         return self.dataset.image(int(self.indices[i]))
 
@@ -163,7 +171,8 @@ class Subset(PairDataset):
 
 
 class Pictures(PairDataset):
-    """The pictures of some pairs, each once, with the captions of all of its pairs."""
+    """The pictures of some pairs, each once, with the captions of all of its pairs and the labels
+    of the first."""
 
     def __init__(self, dataset: PairDataset, numbers: np.ndarray) -> None:
         """``numbers``, int64 [N]: the same for pairs that share a picture."""
@@ -174,6 +183,11 @@ class Pictures(PairDataset):
         self.rows = list(rows_of.values())
         self.name = dataset.name
         self.keys: Sequence[str] = StringTable(dataset.keys[rows[0]] for rows in self.rows)
+        first_rows = torch.tensor([rows[0] for rows in self.rows])
+        self.labels: Mapping[str, Labels] = {
+            label: Labels(full.ids[first_rows], full.names)
+            for label, full in dataset.labels.items()
+        }
         self.facts = Facts(left_out=dataset.facts.left_out)
 
     def __len__(self) -> int:
@@ -187,6 +201,9 @@ class Pictures(PairDataset):
 
     def path(self, i: int) -> str:
         return self.dataset.path(self.rows[i][0])
+
+    def container(self, i: int) -> str:
+        return self.dataset.container(self.rows[i][0])
 
 
 def heldout_pictures(pictures: np.ndarray, fraction: float, seed: int) -> np.ndarray:

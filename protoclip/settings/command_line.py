@@ -26,6 +26,7 @@ PATHS = {
     "--run": CHECK,
     "--features": CHECK,
     "--captions": CHECK,
+    "--classes": CHECK,
     "--weights": CHECK,
     "DATA": CHECK,
     "RUN": CHECK,

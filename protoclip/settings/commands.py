@@ -33,6 +33,7 @@ COMPARED = """
 MINILM = "builtin:minilm"
 TASKS = ("zeroshot", "retrieval", "linear_probe", "knn", "grouping", "geometry")
 PROTOCOLS = ("heldout", "paper")
+DTYPES = {"fp16": "float16", "fp32": "float32"}  # of stored features
 
 
 def train_parser() -> Parser:
@@ -160,6 +161,61 @@ def cluster_parser() -> Parser:
     add_flag(folders, "--copy-to", "", "like --link-to, but with copies")
     words = "normalise the rows of a features file to length 1"
     parser.add_argument("--normalize", action="store_true", help=words)
+    add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
+    add_options(parser, DataConfig(), only=TABLE)
+    return parser
+
+
+def encode_parser() -> Parser:
+    """Flags of ``protoclip encode``."""
+    parser = Parser(
+        "protoclip encode",
+        usage="%(prog)s DATA --out DIR [options]",
+        description="Encode pictures and captions, and write their features to a folder in "
+        "clip-retrieval's layout: numbered .npy parts of both sides and a table for each. A "
+        "picture with several captions has a row for each. The same command continues an "
+        "interrupted run, and encodes only what is missing or has changed. Under torchrun, ranks "
+        "share the parts.",
+        example="protoclip encode 'shards/{00000..00099}.tar' --out features/\n"
+        "         protoclip encode pairs.csv --image-model my_models:dino --text-model "
+        f"{MINILM} --out features/",
+    )
+    words = (
+        "a folder of pictures or of class folders, a .csv or .tsv, webdataset shards, parquet "
+        "files, or built-in data"
+    )
+    parser.add_argument("data", metavar="DATA", nargs="?", default="", help=words)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    for flag, default, words in (
+        ("--model", "", "OpenCLIP model for both sides (default: ViT-B-32); rows of length 1"),
+        ("--pretrained", "", "weights of --model: a file or an OpenCLIP tag"),
+        ("--run", "", "run or checkpoint of protoclip train, for both sides; rows of length 1"),
+        ("--image-model", "",
+         "MODULE:FUNCTION, which returns an encoder (a module, pictures -> [B, D]) and its "
+         "transform (a picture -> a tensor); rows as returned"),
+        ("--text-model", "",
+         f"{MINILM}, a text model of Hugging Face by name or folder, or MODULE:FUNCTION, which "
+         "returns a callable, texts -> [N, D]; rows as returned"),
+        ("--classes", "", "instead of DATA: a file with a class name per line, for zero-shot"),
+        ("--template", "a photo of a {}.",
+         "prompts of --classes: a text with {}, openai (80), simple (7), or a file; a row each"),
+        ("--device", "auto", "cpu, cuda, ..."),
+    ):  # fmt: skip
+        add_flag(parser, flag, default, words)
+    words = "average 77 tokens of --text-model, padding included, as the authors did"
+    parser.add_argument("--paper", action="store_true", help=words)
+    parser.add_argument(
+        "--only", default="", choices=("images", "texts"), help="encode one side (default: both)"
+    )
+    words = "one row per pair, of its first and its longest other caption, as the teacher reads"
+    parser.add_argument("--one-text", action="store_true", help=words)
+    words = "of the stored features (default: fp16; with --one-text fp32)"
+    parser.add_argument("--dtype", default="", choices=tuple(DTYPES), help=words)
+    words = "pictures encoded at once; 0: 32 on a CPU, 256 on a GPU"
+    add_flag(parser, "--batch-size", 0, words, low=0)
+    add_flag(parser, "--workers", 0, "processes that read pictures", low=0)
+    words = "replace features in --out by another model or of other data"
+    parser.add_argument("--overwrite", action="store_true", help=words)
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
     add_options(parser, DataConfig(), only=TABLE)
     return parser
@@ -331,6 +387,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "train": train_parser,
     "compare": compare_parser,
     "plan": plan_parser,
+    "encode": encode_parser,
     "cluster": cluster_parser,
     "evaluate": evaluate_parser,
     "report": report_parser,

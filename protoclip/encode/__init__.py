@@ -1,0 +1,1 @@
+"""``protoclip encode``: features of pictures and captions, written to a folder."""

@@ -1,0 +1,193 @@
+"""The encoders of ``protoclip encode``: a CLIP model, a sentence encoder, or a function's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from protoclip.common.files import state_of
+from protoclip.episodes.teacher import SentenceEncoder, minilm
+from protoclip.model import autocast_for, choose_device, choose_precision, put_channels_last
+from protoclip.settings.commands import MINILM
+
+# OpenCLIP's own example.
+MODEL = "ViT-B-32"
+WEIGHTS = "laion2b_s34b_b79k"
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    name: str  # equal names give equal rows
+    transform: Callable[[Image.Image], Tensor]  # a picture in RGB -> [3, H, W]
+    encode: Callable[[Tensor], Tensor]  # [B, 3, H, W] -> float32 [B, D] on the CPU
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    name: str
+    encode: Callable[[Sequence[str]], Tensor]  # B texts -> float32 [B, D] on the CPU
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The sides to encode."""
+
+    images: ImageEncoder | None
+    texts: TextEncoder | None
+
+
+def open_encoders(args: argparse.Namespace, only: str = "") -> Encoders:
+    """The encoders that the flags name. Without flags: both sides of OpenCLIP's ViT-B-32.
+
+    A model of OpenCLIP or a run encodes both sides; ``--image-model`` and ``--text-model`` replace
+    one, and alone encode only that one.
+    """
+    names_clip = bool(args.run or args.model or args.pretrained)
+    has_clip = names_clip or not (args.image_model or args.text_model)
+    wants_images = only != "texts" and bool(args.image_model or has_clip)
+    wants_texts = only != "images" and bool(args.text_model or has_clip)
+    if not (wants_images or wants_texts):
+        side = "text" if only == "texts" else "image"
+        raise ValueError(f"--only {only}: expected --{side}-model or --model, got neither; add one")
+    images = _own_image_encoder(args) if wants_images and args.image_model else None
+    texts = _own_text_encoder(args) if wants_texts and args.text_model else None
+    if (wants_images and images is None) or (wants_texts and texts is None):
+        clip_images, clip_texts = clip_encoders(args)
+        images = images or (clip_images if wants_images else None)
+        texts = texts or (clip_texts if wants_texts else None)
+    return Encoders(images, texts)
+
+
+def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:
+    """Both sides of the model of --run, or of --model and --pretrained; unit rows."""
+    from protoclip.evaluate.load import load_model
+    from protoclip.evaluate.tasks import eval_transform
+
+    name = args.run or args.model or MODEL
+    pretrained = args.pretrained
+    if args.run and (args.model or pretrained):
+        raise ValueError(
+            "expected one source of features, got --run and --model or --pretrained; leave out "
+            "--model, --pretrained"
+        )
+    if name == MODEL and not pretrained:
+        pretrained = WEIGHTS
+    try:
+        loaded = load_model(name, pretrained)
+    except ValueError as error:
+        if args.run or args.model or args.pretrained:
+            raise
+        raise ValueError(
+            f"the weights {WEIGHTS} of {MODEL} cannot be downloaded here; without a download, "
+            "protoclip cluster features.npy groups features of your own, and --run logs/NAME "
+            "encodes the pictures with a run of protoclip train (--model NAME --pretrained FILE: "
+            "with a weights file)"
+        ) from error
+    device = choose_device(args.device)
+    autocast = autocast_for(choose_precision(args.precision, device), device)
+    model = loaded.model.to(device).eval()
+    put_channels_last(model, device)
+    made_by = [loaded.name, loaded.pretrained, args.precision]
+    made_by += [str(state_of(file)) for file in made_by[:2] if os.path.isfile(file)]
+
+    def rows_of(encode: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        with torch.no_grad(), autocast():
+            rows = encode(batch.to(device, non_blocking=True)).float()
+        return F.normalize(rows, dim=1).cpu()
+
+    return (
+        ImageEncoder(
+            " ".join(made_by),
+            eval_transform(model),
+            lambda pictures: rows_of(model.clip.encode_image, pictures),
+        ),
+        TextEncoder(
+            " ".join(made_by),
+            lambda texts: rows_of(model.encode_text, model.short_tokenizer(list(texts))),
+        ),
+    )
+
+
+def _own_image_encoder(args: argparse.Namespace) -> ImageEncoder:
+    """The module and the transform that the function of --image-model returns."""
+    made = call_by_name(args.image_model, "--image-model")
+    if not (isinstance(made, tuple) and len(made) == 2 and all(map(callable, made))):
+        raise ValueError(
+            f"--image-model {args.image_model}: expected it to return (module, transform), got "
+            f"{type(made).__name__}"
+        )
+    module, transform = made
+    device = choose_device(args.device)
+    autocast = autocast_for(choose_precision(args.precision, device), device)
+    if isinstance(module, torch.nn.Module):
+        module = module.to(device).eval()
+
+    def encode(pictures: Tensor) -> Tensor:
+        with torch.no_grad(), autocast():
+            rows = module(pictures.to(device, non_blocking=True))
+        return _checked(rows, len(pictures), f"--image-model {args.image_model}")
+
+    return ImageEncoder(f"{args.image_model} {args.precision}", transform, encode)
+
+
+def _own_text_encoder(args: argparse.Namespace) -> TextEncoder:
+    """--text-model: the built-in sentence encoder, a function's callable, or Hugging Face's."""
+    name = args.text_model
+    device = choose_device(args.device)
+    if args.paper and (name == MINILM or ":" in name):
+        raise ValueError(
+            "--paper: expected --text-model with a text model of Hugging Face, such as "
+            f"roberta-large, got {name}"
+        )
+    if ":" in name and name != MINILM:
+        made = call_by_name(name, "--text-model")
+        if not callable(made):
+            raise ValueError(
+                f"--text-model {name}: expected it to return a callable, texts -> [N, D], got "
+                f"{type(made).__name__}"
+            )
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            with torch.no_grad():
+                rows = made(list(texts))
+            return _checked(rows, len(texts), f"--text-model {name}")
+
+        return TextEncoder(name, encode)
+    sentences = minilm(device) if name == MINILM else SentenceEncoder(name, device, args.paper)
+    return TextEncoder(f"{name}{' paper' * args.paper}", sentences.encode)
+
+
+def call_by_name(name: str, flag: str) -> Any:
+    """What the function MODULE:FUNCTION returns; modules in the working folder are found too."""
+    module_name, _, function_name = name.partition(":")
+    if not (module_name and function_name):
+        raise ValueError(f"{flag}: expected MODULE:FUNCTION, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{flag} {name}: cannot be imported ({error}); check the name") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return function()
+
+
+def _checked(rows: Any, count: int, flag: str) -> Tensor:
+    """The rows of somebody's encoder as float32 [count, D] on the CPU."""
+    rows = torch.as_tensor(rows)
+    if rows.ndim != 2 or len(rows) != count:
+        raise ValueError(
+            f"{flag}: expected rows [{count}, D] of {count} inputs, got {list(rows.shape)}; let it "
+            "return one row for each"
+        )
+    return rows.float().cpu()

