@@ -472,17 +472,17 @@ def _doubt(contrast: Contrast) -> str:
         return ""
     if math.isnan(contrast.cost.log_ratio):
         return (
-            f"The training times of {row} and {baseline} are not known, so no difference is called "
-            "significant."
+            f"The training times of {row} and {baseline} are not known, so no difference of {row} "
+            "is called significant."
         )
     times = _times(contrast)
     if math.isinf(contrast.cost.half):
         times += ", timed on fewer than three seeds"
     reason = "" if contrast.cost.is_known else ": not known within 5 %"
     return (
-        f"{times}{reason}, so nothing is compared at equal time and no difference is called "
-        "significant; longer runs, `--equal-steps` or more seeds, in a new `--out`, can change "
-        "that."
+        f"{times}{reason}, so {row} is not compared at equal time and no difference of it is "
+        "called significant; longer runs, `--equal-steps` or more seeds, in a new `--out`, can "
+        "change that."
     )
 
 
