@@ -144,20 +144,24 @@ def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
         layout = open_run_layout(config, data)
     else:
         run_data = open_run_data(config)
-        layout = Layout(run_data.training, captions=1, key="TRAIN")
+        class_rows = run_data.class_rows
+        layout = Layout(run_data.training, captions=1, key="TRAIN", class_rows=class_rows)
         if run_data.held_out is not None:
-            layout = Layout(run_data.held_out, key="HO")
+            layout = Layout(run_data.held_out, key="HO", class_rows=class_rows)
     captions = 1 if layout.captions is None else layout.captions
     parts = layout.parts or {layout.key: Part(layout.test, layout.title, captions)}
     metrics: dict[str, list[str]] = {}
     for key, part in parts.items():
         metrics[key] = list(RECALLS) if part.captions else []
         for label, classes in part.test.labels.items():
+            skip = set(part.skip)
+            if not layout.names_classes(label):
+                skip.add((label, "zeroshot"))
             if bool((classes.ids >= 0).any()):
                 metrics[key] += [
                     f"{label}/{metric}"
                     for metric, task in TASK_OF.items()
-                    if (label, task) not in part.skip
+                    if (label, task) not in skip
                 ]
     return metrics
 

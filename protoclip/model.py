@@ -29,7 +29,10 @@ from torch import Tensor, nn
 
 from protoclip.common.files import torch_reason
 from protoclip.common.json_text import parse_json
+from protoclip.data.feature_pairs import Means
+from protoclip.data.images import Transform, build_transform
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
+from protoclip.heads import Heads
 from protoclip.settings.config import ModelConfig
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
@@ -59,7 +62,7 @@ class Projection(nn.Sequential):
 
 
 class ProtoModel(nn.Module):
-    """An OpenCLIP model and what ProtoCLIP adds.
+    """An OpenCLIP model, or heads on stored features, and what ProtoCLIP adds.
 
     The state dict of ``clip`` is OpenCLIP's own and loads there. The heads and
     ``proto_log_scale`` (a logarithm, like OpenCLIP's ``logit_scale``) are outside it.
@@ -68,8 +71,7 @@ class ProtoModel(nn.Module):
     def __init__(
         self,
         clip: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
-        heads: tuple[Projection, Projection] | None,
+        tokenizer: Callable[[list[str]], Tensor] | None,
         siglip: bool = False,
         token_step: int = STEP,
     ) -> None:
@@ -78,12 +80,12 @@ class ProtoModel(nn.Module):
         self.siglip = siglip
         if not siglip and getattr(clip, "logit_bias", None) is not None:
             self.clip.logit_bias.requires_grad_(False)  # softmax ignores it
-        self.tokenizer = tokenizer  # OpenCLIP's own
+        self.tokenizer = tokenizer  # OpenCLIP's own; None: the model takes rows of features
         self.short_tokenizer = tokenizer  # for encode and encode_text
-        if can_shorten(clip):
+        if tokenizer is not None and can_shorten(clip):
             self.short_tokenizer = ShortTokenizer(tokenizer, _end_id(clip), token_step)
-        self.image_head: Projection | None = heads[0] if heads else None
-        self.text_head: Projection | None = heads[1] if heads else None
+        self.image_head: Projection | None = None
+        self.text_head: Projection | None = None
         self.proto_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.image_locked = self.text_locked = False
         visual: Any = clip.visual
@@ -113,8 +115,28 @@ class ProtoModel(nn.Module):
             self.clip.text.eval()
         return self
 
+    def transform(self, augmentation: str = "none") -> Transform | None:
+        """How pictures become the model's input; None: it takes rows of features."""
+        if not self.image_size:
+            return None
+        return build_transform(self.image_size, self.mean, self.std, augmentation)
+
+    def example(self, batch: int) -> tuple[Tensor, Tensor]:
+        """A batch of zeros of the shapes that ``encode`` takes."""
+        if isinstance(self.clip, Heads):
+            return (
+                torch.zeros(batch, self.clip.visual.width),
+                torch.zeros(batch, self.clip.text.width),
+            )
+        length = getattr(self.clip, "context_length", None) or 77
+        return (
+            torch.zeros(batch, 3, self.image_size, self.image_size),
+            torch.zeros(batch, length, dtype=torch.int64),
+        )
+
     def encode(self, image: Tensor, tokens: Tensor) -> Encoded:
-        """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L] -> [B, D] each."""
+        """u of both modalities, not normalised: [B, 3, H, W] and int64 [B, L], or rows of features,
+        -> [B, D] each."""
         return Encoded(self.clip.encode_image(image), self.encode_text(tokens))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -142,9 +164,8 @@ class ProtoModel(nn.Module):
         """Dh, the width of a projection."""
         if self.text_head is not None:
             return int(self.text_head[-1].out_features)  # type: ignore[arg-type]
-        length = getattr(self.clip, "context_length", None) or 77
-        tokens = torch.zeros(1, length, dtype=torch.long, device=self.proto_log_scale.device)
         with torch.no_grad():
+            tokens = self.example(1)[1].to(self.proto_log_scale.device)
             return self.clip.encode_text(tokens).shape[-1]
 
     @property
@@ -163,6 +184,13 @@ class ProtoModel(nn.Module):
         return self.proto_log_scale.exp()
 
     @torch.no_grad()
+    def centre(self, means: Means) -> None:
+        """Have the heads subtract the means of the rows that they will be trained on."""
+        assert isinstance(self.clip, Heads)
+        self.clip.visual.mean.copy_(means.image)
+        self.clip.text.mean.copy_(means.text)
+
+    @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep both multipliers in [1, 100]; call after every optimiser step."""
         self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)
@@ -174,7 +202,9 @@ class ProtoModel(nn.Module):
         return {"heads": heads, "preprocess": self.preprocess()}
 
     def preprocess(self) -> dict[str, Any]:
-        """How pictures are prepared for the model, with OpenCLIP's keys."""
+        """How pictures are prepared for the model, with OpenCLIP's keys; {}: it takes none."""
+        if not self.image_size:
+            return {}
         settings = {"mean": list(self.mean), "std": list(self.std)}
         of_openclip = getattr(self.clip.visual, "preprocess_cfg", None) or {}
         for key in ("interpolation", "resize_mode"):
@@ -298,13 +328,50 @@ def offline_if_unreachable() -> Iterator[str]:
 
 
 def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
-    """Build the model of a config; weights that are not pretrained use torch's generator.
+    """Build the model of a config: heads if it has the widths of stored features, else OpenCLIP's.
+    Weights that are not pretrained use torch's generator.
 
     ``device`` "meta", inside ``torch.device("meta")``, gives only the shapes.
 
     Raises:
         ValueError: no such model, config, checkpoint or tag.
     """
+    clip: nn.Module
+    tokenizer: Callable[[list[str]], Tensor] | None = None
+    if config.image_width:
+        clip = Heads(
+            config.image_width,
+            config.text_width,
+            config.embed_dim,
+            kind=config.head,
+            depth=config.head_depth,
+            siglip=config.siglip,
+        )
+    else:
+        clip, tokenizer = _open_clip(config, device)
+    token_step = COMPILED_STEP if config.torchcompile else STEP
+    model = ProtoModel(clip, tokenizer, config.siglip, token_step)
+    if config.add_projection_head:
+        text_head = Projection(
+            model.projection_dim,  # without heads, the columns of an embedding
+            config.projection_hidden_dim,
+            config.projection_dim,
+            config.use_bn_sync,
+        )
+        # The image head starts as a copy, as in the paper: equal features, equal projections.
+        model.image_head = copy.deepcopy(text_head)
+        model.text_head = text_head
+    if config.grad_checkpointing:
+        model.clip.set_grad_checkpointing()
+    if config.lock_image:
+        model.lock_image()
+    if config.lock_text:
+        model.lock_text()
+    return model
+
+
+def _open_clip(config: ModelConfig, device: str) -> tuple[Any, Callable[[list[str]], Tensor]]:
+    """OpenCLIP's model and its tokenizer; ValueError as in ``build_model``."""
     name = check_model(config)
     logging.disable(logging.ERROR)  # OpenCLIP logs every step and its own errors
     unreachable = ""
@@ -329,24 +396,7 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
         logging.disable(logging.NOTSET)
     if min(getattr(clip.visual, "grid_size", (1,))) < 1:
         raise ValueError("--force-image-size: expected at least one patch of the model in pixels")
-    heads = None
-    if config.add_projection_head:
-        with torch.no_grad():
-            width = clip.encode_text(torch.zeros(1, length or 77, dtype=torch.long)).shape[-1]
-        text_head = Projection(
-            width, config.projection_hidden_dim, config.projection_dim, config.use_bn_sync
-        )
-        # The image head starts as a copy, as in the paper: equal features, equal projections.
-        heads = (copy.deepcopy(text_head), text_head)
-    if config.grad_checkpointing:
-        clip.set_grad_checkpointing()
-    token_step = COMPILED_STEP if config.torchcompile else STEP
-    model = ProtoModel(clip, tokenizer, heads, config.siglip, token_step)
-    if config.lock_image:
-        model.lock_image()
-    if config.lock_text:
-        model.lock_text()
-    return model
+    return clip, tokenizer
 
 
 def put_channels_last(model: ProtoModel, device: torch.device) -> None:

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from protoclip.common.files import mebibytes
+from protoclip.data import data_kind
+from protoclip.data.settings import open_run_data, with_widths
 from protoclip.distributed import run_command
 from protoclip.episodes.feature_store import stored_bytes, wants_to_reuse
 from protoclip.episodes.prototypes import check_clusters
@@ -145,7 +147,7 @@ def measure_shape(run: PlannedRun) -> Shape:
         embed_dim=small.embed_dim,
         projection_dim=small.projection_dim,
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
-        batch_bytes=3 * model.image_size**2 * FP32 + model.clip.context_length * INT64,
+        batch_bytes=sum(x.nbytes for x in model.example(1)),
         saved_bytes=per_sample,
         saved_fixed_bytes=small.saved_bytes - per_sample * BATCH,
     )
@@ -184,8 +186,7 @@ def _forward(model: ProtoModel, amp: bool, batch: int) -> _Forward:
             for name, p in [*model.named_parameters(), *model.named_buffers()]
         }
         of_weights = {weight.untyped_storage()._cdata for weight in weights.values()}
-        image = torch.empty(batch, 3, model.image_size, model.image_size)
-        tokens = torch.zeros(batch, model.clip.context_length, dtype=torch.int64)
+        image, tokens = model.example(batch)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
             encoded, projected = functional_call(model, weights, (image, tokens))
@@ -259,7 +260,7 @@ def text(shape: Shape, run: PlannedRun, parts: dict[str, float]) -> str:
     """The plan as text."""
     optim = run.config.optim
     lines = [
-        f"{run.config.model.model}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks; "
+        f"{run.config.model.name}, {shape.weights / 1e6:,.1f} M weights; {run.ranks:,} ranks; "
         f"batch {run.global_batch:,}",
         f"= {optim.batch_size:,} x {optim.accum_freq} passes x {run.ranks:,} ranks; "
         f"{math.ceil(run.episode / run.global_batch):,} steps per episode of {run.episode:,}",
@@ -279,6 +280,10 @@ def build_run(argv: Sequence[str] | None) -> tuple[PlannedRun, Mapping[str, Any]
     """
     config, flags = parse_more(plan_parser(), argv)
     samples = min(flags["samples"], config.data.train_num_samples or flags["samples"])
+    if data_kind(config.data.train_data) == "features":
+        dataset = open_run_data(config).training
+        config = with_widths(config, dataset)
+        samples = len(dataset)
     run = PlannedRun(config, flags["ranks"], samples)
     if run.global_batch > samples:
         raise ValueError(

@@ -24,8 +24,9 @@ from protoclip.common.files import DISK_FULL, mebibytes
 from protoclip.common.host import choose_workers, keep_freed_memory
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
+from protoclip.data.feature_pairs import mean_rows
 from protoclip.data.loader import EpochOrder
-from protoclip.data.settings import open_run_data
+from protoclip.data.settings import open_run_data, with_widths
 from protoclip.distributed import gathered_rows
 from protoclip.episodes import prototypes
 from protoclip.episodes.teacher import open_teacher
@@ -158,7 +159,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
         if distributed.is_main():
             outcome = Outcome(
                 data=evaluation.data,
-                model=config.model.model,
+                model=run.config.model.name,
                 pretrained=str(checkpoint.candidates(path)[0]),
                 trained=after or {},
                 untrained=before,
@@ -193,6 +194,7 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
     path = distributed.from_main(lambda: resume.folder if resume else choose_folder(config))
     run_data = open_run_data(config)
     dataset = run_data.training
+    config = with_widths(config, dataset)
     order = EpochOrder(dataset, config.data.shuffle_buffer)
     plan = make_plan(config, order.size)
     if resume and resume.step >= plan.total_steps:
@@ -210,6 +212,8 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
     workers = choose_workers(config.data.workers, device, distributed.world_size())
     seed_everything(config.run.seed)
     model = build_model(config.model).to(device)
+    if config.model.image_width and resume is None:
+        model.centre(distributed.from_main(partial(mean_rows, dataset)))
     put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):

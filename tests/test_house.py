@@ -13,8 +13,9 @@ ROOT = Path(protoclip.__file__).parent
 
 # A module imports from itself and from those before it. The order is the data flow.
 ROOMS = [
-    "common", "features", "settings", "ops", "distributed", "data", "model", "lloyd", "estimator",
-    "episodes", "losses", "runs", "cached_gradients", "evaluate", "encode", "report", "cluster",
+    "common", "heads", "features", "settings", "ops", "distributed", "data", "model", "lloyd",
+    "estimator", "episodes", "losses", "runs", "cached_gradients", "evaluate", "encode", "report",
+    "cluster",
     "training", "train", "compare", "openclip", "export", "teacher", "plan",
     "sentence_transformers", "__main__",
 ]  # fmt: skip

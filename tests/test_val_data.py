@@ -123,7 +123,7 @@ def test_held_out_pairs_are_never_trained_on(run, table, capsys):
         trained = {row["key"] for row in csv.DictReader(file)}
     assert trained == set(data.training.keys) and not trained & set(data.held_out.keys)
     saved = checkpoint.load(checkpoint.candidates(folder)[0])["protoclip"]["training"]
-    assert saved["data"] == checkpoint.fingerprint(data.training.keys)
+    assert saved["data"] == checkpoint.fingerprint(data.training)
     results = json.loads((folder / "results.json").read_text())
     assert list(results["trained"]) == ["HO"] and results["data"].endswith("[held out]")
     assert results["trained"]["HO"]["samples"] == len(data.held_out)

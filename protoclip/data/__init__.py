@@ -9,6 +9,7 @@ import numpy as np
 
 from protoclip.common.files import DataError
 from protoclip.data.faults import Faults, readable
+from protoclip.data.feature_pairs import open_feature_pairs
 from protoclip.data.folders import open_class_folders
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.images import Transform, build_transform
@@ -43,6 +44,7 @@ def open_dataset(
     seed: int = 0,
     keep_going: bool = False,
     class_template: str = "a photo of a {}.",
+    labels: str = "",
     **table: Any,
 ) -> PairDataset:
     """Open pairs by name.
@@ -50,12 +52,14 @@ def open_dataset(
     Args:
         spec: "builtin:icons" | "builtin:shapes[:N]" | a .csv or .tsv file | a folder of class
             folders | webdataset shards or parquet files: one, a folder of them, a URL, braces and
-            globs, sources joined by "::".
+            globs, sources joined by "::" | stored features: a folder that ``protoclip encode``
+            wrote, or "features:IMAGES::TEXTS", two files or folders of rows.
         split: "all" | "train" | "heldout" (10 %; of each group, if groups are known; of
             builtin:icons one family and a tenth of the concepts, whatever the seed).
         seed: decides which pairs are held out.
         keep_going: collect a table's bad rows in ``facts.skipped`` instead of raising.
         class_template: makes captions from class names; see :func:`folders.read_templates`.
+        labels: file with the classes of stored features; see ``read_labels``.
         table: csv_separator, csv_img_key, csv_caption_key, csv_encoding, skip_bad of
             :class:`CsvDataset`; the keys also name columns of parquet files.
     Returns:
@@ -85,6 +89,8 @@ def open_dataset(
         if not count.isdecimal():
             raise DataError(f"{spec}: expected builtin:shapes:N with a whole number N")
         dataset = ShapesDataset(int(count))
+    elif source_type == "features":
+        dataset = open_feature_pairs(spec, labels)
     elif source_type == "shards":
         dataset = ShardDataset(spec)
     elif source_type == "table":
@@ -97,8 +103,8 @@ def open_dataset(
     else:
         raise DataError(
             f"data {spec!r}: expected one of builtin:icons, builtin:shapes[:N], "
-            'a .csv or .tsv file, a folder of class folders, or files such as "d/*.tar" and '
-            '"d/*.parquet"'
+            "a .csv or .tsv file, a folder of class folders or of protoclip encode, or files such "
+            'as "d/*.tar" and "d/*.parquet"'
         )
     if split == "all":
         return dataset

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from protoclip.common.files import DataError
+from protoclip.data.feature_pairs import feature_pairs
 from protoclip.data.types import Batch, PairDataset, Subset
 from protoclip.distributed import gather_objects, own_slice, progress_hidden
 
@@ -28,8 +29,11 @@ class Readable(NamedTuple):
 def readable(dataset: PairDataset, report: Callable[[str], Any] | None = None) -> Readable:
     """Read every pair once, pictures decoded. A collective call: each rank reads a slice.
 
-    ``report`` gets this rank's faults as they are found, behind a progress bar.
+    ``report`` gets this rank's faults as they are found, behind a progress bar. Stored features are
+    not read: those that are not finite are refused where they are used.
     """
+    if feature_pairs(dataset):
+        return Readable(dataset, {})
     share = own_slice(len(dataset))
     find = functools.partial(_fault_of, dataset)
     faults: dict[int, str] = {}

@@ -9,8 +9,11 @@ import math
 import multiprocessing
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
@@ -23,6 +26,7 @@ from torch import Tensor
 from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
 from protoclip.data.faults import Faults
+from protoclip.data.feature_pairs import FeaturePairs, feature_pairs, origin
 from protoclip.data.images import Transform
 from protoclip.data.types import Batch, PairDataset
 
@@ -83,8 +87,8 @@ def batches(
     dataset: PairDataset,
     draws: Draws,
     batch_size: int,
-    transform: Transform | Callable[[Image.Image], Tensor],
-    tokenizer: Tokenizer,
+    transform: Transform | Callable[[Image.Image], Tensor] | None,
+    tokenizer: Tokenizer | None,
     *,
     workers: int = 0,
     captions: str = "random",
@@ -106,13 +110,15 @@ class Loader:
 
     Args:
         transform: picture -> [3, H, W]; its randomness must come from torch's default generator.
-        tokenizer: list of B captions -> int64 [B, L].
-        workers: number of extra processes; 0 loads in this one.
+        tokenizer: list of B captions -> int64 [B, L]. Stored features need neither of the two.
+        workers: number of extra processes; 0 loads in this one. Stored features are read by a
+            thread instead, one batch ahead.
         prefetch_factor: batches that each worker loads ahead.
         captions: "random" | "first" (the canonical one) | "canonical": the first in half of the
             draws, any in the others.
         faults: notes unreadable pairs; each is replaced by another of the draws, chosen by
             (seed, j). None: an unreadable pair raises a DataError that names it.
+        mixup: of stored features; see ``_mixed``. 0: off.
         pin_memory: whether batches of workers come in pinned memory; needs a GPU.
     """
 
@@ -120,18 +126,23 @@ class Loader:
         self,
         dataset: PairDataset,
         batch_size: int,
-        transform: Transform | Callable[[Image.Image], Tensor],
-        tokenizer: Tokenizer,
+        transform: Transform | Callable[[Image.Image], Tensor] | None,
+        tokenizer: Tokenizer | None,
         *,
         workers: int = 0,
         prefetch_factor: int = 2,
         captions: str = "random",
+        mixup: float = 0.0,
         faults: Faults | None = None,
         pin_memory: bool = False,
     ) -> None:
-        self._source = _Source(
-            dataset, batch_size, transform, tokenizer, captions, faults is not None
-        )
+        self._source: _Source | _RowSource
+        if feature_pairs(dataset):
+            self._source = _RowSource(dataset, batch_size, captions, mixup)
+        else:
+            assert transform is not None and tokenizer is not None
+            replace_bad = faults is not None
+            self._source = _Source(dataset, batch_size, transform, tokenizer, captions, replace_bad)
         self._workers = workers
         self._prefetch_factor = prefetch_factor
         self._faults = faults
@@ -141,7 +152,9 @@ class Loader:
     def batches(self, draws: Draws) -> Iterator[Batch]:
         """Load the pairs of ``draws``; the batches of an earlier call are no longer valid."""
         firsts = range(draws.start, len(draws.positions), self._source.batch_size)
-        if self._workers:
+        if isinstance(self._source, _RowSource):
+            loaded = _ahead(partial(self._source.load, draws), firsts)
+        elif self._workers:
             loaded = self._in_workers(draws, firsts)
         else:
             loaded = (self._source.load(draws, first) for first in firsts)
@@ -186,6 +199,7 @@ class Loader:
         if pool is not None and pool.is_idle and len(draws.positions) <= len(pool.positions):
             return pool
         self.close()
+        assert isinstance(self._source, _Source)
         # Of the whole order: one that begins near its end, as after a resume, is not the last.
         batch_count = math.ceil(len(draws.positions) / self._source.batch_size)
         self._pool = _Pool(
@@ -265,6 +279,63 @@ class _Source:
             (mix(draw_seed, attempt, np.arange(64)) % len(positions)).astype(int)
         ]
         return int(candidates[np.isin(candidates, batch).argmin()])
+
+
+@dataclass(frozen=True)
+class _RowSource:
+    """Makes the batch of stored features that begins at a given draw, all of its rows at once."""
+
+    dataset: PairDataset
+    batch_size: int
+    captions: str
+    mixup: float
+
+    def load(self, draws: Draws, first: int) -> Batch:
+        index = draws.positions[first : first + self.batch_size].clone()
+        if draws.numbers is None:
+            draw_numbers = np.arange(first, first + len(index))
+        else:
+            draw_numbers = draws.numbers[first : first + len(index)].numpy()
+        pairs, positions = origin(self.dataset, index.numpy())
+        assert isinstance(pairs, FeaturePairs)
+        caption_seeds = mix(0, mix(draws.seed, draw_numbers))
+        captions = self._choose(pairs.num_captions(positions), caption_seeds)
+        image = pairs.image_rows(positions)
+        text = pairs.text_rows(positions, captions)
+        if self.mixup:
+            random = np.random.default_rng([draws.seed, first])
+            share = random.beta(self.mixup, self.mixup)
+            image = _mixed(image, share)
+            text = _mixed(text, share)
+        return Batch(index, image, text, caption_ids=pairs.caption_ids(positions, captions))
+
+    def _choose(self, counts: np.ndarray, caption_seeds: np.ndarray) -> np.ndarray:
+        """Choose a caption of each pair, as ``_Source`` does: its number, int64 [B]."""
+        chosen = (caption_seeds % counts.astype(np.uint64)).astype(np.int64)
+        if self.captions == "first":
+            chosen[:] = 0
+        elif self.captions == "canonical":
+            chosen[(caption_seeds >> np.uint64(40) & np.uint64(1)).astype(bool)] = 0
+        return chosen
+
+
+def _mixed(rows: Tensor, share: float) -> Tensor:
+    """FuseMix (arXiv 2312.10144): each row mixed with the next one of the batch, the same pairs and
+    the same share, of a Beta distribution, in both modalities. The larger share is the row's own,
+    so that its position and label still say what it is."""
+    rows = rows.float()
+    return rows.lerp(rows.roll(-1, 0), min(share, 1 - share))
+
+
+def _ahead(load: Callable[[int], Batch], firsts: range) -> Iterator[Batch]:
+    """The batches that begin at ``firsts``; a thread loads each while the one before is used."""
+    with ThreadPoolExecutor(1, "rows") as thread:
+        loading = deque([thread.submit(load, first) for first in firsts[:1]])
+        for first in firsts[1:]:
+            loading.append(thread.submit(load, first))
+            yield loading.popleft().result()
+        while loading:
+            yield loading.popleft().result()
 
 
 class _Request(NamedTuple):

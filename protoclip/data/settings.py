@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from protoclip.data import (
     index_together,
     open_dataset,
 )
+from protoclip.data.feature_pairs import ClassRows, feature_pairs, open_class_rows
 from protoclip.settings.config import TABLE, TrainConfig
 
 
@@ -27,6 +28,7 @@ class RunData:
 
     training: PairDataset
     held_out: PairDataset | None = None
+    class_rows: ClassRows | None = None  # of stored features
 
 
 def open_arguments(config: TrainConfig) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def open_run_data(config: TrainConfig) -> RunData:
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
     index_together(data.train_data)
-    dataset = open_dataset(data.train_data, split, **open_arguments(config))
+    dataset = open_dataset(data.train_data, split, labels=data.labels, **open_arguments(config))
     held_out: PairDataset | None = None
     if data.val_fraction:
         dataset, held_out = _hold_out(dataset, data.val_fraction, data.val_seed)
@@ -51,7 +53,19 @@ def open_run_data(config: TrainConfig) -> RunData:
         )
     if data.train_num_samples:
         dataset = Subset(dataset, torch.arange(data.train_num_samples))
-    return RunData(dataset, held_out)
+    class_rows = open_class_rows(data.class_features) if data.class_features else None
+    return RunData(dataset, held_out, class_rows)
+
+
+def with_widths(config: TrainConfig, dataset: PairDataset) -> TrainConfig:
+    """The settings with the columns of the stored features that the run trains on, if it does."""
+    pairs = feature_pairs(dataset)
+    if pairs is None:
+        return config
+    model = replace(
+        config.model, image_width=pairs.images.shape[1], text_width=pairs.texts[0].shape[1]
+    )
+    return replace(config, model=model)
 
 
 def _hold_out(dataset: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
@@ -71,4 +85,7 @@ def _hold_out(dataset: PairDataset, fraction: float, seed: int) -> tuple[PairDat
         )
     name = dataset.name
     held_out = Subset(dataset, np.flatnonzero(mask), f"{name}[held out]")
-    return Subset(dataset, np.flatnonzero(~mask), name), Pictures(held_out, pictures[mask])
+    training = Subset(dataset, np.flatnonzero(~mask), name)
+    if feature_pairs(dataset):  # each is a picture with all of its captions
+        return training, held_out
+    return training, Pictures(held_out, pictures[mask])

@@ -41,6 +41,8 @@ from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import BadSample, Facts, PairDataset
 from protoclip.distributed import gather_objects, is_distributed, rank, world_size
+from protoclip.features.layout import is_feature_folder
+from protoclip.settings.config import FEATURES
 
 IMAGE_KINDS = ("jpg", "png", "jpeg", "webp")
 TEXT_KINDS = ("txt", "json")
@@ -169,9 +171,12 @@ def key_prefixes(files: Sequence[str]) -> list[str]:
 
 
 def data_kind(spec: str) -> str:
-    """What a data name refers to: builtin, table, parquet, shards, folder (of pictures), or ""."""
+    """What a data name refers to: builtin, features, table, parquet, shards, folder (of pictures),
+    or ""."""
     if spec.startswith("builtin:"):
         return "builtin"
+    if spec.startswith(FEATURES) or is_feature_folder(spec):
+        return "features"
     if spec.lower().endswith((".csv", ".tsv")):
         return "table"
     if os.path.isdir(spec):

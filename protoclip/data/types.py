@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,33 +34,39 @@ def labels_of(values: Sequence[str]) -> Labels:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Pairs ready for the model."""
+    """Pairs ready for the model: pictures and tokens, or rows of stored features."""
 
     index: Tensor  # position in the data set, int64 [B]
-    image: Tensor  # normalised pictures, float32 [B, 3, H, W]
-    tokens: Tensor  # one tokenised caption per picture, int64 [B, L]
+    image: Tensor  # normalised pictures, float32 [B, 3, H, W], or rows [B, Di]
+    tokens: Tensor  # one tokenised caption per picture, int64 [B, L], or rows [B, Dt]
     # Position and reason of each bad sample that was replaced.
     bad: tuple[tuple[int, str], ...] = ()
+    caption_ids: Tensor | None = None  # int64 [B], equal for equal captions; None: not known
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of the tensors that it has."""
+        tensors = [self.index, self.image, self.tokens]
+        return tensors if self.caption_ids is None else [*tensors, self.caption_ids]
+
     def pin_memory(self) -> Batch:
         """The same batch in memory from which a GPU copies while the host continues."""
-        return Batch(
-            index=self.index.pin_memory(),
-            image=self.image.pin_memory(),
-            tokens=self.tokens.pin_memory(),
-            bad=self.bad,
-        )
+        return self._with(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            index=self.index.to(device, non_blocking=non_blocking),
-            image=self.image.to(device, non_blocking=non_blocking),
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            index=change(self.index),
+            image=change(self.image),
+            tokens=change(self.tokens),
             bad=self.bad,
+            caption_ids=None if self.caption_ids is None else change(self.caption_ids),
         )
 
 
@@ -77,7 +83,8 @@ class Facts:
     """What a data set says of itself, next to its pairs."""
 
     remote: bool = False  # whether any file comes from a URL
-    has_captions: bool = True  # False: captions are made from the class
+    has_captions: bool = True  # False: captions are made from the class, or not known
+    has_pictures: bool = True  # False: there are only rows of features, and no files to show
     skipped: Sequence[BadSample] = ()
     skipped_share: float = 1.0  # a subset counts this share of ``skipped`` as its own
     left_out: Sequence[str] = ()  # what a folder holds that is not among its pairs, a line each
@@ -125,6 +132,27 @@ class PairDataset(ABC):
         """Start to fetch what these pairs, int64 [M], will need."""
         return
 
+    def marks(self, positions: np.ndarray) -> Iterator[bytes]:
+        """What tells each of these pairs from a pair of other data, for a fingerprint."""
+        for i in positions.tolist():
+            yield self.keys[i].encode("utf-8", "surrogateescape")
+
+
+class SelectedKeys(Sequence[str]):
+    """The keys at ``indices``, int64 [M], of those of a data set, which are not copied."""
+
+    def __init__(self, keys: Sequence[str], indices: np.ndarray) -> None:
+        self._keys = keys
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._keys[j] for j in self._indices[i].tolist()]
+        return self._keys[int(self._indices[i])]
+
 
 class Subset(PairDataset):
     """The pairs of a data set at ``indices``, int64 [M], in that order, with keys and labels."""
@@ -135,7 +163,7 @@ class Subset(PairDataset):
         self.dataset = dataset
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = name or dataset.name
-        self.keys: Sequence[str] = StringTable(dataset.keys[i] for i in self.indices.tolist())
+        self.keys: Sequence[str] = SelectedKeys(dataset.keys, self.indices)
         self.labels: Mapping[str, Labels] = {
             label: Labels(full.ids[torch.from_numpy(self.indices)], full.names)
             for label, full in dataset.labels.items()
@@ -156,6 +184,9 @@ class Subset(PairDataset):
 
     def picture_numbers(self) -> np.ndarray:
         return self.dataset.picture_numbers()[self.indices]
+
+    def marks(self, positions: np.ndarray) -> Iterator[bytes]:
+        return self.dataset.marks(self.indices[positions])
 
     def path(self, i: int) -> str:
         return self.dataset.path(int(self.indices[i]))

@@ -139,7 +139,7 @@ def _own_held_out(loaded: Loaded) -> Layout | None:
         return None
     run_data = open_run_data(loaded.config)
     name = loaded.config.data.train_data
-    if loaded.training_data and not is_beginning(loaded.training_data, run_data.training.keys):
+    if loaded.training_data and not is_beginning(loaded.training_data, run_data.training):
         raise ValueError(
             f"{name} has changed since the run was trained, so its held-out pictures are unknown; "
             "restore the data (rows may be added at the end), or give --data"

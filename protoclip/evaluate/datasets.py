@@ -20,6 +20,7 @@ from protoclip.data import (
     index_together,
     open_dataset,
 )
+from protoclip.data.feature_pairs import ClassRows, feature_pairs, open_class_rows
 from protoclip.data.folders import LABEL, open_parts, read_templates
 from protoclip.data.icons import builtin_icons, heldout_concepts, in_heldout_family
 from protoclip.data.tables import read_table
@@ -41,6 +42,14 @@ class Layout:
     title: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)  # by key; {}: ``test`` is one set
     left_out: Sequence[str] = ()  # what is not in the data and why, lines for the log
+    class_rows: ClassRows | None = None  # of stored features, in place of prompts
+
+    def names_classes(self, label: str) -> bool:
+        """Whether there are prompts, or rows, of a label's classes, as zero-shot needs."""
+        if feature_pairs(self.test) is None:
+            return True
+        rows = {} if self.class_rows is None else self.class_rows.names
+        return any(name in rows for name in self.test.labels[label].names)
 
     def of_part(self, part: Part) -> Layout:
         """One of the parts as a set of its own."""
@@ -63,6 +72,7 @@ def open_layout(
     split: str = "",
     templates: str = "openai",
     csv_label_key: str = "",
+    class_features: str = "",
     **open_kwargs: Any,
 ) -> Layout:
     """Open data of any kind, on all ranks; see ``protoclip evaluate --help``.
@@ -70,16 +80,23 @@ def open_layout(
     Args:
         data: built-in data, whose held-out part is evaluated with one caption per picture; a folder
             of class folders, or of split folders with class folders, with an optional
-            classnames.txt, one name per line in the order of the class folders; a table; shards.
+            classnames.txt, one name per line in the order of the class folders; a table; shards;
+            stored features.
         split: the folder to evaluate; "": test, val or validation if present, else all.
         csv_label_key: column of the class in a table; empty in rows whose class is not known. A
             picture with several rows has the class of the first.
+        class_features: the rows of class names, for stored features.
     """
     source_type = data_kind(data)
     if split and source_type != "folder":
         raise DataError(f"--split: expected a folder of pictures, got {data}; leave the flag out")
     if csv_label_key and source_type != "table":
         raise DataError(f"--csv-label-key: expected a table, got {data}; leave the flag out")
+    if class_features and source_type != "features":
+        raise DataError(f"--class-features: expected stored features, got {data}; leave it out")
+    if source_type == "features":
+        class_rows = open_class_rows(class_features) if class_features else None
+        return Layout(open_dataset(data, **open_kwargs), class_rows=class_rows)
     if source_type == "builtin":
         test = open_dataset(data, "heldout", **open_kwargs)
         train = open_dataset(data, "train", **open_kwargs)

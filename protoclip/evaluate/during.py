@@ -160,7 +160,8 @@ def evaluation_data(config: TrainConfig) -> str:
 
 def open_run_layout(config: TrainConfig, data: str) -> Layout:
     """The evaluation sets of ``data``, opened with the settings of a run."""
-    return open_layout(data, **open_arguments(config))
+    class_features = config.data.class_features
+    return open_layout(data, class_features=class_features, **open_arguments(config))
 
 
 def own_layout(run_data: RunData) -> Layout | None:
@@ -170,7 +171,13 @@ def own_layout(run_data: RunData) -> Layout | None:
         pairs, faults = readable(run_data.held_out)
         if len(pairs) < 2:
             return None
-        return Layout(pairs, key="HO", title="Held-out pairs", left_out=_left_out(faults))
+        return Layout(
+            pairs,
+            key="HO",
+            title="Held-out pairs",
+            left_out=_left_out(faults),
+            class_rows=run_data.class_rows,
+        )
     training = run_data.training
     # A picture with several captions is asked for once, so that no caption has two right answers.
     rows = torch.from_numpy(np.sort(np.unique(training.picture_numbers(), return_index=True)[1]))
@@ -184,7 +191,14 @@ def own_layout(run_data: RunData) -> Layout | None:
         return None
     few = f"{len(sample):,} of the" if len(sample) < len(training) else f"All {len(sample):,}"
     title = f"{few} pairs that it was trained on"
-    return Layout(sample, captions=1, key=results.TRAIN, title=title, left_out=_left_out(faults))
+    return Layout(
+        sample,
+        captions=1,
+        key=results.TRAIN,
+        title=title,
+        left_out=_left_out(faults),
+        class_rows=run_data.class_rows,
+    )
 
 
 def _left_out(faults: Mapping[int, str]) -> list[str]:

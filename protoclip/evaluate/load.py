@@ -36,7 +36,7 @@ class Loaded:
     """A model to evaluate, on the CPU, and where it came from."""
 
     model: ProtoModel
-    name: str  # OpenCLIP's model name
+    name: str  # OpenCLIP's model name, or heads in words
     pretrained: str  # checkpoint or tag
     config: TrainConfig | None = None  # of the run that trained it
     training_data: str = ""  # fingerprint of what the run trained on
@@ -78,7 +78,7 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
     ours = payload["protoclip"]
     training_data = ours.get("training", {}).get("data", "")
     steps = ours.get("step", 0)
-    return Loaded(built, config.model.model, str(path), config, training_data, steps)
+    return Loaded(built, config.model.name, str(path), config, training_data, steps)
 
 
 def _by_name(name: str, pretrained: str) -> Loaded:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.data import Batch, Draws, Faults, Labels, PairDataset, batches
+from protoclip.data.feature_pairs import ClassRows, FeaturePairs, feature_pairs, origin
 from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask, labels_of
 from protoclip.distributed import gather_objects, is_main, own_slice
@@ -26,6 +27,7 @@ from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.results import Results, SetResults
 from protoclip.model import ProtoModel
+from protoclip.runs import checkpoint
 from protoclip.settings.commands import TASKS
 
 PROBES = frozenset(("linear_probe", "knn"))
@@ -63,6 +65,15 @@ class EvalSet:
         rows = torch.nonzero(torch.isin(labels.ids, choices))[:, 0]
         names = tuple(labels.names[i] for i in choices.tolist())
         return rows, Labels(torch.searchsorted(choices, labels.ids[rows]), names)
+
+
+class Captions(NamedTuple):
+    """The encoded captions of an evaluation set."""
+
+    rows: Tensor | None  # u, [M, D]; None: there are none
+    owner: Tensor  # picture of each, int64 [M]
+    ids: Tensor | None  # int64 [M], from 0, the same for equal captions; None: not known
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -108,15 +119,69 @@ class Encoder:
                 yield batch, self._encode(self.model.clip.encode_image, batch.image)
 
     @torch.no_grad()
+    def captions(self, dataset: PairDataset, most: int | None) -> Captions:
+        """u of the first ``most`` captions of every picture, or of all of them."""
+        if feature_pairs(dataset) is not None:
+            return self._stored_captions(dataset, most)
+        captions = [dataset.captions(i)[:most] for i in range(len(dataset))]
+        texts = [text for of_image in captions for text in of_image]
+        owner = [i for i, of_image in enumerate(captions) for _ in of_image]
+        return Captions(
+            rows=self.texts(texts) if texts else None,
+            owner=torch.tensor(owner, dtype=torch.int64, device=self.device),
+            ids=labels_of(texts).ids.to(self.device),
+            fingerprint=fingerprint(dataset.keys, captions),
+        )
+
+    def _stored_captions(self, dataset: PairDataset, most: int | None) -> Captions:
+        pairs, positions = origin(dataset, np.arange(len(dataset)))
+        assert isinstance(pairs, FeaturePairs)
+        count = pairs.num_captions(positions)
+        if most is not None:
+            count = count.clip(max=most)
+        owner = np.repeat(np.arange(len(positions)), count)
+        captions = np.arange(len(owner)) - np.repeat(count.cumsum() - count, count)
+        asked = positions[owner]
+
+        def encode(rows: slice) -> Tensor:
+            starts = range(rows.start, rows.stop, self.batch_size)
+            parts = (slice(i, min(i + self.batch_size, rows.stop)) for i in starts)
+            stored = (pairs.text_rows(asked[part], captions[part]) for part in parts)
+            return self._rows(self.model.encode_text, stored)
+
+        ids = pairs.caption_ids(asked, captions)
+        if ids is not None:
+            ids = ids.unique(return_inverse=True)[1].to(self.device)
+        return Captions(
+            rows=self._shared(len(owner), "texts", encode) if len(owner) else None,
+            owner=torch.from_numpy(owner).to(self.device),
+            ids=ids,
+            fingerprint=checkpoint.fingerprint(dataset),
+        )
+
+    @torch.no_grad()
+    def class_rows(self, classes: ClassRows, names: Sequence[str]) -> Tensor:
+        """Class vectors, unit rows [C, D], from stored rows of class names."""
+        vectors = []
+        with self._evaluating():
+            for name in names:
+                stored = torch.from_numpy(classes.rows.take(classes.names[name]))
+                rows = self._encode(self.model.encode_text, stored)
+                vectors.append(metrics.class_vectors(rows[None]))
+        return torch.cat(vectors)
+
+    @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """u of every text, float32 [M, D] on the device; equal texts are encoded once."""
         position = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         unique = list(position)
+        tokenizer = self.model.short_tokenizer
+        assert tokenizer is not None
 
         def encode(rows: slice) -> Tensor:
             starts = range(rows.start, rows.stop, self.batch_size)
             parts = (unique[i : min(i + self.batch_size, rows.stop)] for i in starts)
-            return self._rows(self.model.encode_text, map(self.model.short_tokenizer, parts))
+            return self._rows(self.model.encode_text, map(tokenizer, parts))
 
         encoded = self._shared(len(unique), "texts", encode)
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
@@ -236,8 +301,11 @@ def _guesses(eval_set: EvalSet, train: EvalSet | None) -> tuple[dict[str, float]
     return share, most
 
 
-def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor]:
-    """OpenCLIP's transform for the model without augmentation: resize, centre crop, normalise."""
+def eval_transform(model: ProtoModel) -> Callable[[Any], Tensor] | None:
+    """OpenCLIP's transform for the model without augmentation: resize, centre crop, normalise;
+    None: the model takes rows of features."""
+    if not model.image_size:
+        return None
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return image_transform_v2(PreprocessCfg(model.image_size, **model.preprocess()), is_train=False)
@@ -288,9 +356,7 @@ def encode_set(
     with ``only_present`` zero-shot chooses only among classes that the set has."""
     dataset = layout.test
     image = encoder.images(dataset)
-    captions = [dataset.captions(i)[: layout.captions] for i in range(len(dataset))]
-    texts = [text for of_image in captions for text in of_image]
-    owner = [i for i, of_image in enumerate(captions) for _ in of_image]
+    captions = encoder.captions(dataset, layout.captions)
     labels = {
         label: Labels(classes.ids.to(encoder.device), classes.names)
         for label, classes in dataset.labels.items()
@@ -298,24 +364,33 @@ def encode_set(
     }
     choices: dict[str, Tensor] = {}
     vectors: dict[str, Tensor] = {}
+    class_rows = layout.class_rows
     for label, classes in labels.items():
+        if not layout.names_classes(label):
+            continue
         names = classes.names
         if only_present:
             choices[label] = classes.ids[classes.ids >= 0].unique()
+        elif class_rows is not None:
+            known = [i for i, name in enumerate(names) if name in class_rows.names]
+            choices[label] = torch.tensor(known, device=encoder.device)
+        if label in choices:
             names = tuple(classes.names[i] for i in choices[label].tolist())
-        if prompts and names:
+        if prompts and class_rows is not None:
+            vectors[label] = encoder.class_rows(class_rows, names)
+        elif prompts and names:
             prompts_by_class = class_prompts(label, names, layout.templates)
             vectors[label] = class_features(encoder, prompts_by_class)
     return EvalSet(
         image=image,
-        text=encoder.texts(texts) if texts else image[:0],
-        owner=torch.tensor(owner, dtype=torch.int64, device=encoder.device),
-        caption_ids=labels_of(texts).ids.to(encoder.device),
+        text=image[:0] if captions.rows is None else captions.rows,
+        owner=captions.owner,
+        caption_ids=captions.ids,
         labels=labels,
         class_vectors=vectors,
         choices=choices,
         title=layout.title or dataset.name,
-        fingerprint=fingerprint(dataset.keys, captions),
+        fingerprint=captions.fingerprint,
     )
 
 
@@ -358,6 +433,8 @@ def impossible(tasks: Collection[str], layout: Layout) -> dict[str, str]:
     if not layout.test.labels:
         needs_classes = ("zeroshot", "linear_probe", "knn", "grouping")
         reasons |= dict.fromkeys(needs_classes, "the data has no classes")
+    elif not any(map(layout.names_classes, layout.test.labels)):
+        reasons["zeroshot"] = "there are no rows of the names of classes (--class-features)"
     return {task: reasons[task] for task in tasks if task in reasons}
 
 

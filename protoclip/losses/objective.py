@@ -220,7 +220,11 @@ class ProtoLoss(nn.Module):
 
 
 def caption_ids(tokens: Tensor) -> Tensor:
-    """int64 [B], equal for equal caption tokens [B, L]; others collide once in 2^47 pairs."""
+    """int64 [B], equal for equal caption tokens [B, L], or for rows of features [B, L] with the
+    same bits; others collide once in 2^47 pairs."""
+    if tokens.is_floating_point():
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        tokens = tokens.contiguous().view(integers[tokens.element_size()])
     factors = torch.from_numpy(mix(0, np.arange(tokens.shape[1])).view(np.int64))
     return (tokens.long() * factors.to(tokens.device, non_blocking=True)).sum(dim=1)
 

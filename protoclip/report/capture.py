@@ -36,6 +36,12 @@ def draw_plots(
         memory_bytes: the most bytes in use at the end of each phase.
     """
     clusters = {} if episode is None else episode.labels_by_position(len(dataset))
+    if not dataset.facts.has_pictures:
+        if clusters:
+            _write_clusters(folder / "clusters.csv", dataset, clusters)
+        shown = snapshot.without_pictures(held_out and held_out[1], {"memory_bytes": memory_bytes})
+        snapshot.save_snapshot(folder, shown)
+        return
     pictured = torch.arange(len(dataset))
     if clusters:
         _write_clusters(folder / "clusters.csv", dataset, clusters)

@@ -132,6 +132,15 @@ def take_snapshot(
     )
 
 
+def without_pictures(judged: EvalSet | None, facts: Mapping[str, Any]) -> Snapshot:
+    """The content of a page about stored features without files to show."""
+    return Snapshot(
+        geometry=geometry(judged) if judged and len(judged.text) > 1 else {},
+        confusions=confusions(judged) if judged else (),
+        facts={**environment(), **facts},
+    )
+
+
 def save_snapshot(folder: str | os.PathLike[str], snapshot: Snapshot) -> None:
     """Write ``report.json`` to a run folder, completely or not at all."""
     content = {"format": FORMAT, **asdict(snapshot)}

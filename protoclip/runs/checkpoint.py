@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from protoclip.common.files import torch_reason, whole_file
+from protoclip.data import PairDataset
 
 FORMAT = 3  # of the entries under the key "protoclip"
 LATEST = "epoch_latest.pt"
@@ -207,14 +208,18 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def fingerprint(keys: Sequence[str]) -> str:
-    """A short identifier of a data set: its size and a digest of up to 1,000 of its keys."""
-    digest = hashlib.sha256(str(len(keys)).encode())
-    for i in np.linspace(0, max(0, len(keys) - 1), min(1000, len(keys)), dtype=np.int64):
-        digest.update(keys[int(i)].encode("utf-8", "surrogateescape") + b"\0")
-    return f"{len(keys)}:{digest.hexdigest()[:16]}"
+def fingerprint(dataset: PairDataset, count: int | None = None) -> str:
+    """A short identifier of a data set, or of its first ``count`` pairs: their number, and a digest
+    of the marks of up to 1,000 of them."""
+    count = len(dataset) if count is None else count
+    digest = hashlib.sha256(str(count).encode())
+    positions = np.linspace(0, max(0, count - 1), min(1000, count), dtype=np.int64)
+    for mark in dataset.marks(positions):
+        digest.update(mark + b"\0")
+    return f"{count}:{digest.hexdigest()[:16]}"
 
 
-def is_beginning(saved: str, keys: Sequence[str]) -> bool:
-    """Whether ``saved`` is the fingerprint of the first keys or of all: some may be new."""
-    return saved == fingerprint(keys[: int(saved.partition(":")[0])])
+def is_beginning(saved: str, dataset: PairDataset) -> bool:
+    """Whether ``saved`` is the fingerprint of the first pairs or of all: some may be new."""
+    count = int(saved.partition(":")[0])
+    return count <= len(dataset) and saved == fingerprint(dataset, count)

@@ -6,7 +6,7 @@ with a note, because the run is then no longer the same; the rest may change wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -169,17 +169,17 @@ def refuse_changes(resume: Resume, config: TrainConfig) -> None:
 
 
 def check_resume(
-    resume: Resume, config: TrainConfig, global_batch_size: int, keys: Sequence[str]
+    resume: Resume, config: TrainConfig, global_batch_size: int, data: str
 ) -> list[str]:
     """Notes on settings that differ from the resumed run; ValueError for those that must not.
 
-    ``keys``: of the training data.
+    ``data``: the fingerprint of the training data.
     """
     changes = changes_since(resume, config)
     wrong = list(changes.forbidden)
     for what, name, value in (
         ("the global batch_size (all ranks and passes)", "global_batch_size", global_batch_size),
-        ("the training data", "data", checkpoint.fingerprint(keys)),
+        ("the training data", "data", data),
     ):
         before = resume.training.get(name)
         if before != value:

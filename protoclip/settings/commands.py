@@ -18,12 +18,13 @@ from protoclip.settings.flags import (
 
 EVERYDAY = """
     --preset --method --train-data --val-data --val-fraction --csv-img-key --csv-caption-key
+    --image-features --text-features --head --embed-dim
     --workers --model --pretrained --k --external-teacher --epochs --max-steps --batch-size
     --accum-freq --lr --warmup --name --resume --save-every --seed --device --precision
 """
 PLANNED = """
-    --ranks --samples --json --model --grad-checkpointing --k --episode-size --external-teacher
-    --batch-size --accum-freq --device --precision
+    --ranks --samples --json --model --train-data --head --embed-dim --grad-checkpointing --k
+    --episode-size --external-teacher --batch-size --accum-freq --device --precision
 """
 COMPARED = """
     --row --seeds --out --equal-steps --count-teacher --jobs --nproc-per-run --dry-run --train-data

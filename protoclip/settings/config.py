@@ -24,6 +24,7 @@ TABLE = (
     *("csv_separator", "csv_img_key", "csv_caption_key", "csv_encoding", "skip_bad"),
     "class_template",
 )
+FEATURES = "features:"  # begins the name of two or more files of rows, joined by "::"
 Config = TypeVar("Config")
 to_dict = dataclasses.asdict  # a config as a nested plain dict, ready for JSON
 
@@ -133,9 +134,9 @@ class DataConfig:
 
     train_data: str = option(
         "builtin:icons",
-        "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, a folder of class folders, or "
-        "webdataset shards or parquet files: 'd/{000..012}.tar', globs, folders, URLs; sources "
-        "joined by '::'",
+        "builtin:icons, builtin:shapes[:N], a .csv/.tsv file, a folder of class folders, "
+        "webdataset shards or parquet files ('d/{000..012}.tar', globs, folders, URLs; sources "
+        "joined by '::'), or a folder of protoclip encode, whose features train heads",
     )
     val_data: str = option(
         "",
@@ -197,6 +198,21 @@ class DataConfig:
         choices=("random", "canonical", "first"),
         fixed=True,
     )
+    labels: str = option(
+        "",
+        "file with the class of each row of stored features: one per line (empty: not known), or "
+        "integers in a .npy",
+    )
+    class_features: str = option(
+        "",
+        "rows of class names for zero-shot with stored features, from protoclip encode --classes",
+    )
+    mixup: float = option(
+        0.0,
+        "with stored features, mix each pair of a batch with another one (FuseMix): alpha of the "
+        "Beta distribution of the shares; 0: off",
+        fixed=True,
+    )
     workers: int = option(
         -1,
         "processes that read images; 0: the training process itself; auto: 0 on a CPU, one per "
@@ -227,6 +243,20 @@ class ModelConfig:
     siglip: bool = option(
         False, "SigLIP's sigmoid loss and logit bias instead of InfoNCE", fixed=True
     )
+    head: str = option(
+        "linear",
+        "heads on stored features: linear, or mlp (FuseMix's residual blocks)",
+        choices=("linear", "mlp"),
+        fixed=True,
+    )
+    head_depth: int = option(1, "residual blocks of --head mlp", low=1, fixed=True)
+    embed_dim: int = option(512, "columns of the embeddings of --head", low=1, fixed=True)
+    image_width: int = option(
+        0, "columns of the image rows that --head takes; 0: as stored", fixed=True
+    )
+    text_width: int = option(
+        0, "columns of the text rows that --head takes; 0: as stored", fixed=True
+    )
     grad_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     torchcompile: bool = option(
         False, "compile encoders and heads for training: slow start, faster steps"
@@ -243,6 +273,13 @@ class ModelConfig:
     projection_dim: int = option(
         64, "output of the projection heads (paper: 128)", low=1, fixed=True
     )
+
+    @property
+    def name(self) -> str:
+        """The model in words: OpenCLIP's name, or the heads with their columns."""
+        if not self.image_width:
+            return self.model
+        return f"{self.head} heads {self.image_width}/{self.text_width} to {self.embed_dim}"
 
 
 @dataclass(frozen=True)

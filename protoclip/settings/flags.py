@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from protoclip.common.paths import run_of
 from protoclip.settings.config import (
+    FEATURES,
     PRECISIONS,
     TrainConfig,
     check,
@@ -51,6 +52,8 @@ METAVARS = {
     **dict.fromkeys(("--train-data", "--val-data", "--data"), "DATA"),
     **dict.fromkeys(("--logs", "--out", "--link-to", "--copy-to"), "DIR"),
     **dict.fromkeys(("--features", "--captions", "--weights", "--external-teacher"), "FILE"),
+    "--labels": "FILE",
+    "--class-features": "DIR|FILE",
     **dict.fromkeys(("--csv-img-key", "--csv-caption-key", "--csv-label-key"), "COLUMN"),
     "--out --output": "FILE",
     "--model": "MODEL",
@@ -221,6 +224,41 @@ def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str]
             )
 
 
+class _FeatureFiles(argparse.Action):
+    """Two or more flags that together name the training data."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, FEATURES)
+        if not before.startswith(FEATURES):
+            parser.error(
+                f"{option_string}: expected no other data, got --train-data {before}; leave one "
+                "of them out"
+            )
+        images, *texts = before.removeprefix(FEATURES).split("::")
+        if option_string == "--image-features":
+            images = values
+        else:
+            texts.append(values)
+        setattr(namespace, self.dest, FEATURES + "::".join([images, *texts]))
+
+
+def add_feature_flags(group: Any) -> None:
+    """--image-features and --text-features, which are another way to write --train-data."""
+    words = "in place of --train-data: rows of the pictures [N, d], a .npy or a folder of parts"
+    other = "and rows of their captions, in the same order; repeat the flag for more captions"
+    for flag, help_text in (("--image-features", words), ("--text-features", other)):
+        group.add_argument(
+            flag,
+            dest="data.train_data",
+            action=_FeatureFiles,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help=help_text,
+        )
+
+
 def build_parser(
     prog: str, description: str, everyday: Sequence[str] = (), example: str = ""
 ) -> Parser:
@@ -260,6 +298,8 @@ def build_parser(
             title, _, about = inspect.cleandoc(str(section.__doc__)).partition("\n\n")
             group = parser.add_argument_group(title, " ".join(about.split()) or None)
             add_options(group, section, f"{name}.")
+            if name == "data":
+                add_feature_flags(group)
     return parser
 
 

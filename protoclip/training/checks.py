@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from protoclip.data import data_kind
 from protoclip.distributed import GlobalBatchNorm1d, is_distributed
 from protoclip.episodes.teacher import teacher_spec
 from protoclip.lloyd import load_faiss
 from protoclip.losses import Term
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
-from protoclip.settings.config import LossConfig, TrainConfig
+from protoclip.settings.config import LossConfig, TrainConfig, flat, to_dict
 from protoclip.training.schedule import parse_interval
 
 # Names of metrics, which no term of a user's own may have.
@@ -29,6 +30,17 @@ LOGGED = {
     "loss", "lr", "proto_accuracy", "proto_logit_scale", "proto_loss", "same_caption", "samples",
     "samples_per_second", "step",
 }  # fmt: skip
+
+
+# Settings that make sense for pictures only, and for stored features only.
+OF_PICTURES = (
+    "data.augmentation", "model.model", "model.pretrained", "model.force_image_size",
+    "model.force_context_length", "model.lock_image", "model.lock_text", "model.grad_checkpointing",
+)  # fmt: skip
+OF_FEATURES = (
+    "data.labels", "data.class_features", "data.mixup", "model.head", "model.head_depth",
+    "model.embed_dim", "model.image_width", "model.text_width",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,10 @@ def check_settings(
     """Raise ValueError for settings that cannot work, whatever the data. ``terms``: losses of the
     user's own."""
     check_terms(terms or {})
-    check_model(config.model)
+    if data_kind(config.data.train_data) == "features":
+        _check_features(config)
+    else:
+        _check_pictures(config)
     parse_interval(config.run.save_every)
     _check_val_fraction(config)
     if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
@@ -129,6 +144,37 @@ def check_settings(
     if not terms:
         _check_every_step_has_a_loss(config)
     _check_kmeans(config.episode.kmeans_backend, device)
+
+
+def _check_features(config: TrainConfig) -> None:
+    """Refuse settings of encoders of pictures and texts, which have run already."""
+    if changed := _changed(config, OF_PICTURES):
+        raise ValueError(
+            f"{changed}: expected pictures and captions with it, got the stored features "
+            f"{config.data.train_data}, whose encoders have done their work; leave the flag out"
+        )
+    if config.data.val_data and data_kind(config.data.val_data) != "features":
+        raise ValueError(
+            f"--val-data: expected stored features, as in --train-data, got {config.data.val_data};"
+            " encode it with the same encoders"
+        )
+
+
+def _check_pictures(config: TrainConfig) -> None:
+    if changed := _changed(config, OF_FEATURES):
+        raise ValueError(
+            f"{changed}: expected stored features with it, got --train-data "
+            f"{config.data.train_data}; encode them with protoclip encode, or leave the flag out"
+        )
+    check_model(config.model)
+
+
+def _changed(config: TrainConfig, settings: Sequence[str]) -> str:
+    """The flag of the first of these settings that is not at its default; "": all are."""
+    default = flat(to_dict(TrainConfig()))
+    now = flat(to_dict(config))
+    changed = [name for name in settings if now[name] != default[name]]
+    return "--" + changed[0].partition(".")[2].replace("_", "-") if changed else ""
 
 
 def _check_val_fraction(config: TrainConfig) -> None:

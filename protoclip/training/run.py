@@ -15,6 +15,7 @@ from protoclip.data.loader import EpochOrder
 from protoclip.evaluate.during import Evaluation
 from protoclip.losses import Term
 from protoclip.model import ProtoModel
+from protoclip.runs.checkpoint import fingerprint
 from protoclip.runs.resume import Resume
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import TrainConfig
@@ -47,3 +48,8 @@ class Run:
     def active(self) -> ActiveLosses:
         """The losses that are trained besides InfoNCE."""
         return active_losses(self.config, has_teacher=self.teacher is not None)
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """What a resumed run must find again."""
+        return fingerprint(self.dataset)

@@ -146,7 +146,7 @@ class Stepper:
             copied = batch.pin_memory().to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._copies)
-        for tensor in (copied.index, copied.image, copied.tokens):
+        for tensor in copied.tensors:
             tensor.record_stream(computing)  # or the next copy could get its memory too early
         return copied
 
@@ -224,7 +224,12 @@ class Stepper:
         if self.loss.config.dedup == "id":
             return index
         if self.loss.config.dedup == "caption":
-            return torch.cat([caption_ids(batch.tokens) for batch in batches])
+            return torch.cat(
+                [
+                    caption_ids(batch.tokens) if batch.caption_ids is None else batch.caption_ids
+                    for batch in batches
+                ]
+            )
         return None
 
     def _buffers(self) -> list[Tensor]:

@@ -45,13 +45,13 @@ def announce(run: Run, features: FeatureSource, notes: Sequence[str]) -> None:
         f"run folder: {folder.path}\n"
         f"data: {dataset.name}, {len(dataset):,} pairs; {plan.total_steps} steps of "
         f"{plan.global_batch_size}, {plan.steps_per_epoch} a pass over the data\n"
-        f"model: {config.model.model} on {run.device}, {run.precision}{by_itself}, "
+        f"model: {config.model.name} on {run.device}, {run.precision}{by_itself}, "
         f"{plural(torch.get_num_threads(), 'thread')}{on_ranks}"
     )
     if skipped := dataset.facts.skipped:
         folder.say(left_out(skipped, dataset.name))
     builtin = config.data.train_data.startswith("builtin:")
-    if config.model.model == ModelConfig().model and not builtin:
+    if config.model.name == ModelConfig().model and not builtin:
         folder.say(
             f"note: {config.model.model}, the default, is a small model for drawings of 48 pixels; "
             "for photographs give an OpenCLIP model, such as --model ViT-B-32"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from protoclip import distributed
 from protoclip.common.seeds import generator
-from protoclip.data import Batch, Draws, build_transform
+from protoclip.data import Batch, Draws
 from protoclip.data.loader import Faults, Loader
 from protoclip.distributed import progress_hidden
 from protoclip.episodes import prototypes
@@ -26,7 +26,7 @@ from protoclip.episodes.feature_store import Features
 from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate.during import PeriodicEvaluation
 from protoclip.losses import ProtoLoss
-from protoclip.runs import checkpoint, state
+from protoclip.runs import state
 from protoclip.runs.resume import Resume, check_resume
 from protoclip.runs.state import TrainingState
 from protoclip.training import schedule
@@ -84,11 +84,12 @@ class Trainer:
         self.loader = Loader(
             run.dataset,
             config.optim.batch_size,
-            build_transform(model.image_size, model.mean, model.std, config.data.augmentation),
+            model.transform(config.data.augmentation),
             model.short_tokenizer,
             workers=run.workers,
             prefetch_factor=config.data.prefetch_factor,
             captions=config.data.captions,
+            mixup=config.data.mixup,
             faults=self.faults,
             pin_memory=run.device.type == "cuda",
         )
@@ -276,7 +277,7 @@ class Trainer:
             skipped=self.log.state(),
             faults=sorted({fault for faults in faults_by_rank for fault in faults}),
             seconds=self.run.phases.saved(),
-            data=checkpoint.fingerprint(self.run.dataset.keys),
+            data=self.run.data_fingerprint,
         )
 
     def restore(self, resume: Resume) -> list[str]:
@@ -289,7 +290,7 @@ class Trainer:
         payload = resume.payload
         notes = [
             f"resumed: {resume.file}, after step {resume.step} of {self.plan.total_steps}",
-            *check_resume(resume, run.config, self.plan.global_batch_size, run.dataset.keys),
+            *check_resume(resume, run.config, self.plan.global_batch_size, run.data_fingerprint),
         ]
         saved = state.read_state(payload)
         self.step = resume.step

@@ -1,0 +1,487 @@
+"""Heads on stored features: the model, the pairs, and runs that train them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import (
+    config_of,
+    exit_codes,
+    logs_of,
+    losses,
+    metrics,
+    start_command,
+    steps_of,
+    wait_until,
+)
+from torch import Tensor
+
+import protoclip
+from protoclip.common.seeds import generator
+from protoclip.compare import expected_metrics
+from protoclip.data import Draws, Subset, batches, open_dataset
+from protoclip.data.feature_pairs import FeaturePairs, mean_rows, open_class_rows
+from protoclip.data.settings import open_run_data
+from protoclip.evaluate.__main__ import main as evaluate
+from protoclip.heads import Heads
+from protoclip.losses import caption_ids
+from protoclip.plan import main as plan
+from protoclip.train import main as train
+
+PAIRS = 400
+IMAGE_WIDTH = 40
+TEXT_WIDTH = 30
+SHARED = 12
+CLASSES = 5
+NAMES = [f"kind {number}" for number in range(CLASSES)]
+
+
+class Planted:
+    """Rows of two encoders that share ``SHARED`` dimensions, under noise and far from the origin;
+    the class of a pair follows from what they share."""
+
+    def __init__(self, pairs: int, noise: float = 0.3, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.classes = random.integers(CLASSES, size=pairs)
+        centres = random.standard_normal((CLASSES, SHARED))
+        shared = centres[self.classes] + random.standard_normal((pairs, SHARED))
+        self.to_image = random.standard_normal((SHARED, IMAGE_WIDTH))
+        self.to_text = random.standard_normal((SHARED, TEXT_WIDTH))
+        image_noise = noise * random.standard_normal((pairs, IMAGE_WIDTH))
+        text_noise = noise * random.standard_normal((pairs, TEXT_WIDTH))
+        self.image = (shared @ self.to_image + image_noise + 5).astype(np.float32)
+        self.text = (shared @ self.to_text + text_noise - 5).astype(np.float16)
+        self.class_rows = (centres @ self.to_text - 5).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bare files: images.npy, texts.npy, labels.txt, classes.npz."""
+    path = tmp_path_factory.mktemp("rows")
+    planted = Planted(PAIRS)
+    np.save(path / "images.npy", planted.image)
+    np.save(path / "texts.npy", planted.text)
+    (path / "labels.txt").write_text("".join(f"{NAMES[c]}\n" for c in planted.classes))
+    np.savez(path / "classes.npz", features=planted.class_rows, keys=np.array(NAMES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def spec(folder: Path) -> str:
+    return f"features:{folder}/images.npy::{folder}/texts.npy"
+
+
+def flags_of(folder: Path, *more: str) -> list[str]:
+    """The flags of a short run with plain CLIP's loss."""
+    return [
+        "--image-features", str(folder / "images.npy"),
+        "--text-features", str(folder / "texts.npy"),
+        "--method", "clip", "--embed-dim", "16", "--batch-size", "64", "--lr", "0.01",
+        "--report-to", "none", "--val-frequency", "0", *more,
+    ]  # fmt: skip
+
+
+def write_layout(path: Path, columns: dict[str, list[str]], image: Any, text: Any) -> str:
+    """A folder as protoclip encode writes it, in one part."""
+    for side, rows in (("img_emb", image), ("text_emb", text)):
+        (path / side).mkdir(parents=True)
+        np.save(path / side / f"{side}_0.npy", rows)
+    (path / "metadata").mkdir()
+    lines = [",".join(columns), *map(",".join, zip(*columns.values(), strict=True))]
+    (path / "metadata" / "metadata_0.csv").write_text("".join(f"{line}\n" for line in lines))
+    return str(path)
+
+
+# The model
+
+
+def test_a_linear_head_is_its_formula() -> None:
+    heads = Heads(6, 4, embed_dim=3)
+    rows = torch.randn(5, 6, dtype=torch.float16) + 2
+    heads.visual.mean.copy_(rows.float().mean(0))
+    centred = rows.float() - rows.float().mean(0)
+    layer = heads.visual.layers[-1]
+    expected = centred / centred.norm(dim=1, keepdim=True) @ layer.weight.T + layer.bias
+    torch.testing.assert_close(heads.encode_image(rows), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("siglip", [False, True])
+def test_heads_answer_as_an_open_clip_model(kind: str, siglip: bool) -> None:
+    heads = Heads(6, 4, embed_dim=3, kind=kind, depth=2, siglip=siglip)
+    output = heads(torch.randn(5, 6), torch.randn(5, 4))
+    assert set(output) == {"image_features", "text_features", "logit_scale"} | (
+        {"logit_bias"} if siglip else set()
+    )
+    for name in ("image_features", "text_features"):
+        assert output[name].shape == (5, 3)
+        torch.testing.assert_close(output[name].norm(dim=1), torch.ones(5))
+    loss = protoclip.SigLipLoss() if siglip else protoclip.ClipLoss()
+    loss(**output).backward()
+    assert all(p.grad is not None for p in heads.parameters())
+
+
+def test_rows_of_another_encoder_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected rows \[N, 6\], got \[5, 4\]"):
+        Heads(6, 4).encode_image(torch.randn(5, 4))
+
+
+# The pairs
+
+
+def test_bare_files_are_pairs_by_position(folder: Path, spec: str) -> None:
+    planted = Planted(PAIRS)
+    pairs = open_dataset(spec)
+    assert len(pairs) == PAIRS and pairs.keys[7] == "7" and not pairs.facts.has_pictures
+    subset = Subset(Subset(pairs, [5, 9, 9, 2]), [3, 1])
+    (batch,) = batches(subset, Draws(torch.tensor([1, 0]), seed=0), 2, None, None)
+    assert batch.index.tolist() == [1, 0]
+    assert batch.image.numpy().tolist() == planted.image[[9, 2]].tolist()
+    assert batch.tokens.dtype == torch.float16
+    assert batch.tokens.numpy().tolist() == planted.text[[9, 2]].tolist()
+
+
+def test_batches_do_not_depend_on_where_they_begin(spec: str) -> None:
+    pairs = open_dataset(spec)
+    positions = torch.randperm(PAIRS)
+
+    def rows(start: int) -> list[Tensor]:
+        draws = Draws(positions, seed=3, start=start)
+        stream = batches(pairs, draws, 32, None, None)
+        return [torch.cat([batch.image, batch.tokens.float()], dim=1) for batch in stream]
+
+    whole = rows(0)
+    assert len(whole) == math.ceil(PAIRS / 32) and len(whole[-1]) == PAIRS % 32
+    assert all(map(torch.equal, whole[3:], rows(96)))
+
+
+@pytest.mark.parametrize("several", ["files", "rows of one key"])
+def test_captions_are_chosen_as_those_of_pictures(tmp_path: Path, several: str) -> None:
+    """Three captions each; caption c of pair i is the row [i, c]."""
+    texts = np.array([[i, c] for i in range(50) for c in range(3)], np.float32)
+    if several == "files":
+        np.save(tmp_path / "images.npy", np.arange(50, dtype=np.float32)[:, None])
+        for caption in range(3):
+            np.save(tmp_path / f"{caption}.npy", texts[caption::3])
+        files = "::".join(str(tmp_path / f"{caption}.npy") for caption in range(3))
+        pairs = open_dataset(f"features:{tmp_path}/images.npy::{files}")
+    else:  # in any order
+        order = np.random.default_rng(0).permutation(150)
+        order = order[np.argsort(texts[order, 1], kind="stable")]  # captions of a key in order
+        images = texts[order, :1]
+        keys = {"key": [f"p{int(i)}" for i in images[:, 0]]}
+        pairs = open_dataset(write_layout(tmp_path / "f", keys, images, texts[order]))
+    assert len(pairs) == 50
+
+    def chosen(captions: str, seed: int) -> Tensor:
+        draws = Draws(torch.arange(50), seed)
+        (batch,) = batches(pairs, draws, 50, None, None, captions=captions)
+        assert torch.equal(batch.image[:, 0], batch.tokens[:, 0])
+        return batch.tokens[:, 1]
+
+    assert chosen("first", 0).tolist() == [0] * 50
+    shares = {
+        captions: torch.cat([chosen(captions, seed) for seed in range(20)]).long().bincount() / 1000
+        for captions in ("random", "canonical")
+    }
+    assert shares["random"].tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+    assert shares["canonical"].tolist() == pytest.approx([2 / 3, 1 / 6, 1 / 6], abs=0.05)
+
+
+def test_the_table_knows_labels_captions_and_files(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    open_dataset("builtin:shapes:3").image(0).save(picture)
+    columns = {
+        "key": ["a", "b", "c"], "file": [str(picture)] * 3, "caption": ["one", "two", "one"],
+        "label:kind": ["x", "", "y"],
+    }  # fmt: skip
+    data = write_layout(tmp_path / "f", columns, np.eye(3, 4), np.eye(3, 2))
+    pairs = open_dataset(data)
+    assert list(pairs.keys) == ["a", "b", "c"] and pairs.captions(1) == ("two",)
+    assert pairs.labels["kind"].names == ("x", "y")
+    assert pairs.labels["kind"].ids.tolist() == [0, -1, 1]
+    assert pairs.facts.has_pictures and pairs.image(2).size == open_size(picture)
+    (batch,) = batches(pairs, Draws(torch.arange(3), 0), 3, None, None)
+    assert batch.caption_ids is not None
+    first, second, third = batch.caption_ids.tolist()
+    assert first == third != second
+
+
+def open_size(path: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    return Image.open(path).size
+
+
+def test_equal_rows_are_equal_captions_where_there_is_no_table() -> None:
+    """Truncated to integers, all unit rows would be zeros."""
+    rows = F.normalize(torch.randn(4, 8), dim=1)[torch.tensor([0, 1, 2, 1, 3])]
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        ids = caption_ids(rows.to(dtype))
+        assert ids[1] == ids[3] and len(ids.unique()) == 4
+
+
+def test_mixup_mixes_the_same_pairs_in_both_modalities(spec: str) -> None:
+    from protoclip.data.loader import Loader
+
+    pairs = open_dataset(spec)
+    draws = Draws(torch.arange(32), seed=1)
+    (plain,) = Loader(pairs, 32, None, None).batches(draws)
+    (mixed,) = Loader(pairs, 32, None, None, mixup=1.0).batches(draws)
+    shares = []
+    for before, after in ((plain.image, mixed.image), (plain.tokens, mixed.tokens)):
+        rows = before.float()
+        step = rows.roll(-1, 0) - rows
+        shares.append(((after - rows) * step).sum(1) / step.square().sum(1))
+    share = torch.cat(shares)
+    assert 0 < share[0] <= 0.5
+    torch.testing.assert_close(share, share[0].expand(64), atol=1e-4, rtol=1e-4)
+
+
+def test_the_mean_is_that_of_the_chosen_rows(spec: str) -> None:
+    planted = Planted(PAIRS)
+    chosen = np.arange(3, PAIRS, 7)
+    means = mean_rows(Subset(open_dataset(spec), chosen))
+    torch.testing.assert_close(means.image, torch.tensor(planted.image[chosen].mean(0)))
+    expected = torch.tensor(planted.text[chosen].astype(np.float32).mean(0))
+    torch.testing.assert_close(means.text, expected)
+
+
+# Runs
+
+
+def test_a_bare_loop_with_the_same_seed_has_the_trainers_losses(
+    folder: Path, tmp_path: Path, no_evaluation: None
+) -> None:
+    steps = 14  # two epochs: the last batch of each is filled up from its start
+    flags = ["--max-steps", str(steps), "--lr-scheduler", "const", "--warmup", "0", "--seed", "5"]
+    flags += ["--precision", "fp32", "--logs", str(tmp_path), "--name", "run"]
+    assert train(flags_of(folder, *flags)) == 0
+
+    planted = Planted(PAIRS)
+    image, text = torch.tensor(planted.image), torch.tensor(planted.text)
+    torch.manual_seed(5)
+    heads = Heads(IMAGE_WIDTH, TEXT_WIDTH, 16)
+    heads.visual.mean.copy_(image.mean(0))
+    heads.text.mean.copy_(text.float().mean(0))
+    matrices = [p for p in heads.parameters() if p.ndim == 2]
+    others = [p for p in heads.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98), eps=1e-6)
+    expected = []
+    for epoch in range(2):
+        order = torch.randperm(PAIRS, generator=generator(5, 1, epoch))
+        for start in range(0, PAIRS, 64):
+            chosen = torch.cat([order, order])[start : start + 64]
+            u = heads.encode_image(image[chosen], normalize=True)
+            v = heads.encode_text(text[chosen], normalize=True)
+            loss = protoclip.info_nce(u, v, heads.logit_scale.exp())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(heads.parameters(), 10.0)
+            optimizer.step()
+            expected.append(loss.item())
+    got = [loss for _, loss in losses(tmp_path / "run")]
+    assert got == pytest.approx(expected, rel=1e-5) and got[-1] < got[0] / 2
+
+
+def test_planted_pairs_find_each_other(tmp_path: Path, no_page: None) -> None:
+    """Held-out rows whose encoders share a few dimensions; 30,000 pairs give 0.8 of 3,000."""
+    planted = Planted(4000)
+    np.save(tmp_path / "images.npy", planted.image)
+    np.save(tmp_path / "texts.npy", planted.text)
+    flags = ["--val-fraction", "0.1", "--epochs", "12", "--batch-size", "256"]
+    assert train(flags_of(tmp_path, *flags, "--logs", str(tmp_path), "--name", "run")) == 0
+    scores = json.loads((tmp_path / "run" / "results.json").read_text())
+    held_out = scores["trained"]["HO"]["metrics"]
+    assert held_out["text_retrieval_recall@1"] > 0.5
+    assert held_out["image_retrieval_recall@1"] > 0.5
+    assert scores["untrained"]["HO"]["metrics"]["text_retrieval_recall@1"] < 0.1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(folder: Path, tmp_path: Path, ranks: int) -> None:
+    def start(name: str) -> list[Any]:
+        flags = flags_of(
+            folder, "--method", "protoclip", "--batch-size", str(64 // ranks), "--k", "6",
+            "--infonce-warmup-epoch", "1", "--max-steps", "40", "--save-every", "1steps",
+            "--resume", "auto", "--name", name, "--mixup", "0.4", "--dedup", "caption",
+        )  # fmt: skip
+        return start_command(tmp_path, flags, ranks, bare=True)
+
+    processes = start("killed")
+    wait_until(lambda: steps_of(tmp_path, "killed") > 9, processes, tmp_path)
+    for process in processes:
+        process.kill()
+    exit_codes(processes)
+    for name in ("killed", "whole"):
+        assert exit_codes(start(name)) == [0] * ranks, logs_of(tmp_path)
+    whole = losses(tmp_path / "logs" / "whole")
+    assert losses(tmp_path / "logs" / "killed") == whole and len(whole) == 40
+    assert any("proto_loss" in line for line in metrics(tmp_path / "logs" / "whole"))
+
+
+METHODS = [
+    "--siglip --dedup caption", "--accum-freq 2 --method protoclip --k 6 --infonce-warmup-epoch 1",
+    "--head mlp --head-depth 2 --no-add-projection-head",
+    "--method protoclip --external-teacher TEXTS --k 6 --infonce-warmup-epoch 1 --w-proto 1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_heads(
+    folder: Path, tmp_path: Path, no_evaluation: None, method: str
+) -> None:
+    words = method.replace("TEXTS", str(folder / "texts.npy")).split()
+    flags = ["--batch-size", "32", "--max-steps", "40", *words]
+    flags += ["--lr", "0.003", "--logs", str(tmp_path), "--name", "run"]
+    assert train(flags_of(folder, *flags)) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    contrastive = [line["contrastive_loss"] for line in lines]
+    assert len(contrastive) == 40 and contrastive[-1] < contrastive[0] - 0.5
+    if "external" in method:
+        assert {"proto_loss", "external_loss"} <= lines[-1].keys()
+
+
+def test_two_ranks_have_the_losses_of_one(folder: Path, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        size = ["--batch-size", str(64 // ranks), "--max-steps", "10", "--precision", "fp32"]
+        flags = flags_of(folder, *size, "--name", f"on {ranks}")
+        assert exit_codes(start_command(tmp_path, flags, ranks, bare=True)) == [0] * ranks
+    one, two = (losses(tmp_path / "logs" / f"on {ranks}") for ranks in (1, 2))
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with classes, from which a page is made."""
+    logs = tmp_path_factory.mktemp("run")
+    flags = flags_of(
+        folder, "--val-fraction", "0.3", "--labels", str(folder / "labels.txt"),
+        "--class-features", str(folder / "classes.npz"), "--epochs", "8", "--lr", "0.003",
+        "--val-frequency", "4", "--logs", str(logs), "--name", "run",
+    )  # fmt: skip
+    assert train(flags) == 0
+    return logs / "run"
+
+
+def scores_of(run: Path) -> dict[str, float]:
+    return json.loads((run / "results.json").read_text())["trained"]["HO"]["metrics"]
+
+
+def test_held_out_rows_are_named_and_grouped(run: Path) -> None:
+    scores = scores_of(run)
+    assert scores["class/acc1"] > 0.6 and scores["class/nn_acc1"] > 0.4
+    assert {"class/lp_acc1", "class/ami", "text_retrieval_recall@1"} <= scores.keys()
+
+
+def test_the_promised_scores_are_those_of_the_run(folder: Path, run: Path) -> None:
+    saved = json.loads((run / "config.json").read_text())["data"]
+    flags = ["--train-data", saved["train_data"], "--val-fraction", "0.3", "--labels"]
+    flags += [saved["labels"]]
+    promised = expected_metrics(config_of(*flags, "--class-features", saved["class_features"]))
+    assert set(promised) == {"HO"} and set(promised["HO"]) <= scores_of(run).keys()
+    without = expected_metrics(config_of(*flags))
+    assert set(promised["HO"]) - set(without["HO"]) == {"class/acc1"}
+
+
+def test_a_page_without_pictures_has_scores_and_curves(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "zero-shot class" in page and "1-NN class" in page and "<svg" in page
+
+
+def test_evaluate_repeats_the_scores_of_the_run(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    assert evaluate([str(run), "--out", str(out), "--tasks", "zeroshot,retrieval"]) == 0
+    again = json.loads(out.read_text())["trained"]["HO"]["metrics"]
+    before = scores_of(run)
+    assert again["class/acc1"] == before["class/acc1"]
+    assert again["text_retrieval_recall@1"] == before["text_retrieval_recall@1"]
+
+
+def test_plan_asks_the_files_for_their_columns(
+    spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--batch-size", "64", "--method", "clip", "--no-add-projection-head"]
+    assert plan(["--train-data", spec, *flags]) == 0
+    from_files = capsys.readouterr().out
+    assert from_files.startswith(f"linear heads {IMAGE_WIDTH}/{TEXT_WIDTH} to 512")
+    widths = ["--image-width", str(IMAGE_WIDTH), "--text-width", str(TEXT_WIDTH)]
+    assert plan([*widths, "--samples", str(PAIRS), *flags]) == 0
+    assert capsys.readouterr().out == from_files
+
+
+# Bad input: one sentence, and nothing is written
+
+REFUSALS = {
+    "--lock-image": "--lock-image: expected pictures",
+    "--augmentation paper": "--augmentation: expected pictures",
+    "--model ViT-B-32": "--model: expected pictures",
+    "--batch-size 401": "--batch-size: expected at most 400",
+    "--labels short.txt": "expected a class for each of the 400 rows, got 2",
+    "--labels missing.txt": "No such file",
+    "--text-features fewer.npy": "expected 400 rows, as in",
+    "--text-features wide.npy": "expected 30 columns, as in",
+    "--val-data builtin:shapes:9": "--val-data: expected stored features",
+    "--train-data features:wide.npy": "give both --image-features and --text-features",
+    "--train-data features:nan.npy::wide.npy": "NaN or infinity in the row of the picture of '7'",
+    "--train-data builtin:shapes:64 --mixup 1": "--mixup: expected stored features",
+    "--train-data builtin:shapes:64 --head mlp": "--head: expected stored features",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSALS)
+def test_bad_input_is_one_sentence(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_of: Callable[..., str],
+    flags: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a\nb\n")
+    np.save("fewer.npy", np.zeros((3, TEXT_WIDTH), np.float16))
+    np.save("wide.npy", np.zeros((PAIRS, 7), np.float16))
+    with_nan = np.zeros((PAIRS, 7), np.float16)
+    with_nan[7, 3] = np.nan
+    np.save("nan.npy", with_nan)
+    message = error_of(train, flags_of(folder, *flags.split()))
+    assert REFUSALS[flags] in message
+    assert not (tmp_path / "logs").exists()
+
+
+def test_other_features_of_the_same_shape_are_not_resumed(
+    folder: Path, workdir: Path, error_of: Callable[..., str]
+) -> None:
+    for name in ("images.npy", "texts.npy"):
+        (workdir / name).write_bytes((folder / name).read_bytes())
+    flags = flags_of(workdir, "--max-steps", "4", "--name", "run")
+    assert train(flags) == 0
+    rows = np.load(workdir / "images.npy")
+    again = [*flags, "--resume", "auto", "--max-steps", "8"]
+    np.save(workdir / "images.npy", -rows)
+    assert "the training data was" in error_of(train, again, among_others=True)
+    np.save(workdir / "images.npy", rows[:, 1:])
+    assert "model.image_width was 40 and is 39" in error_of(train, again, among_others=True)
+    np.save(workdir / "images.npy", rows)
+    assert train(again) == 0
+
+
+def test_classes_of_bare_rows_are_numbers(folder: Path, spec: str, tmp_path: Path) -> None:
+    planted = Planted(PAIRS)
+    np.save(tmp_path / "classes.npy", planted.class_rows)
+    np.save(tmp_path / "labels.npy", planted.classes)
+    pairs = open_dataset(spec, labels=str(tmp_path / "labels.npy"))
+    assert isinstance(pairs, FeaturePairs)
+    assert pairs.labels["class"].ids.tolist() == planted.classes.tolist()
+    assert list(open_class_rows(str(tmp_path / "classes.npy")).names) == list("01234")
+    data = open_run_data(config_of("--train-data", spec, "--labels", str(tmp_path / "labels.npy")))
+    assert data.training.labels["class"].names == tuple("01234")
