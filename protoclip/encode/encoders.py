@@ -96,6 +96,13 @@ def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:
     device = choose_device(args.device)
     autocast = autocast_for(choose_precision(args.precision, device), device)
     model = loaded.model.to(device).eval()
+    transform = eval_transform(model)
+    tokenizer = model.short_tokenizer
+    if transform is None or tokenizer is None:
+        raise ValueError(
+            f"{loaded.pretrained}: expected a model of pictures and captions, got {loaded.name} on "
+            "stored features; name the encoders with --image-model and --text-model"
+        )
     put_channels_last(model, device)
     made_by = [loaded.name, loaded.pretrained, args.precision]
     made_by += [str(state_of(file)) for file in made_by[:2] if os.path.isfile(file)]
@@ -108,12 +115,12 @@ def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:
     return (
         ImageEncoder(
             " ".join(made_by),
-            eval_transform(model),
+            transform,
             lambda pictures: rows_of(model.clip.encode_image, pictures),
         ),
         TextEncoder(
             " ".join(made_by),
-            lambda texts: rows_of(model.encode_text, model.short_tokenizer(list(texts))),
+            lambda texts: rows_of(model.encode_text, tokenizer(list(texts))),
         ),
     )
 
