@@ -288,7 +288,7 @@ def assert_right(op: str, d: int) -> None:
         loss = protoclip.info_nce(x, y, scale, ids=ids, backend="triton")
     elif op == "siglip":
         form = parity.sigmoid_form(positive, positive, seen, -scale)
-        loss = sigmoid_loss(x, y, scale, -scale, backend="triton")
+        loss = sigmoid_loss(x, y, scale, -scale, reduction="sum", backend="triton")
     else:
         labels = torch.arange(n, device=DEVICE)
         form = parity.prototype_form(labels, n, weight, False)

@@ -196,14 +196,13 @@ def info_nce_with_ids(same_id: str, batch: Batch, **options: str) -> Tensor:
 
 
 def siglip(batch: Batch, **options: str) -> Tensor:
-    return sigmoid_loss(batch.x, batch.y, batch.scale, batch.bias, **options)
+    return sigmoid_loss(batch.x, batch.y, batch.scale, batch.bias, reduction="sum", **options)
 
 
 def siglip_with_ids(batch: Batch, **options: str) -> Tensor:
     """A mean over the rows, without a bias."""
     no_bias = 0 * batch.scale.detach()
-    loss = sigmoid_loss(batch.x, batch.y, batch.scale, no_bias, ids=batch.ids, **options)
-    return loss / len(batch.x)
+    return sigmoid_loss(batch.x, batch.y, batch.scale, no_bias, ids=batch.ids, **options)
 
 
 def one_way(batch: Batch, **options: str) -> Tensor:

@@ -316,6 +316,7 @@ def contrastive_fwd(
     both_directions: bool,
     pair_weight: float,
     summed: bool,
+    stash: None = None,  # no logits are kept
 ) -> ContrastiveForward:
     """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``; own_key
     to same_positive as in ops/pairs.py."""
@@ -375,9 +376,9 @@ def contrastive_fwd(
             first_row += height
             first_program += programs
     return ContrastiveForward(
-        gap=gap if partial_sums is None else partial_sums.sum(),
+        loss_per_query=gap if partial_sums is None else partial_sums.sum(),
         positive_mean=positive_mean,
-        column_gap=column_gap,
+        loss_per_key=column_gap,
         column_positive_mean=column_positive_mean,
         row_statistics=row_statistics,
         column_statistics=column_statistics,
@@ -402,8 +403,9 @@ def contrastive_bwd(
     column_gap_weight: Tensor,
     column_positive_mean_weight: Tensor | None,
     pair_weight: float,
+    stash: None = None,
 ) -> ContrastiveGradients:
-    """Gradients of a strip, as in ops/query_losses.py, for the weights of gap and mean positive,
+    """Gradients of a strip, as in ops/softmax.py, for the weights of gap and mean positive,
     [N] and [M], of any stride, 0 too; they are multiplied by ``pair_weight``."""
     num_biases = 0 if key_bias is None else y.shape[0]
     if min(x.shape[0], y.shape[0]) == 0:
@@ -458,9 +460,9 @@ def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForwar
     columns[0].fill_(-torch.inf)
     none = rows.new_empty(0)
     return ContrastiveForward(
-        gap=none.sum() if summed else rows[0].clone(),
+        loss_per_query=none.sum() if summed else rows[0].clone(),
         positive_mean=none if summed else torch.zeros_like(rows[0]),
-        column_gap=none.clone() if summed else columns[0].clone(),
+        loss_per_key=none.clone() if summed else columns[0].clone(),
         column_positive_mean=none.clone() if summed else torch.zeros_like(columns[0]),
         row_statistics=rows,
         column_statistics=columns,

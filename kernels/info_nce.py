@@ -1,4 +1,4 @@
-"""InfoNCE over tiles of the logits, which never reach memory: what ops/info_nce_loss.py calls.
+"""InfoNCE over tiles of the logits, which never reach memory: what ops/softmax.py calls.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 keeps O(N) statistics and the backward pass recomputes the logits: four matrix products in all. Up
@@ -321,8 +321,9 @@ def info_nce_fwd(
     both_directions: bool,
     pair_weight: float,
     summed: bool,
+    stash: None = None,  # no logits are kept
 ) -> InfoNceForward:
-    """The strip x [N, D] against y [M, D], as in ops/info_nce_loss.py: the losses, times
+    """The strip x [N, D] against y [M, D], as in ops/softmax.py: the losses, times
     ``pair_weight`` in each direction, or their sum, and statistics."""
     n = x.shape[0]
     m = y.shape[0]
@@ -390,8 +391,9 @@ def info_nce_bwd(
     column_weight: Tensor,
     offset: int,
     pair_weight: float,
+    stash: None = None,
 ) -> Gradients:
-    """Gradients of the strip, as in ops/info_nce_loss.py, from what the forward pass kept.
+    """Gradients of the strip, as in ops/softmax.py, from what the forward pass kept.
 
     The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
     """

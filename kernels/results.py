@@ -44,12 +44,12 @@ class IdCodes(NamedTuple):
 
 
 class ContrastiveForward(NamedTuple):
-    """Losses in nats and statistics. ``gap`` is LSE - mean positive. Summed, ``gap`` is [], the
-    weighted total of all rows' and columns', and the means and the columns' gap are [0]."""
+    """Losses in nats, LSE - mean positive, and statistics. Summed, the first is [], the weighted
+    total of all rows' and columns', and the means and the losses per key are [0]."""
 
-    gap: Tensor  # of each row [N]
+    loss_per_query: Tensor  # of each row [N]
     positive_mean: Tensor  # [N]
-    column_gap: Tensor  # [M], or [0] of one direction
+    loss_per_key: Tensor  # of each column [M], or [0] of one direction
     column_positive_mean: Tensor
     row_statistics: Tensor  # [4, N], in the rows of ``PairStatistics``
     column_statistics: Tensor  # [4, M], or [4, 0] of one direction

@@ -21,12 +21,6 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.features import open_features
     from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
     from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
-    from protoclip.losses.global_losses import (
-        global_contrastive,
-        global_contrastive_parts,
-        global_nt_xent,
-        global_sup_con,
-    )
     from protoclip.openclip import create_loss, create_task
     from protoclip.ops import (
         Bank,
@@ -63,10 +57,6 @@ __all__ = [
     "contrastive_parts",
     "create_loss",
     "create_task",
-    "global_contrastive",
-    "global_contrastive_parts",
-    "global_nt_xent",
-    "global_sup_con",
     "grad_cache",
     "info_nce",
     "kmeans",
@@ -93,10 +83,6 @@ _MODULES = {
     "choose_num_clusters": "lloyd",
     "create_loss": "openclip",
     "create_task": "openclip",
-    "global_contrastive": "losses.global_losses",
-    "global_contrastive_parts": "losses.global_losses",
-    "global_nt_xent": "losses.global_losses",
-    "global_sup_con": "losses.global_losses",
     "grad_cache": "cached_gradients",
     "kmeans": "lloyd",
     "open_dataset": "data",

@@ -201,14 +201,28 @@ def is_distributed() -> bool:
     return world_size() > 1
 
 
-def rank() -> int:
-    """This process's number, 0 without torch.distributed."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def all_ranks() -> Group:
+    """The group of all processes that train together; None for a single one."""
+    return dist.group.WORLD if is_distributed() else None
 
 
-def world_size() -> int:
-    """How many processes train together, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def group_named(name: str) -> dist.ProcessGroup:
+    """The group of a ``group_name``, which a schema of an op can hold."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # newer torch has a type of names
+    return resolve(name)
+
+
+# ``group`` of the functions below: None is all processes, as in torch.distributed.
+
+
+def rank(group: Group = None) -> int:
+    """This process's number in the group, 0 without torch.distributed."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def world_size(group: Group = None) -> int:
+    """How many processes a group has, 1 without torch.distributed."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -291,10 +305,10 @@ def own_slice(total: int) -> slice:
     return slice(start, stop)
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, group: Group = None) -> Tensor:
     """[B, ...] of each rank -> [W * B, ...], in rank order; no gradient."""
-    all_rows = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-    _all_gather(all_rows, rows.detach().contiguous())
+    all_rows = rows.new_empty((world_size(group) * len(rows), *rows.shape[1:]))
+    _all_gather(all_rows, rows.detach().contiguous(), group=group)
     return all_rows
 
 
@@ -324,12 +338,21 @@ def send(rows: Tensor, receiver: int) -> None:
     dist.send(rows.cpu().contiguous(), receiver)
 
 
-def check_equal_rows(op: str, rows: Tensor) -> None:
+_compared_rows: dict[tuple[str, str], int] = {}  # (op, name of the group) -> of its last call
+
+
+def check_equal_rows(op: str, rows: Tensor, group: Group = None) -> None:
     """ValueError on every rank if they hold different numbers of rows: in a gather, gloo would
-    abort the process, and NCCL would wait forever. Waits for the device."""
-    if not is_distributed():
+    abort the process, and NCCL would wait forever. On a GPU this waits for the device, so it is
+    done when the number of this rank's rows has changed."""
+    if world_size(group) == 1 or torch.compiler.is_compiling():
         return
-    sizes = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    all_processes: Any = dist.group.WORLD
+    call = (op, (group or all_processes).group_name)
+    if rows.device.type != "cpu" and _compared_rows.get(call) == len(rows):
+        return
+    _compared_rows[call] = len(rows)
+    sizes = gather_rows(torch.tensor([len(rows)], device=rows.device), group).tolist()
     if len(set(sizes)) > 1:
         raise ValueError(
             f"{op}: expected as many rows on every rank, got {', '.join(map(str, sizes))} on ranks "
@@ -338,31 +361,31 @@ def check_equal_rows(op: str, rows: Tensor) -> None:
         )
 
 
-def scatter_sums(rows: Tensor) -> Tensor:
+def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:
     """[W * B, ...] of each rank -> this rank's [B, ...] of their sum over ranks."""
     # Sum in fp32: bf16's rounding would grow with the number of ranks.
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    sums = wide.new_empty((len(rows) // world_size(), *rows.shape[1:]))
-    _reduce_scatter(sums, wide)
+    terms = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    sums = terms.new_empty((len(rows) // world_size(group), *rows.shape[1:]))
+    _reduce_scatter(sums, terms, group=group)
     return sums.to(rows.dtype)
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor, group: Group = None) -> Tensor:
     """Sum in place; no gradient."""
-    if is_distributed():
-        dist.all_reduce(values)
+    if world_size(group) > 1:
+        dist.all_reduce(values, group=group)
     return values
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
+def mean_over_ranks(values: Tensor, group: Group = None) -> Tensor:
     """Mean in place; no gradient."""
-    return sum_over_ranks(values).div_(world_size())
+    return sum_over_ranks(values, group).div_(world_size(group))
 
 
-def max_over_ranks(values: Tensor) -> Tensor:
+def max_over_ranks(values: Tensor, group: Group = None) -> Tensor:
     """Maximum in place; no gradient."""
-    if is_distributed():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+    if world_size(group) > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
     return values
 
 
@@ -395,17 +418,39 @@ def broadcast(*tensors: Tensor) -> None:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return gather_rows(x)
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return gather_rows(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return scatter_sums(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return scatter_sums(grad, ctx.group), None
 
 
-def gathered_rows(rows: Tensor) -> Tensor:
+def gathered_rows(rows: Tensor, group: Group = None) -> Tensor:
     """[B, D] of each rank -> [W * B, D], with the gradient of the sum of all ranks' losses."""
-    return _Gather.apply(rows) if is_distributed() else rows
+    return _Gather.apply(rows, group) if world_size(group) > 1 else rows
+
+
+def pass_on(rows: Tensor, group: Group = None) -> Callable[[], Tensor]:
+    """Start sending rows to the previous rank; call the result to wait for the next rank's."""
+    ranks = world_size(group)
+    before, after = (rank(group) - 1) % ranks, (rank(group) + 1) % ranks
+    sent = rows.contiguous()
+    received = torch.empty_like(sent)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, sent, group=group, group_peer=before),
+            dist.P2POp(dist.irecv, received, group=group, group_peer=after),
+        ]
+    )
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return wait
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):

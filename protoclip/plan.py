@@ -221,7 +221,7 @@ def memory(shape: Shape, run: PlannedRun) -> dict[str, float]:
     if run.on_cpu:
         gradients = (run.local_batch + rows) * d * bytes_of_feature
         parts["InfoNCE scratch"] = gradients + cpu_scratch(run.local_batch, rows, d, run.amp)
-        if run.ranks == 1 and not run.config.model.siglip:  # losses over ranks keep no logits
+        if not run.config.model.siglip:
             dtype = torch.bfloat16 if run.amp else torch.float32
             parts["kept logits"] = stash_bytes(run.local_batch, rows, d, dtype)
     else:  # a chunk of the gradient of the logits, and both features' gradients in fp32

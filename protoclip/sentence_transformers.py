@@ -17,20 +17,16 @@ from torch import Tensor, nn
 
 try:
     from sentence_transformers.sentence_transformer import losses as theirs
-    from sentence_transformers.util import (
-        all_gather,
-        all_gather_with_grad,
-        cos_sim,
-        dot_score,
-        get_rank,
-    )
+    from sentence_transformers.util import cos_sim, dot_score
 except ImportError as error:
     raise ImportError(
         "protoclip.sentence_transformers needs sentence-transformers 6: "
         "pip install -e '.[sentence-transformers]'"
     ) from error
 
+from protoclip.distributed import all_ranks
 from protoclip.ops import contrastive, contrastive_parts
+from protoclip.ops.columns import columns_of
 
 NO_ANCHOR = -(2**63)  # the anchor id of hard negatives; no query has it
 
@@ -77,7 +73,9 @@ class _Fused(nn.Module):
         if self.similarity_fct is cos_sim:
             columns = [F.normalize(column, dim=1) for column in columns]
         size = len(columns[0])
-        first = get_rank() * size if self.gather_across_devices else 0
+        group = all_ranks() if self.gather_across_devices else None
+        ranks = columns_of(type(self).__name__, group, columns[0])
+        first = ranks.first(size)
         rows = torch.arange(first, first + size, device=columns[0].device)  # of this rank
         ids = []
         for number in range(len(columns)):
@@ -85,9 +83,8 @@ class _Fused(nn.Module):
             # A text without an id differs from all others.
             ids.append(rows + (number << 40) if text_ids is None else text_ids)
         anchors, positives = columns[:2]  # of this rank
-        if self.gather_across_devices:
-            columns = [all_gather_with_grad(column) for column in columns]
-            ids = [all_gather(column) for column in ids]
+        columns = [ranks.gather(column) for column in columns]
+        ids = [ranks.gather(column) for column in ids]
         pairs = torch.stack(ids[:2], dim=1)  # [G, 2]: ids of a row's anchor and its positive
         by_row = [torch.stack([ids[0], i], dim=1) for i in ids[1:]]
         # An anchor's hard negatives are also negatives of an equal anchor in other rows.

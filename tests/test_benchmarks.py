@@ -102,7 +102,7 @@ def test_nothing_is_timed_whose_other_logits_are_wrong(case: str) -> None:
 
 @pytest.fixture
 def needs_triton() -> None:
-    if reason := protoclip.backends("siglip")["triton"]:
+    if reason := protoclip.backends("sigmoid_loss")["triton"]:
         pytest.skip(reason)
 
 

@@ -520,6 +520,7 @@ def test_opcheck_accepts_the_op(
         "reduction": "none",
         "backend": backend,
         "keep_stash": keep_stash,
+        "group_name": "",
     }
     torch.library.opcheck(torch.ops.protoclip.contrastive, (), arguments)
 

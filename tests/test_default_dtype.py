@@ -12,7 +12,7 @@ from budget import usable
 from torch import Tensor
 
 import protoclip
-from protoclip import losses, ops
+from protoclip import ops
 
 N = 12
 K = 5
@@ -99,9 +99,6 @@ def loss_values(inputs: Inputs, backend: str) -> dict[str, Tensor]:
         "nt_xent, ids": protoclip.nt_xent(x, y, 14.3, ids=ids, backend=backend),
         "sup_con": protoclip.sup_con(x, ids, 14.3, backend=backend),
         "sigmoid_loss": ops.sigmoid_loss(x, y, 14.3, -9.7, backend=backend),
-        "global_contrastive": losses.global_contrastive(
-            x, y, 14.3, weights=weights, backend=backend
-        ),
         "prototypes": protoclip.prototype_cross_entropy(
             x, inputs.prototypes, ids, 14.3, backend=backend
         ),

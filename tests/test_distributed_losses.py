@@ -1,4 +1,4 @@
-"""Losses and gradients over 1 to 4 ranks are those of one process with the whole batch."""
+"""Losses and gradients over 1 to 3 ranks are those of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from budget import Results, assert_within_budget, leaf, loss_and_gradients
 from ranks import in_group, on_ranks
@@ -21,17 +22,11 @@ from torch import Tensor
 import protoclip
 from protoclip import contrastive, contrastive_parts, distributed
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
-from protoclip.losses import (
-    global_contrastive,
-    global_contrastive_parts,
-    global_info_nce,
-    global_sigmoid_loss,
-    similarity_distillation,
-)
+from protoclip.losses import similarity_distillation
 from protoclip.model import Encoded
 from protoclip.ops import sigmoid_loss
 
-G = 96  # pairs, of 1, 2, 3 and 4 equal shares
+G = 96  # pairs, of 1, 2 and 3 equal shares
 D = 20
 WHOLE = slice(0, G)
 CPU = torch.device("cpu")
@@ -71,10 +66,9 @@ def features(dtype: torch.dtype = torch.float64, seed: int = 0) -> Pairs:
 
 @dataclass(frozen=True)
 class PairLoss:
-    """A loss of one process and over ranks. ``logit_bias``: of SigLIP's, which is a sum."""
+    """A loss of pairs. ``logit_bias``: of SigLIP's."""
 
-    on_one_process: Callable[..., Tensor]
-    over_ranks: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     logit_bias: float | None = None
     same_id: str | None = None  # None: without ids
     options: Mapping[str, Any] = field(default_factory=dict)  # tensors are of all pairs
@@ -85,60 +79,42 @@ LABELS = torch.randint(20, (G,), generator=torch.Generator().manual_seed(2))
 LABELS[::5] = -100
 
 
-def of_views(
-    sup_con: Callable[..., Tensor], image: Tensor, text: Tensor, *scale: Tensor, **options: Any
-) -> Tensor:
-    return sup_con(torch.stack([image, text], dim=1), options.pop("labels"), *scale, **options)
+def sup_con_of_views(image: Tensor, text: Tensor, *scale: Tensor, **options: Any) -> Tensor:
+    views = torch.stack([image, text], dim=1)
+    return protoclip.sup_con(views, options.pop("labels"), *scale, **options)
 
 
+SMOOTHED = {"weights": WEIGHTS, "label_smoothing": 0.1}
 PAIR_LOSSES = {
-    "info_nce": PairLoss(protoclip.info_nce, global_info_nce),
-    "info_nce, ids excluded": PairLoss(protoclip.info_nce, global_info_nce, same_id="exclude"),
-    "info_nce, ids positive": PairLoss(protoclip.info_nce, global_info_nce, same_id="positive"),
-    "siglip": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0),
-    "siglip, ids positive": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0, "positive"),
-    "siglip, ids excluded": PairLoss(sigmoid_loss, global_sigmoid_loss, -10.0, "exclude"),
-    "siglip, weights": PairLoss(
-        sigmoid_loss,
-        global_sigmoid_loss,
-        -10.0,
-        "exclude",
-        {"weights": WEIGHTS, "label_smoothing": 0.1, "reduction": "mean"},
+    "info_nce": PairLoss(protoclip.info_nce),
+    "info_nce, weights": PairLoss(protoclip.info_nce, options={"weights": WEIGHTS}),
+    "info_nce, ids excluded": PairLoss(protoclip.info_nce, same_id="exclude"),
+    "info_nce, ids positive": PairLoss(protoclip.info_nce, same_id="positive"),
+    "info_nce, ids and weights": PairLoss(
+        protoclip.info_nce, same_id="positive", options={"weights": WEIGHTS}
     ),
-    "nt_xent": PairLoss(protoclip.nt_xent, protoclip.global_nt_xent),
-    "nt_xent, options": PairLoss(
-        protoclip.nt_xent,
-        protoclip.global_nt_xent,
-        same_id="positive",
-        options={"weights": WEIGHTS, "label_smoothing": 0.1},
-    ),
+    "info_nce, kept logits": PairLoss(protoclip.info_nce, options={"stash": True}),
+    "siglip": PairLoss(sigmoid_loss, -10.0),
+    "siglip, ids positive": PairLoss(sigmoid_loss, -10.0, "positive"),
+    "siglip, ids excluded": PairLoss(sigmoid_loss, -10.0, "exclude"),
+    "siglip, weights": PairLoss(sigmoid_loss, -10.0, "exclude", SMOOTHED),
+    "siglip, label smoothing": PairLoss(sigmoid_loss, -10.0, options={"label_smoothing": 0.1}),
+    "nt_xent": PairLoss(protoclip.nt_xent),
+    "nt_xent, options": PairLoss(protoclip.nt_xent, same_id="positive", options=SMOOTHED),
     "nt_xent, decoupled": PairLoss(
-        protoclip.nt_xent,
-        protoclip.global_nt_xent,
-        options={"decoupled": True, "label_smoothing": 0.1},
+        protoclip.nt_xent, options={"decoupled": True, "label_smoothing": 0.1}
     ),
     "nt_xent, decoupled, options": PairLoss(
-        protoclip.nt_xent,
-        protoclip.global_nt_xent,
-        same_id="exclude",
-        options={"decoupled": True, "weights": WEIGHTS},
+        protoclip.nt_xent, same_id="exclude", options={"decoupled": True, "weights": WEIGHTS}
     ),
-    "sup_con": PairLoss(
-        partial(of_views, protoclip.sup_con),
-        partial(of_views, protoclip.global_sup_con),
-        options={"labels": LABELS},
-    ),
-    "sup_con, options": PairLoss(
-        partial(of_views, protoclip.sup_con),
-        partial(of_views, protoclip.global_sup_con),
-        options={"labels": LABELS, "weights": WEIGHTS, "label_smoothing": 0.1},
-    ),
+    "sup_con": PairLoss(sup_con_of_views, options={"labels": LABELS}),
+    "sup_con, options": PairLoss(sup_con_of_views, options={"labels": LABELS, **SMOOTHED}),
 }
 IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
 
 
 def pair_loss_results(
-    name: str, kind: Kind, *, dtype: torch.dtype, over_ranks: bool, mine: slice = WHOLE
+    name: str, kind: Kind, *, dtype: torch.dtype, group: Any = None, mine: slice = WHOLE
 ) -> Results:
     """Features of the kind's dtype, computed in ``dtype``."""
     case = PAIR_LOSSES[name]
@@ -151,15 +127,12 @@ def pair_loss_results(
     }
     if case.logit_bias is not None:
         leaves["logit_bias"] = leaf(case.logit_bias, at_least_fp32)
-    options: dict[str, Any] = {"backend": kind.backend}
+    options: dict[str, Any] = {"backend": kind.backend, "group": group}
     if case.same_id is not None:
         options |= {"ids": IDS[mine], "same_id": case.same_id}
     for name, value in case.options.items():
         options[name] = value[mine] if isinstance(value, Tensor) else value
-    function = case.over_ranks if over_ranks else case.on_one_process
-    loss = function(*leaves.values(), **options)
-    if case.logit_bias is not None and "reduction" not in options:
-        loss = loss / len(image[mine])
+    loss = case.function(*leaves.values(), **options)
     return loss_and_gradients(loss, **leaves)
 
 
@@ -215,7 +188,7 @@ def contrastive_results(
     kind: Kind,
     *,
     dtype: torch.dtype,
-    over_ranks: bool,
+    group: Any = None,
     mine: slice = WHOLE,
     parts: bool = False,
 ) -> Results:
@@ -243,19 +216,17 @@ def contrastive_results(
     if "negatives" in options:
         leaves["negatives"] = leaf(options.pop("negatives"), dtype)
     if not parts:
-        function = global_contrastive if over_ranks else contrastive
-        loss = function(**leaves, **options, backend=kind.backend)
+        loss = contrastive(**leaves, **options, backend=kind.backend, group=group)
         return loss_and_gradients(loss, **leaves)
     weights = options.pop("weights")
-    function = global_contrastive_parts if over_ranks else contrastive_parts
-    level, mean = function(**leaves, **options, backend=kind.backend)
+    level, mean = contrastive_parts(**leaves, **options, backend=kind.backend, group=group)
     return loss_and_gradients((weights * (level - 2 * mean)).mean(), **leaves)
 
 
 def every_result(
-    kind: Kind, *, dtype: torch.dtype, over_ranks: bool, mine: slice = WHOLE
+    kind: Kind, *, dtype: torch.dtype, group: Any = None, mine: slice = WHOLE
 ) -> dict[str, Results]:
-    options: dict[str, Any] = {"dtype": dtype, "over_ranks": over_ranks, "mine": mine}
+    options: dict[str, Any] = {"dtype": dtype, "group": group, "mine": mine}
     results = {name: pair_loss_results(name, kind, **options) for name in PAIR_LOSSES}
     for name in relations():
         results[f"contrastive, {name}"] = contrastive_results(name, kind, **options)
@@ -300,7 +271,7 @@ def of_rank() -> RankResults:
             {
                 name: as_ddp_averages(values)
                 for name, values in every_result(
-                    kind, dtype=kind.dtype, over_ranks=True, mine=mine
+                    kind, dtype=kind.dtype, group=dist.group.WORLD, mine=mine
                 ).items()
             }
             for kind in KINDS
@@ -366,13 +337,13 @@ def batch_norm_over_ranks(mine: slice) -> Arrays:
 
 def refusal() -> str:
     try:
-        global_info_nce(torch.zeros(3, 4), torch.zeros(2, 4), torch.tensor(1.0))
+        protoclip.info_nce(torch.zeros(3, 4), torch.zeros(2, 4), 1.0, group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return ""
 
 
-@pytest.fixture(scope="module", params=[1, 3, 4], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda ranks: f"{ranks} ranks")
 def first_rank(request: pytest.FixtureRequest) -> RankResults:
     return in_group(request.param, of_rank)[0]
 
@@ -385,7 +356,7 @@ def assert_equal_in_fp64(got: Any, expected: Tensor, name: str = "") -> None:
 @cache
 def of_one_process(kind: Kind, dtype: torch.dtype) -> dict[str, Results]:
     reference = Kind(kind.dtype, "reference", kind.logit_scale)
-    return every_result(reference, dtype=dtype, over_ranks=False)
+    return every_result(reference, dtype=dtype)
 
 
 @pytest.mark.parametrize("number, kind", list(enumerate(KINDS)), ids=str)
@@ -444,9 +415,9 @@ def calls_of_rank() -> list[TwoCalls]:
     gathers: list[int] = []
     gather_rows = distributed.gather_rows
 
-    def noted(rows: Tensor) -> Tensor:
+    def noted(rows: Tensor, group: Any = None) -> Tensor:
         gathers.append(len(rows))
-        return gather_rows(rows)
+        return gather_rows(rows, group)
 
     distributed.gather_rows = noted
     results = []
@@ -466,13 +437,13 @@ def calls_of_rank() -> list[TwoCalls]:
 
 def test_sizes_are_compared_at_every_call_and_unequal_ones_are_a_sentence_on_every_rank() -> None:
     for results in in_group(2, calls_of_rank):
-        for (name, sizes), calls in zip(CALLS, results, strict=True):
+        for (_, sizes), calls in zip(CALLS, results, strict=True):
             if sizes == (6, 6):
                 assert calls.error == ""
                 assert calls.first_gathers.count(1) == calls.second_gathers.count(1) == 1
             else:
-                words = f"{name}: expected as many rows on every rank, got 6, 5 on ranks"
-                assert calls.error.startswith(words) and "drop_last=True" in calls.error
+                words = "expected as many rows on every rank, got 6, 5 on ranks"
+                assert words in calls.error and "drop_last=True" in calls.error
 
 
 SHAPES = [[7, 3], [1, 3], [0, 3], [3, 0], None, []]

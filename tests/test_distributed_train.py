@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import (
     TINY,
@@ -28,10 +29,11 @@ from ranks import (
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import protoclip
 from protoclip import distributed, train
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import Episode, PrototypeSet
-from protoclip.losses import Losses, global_info_nce, prototype_term
+from protoclip.losses import Losses, prototype_term
 from protoclip.model import Encoded, ProtoModel, build_model
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.training.step import Stepper
@@ -135,7 +137,7 @@ class ExactLoss:
     ) -> Losses:
         image = F.normalize(encoded.image, dim=1)
         text = F.normalize(encoded.text, dim=1)
-        total = global_info_nce(image, text, logit_scale)
+        total = protoclip.info_nce(image, text, logit_scale, group=dist.group.WORLD)
         if episode is not None:
             features = {
                 "image": F.normalize(self.model.image_head(image), dim=1),

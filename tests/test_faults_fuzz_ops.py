@@ -88,6 +88,7 @@ def test_the_sigmoid_loss_is_right_or_refused(
             leaves["logit_scale"],
             leaves["logit_bias"],
             offset=offset,
+            reduction="sum",
             backend=backend,
         )
 

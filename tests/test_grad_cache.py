@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import protoclip
-from protoclip.losses import global_info_nce
+from protoclip import distributed
 
 ROWS = 10
 WIDTH = 6
@@ -395,7 +395,13 @@ def on_two_ranks(case: str) -> RankResult:
 
 
 def global_loss(x: Tensor, y: Tensor, log_scale: Tensor) -> Tensor:
-    return global_info_nce(F.normalize(x), F.normalize(y), log_scale.exp(), backend="reference")
+    return protoclip.info_nce(
+        F.normalize(x),
+        F.normalize(y),
+        log_scale.exp(),
+        backend="reference",
+        group=distributed.all_ranks(),
+    )
 
 
 CASES = ["lambdas", "used directly", "unused", "towers", "accumulate", "frozen", "frozen, unused"]

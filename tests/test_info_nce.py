@@ -30,7 +30,7 @@ from torch import Tensor
 
 import protoclip
 from protoclip.model import processor_multiplies_bf16
-from protoclip.ops import info_nce_loss, reference
+from protoclip.ops import reference, softmax
 from protoclip.ops.stash import no_stash
 from protoclip.ops.sums import LN2
 
@@ -236,17 +236,20 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
     x = features[offset : offset + n]
     row_weight = torch.rand(n)
     column_weight = torch.rand(m) if both_directions else torch.empty(0)
-    strip = info_nce_loss.info_nce_strip(
-        x,
-        y,
-        torch.tensor(logit_scale),
+    strip = softmax.info_nce_loss(
+        x=x,
+        y=y,
+        logit_scale=torch.tensor(logit_scale),
         offset=offset,
         both_directions=both_directions,
+        reduction="none",
         backend="cpu",
+        keep_stash=False,
+        group_name="",
     )
 
     def strip_gradient() -> Any:
-        return info_nce_loss.info_nce_gradients(
+        return softmax.info_nce_gradients(
             x,
             y,
             torch.tensor(logit_scale),
@@ -256,8 +259,9 @@ def test_rows_of_one_rank_against_the_columns_of_all_are_within_budget(
             column_sum=strip.column_sum,
             row_weight=row_weight,
             column_weight=column_weight,
-            half_sum=False,
+            both_directions=False,
             reduction="none",
+            group_name="",
             stash=no_stash(x),
             offset=offset,
             backend="cpu",
@@ -426,6 +430,7 @@ def test_opcheck_accepts_the_op(form: Strip, dtype: torch.dtype) -> None:
         "reduction": form.reduction,
         "backend": "cpu",
         "keep_stash": form.keep_stash,
+        "group_name": "",
     }
     torch.library.opcheck(torch.ops.protoclip.info_nce, (), arguments)
 

@@ -200,7 +200,8 @@ def siglip_problem(
 
     def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
         logit_bias = torch.tensor(bias, device=DEVICE)
-        return protoclip.ops.sigmoid_loss(x, y, logit_scale, logit_bias, backend=backend, **options)
+        sum_: dict[str, Any] = {"reduction": "sum", **options}
+        return protoclip.ops.sigmoid_loss(x, y, logit_scale, logit_bias, backend=backend, **sum_)
 
     form = sigmoid_form(diagonal(len(x)), relation.positive, relation.seen, bias)
     return Problem(x, y, logit_scale, form, None, call)

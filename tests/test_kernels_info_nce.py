@@ -355,6 +355,7 @@ def computed_sigmoid(
         offset=offset,
         ids=ids,
         same_id=same_id,
+        reduction="sum",
         backend="triton",
     )
     return loss_and_gradients(loss, **leaves)
@@ -426,6 +427,7 @@ def test_the_sigmoid_loss_and_its_gradients_are_within_budget(
         offset=offset,
         ids=ids,
         same_id=case.same_id,
+        reduction="sum",
         backend="triton",
     )
     assert_within_budget(without_gradients, truth.values["loss"], base.values["loss"])
@@ -438,7 +440,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
     strip = {"x": leaf(x), "y": leaf(y), "logit_scale": logit_scale, "backend": "triton"}
     rows = torch.arange(5, device=DEVICE)
     ids = torch.zeros(2, 5, device=DEVICE, dtype=torch.int32)
-    whole = {"offset": 0, "both_directions": True, "keep_stash": False}
+    whole = {"offset": 0, "both_directions": True, "keep_stash": False, "group_name": ""}
     return {
         "info_nce": strip | whole | {"reduction": "none"},
         "info_nce, mean": strip | whole | {"reduction": "mean"},
@@ -450,6 +452,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
             "query_ids": None,
             "key_ids": None,
             "same_positive": True,
+            "group_name": "",
         },
         "contrastive": strip
         | {
@@ -463,6 +466,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
             "both_directions": True,
             "reduction": "none",
             "keep_stash": False,
+            "group_name": "",
         },
         "contrastive, mean": strip
         | {
@@ -476,6 +480,7 @@ def op_arguments() -> dict[str, dict[str, Any]]:
             "both_directions": True,
             "reduction": "mean",
             "keep_stash": False,
+            "group_name": "",
         },
         "prototype_cross_entropy": {
             "features": leaf(x),

@@ -16,11 +16,12 @@ from torch import Tensor
 from protoclip.ops import checks, dispatch, reference, siglip_loss
 
 
-def wrong_option(name: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
-    original = siglip_loss.sigmoid_losses
-    return lambda *tensors, **options: original(
-        *tensors, **{**options, name: change(options[name])}
-    )
+def less_smoothing(*tensors: Tensor, **options: Any) -> Tensor:
+    return 0.9 * ORIGINAL_SUMS(*tensors, **options)
+
+
+def without_weights(losses: Tensor, counted: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    return ORIGINAL_REDUCE(losses, counted, None, *rest)
 
 
 def with_arrays_rounded(op: str, x: Any, *rest: Any, **options: Any) -> Tensor:
@@ -33,19 +34,21 @@ def rows_in_half_precision(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ORIGINAL_SCALE = checks.scale
+ORIGINAL_SUMS = siglip_loss.signed_sums
+ORIGINAL_REDUCE = siglip_loss.reduce_weighted
 # Where the fault is planted, and the cases of the test that has to notice it.
 FAULTS: dict[str, tuple[Any, str, Any, Callable[..., None], Iterable[tuple[Any, ...]]]] = {
     "SigLIP smooths by less": (
         siglip_loss,
-        "sigmoid_losses",
-        wrong_option("label_smoothing", lambda epsilon: 0.9 * epsilon),
+        "signed_sums",
+        less_smoothing,
         test_loss_options.test_the_sigmoid_loss_with_options_is_its_formula,
         test_loss_options.SIGMOID_OPTIONS,
     ),
     "SigLIP forgets weights": (
         siglip_loss,
-        "sigmoid_losses",
-        wrong_option("weights", lambda weights: None),
+        "reduce_weighted",
+        without_weights,
         test_loss_options.test_the_sigmoid_loss_with_options_is_its_formula,
         test_loss_options.SIGMOID_OPTIONS,
     ),

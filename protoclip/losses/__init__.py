@@ -1,7 +1,6 @@
 """The losses: OpenCLIP's with OpenCLIP's signatures, ProtoCLIP's, and the training objective.
 
-None of them forms a matrix of logits. What happens over ranks is in ``losses.global_losses``,
-the computation on one process in ``protoclip.ops``.
+None of them forms a matrix of logits. ``protoclip.ops`` computes them, over ranks too.
 """
 
 from protoclip.losses.drop_in import (
@@ -11,14 +10,6 @@ from protoclip.losses.drop_in import (
     DistillClipLoss,
     ProtoClipLoss,
     SigLipLoss,
-)
-from protoclip.losses.global_losses import (
-    global_contrastive,
-    global_contrastive_parts,
-    global_info_nce,
-    global_nt_xent,
-    global_sigmoid_loss,
-    global_sup_con,
 )
 from protoclip.losses.objective import (
     Losses,
@@ -45,12 +36,6 @@ __all__ = [
     "Term",
     "TermInputs",
     "caption_ids",
-    "global_contrastive",
-    "global_contrastive_parts",
-    "global_info_nce",
-    "global_nt_xent",
-    "global_sigmoid_loss",
-    "global_sup_con",
     "hit_rate",
     "prototype_term",
     "similarity_distillation",

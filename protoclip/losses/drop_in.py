@@ -7,58 +7,81 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoclip.distributed import check_equal_rows, gather_rows, gathered_rows, rank, world_size
+from protoclip.distributed import group_named, rank, world_size
 from protoclip.episodes.prototypes import PrototypeBuilder
-from protoclip.losses.global_losses import global_info_nce, global_sigmoid_loss, ids_of_all_ranks
 from protoclip.losses.online import OnlinePrototypes
 from protoclip.losses.prototypes import prototype_term
 from protoclip.ops import checks, info_nce, sigmoid_loss
-from protoclip.ops.contrastive_losses import one_way
+from protoclip.ops.columns import LOCAL, Local, check_group, columns_named, columns_of
+from protoclip.ops.dispatch import resolve
+from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import without_autocast
-from protoclip.ops.pairs import Matching, SameId
+from protoclip.ops.pairs import SameId, check_ids, pairs_of
+from protoclip.ops.softmax import query_loss
 from protoclip.settings.config import EpisodeConfig, ProtoConfig
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchange texts
 
 
 class _OverRanks(nn.Module):
-    """A loss that checks the ranks that it is computed on."""
+    """A loss over the ranks of a process group, and what it checks of them."""
 
     rank: int
     world_size: int
+    _group_name = ""  # of the argument ``group``, as a module with a group cannot be copied
     _looked = False
-    _rows = -1  # of the last call whose number of rows was compared
     _own_logits = False  # a subclass has its own get_logits or get_ground_truth
 
-    def _look(self, rows: Tensor) -> None:
-        """ValueError if the ranks' batches differ or, at the first call, if the process has another
-        number; then also a warning if the loss is of one of several ranks."""
-        if torch.compiler.is_compiling():  # it would be a second graph
-            return
-        if not self._looked:
-            self._look_once()
-        # On a GPU the comparison waits for the device, so it is made when the own size changes.
-        if self.world_size > 1 and (rows.device.type == "cpu" or len(rows) != self._rows):
-            check_equal_rows(type(self).__name__, rows)
-            self._rows = len(rows)
+    def _join(self, rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
+        """Take the rank and the number of ranks; those of the group, if there is one."""
+        if group is not None:
+            check_group(type(self).__name__, group)
+            in_group = (group.rank(), group.size())
+            if (rank, world_size) not in ((0, 1), in_group):
+                raise ValueError(
+                    f"{type(self).__name__}: expected rank={in_group[0]} and "
+                    f"world_size={in_group[1]}, those of the group, got rank={rank} and "
+                    f"world_size={world_size}; leave them out"
+                )
+            rank, world_size = in_group
+            self._group_name = group.group_name
+        self.rank = rank
+        self.world_size = world_size
 
-    def _look_once(self) -> None:
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group: all processes where the loss has several ranks and no other group."""
+        if self.world_size == 1:
+            return None
+        return group_named(self._group_name) if self._group_name else dist.group.WORLD
+
+    @property
+    def _columns(self) -> Local:
+        return columns_named(self.group.group_name) if self.group else LOCAL
+
+    def _look(self) -> None:
+        """At the first call: ValueError if the process has another number, and a warning if the
+        loss is of one of several ranks."""
+        if torch.compiler.is_compiling() or self._looked:  # it would be a second graph
+            return
         name = type(self).__name__
         expected = f"{name}: expected rank={rank()} and world_size={world_size()} of this process"
-        if self.world_size > 1 and (self.rank, self.world_size) != (rank(), world_size()):
+        ranks = (self.rank, self.world_size)
+        if self.world_size > 1 and not self._group_name and ranks != (rank(), world_size()):
             raise ValueError(
                 f"{expected}, got rank={self.rank} and world_size={self.world_size}; call "
                 "torch.distributed.init_process_group first, and pass both"
             )
         self._looked = True
-        if self.world_size < world_size():
+        if self.world_size == 1 < world_size() and not self._group_name:
             warnings.warn(
                 f"{expected}, got world_size=1, so each rank compares the pairs of its own batch "
                 "alone; pass both for the loss of the global batch",
-                stacklevel=5,
+                stacklevel=4,
             )
 
 
@@ -71,8 +94,10 @@ class ClipLoss(_OverRanks):
             loss is then exact and only the texts are gathered. (Each rank's gradient of the scale
             is that of its own rows; the mean over ranks equals OpenCLIP's.)
         cache_labels: kept because OpenCLIP has it, unused: there are no labels to cache.
-        rank, world_size: those of this process.
+        rank, world_size: those of this process; with several ranks the loss is over all processes.
         use_horovod: must be false.
+        group: a process group for the loss to be over; rank and world_size are then its own, and
+            can be left out. OpenCLIP does not have this argument.
 
     Example:
         >>> criterion = protoclip.ClipLoss()
@@ -89,6 +114,8 @@ class ClipLoss(_OverRanks):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if use_horovod:
@@ -97,8 +124,7 @@ class ClipLoss(_OverRanks):
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
-        self.rank = rank
-        self.world_size = world_size
+        self._join(rank, world_size, group)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,7 +152,7 @@ class ClipLoss(_OverRanks):
         Returns:
             float32 [], nats.
         """
-        self._look(image_features)
+        self._look()
         loss = self._loss(image_features, text_features, logit_scale, ids)
         if logit_bias is not None:
             bias = checks.scalar("ClipLoss", "logit_bias", logit_bias, loss.device)
@@ -139,17 +165,20 @@ class ClipLoss(_OverRanks):
     ) -> Tensor:
         if self._own_logits:
             return self._loss_of_own_logits(x, y, logit_scale, ids)
-        if self.world_size == 1:
-            return info_nce(x, y, logit_scale, ids=ids)
-        if self.local_loss and self.gather_with_grad:
-            return global_info_nce(x, y, logit_scale, ids=ids)
+        if self.world_size == 1 or (self.local_loss and self.gather_with_grad):
+            return info_nce(x, y, logit_scale, ids=ids, group=self.group)
+        op = type(self).__name__
+        x, y, logit_scale = checks.equal_rows(op, x, y, logit_scale)
+        columns = columns_of(op, self.group, x)
         all_x, all_y = self._of_all_ranks(x), self._of_all_ranks(y)
-        all_ids = ids_of_all_ranks("ClipLoss", ids, x)
         if not self.local_loss:
-            return info_nce(all_x, all_y, logit_scale, ids=all_ids)
-        matching = Matching(key_ids=all_ids, offset=self.rank * len(x))
-        images = one_way("ClipLoss", x, all_y, logit_scale, matching)
-        texts = one_way("ClipLoss", y, all_x, logit_scale, matching)
+            if ids is not None:
+                ids = columns.gather(check_ids(op, "ids", ids, len(x), x.device))
+            return info_nce(all_x, all_y, logit_scale, ids=ids)
+        backend = resolve("contrastive", "auto", x.device.type, x.dtype)
+        pairs = pairs_of(op, x, len(x), key_ids=ids, columns=columns, code_ids=coder_of(backend))
+        images = query_loss(op, x, all_y, logit_scale, pairs, LOCAL, backend=backend)
+        texts = query_loss(op, y, all_x, logit_scale, pairs, LOCAL, backend=backend)
         return (images + texts) / 2
 
     def _loss_of_own_logits(
@@ -161,6 +190,7 @@ class ClipLoss(_OverRanks):
                 f"{type(self).__name__}: expected no ids with a get_logits or get_ground_truth of "
                 "its own, got some; leave them out, or mask its logits"
             )
+        columns_of(type(self).__name__, self.group, x)
         images, texts = self.get_logits(x, y, logit_scale)
         positives = self.get_ground_truth(images.device, len(images))
         return (F.cross_entropy(images, positives) + F.cross_entropy(texts, positives)) / 2
@@ -168,11 +198,9 @@ class ClipLoss(_OverRanks):
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """All rows in rank order. Without ``gather_with_grad`` only this rank's rows have a
         gradient, and with ``local_loss`` none has."""
-        if self.world_size == 1:
-            return x
-        if self.gather_with_grad:
-            return gathered_rows(x)
-        all_rows = gather_rows(x)
+        if self.world_size == 1 or self.gather_with_grad:
+            return self._columns.gather(x)
+        all_rows = self._columns.gather(x.detach())
         if self.local_loss:
             return all_rows
         start = self.rank * len(x)
@@ -296,8 +324,7 @@ class DistillClipLoss(ClipLoss):
         """Mean over the queries of q.(own key - mean key by the teacher's probabilities), []."""
         first = self.rank * len(queries) if self.world_size > 1 and self.local_loss else 0
         all_keys = self._of_all_ranks(keys).float()
-        with torch.no_grad():
-            teachers_keys = gather_rows(teachers_keys) if self.world_size > 1 else teachers_keys
+        teachers_keys = self._columns.gather(teachers_keys.detach())
         teachers_queries = teachers_queries.detach()
         if not self.local_loss:
             queries = self._of_all_ranks(queries)
@@ -315,7 +342,7 @@ class DistillClipLoss(ClipLoss):
         with without_autocast(x.device.type):
             attention = F.scaled_dot_product_attention(
                 padded(attending),
-                padded(teachers_keys.detach().float()),
+                padded(teachers_keys.float()),
                 padded(all_keys),
                 scale=1.0,
             )
@@ -329,7 +356,7 @@ class SigLipLoss(_OverRanks):
 
     Args:
         cache_labels, chunk_size: kept because OpenCLIP has them, unused.
-        rank, world_size: those of this process.
+        rank, world_size, group: as in ``ClipLoss``.
         dist_impl: "bidir", "shift", "reduce" or "gather"; they give the same value and gradient,
             and here all use one ring exchange of the texts.
 
@@ -347,13 +374,14 @@ class SigLipLoss(_OverRanks):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
+        *,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: expected dist_impl in {DIST_IMPLS}, got {dist_impl!r}")
         self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
+        self._join(rank, world_size, group)
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
 
@@ -392,9 +420,8 @@ class SigLipLoss(_OverRanks):
             "SigLipLoss", image_features, text_features, logit_scale
         )
         bias = 0.0 if logit_bias is None else logit_bias
-        self._look(x)
-        loss_of = global_sigmoid_loss if self.world_size > 1 else sigmoid_loss
-        loss = loss_of(
+        self._look()
+        loss = sigmoid_loss(
             x,
             y,
             logit_scale,
@@ -404,6 +431,7 @@ class SigLipLoss(_OverRanks):
             weights=weights,
             label_smoothing=label_smoothing,
             reduction=reduction,
+            group=self.group,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -445,7 +473,8 @@ class ProtoClipLoss(ClipLoss):
     those of all ranks. Save it on each rank: with rank 0's alone the others start from its slice.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: ``ClipLoss``'s.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, group:
+            ``ClipLoss``'s.
         proto: settings of the prototypes.
         accum_freq: calls per optimiser step, each with all features of the step, as with OpenCLIP's
             ``--accum-freq``.
@@ -554,15 +583,15 @@ class ProtoClipLoss(ClipLoss):
             "image": self._scaled_like_contrastive(image),
             "text": self._scaled_like_contrastive(text),
         }
-        self.online.join(self.world_size)
+        self.online.join(self.group)
         self.online.move_to(image.device)
         sets = self.online.sets
         labels = self.online.labels_of(features, index)
         if sets is not None and labels is not None and self.proto.weight > 0:
             proto_logit_scale = self.proto.logit_scale or logit_scale
             # With an index the ranks may know different numbers of their samples.
-            over_ranks = self.world_size > 1 and index is not None
-            term = prototype_term(features, labels, sets, proto_logit_scale, over_ranks=over_ranks)
+            group = None if index is None else self.group
+            term = prototype_term(features, labels, sets, proto_logit_scale, group=group)
             losses["proto_loss"] = self.proto.weight * term.loss
             self.online.note(term.accuracy())
         if self.training and torch.is_grad_enabled():

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip.common.seeds import mix
-from protoclip.distributed import gathered_rows, is_distributed, rank
+from protoclip.distributed import all_ranks, gathered_rows, rank
 from protoclip.episodes.prototypes import EXTERNAL, Episode
-from protoclip.losses.global_losses import global_info_nce, global_sigmoid_loss
 from protoclip.losses.prototypes import hit_rate, prototype_term
+from protoclip.ops import info_nce, sigmoid_loss
 from protoclip.settings.config import LossConfig
 
 if TYPE_CHECKING:  # loads open_clip, which a loss alone does not need
@@ -180,6 +180,7 @@ class ProtoLoss(nn.Module):
             logit_bias: scalar, for SigLIP's loss instead of InfoNCE; None: InfoNCE.
         """
         config = self.config
+        group = all_ranks()
         terms: dict[str, Tensor] = {}
         hits: dict[str, Tensor] = {}
         weights = {
@@ -191,10 +192,9 @@ class ProtoLoss(nn.Module):
         if config.w_clip > 0:
             images, texts = _normalise(encoded.image), _normalise(encoded.text)
             if logit_bias is None:
-                loss = global_info_nce(images, texts, logit_scale, ids=ids)
+                loss = info_nce(images, texts, logit_scale, ids=ids, group=group)
             else:
-                summed = global_sigmoid_loss(images, texts, logit_scale, logit_bias, ids=ids)
-                loss = summed / len(index)
+                loss = sigmoid_loss(images, texts, logit_scale, logit_bias, ids=ids, group=group)
             terms["contrastive_loss"] = loss
         if episode is not None and projected is not None:
             features = {"image": projected.image, "text": projected.text}
@@ -207,7 +207,7 @@ class ProtoLoss(nn.Module):
                 for name, sets in sets_of_term.items():
                     if weights[name] > 0 and sets:
                         term = prototype_term(
-                            features, labels, sets, proto_logit_scale, over_ranks=is_distributed()
+                            features, labels, sets, proto_logit_scale, group=group
                         )
                         terms[name] = term.loss
                         hits |= term.hits

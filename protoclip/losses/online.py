@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.seeds import generator
@@ -147,9 +146,8 @@ class OnlinePrototypes:
         return vars(self) | {"builder": replace(self.builder, group=None)}
 
     @torch._disable_dynamo
-    def join(self, world_size: int) -> None:
+    def join(self, group: Group) -> None:
         """Cluster with the other ranks, whose group may be younger than the loss."""
-        group = dist.group.WORLD if world_size > 1 else None
         if self.builder.group is not group:
             self.builder = replace(self.builder, group=group)
 
@@ -275,7 +273,8 @@ class OnlinePrototypes:
             nearest, _ = kmeans_assign(stored[source], self.centroids[source])
             columns[source] = nearest.where(nearest >= 0, LEFT_OUT)
         if self.builder.group is not None:
-            of_all_ranks = gather_rows(torch.stack(list(columns.values()), dim=1))
+            rows = torch.stack(list(columns.values()), dim=1)
+            of_all_ranks = gather_rows(rows, self.builder.group)
             columns = dict(zip(columns, of_all_ranks.unbind(dim=1), strict=True))
         by_step = columns["step"].argsort(stable=True)
         by_key = by_step[columns["key"][by_step].argsort(stable=True)]  # each key's newest last
@@ -322,8 +321,8 @@ def balanced_labels(batch: Tensor, queue: Tensor, centroids: Tensor, group: Grou
         by_row = torch.logsumexp(scores + prices, dim=1, keepdim=True)
         demand = torch.logsumexp(scores - by_row, dim=0)
         if group is not None:
-            top = max_over_ranks(demand.max())
-            demand = sum_over_ranks((demand - top).exp()).log() + top
+            top = max_over_ranks(demand.max(), group)
+            demand = sum_over_ranks((demand - top).exp(), group).log() + top
         prices = -demand
     labels = (scores[: len(batch)] + prices).argmax(dim=1)
     return labels.masked_fill(~batch.isfinite().all(dim=1), LEFT_OUT)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from protoclip.distributed import mean_over_ranks
+from protoclip.distributed import Group, mean_over_ranks
 from protoclip.episodes.prototypes import PrototypeSet
 from protoclip.ops import Bank, prototype_losses
 from protoclip.ops.checks import LEFT_OUT
@@ -37,7 +37,7 @@ def prototype_term(
     sets: Sequence[PrototypeSet],
     proto_logit_scale: Tensor | float,
     *,
-    over_ranks: bool = False,
+    group: Group = None,
 ) -> PrototypeTerm:
     """The mean loss over the sets.
 
@@ -48,7 +48,7 @@ def prototype_term(
         labels: source -> int64 [B]; LEFT_OUT leaves a sample out.
         sets: at least one.
         proto_logit_scale: the multiplier.
-        over_ranks: scale so that the mean over ranks is the mean over all samples with a label.
+        group: scale so that the mean over its ranks is the mean over all samples with a label.
     """
     losses: list[Tensor] = []
     hits: dict[str, Tensor] = {}
@@ -57,17 +57,17 @@ def prototype_term(
         banks = [item.bank(labels[item.source], rows.dtype) for item in of_student]
         if not banks:
             continue
-        reduction = "none" if over_ranks else "mean"
+        reduction = "mean" if group is None else "none"
         result = prototype_losses(rows, banks, proto_logit_scale, reduction=reduction)
-        losses += list(_over_ranks(result.loss, banks) if over_ranks else result.loss)
+        losses += list(result.loss if group is None else _over_ranks(result.loss, banks, group))
         for item, bank, nearest in zip(of_student, banks, result.nearest, strict=True):
             counts = torch.stack([(nearest == bank.labels).sum(), (bank.labels != LEFT_OUT).sum()])
             hits[item.source] = hits.get(item.source, 0) + counts.float()
     return PrototypeTerm(torch.stack(losses).mean(), hits)
 
 
-def _over_ranks(losses: Tensor, banks: Sequence[Bank]) -> Tensor:
+def _over_ranks(losses: Tensor, banks: Sequence[Bank], group: Group) -> Tensor:
     """[S, B] -> [S], scaled so that the mean over ranks is the mean over all labelled samples."""
     counts = torch.stack([(bank.labels != LEFT_OUT).sum() for bank in banks])
-    counts = mean_over_ranks(counts.to(losses.dtype))
+    counts = mean_over_ranks(counts.to(losses.dtype), group)
     return losses.sum(dim=1) / counts.where(counts > 0, 1.0)

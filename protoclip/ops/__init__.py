@@ -2,9 +2,14 @@
 
 from protoclip.kernels import scratch as scratch
 from protoclip.ops.clusters import kmeans_assign, segment_mean
-from protoclip.ops.contrastive_losses import contrastive, nt_xent, sup_con
+from protoclip.ops.contrastive_losses import (
+    contrastive,
+    contrastive_parts,
+    info_nce,
+    nt_xent,
+    sup_con,
+)
 from protoclip.ops.dispatch import backends
-from protoclip.ops.info_nce_loss import info_nce
 from protoclip.ops.prototypes import (
     Bank,
     PrototypeLosses,
@@ -12,7 +17,6 @@ from protoclip.ops.prototypes import (
     prototype_losses,
     soft_targets,
 )
-from protoclip.ops.query_losses import contrastive_parts
 from protoclip.ops.siglip_loss import sigmoid_loss
 
 __all__ = [

@@ -1,23 +1,122 @@
-"""The contrastive losses that are made of ``query_losses.py`` or, where each query has one own key
-and sees all others, of ``info_nce_loss.py``: contracts. They have no op of their own.
+"""The contrastive losses: contracts. ``softmax.py`` computes them.
+
+``group`` says whose keys the queries see: None, those of this process, or those of all ranks of a
+process group (``columns.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.ops import checks, pairs
+from protoclip.ops import checks
+from protoclip.ops.columns import LOCAL, Local, columns_of
 from protoclip.ops.dispatch import resolve
-from protoclip.ops.info_nce_loss import diagonal_losses
-from protoclip.ops.operators import accumulator, reduce_weighted
-from protoclip.ops.pairs import Matching, SameId
-from protoclip.ops.query_losses import query_losses
+from protoclip.ops.id_codes import coder_of
+from protoclip.ops.operators import reduce, reduce_weighted
+from protoclip.ops.pairs import SAME_ID, SameId, check_ids, pairs_of
+from protoclip.ops.softmax import pair_losses, query_loss, query_losses
 from protoclip.ops.sums import positive_means
+
+
+def info_nce(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    stash: bool | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """InfoNCE over a batch of pairs, both directions, without the [N, N] logits in memory.
+
+    The fused backends save O(N) values and, apart from the ``stash``, recompute the logits in the
+    backward pass. Sums are fp32; under autocast the features keep their dtype.
+
+    Args:
+        image_features, text_features: [N, D], usually unit rows, row i of each a pair; float32,
+            bfloat16, float16 (float64: reference), mixed ones are promoted.
+        logit_scale: [] or [1], the multiplier on the dot products (not its logarithm).
+        ids: int64 [N] or [N, R], R <= 2: pairs with an equal id in any column are the same thing,
+            such as images with one caption. Pairs without an id need unique ones. None: all differ.
+        same_id: "exclude": pairs of the same id are not negatives of each other; "positive": they
+            are positives of each other, and the loss is against the mean of their logits.
+        weights: float32 [N] >= 0, one per pair, without a gradient.
+        label_smoothing: epsilon in [0, 1], a share of the target spread evenly over the keys that
+            a query sees, as in torch's cross-entropy; a number.
+        reduction: "mean": the sum of weighted losses over the total weight; "sum"; or "none" for
+            one weighted value per pair.
+        backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
+            ``protoclip.backends("contrastive")``); a named one never falls back.
+        stash: False: keep no logits for the backward pass. True or None: "cpu" keeps them, up to
+            64 MiB (N = 4,096), where that is faster (``ops/stash.py``): 3 matrix products instead
+            of 4, and the same bits.
+        group: a process group whose ranks each pass their own pairs, as many on every rank: the
+            keys are those of all ranks. None: those of this process.
+    Returns:
+        float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
+        directions. N = 0 gives 0. With ``group``: of this rank's pairs, and the mean over ranks of
+        a "mean" and of its gradients is that of one process with all pairs.
+    Raises:
+        ValueError: shapes or devices disagree, the ranks have different numbers of pairs, the named
+            backend cannot run, or ``label_smoothing`` is given with ``group``.
+        TypeError: dtypes are not floating point.
+    Source:
+        Radford et al. 2021 (CLIP), figure 3.
+
+    Example:
+        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=2)
+        >>> protoclip.info_nce(image, text, logit_scale=14.3).shape
+        torch.Size([])
+        >>> captions = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # the first two are the same
+        >>> protoclip.info_nce(image, text, 14.3, ids=captions, reduction="none").shape
+        torch.Size([8])
+    """
+    op = "info_nce"
+    x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.one_of(op, "same_id", same_id, SAME_ID)
+    checks.label_smoothing(op, label_smoothing)
+    table_row = op if ids is None else "contrastive"
+    backend_name = resolve(table_row, backend, x.device.type, x.dtype)
+    if weights is not None:
+        checks.weights(op, weights, x, backend_name)
+    if ids is not None:
+        ids = check_ids(op, "ids", ids, x.shape[0], x.device)
+    columns = columns_of(op, group, x)
+    if label_smoothing and columns is not LOCAL:
+        raise ValueError(
+            f"{op}: expected label_smoothing=0 with a group, as a text does not see the images of "
+            f"other ranks, got {label_smoothing:g}; call contrastive(..., group=group) for each "
+            "direction"
+        )
+    reduces = weights is None and not label_smoothing and backend_name != "reference"
+    losses = pair_losses(
+        op,
+        x,
+        y,
+        logit_scale,
+        ids,
+        same_id,
+        columns,
+        label_smoothing=label_smoothing,
+        reduction=reduction if reduces else "none",
+        backend=backend_name,
+        stash=stash,
+    )
+    if reduces:
+        return losses
+    if weights is None:
+        return reduce(losses, reduction, x.shape[0])
+    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, columns)
 
 
 def contrastive(
@@ -37,6 +136,7 @@ def contrastive(
     reduction: str = "mean",
     backend: str = "auto",
     stash: bool | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy of queries against keys, without the [N, M] logits in memory.
 
@@ -66,6 +166,10 @@ def contrastive(
         label_smoothing: as in ``info_nce``, over all keys that a query sees.
         reduction: "mean": the sum of weighted losses over the total weight of the queries with a
             positive, 0 if none has one; "sum"; or "none": weighted losses, 0 where left out.
+        group: as in ``info_nce``, for queries and keys. M is the same on every rank, and
+            ``positives`` and ``exclude`` count all keys: key j of rank r is r M + j. Without
+            positives, query i's own key is key i of its rank. A "mean" is over all ranks' queries,
+            however many count on each.
         logit_scale, backend, stash: as in ``info_nce``.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N].
@@ -82,97 +186,101 @@ def contrastive(
         >>> protoclip.contrastive(queries, keys, logit_scale=1.0).shape
         torch.Size([])
     """
-    matching = Matching(
+    op = "contrastive"
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
+    checks.label_smoothing(op, label_smoothing)
+    x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
+    if negatives is not None:
+        checks.negatives(op, negatives, x)
+        x, y, negatives = checks.promoted(x, y, negatives)
+    backend_name = resolve(op, backend, x.device.type, x.dtype)
+    if weights is not None:
+        checks.weights(op, weights, x, backend_name)
+    columns = columns_of(op, group, y)
+    pairs = pairs_of(
+        op,
+        x,
+        y.shape[0],
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
         same_id=same_id,
         exclude=exclude,
         key_bias=key_bias,
+        columns=columns,
+        code_ids=coder_of(backend_name),
     )
-    return one_way(
-        "contrastive",
-        queries,
-        keys,
+    return query_loss(
+        op,
+        x,
+        columns.gather(y),
         logit_scale,
-        matching,
+        pairs,
+        columns,
         negatives=negatives,
         weights=weights,
         label_smoothing=label_smoothing,
         reduction=reduction,
-        backend=backend,
+        backend=backend_name,
         stash=stash,
     )
 
 
-def one_way(
-    op: str,
+def contrastive_parts(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor | float,
-    matching: Matching,
     *,
-    negatives: Tensor | None = None,
-    weights: Tensor | None = None,
-    label_smoothing: float = 0,
-    reduction: str = "mean",
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: SameId = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
     backend: str = "auto",
     stash: bool | None = None,
-    average: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``contrastive``; ``average`` averages a divisor over ranks."""
-    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
-    checks.one_of(op, "same_id", matching.same_id, pairs.SAME_ID)
-    checks.label_smoothing(op, label_smoothing)
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two parts of ``contrastive``, to compose your own loss.
+
+    To join several sets of keys, such as the batch and each query's own negatives, take the
+    ``logaddexp`` of their log-sum-exps.
+
+    The arguments are those of ``contrastive``.
+
+    Returns:
+        Log-sum-exp over the keys that each query sees (-inf: none), even if positives is -100,
+        and mean logit of its positives (0: none); float32 [N] (float64 for float64 input). Both
+        are as exact as fp32 at the size of the mean: a positive's bias of -1e6 costs 0.1 nats.
+    Raises:
+        ValueError, TypeError: as in ``contrastive``.
+
+    Example:
+        >>> queries, keys = torch.randn(2, 4, 16)
+        >>> level, positive = protoclip.contrastive_parts(queries, keys, 1.0)
+        >>> (level - positive).shape  # the loss of each query
+        torch.Size([4])
+    """
+    op = "contrastive_parts"
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
-    if negatives is not None:
-        checks.negatives(op, negatives, x)
-        x, y, negatives = checks.promoted(x, y, negatives)
-    n, m = x.shape[0], y.shape[0]
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
-    if weights is not None:
-        checks.weights(op, weights, x, backend_name)
-    counted = torch.ones((), dtype=accumulator(x), device=x.device).expand(n)
-    fits = matching.plain and negatives is None and matching.offset + n <= m
-    if backend_name != "reference" and fits:
-        reduces = weights is None and average is None and not label_smoothing
-        losses = diagonal_losses(
-            x,
-            y,
-            logit_scale,
-            offset=matching.offset,
-            both_directions=False,
-            label_smoothing=label_smoothing,
-            reduction=reduction if reduces else "none",
-            backend=backend_name,
-            stash=stash,
-        )
-        if reduces:
-            return losses
-    else:
-        by_query = query_losses(
-            op,
-            x,
-            y,
-            logit_scale,
-            matching,
-            negatives=negatives,
-            label_smoothing=label_smoothing,
-            backend=backend_name,
-            stash=stash,
-        )
-        losses = by_query.gap.where(by_query.counted, 0)
-        counted = by_query.counted.to(losses.dtype)
-    return reduce_weighted(losses, counted, weights, reduction, average)
-
-
-class Views(NamedTuple):
-    """Rows that are queries and keys of each other."""
-
-    features: Tensor  # [N, D]
-    logit_scale: Tensor
-    matching: Matching
-    weights: Tensor | None  # [N]
+    columns = columns_of(op, group, y)
+    pairs = pairs_of(
+        op,
+        x,
+        y.shape[0],
+        positives=positives,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        same_id=same_id,
+        exclude=exclude,
+        key_bias=key_bias,
+        columns=columns,
+        code_ids=coder_of(backend_name),
+    )
+    keys = columns.gather(y)
+    losses = query_losses(op, x, keys, logit_scale, pairs, backend=backend_name, stash=stash)
+    return losses.loss_per_query + losses.positive_mean, losses.positive_mean
 
 
 def nt_xent(
@@ -187,6 +295,7 @@ def nt_xent(
     label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """SimCLR's loss: each view against the other 2N - 1; its sample's other view is the positive.
 
@@ -199,7 +308,8 @@ def nt_xent(
             no loss.
         weights: float32 [N] >= 0, one per sample, for both of its views.
         label_smoothing: as in ``contrastive``.
-        logit_scale, reduction, backend: as in ``contrastive``; "none" gives [2N], views_a first.
+        logit_scale, reduction, backend, group: as in ``contrastive``; "none" gives [2N], views_a
+            first.
     Returns:
         float32 [], nats per view.
     Source:
@@ -211,11 +321,30 @@ def nt_xent(
         torch.Size([])
     """
     op = "nt_xent"
-    views = two_views(op, views_a, views_b, logit_scale, ids, same_id, decoupled, weights)
-    return against_each_other(
+    x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
+    n = x.shape[0]
+    columns = columns_of(op, group, x)
+    if ids is not None:
+        ids = check_ids(op, "ids", ids, n, x.device)
+    elif decoupled:  # what is not seen is told by ids
+        first_sample = columns.first(n)
+        ids = torch.arange(first_sample, first_sample + n, device=x.device)
+    if weights is not None:
+        checks.weights(op, weights, x, "")
+        weights = torch.cat([weights, weights])
+    first = columns.first(2 * n)
+    itself = torch.arange(first, first + 2 * n, device=x.device)
+    return self_contrastive(
         op,
-        views,
+        torch.cat([x, y]),
+        logit_scale,
+        columns,
+        ids=None if ids is None else torch.cat([ids, ids]),
+        same_id=same_id,
+        itself=itself,
+        positives=itself.roll(n),
         decoupled=decoupled,
+        weights=weights,
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
@@ -231,6 +360,7 @@ def sup_con(
     label_smoothing: float = 0,
     reduction: str = "mean",
     backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The supervised contrastive loss: all other rows with a row's label are its positives.
 
@@ -239,8 +369,8 @@ def sup_con(
         labels: int64 [N]; a row whose label no other row has, or whose label is not known (-100),
             is left out, and is a negative of the others.
         weights: float32 [N] >= 0, one per sample, for all of its views.
-        logit_scale, label_smoothing, reduction, backend: as in ``contrastive``; "none" gives one
-            value per view, [N] or [N, V].
+        logit_scale, label_smoothing, reduction, backend, group: as in ``contrastive``; "none"
+            gives one value per view, [N] or [N, V].
     Returns:
         float32 [], nats per row.
     Source:
@@ -252,60 +382,7 @@ def sup_con(
         torch.Size([])
     """
     op = "sup_con"
-    views = labelled_views(op, features, labels, logit_scale, weights)
-    losses = against_each_other(
-        op,
-        views,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        backend=backend,
-    )
-    return losses.reshape(features.shape[:-1]) if reduction == "none" else losses
-
-
-def two_views(
-    op: str,
-    views_a: Tensor,
-    views_b: Tensor,
-    logit_scale: Tensor | float,
-    ids: Tensor | None,
-    same_id: SameId,
-    decoupled: bool,
-    weights: Tensor | None,
-    first: int = 0,
-) -> Views:
-    """The arguments of ``nt_xent`` for views that are keys ``first`` and following."""
-    x, y, logit_scale = checks.equal_rows(op, views_a, views_b, logit_scale)
-    if ids is not None:
-        ids = pairs.check_ids(op, "ids", ids, x.shape[0], x.device)
-    elif decoupled:  # what is not seen is told by ids
-        ids = torch.arange(first, first + x.shape[0], device=x.device)
-    if ids is not None:
-        ids = torch.cat([ids, ids])
-    if weights is not None:
-        checks.weights(op, weights, x, "")
-        weights = torch.cat([weights, weights])
-    features = torch.cat([x, y])
-    itself = torch.arange(first, first + features.shape[0], device=x.device)
-    matching = Matching(
-        positives=itself.roll(x.shape[0]),
-        query_ids=ids,
-        key_ids=ids,
-        same_id=same_id,
-        exclude=itself,
-    )
-    return Views(features, logit_scale, matching, weights)
-
-
-def labelled_views(
-    op: str,
-    features: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor | float,
-    weights: Tensor | None,
-    first: int = 0,
-) -> Views:
-    """The arguments of ``sup_con`` for rows that are keys ``first`` and following."""
+    rows = features
     if isinstance(features, Tensor) and features.ndim == 3:
         samples = features[:, 0] if features.shape[1] else features.flatten(1)
         labels = checks.labels(op, labels, samples)
@@ -313,67 +390,91 @@ def labelled_views(
             checks.weights(op, weights, samples, "")
             weights = weights.repeat_interleave(features.shape[1])
         labels = labels.repeat_interleave(features.shape[1])
-        features = features.flatten(0, 1)
-    x, _, logit_scale = checks.strip(op, ("features", "features"), features, features, logit_scale)
+        rows = features.flatten(0, 1)
+    x, _, logit_scale = checks.strip(op, ("features", "features"), rows, rows, logit_scale)
     labels = checks.labels(op, labels, x)
+    columns = columns_of(op, group, x)
+    first = columns.first(x.shape[0])
     itself = torch.arange(first, first + x.shape[0], device=x.device)
     # Rows of unknown labels have a label each.
     labels = labels.where(labels != checks.LEFT_OUT, itself + torch.iinfo(torch.int64).min)
-    matching = Matching(query_ids=labels, key_ids=labels, same_id="positive", exclude=itself)
-    return Views(x, logit_scale, matching, weights)
+    losses = self_contrastive(
+        op,
+        x,
+        logit_scale,
+        columns,
+        ids=labels,
+        same_id="positive",
+        itself=itself,
+        weights=weights,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+    )
+    return losses.reshape(features.shape[:-1]) if reduction == "none" else losses
 
 
-def against_each_other(
+def self_contrastive(
     op: str,
-    views: Views,
+    x: Tensor,
+    logit_scale: Tensor,
+    columns: Local,
     *,
-    keys: Tensor | None = None,
-    matching: Matching | None = None,
+    ids: Tensor | None,
+    same_id: str,
+    itself: Tensor,
+    positives: Tensor | None = None,
     decoupled: bool = False,
+    weights: Tensor | None,
     label_smoothing: float,
     reduction: str,
     backend: str,
-    average: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The loss of views against each other; or against ``keys``, with their ``matching``: the views
-    of all ranks, over which ``average`` averages a divisor."""
-    keys = views.features if keys is None else keys
-    matching = views.matching if matching is None else matching
-    if not decoupled:
-        return one_way(
-            op,
-            views.features,
-            keys,
-            views.logit_scale,
-            matching,
-            weights=views.weights,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            backend=backend,
-            average=average,
-        )
+    """The loss of rows that are queries and keys of each other, at the positions ``itself``."""
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.label_smoothing(op, label_smoothing)
-    x = views.features
-    scale = views.logit_scale
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
-    if views.weights is not None:
-        checks.weights(op, views.weights, x, backend_name)
-    matched = pairs.pairs_of(op, x, keys.shape[0], matching)
-    positives = positive_means(x, keys, scale, matched)
-    without_own = torch.full((x.shape[0],), checks.LEFT_OUT, device=x.device)
-    negatives = replace(matching, positives=without_own, same_id="exclude")
-    # A gap without positives is the log-sum-exp.
+    if weights is not None:
+        checks.weights(op, weights, x, backend_name)
+    pairs = pairs_of(
+        op,
+        x,
+        x.shape[0],
+        positives=positives,
+        query_ids=ids,
+        key_ids=ids,
+        same_id=same_id,
+        exclude=itself,
+        columns=columns,
+        code_ids=coder_of(backend_name),
+    )
+    keys = columns.gather(x)
+    if not decoupled:
+        return query_loss(
+            op,
+            x,
+            keys,
+            logit_scale,
+            pairs,
+            columns,
+            weights=weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            backend=backend_name,
+        )
+    positive = positive_means(x, keys, logit_scale, pairs)
+    # Without positives, whose ids hide them, a query's loss is the log-sum-exp.
+    no_key = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
+    negatives = replace(pairs, own_key=no_key, same_positive=False)
     log_sum_exp = query_losses(
         op,
         x,
         keys,
-        scale,
+        logit_scale,
         negatives,
         label_smoothing=label_smoothing,
         backend=backend_name,
-        stash=None,
-    ).gap
-    counted = (positives.number > 0) & (log_sum_exp != -torch.inf)
-    losses = (log_sum_exp - (1 - label_smoothing) * positives.mean).where(counted, 0)
-    return reduce_weighted(losses, counted.to(losses.dtype), views.weights, reduction, average)
+    ).loss_per_query
+    counted = (positive.number > 0) & (log_sum_exp != -torch.inf)
+    losses = (log_sum_exp - (1 - label_smoothing) * positive.mean).where(counted, 0)
+    return reduce_weighted(losses, counted.to(losses.dtype), weights, reduction, columns)

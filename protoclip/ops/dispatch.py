@@ -121,8 +121,12 @@ ROW_OF = {  # public name -> row of TABLE, where they differ
     "nt_xent": "contrastive",
     "sup_con": "contrastive",
     "contrastive_parts": "contrastive",
-    "siglip": "sigmoid_loss",
     "prototype_losses": "prototype_cross_entropy",
+    "ClipLoss": "info_nce",
+    "SigLipLoss": "sigmoid_loss",
+    "ProtoClipLoss": "info_nce",
+    "kmeans": "kmeans_assign",
+    "KMeans": "kmeans_assign",
 }
 AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # then the reference
 

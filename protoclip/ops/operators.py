@@ -6,26 +6,23 @@ more.
 
 from __future__ import annotations
 
-import inspect
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from protoclip.ops.columns import LOCAL, Local
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
 _LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
-# Arguments that an op has for itself; the functions of backends do not take them.
-OF_THE_OP = frozenset({"backend", "reduction", "half_sum", "keep_stash"})
-
-PassTo = Callable[..., Any]  # (function, further arguments by name) -> the function's results
 Parameters = ParamSpec("Parameters")
 Named = TypeVar("Named")
 
@@ -76,41 +73,6 @@ def operator(
     return register
 
 
-def backend_operator(
-    name: str,
-    shapes: Callable[[Any], Tensor | tuple[Tensor, ...]],
-    results: Callable[..., Named],
-) -> Callable[[Callable[Concatenate[PassTo, Parameters], Any]], Callable[Parameters, Named]]:
-    """``operator`` for an op that a backend's function computes.
-
-    The body's first parameter, which is none of the op's, calls that function with the op's
-    arguments by name, except ``OF_THE_OP`` and an empty stash, and with further ones given there.
-    """
-
-    def register(body: Callable[..., Any]) -> Callable[..., Named]:
-        signature = inspect.signature(body)
-        parameters = list(signature.parameters.values())[1:]
-        names = [parameter.name for parameter in parameters]
-
-        def run(*values: Any) -> Any:
-            def pass_to(function: Callable[..., Any], **arguments: Any) -> Any:
-                for name, value in zip(names, values, strict=True):
-                    if name not in OF_THE_OP:
-                        arguments[name] = value
-                if "stash" in arguments and not arguments["stash"].numel():
-                    del arguments["stash"]
-                return function(**arguments)
-
-            return body(pass_to, *values)
-
-        run.__name__ = body.__name__
-        run.__doc__ = body.__doc__
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return operator(name, shapes, results)(run)
-
-    return register
-
-
 def single(tensor: Tensor) -> Tensor:
     """``results`` of an op that returns one tensor."""
     return tensor
@@ -137,59 +99,12 @@ def define_gradient(
         tensors = output if isinstance(output, tuple) else (output,)
         save(ctx, arguments._make(inputs), registered.results(*tensors))
 
-    def gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         by_name = backward(ctx, registered.results(*grads))
         return tuple(map(by_name.get, arguments._fields))
 
-    _define_autograd(registered.op, keep, gradients)
-
-
-# Of torch._C; torch's own register_autograd is made of them in 2.8 to 2.15.
-PRIVATE = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
-
-
-def _define_autograd(
-    op: Any,
-    keep: Callable[[Any, Sequence[Any], Any], None],
-    gradients: Callable[..., tuple[Any, ...]],
-) -> None:
-    """What ``torch.library.register_autograd`` does, for ops without defaults, in less time (torch
-    2.15, Zen 3, a tiny op: 37 us forward, 159 with backward; 46 and 177 by that); and that itself
-    where torch has lost a private name that this takes.
-
-    Args:
-        keep: (ctx, inputs, output) -> None.
-        gradients: (ctx, gradients of the results) -> gradients of the inputs.
-    """
-    if not all(hasattr(torch._C, name) for name in PRIVATE):
-        name = op._schema.name
-        torch.library.register_autograd(
-            name, lambda ctx, *grads: gradients(ctx, grads), setup_context=keep, lib=_LIBRARY
-        )
-        return
-
-    def without_autograd(keyset: Any, values: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *values)
-
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            values = inputs[:-1]
-            output = without_autograd(inputs[-1], values)
-            keep(ctx, values, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return (*gradients(ctx, grads), None)
-
-    def call(keyset: Any, *values: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-            return Gradient.apply(*values, keyset)
-        return without_autograd(keyset, values)
-
-    _LIBRARY.impl(op._schema.name, call, "Autograd", with_keyset=True)
+    name = registered.op._schema.name
+    torch.library.register_autograd(name, gradients, setup_context=keep, lib=_LIBRARY)
 
 
 def save(ctx: Any, **values: Any) -> None:
@@ -225,13 +140,13 @@ def call_saved(function: Callable[..., Named], saved: Any, **given: Any) -> Name
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:
     """Asking for a gradient of the function's op, a second derivative of ``public``, raises."""
 
-    def refuse(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    def refuse(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         raise RuntimeError(
             f"{public}: its fused backends have no second derivative; use backend='reference' for "
             "it"
         )
 
-    _define_autograd(_REGISTERED[function].op, lambda ctx, inputs, output: None, refuse)
+    torch.library.register_autograd(_REGISTERED[function].op._schema.name, refuse, lib=_LIBRARY)
 
 
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
@@ -263,10 +178,10 @@ def gradient_like(gradient: Tensor, scalar: Tensor) -> Tensor:
     return gradient.to(scalar.dtype).reshape(scalar.shape)
 
 
-def direction_weight(half_sum: bool, reduction: str, n: int) -> float:
+def direction_weight(both_directions: bool, reduction: str, n: int) -> float:
     """What the loss of one direction counts in the result: 1/2 where a pair's loss is half the sum
     of both directions, 1/N of that for the mean."""
-    weight = 0.5 if half_sum else 1.0
+    weight = 0.5 if both_directions else 1.0
     return weight / max(n, 1) if reduction == "mean" else weight
 
 
@@ -284,11 +199,11 @@ def reduce_weighted(
     counted: Tensor,
     weights: Tensor | None,
     reduction: str,
-    average: Callable[[Tensor], Tensor] | None = None,
+    columns: Local = LOCAL,
 ) -> Tensor:
     """Weighted losses [N]: their mean, over the total weight of the rows that are ``counted`` (1: a
-    row has a loss, 0: it has none), their sum, or themselves. ``average`` averages the total over
-    ranks."""
+    row has a loss, 0: it has none) averaged over the ranks of ``columns``, their sum, or
+    themselves."""
     row_weights = counted
     if weights is not None:
         weights = weights.to(losses.dtype)
@@ -296,7 +211,7 @@ def reduce_weighted(
         row_weights = counted * weights
     if reduction != "mean":
         return losses.sum() if reduction == "sum" else losses
-    total = row_weights.sum() if average is None else average(row_weights.sum())
+    total = columns.mean(row_weights.sum())
     return losses.sum() / total.where(total > 0, 1)
 
 

@@ -8,10 +8,9 @@ N queries q_i and M keys k_j have the logits l_ij = s q_i.k_j + b_j. Own_i is th
     "exclude"    Own - E                    ((all - Same) + Own) - E
     "positive"   (Own + Same) - E           all - E
 
-A key whose bias is -inf is in neither set. A query's loss is its gap: the LSE over S_i minus the
-mean over P_i; a query without positives has no loss. This file turns a user's arguments
-(``Matching``) into the form that every backend takes (``Pairs``); ``reference.relations`` computes
-the sets.
+A key whose bias is -inf is in neither set. A query's loss is the LSE over S_i minus the mean over
+P_i; a query without positives has no loss. This file turns a user's arguments into the form that
+every backend takes (``Pairs``); ``reference.relations`` computes the sets.
 """
 
 from __future__ import annotations
@@ -27,42 +26,12 @@ from torch import Tensor
 from protoclip.kernels.results import IdCodes
 from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
+from protoclip.ops.columns import LOCAL, Local
 
 SAME_ID = ("exclude", "positive")
 LEAST_BIAS = -5e29  # that is added to a key; only one of -inf removes it
 SameId = Literal["exclude", "positive"]
 CodeIds = Callable[[Tensor | None, Tensor], IdCodes]
-
-
-@dataclass(frozen=True)
-class Matching:
-    """The arguments of ``contrastive`` about N queries and M keys."""
-
-    positives: Tensor | None = None  # int64 [N] or [N, P]
-    query_ids: Tensor | None = None  # int64 [N] or [N, R]
-    key_ids: Tensor | None = None  # int64 [M] or [M, R]
-    same_id: str = "exclude"
-    exclude: Tensor | None = None  # int64 [N]
-    key_bias: Tensor | None = None  # [M]
-    offset: int = 0  # without positives, query i's own key is key i + offset
-
-    def __post_init__(self) -> None:
-        shared = self.query_ids is self.key_ids  # the ops use that
-        for name in ("positives", "query_ids", "key_ids", "exclude"):
-            object.__setattr__(self, name, checks.as_int64(getattr(self, name)))
-        if shared:
-            object.__setattr__(self, "query_ids", self.key_ids)
-
-    @property
-    def plain(self) -> bool:
-        """No arguments: each query has its own key and sees all keys."""
-        return (
-            self.positives is None
-            and self.query_ids is None
-            and self.key_ids is None
-            and self.exclude is None
-            and self.key_bias is None
-        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +48,16 @@ class Pairs:
     others: Tensor | None = None  # int64 [N, P], further own keys, for plain torch; -1: none
     left_out: Tensor | None = None  # bool [N], queries that have no loss
     out_of_range: Tensor | None = None  # bool [N], queries with a position out of range
+
+    @property
+    def plain(self) -> bool:
+        """Each query has its own key at the offset and sees all keys."""
+        return (
+            self.own_key is None
+            and self.exclude is None
+            and self.key_ids is None
+            and self.key_bias is None
+        )
 
     def tensors(self) -> dict[str, Any]:
         """The arguments about pairs of the contrastive op and its backends, by name."""
@@ -98,46 +77,81 @@ class Pairs:
         return {name: getattr(self, name) for name in names}
 
 
-class Gaps(NamedTuple):
-    """The loss of each query in two parts, in nats, [N] each."""
+class QueryParts(NamedTuple):
+    """The loss of each query and what it is made of, in nats, [N] each."""
 
-    gap: Tensor  # LSE over the keys seen - mean positive
+    loss_per_query: Tensor  # LSE over the keys seen - mean positive
     positive_mean: Tensor  # mean logit of the positives, 0 without any
     num_positives: Tensor
 
 
 def pairs_of(
-    op: str, queries: Tensor, m: int, matching: Matching, code_ids: CodeIds | None = None
+    op: str,
+    queries: Tensor,
+    m: int,
+    *,
+    positives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same_id: str = "exclude",
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    columns: Local = LOCAL,
+    offset: int = 0,
+    code_ids: CodeIds | None = None,
 ) -> Pairs:
-    """Check the arguments for queries [N, D] and M keys, and convert them for the backends;
-    ``code_ids`` takes the place of ``sorted_ids``."""
+    """Check the arguments of ``contrastive`` about queries [N, D] and M keys, gather those about
+    keys from the ranks of ``columns``, and convert all for the backends.
+
+    Without positives query i's own key is key i + ``offset`` of this rank. ``code_ids`` takes the
+    place of ``sorted_ids``."""
     n = queries.shape[0]
     device = queries.device
-    checks.one_of(op, "same_id", matching.same_id, SAME_ID)
-    key_bias = matching.key_bias
+    checks.one_of(op, "same_id", same_id, SAME_ID)
     if key_bias is not None:
         dtypes = [torch.float32, torch.promote_types(queries.dtype, torch.float32)]
         checks.tensor(op, "key_bias", key_bias, dtypes=dtypes, shapes=[(m,)], device=device)
         # Kernels have a number of their own for what is not seen.
         key_bias = key_bias.clamp_min(LEAST_BIAS).where(key_bias != -torch.inf, -torch.inf)
-        key_bias = key_bias.contiguous()  # kernels take no strides of it, nor of ids and positions
-    exclude = matching.exclude
+        # Kernels take no strides of it, nor of ids and positions.
+        key_bias = columns.gather(key_bias.contiguous())
     if exclude is not None:
-        _check_integers(op, "exclude", exclude, [(n,)], device)
-    same_positive = matching.key_ids is not None and matching.same_id == "positive"
+        exclude = _integers(op, "exclude", exclude, [(n,)], device)
+    same_ids = query_ids is key_ids
+    if key_ids is not None:
+        key_ids = check_ids(op, "key_ids", key_ids, m, device)
+        query_ids = key_ids if same_ids else query_ids
+        key_ids = columns.gather(key_ids)
+    offset = offset + columns.first(m)
+    m = m * columns.size
+    same_positive = key_ids is not None and same_id == "positive"
     own_keys = _OwnKeys()
-    offset = matching.offset
-    if matching.positives is not None:
-        own_keys = _own_keys(op, matching.positives, n, m, device, exclude, key_bias)
+    own_offset = offset
+    if positives is not None:
+        own_keys = _own_keys(op, positives, n, m, device, exclude, key_bias)
     elif same_positive:
-        offset = -n  # there are no keys at -n to -1
-    elif exclude is not None or matching.offset + n > m:
+        own_offset = -n  # there are no keys at -n to -1
+        if query_ids is None:
+            raise ValueError(
+                f"{op}: expected query_ids, got none, and no positives whose ids could be used; "
+                "pass one of the two"
+            )
+    elif exclude is not None or offset + n > m:
         raise ValueError(
             f"{op}: expected positives, the position of each query's own key, got none with "
             + ("exclude" if exclude is not None else f"{n} queries and {m} keys")
             + "; without them query i's own key is key i"
         )
-    codes = _codes(op, matching, own_keys.position, n, m, device, code_ids or sorted_ids)
+    codes: IdCodes | None = None
+    if key_ids is not None:
+        if query_ids is not None and not same_ids:
+            shapes: list[tuple[int, ...]] = [(n, 2)] if key_ids.shape == (m, 2) else [(n,), (n, 1)]
+            query_ids = _integers(op, "query_ids", query_ids, shapes, device)
+        codes = _codes(query_ids, key_ids, own_keys.position, offset, n, code_ids or sorted_ids)
+    elif query_ids is not None:
+        raise ValueError(
+            f"{op}: expected key_ids with query_ids, got none; without key_ids no key has an id"
+        )
     out_of_range = own_keys.out_of_range
     if exclude is not None:
         beyond = exclude >= m
@@ -145,7 +159,7 @@ def pairs_of(
         exclude = exclude.where(~beyond, -1).clamp_min(-1).int()
     return Pairs(
         own_key=None if own_keys.position is None else own_keys.position.int(),
-        offset=offset,
+        offset=own_offset,
         exclude=exclude,
         query_ids=None if codes is None else codes.query,
         key_ids=None if codes is None else codes.key,
@@ -160,7 +174,7 @@ def pairs_of(
 class _OwnKeys(NamedTuple):
     """The own keys of N queries; None: there are none such."""
 
-    # int64 [N], of the first; -1: none. None: query i's is key i + ``Matching.offset``.
+    # int64 [N], of the first; -1: none. None: query i's is key i + ``offset``.
     position: Tensor | None = None
     others: Tensor | None = None  # int64 [N, P]; -1: none
     left_out: Tensor | None = None  # bool [N]
@@ -181,7 +195,7 @@ def _own_keys(
     several = isinstance(positives, Tensor) and positives.ndim == 2
     if several:
         shapes.append((n, max(positives.shape[1], 1)))
-    _check_integers(op, "positives", positives, shapes, device)
+    positives = _integers(op, "positives", positives, shapes, device)
     left_out = positives == LEFT_OUT
     inside = (positives >= 0) & (positives < m)
     out_of_range = ~(inside | left_out)
@@ -228,52 +242,35 @@ def refuse_out_of_range(op: str, pairs: Pairs, num_keys: int) -> None:
 
 def check_ids(op: str, name: str, ids: Any, count: int, device: torch.device) -> Tensor:
     """Require integers [count] or [count, R], R <= 2; return them as int64."""
-    ids = checks.as_int64(ids)
-    _check_integers(op, name, ids, [(count,), (count, 1), (count, 2)], device)
-    return ids
+    return _integers(op, name, ids, [(count,), (count, 1), (count, 2)], device)
 
 
-def _check_integers(
+def _integers(
     op: str, name: str, x: Any, shapes: list[tuple[int, ...]], device: torch.device
-) -> None:
+) -> Tensor:
+    x = checks.as_int64(x)
     checks.tensor(op, name, x, dtypes=checks.INTEGERS, shapes=shapes, device=device)
+    return x
 
 
 def _codes(
-    op: str,
-    matching: Matching,
+    query_ids: Tensor | None,
+    key_ids: Tensor,
     own_key: Tensor | None,
+    offset: int,
     n: int,
-    m: int,
-    device: torch.device,
     code_ids: CodeIds,
-) -> IdCodes | None:
-    query_ids = matching.query_ids
-    key_ids = matching.key_ids
-    if key_ids is None:
-        if query_ids is None:
-            return None
-        raise ValueError(
-            f"{op}: expected key_ids with query_ids, got none; without key_ids no key has an id"
-        )
-    check_ids(op, "key_ids", key_ids, m, device)
-    if query_ids is not None:
-        two_columns = key_ids.shape == (m, 2)
-        shapes: list[tuple[int, ...]] = [(n, 2)] if two_columns else [(n,), (n, 1)]
-        _check_integers(op, "query_ids", query_ids, shapes, device)
-    elif matching.positives is None and matching.same_id == "positive":
-        raise ValueError(
-            f"{op}: expected query_ids, got none, and no positives whose ids could be used; "
-            "pass one of the two"
-        )
-    other_queries = None if query_ids is key_ids else query_ids
-    codes = code_ids(other_queries, key_ids)
-    if other_queries is not None:
-        return codes
+) -> IdCodes:
+    """Ids as small numbers; without query ids those of the own keys, key i + ``offset`` of query i
+    without ``own_key``."""
     if query_ids is key_ids:
+        codes = code_ids(None, key_ids)
         return IdCodes(codes.key, codes.key)
+    codes = code_ids(query_ids, key_ids)
+    if query_ids is not None:
+        return codes
     if own_key is None:
-        return IdCodes(codes.key[:, matching.offset : matching.offset + n], codes.key)
+        return IdCodes(codes.key[:, offset : offset + n], codes.key)
     # The padding is for queries without their own key.
     return IdCodes(F.pad(codes.key, (0, 1), value=-1)[:, own_key], codes.key)
 

@@ -20,13 +20,12 @@ from protoclip.ops import checks, reference
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.operators import (
-    PassTo,
     accumulator,
-    backend_operator,
     call_saved,
     define_gradient,
     empty,
     gradient_like,
+    operator,
     reduce,
     reduce_weighted,
     refuse_gradient,
@@ -57,9 +56,8 @@ def _sample_losses_shapes(arguments: Any) -> SampleLosses:
     )
 
 
-@backend_operator("prototype_cross_entropy", _sample_losses_shapes, SampleLosses)
+@operator("prototype_cross_entropy", _sample_losses_shapes, SampleLosses)
 def sample_losses(
-    pass_to: PassTo,
     features: Tensor,
     prototypes: Tensor,
     targets: Tensor,
@@ -74,7 +72,17 @@ def sample_losses(
     """The loss of each sample, or their sum, or their mean over those with a label; ``targets`` is
     [0, D] for hard labels."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_fwd")
-    return pass_to(run, reduction=reduction)
+    return run(
+        features=features,
+        prototypes=prototypes,
+        targets=targets,
+        labels=labels,
+        logit_scale=logit_scale,
+        need_grad=need_grad,
+        need_nearest=need_nearest,
+        need_scale_gradient=need_scale_gradient,
+        reduction=reduction,
+    )
 
 
 def _scaled_gradients_shapes(arguments: Any) -> ScaledGradients:
@@ -84,9 +92,8 @@ def _scaled_gradients_shapes(arguments: Any) -> ScaledGradients:
     )
 
 
-@backend_operator("prototype_cross_entropy_scale", _scaled_gradients_shapes, ScaledGradients)
+@operator("prototype_cross_entropy_scale", _scaled_gradients_shapes, ScaledGradients)
 def scaled_gradients(
-    pass_to: PassTo,
     grad: Tensor,
     divisor: Tensor,
     logit_scale: Tensor,
@@ -98,16 +105,22 @@ def scaled_gradients(
     """What the forward pass saved times the upstream gradient, [N] or, with a ``divisor``, []. A
     saved gradient of no rows is not wanted."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_scale")
-    return pass_to(run)
+    return run(
+        grad=grad,
+        divisor=divisor,
+        logit_scale=logit_scale,
+        gradient=gradient,
+        scale_gradient=scale_gradient,
+        features=features,
+    )
 
 
 def _prototype_gradient_shapes(arguments: Any) -> Tensor:
     return arguments.prototypes.new_empty(arguments.prototypes.shape)
 
 
-@backend_operator("prototype_cross_entropy_bwd", _prototype_gradient_shapes, single)
+@operator("prototype_cross_entropy_bwd", _prototype_gradient_shapes, single)
 def prototype_gradient(
-    pass_to: PassTo,
     features: Tensor,
     prototypes: Tensor,
     labels: Tensor,
@@ -120,7 +133,16 @@ def prototype_gradient(
 ) -> Tensor:
     """logit_scale * sum_i w_i (p_ik - [hard and y_i = k]) h_i, [K, D] in the prototypes' dtype."""
     run = function("prototype_cross_entropy", backend, "prototype_cross_entropy_bwd")
-    return pass_to(run)
+    return run(
+        features=features,
+        prototypes=prototypes,
+        labels=labels,
+        logit_scale=logit_scale,
+        row_max=row_max,
+        row_sum=row_sum,
+        weight=weight,
+        hard=hard,
+    )
 
 
 def _save_sample_losses(ctx: Any, arguments: Any, results: SampleLosses) -> None:
@@ -404,8 +426,9 @@ def _reference(
     soft = targets if targets.shape[0] else None
     loss = reference.prototype_cross_entropy(features, prototypes, labels, logit_scale, soft)
     with torch.no_grad():
-        wide = accumulator(features)
-        logits = torch.sign(logit_scale).to(wide) * features.to(wide) @ prototypes.to(wide).T
+        acc_dtype = accumulator(features)
+        sign = torch.sign(logit_scale).to(acc_dtype)
+        logits = sign * features.to(acc_dtype) @ prototypes.to(acc_dtype).T
         return loss, logits.argmax(dim=1) if k else torch.zeros_like(labels)
 
 

@@ -13,12 +13,12 @@ from protoclip.kernels.results import SigmoidGradients
 from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.operators import accumulator, in_transform
-from protoclip.ops.pairs import Gaps, Pairs
+from protoclip.ops.pairs import Pairs, QueryParts
 
 _CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
 
 
-def _wide(x: Tensor) -> Tensor:
+def _acc(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -29,8 +29,8 @@ def info_nce(
     label_smoothing: float = 0,
 ) -> Tensor:
     """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
-    scale = _wide(logit_scale).reshape(())
-    logits = scale * _wide(image_features) @ _wide(text_features).T  # [N, N]
+    scale = _acc(logit_scale).reshape(())
+    logits = scale * _acc(image_features) @ _acc(text_features).T  # [N, N]
     labels = torch.arange(logits.shape[0], device=logits.device)
     image_to_text = F.cross_entropy(
         logits, labels, reduction="none", label_smoothing=label_smoothing
@@ -62,28 +62,28 @@ def relations(pairs: Pairs, queries: Tensor, num_keys: int) -> tuple[Tensor, Ten
 
 def contrastive(
     x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, both_directions: bool
-) -> tuple[Gaps, Gaps | None]:
-    """[N, D], [M, D] -> the gaps of the rows, [N], and with ``both_directions`` those of the
+) -> tuple[QueryParts, QueryParts | None]:
+    """[N, D], [M, D] -> the losses of the rows, [N], and with ``both_directions`` those of the
     columns, [M]."""
-    logits = _wide(logit_scale).reshape(()) * (_wide(x) @ _wide(y).T)
+    logits = _acc(logit_scale).reshape(()) * (_acc(x) @ _acc(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
     seen, positive = relations(pairs, x, y.shape[0])
-    rows = _gaps(logits, seen, positive)
-    return rows, _gaps(logits.T, seen.T, positive.T) if both_directions else None
+    rows = _query_parts(logits, seen, positive)
+    return rows, _query_parts(logits.T, seen.T, positive.T) if both_directions else None
 
 
-def _gaps(logits: Tensor, seen: Tensor, positive: Tensor) -> Gaps:
+def _query_parts(logits: Tensor, seen: Tensor, positive: Tensor) -> QueryParts:
     count = positive.sum(dim=1)
     mean = logits.where(positive, 0).sum(dim=1) / count.clamp_min(1)
     visible = logits.where(seen, -torch.inf)
     if logits.shape[1] == 0:
-        return Gaps(visible.sum(dim=1) - torch.inf, mean, count)
+        return QueryParts(visible.sum(dim=1) - torch.inf, mean, count)
     top = visible.detach().amax(dim=1)
     top = top.where(top != -torch.inf, 0)
     total = (visible - top[:, None]).exp().sum(dim=1)
-    gap = total.where(total != 0, 1).log() + (top - mean)
-    return Gaps(gap.where(total != 0, -torch.inf), mean, count)
+    losses = total.where(total != 0, 1).log() + (top - mean)
+    return QueryParts(losses.where(total != 0, -torch.inf), mean, count)
 
 
 def sigmoid_loss(
@@ -91,8 +91,8 @@ def sigmoid_loss(
 ) -> Tensor:
     """[N, D], [M, D], scalars -> [N]: sum of softplus(-z (logit_scale x.y + logit_bias)) over the
     keys seen, z = 1 at positives and -1 elsewhere."""
-    logits = _wide(logit_scale).reshape(()) * _wide(x) @ _wide(y).T  # [N, M]
-    logits = logits + _wide(logit_bias).reshape(())
+    logits = _acc(logit_scale).reshape(()) * _acc(x) @ _acc(y).T  # [N, M]
+    logits = logits + _acc(logit_bias).reshape(())
     seen, positive = relations(pairs, x, y.shape[0])
     # Not softplus, whose exponential overflows in fp32 above a logit of 89.
     losses = -F.logsigmoid(torch.where(positive, logits, -logits))
@@ -103,12 +103,12 @@ def sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs, grad: Tensor
 ) -> SigmoidGradients:
     """The gradients of sum(grad * sigmoid_loss(...)), grad [N]."""
-    x, y = _wide(x), _wide(y)
-    scale = _wide(logit_scale).reshape(())
+    x, y = _acc(x), _acc(y)
+    scale = _acc(logit_scale).reshape(())
     dots = x @ y.T
     seen, positive = relations(pairs, x, y.shape[0])
     sign = torch.where(positive, 1.0, -1.0).to(dots.dtype)
-    logits = scale * dots + _wide(logit_bias).reshape(())
+    logits = scale * dots + _acc(logit_bias).reshape(())
     dlogits = (-sign * torch.sigmoid(-sign * logits) * grad[:, None]).where(seen, 0)
     return SigmoidGradients(
         dx=scale * dlogits @ y,
@@ -126,20 +126,20 @@ def prototype_cross_entropy(
     targets: Tensor | None,
 ) -> Tensor:
     """[N, D], [K, D], [N], [], [K, D] -> [N]: LSE_k(s h.C_k) - s h.m_y, 0 where y = -100."""
-    h, logit_scale = _wide(features), _wide(logit_scale).reshape(())
-    logits = logit_scale * h @ _wide(prototypes).T  # [N, K]
+    h, logit_scale = _acc(features), _acc(logit_scale).reshape(())
+    logits = logit_scale * h @ _acc(prototypes).T  # [N, K]
     if targets is None:
         return F.cross_entropy(logits, labels, reduction="none", ignore_index=LEFT_OUT)
     used = labels != LEFT_OUT
-    m = _wide(targets)[labels.where(used, 0)]  # [N, D]
+    m = _acc(targets)[labels.where(used, 0)]  # [N, D]
     loss = torch.logsumexp(logits, dim=1) - logit_scale * (h * m).sum(dim=1)
     return loss.where(used, torch.zeros_like(loss))
 
 
 def soft_targets(source_centroids: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     """[K, Ds], [K, D], tau > 0 -> [K, D]: m_y = sum_k softmax_k(S_y.S_k / tau) C_k."""
-    source = _wide(source_centroids)
-    return torch.softmax(source @ source.T / temperature, dim=1) @ _wide(prototypes)
+    source = _acc(source_centroids)
+    return torch.softmax(source @ source.T / temperature, dim=1) @ _acc(prototypes)
 
 
 def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """SigLIP's loss: contract, registered op and gradient.
 
 The gradient needs no statistics of whole rows, so the backends compute it in the forward pass, if
-it is wanted: three products instead of four. The backward pass only scales it.
+it is wanted: three products instead of four. The backward pass only scales it. With a group the
+texts and their gradient travel round a ring of its ranks: memory is O(B D), not O(W B D).
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.distributed import pass_on
 from protoclip.kernels.results import SigmoidGradients, SigmoidLoss
-from protoclip.ops import checks, pairs, reference
+from protoclip.ops import checks, reference
+from protoclip.ops.columns import LOCAL, Group, columns_named, columns_of
 from protoclip.ops.dispatch import function, resolve
 from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
-    PassTo,
     accumulator,
-    backend_operator,
     call_saved,
     define_gradient,
     empty,
@@ -35,7 +37,7 @@ from protoclip.ops.operators import (
     wants_gradient,
     without_autocast,
 )
-from protoclip.ops.pairs import Matching, Pairs, SameId
+from protoclip.ops.pairs import Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.sums import signed_sums
 
 STRIP_LOGITS = 1 << 20  # logits that torch forms at once where no kernel does: 4 MiB
@@ -53,9 +55,8 @@ def _sigmoid_shapes(arguments: Any) -> SigmoidLoss:
     )
 
 
-@backend_operator("sigmoid_loss", _sigmoid_shapes, SigmoidLoss)
-def fused_sigmoid_loss(
-    pass_to: PassTo,
+@operator("sigmoid_loss", _sigmoid_shapes, SigmoidLoss)
+def _sigmoid_loss(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -66,9 +67,58 @@ def fused_sigmoid_loss(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     same_positive: bool,
+    group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sigmoid loss of a strip, with its gradients if they are wanted."""
-    return pass_to(function("sigmoid_loss", backend, "sigmoid_loss"))
+    """The sigmoid loss of a strip, with its gradients if they are wanted; with ``group_name`` of x
+    against the texts y of every rank in turn, where ``key_ids`` are those of all ranks."""
+    run = function("sigmoid_loss", backend, "sigmoid_loss")
+
+    def against(texts: Tensor, key_ids: Tensor | None, offset: int) -> SigmoidLoss:
+        results = run(
+            x=x,
+            y=texts,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            offset=offset,
+            gradients=gradients,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            same_positive=same_positive,
+        )
+        return SigmoidLoss._make(results)
+
+    columns = columns_named(group_name)
+    if not isinstance(columns, Group):
+        return against(y, key_ids, offset)
+    return _round_the_ring(against, y, key_ids, columns)
+
+
+def _round_the_ring(
+    against: Callable[[Tensor, Tensor | None, int], SigmoidLoss],
+    y: Tensor,
+    key_ids: Tensor | None,
+    columns: Group,
+) -> SigmoidLoss:
+    """The sums of what the texts of each rank give; a gradient travels with its texts and is back
+    after the last hop."""
+    texts = y
+    total: SigmoidLoss | None = None
+    for hop in range(columns.size):
+        receive = pass_on(texts, columns.group) if hop + 1 < columns.size else None
+        owner = (columns.rank + hop) % columns.size
+        ids = None if key_ids is None else key_ids.tensor_split(columns.size, dim=1)[owner]
+        # The first chunk holds this rank's texts; the others hold negatives only.
+        part = against(texts, ids, 0 if hop == 0 else y.shape[0])
+        if total is None:
+            total = SigmoidLoss._make(value.to(part.loss.dtype) for value in part)
+        else:
+            total = SigmoidLoss._make(sum_ + value for sum_, value in zip(total, part, strict=True))
+        if part.dy.numel():
+            total = total._replace(dy=pass_on(total.dy, columns.group)())
+        if receive is not None:
+            texts = receive()
+    assert total is not None
+    return total._replace(dx=total.dx.to(y.dtype), dy=total.dy.to(y.dtype))
 
 
 def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
@@ -93,9 +143,8 @@ def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
     )
 
 
-@backend_operator("sigmoid_loss_bwd", _sigmoid_gradients_shapes, SigmoidGradients)
+@operator("sigmoid_loss_bwd", _sigmoid_gradients_shapes, SigmoidGradients)
 def sigmoid_gradients(
-    pass_to: PassTo,
     grad: Tensor,
     dx: Tensor,
     dy: Tensor,
@@ -104,7 +153,8 @@ def sigmoid_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The upstream gradient [] times what the forward pass saved."""
-    return pass_to(function("sigmoid_loss", backend, "sigmoid_loss_bwd"))
+    run = function("sigmoid_loss", backend, "sigmoid_loss_bwd")
+    return run(grad=grad, dx=dx, dy=dy, dlogit_scale=dlogit_scale, dlogit_bias=dlogit_bias)
 
 
 def _sigmoid_backward(ctx: Any, grads: SigmoidLoss) -> dict[str, Tensor]:
@@ -123,7 +173,7 @@ def _by_name(gradients: SigmoidGradients, saved: Any) -> dict[str, Tensor]:
     }
 
 
-define_gradient(fused_sigmoid_loss, save=_save_sigmoid, backward=_sigmoid_backward)
+define_gradient(_sigmoid_loss, save=_save_sigmoid, backward=_sigmoid_backward)
 refuse_gradient(sigmoid_gradients, "sigmoid_loss")
 
 
@@ -215,11 +265,12 @@ def sigmoid_loss(
     offset: int = 0,
     weights: Tensor | None = None,
     label_smoothing: float = 0,
-    reduction: str = "sum",
+    reduction: str = "mean",
     backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """SigLIP's loss of each image, summed: softplus(-z_ij (scale x_i.y_j + bias)) over all texts j,
-    without an [N, M] matrix.
+    """SigLIP's loss of each image: the sum of softplus(-z_ij (scale x_i.y_j + bias)) over all
+    texts j, without an [N, M] matrix.
 
     ``weights`` and "none" need a loss for each row, for which no backend has a kernel: torch
     computes them in fp32, some rows at a time, in the same memory.
@@ -234,9 +285,11 @@ def sigmoid_loss(
         weights: float32 [N] >= 0, one per image, without a gradient.
         label_smoothing: epsilon in [0, 1], a number: each pair's target is epsilon / 2 and
             1 - epsilon / 2 instead of 0 and 1, as in binary cross-entropy.
-        reduction: "sum"; "mean": divided by N, or the total weight; or "none": one weighted value
-            per image.
+        reduction: "mean": the sum over the images divided by N, or the total weight; "sum"; or
+            "none": one weighted value per image.
         backend: "auto", or one of ``protoclip.backends("sigmoid_loss")``.
+        group: as in ``info_nce``. The texts pass from rank to rank; the reference, ``weights``,
+            ``label_smoothing`` and "none" gather them.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N].
     Raises:
@@ -249,39 +302,7 @@ def sigmoid_loss(
         >>> protoclip.sigmoid_loss(image, text, logit_scale=10.0, logit_bias=-10.0).shape
         torch.Size([])
     """
-    return sigmoid_losses(
-        "sigmoid_loss",
-        image_features,
-        text_features,
-        logit_scale,
-        logit_bias,
-        ids=ids,
-        same_id=same_id,
-        offset=offset,
-        weights=weights,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        backend=backend,
-    )
-
-
-def sigmoid_losses(
-    op: str,
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float,
-    *,
-    ids: Tensor | None,
-    same_id: SameId,
-    offset: int,
-    weights: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    backend: str,
-    average: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``sigmoid_loss``; ``average`` averages a divisor over ranks."""
+    op = "sigmoid_loss"
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     checks.label_smoothing(op, label_smoothing)
     x, y, logit_scale = checks.strip(op, checks.PAIR, image_features, text_features, logit_scale)
@@ -292,36 +313,54 @@ def sigmoid_losses(
             f"and offset {offset}"
         )
     logit_bias = checks.scalar(op, "logit_bias", logit_bias, x.device, accumulator(x))
-    matching = Matching(same_id=same_id, offset=offset)
     if ids is not None:
-        ids = pairs.check_ids(op, "ids", ids, m, x.device)
-        own_ids = ids[offset : offset + n]
-        matching = Matching(query_ids=own_ids, key_ids=ids, same_id=same_id, offset=offset)
+        ids = check_ids(op, "ids", ids, m, x.device)
     if x.dtype == torch.float16:  # the fused op stores a sum's gradient, which may pass 65,504
         x, y = x.float(), y.float()
-    backend_name = resolve("sigmoid_loss", backend, x.device.type, x.dtype)
-    matched = pairs.pairs_of(op, x, m, matching, coder_of(backend_name))
+    backend_name = resolve(op, backend, x.device.type, x.dtype)
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
-    tensors: dict[str, Any] = {"x": x, "y": y, "logit_scale": logit_scale, "logit_bias": logit_bias}
-    by_row = True
+    columns = columns_of(op, group, x)
+    if columns is not LOCAL and m != n:
+        raise ValueError(
+            f"{op}: expected as many texts as images with a group, got {n} images and {m} texts"
+        )
+    pairs = pairs_of(
+        op,
+        x,
+        m,
+        query_ids=None if ids is None else ids[offset : offset + n],
+        key_ids=ids,
+        same_id=same_id,
+        offset=offset,
+        columns=columns,
+        code_ids=coder_of(backend_name),
+    )
+    by_row = weights is not None or reduction == "none" or backend_name == "reference"
+    gathers = by_row or bool(label_smoothing)
+    tensors: dict[str, Any] = {
+        "x": x,
+        "y": columns.gather(y) if gathers else y,
+        "logit_scale": logit_scale,
+        "logit_bias": logit_bias,
+    }
     if backend_name == "reference":
         with without_autocast(x.device.type):
-            losses = reference.sigmoid_loss(**tensors, pairs=matched)
-    elif weights is not None or reduction == "none":
-        losses = sigmoid_rows(**tensors, own_key=matched.own_positions(x), **matched.ids())
+            losses = reference.sigmoid_loss(**tensors, pairs=pairs)
+    elif by_row:
+        losses = sigmoid_rows(**tensors, own_key=pairs.own_positions(x), **pairs.ids())
     else:
-        by_row = False
-        losses = fused_sigmoid_loss(
+        losses = _sigmoid_loss(
             **tensors,
-            offset=offset,
+            offset=offset + columns.first(n) if gathers else offset,
             gradients=wants_gradient(x, y, logit_scale, logit_bias),
             backend=backend_name,
-            **matched.ids(),
+            **pairs.ids(),
+            group_name="" if gathers else columns.name,
         ).loss
     if label_smoothing:
-        signed = signed_sums(x, y, logit_scale, logit_bias, matched)
+        signed = signed_sums(**tensors, pairs=pairs)
         losses = losses + label_smoothing / 2 * (signed if by_row else signed.sum())
     if not by_row:
         return losses / max(n, 1) if reduction == "mean" else losses
-    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, average)
+    return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, columns)

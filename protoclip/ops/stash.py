@@ -78,3 +78,8 @@ def empty_stash(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) -
 def fake_stash(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) -> Tensor:
     """``empty_stash`` as ``torch.compile`` sees it."""
     return x.new_empty(_bytes_for(op, backend, x, y, keep_stash), dtype=torch.uint8)
+
+
+def filled(stash: Tensor) -> Tensor | None:
+    """A stash as backends take it: None if nothing goes there."""
+    return stash if stash.numel() else None

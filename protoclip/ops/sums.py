@@ -39,8 +39,8 @@ def smoothing(
     if negative_logits is not None:
         seen = seen + negative_logits.sum(dim=1)
         num_seen = num_seen + negative_logits.shape[1]
-    gap = positive / num_positives.clamp_min(1) - seen / num_seen.clamp_min(1)
-    return gap.to(accumulator(queries))
+    difference = positive / num_positives.clamp_min(1) - seen / num_seen.clamp_min(1)
+    return difference.to(accumulator(queries))
 
 
 class Positives(NamedTuple):
@@ -57,15 +57,15 @@ def positive_means(queries: Tensor, keys: Tensor, logit_scale: Tensor, pairs: Pa
 
 
 def signed_sums(
-    queries: Tensor, keys: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
 ) -> Tensor:
-    """Sum of SigLIP's logits of each query's positives minus that of its negatives, [N]."""
-    sums = KeySums(queries, keys, pairs)
+    """Sum of SigLIP's logits of each image's positives minus that of its negatives, [N]."""
+    sums = KeySums(x, y, pairs)
     bias = logit_bias.double().reshape(())
-    positive, num_positives = _logits(queries, logit_scale, sums.positive())
-    seen, num_seen = _logits(queries, logit_scale, sums.seen())
+    positive, num_positives = _logits(x, logit_scale, sums.positive())
+    seen, num_seen = _logits(x, logit_scale, sums.seen())
     total = 2 * (positive + bias * num_positives) - (seen + bias * num_seen)
-    return total.to(accumulator(queries))
+    return total.to(accumulator(x))
 
 
 def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, offset: int) -> Tensor:
@@ -76,24 +76,23 @@ def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, offset: 
     return logit_scale.to(x.dtype).reshape(()) * (x * (own_keys - y.mean(dim=0))).sum(dim=1)
 
 
-def with_others(
+def add_positives(
     queries: Tensor,
     keys: Tensor,
     logit_scale: Tensor,
     pairs: Pairs,
-    *,
-    gap: Tensor,
+    loss_per_query: Tensor,
     positive_mean: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``gap`` and ``positive_mean`` of the first own keys -> those of all own keys, [N] each."""
+    """Losses and means of the first own keys -> those of all own keys, [N] each."""
     others = pairs.others
     assert others is not None
     sums = KeySums(queries, keys, pairs)
     total, count = _logits(queries, logit_scale, sums.positive())
     all_mean = (total / count.clamp_min(1)).to(positive_mean.dtype)
-    gap = gap + (positive_mean - all_mean)
+    loss = loss_per_query + (positive_mean - all_mean)
     if pairs.query_ids is None or pairs.same_positive:
-        return gap, all_mean
+        return loss, all_mean
     # Keys of the query's id are not seen, but own keys are.
     hidden = others.where(of_same_id(pairs, others), -1)
     rows = sums.at_each(hidden)  # [N, P, D + 2]
@@ -101,25 +100,25 @@ def with_others(
     logits = logit_scale.double().reshape(()) * dots + rows[:, :, -2]
     adds = hidden >= 0
     # Finite where there is nothing to add: a gradient of -inf - -inf is NaN, even times 0.
-    added_gap = logits.where(adds, -1e30).logsumexp(dim=1) - all_mean
+    added = logits.where(adds, -1e30).logsumexp(dim=1) - all_mean
     any_adds = adds.any(dim=1)
-    added_gap = added_gap.where(any_adds, 0).to(gap.dtype)
-    return log_add(gap, added_gap).where(any_adds, gap), all_mean
+    added = added.where(any_adds, 0).to(loss.dtype)
+    return log_add(loss, added).where(any_adds, loss), all_mean
 
 
-def log_add(gap: Tensor, added_gap: Tensor) -> Tensor:
+def log_add(loss: Tensor, added: Tensor) -> Tensor:
     """``logaddexp``, with second derivatives even where the two are far apart. A query that sees
-    no keys, with a gap of -inf, has no loss; here it counts as 0, for the sake of the gradient."""
-    gap = gap.where(gap != -torch.inf, 0)
-    return gap - F.logsigmoid(gap - added_gap)
+    no keys, with -inf, has no loss; here it counts as 0, for the sake of the gradient."""
+    loss = loss.where(loss != -torch.inf, 0)
+    return loss - F.logsigmoid(loss - added)
 
 
 def logits_of_negatives(queries: Tensor, negatives: Tensor, logit_scale: Tensor) -> Tensor:
     """Logits [N, H] of queries [N, D] and of keys [N, H, D] that only they see."""
-    wide = accumulator(queries)
+    acc_dtype = accumulator(queries)
     with without_autocast(queries.device.type):
-        dots = torch.bmm(negatives.to(wide), queries.to(wide)[:, :, None])[:, :, 0]
-    return logit_scale.to(wide).reshape(()) * dots
+        dots = torch.bmm(negatives.to(acc_dtype), queries.to(acc_dtype)[:, :, None])[:, :, 0]
+    return logit_scale.to(acc_dtype).reshape(()) * dots
 
 
 def _logits(queries: Tensor, logit_scale: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

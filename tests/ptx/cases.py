@@ -137,7 +137,9 @@ def sigmoid_loss(
     fields = fields_of(options)
 
     def run(backend: str, x: Tensor, y: Tensor, s: Tensor, b: Tensor) -> Tensor:
-        return protoclip.sigmoid_loss(x, y, s, b, backend=backend, **options)
+        return protoclip.sigmoid_loss(
+            x, y, s, b, backend=backend, **{"reduction": "sum", **options}
+        )
 
     leaves = pairs(n, m, d, dtype, 10.0, strided) | {"b": torch.tensor(-8.0)}
     add(f"sigmoid_loss {n}x{m}x{d}", about, dtype, leaves=leaves, run=run, scale=10.0, **fields)
