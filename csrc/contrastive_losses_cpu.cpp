@@ -1,5 +1,5 @@
 // InfoNCE, the contrastive loss and the sigmoid loss on the CPU: the statistics of a strip, and its
-// gradients. Contracts: ops/info_nce_loss.py, ops/query_losses.py, ops/siglip_loss.py.
+// gradients. Contracts: ops/softmax.py, ops/siglip_loss.py.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
