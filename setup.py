@@ -52,6 +52,7 @@ setup(
         "protoclip",
         "protoclip.cluster",
         "protoclip.common",
+        "protoclip.curate",
         "protoclip.data",
         "protoclip.encode",
         "protoclip.episodes",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.cached_gradients import grad_cache
+    from protoclip.curate import Hierarchy, balanced_sample, hierarchical_kmeans
     from protoclip.data import open_dataset
     from protoclip.estimator import KMeans
     from protoclip.features import open_features
@@ -46,18 +47,21 @@ __all__ = [
     "Bank",
     "ClipLoss",
     "Clusters",
+    "Hierarchy",
     "KMeans",
     "ProtoClipLoss",
     "ProtoConfig",
     "PrototypeLosses",
     "SigLipLoss",
     "backends",
+    "balanced_sample",
     "choose_num_clusters",
     "contrastive",
     "contrastive_parts",
     "create_loss",
     "create_task",
     "grad_cache",
+    "hierarchical_kmeans",
     "info_nce",
     "kmeans",
     "kmeans_assign",
@@ -76,14 +80,17 @@ __all__ = [
 _MODULES = {
     "ClipLoss": "losses",
     "Clusters": "lloyd",
+    "Hierarchy": "curate",
     "KMeans": "estimator",
     "ProtoClipLoss": "losses",
     "ProtoConfig": "settings.config",
     "SigLipLoss": "losses",
+    "balanced_sample": "curate",
     "choose_num_clusters": "lloyd",
     "create_loss": "openclip",
     "create_task": "openclip",
     "grad_cache": "cached_gradients",
+    "hierarchical_kmeans": "curate",
     "kmeans": "lloyd",
     "open_dataset": "data",
     "open_features": "features",

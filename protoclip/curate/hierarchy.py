@@ -1,0 +1,445 @@
+"""Hierarchical k-means with resampling: centroids that follow the support of the data rather than
+its density."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from protoclip.common.files import write_safetensors
+from protoclip.common.seeds import evenly_spaced, mix
+from protoclip.curate.order import (
+    check_choice,
+    first_of_each,
+    nearest_keys,
+    positions_of,
+    random_keys,
+    sum_over,
+)
+from protoclip.features import FeatureRows, open_features
+from protoclip.lloyd import _tensor as as_points
+from protoclip.lloyd import kmeans
+from protoclip.ops import kmeans_assign
+
+OP = "hierarchical_kmeans"
+BLOCK_BYTES = 32 << 20  # of rows that are read and assigned at once
+CHECKED = 64  # rows whose content a resumed call compares
+KMEANS, SAMPLE = 0, 1  # purposes of random numbers
+
+Rows = FeatureRows | Tensor
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Clusters of rows, or of the clusters of the level below."""
+
+    centroids: Tensor  # [K, D] fp32 (fp64 for fp64 rows)
+    labels: Tensor  # int64 [M], the cluster of each row, or of each cluster below
+    squared: Tensor  # fp32 [M], squared distances to the centroids
+    sizes: Tensor  # int64 [K], rows below each cluster, over all ranks
+    inertia: float  # the sum of squared distances, over all ranks
+
+
+@dataclass(frozen=True, repr=False)
+class Hierarchy:
+    """Clusters of rows, clusters of their centroids, and so on.
+
+    Example:
+        >>> hierarchy = protoclip.hierarchical_kmeans(torch.randn(1000, 8), [50, 5])
+        >>> hierarchy.labels(2).shape
+        torch.Size([1000])
+    """
+
+    levels: tuple[Level, ...]  # from the lowest
+
+    def __repr__(self) -> str:
+        rows = int(self.levels[0].sizes.sum())
+        clusters = ", ".join(f"{len(level.sizes):,}" for level in self.levels)
+        return f"Hierarchy(N={rows:,}, clusters {clusters})"
+
+    def labels(self, level: int = 1) -> Tensor:
+        """The cluster of each row at a level, from 1: int64 [N]."""
+        labels = self.levels[0].labels
+        for higher in self.levels[1:level]:
+            labels = higher.labels[labels]
+        return labels
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .safetensors file."""
+        tensors = {}
+        for number, level in enumerate(self.levels, 1):
+            for name, value in vars(level).items():
+                tensors[f"{number}.{name}"] = torch.as_tensor(value, dtype=_dtype_of(name, value))
+        write_safetensors(Path(path), tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Hierarchy:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: ``save`` did not write the file.
+            OSError: the file cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path, str(device))
+            levels = [
+                Level(
+                    centroids=tensors[f"{number}.centroids"],
+                    labels=tensors[f"{number}.labels"],
+                    squared=tensors[f"{number}.squared"],
+                    sizes=tensors[f"{number}.sizes"],
+                    inertia=float(tensors[f"{number}.inertia"]),
+                )
+                for number in range(1, 1 + max(1, len(tensors) // len(Level.__annotations__)))
+            ]
+        except (SafetensorError, LookupError) as error:
+            raise ValueError(
+                f"Hierarchy.load: expected a file that Hierarchy.save wrote, got {path} ({error})"
+            ) from error
+        return cls(tuple(levels))
+
+
+def _dtype_of(name: str, value: Any) -> torch.dtype:
+    return torch.float64 if name == "inertia" else value.dtype
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """What is computed for a level."""
+
+    rows: int  # over all ranks
+    clusters: int
+    resamplings: int
+    sample_size: int  # rows of each cluster
+
+
+def plan_levels(
+    count: int,
+    levels: Sequence[int],
+    resamplings: int | Sequence[int] = 10,
+    sample_sizes: int | Sequence[int] | None = None,
+) -> list[LevelPlan]:
+    """The plans of the levels for ``count`` rows.
+
+    Raises:
+        ValueError: as ``hierarchical_kmeans``.
+    """
+    clusters = list(levels)
+    counts = [count, *clusters[:-1]]
+    is_whole = all(isinstance(k, Integral) and k >= 1 for k in clusters)
+    if not clusters or not is_whole or sorted(set(clusters), reverse=True) != clusters:
+        raise ValueError(
+            f"{OP}: expected numbers of clusters of at least 1 that fall from level to level, such "
+            f"as [1000, 100], got {clusters}"
+        )
+    if clusters[0] > count:
+        raise ValueError(
+            f"{OP}: expected at most N = {count:,} clusters at the first level, got "
+            f"{clusters[0]:,}; lower the levels or give more rows"
+        )
+    if sample_sizes is None:
+        sample_sizes = [max(2, round(n / (2 * k))) for n, k in zip(counts, clusters, strict=True)]
+    plans = zip(
+        counts,
+        clusters,
+        _of_each("resamplings", resamplings, len(clusters), low=0),
+        _of_each("sample_sizes", sample_sizes, len(clusters), low=2),
+        strict=True,
+    )
+    return [LevelPlan(*map(int, plan)) for plan in plans]
+
+
+def _of_each(name: str, value: int | Sequence[int], count: int, low: int) -> list[int]:
+    """A number for each level."""
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count or not all(isinstance(x, Integral) and int(x) >= low for x in values):
+        raise ValueError(
+            f"{OP}: expected {name} as a whole number of at least {low}, or one for each of the "
+            f"{count} levels, got {value!r}"
+        )
+    return values
+
+
+def hierarchical_kmeans(
+    rows: Tensor | np.ndarray | Sequence[Any] | FeatureRows | str | os.PathLike[str],
+    levels: Sequence[int],
+    *,
+    resamplings: int | Sequence[int] = 10,
+    sample_sizes: int | Sequence[int] | None = None,
+    choose: str = "closest",
+    num_iters: int = 50,
+    init: str = "k-means++",
+    seed: int = 0,
+    weights: Tensor | np.ndarray | Sequence[float] | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+    state: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Hierarchy:
+    """Cluster rows, then the centroids of the clusters, level by level.
+
+    At each level some rows of each cluster are clustered again, several times: dense regions have
+    no more of these rows than sparse ones, so the centroids spread over the support of the data.
+    The same seed gives the same hierarchy.
+
+    Args:
+        rows: [N, D]; in memory, or on disk: rows of ``open_features``, or its argument. They must
+            be finite.
+        levels: numbers of clusters from the lowest level to the highest; they fall.
+        resamplings: how often the rows of a level are sampled from its clusters and clustered
+            again; one number, or one for each level.
+        sample_sizes: rows of each cluster in a sample, >= 2; one number, or one for each level.
+            None: half of the mean number of rows of a cluster.
+        choose: the rows of a sample: "closest" to the centroid, or "random".
+        num_iters, init, backend: of each k-means, as for ``kmeans``.
+        seed: decides initial centroids and random samples.
+        weights: [N], >= 0, of the rows in the means of the first level; None: 1. A centroid of the
+            levels above counts as one.
+        group: a process group whose ranks each hold a slice of the rows. Each rank computes the
+            levels above the first, which get the same bits.
+        state: a file that is written after each k-means. If it exists, the call continues there,
+            with the result of an uninterrupted call; with a group the first rank's file is used.
+        progress: called in each iteration with the level, from 1, the number of the k-means at
+            this level, from 0, and that of the iteration.
+    Returns:
+        Hierarchy; ``balanced_sample`` chooses rows by it.
+    Raises:
+        ValueError: the levels do not fall, there are fewer rows than clusters, a number is out of
+            range, rows are not finite, or ``state`` is of another call.
+    Source:
+        Vo et al. 2024, "Automatic Data Curation for Self-Supervised Learning" (arXiv 2405.15613).
+
+    Example:
+        >>> points = torch.cat([torch.randn(900, 2), 9 + torch.randn(100, 2)])
+        >>> protoclip.hierarchical_kmeans(points, [20, 2])
+        Hierarchy(N=1,000, clusters 20, 2)
+    """
+    check_choice(OP, choose)
+    points = open_rows(rows)
+    count = int(sum_over(group, torch.tensor([len(points)], device=_device_of(points))))
+    plans = plan_levels(count, levels, resamplings, sample_sizes)
+    if weights is not None:
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=_device_of(points))
+    settings = {
+        "rows": [count, points.shape[1], _checksum(points)],
+        "levels": [vars(plan) for plan in plans],
+        "choose": choose,
+        "num_iters": num_iters,
+        "init": init,
+        "seed": seed,
+        "weights": None if weights is None else zlib.crc32(weights.cpu().numpy().tobytes()),
+    }
+    kept = _State(None if state is None else Path(state), settings, group)
+    finished: list[Level] = []
+    for number, plan in enumerate(plans):
+        level = _cluster_level(
+            points if number == 0 else finished[-1].centroids,
+            plan,
+            number,
+            kept,
+            choose=choose,
+            num_iters=num_iters,
+            init=init,
+            seed=seed,
+            weights=weights if number == 0 else None,
+            sizes=None if number == 0 else finished[-1].sizes,
+            group=group if number == 0 else None,
+            backend=backend,
+            progress=progress,
+        )
+        finished.append(level)
+    return Hierarchy(tuple(finished))
+
+
+def _cluster_level(
+    rows: Rows,
+    plan: LevelPlan,
+    number: int,
+    kept: _State,
+    *,
+    choose: str,
+    num_iters: int,
+    init: str,
+    seed: int,
+    weights: Tensor | None,
+    sizes: Tensor | None,
+    group: dist.ProcessGroup | None,
+    backend: str,
+    progress: Progress | None,
+) -> Level:
+    """One level; ``sizes``: the rows below each of ``rows``, if they are centroids."""
+
+    def cluster(points: Rows, point_weights: Tensor | None, step: int) -> Tensor:
+        def report(iteration: int, inertia: Tensor) -> None:
+            if progress is not None:
+                progress(number + 1, step, iteration)
+
+        clusters = kmeans(
+            points if isinstance(points, Tensor) else _numbers(points.rows(0, len(points))),
+            plan.clusters,
+            num_iters=num_iters,
+            init=init,
+            seed=int(mix(seed, KMEANS, number, step)) >> 1,
+            weights=point_weights,
+            group=group,
+            backend=backend,
+            progress=report,
+        )
+        kept.put(number, step + 1, clusters.centroids)
+        return clusters.centroids
+
+    steps, centroids = kept.get(number, _device_of(rows))
+    if centroids is None:
+        centroids = cluster(rows, weights, 0)
+        steps = 1
+    labels, squared = assign_rows(rows, centroids, backend)
+    positions = positions_of(len(rows), group, labels.device)
+    quotas = labels.new_full((plan.clusters,), plan.sample_size)
+    for step in range(steps, 1 + plan.resamplings):
+        keys = nearest_keys(squared, positions)
+        if choose == "random":
+            keys = random_keys(positions, seed, SAMPLE, number, step)
+        sample = first_of_each(keys, labels, quotas, group).nonzero()[:, 0]
+        if int(sum_over(group, labels.new_tensor([len(sample)]))) < plan.clusters:
+            break  # so many clusters are empty, as happens with few different rows
+        sample_weights = None if weights is None else weights[sample]
+        centroids = cluster(select(rows, sample), sample_weights, step)
+        labels, squared = assign_rows(rows, centroids, backend)
+    below = torch.ones_like(labels) if sizes is None else sizes
+    totals = torch.zeros_like(quotas).index_add_(0, labels, below)
+    inertia = squared.double() if weights is None else squared.double() * weights
+    return Level(
+        centroids=centroids,
+        labels=labels,
+        squared=squared,
+        sizes=sum_over(group, totals),
+        inertia=float(sum_over(group, inertia.sum())),
+    )
+
+
+class _State:
+    """The centroids of finished steps, in a file."""
+
+    def __init__(
+        self, path: Path | None, settings: dict[str, Any], group: dist.ProcessGroup | None
+    ) -> None:
+        self.path = path
+        self.settings = settings
+        self.is_writer = group is None or dist.get_rank(group) == 0
+        self.steps: dict[int, int] = {}  # of each level
+        self.centroids: dict[int, Tensor] = {}
+        box: list[Any] = [None]
+        if path is not None and self.is_writer and path.exists():
+            box = [self._read(path)]
+        if path is not None and group is not None:
+            dist.broadcast_object_list(box, group=group, group_src=0)
+        if isinstance(box[0], ValueError):
+            raise box[0]
+        if box[0] is not None:
+            self.steps, self.centroids = box[0]
+
+    def _read(self, path: Path) -> tuple[dict[int, int], dict[int, Tensor]] | ValueError:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+            settings = json.loads(bytes(tensors.pop("settings").tolist()))
+            steps = {int(name): int(steps) for name, steps in settings.pop("steps").items()}
+            centroids = {number: tensors[str(number)] for number in steps}
+        except (SafetensorError, LookupError, ValueError) as error:
+            return ValueError(f"{OP}: expected a state that it wrote, got {path} ({error})")
+        if settings != self.settings:
+            different = [name for name in self.settings if settings[name] != self.settings[name]]
+            return ValueError(
+                f"{OP}: the state {path} is of another call ({', '.join(different)} differ); use "
+                "another file, or remove it"
+            )
+        return steps, centroids
+
+    def get(self, number: int, device: torch.device) -> tuple[int, Tensor | None]:
+        """The finished k-means of a level, and the centroids of the last one."""
+        if number not in self.centroids:
+            return 0, None
+        return self.steps[number], self.centroids[number].to(device)
+
+    def put(self, number: int, steps: int, centroids: Tensor) -> None:
+        if self.path is None:
+            return
+        self.steps[number] = steps
+        self.centroids[number] = centroids
+        if self.is_writer:
+            text = json.dumps(self.settings | {"steps": self.steps})
+            tensors = {str(number): centroids for number, centroids in self.centroids.items()}
+            tensors["settings"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+            write_safetensors(self.path, tensors)
+
+
+def open_rows(rows: Any) -> Rows:
+    """Rows on disk, or in memory in fp32 or fp64."""
+    if isinstance(rows, (str, os.PathLike)):
+        rows = open_features(rows)
+    if isinstance(rows, FeatureRows):
+        return rows
+    points = as_points(rows)
+    if not isinstance(points, Tensor) or points.ndim != 2:
+        raise ValueError(f"{OP}: expected rows [N, D], got {getattr(points, 'shape', type(rows))}")
+    return points if points.dtype == torch.float64 else points.float()
+
+
+def select(rows: Rows, positions: Tensor) -> Rows:
+    """Some rows, on disk if those are."""
+    if isinstance(rows, FeatureRows):
+        return rows.select(positions.numpy())
+    return rows[positions]
+
+
+def take(rows: Rows, positions: Tensor) -> Tensor:
+    """Some rows in memory, in fp32 or fp64."""
+    if isinstance(rows, FeatureRows):
+        return _numbers(rows.take(positions.numpy()))
+    return rows[positions]
+
+
+def assign_rows(rows: Rows, centroids: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """``kmeans_assign`` of all rows, block by block: labels int64 [N], squared distances fp32."""
+    if isinstance(rows, Tensor):
+        return kmeans_assign(rows, centroids, backend=backend)
+    labels = torch.empty(len(rows), dtype=torch.int64)
+    squared = torch.empty(len(rows))
+    in_block = max(1, BLOCK_BYTES // (rows.dtype.itemsize * max(1, rows.shape[1])))
+    buffer = np.empty((min(in_block, len(rows)), rows.shape[1]), rows.dtype)
+    for start in range(0, len(rows), in_block):
+        stop = min(start + in_block, len(rows))
+        block = _numbers(rows.rows(start, stop, buffer))
+        labels[start:stop], squared[start:stop] = kmeans_assign(block, centroids, backend=backend)
+    return labels, squared
+
+
+def _numbers(array: np.ndarray) -> Tensor:
+    x = torch.from_numpy(array)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _device_of(rows: Rows) -> torch.device:
+    return rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+
+
+def _checksum(rows: Rows) -> int:
+    """A checksum of some rows: those of other data very likely have another."""
+    return zlib.crc32(take(rows, evenly_spaced(len(rows), CHECKED)).cpu().numpy().tobytes())
