@@ -17,7 +17,7 @@ from protoclip.common.files import printable_lines
 from protoclip.settings.command_line import PROCESS_COUNTS, check_command_line
 from protoclip.settings.commands import PARSERS
 
-PACKAGES = ("cluster", "data", "encode", "evaluate", "report")
+PACKAGES = ("cluster", "curate", "data", "encode", "evaluate", "report")
 HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictures.
 
   protoclip train                         train a small ProtoCLIP on built-in
@@ -28,6 +28,8 @@ HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictu
   protoclip evaluate logs/RUN             evaluate a run, or any CLIP
   protoclip encode photos/ --out DIR      store features of pictures and captions
   protoclip cluster photos/ --k 50        group a folder of pictures
+  protoclip curate features/ --levels 1000,100 --target 5000
+                                          choose a balanced subset of features
   protoclip export logs/RUN --out DIR     write the model for OpenCLIP
 
 The losses are for your own loop, in Python:

@@ -16,14 +16,13 @@ PROG = "protoclip cluster"
 CSV = "clusters.csv"
 LEFT_OUT = "left_out.csv"
 CENTROIDS = "centroids.safetensors"
-MARK = ".protoclip-cluster"  # says which files of a folder the command wrote
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def open_output(out: Path, names: list[str], overwrite: bool) -> Iterator[None]:
-    """Make the folder in which files of these names will be written, and hold its lock. A new
-    folder in which nothing was written goes again.
+def open_output(out: Path, names: list[str], overwrite: bool, prog: str = PROG) -> Iterator[None]:
+    """Make the folder in which files of these names will be written by the command ``prog``, and
+    hold its lock. A new folder in which nothing was written goes again.
 
     Raises:
         ValueError: as ``check_output``, or another process writes there.
@@ -36,7 +35,7 @@ def open_output(out: Path, names: list[str], overwrite: bool) -> Iterator[None]:
         shown = printable(str(out))
         raise ValueError(f"--out: {shown} cannot be created ({error.strerror})") from error
     with sole_writer(out / LOCK, "--out"):
-        check_output(out, names, overwrite)  # another process may have written there
+        check_output(out, names, overwrite, prog)  # another process may have written there
         try:
             yield
         finally:
@@ -45,38 +44,43 @@ def open_output(out: Path, names: list[str], overwrite: bool) -> Iterator[None]:
                 out.rmdir()
 
 
-def check_output(out: Path, names: list[str], overwrite: bool) -> None:
+def check_output(out: Path, names: list[str], overwrite: bool, prog: str = PROG) -> None:
     """ValueError if files of these names would replace some of others, or, without ``overwrite``,
-    those of an earlier run."""
-    check_above(out / CSV, "--out")
+    those of an earlier run, which has the first of them."""
+    check_above(out / names[0], "--out")
     present = [name for name in names if (out / name).exists()]
     shown = printable(str(out))
-    written = read_mark(out)
+    written = read_mark(out, prog)
     if others := [name for name in present if written.get(name) != state_of(out / name)]:
         raise ValueError(
-            f"--out: {shown} holds {', '.join(others)}, which {PROG} did not write there, or which "
+            f"--out: {shown} holds {', '.join(others)}, which {prog} did not write there, or which "
             "changed since; choose a new folder"
         )
-    if CSV in present and not overwrite:
+    if names[0] in present and not overwrite:
         raise ValueError(
-            f"--out: {shown} holds an earlier run of {PROG}; choose another folder, or replace it "
+            f"--out: {shown} holds an earlier run of {prog}; choose another folder, or replace it "
             "with --overwrite"
         )
 
 
 @contextlib.contextmanager
-def write_files(out: Path) -> Iterator[Path]:
+def write_files(out: Path, prog: str = PROG) -> Iterator[Path]:
     """``whole_files`` that are marked as ours."""
     with whole_files(out) as temporary:
         yield temporary
-        written = read_mark(out) | {file.name: state_of(file) for file in temporary.iterdir()}
-        write_atomic(temporary / MARK, json.dumps(written))
+        written = read_mark(out, prog) | {file.name: state_of(file) for file in temporary.iterdir()}
+        write_atomic(temporary / mark_of(prog), json.dumps(written))
 
 
-def read_mark(out: Path) -> dict[str, tuple[int, ...]]:
-    """The files that the command wrote in a folder, by name, with their state then."""
+def mark_of(prog: str) -> str:
+    """The file that says which files of a folder a command wrote."""
+    return f".{prog.replace(' ', '-')}"
+
+
+def read_mark(out: Path, prog: str) -> dict[str, tuple[int, ...]]:
+    """The files that a command wrote in a folder, by name, with their state then."""
     try:
-        written = parse_json((out / MARK).read_text(encoding="utf-8"))
+        written = parse_json((out / mark_of(prog)).read_text(encoding="utf-8"))
         return {name: tuple(state) for name, state in written.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}

@@ -28,8 +28,7 @@ from protoclip.curate.order import (
     sum_over,
 )
 from protoclip.features import FeatureRows, open_features
-from protoclip.lloyd import _tensor as as_points
-from protoclip.lloyd import kmeans
+from protoclip.lloyd import as_points, kmeans
 from protoclip.ops import kmeans_assign
 
 OP = "hierarchical_kmeans"
@@ -332,6 +331,17 @@ def _cluster_level(
     )
 
 
+class OtherCallError(ValueError):
+    """A state is of a call with other arguments, whose names are in ``different``."""
+
+    def __init__(self, path: Path, different: Sequence[str]) -> None:
+        super().__init__(
+            f"{OP}: the state {path} is of a call with other {', '.join(different)}; use another "
+            "file, or remove it"
+        )
+        self.different = different
+
+
 class _State:
     """The centroids of finished steps, in a file."""
 
@@ -365,11 +375,8 @@ class _State:
         except (SafetensorError, LookupError, ValueError) as error:
             return ValueError(f"{OP}: expected a state that it wrote, got {path} ({error})")
         if settings != self.settings:
-            different = [name for name in self.settings if settings[name] != self.settings[name]]
-            return ValueError(
-                f"{OP}: the state {path} is of another call ({', '.join(different)} differ); use "
-                "another file, or remove it"
-            )
+            names = [name for name, value in self.settings.items() if settings.get(name) != value]
+            return OtherCallError(path, names)
         return steps, centroids
 
     def get(self, number: int, device: torch.device) -> tuple[int, Tensor | None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from numbers import Integral
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.curate.hierarchy import Hierarchy
+from protoclip.curate.hierarchy import Hierarchy, Rows, take
 from protoclip.curate.order import (
     check_choice,
     first_of_each,
@@ -19,6 +21,8 @@ from protoclip.curate.order import (
 
 SIZE_BITS = 48  # of the number of rows
 ROWS, REMAINDER = 1, 2  # purposes of random keys
+CHOSEN_BYTES = 256 << 20  # of chosen rows that are compared with others at once
+PIECE = 1024  # rows that are compared with each other at once
 
 
 def balanced_sample(
@@ -110,3 +114,74 @@ def row_keys(
     if choose == "closest":
         return nearest_keys(squared, positions)
     return random_keys(positions, seed, ROWS)
+
+
+def sample_without_duplicates(
+    rows: Rows, hierarchy: Hierarchy, target: int, distance: float, *, choose: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """``balanced_sample`` whose rows of a lowest cluster are at least ``distance`` apart.
+
+    A row that is nearer to one that was chosen before is passed over for the next of its cluster.
+
+    Returns:
+        Positions, int64, increasing; and how many rows each lowest cluster lacks, int64 [K].
+    """
+    check_choice("balanced_sample", choose)
+    shares = shares_of(hierarchy, target, seed)
+    lowest = hierarchy.levels[0]
+    keys = row_keys(hierarchy, choose, seed)
+    order = torch.from_numpy(np.lexsort((keys.numpy(), lowest.labels.numpy())))
+    ends = lowest.sizes.cumsum(0)
+    members = [
+        order[start:end] for start, end in zip(ends - lowest.sizes, ends, strict=True)
+    ]  # of each cluster, in the order in which they are chosen
+    chosen = [order[:0] for _ in members]
+    bytes_of = shares * (rows.shape[1] * 4)  # of the chosen rows of each cluster
+    for clusters in _pieces(bytes_of, CHOSEN_BYTES):
+        _choose_apart(rows, clusters, members, shares.tolist(), distance, chosen)
+    counts = shares.new_tensor([len(positions) for positions in chosen])
+    return torch.cat(chosen).sort().values, shares - counts
+
+
+def _pieces(sizes: Tensor, most: int) -> list[list[int]]:
+    """Neighbouring numbers whose sizes add up to about ``most``."""
+    piece_of = (sizes.cumsum(0) // most).tolist()
+    return [list(group) for _, group in groupby(range(len(sizes)), key=piece_of.__getitem__)]
+
+
+def _choose_apart(
+    rows: Rows,
+    clusters: list[int],
+    members: list[Tensor],
+    shares: list[int],
+    distance: float,
+    chosen: list[Tensor],
+) -> None:
+    """Choose members of some clusters. Each round reads as many of each as it still lacks."""
+    tried = dict.fromkeys(clusters, 0)
+    kept = {cluster: take(rows, chosen[cluster]) for cluster in clusters}
+    while clusters:
+        candidates = [
+            members[k][tried[k] : tried[k] + shares[k] - len(chosen[k])] for k in clusters
+        ]
+        clusters = [k for k, positions in zip(clusters, candidates, strict=True) if len(positions)]
+        candidates = [positions for positions in candidates if len(positions)]
+        if not clusters:
+            return
+        values = take(rows, torch.cat(candidates)).split([len(x) for x in candidates])
+        for k, positions, points in zip(clusters, candidates, values, strict=True):
+            tried[k] += len(positions)
+            for some, some_points in zip(positions.split(PIECE), points.split(PIECE), strict=True):
+                is_apart = _apart(some_points, kept[k], distance)
+                chosen[k] = torch.cat([chosen[k], some[is_apart]])
+                kept[k] = torch.cat([kept[k], some_points[is_apart]])
+
+
+def _apart(points: Tensor, kept: Tensor, distance: float) -> Tensor:
+    """Which points are not near those kept, nor those before them that are apart: bool [M]."""
+    direct = "donot_use_mm_for_euclid_dist"  # a product loses the digits of near points
+    is_apart = ~(torch.cdist(points, kept, compute_mode=direct) < distance).any(dim=1)
+    near = torch.cdist(points, points, compute_mode=direct) < distance
+    for i in (near.sum(1) > 1).nonzero()[:, 0].tolist():
+        is_apart[i] &= not (near[i, :i] & is_apart[:i]).any()
+    return is_apart

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from protoclip.settings.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
 from protoclip.settings.flags import (
@@ -12,6 +13,8 @@ from protoclip.settings.flags import (
     add_options,
     build_parser,
     group_number,
+    levels_of,
+    number_from,
     open_clips_help,
     seeds_of,
 )
@@ -222,6 +225,60 @@ def encode_parser() -> Parser:
     return parser
 
 
+def curate_parser() -> Parser:
+    """Flags of ``protoclip curate``."""
+    parser = Parser(
+        "protoclip curate",
+        usage="%(prog)s FEATURES --levels N,N,... --target N [options]",
+        description="Choose a balanced subset of rows of features: hierarchical k-means with "
+        "resampling, then equal shares of its clusters from the highest level down (Vo et al. "
+        "2024). Writes selected.csv, left_out.csv, hierarchy.safetensors and report.html. The "
+        "same command continues an interrupted run.",
+        example="protoclip curate features/ --levels 10000,1000,100 --target 50000 --out curated/",
+    )
+    words = (
+        "rows of features [N, D]: a folder of protoclip encode or clip-retrieval, a .npy, .npz or "
+        ".safetensors file, or numbered .npy parts"
+    )
+    parser.add_argument("data", metavar="DATA", help=words)
+    parser.add_argument(
+        "--levels",
+        required=True,
+        type=levels_of,
+        metavar="N,N,...",
+        help="numbers of clusters from the lowest level to the highest; they fall",
+    )
+    parser.add_argument(
+        "--target",
+        required=True,
+        type=partial(number_from, int, 1),
+        metavar="N",
+        help="number of rows to choose",
+    )
+    add_flag(parser, "--out", "curated", "folder to write to")
+    words = "how often a level's rows are sampled from its clusters and clustered again"
+    add_flag(parser, "--resamplings", 10, words, low=0)
+    words = "rows of a lowest cluster: random ones, or the closest to its centroid"
+    add_flag(parser, "--choose", "random", words, choices=("random", "closest"))
+    words = (
+        "a row nearer than this to another chosen one of its lowest cluster is replaced by another "
+        "of the cluster; 0: no row is"
+    )
+    add_flag(parser, "--without-duplicates", 0.0, words, low=0)
+    words = "normalise the rows to length 1"
+    parser.add_argument("--normalize", action="store_true", help=words)
+    add_flag(parser, "--iters", 50, "maximum number of iterations of each k-means", low=0)
+    add_flag(parser, "--seed", 0, "seed of k-means, resampling and choice")
+    words = (
+        "replace the files of an earlier run in --out; its clusters are used again if rows, "
+        "levels, resamplings, iterations and seed are the same"
+    )
+    parser.add_argument("--overwrite", action="store_true", help=words)
+    words = "print levels, passes over the rows, bytes and an estimate of the time, and stop"
+    parser.add_argument("--dry-run", action="store_true", help=words)
+    return parser
+
+
 def evaluate_parser() -> Parser:
     """Flags of ``protoclip evaluate``."""
     parser = Parser(
@@ -390,6 +447,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "plan": plan_parser,
     "encode": encode_parser,
     "cluster": cluster_parser,
+    "curate": curate_parser,
     "evaluate": evaluate_parser,
     "report": report_parser,
     "export": export_parser,

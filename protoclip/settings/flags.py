@@ -449,6 +449,17 @@ def group_number(text: str) -> str:
     return text
 
 
+def levels_of(text: str) -> list[int]:
+    """``--levels`` of protoclip curate: falling numbers between commas; for argparse."""
+    numbers = [part.strip() for part in text.split(",")]
+    levels = [int(number) for number in numbers if number.isdecimal()]
+    if len(levels) < len(numbers) or 0 in levels or sorted(set(levels), reverse=True) != levels:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers of clusters that fall, such as 1000,100, got {text}"
+        )
+    return levels
+
+
 def seeds_of(text: str) -> list[int]:
     """Seeds of ``protoclip compare``: "3" are 0, 1 and 2, and "0,3,7" are these; for argparse."""
     numbers = [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,264 @@
+"""``protoclip curate FEATURES --levels 1000,100 --target 5000``: a balanced subset of features.
+
+Writes selected.csv, left_out.csv, hierarchy.safetensors (``protoclip.Hierarchy.load`` reads it) and
+report.html to a folder, and state.safetensors, from which an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from protoclip.cluster.encoded import stop_if_asked
+from protoclip.cluster.output import LEFT_OUT, check_output, open_output, write_files
+from protoclip.common.files import (
+    mebibytes,
+    plural,
+    printable,
+    printable_lines,
+    write_atomic,
+    write_csv,
+)
+from protoclip.common.paths import check_exists
+from protoclip.common.signals import Stopped, StopSignals
+from protoclip.curate.hierarchy import (
+    Hierarchy,
+    LevelPlan,
+    OtherCallError,
+    hierarchical_kmeans,
+    plan_levels,
+    take,
+)
+from protoclip.curate.page import make_page
+from protoclip.curate.sampling import balanced_sample, sample_without_duplicates
+from protoclip.curate.source import Source, open_source
+from protoclip.distributed import run_command
+from protoclip.features import FeatureRows, open_features
+from protoclip.features.table import FILE, KEY, write_csv_table
+from protoclip.ops import kmeans_assign
+from protoclip.report import page
+from protoclip.settings.commands import curate_parser
+
+PROG = "protoclip curate"
+SELECTED = "selected.csv"
+HIERARCHY = "hierarchy.safetensors"
+STATE = "state.safetensors"
+NAMES = [SELECTED, LEFT_OUT, HIERARCHY, page.NAME]
+TIMED_ROWS, TIMED_CLUSTERS = 4096, 1024  # of the assignment that --dry-run times
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command: levels of clusters, a sample, and files."""
+    check_exists(args.data, "DATA", "check the path")
+    rows = open_features(args.data)
+    plans = plan_levels(len(rows), args.levels, args.resamplings)
+    check_target(args.target, len(rows))
+    if args.dry_run:
+        print(forecast(rows, plans, args.iters))
+        return
+    out = Path(args.out)
+    check_output(out, NAMES, args.overwrite, PROG)
+    began_at = time.perf_counter()
+    with open_output(out, NAMES, args.overwrite, PROG):
+        source = open_source(args.data, args.normalize)
+        if len(source.left_out):
+            print(
+                f"left out {plural(len(source.left_out), 'row')} of {len(rows):,} with NaN or inf; "
+                f"{LEFT_OUT} lists them",
+                file=sys.stderr,
+            )
+        check_target(args.target, len(source.rows))
+        with StopSignals() as signals:
+            hierarchy = cluster_rows(
+                source,
+                args,
+                out,
+                lambda: stop_if_asked(signals, "before its end; the same command continues"),
+            )
+        clustered_at = time.perf_counter()
+        chosen, notes = choose_rows(source, hierarchy, args)
+        seconds = {
+            "clusters": clustered_at - began_at,
+            "sample": time.perf_counter() - clustered_at,
+        }
+        html = make_page(source, hierarchy, chosen, notes, seconds)
+        with write_files(out, PROG) as temporary:
+            write_selected(temporary / SELECTED, source, hierarchy, chosen)
+            write_left_out(temporary / LEFT_OUT, source)
+            hierarchy.save(temporary / HIERARCHY)
+            write_atomic(temporary / page.NAME, printable_lines(html))
+    for note in notes:
+        print(note, file=sys.stderr)
+    name = printable(str(out))
+    print(
+        f"{hierarchy}\nwrote {plural(len(chosen), 'row')} to {name}/{SELECTED}; open "
+        f"{name}/{page.NAME}"
+    )
+
+
+def check_target(target: int, count: int) -> None:
+    if target > count:
+        raise ValueError(
+            f"--target: expected at most the {count:,} rows of DATA, got {target:,}; lower it"
+        )
+
+
+def cluster_rows(
+    source: Source, args: argparse.Namespace, out: Path, check_signals: Callable[[], None]
+) -> Hierarchy:
+    """The hierarchy, with a progress bar of k-means runs."""
+    with tqdm(
+        total=len(args.levels) * (1 + args.resamplings),
+        desc="k-means of levels",
+        unit=" k-means",
+        disable=None,
+    ) as bar:
+
+        def progress(level: int, step: int, iteration: int) -> None:
+            bar.n = (level - 1) * (1 + args.resamplings) + step
+            bar.set_postfix_str(f"level {level}, iteration {iteration + 1}")
+            check_signals()
+
+        def cluster() -> Hierarchy:
+            return hierarchical_kmeans(
+                source.rows,
+                args.levels,
+                resamplings=args.resamplings,
+                num_iters=args.iters,
+                seed=args.seed,
+                state=out / STATE,
+                progress=progress,
+            )
+
+        try:
+            hierarchy = cluster()
+        except OtherCallError as error:
+            if not args.overwrite:
+                raise ValueError(
+                    f"--out: {printable(str(out))} holds clusters of other settings "
+                    f"({', '.join(error.different)}); choose another folder, or replace them with "
+                    "--overwrite"
+                ) from error
+            (out / STATE).unlink()
+            hierarchy = cluster()
+        bar.update(bar.total - bar.n)
+    return hierarchy
+
+
+def choose_rows(
+    source: Source, hierarchy: Hierarchy, args: argparse.Namespace
+) -> tuple[Tensor, list[str]]:
+    """The chosen rows, int64, increasing, and sentences about those that were passed over."""
+    if not args.without_duplicates:
+        return balanced_sample(hierarchy, args.target, choose=args.choose, seed=args.seed), []
+    chosen, lacking = sample_without_duplicates(
+        source.rows,
+        hierarchy,
+        args.target,
+        args.without_duplicates,
+        choose=args.choose,
+        seed=args.seed,
+    )
+    note = (
+        f"No two chosen rows of a lowest cluster are nearer than {args.without_duplicates:g}; "
+        f"{plural(int((lacking > 0).sum()), 'lowest cluster')} had too few such rows, so "
+        f"{plural(int(lacking.sum()), 'row')} of {args.target:,} could not be chosen."
+    )
+    return chosen, [note]
+
+
+def write_selected(path: Path, source: Source, hierarchy: Hierarchy, chosen: Tensor) -> None:
+    """Write selected.csv."""
+    positions = source.positions[chosen.numpy()]
+    blank = [""] * len(positions)
+    keys, files = source.all_rows.keys, source.column(FILE)
+    columns: dict[str, Sequence[str]] = {
+        "position": [str(position) for position in positions.tolist()],
+        KEY: blank if keys is None else keys.take(positions),
+        FILE: blank if files is None else files.take(positions),
+    }
+    for level in range(1, 1 + len(hierarchy.levels)):
+        labels = hierarchy.labels(level)[chosen]
+        columns[f"cluster_{level}"] = [str(label) for label in labels.tolist()]
+    write_csv_table(path, columns)
+
+
+def write_left_out(path: Path, source: Source) -> None:
+    """Write left_out.csv."""
+    keys = source.all_rows.keys
+    names = [""] * len(source.left_out) if keys is None else keys.take(source.left_out)
+    rows = zip(source.left_out.tolist(), names, strict=True)
+    write_csv(path, ("position", "key", "reason"), [(*row, "NaN or inf") for row in rows])
+
+
+def forecast(rows: FeatureRows, plans: Sequence[LevelPlan], num_iters: int) -> str:
+    """What a run will do: passes over the rows, bytes, and an estimate of its time."""
+    row_bytes = rows.shape[1] * rows.dtype.itemsize
+    lines = [
+        f"{plural(len(rows), 'row')} of {plural(rows.shape[1], 'number')} ({rows.dtype}), "
+        f"{mebibytes(len(rows) * row_bytes)}"
+    ]
+    products = 0.0  # of a row and a centroid
+    for number, plan in enumerate(plans, 1):
+        sampled = min(plan.rows, plan.clusters * plan.sample_size)
+        visits = plan.rows * (num_iters + 2) + plan.resamplings * (
+            sampled * (num_iters + 1) + plan.rows
+        )
+        products += visits * plan.clusters
+        line = (
+            f"level {number}: {plan.rows:,} into {plan.clusters:,} clusters, then "
+            f"{plural(plan.resamplings, 'time')} {sampled:,} of them ({plan.sample_size:,} of a "
+            f"cluster); at most {visits / plan.rows:,.0f} passes"
+        )
+        if number == 1:
+            line += f" that read {mebibytes(visits * row_bytes)}"
+        lines.append(line)
+    seconds = products * seconds_of_product(rows)
+    lines.append(
+        f"at most about {hours(seconds)} (from an assignment of some of the rows on this machine; "
+        "k-means stops as soon as no centroid moves)"
+    )
+    return "\n".join(lines)
+
+
+def seconds_of_product(rows: FeatureRows) -> float:
+    """The time in which ``kmeans_assign`` compares a row with a centroid."""
+    count = min(len(rows), TIMED_ROWS)
+    points = take(rows, torch.arange(count))
+    centroids = points[:TIMED_CLUSTERS]
+    kmeans_assign(points, centroids)  # the first call compiles
+    began_at = time.perf_counter()
+    kmeans_assign(points, centroids)
+    return (time.perf_counter() - began_at) / (count * len(centroids))
+
+
+def hours(seconds: float) -> str:
+    """ "3 seconds", "12 minutes", "5.1 hours"."""
+    if seconds < 100:
+        return f"{max(1, seconds):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.1f} hours"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
+
+    def work() -> int:
+        try:
+            run(curate_parser().parse_args(argv))
+        except Stopped as stop:
+            print(f"{PROG}: {printable_lines(stop.message)}", file=sys.stderr)
+            return stop.code
+        return 0
+
+    return run_command(work, PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
