@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from protoclip.data import (
     open_dataset,
 )
 from protoclip.data.feature_pairs import ClassRows, feature_pairs, open_class_rows
+from protoclip.data.selection import read_selection, selected_pairs
 from protoclip.settings.config import TABLE, TrainConfig
 
 
@@ -37,15 +39,18 @@ def open_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def open_run_data(config: TrainConfig) -> RunData:
-    """The training pairs (the train split of built-in data, all of anything else) without those
-    that --val-fraction holds out, and the held-out ones."""
+    """The training pairs (the train split of built-in data, all of anything else; of those the
+    selected ones of --rows) without those that --val-fraction holds out, and the held-out ones."""
     data = config.data
     split = "train" if data.train_data.startswith("builtin:") else "all"
     index_together(data.train_data)
     dataset = open_dataset(data.train_data, split, labels=data.labels, **open_arguments(config))
     held_out: PairDataset | None = None
+    selected = read_selection(Path(data.rows), dataset) if data.rows else None
     if data.val_fraction:
         dataset, held_out = _hold_out(dataset, data.val_fraction, data.val_seed)
+    if selected is not None:
+        dataset = selected_pairs(dataset, selected)
     if data.train_num_samples > len(dataset):
         raise ValueError(
             f"--train-num-samples: expected at most {len(dataset)}, the size of {dataset.name}, "

@@ -28,6 +28,7 @@ PATHS = {
     "--captions": CHECK,
     "--classes": CHECK,
     "--weights": CHECK,
+    "--rows": CHECK,
     "DATA": CHECK,
     "RUN": CHECK,
     "RUN_OR_CHECKPOINT": CHECK,

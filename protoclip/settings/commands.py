@@ -234,7 +234,8 @@ def curate_parser() -> Parser:
         "resampling, then equal shares of its clusters from the highest level down (Vo et al. "
         "2024). Writes selected.csv, left_out.csv, hierarchy.safetensors and report.html. The "
         "same command continues an interrupted run.",
-        example="protoclip curate features/ --levels 10000,1000,100 --target 50000 --out curated/",
+        example="protoclip curate features/ --levels 10000,1000,100 --target 50000 --out curated/\n"
+        "         protoclip train --train-data pairs.csv --rows curated/selected.csv",
     )
     words = (
         "rows of features [N, D]: a folder of protoclip encode or clip-retrieval, a .npy, .npz or "

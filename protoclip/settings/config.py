@@ -157,6 +157,12 @@ class DataConfig:
         high=2**31,
         fixed=True,
     )
+    rows: str = option(
+        "",
+        "train only on these pairs: selected.csv of protoclip curate, matched by key (by position "
+        "if it has no keys); other pairs of the same pictures are used too",
+        fixed=True,
+    )
     train_num_samples: int = option(0, "use only the first N samples; 0: all", fixed=True)
     shuffle_buffer: int = option(
         -1,

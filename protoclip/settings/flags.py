@@ -51,7 +51,9 @@ RETIRED = {
 METAVARS = {
     **dict.fromkeys(("--train-data", "--val-data", "--data"), "DATA"),
     **dict.fromkeys(("--logs", "--out", "--link-to", "--copy-to"), "DIR"),
-    **dict.fromkeys(("--features", "--captions", "--weights", "--external-teacher"), "FILE"),
+    **dict.fromkeys(
+        ("--features", "--captions", "--weights", "--rows", "--external-teacher"), "FILE"
+    ),
     "--labels": "FILE",
     "--class-features": "DIR|FILE",
     **dict.fromkeys(("--csv-img-key", "--csv-caption-key", "--csv-label-key"), "COLUMN"),

@@ -1,0 +1,244 @@
+"""Evidence for ``protoclip curate``: uniform samples of circles, rare concepts of icons, time.
+
+    python -m benchmarks.curation rings
+    python -m benchmarks.curation icons --features img.npy --table table.json
+    python -m benchmarks.curation time
+
+Each writes benchmarks/results/curation/NAME.json, which docs/curate.md quotes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import protoclip
+from benchmarks import machine
+from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
+
+RESULTS = Path(__file__).parent / "results" / "curation"
+SEEDS = range(5)
+
+# Of Vo et al. 2024, figure 3: points and centre of each circle.
+RINGS = ((20_000, (-2.2, 1.0)), (200, (0.0, 1.0)), (1000, (2.2, 1.0)), (500, (-1.2, 0.2)),
+         (8000, (1.2, 0.2)))  # fmt: skip
+INNER, OUTER = 0.7, 1.0  # radii between which points lie
+CELL = 0.25
+FINE = 64  # by which a cell's side is divided to measure its share of the area
+CHOSEN = 1000
+
+MOST = 200  # copies of each drawing of the most frequent concept
+NOISE = 0.1  # length of the noise added to a copy, relative to the row
+SHARE = 0.1  # of the rows that are chosen
+ICON_ITERATIONS = 10  # of each k-means
+
+Points = np.ndarray
+Choice = Callable[[Tensor, int, int], Tensor]  # points, target, seed -> positions
+
+
+def kmeans_then_equal_shares(*levels: int, **options: Any) -> Choice:
+    def choose(points: Tensor, target: int, seed: int) -> Tensor:
+        hierarchy = hierarchical_kmeans(points, levels, seed=seed, **options)
+        return balanced_sample(hierarchy, target, seed=seed)
+
+    return choose
+
+
+def at_random(points: Tensor, target: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(points), generator=generator)[:target]
+
+
+def ring_points(seed: int) -> Points:
+    generator = np.random.default_rng(seed)
+    parts = []
+    for count, centre in RINGS:
+        radius = generator.uniform(INNER, OUTER, count)
+        angle = generator.uniform(0, 2 * np.pi, count)
+        parts.append(
+            np.array(centre) + np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+        )
+    return np.concatenate(parts)
+
+
+def in_rings(points: Points) -> np.ndarray:
+    """Whether points [N, 2] lie in a ring: bool [N]."""
+    distances = [np.linalg.norm(points - np.array(centre), axis=1) for _, centre in RINGS]
+    return np.any([(d >= INNER) & (d <= OUTER) for d in distances], axis=0)
+
+
+def cells(points: Points, side: float = CELL) -> np.ndarray:
+    """The cell of each point, int64 [N]."""
+    column, row = (np.floor(points / side).astype(np.int64) + 1000).T
+    return column * 2000 + row
+
+
+def area_shares() -> dict[int, float]:
+    """The share of the rings' area in each cell."""
+    side = CELL / FINE
+    axis = (np.arange(-4 / side, 4 / side) + 0.5) * side
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    numbers, counts = np.unique(cells(grid[in_rings(grid)]), return_counts=True)
+    return dict(zip(numbers.tolist(), (counts / counts.sum()).tolist(), strict=True))
+
+
+def divergence(points: Points, shares: dict[int, float]) -> float:
+    """Kullback-Leibler divergence, in nats, of the points' cells to the shares of the area."""
+    smallest = min(shares.values())
+    numbers, counts = np.unique(cells(points), return_counts=True)
+    parts = counts / counts.sum()
+    area = np.array([shares.get(number, smallest) for number in numbers.tolist()])
+    return float((parts * np.log(parts / area)).sum())
+
+
+def uniform_points(count: int, seed: int) -> Points:
+    """Points drawn uniformly from the rings' area."""
+    generator = np.random.default_rng(seed)
+    drawn = generator.uniform((-3.5, -1), (3.5, 2.5), (20 * count, 2))
+    return drawn[in_rings(drawn)][:count]
+
+
+RING_CHOICES: dict[str, Choice] = {
+    "random rows": at_random,
+    "k-means, 1,000 clusters": kmeans_then_equal_shares(1000, resamplings=0),
+    "k-means, 300 clusters": kmeans_then_equal_shares(300, resamplings=0),
+    "hierarchical": kmeans_then_equal_shares(1000, 300, resamplings=0),
+    "hierarchical with resampling": kmeans_then_equal_shares(1000, 300, sample_sizes=[15, 2]),
+}
+
+
+def rings() -> dict[str, Any]:
+    """How far 1,000 chosen points are from uniform."""
+    shares = area_shares()
+    result: dict[str, list[float]] = {name: [] for name in RING_CHOICES}
+    result["uniform points"] = [divergence(uniform_points(CHOSEN, seed), shares) for seed in SEEDS]
+    for seed in SEEDS:
+        points = ring_points(seed)
+        for name, choose in RING_CHOICES.items():
+            chosen = choose(torch.from_numpy(points).float(), CHOSEN, seed)
+            result[name].append(divergence(points[chosen.numpy()], shares))
+            print(seed, name, f"{result[name][-1]:.4f}", flush=True)
+    return {"cells": len(shares), "chosen": CHOSEN, "divergence": result}
+
+
+def repeated_icons(features: Points, concepts: list[str], seed: int) -> tuple[Points, np.ndarray]:
+    """Each drawing of the concept of rank j ceil(200 / j) times, with noise: rows and the number
+    of each row's concept. Ranks are by number of drawings, then name."""
+    names, numbers, counts = np.unique(concepts, return_inverse=True, return_counts=True)
+    ranks = np.empty(len(names), dtype=np.int64)
+    ranks[np.lexsort((names, -counts))] = np.arange(1, 1 + len(names))
+    copies = -(-MOST // ranks[numbers])
+    rows = np.repeat(features, copies, axis=0)
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(size=rows.shape).astype(np.float32)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(rows.shape[1])
+    return rows + NOISE * lengths * noise, np.repeat(numbers, copies)
+
+
+def icons(features: str, table: str) -> dict[str, Any]:
+    """Concepts that a tenth of the rows covers."""
+    rows = np.load(features).astype(np.float32)
+    concepts = json.loads(Path(table).read_text(encoding="utf-8"))["concepts"]
+    result: dict[str, Any] = {"drawings": len(rows), "columns": rows.shape[1], "choices": {}}
+    for seed in SEEDS:
+        points, numbers = repeated_icons(rows, concepts, seed)
+        target = round(SHARE * len(points))
+        levels = [target, round(0.3 * target)]  # in the ratio of the circles' levels
+        result |= {"rows": len(points), "target": target, "levels": levels}
+        result["concepts"] = int(numbers.max()) + 1
+        for name, chosen in icon_choices(torch.from_numpy(points), target, levels, seed):
+            counts = np.bincount(numbers[chosen.numpy()])
+            shares = counts[counts > 0] / counts.sum()
+            scores = result["choices"].setdefault(name, {"covered": [], "entropy": []})
+            scores["covered"].append(int((counts > 0).sum()))
+            scores["entropy"].append(float(-(shares * np.log(shares)).sum()))
+            print(seed, name, scores["covered"][-1], f"{scores['entropy'][-1]:.3f}", flush=True)
+    return result
+
+
+def icon_choices(
+    points: Tensor, target: int, levels: Sequence[int], seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    yield "random rows", at_random(points, target, seed)
+    for name, resamplings in (("hierarchical", 0), ("hierarchical with resampling", 10)):
+        hierarchy = hierarchical_kmeans(
+            points, levels, resamplings=resamplings, num_iters=ICON_ITERATIONS, seed=seed
+        )
+        if not resamplings:
+            lowest = Hierarchy(hierarchy.levels[:1])
+            yield "k-means, equal shares", balanced_sample(lowest, target, seed=seed)
+        yield name, balanced_sample(hierarchy, target, seed=seed)
+
+
+TIMED = {"rows": 500_000, "columns": 256, "clusters": 1000, "iterations": 10, "repeats": 3}
+
+
+def kmeans_seconds() -> dict[str, Any]:
+    """Seconds of ten iterations of k-means from the same random rows."""
+    import faiss
+    from sklearn.cluster import KMeans
+
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(TIMED["rows"], TIMED["columns"], generator=generator)
+    start = points[torch.randperm(len(points), generator=generator)[: TIMED["clusters"]]]
+    array, iterations = points.numpy(), TIMED["iterations"]
+
+    def ours() -> float:
+        clusters = protoclip.kmeans(points, len(start), init=start, num_iters=iterations)
+        return clusters.inertia
+
+    def scikit_learn() -> float:
+        runner = KMeans(len(start), init=start.numpy(), n_init=1, max_iter=iterations, tol=0)
+        return float(runner.fit(array).inertia_)
+
+    def with_faiss() -> float:
+        runner = faiss.Kmeans(
+            array.shape[1], len(start), niter=iterations, max_points_per_centroid=len(array)
+        )
+        runner.train(array, init_centroids=start.numpy())
+        return float(runner.index.search(array, 1)[0].sum())
+
+    runs = {"protoclip": ours, "scikit-learn": scikit_learn, "faiss": with_faiss}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    inertia: dict[str, float] = {}
+    protoclip.kmeans(points[:2000], 10, num_iters=1)  # compiles
+    for _ in range(TIMED["repeats"]):
+        for name, run in runs.items():
+            began_at = time.perf_counter()
+            inertia[name] = run()
+            seconds[name].append(time.perf_counter() - began_at)
+            print(name, f"{seconds[name][-1]:.1f} s, inertia {inertia[name]:.7g}", flush=True)
+    return {**TIMED, "seconds": seconds, "inertia": inertia}
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine.describe(), **result}
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curation", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    commands.add_parser("rings")
+    icons_parser = commands.add_parser("icons")
+    icons_parser.add_argument("--features", required=True, help=".npy, a row for each drawing")
+    icons_parser.add_argument("--table", required=True, help="JSON with the drawings' concepts")
+    commands.add_parser("time")
+    arguments = vars(parser.parse_args())
+    name = arguments.pop("name")
+    run = {"rings": rings, "icons": icons, "time": kmeans_seconds}[name]
+    write(name, run(**arguments))
+
+
+if __name__ == "__main__":
+    main()
