@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -395,6 +396,114 @@ def test_batch_norm_over_ranks_is_torchs_of_the_whole_batch(first_rank: RankResu
 
 def test_unpaired_features_are_refused_over_ranks(first_rank: RankResults) -> None:
     assert "one text per image" in first_rank.refusal
+
+
+# ---- other groups than all ranks ----
+
+
+IN_FP32 = Kind(torch.float32, "auto", 14.3)
+OF_GROUPS = ["info_nce", "info_nce, ids positive", "siglip", "siglip, ids excluded", "sup_con"]
+
+
+class OfGroup(NamedTuple):
+    """Of one rank of two groups, as arrays, which a process can send."""
+
+    number: int  # of the group
+    losses: dict[str, Arrays]  # by case, the mean over the ranks of the group
+    refusals: dict[str, str]
+
+
+def of_two_groups() -> OfGroup:
+    """Ranks 0 and 2 share the pairs in order, ranks 1 and 3 in reverse: neighbours in a group are
+    none among all ranks."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    number = dist.get_rank() % 2
+    group = groups[number]
+    half = G // 2
+    first = half * (group.rank() if number == 0 else 1 - group.rank())
+    mine = slice(first, first + half)
+    losses = {}
+    for name in OF_GROUPS:
+        results = pair_loss_results(name, IN_FP32, dtype=torch.float32, group=group, mine=mine)
+        means = {"loss": results["loss"].double(), "dlogit_scale": results["dlogit_scale"].double()}
+        losses[name] = {
+            value: distributed.mean_over_ranks(mean, group).numpy() for value, mean in means.items()
+        }
+    return OfGroup(number, losses, refusals_of(groups[1 - number], group))
+
+
+def refusals_of(other_group: Any, group: Any) -> dict[str, str]:
+    x = F.normalize(torch.randn(4 if group.rank() else 5, D), dim=1)
+    equal = x[:4]
+    calls: dict[str, Callable[[], Any]] = {
+        "another group": lambda: protoclip.info_nce(x, x, 9.0, group=other_group),
+        "class of another group": lambda: protoclip.ClipLoss(group=other_group),
+        "wrong rank": lambda: protoclip.ClipLoss(rank=1 - group.rank(), world_size=2, group=group),
+        "wrong size": lambda: protoclip.SigLipLoss(rank=group.rank(), world_size=4, group=group),
+        "smoothing": lambda: protoclip.info_nce(
+            equal, equal, 9.0, label_smoothing=0.1, group=group
+        ),
+        "offset": lambda: protoclip.sigmoid_loss(equal[:2], equal, 9.0, -9.0, group=group),
+        "rows": lambda: protoclip.info_nce(x, x, 9.0, group=group),
+        "keys": lambda: protoclip.contrastive(equal[:2], x, 9.0, group=group),
+        "views": lambda: protoclip.nt_xent(x, x, 9.0, group=group),
+        "labels": lambda: protoclip.sup_con(x, torch.zeros(len(x)).long(), 9.0, group=group),
+        "images": lambda: protoclip.sigmoid_loss(x, x, 9.0, -9.0, group=group),
+        "module": lambda: protoclip.ClipLoss(group=group)(x, x, torch.tensor(9.0)),
+    }
+    refusals = {}
+    for name, call in calls.items():
+        refusals[name] = ""
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            refusals[name] = str(error)
+    loss = protoclip.ClipLoss(local_loss=True, gather_with_grad=True, group=group)
+    assert (loss.rank, loss.world_size) == (group.rank(), 2)
+    expected = protoclip.info_nce(equal, equal, 9.0, group=group)
+    assert torch.equal(loss(equal, equal, torch.tensor(9.0)), expected)
+    assert torch.equal(copy.deepcopy(loss)(equal, equal, torch.tensor(9.0)), expected)
+    return refusals
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[OfGroup]:
+    return in_group(4, of_two_groups)
+
+
+def test_two_groups_of_two_have_each_the_losses_of_their_own_pairs(
+    four_ranks: list[OfGroup],
+) -> None:
+    truths = of_one_process(IN_FP32, torch.float64)
+    bases = of_one_process(IN_FP32, torch.float32)
+    for results in four_ranks:
+        for case, values in results.losses.items():
+            for name, array in values.items():
+                truth, base = truths[case][name], bases[case][name]
+                magnitude = max(10 + IN_FP32.logit_scale, truth.abs().item())
+                got = torch.as_tensor(array).to(base.dtype)
+                assert_within_budget(got, truth, base, f"{case}: {name}", magnitude)
+
+
+def test_what_a_group_cannot_have_is_refused_on_every_rank(four_ranks: list[OfGroup]) -> None:
+    words = {
+        "another group": "info_nce: expected group as a process group that this process belongs to",
+        "class of another group": "ClipLoss: expected group as a process group",
+        "wrong rank": "ClipLoss: expected rank=",
+        "wrong size": "world_size=2, those of the group, got",
+        "smoothing": "info_nce: expected label_smoothing=0 with a group",
+        "offset": "sigmoid_loss: expected as many texts as images with a group",
+        "rows": "info_nce: expected as many rows on every rank, got 5, 4",
+        "keys": "contrastive: expected as many rows on every rank, got 5, 4",
+        "views": "nt_xent: expected as many rows on every rank, got 5, 4",
+        "labels": "sup_con: expected as many rows on every rank, got 5, 4",
+        "images": "sigmoid_loss: expected as many rows on every rank, got 5, 4",
+        "module": "ClipLoss: expected as many rows on every rank, got 5, 4",
+    }
+    for results in four_ranks:
+        assert results.refusals.keys() == words.keys()
+        for name, refusal in results.refusals.items():
+            assert words[name] in refusal, name
 
 
 class TwoCalls(NamedTuple):
