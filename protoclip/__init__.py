@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.data import open_dataset
     from protoclip.estimator import KMeans
     from protoclip.features import open_features
+    from protoclip.heads import load_heads
     from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
     from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
     from protoclip.openclip import create_loss, create_task
@@ -65,6 +66,7 @@ __all__ = [
     "info_nce",
     "kmeans",
     "kmeans_assign",
+    "load_heads",
     "nt_xent",
     "open_dataset",
     "open_features",
@@ -92,6 +94,7 @@ _MODULES = {
     "grad_cache": "cached_gradients",
     "hierarchical_kmeans": "curate",
     "kmeans": "lloyd",
+    "load_heads": "heads",
     "open_dataset": "data",
     "open_features": "features",
 }

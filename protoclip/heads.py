@@ -1,19 +1,26 @@
 """Heads on the rows of frozen encoders: two small networks that answer as an OpenCLIP model does.
 
-``protoclip train`` trains them on stored features; ``build_model`` in ``protoclip.model`` makes
-them part of a model with projection heads.
+``protoclip train`` trains them on stored features, ``protoclip export`` writes them to a folder,
+and ``load_heads`` reads that folder. ``build_model`` in ``protoclip.model`` makes them part of a
+model with projection heads.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = ("linear", "mlp")
+from protoclip.common.json_text import parse_json
+
+# Of an exported folder.
+CONFIG_FILE = "heads.json"
+WEIGHTS_FILE = "heads.safetensors"
 EXPANSION = 4  # of a residual block's hidden layer, FuseMix's
 
 
@@ -123,3 +130,35 @@ class Heads(nn.Module):
         if self.logit_bias is not None:
             output["logit_bias"] = self.logit_bias
         return output
+
+
+def load_heads(folder: str | os.PathLike[str]) -> Heads:
+    """Load the heads that ``protoclip export`` wrote to a folder, in eval mode on the CPU.
+
+    Args:
+        folder: holds heads.json and heads.safetensors.
+    Returns:
+        A module whose ``encode_image`` and ``encode_text`` map rows of the encoders that the heads
+        were trained on to a common space; ``normalize=True`` gives unit rows. Rows of another
+        width are refused.
+    Raises:
+        ValueError: the folder lacks a file, or they do not fit together.
+
+    Example:
+        heads = protoclip.load_heads("my-heads")
+        similarity = heads.encode_text(texts, normalize=True) @ heads.encode_image(images).T
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        settings = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        heads = Heads(**settings)
+        heads.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except Exception as error:  # safetensors and torch raise their own
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"load_heads: expected {CONFIG_FILE} and {WEIGHTS_FILE} of protoclip export in "
+            f"{folder}: {reason}"
+        ) from error
+    return heads.eval()

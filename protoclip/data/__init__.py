@@ -75,6 +75,8 @@ def open_dataset(
     if split not in ("all", "train", "heldout"):
         raise DataError(f"{spec}: split must be all, train or heldout, got {split!r}")
     source_type = data_kind(spec)
+    if labels and source_type != "features":
+        raise DataError(f"--labels: expected stored features, got {spec}; leave the flag out")
     builtin, _, argument = spec.removeprefix("builtin:").partition(":")
     if source_type != "builtin":
         builtin = ""

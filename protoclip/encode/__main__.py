@@ -32,7 +32,7 @@ from protoclip.common.signals import Stopped
 from protoclip.data import PairDataset, Pictures, data_kind, open_dataset
 from protoclip.data.folders import ImageFolder, read_templates
 from protoclip.data.images import no_picture
-from protoclip.encode.encoders import open_encoders
+from protoclip.encode.encoders import open_encoders, with_heads
 from protoclip.encode.folder import Settings, encode_folder
 from protoclip.episodes.teacher import teacher_text
 from protoclip.features import FeatureFolder, open_folder
@@ -156,9 +156,12 @@ def run(args: argparse.Namespace, command: str) -> FeatureFolder:
         if distributed.is_main():
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(sole_writer(out / LOCK, "--out"))
+        encoders = open_encoders(args, only)
+        if args.heads:
+            encoders = with_heads(encoders, args.heads, choose_device(args.device))
         encode_folder(
             dataset,
-            open_encoders(args, only),
+            encoders,
             Settings(
                 out=out,
                 command=command,

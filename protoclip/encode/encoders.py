@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from protoclip.common.files import state_of
 from protoclip.episodes.teacher import SentenceEncoder, minilm
+from protoclip.heads import WEIGHTS_FILE, load_heads
 from protoclip.model import autocast_for, choose_device, choose_precision, put_channels_last
 from protoclip.settings.commands import MINILM
 
@@ -65,6 +66,32 @@ def open_encoders(args: argparse.Namespace, only: str = "") -> Encoders:
         clip_images, clip_texts = clip_encoders(args)
         images = images or (clip_images if wants_images else None)
         texts = texts or (clip_texts if wants_texts else None)
+    return Encoders(images, texts)
+
+
+def with_heads(encoders: Encoders, folder: str, device: torch.device) -> Encoders:
+    """The encoders followed by the heads of a folder of protoclip export; unit rows."""
+    heads = load_heads(folder).to(device)
+    name = f"{folder} {state_of(os.path.join(folder, WEIGHTS_FILE))}"
+
+    def embed(encode: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return encode(rows.to(device), normalize=True).cpu()
+
+    images = encoders.images
+    texts = encoders.texts
+    if images is not None:
+        encode_pictures = images.encode
+        images = replace(
+            images,
+            name=f"{images.name} {name}",
+            encode=lambda pictures: embed(heads.encode_image, encode_pictures(pictures)),
+        )
+    if texts is not None:
+        encode_texts = texts.encode
+        texts = TextEncoder(
+            f"{texts.name} {name}", lambda words: embed(heads.encode_text, encode_texts(words))
+        )
     return Encoders(images, texts)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from protoclip import distributed
 from protoclip.common.files import short_name
 from protoclip.common.paths import output_file
+from protoclip.data import data_kind
 from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
@@ -27,11 +28,14 @@ from protoclip.settings.config import TABLE, TrainConfig
 
 PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
+OF_DATA = ("split", "templates", "csv_label_key", "labels", "class_features")
 # What else a file's name says of an evaluation, where it is not at its default.
 NAMED = {
     "split": "",
     "templates": "openai",
     "csv_label_key": "",
+    "labels": "",
+    "class_features": "",
     "csv_img_key": None,
     "csv_caption_key": None,
     "csv_separator": None,
@@ -68,12 +72,15 @@ def run(args: argparse.Namespace) -> None:
         earlier = None
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.data.val_seed if args.val_seed is None else args.val_seed
-    columns |= {name: getattr(args, name) for name in ("split", "templates", "csv_label_key")}
-    if own_held_out and (args.split or args.csv_label_key):
+    columns |= {name: getattr(args, name) for name in OF_DATA}
+    if data_kind(data) == "features":
+        columns["class_features"] = args.class_features or config.data.class_features
+    if own_held_out and any(getattr(args, name) for name in OF_DATA if name != "templates"):
         raise ValueError(
-            "--split, --csv-label-key: expected --data with them, got the run's own held-out "
-            "pairs; leave the flag out, or give --data"
+            "--split, --csv-label-key, --labels, --class-features: expected --data with them, got "
+            "the run's own held-out pairs; leave the flag out, or give --data"
         )
+    _check_fits(loaded, data)
     layout = own_held_out or open_layout(data, **columns)
     if distributed.is_main():
         for line in layout.left_out:
@@ -121,6 +128,21 @@ def run(args: argparse.Namespace) -> None:
     notes.append(f"Evaluated in {took:.1f} s{on_ranks} ({args.precision}), written to {output}")
     notes.append(f"CLIP_benchmark's JSON: {folder}")
     print("\n".join(notes))
+
+
+def _check_fits(loaded: Loaded, data: str) -> None:
+    """ValueError for a model of pictures and data of rows, or the other way round."""
+    takes_pictures = loaded.model.image_size > 0
+    if takes_pictures and data_kind(data) == "features":
+        raise ValueError(
+            f"--data {data}: expected pictures for {loaded.name}, got stored features; give the "
+            "pictures, or a run that trained heads on features"
+        )
+    if not takes_pictures and data_kind(data) != "features":
+        raise ValueError(
+            f"--data {data}: expected stored features for {loaded.name}, got pictures; encode them "
+            "with protoclip encode"
+        )
 
 
 def beside(file: Path, difference: str) -> Path:

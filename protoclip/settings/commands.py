@@ -200,6 +200,9 @@ def encode_parser() -> Parser:
         ("--text-model", "",
          f"{MINILM}, a text model of Hugging Face by name or folder, or MODULE:FUNCTION, which "
          "returns a callable, texts -> [N, D]; rows as returned"),
+        ("--heads", "",
+         "folder of protoclip export: write the embeddings of these heads, of length 1, in place "
+         "of the encoders' rows"),
         ("--classes", "", "instead of DATA: a file with a class name per line, for zero-shot"),
         ("--template", "a photo of a {}.",
          "prompts of --classes: a text with {}, openai (80), simple (7), or a file; a row each"),
@@ -288,7 +291,8 @@ def evaluate_parser() -> Parser:
         description="Evaluate a CLIP model. Prints a table and writes results.json and, for each "
         "data set and task, a JSON file in CLIP_benchmark's format.",
         epilog="data: builtin:icons | builtin:shapes[:N] | class folders (ImageFolder), also in "
-        "train/ and test/ | a .csv or .tsv | webdataset shards or parquet files with captions. "
+        "train/ and test/ | a .csv or .tsv | webdataset shards or parquet files with captions | "
+        "stored features, for a run of heads: a folder, or features:IMAGES.npy::TEXTS.npy. "
         "Without a train split, probes train on 80 % of the pictures and are tested on 20 %.",
         example="protoclip evaluate ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/",
     )
@@ -307,6 +311,8 @@ def evaluate_parser() -> Parser:
         ("--split", "", "split folder to evaluate (default: test, val or validation)"),
         ("--templates", "openai", "prompts: openai (80), simple (7), a text with {}, or a file"),
         ("--csv-label-key", "", "column of the class in a table"),
+        ("--labels", "", "file with the class of each row of stored features"),
+        ("--class-features", "", "rows of class names for stored features (default: the run's)"),
         ("--out --output", "", "file for the results (default: results.json in the run folder, or "
          "in the working folder for an OpenCLIP name; other data and flags add their names)"),
         ("--device", "auto", "cpu, cuda, ..."),
@@ -359,7 +365,8 @@ def export_parser() -> Parser:
     """Flags of ``protoclip export``."""
     parser = Parser(
         "protoclip export",
-        description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR.",
+        description="Write a trained model as a folder that OpenCLIP loads: local-dir:DIR. Heads "
+        "on stored features become a folder for protoclip.load_heads and protoclip encode --heads.",
         example="protoclip export logs/RUN --out my-clip",
     )
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="run folder or a checkpoint")

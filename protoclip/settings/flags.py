@@ -50,7 +50,7 @@ RETIRED = {
 # What --help shows for the value of a flag, where TEXT would not say enough.
 METAVARS = {
     **dict.fromkeys(("--train-data", "--val-data", "--data"), "DATA"),
-    **dict.fromkeys(("--logs", "--out", "--link-to", "--copy-to"), "DIR"),
+    **dict.fromkeys(("--logs", "--out", "--link-to", "--copy-to", "--heads"), "DIR"),
     **dict.fromkeys(
         ("--features", "--captions", "--weights", "--rows", "--external-teacher"), "FILE"
     ),
