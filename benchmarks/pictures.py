@@ -154,14 +154,14 @@ def draw_peers(record: Record) -> str:
 
 
 def peers_title(record: Record) -> str:
-    """The picture of peers in sentences: its alt text."""
-    panels = [
-        f"{name}, {sizes(rows[0])}: {'; '.join(f'{variant(row)} {cost(row)}' for row in rows)}"
-        for name, rows in shown_peers(record).items()
-    ]
+    """The picture of peers in a sentence: its alt text."""
+    panels = []
+    for name, rows in shown_peers(record).items():
+        ratios = [digits(row["ratio"], 2) for row in (rows[1], rows[-1])]
+        panels.append(f"{name.partition(',')[0]} {' to '.join(dict.fromkeys(ratios))}×")
     return (
-        "Time and extra memory of protoclip and of other implementations on a CPU "
-        f"({machine(record)}); × = time relative to protoclip. {'. '.join(panels)}."
+        f"Times of other implementations relative to protoclip's, {machine(record)}: "
+        f"{'; '.join(panels)}. All numbers: benchmarks/results/speed.md."
     )
 
 
