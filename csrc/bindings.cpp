@@ -75,6 +75,10 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("kmeans_encode(Tensor points) -> Tensor[]", cpu(&protoclip::kmeans_encode));
   m.def("kmeans_assign_coded(Tensor points, Tensor centroids, Tensor[] codes) -> (Tensor, Tensor)",
         cpu(&protoclip::kmeans_assign_coded));
+  m.def("kmeans_prepare(Tensor centroids, Tensor some, bool coded) -> Tensor[]",
+        cpu(&protoclip::kmeans_prepare));
+  m.def("kmeans_assign_prepared(Tensor points, Tensor[] prepared) -> (Tensor, Tensor)",
+        cpu(&protoclip::kmeans_assign_prepared));
   m.def(
       "kmeans_greedy_start(Tensor points, Tensor? weights, Tensor[] codes, int first,"
       " int num_clusters, int trials, int rounds, Generator? generator) -> Tensor",
@@ -86,4 +90,10 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
       cpu(&protoclip::kmeans_iteration));
   m.def("segment_mean(Tensor values, Tensor labels, int num_segments) -> (Tensor, Tensor)",
         cpu(&protoclip::segment_mean));
+  m.def(
+      "segment_add(Tensor values, Tensor labels, Tensor(a!) open, Tensor(b!) closed,"
+      " Tensor(c!) counts) -> ()",
+      cpu(&protoclip::segment_add));
+  m.def("segment_sums_mean(Tensor open, Tensor closed, Tensor counts) -> Tensor",
+        cpu(&protoclip::segment_sums_mean));
 }

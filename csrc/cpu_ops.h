@@ -74,6 +74,8 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
 std::vector<Tensor> kmeans_encode(const Tensor& points);
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                at::TensorList codes);
+std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded);
+std::tuple<Tensor, Tensor> kmeans_assign_prepared(const Tensor& points, at::TensorList prepared);
 Tensor kmeans_greedy_start(const Tensor& points, const Optional& weights, at::TensorList codes,
                            int64_t first, int64_t num_clusters, int64_t trials, int64_t rounds,
                            at::Generator generator);
@@ -83,5 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_iteration(
     at::TensorList codes, double limit);
 std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
                                         int64_t num_segments);
+void segment_add(const Tensor& values, const Tensor& labels, const Tensor& open,
+                 const Tensor& closed, const Tensor& counts);
+Tensor segment_sums_mean(const Tensor& open, const Tensor& closed, const Tensor& counts);
 
 }  // namespace protoclip

@@ -176,30 +176,38 @@ float spread_about(const Tensor& mean, const Tensor& rows) {
   return static_cast<float>(std::sqrt(largest));
 }
 
-// `codes`: of kmeans_encode, or none.
-std::tuple<Tensor, Tensor> assign_any(const Tensor& points, const Tensor& centroids,
-                                      at::TensorList codes) {
-  const Tensor rows = centroids.to(at::kFloat).contiguous();
-  const int64_t k = rows.size(0), d = rows.size(1);
-  const Tensor mean = mean_row(rows);
-  const float* means = mean.const_data_ptr<float>();
-  const bool finite = std::all_of(means, means + d, [](float m) { return std::isfinite(m); });
-  Assigned out(points);
-  if (points.size(0) == 0 || !finite) return {out.labels, out.distances};
-  const float spread = k * d <= kDirect ? spread_about(mean, rows) : kInfinity;
-  if (spread < kTooLarge) {
-    out.fill(points.scalar_type(), [&](auto type, int64_t* labels, float* distances) {
-      assign_directly<decltype(type)>(points, rows, spread, labels, distances);
-    });
+// Centroids on their way to the points: fp32 and contiguous, and how the points meet them.
+struct GivenCentroids {
+  explicit GivenCentroids(const Tensor& centroids)
+      : rows(centroids.to(at::kFloat).contiguous()), mean(mean_row(rows)) {
+    const int64_t d = rows.size(1);
+    const float* means = mean.const_data_ptr<float>();
+    finite = std::all_of(means, means + d, [](float m) { return std::isfinite(m); });
+    if (finite && rows.size(0) * d <= kDirect) spread = spread_about(mean, rows);
+  }
+  bool measures_all() const { return spread < kTooLarge; }
+
+  // Where all distances are measured, or none.
+  std::tuple<Tensor, Tensor> assign_without_codes(const Tensor& points) const {
+    Assigned out(points);
+    if (points.size(0) && finite)
+      out.fill(points.scalar_type(), [&](auto type, int64_t* labels, float* distances) {
+        assign_directly<decltype(type)>(points, rows, spread, labels, distances);
+      });
     return {out.labels, out.distances};
   }
-  Frame frame(codes.empty() ? mean : codes[2]);
-  frame.rotated =
-      codes.empty() ? frame.peaky(sample(points)) || frame.peaky(rows) : codes[3].item<bool>();
-  const Centroids prepared(rows, frame);
-  const CodedPoints coded = codes.empty() ? CodedPoints{} : CodedPoints{codes[0], codes[1]};
+
+  Tensor rows, mean;
+  bool finite;
+  float spread = kInfinity;
+};
+
+// `coded`: the points' codes, or null.
+std::tuple<Tensor, Tensor> assign_screened(const Tensor& points, const Centroids& prepared,
+                                           const CodedPoints* coded) {
+  Assigned out(points);
   out.fill(points.scalar_type(), [&](auto type, int64_t* labels, float* distances) {
-    assign<decltype(type)>(points, prepared, codes.empty() ? nullptr : &coded, labels, distances);
+    assign<decltype(type)>(points, prepared, coded, labels, distances);
   });
   return {out.labels, out.distances};
 }
@@ -207,7 +215,12 @@ std::tuple<Tensor, Tensor> assign_any(const Tensor& points, const Tensor& centro
 }  // namespace
 
 std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids) {
-  return assign_any(points, centroids, {});
+  const GivenCentroids given(centroids);
+  if (points.size(0) == 0 || !given.finite || given.measures_all())
+    return given.assign_without_codes(points);
+  Frame frame(given.mean);
+  frame.rotated = frame.peaky(sample(points)) || frame.peaky(given.rows);
+  return assign_screened(points, Centroids(given.rows, frame), nullptr);
 }
 
 // For kmeans_assign_coded: codes [N, depth], their bounds [N, CodedRow::kSize], the frame's
@@ -237,7 +250,34 @@ std::vector<Tensor> kmeans_encode(const Tensor& strided_points) {
 
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                at::TensorList codes) {
-  return assign_any(points, centroids, codes);
+  const GivenCentroids given(centroids);
+  if (points.size(0) == 0 || !given.finite || given.measures_all())
+    return given.assign_without_codes(points);
+  Frame frame(codes[2]);
+  frame.rotated = codes[3].item<bool>();
+  const CodedPoints coded{codes[0], codes[1]};
+  return assign_screened(points, Centroids(given.rows, frame), &coded);
+}
+
+// For kmeans_assign_prepared, so that blocks of points meet the centroids in the frame that all
+// points would have. `some`: rows of the points as `sample` takes them, fp32. `coded`: all points
+// would have codes.
+std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded) {
+  const GivenCentroids given(centroids);
+  if (some.size(0) == 0 || !given.finite || given.measures_all()) return {given.rows};
+  const Tensor sampled = some.contiguous(), centre = coded ? mean_row(sampled) : given.mean;
+  Frame frame(centre);
+  frame.rotated = frame.peaky(sampled) || (!coded && frame.peaky(given.rows));
+  std::vector<Tensor> prepared{given.rows, centre, at::full({}, frame.rotated, at::kBool)};
+  for (const Tensor& part : Centroids(given.rows, frame).packed()) prepared.push_back(part);
+  return prepared;
+}
+
+std::tuple<Tensor, Tensor> kmeans_assign_prepared(const Tensor& points, at::TensorList prepared) {
+  if (prepared.size() == 1) return GivenCentroids(prepared[0]).assign_without_codes(points);
+  Frame frame(prepared[1]);
+  frame.rotated = prepared[2].item<bool>();
+  return assign_screened(points, Centroids(prepared[0], frame, prepared.slice(3)), nullptr);
 }
 
 }  // namespace protoclip

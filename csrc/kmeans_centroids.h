@@ -68,16 +68,32 @@ inline bool Frame::peaky(const at::Tensor& rows) const {
   return count > 0 && sum / count > kPeaky;
 }
 
+// A buffer in a tensor, which can be handed out and come back.
+template <class T>
+struct Array {
+  explicit Array(int64_t count)
+      : tensor(pooled_empty({count + kSpare}, c10::CppTypeToScalarType<T>::value)) {}
+  Array(int64_t count, T value) : Array(count) { std::fill_n(get(), count, value); }
+  explicit Array(const at::Tensor& tensor) : tensor(tensor) {}
+  T* get() const { return static_cast<T*>(tensor.data_ptr()); }
+
+  static constexpr int64_t kSpare = 64;  // a vector's width and more
+  at::Tensor tensor;
+};
+
 struct Centroids {
   Centroids(const at::Tensor& rows, const Frame& frame);  // fp32 and contiguous
+  // What `packed` gave for these rows and this frame.
+  Centroids(const at::Tensor& rows, const Frame& frame, at::TensorList packed);
+  std::vector<at::Tensor> packed() const;
 
   const float* rows;  // [K, D]
   const Frame& frame;
   int64_t k, d, depth, panels;
-  float largest = 0, error_ratio = 0;            // max |c'|; typical |f| / |c'|
-  Buffer<int8_t> codes;                          // [panels][depth / 4][int8::kColumns][4]
-  Buffer<int32_t> start;                         // [panels * int8::kColumns], takes kOffset out
-  Buffer<float> scale, half_square, norm_bound;  // [panels * int8::kColumns]
+  float largest = 0, error_ratio = 0;           // max |c'|; typical |f| / |c'|
+  Array<int8_t> codes;                          // [panels][depth / 4][int8::kColumns][4]
+  Array<int32_t> start;                         // [panels * int8::kColumns], takes kOffset out
+  Array<float> scale, half_square, norm_bound;  // [panels * int8::kColumns]
 
   // Panels that a block of points meets at once.
   int64_t chunk() const {
@@ -115,6 +131,28 @@ inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
   error_ratio = norms > 0 ? static_cast<float>(errors / norms) : 0.0f;
   for (int64_t i = 0; i < k && error_ratio > 0; ++i)
     norm_bound.get()[i] = std::max(norm_bound.get()[i], error[i] / error_ratio);
+}
+
+inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame, at::TensorList packed)
+    : rows(centroids.const_data_ptr<float>()),
+      frame(frame),
+      k(centroids.size(0)),
+      d(centroids.size(1)),
+      depth(round_up(d, 4)),
+      panels(blocks(k, int8::kColumns)),
+      largest(packed[0].const_data_ptr<float>()[0]),
+      error_ratio(packed[0].const_data_ptr<float>()[1]),
+      codes(packed[1]),
+      start(packed[2]),
+      scale(packed[3]),
+      half_square(packed[4]),
+      norm_bound(packed[5]) {}
+
+inline std::vector<at::Tensor> Centroids::packed() const {
+  auto numbers = at::empty({2}, at::kFloat);
+  numbers.mutable_data_ptr<float>()[0] = largest;
+  numbers.mutable_data_ptr<float>()[1] = error_ratio;
+  return {numbers, codes.tensor, start.tensor, scale.tensor, half_square.tensor, norm_bound.tensor};
 }
 
 inline void Centroids::encode_panel(int64_t panel, float* error) {

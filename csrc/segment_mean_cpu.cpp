@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -53,11 +54,12 @@ Sorted<Index> counting_sort(const Tensor& labels, int64_t k) {
   return out;
 }
 
-// The sum of some rows over `count`, to be written to `out` [D].
+// The sum of `from` [D], if there is one, and some rows over `count`, to be written to `out` [D].
 struct Target {
   float* out;
   float count;
   bool past_caches;  // `out` is on a vector's boundary, and D a multiple of kLanes
+  const float* from = nullptr;
 
   void write(int64_t column, Floats sum) const {
     if (past_caches)
@@ -91,10 +93,12 @@ struct Rows {
       for (; j + kBlock * kLanes <= d; j += kBlock * kLanes)
         add_block<kBlock>(first, last, j, target);
       for (; j + kLanes <= d; j += kLanes) add_block<1>(first, last, j, target);
-      if (j < d && j > 0) add_block<1>(first, last, d - kLanes, target), j = d;  // overlaps
+      // The last vector overlaps, where it does not read what has been written.
+      if (j < d && j > 0 && target.from != target.out)
+        add_block<1>(first, last, d - kLanes, target), j = d;
     }
     if (j == d) return;
-    std::fill(target.out + j, target.out + d, 0.0f);
+    for (int64_t c = j; c < d; ++c) target.out[c] = target.from ? target.from[c] : 0.0f;
     for (int64_t i = first; i < last; ++i) {
       if (j == 0) prefetch(i + ahead);
       const T* row = data + order[i] * row_stride;
@@ -106,6 +110,8 @@ struct Rows {
   template <int64_t kBlocks>
   void add_block(int64_t first, int64_t last, int64_t column, const Target& target) const {
     Floats total[kBlocks] = {};
+    for (int64_t b = 0; target.from && b < kBlocks; ++b)
+      total[b] = load(target.from + column + b * kLanes);
     for (int64_t i = first; i < last; ++i) {
       if (column == 0) prefetch(i + ahead);
       const T* row = data + order[i] * row_stride + column;
@@ -191,7 +197,98 @@ std::tuple<Tensor, Tensor> sorted_means(const Tensor& values, const Tensor& labe
   return {out, counts};
 }
 
+// Sums of each segment's rows so far: of its full pieces, and of the open one.
+struct OpenSums {
+  float* open;      // [K, D]
+  double* closed;   // [K, D]
+  int64_t* counts;  // [K], rows
+  int64_t d;
+
+  // Rows that the open piece still takes. A full one stays open until the next row comes, since
+  // the mean of a single piece is divided in fp32.
+  int64_t room(int64_t segment) const {
+    const int64_t count = counts[segment];
+    return count == 0 ? kPiece : (kPiece - count % kPiece) % kPiece;
+  }
+  void close(int64_t segment, const float* piece) const {
+    for (int64_t j = 0; j < d; ++j) closed[segment * d + j] += piece[j];
+  }
+};
+
+template <class Index>
+void add_rows(const Tensor& values, const Tensor& labels, int64_t k, const OpenSums& sums) {
+  const auto sorted = counting_sort<Index>(labels, k);
+  const Rows<float, Index> rows(values, sorted.order);
+  const int64_t d = rows.d;
+  const auto& starts = sorted.begin;
+  const auto size = [&](int64_t i) -> int64_t { return starts[i + 1] - starts[i]; };
+  // Segments whose open piece ends: part[i] .. part[i + 1] are the pieces of ending[i].
+  std::vector<int64_t> ending, part{0};
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t beyond = size(i) - sums.room(i);
+    if (beyond <= 0) continue;
+    ending.push_back(i);
+    part.push_back(part.back() + 1 + (beyond + kPiece - 1) / kPiece);
+  }
+  at::parallel_for(0, k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (size(i) == 0 || size(i) > sums.room(i)) continue;
+      float* open = sums.open + i * d;
+      rows.add(starts[i], starts[i + 1], {open, 1, false, open});
+    }
+  });
+  std::vector<float> pieces(part.back() * d);
+  at::parallel_for(0, part.back(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t which = std::upper_bound(part.begin(), part.end(), p) - part.begin() - 1;
+      const int64_t segment = ending[which], number = p - part[which];
+      const int64_t last = starts[segment] + sums.room(segment) + number * kPiece;
+      const int64_t first = number == 0 ? starts[segment] : last - kPiece;
+      const float* from = number == 0 ? sums.open + segment * d : nullptr;
+      rows.add(first, std::min<int64_t>(last, starts[segment + 1]),
+               {pieces.data() + p * d, 1, false, from});
+    }
+  });
+  at::parallel_for(0, static_cast<int64_t>(ending.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t p = part[i]; p < part[i + 1] - 1; ++p)
+        sums.close(ending[i], pieces.data() + p * d);
+      std::copy_n(pieces.data() + (part[i + 1] - 1) * d, d, sums.open + ending[i] * d);
+    }
+  });
+  for (int64_t i = 0; i < k; ++i) sums.counts[i] += size(i);
+}
+
 }  // namespace
+
+// Adds fp32 rows [N, D] to the sums of their segments: open fp32 [K, D], closed fp64 [K, D], counts
+// int64 [K], zeros at first. segment_sums_mean then has the bits of segment_mean of all rows.
+void segment_add(const Tensor& values, const Tensor& labels, const Tensor& open,
+                 const Tensor& closed, const Tensor& counts) {
+  const OpenSums sums{open.mutable_data_ptr<float>(), closed.mutable_data_ptr<double>(),
+                      counts.mutable_data_ptr<int64_t>(), open.size(1)};
+  const bool fits = values.size(0) <= std::numeric_limits<int32_t>::max();
+  fits ? add_rows<int32_t>(values, labels, open.size(0), sums)
+       : add_rows<int64_t>(values, labels, open.size(0), sums);
+}
+
+Tensor segment_sums_mean(const Tensor& open, const Tensor& closed, const Tensor& counts) {
+  const int64_t k = open.size(0), d = open.size(1);
+  const Tensor means = at::empty_like(open);
+  const float* last = open.const_data_ptr<float>();
+  const double* full = closed.const_data_ptr<double>();
+  float* out = means.mutable_data_ptr<float>();
+  at::parallel_for(0, k, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t count = counts.const_data_ptr<int64_t>()[i];
+      const auto divisor = static_cast<double>(count);
+      for (int64_t j = i * d; j < (i + 1) * d; ++j)
+        out[j] = count > kPiece ? static_cast<float>((full[j] + last[j]) / divisor)
+                                : last[j] / static_cast<float>(std::max<int64_t>(1, count));
+    }
+  });
+  return means;
+}
 
 std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
                                         int64_t num_segments) {

@@ -25,14 +25,17 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor
 
-from protoclip.lloyd import INITS, Clusters, as_points, kmeans
-from protoclip.ops import checks, kmeans_assign
+from protoclip.features import FeatureRows
+from protoclip.lloyd import INITS, Clusters, as_points, kmeans, stored_rows
+from protoclip.ops import checks
 
 
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """``protoclip.kmeans`` as a scikit-learn estimator, for arrays and tensors on any device.
 
-    ``fit``, ``predict`` and ``transform`` return arrays for arrays and tensors for tensors.
+    ``fit``, ``predict`` and ``transform`` return arrays for arrays and tensors for tensors. Rows on
+    disk (``open_features``, a path, a ``np.memmap``) are read block by block, but whole by
+    ``transform``, and give arrays.
     Differences from ``sklearn.cluster.KMeans``: sparse ``X`` and a callable ``init`` are refused;
     ``init`` may also be "plain k-means++"; every ``algorithm`` gives Lloyd's result; empty clusters
     move to the points that contribute most to the inertia, one after the other; the random draws,
@@ -155,19 +158,25 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
 
     def transform(self, X: Any) -> Any:
         """The distance of each point to each centroid: [M, D] -> [M, K]."""
-        return _like(X, self._fitted().transform(self._points(X)))
+        points = self._points(X)
+        if isinstance(points, FeatureRows):
+            points = as_points(points.rows(0, len(points)))
+        return _like(X, self._fitted().transform(points))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Minus the inertia of points [M, D], with optional weights [M]; ``y`` is ignored."""
-        centroids = self._fitted().centroids
         points = self._points(X)
-        _, squared = kmeans_assign(points, centroids.to(points.device))
+        _, squared = self._fitted().nearest("KMeans", points)
         squared = squared.double()
         if sample_weight is not None:
             squared *= torch.from_numpy(_weights(sample_weight, points)).to(squared.device)
         return -float(squared.sum())
 
-    def _points(self, X: Any, reset: bool = False) -> Tensor:
+    def _points(self, X: Any, reset: bool = False) -> Tensor | FeatureRows:
+        stored = stored_rows(X)
+        if stored is not None:
+            _check_n_features(self, stored, reset=reset)
+            return stored
         if isinstance(X, Tensor):
             points = as_points(X)
             checks.matrix("KMeans", "X", points, "[N, D]")
@@ -192,7 +201,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         return tags
 
 
-def _weights(sample_weight: Any, points: Tensor) -> Any:
+def _weights(sample_weight: Any, points: Tensor | FeatureRows) -> Any:
     """fp64 [N], checked, or None."""
     if sample_weight is None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 import warnings
@@ -21,9 +20,9 @@ from torch import Tensor
 import protoclip
 from protoclip import Clusters
 from protoclip.common.seeds import mix
+from protoclip.lloyd import loop
 from protoclip.ops.clusters import PointsAssignment
 
-kmeans_module = importlib.import_module("protoclip.lloyd")
 INITS = ["random", "k-means++", "plain k-means++"]
 
 
@@ -156,7 +155,7 @@ class Case:
     def run_without_end(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Clusters:
         """All iterations, also those at rest."""
         with monkeypatch.context() as patch:
-            patch.setattr(kmeans_module, "_moved", lambda *_: torch.tensor(True))
+            patch.setattr(loop, "_moved", lambda *_: torch.tensor(True))
             patch.setattr(PointsAssignment, "runs_kmeans", False)
             return self.run(**options)
 
@@ -488,7 +487,7 @@ def test_faiss_starts_where_ours_does() -> None:
 @pytest.mark.parametrize("options", [{"weights": torch.ones(30)}, {"tol": 1e-4}], ids=list)
 def test_what_faiss_has_not_is_refused(options: dict[str, Any]) -> None:
     pytest.importorskip("faiss")
-    with pytest.raises(ValueError, match="takes no group, no weights and no tol"):
+    with pytest.raises(ValueError, match="takes points in memory, no group, no weights"):
         protoclip.kmeans(torch.randn(30, 4), 3, backend="faiss", **options)
 
 
@@ -686,10 +685,10 @@ def of_one_of_three_ranks() -> Ends:
         return run_on_slice(mixture(n=400), mine, 8, num_iters=num_iters, **THREE_RANKS[case])
 
     ended = {case: run(case, 300) for case in THREE_RANKS}
-    kmeans_module._moved = lambda *_: torch.tensor(True)
+    loop._moved = lambda *_: torch.tensor(True)
     longer = {case: run(case, len(result.history) + 3) for case, result in ended.items()}
     # A rank that rounds differently from the others: all go on while one of them moves.
-    kmeans_module._moved = lambda *_: torch.tensor(dist.get_rank() == 1)
+    loop._moved = lambda *_: torch.tensor(dist.get_rank() == 1)
     while_one_moves = len(run("plain", 20).history) - 1
     return Ends(ended, longer, while_one_moves)
 

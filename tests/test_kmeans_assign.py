@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import protoclip
-from protoclip.ops.clusters import assignment
+from protoclip.ops.clusters import SAMPLED, BlockAssignment, assignment
 
 NATIVE_MISSING = protoclip.backends("kmeans_assign").get("cpu")
 native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
@@ -276,6 +276,24 @@ def test_codes_of_the_points_that_are_used_again_change_no_bit(
     centroids[0, 0] = math.nan
     labels, _ = assign(centroids)
     assert (labels == -1).all()
+
+
+@native
+@pytest.mark.parametrize("n, k, d", [(300, 49, 128), (130, 97, 7), (900, 1030, 40), (90, 9, 5)])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_centroids_that_are_prepared_for_blocks_change_no_bit(
+    kind: Kind, n: int, k: int, d: int
+) -> None:
+    torch.manual_seed(7)
+    points, centroids = kind(n, k, d)
+    assign = assignment(points, k, "cpu")
+    blocks = BlockAssignment(points[:: max(1, n // SAMPLED)], k, "cpu")
+    for moved in (centroids, centroids * 1e10, centroids[:1] - 1e-3):
+        nearest = blocks.to(moved)
+        labels, squared = zip(*(nearest(points=block) for block in points.split(37)), strict=True)
+        assert_same_bits((torch.cat(labels), torch.cat(squared)), tuple(assign(moved)))
+    labels, squared = blocks.to(centroids * math.nan)(points=points)
+    assert (labels == -1).all() and squared.isnan().all()
 
 
 @each_backend

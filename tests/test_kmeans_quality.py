@@ -547,7 +547,7 @@ def test_numpy_points_and_centroids_are_taken(dtype: Any) -> None:
 def test_transform_gives_distances(
     dtype: torch.dtype, offset: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("protoclip.lloyd.TRANSFORM_BLOCK", 64)  # nine points at a time
+    monkeypatch.setattr("protoclip.lloyd.clusters.TRANSFORM_BLOCK", 64)  # nine points at a time
     points = (blobs(200, 6, 7) + offset).to(dtype)
     clusters = protoclip.kmeans(points, 7)
     distances = clusters.transform(points.requires_grad_())  # as predict, without a gradient

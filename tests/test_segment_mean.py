@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import protoclip
+from protoclip.ops.clusters import SegmentSums
 
 NATIVE_MISSING = protoclip.backends("segment_mean").get("cpu")
 native = pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
@@ -179,3 +180,28 @@ def test_opcheck_accepts_the_op(backend: str) -> None:
         "backend": backend,
     }
     torch.library.opcheck(torch.ops.protoclip.segment_mean.default, (), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k, d", [(1, 20), (9, 5), (50, 33)])
+@pytest.mark.parametrize("sizes", [[700, 1], [256, 256, 256], [1] * 9 + [2990], [700] * 9], ids=str)
+def test_sums_of_blocks_have_the_bits_of_all_rows(
+    sizes: list[int], k: int, d: int, dtype: torch.dtype
+) -> None:
+    """A segment's open piece of 256 rows goes on in the next block."""
+    torch.manual_seed(0)
+    n = sum(sizes)
+    values = torch.randn(n, d, dtype=dtype) + 3
+    labels = torch.randint(-1, k, (n,))
+    labels[: n // 3] = 0
+    sums = SegmentSums.zeros(k, values[0], "auto")
+    for rows, segments in zip(values.split(sizes), labels.split(sizes), strict=True):
+        sums.add(rows, segments)
+    expected = protoclip.segment_mean(values, labels, k)
+    means, counts = sums.means()
+    assert torch.equal(means, expected.means) and torch.equal(counts, expected.counts)
+    again = torch.tensor([0, k - 1]).unique()
+    sums.clear(again)
+    one_of_them = torch.isin(labels, again)
+    sums.add(values[one_of_them], labels[one_of_them])
+    assert torch.equal(sums.means().means, expected.means)

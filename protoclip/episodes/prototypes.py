@@ -30,7 +30,7 @@ from protoclip.distributed import (
 )
 from protoclip.episodes.feature_store import Features
 from protoclip.lloyd import Clusters, kmeans
-from protoclip.lloyd.starts import global_segment_mean
+from protoclip.lloyd.slices import global_segment_mean
 from protoclip.ops import Bank, kmeans_assign, soft_targets
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.settings.config import EpisodeConfig, default_clusters

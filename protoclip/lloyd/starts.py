@@ -1,8 +1,5 @@
-"""The points of all ranks, and the centroids where k-means starts.
-
-``PointSlice`` holds what ``lloyd`` iterates over. With a group every rank holds a slice of the
-points; all ranks draw the same centroids, which do not depend on how the points are sliced.
-"""
+"""The centroids where k-means starts: all ranks draw the same ones, which do not depend on how the
+points are sliced."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.ops.clusters import PointsAssignment, assignment, segment_mean
+from protoclip.lloyd.points import InMemory, OnDisk
+from protoclip.lloyd.slices import PointSlice
+from protoclip.lloyd.sweep import InMemorySweep, Sweep, sweep
 
 INITS = ("random", "k-means++", "plain k-means++")
 # "k-means++" looks at all rows up to this N x K and this size, else at a sample of
@@ -27,205 +25,73 @@ MAX_DRAWS = 1024  # candidates per pass over the points
 BLOCK = 1 << 22  # distances that the greedy start keeps at once
 PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
 FEW = 1 << 17  # numbers; up to so many, finding those near a point takes longer than all of them
-FAR = 64  # a column lies far from 0 if its values differ by less than one part in so many
-
-
-class PointSlice:
-    """This rank's points and their weights, and sums over the ranks of a group."""
-
-    def __init__(self, points: Tensor, group: dist.ProcessGroup | None, backend: str) -> None:
-        self.points = points  # [N, D]
-        self.group = group
-        self.backend = backend
-        self.centre: Tensor | None = None  # [D], what was subtracted from the points
-        self.weights: Tensor | None = None  # fp64 [N], in units of ``weight``; None: all equal
-        self.weight = 1.0  # of each point, where they are equal
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.sizes = [len(points)]  # of all ranks
-        if group is not None:
-            sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device="cpu")
-            sizes[self.rank] = len(points)
-            self.sizes = self.sum(sizes.to(points.device)).tolist()
-        self.start = sum(self.sizes[: self.rank])
-        self.count = sum(self.sizes)
-        # -min and max of this rank's columns, [2, D]; NaN where a column has one.
-        self.bounds = points.new_full((2, points.shape[1]), -math.inf)
-        if len(points):
-            self.bounds = torch.stack([-points.amin(dim=0), points.amax(dim=0)])
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
-        if self.group is not None:
-            dist.all_reduce(x, group=self.group)
-        return x
-
-    def move_to_centre(self, spherical: bool) -> None:
-        """Subtract a common centre from columns far from 0, where fp32 has few digits.
-
-        All values of such a column lie within a factor of two of the centre, so the differences are
-        exact (Sterbenz 1974), and labels are those of the points as given. With ``spherical`` only
-        columns within 1 of 0: a centroid of unit length has no digits next to a larger centre.
-        """
-        bounds = self.bounds
-        if self.group is not None:
-            bounds = bounds.clone()
-            dist.all_reduce(bounds, dist.ReduceOp.MAX, self.group)
-        low, high = -bounds[0], bounds[1]
-        is_far = FAR * (high - low) <= torch.minimum(low.abs(), high.abs())
-        if spherical:
-            is_far &= torch.maximum(low.abs(), high.abs()) <= 1
-        if is_far.any() and (centre := torch.where(is_far, low + (high - low) / 2, 0)).any():
-            self.centre = centre
-            self.points = self.points - centre
-
-    def placed(self, centroids: Tensor, spherical: bool) -> Tensor:
-        """The nearest centroids [K, D] that can be returned: of unit length if spherical, and in
-        the precision that they have when the centre is added."""
-        if self.centre is not None:
-            centroids = centroids + self.centre
-        if spherical:
-            centroids = torch.nn.functional.normalize(centroids, dim=1)
-        return centroids if self.centre is None else centroids - self.centre
-
-    def pick(self, values: Tensor, index: Tensor) -> Tensor:
-        """Rows of values [N, D] by index [K] over all ranks' rows -> [K, D], equal on each rank."""
-        if self.group is None:
-            return values[index.to(values.device)]
-        local = index.to(values.device) - self.start
-        mine = (local >= 0) & (local < len(values))
-        picked = values[local.where(mine, 0)] if len(values) else values.new_zeros(len(index), 1)
-        return self.sum(torch.where(mine[:, None], picked, 0).expand(-1, values.shape[1]).clone())
-
-    def draw(self, mass: Tensor, where: Tensor) -> Tensor:
-        """The rows where the running sum of ``mass`` fp64 [N], over all ranks, passes the parts
-        ``where`` [M] of its total: int64 [M], equal on each rank."""
-        running = mass.cumsum(0)
-        sums = mass.new_zeros(len(self.sizes))
-        sums[self.rank] = mass.sum()
-        bounds = self.sum(sums).cumsum(0)
-        aim = where.to(mass.device) * bounds[-1]
-        last = max(rank for rank, size in enumerate(self.sizes) if size)
-        owner = torch.searchsorted(bounds, aim, right=True).clamp_max(last)
-        local = aim - (bounds - sums)[self.rank]
-        row = torch.searchsorted(running, local, right=True).clamp_max(max(0, len(mass) - 1))
-        return self.sum(torch.where(owner == self.rank, self.start + row, 0))
-
-    def sample(self, count: int, generator: torch.Generator) -> PointSlice:
-        """``count`` rows drawn by weight, with replacement; each is there once. Where weights
-        differ, the sample's are the times that a row was drawn."""
-        if self.weights is None:
-            index = torch.randint(self.count, (count,), generator=generator, device="cpu")
-        else:
-            where = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-            index = self.draw(self.weights, where).cpu()
-        index, times = index.unique(return_counts=True)
-        mine = (index >= self.start) & (index < self.start + len(self.points))
-        local = (index[mine] - self.start).to(self.points.device)
-        sample = PointSlice(self.points[local], self.group, self.backend)
-        if self.weights is not None:
-            sample.weights = times[mine].to(self.weights)
-        return sample
-
-    def largest(self, values: Tensor, count: int) -> Tensor:
-        """Indices over all ranks of the ``count`` largest values >= 0 [N]; ties by index."""
-        count = min(count, self.count)
-        order = values.argsort(descending=True, stable=True)[:count]
-        top = values.new_full((len(self.sizes), 2, count), 0.0, dtype=torch.float64)
-        top[self.rank, 0] = -1
-        top[self.rank, 0, : len(order)] = values[order].double()
-        top[self.rank, 1, : len(order)] = order.double() + self.start
-        values, index = self.sum(top).transpose(0, 1).flatten(1)  # [ranks x count] each
-        return index[values.argsort(descending=True, stable=True)[:count]].long()
-
-    def by_weight(self, values: Tensor) -> Tensor:
-        """Weight x value, fp64 [N]; equal weights count as 1."""
-        return values.double() if self.weights is None else values.double() * self.weights
-
-    def values(self) -> Tensor:
-        """The rows to average: the points, or weight x point and weight, [N, D + 1]."""
-        if self.weights is None:
-            return self.points
-        weights = self.weights.to(self.points.dtype)[:, None]
-        return torch.cat([self.points * weights, weights], dim=1)
-
-    def means(self, values: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-        """Means [K, D] and row counts [K] of the clusters; a cluster of weight 0 has count 0."""
-        means, counts = global_segment_mean(values, labels, num_clusters, self.group, self.backend)
-        if self.weights is None:
-            return means, counts
-        mass = means[:, -1:]
-        return means[:, :-1] / mass.where(mass > 0, 1), counts * (mass[:, 0] > 0)
-
-
-def global_segment_mean(
-    values: Tensor,
-    labels: Tensor,
-    num_segments: int,
-    group: dist.ProcessGroup | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """``segment_mean`` over the rows of all ranks of a group; the same result on each rank."""
-    means, counts = segment_mean(values, labels, num_segments, backend=backend)
-    if group is None:
-        return means, counts
-    sums = means.double() * counts[:, None]
-    dist.all_reduce(sums, group=group)
-    dist.all_reduce(counts, group=group)
-    return (sums / counts.clamp_min(1)[:, None]).to(means.dtype), counts
 
 
 def first_centroids(
-    rows: PointSlice, num_clusters: int, init: str | Tensor, seed: int, assign: PointsAssignment
+    rows: PointSlice, passes: Sweep, num_clusters: int, init: str | Tensor, seed: int
 ) -> Tensor:
     """Given centroids, random points, or k-means++: greedy, or plain where that takes too long."""
     generator = torch.Generator().manual_seed(seed)
     is_greedy = False
     if isinstance(init, str) and init == "k-means++":
+        row_bytes = rows.points.columns * rows.points.dtype.itemsize
         count = rows.count
-        row_bytes = rows.points.shape[1] * rows.points.element_size()
         if not _fits(count, num_clusters, row_bytes):
             count = min(count, max(FEWEST_ROWS, ROWS_PER_CLUSTER * num_clusters))
         if count < rows.count:
             rows = rows.sample(count, generator)
-            assign = assignment(rows.points, num_clusters, assign.backend)
+            rows.points = held(rows.points)
+            passes = sweep(rows, num_clusters, passes.nearest.backend)
         is_greedy = _fits(rows.count, num_clusters, row_bytes)
-    points = rows.points
-    if isinstance(init, Tensor):
-        warm = init.detach().to(points)
-        warm = warm if rows.centre is None else warm - rows.centre
-    else:
-        warm = points[:0]
+    num_warm = len(init) if isinstance(init, Tensor) else 0
     is_random = isinstance(init, Tensor) or init == "random"
-    num_random = num_clusters - len(warm) if is_random else 1
-    if not num_random:
-        return warm
-    if rows.weights is None:
-        index = torch.randperm(rows.count, generator=generator, device="cpu")[:num_random]
-    else:
-        # By weight, without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
-        uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64, device="cpu")
-        keys = torch.zeros_like(uniform, device=points.device)
-        of_rank = slice(rows.start, rows.start + len(points))
-        keys[of_rank] = uniform[of_rank].to(points.device).log() / rows.weights
-        index = rows.sum(keys).topk(num_random).indices
-    centroids = torch.cat([warm, rows.pick(points, index)])
+    num_random = num_clusters - num_warm if is_random else 1
+    drawn = _random_points(rows, num_random, generator) if num_random else None
+    centroids = rows.pick_points(drawn) if drawn is not None else None
+    if isinstance(init, Tensor):
+        given = init.detach().to(rows.points.device, rows.points.dtype)
+        given = given if rows.centre is None else given - rows.centre
+        return given if centroids is None else torch.cat([given, centroids])
+    assert drawn is not None and centroids is not None
     if is_random:
         return centroids
-    if is_greedy:
-        trials = 2 + int(math.log(num_clusters))
-        rounds = max(1, BLOCK // (trials * rows.count))
-        if rows.group is not None or not assign.runs_kmeans:
-            return _greedy(rows, centroids, num_clusters, trials, rounds, generator)
-        chosen = assign.greedy_start(
-            int(index[0]),
-            rows.weights,
-            num_clusters,
-            trials=trials,
-            rounds=rounds,
-            generator=generator,
-        )
-        return points[chosen]
-    return _plain(rows, centroids, num_clusters, generator, assign)
+    if not is_greedy:
+        return _plain(rows, passes, centroids, num_clusters, generator)
+    assert isinstance(passes, InMemorySweep)  # GREEDY_BYTES fit into memory
+    points = passes.nearest.points
+    trials = 2 + int(math.log(num_clusters))
+    rounds = max(1, BLOCK // (trials * rows.count))
+    if rows.group is not None or not passes.nearest.runs_kmeans:
+        return _greedy(rows, points, centroids, num_clusters, trials, rounds, generator)
+    chosen = passes.nearest.greedy_start(
+        int(drawn[0]),
+        rows.weights,
+        num_clusters,
+        trials=trials,
+        rounds=rounds,
+        generator=generator,
+    )
+    return points[chosen]
+
+
+def held(points: InMemory | OnDisk) -> InMemory | OnDisk:
+    """In memory, if it is no larger than what starts greedily."""
+    if isinstance(points, InMemory):
+        return points
+    num_bytes = points.count * points.columns * points.dtype.itemsize
+    return points.loaded() if num_bytes <= GREEDY_BYTES else points
+
+
+def _random_points(rows: PointSlice, count: int, generator: torch.Generator) -> Tensor:
+    """Distinct ones, by weight: their numbers, int64 [count]."""
+    if rows.weights is None:
+        return torch.randperm(rows.count, generator=generator, device="cpu")[:count]
+    # Without replacement: the largest log(u) / w (Efraimidis and Spirakis 2006).
+    uniform = torch.rand(rows.count, generator=generator, dtype=torch.float64, device="cpu")
+    keys = torch.zeros_like(uniform, device=rows.points.device)
+    of_rank = slice(rows.start, rows.start + rows.points.count)
+    keys[of_rank] = uniform[of_rank].to(keys.device).log() / rows.weights
+    return rows.sum(keys).topk(count).indices
 
 
 def _fits(count: int, num_clusters: int, row_bytes: int) -> bool:
@@ -252,8 +118,8 @@ class _Candidates(NamedTuple):
         ranks, passes a random part of the total."""
         where, luck = torch.rand(2, count, generator=generator, dtype=torch.float64, device="cpu")
         index = rows.draw(rows.by_weight(squared), where)
-        start = rows.pick(squared.double()[:, None], index)[:, 0]
-        return cls(rows.pick(rows.points, index), start.cpu().numpy(), luck.numpy())
+        start = rows.pick(squared.double(), index)
+        return cls(rows.pick_points(index), start.cpu().numpy(), luck.numpy())
 
     def kept(self, now: np.ndarray, first: int) -> np.ndarray:
         """The positions, from ``first`` on, of those that are kept at squared distances [M]."""
@@ -271,17 +137,20 @@ class _Candidates(NamedTuple):
 
 def _plain(
     rows: PointSlice,
+    passes: Sweep,
     centroids: Tensor,
     num_clusters: int,
     generator: torch.Generator,
-    assign: PointsAssignment,
 ) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007) in few passes over the points: centroids [1, D] ->
     [K, D]."""
-    squared = rows.points.new_full((len(rows.points),), math.inf, dtype=torch.float64)
+    squared = torch.full(
+        (rows.points.count,), math.inf, dtype=torch.float64, device=rows.points.device
+    )
     fresh = centroids
     while len(centroids) < num_clusters:
-        squared = torch.minimum(squared, assign(fresh)[1].double())
+        distances = passes.assign(fresh, needs_sums=False).distances
+        squared = torch.minimum(squared, distances.double())
         count = min(MAX_DRAWS, max(8, len(centroids)))
         candidates = _Candidates.draw(rows, squared, count, generator)
         apart = candidates.apart()
@@ -297,6 +166,7 @@ def _plain(
 
 def _greedy(
     rows: PointSlice,
+    points: Tensor,
     centroids: Tensor,
     num_clusters: int,
     trials: int,
@@ -310,7 +180,6 @@ def _greedy(
     Distances of many candidates are one product, about the mean of the points. It only chooses:
     distances to the chosen centroids are then computed from differences, for the points near it.
     """
-    points = rows.points
     weights = None if rows.weights is None else rows.weights.to(points.dtype)
     mean = rows.sum(points.sum(0, dtype=torch.float64)) / rows.count
     shifted = points - mean.to(points)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -187,13 +188,41 @@ def assignment(points: Tensor, num_clusters: int, backend: str) -> PointsAssignm
     takes as much.
     """
     backend_name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
-    row = TABLE["kmeans_assign"][backend_name]
-    is_measured = num_clusters * points.shape[1] <= row.most_measured
-    keeps_codes = num_clusters <= row.most_coded_clusters and not is_measured
     codes: list[Tensor] = []
-    if keeps_codes and points.dtype == torch.float32 and len(points):
+    if _keeps_codes(backend_name, num_clusters, points):
         codes = function("kmeans_assign", backend_name, "kmeans_encode")(points)
     return PointsAssignment(points, backend_name, codes)
+
+
+def _keeps_codes(backend: str, num_clusters: int, points: Tensor) -> bool:
+    row = TABLE["kmeans_assign"][backend]
+    is_measured = num_clusters * points.shape[1] <= row.most_measured
+    is_coded = num_clusters <= row.most_coded_clusters and not is_measured
+    return is_coded and points.dtype == torch.float32 and len(points) > 0
+
+
+SAMPLED = 256  # rows that the C++ looks at before it codes points: kSample in kmeans_centroids.h
+
+
+@dataclass(frozen=True)
+class BlockAssignment:
+    """``kmeans_assign`` of points that come in blocks, with the bits of all points in one call."""
+
+    some: Tensor  # every (N // SAMPLED)-th point, [M, D]
+    num_clusters: int
+    backend: str  # a row of the table
+
+    def to(self, centroids: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Centroids [K, D] -> a function of ``points`` [B, D]. C++ prepares the centroids here,
+        once for all blocks: 22 ms at K = 1,000."""
+        row = TABLE["kmeans_assign"][self.backend]
+        if not row.runs_kmeans:
+            return partial(row.function("kmeans_assign"), centroids=centroids)
+        is_coded = _keeps_codes(self.backend, self.num_clusters, self.some)
+        prepared = row.function("kmeans_prepare")(
+            centroids=centroids, some=self.some, coded=is_coded
+        )
+        return partial(row.function("kmeans_assign_prepared"), prepared=prepared)
 
 
 class SegmentMeans(NamedTuple):
@@ -257,3 +286,52 @@ def segment_mean(
         return _segment_mean(
             values=values, labels=labels, num_segments=num_segments, backend=backend_name
         )
+
+
+@dataclass(frozen=True)
+class SegmentSums:
+    """Sums of the rows of each segment that are added block by block; their means have the bits of
+    ``segment_mean`` of all rows on a CPU. C++ adds 256 rows of a segment in fp32, then goes on in
+    fp64, so a segment's open piece is carried from block to block."""
+
+    backend: str  # a row of the table
+    dtype: torch.dtype  # of the rows, and of the means
+    sums: Tensor  # fp64 [K, D]
+    open: Tensor  # fp32 [K, D] in C++, else [0, D]
+    counts: Tensor  # int64 [K]
+
+    @classmethod
+    def zeros(cls, num_segments: int, row: Tensor, backend: str) -> SegmentSums:
+        """Of no rows yet. ``row``: [D], of the dtype and device of the rows to come."""
+        backend_name = resolve("segment_mean", backend, row.device.type, row.dtype)
+        in_pieces = TABLE["segment_mean"][backend_name].runs_kmeans
+        shape = (num_segments, len(row))
+        return cls(
+            backend_name,
+            row.dtype,
+            row.new_zeros(shape, dtype=torch.float64),
+            row.new_zeros(shape if in_pieces else (0, len(row))),
+            row.new_zeros(num_segments, dtype=torch.int64),
+        )
+
+    def add(self, values: Tensor, labels: Tensor) -> None:
+        """Rows [B, D] with labels int64 [B]; negative ones are left out."""
+        if not len(self.open):
+            reference.segment_add(values, labels, self.sums, self.counts)
+            return
+        add = function("segment_mean", self.backend, "segment_add")
+        add(values=values, labels=labels, open=self.open, closed=self.sums, counts=self.counts)
+
+    def clear(self, segments: Tensor) -> None:
+        """As if no row of these segments, int64 [M], had been added."""
+        for part in (self.sums, self.open, self.counts):
+            if len(part):
+                part[segments] = 0
+
+    def means(self) -> SegmentMeans:
+        counts = self.counts.clone()
+        if not len(self.open):
+            means = self.sums / counts.clamp_min(1)[:, None]
+            return SegmentMeans(means.to(self.dtype), counts)
+        mean = function("segment_mean", self.backend, "segment_sums_mean")
+        return SegmentMeans(mean(open=self.open, closed=self.sums, counts=counts), counts)

@@ -15,7 +15,7 @@ from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.operators import accumulator, in_transform
 from protoclip.ops.pairs import Pairs, QueryParts
 
-_CHUNK_ELEMENTS = 1 << 24  # 128 MB of fp64 scores at a time
+_CHUNK_ELEMENTS = 1 << 22  # 32 MB of fp64 scores, or rows, at a time
 
 
 def _acc(x: Tensor) -> Tensor:
@@ -147,7 +147,8 @@ def kmeans_assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     x, c = points.double(), centroids.double()
     if not len(x):
         return x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
-    rows = max(1, _CHUNK_ELEMENTS // max(1, len(c)))
+    # A power of two, as the blocks in which k-means reads points: each has the same products then.
+    rows = 1 << max(0, (_CHUNK_ELEMENTS // max(1, *c.shape)).bit_length() - 1)
     parts = [_assign_rows(part, c) for part in x.split(rows)]
     labels, distances = zip(*parts, strict=True)
     return torch.cat(labels), torch.cat(distances).float()
@@ -180,3 +181,17 @@ def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> tuple[Ten
         sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)
     means = sums / counts.clamp_min(1)[:, None]
     return (means if values.dtype == torch.float64 else means.float()), counts
+
+
+def segment_add(values: Tensor, labels: Tensor, sums: Tensor, counts: Tensor) -> None:
+    """Add the rows of [N, D] to the sums fp64 [K, D] and counts int64 [K] of their segments."""
+    num_segments = len(counts)
+    segments = torch.arange(num_segments, device=labels.device)
+    # The sum so far is the first row of its segment.
+    carried = torch.cat([segments, labels.where(labels >= 0, num_segments)])
+    order = carried.argsort(stable=True)
+    added = torch.bincount(carried, minlength=num_segments + 1)[:num_segments]
+    order = order[: int(added.sum())]
+    rows = torch.cat([sums, values.double()])[order]
+    sums.copy_(torch.segment_reduce(rows, "sum", lengths=added, axis=0))
+    counts += added - 1

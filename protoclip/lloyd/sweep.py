@@ -1,0 +1,154 @@
+"""A pass over the points: the nearest centroid of each, and the means of the clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from protoclip.lloyd.points import InMemory, OnDisk
+from protoclip.lloyd.slices import PointSlice
+from protoclip.ops.clusters import (
+    SAMPLED,
+    BlockAssignment,
+    KMeansIteration,
+    SegmentSums,
+    assignment,
+    segment_mean,
+)
+from protoclip.ops.dispatch import resolve
+
+OnRows = Callable[[int, int], None]
+
+
+class Assigned(NamedTuple):
+    """Where each point belongs."""
+
+    labels: Tensor  # int64 [N], the nearest centroid
+    distances: Tensor  # fp32 [N], squared
+    sums: SegmentSums | None = None  # of the clusters' points, if they were read for it
+
+
+class InMemorySweep:
+    """Passes over points in memory."""
+
+    def __init__(self, rows: PointSlice, points: InMemory, num_clusters: int, backend: str) -> None:
+        self.rows = rows
+        self.num_clusters = num_clusters
+        self.nearest = assignment(points.x, num_clusters, backend)
+        self._values: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """What is averaged."""
+        if self._values is None:
+            self._values = self.rows.weighted(self.nearest.points, slice(None))
+        return self._values
+
+    def assign(self, centroids: Tensor, needs_sums: bool = True) -> Assigned:
+        return Assigned(*self.nearest(centroids))
+
+    def means(self, assigned: Assigned) -> tuple[Tensor, Tensor]:
+        """Means [K, D] and counts [K] of all ranks' clusters."""
+        means, counts = segment_mean(
+            self.values, assigned.labels, self.num_clusters, backend=self.rows.backend
+        )
+        return self.rows.over_ranks(means, counts)
+
+    def relabelled(self, assigned: Assigned, labels: Tensor) -> Assigned:
+        """As ``assigned``, with other labels for a few points."""
+        return assigned._replace(labels=labels)
+
+    def iteration(self, centroids: Tensor, assigned: Assigned, limit: float) -> KMeansIteration:
+        """``means``, the update of the centroids and ``assign`` as one op, with the same bits."""
+        rows = self.rows
+        return self.nearest.iteration(
+            self.values,
+            centroids,
+            assigned.labels,
+            assigned.distances,
+            weights=rows.weights,
+            weight=rows.weight,
+            centre=rows.centre,
+            limit=limit,
+        )
+
+
+class OnDiskSweep:
+    """Passes over points on disk: one read assigns a block and adds it to its clusters' sums, with
+    the bits of the same points in memory on a CPU."""
+
+    def __init__(
+        self,
+        rows: PointSlice,
+        points: OnDisk,
+        num_clusters: int,
+        backend: str,
+        on_rows: OnRows | None,
+    ) -> None:
+        self.rows = rows
+        self.points = points
+        self.num_clusters = num_clusters
+        self.on_rows = on_rows
+        backend_name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
+        step = max(1, points.count // SAMPLED)
+        some = points.take(torch.arange(0, points.count, step, device="cpu"))
+        self.nearest = BlockAssignment(some, num_clusters, backend_name)
+
+    def assign(self, centroids: Tensor, needs_sums: bool = True) -> Assigned:
+        points = self.points
+        labels = torch.empty(points.count, dtype=torch.int64, device=points.device)
+        distances = torch.empty(points.count, dtype=torch.float32, device=points.device)
+        sums = self._no_sums() if needs_sums else None
+        nearest = self.nearest.to(centroids)
+        first = 0
+        for block in points.blocks():
+            part = slice(first, first + len(block))
+            labels[part], distances[part] = nearest(points=block)
+            if sums is not None:
+                sums.add(self.rows.weighted(block, part), labels[part])
+            first = part.stop
+            if self.on_rows is not None:
+                self.on_rows(first, points.count)
+        return Assigned(labels, distances, sums)
+
+    def _no_sums(self) -> SegmentSums:
+        row = self.nearest.some.new_empty(self.points.columns + (self.rows.weights is not None))
+        return SegmentSums.zeros(self.num_clusters, row, self.rows.backend)
+
+    def means(self, assigned: Assigned) -> tuple[Tensor, Tensor]:
+        """Means [K, D] and counts [K] of all ranks' clusters."""
+        assert assigned.sums is not None
+        return self.rows.over_ranks(*assigned.sums.means())
+
+    def relabelled(self, assigned: Assigned, labels: Tensor) -> Assigned:
+        """As ``assigned``, with other labels for a few points. The points of the clusters that they
+        leave or enter are read again."""
+        assert assigned.sums is not None
+        changed = labels != assigned.labels
+        clusters = torch.cat([labels[changed], assigned.labels[changed]]).unique()
+        index = torch.isin(labels, clusters).nonzero()[:, 0]
+        sums = assigned.sums
+        sums.clear(clusters)
+        first = 0
+        for block in self.points.select(index).blocks():
+            part = index[first : first + len(block)]
+            sums.add(self.rows.weighted(block, part), labels[part])
+            first += len(block)
+        return Assigned(labels, assigned.distances, sums)
+
+
+Sweep = InMemorySweep | OnDiskSweep
+
+
+def sweep(
+    rows: PointSlice, num_clusters: int, backend: str, on_rows: OnRows | None = None
+) -> Sweep:
+    """Passes over a rank's points. ``on_rows``: called after each block that is read from disk,
+    with the rows read so far in this pass and their number."""
+    points = rows.points
+    if isinstance(points, InMemory):
+        return InMemorySweep(rows, points, num_clusters, backend)
+    return OnDiskSweep(rows, points, num_clusters, backend, on_rows)
