@@ -351,7 +351,6 @@ def check_equal_rows(op: str, rows: Tensor, group: Group = None) -> None:
     call = (op, (group or all_processes).group_name)
     if rows.device.type != "cpu" and _compared_rows.get(call) == len(rows):
         return
-    _compared_rows[call] = len(rows)
     sizes = gather_rows(torch.tensor([len(rows)], device=rows.device), group).tolist()
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -359,6 +358,7 @@ def check_equal_rows(op: str, rows: Tensor, group: Group = None) -> None:
             f"0 to {len(sizes) - 1}; give the ranks equal batches, without an incomplete last one "
             "(drop_last=True)"
         )
+    _compared_rows[call] = len(rows)
 
 
 def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:
