@@ -140,6 +140,8 @@ def measure_shape(run: PlannedRun) -> Shape:
     small = _forward(model, run.amp, BATCH)
     large = _forward(model, run.amp, 2 * BATCH)
     per_sample = (large.saved_bytes - small.saved_bytes) / BATCH
+    # The next batch of stored features is read during a step.
+    batches = 2 if run.config.model.image_width else 1
     sizes = [p.numel() for p in model.parameters()]
     return Shape(
         weights=sum(sizes),
@@ -147,7 +149,7 @@ def measure_shape(run: PlannedRun) -> Shape:
         embed_dim=small.embed_dim,
         projection_dim=small.projection_dim,
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
-        batch_bytes=sum(x.nbytes for x in model.example(1)),
+        batch_bytes=batches * sum(x.nbytes for x in model.example(1)),
         saved_bytes=per_sample,
         saved_fixed_bytes=small.saved_bytes - per_sample * BATCH,
     )
