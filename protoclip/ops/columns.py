@@ -55,9 +55,7 @@ LOCAL = Local()
 class Group(Local):
     """The columns of all ranks of a process group, in the order of its ranks."""
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        return distributed.group_named(self.name)
+    group: dist.ProcessGroup | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
         return distributed.gathered_rows(rows, self.group)
@@ -89,7 +87,7 @@ def columns_of(op: str, group: Any, rows: Tensor) -> Local:
     if group.size() == 1:
         return LOCAL
     distributed.check_equal_rows(op, rows, group)
-    return columns_named(group.group_name)
+    return Group(group.group_name, group.rank(), group.size(), group)
 
 
 def check_group(op: str, group: Any) -> None:
@@ -107,4 +105,4 @@ def columns_named(name: str) -> Local:
     if not name:
         return LOCAL
     group = distributed.group_named(name)
-    return Group(name, group.rank(), group.size())
+    return Group(name, group.rank(), group.size(), group)
