@@ -38,10 +38,10 @@ The losses are for your own loop, in Python:
   python -c "import protoclip; help(protoclip)"
 
 More commands: openclip (OpenCLIP's trainer with these losses), plan (the
-memory of a run), data (check or export pairs), teacher (a model's features).
+memory of a run), data (check or export pairs).
 Flags of a command: protoclip COMMAND --help"""
 # What else people call a command -> its name.
-SYNONYMS = {"group": "cluster", "eval": "evaluate", "kmeans": "cluster"}
+SYNONYMS = {"group": "cluster", "eval": "evaluate", "kmeans": "cluster", "teacher": "encode"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

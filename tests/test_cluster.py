@@ -83,10 +83,11 @@ def test_help_loads_nothing_heavy(helps: list[Help]) -> None:
 def test_help_lists_the_commands(helps: list[Help]) -> None:
     for shown in helps[:3]:
         lines = shown.text.splitlines()
-        assert len(lines) == 20 and lines[-3].startswith("More commands")
+        assert len(lines) == 22 and lines[-3].startswith("More commands")
         commands = [line.split()[1] for line in lines if line.startswith("  protoclip ")]
         assert commands == [
-            "train", "train", "compare", "report", "evaluate", "encode", "cluster", "export"
+            "train", "train", "compare", "report", "evaluate", "encode", "cluster", "curate",
+            "export",
         ]  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_help_has_the_everyday_flags_and_help_all_the_rest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     everyday = set(EVERYDAY.split())
-    assert len(everyday) == 24
+    assert len(everyday) == 28
     brief = words_of_help("--help", capsys)
     assert everyday <= brief and "--w-proto" not in brief
     assert "--w-proto" in words_of_help("--help-all", capsys)
@@ -389,7 +390,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["x.npy", "--captions", "no.txt"], "--captions: expected a text file in UTF-8"),
         (["same.npy"], "--k auto: expected rows that differ"),
         (["five.npy"], "--k auto: expected at least 6 pictures or rows, got 5; give --k"),
-        (["words.npy", "--k", "2"], "expected numbers [N, d] with d >= 1 in words.npy"),
+        (["words.npy", "--k", "2"], "words.npy: expected numbers [N, D] with D >= 1"),
         (["no.npy"], "DATA: the file no.npy does not exist"),
         (["nope/"], "DATA: the folder nope/ does not exist"),
         (["pictures/a.png"], ".safetensors), got pictures/a.png"),
@@ -398,8 +399,8 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["x.npy", "--out", "/proc/x"], "--out: /proc/x cannot be created"),
         (["pictures", "--run", "logs/x", "--model", "ViT-B-32"], "leave out --model"),
         (["pictures", "--run", "logs/x", "--features", "x.npy"], "got --features too"),
-        (["pictures", "--features", "x.npy"], "expected features.npz of these pictures"),
-        (["pictures", "--captions", "w.txt"], "expected a file of features"),
+        (["pictures", "--features", "x.npy"], "expected features of at least 2 of these pictures"),
+        (["pictures", "--captions", "w.txt"], "expected stored features as DATA"),
         (["pictures", "--model", "nano.json"], "--pretrained is missing"),
         (["pictures"], "without a download, protoclip cluster features.npy groups features"),
     ],
@@ -515,9 +516,9 @@ def test_pictures_are_encoded_once(
     pictures: Path, groups: PictureGroups, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same groups come from the features that the command wrote."""
-    flags = ["--features", str(groups.out / "features.npz"), "--weights", str(groups.weights)]
+    flags = ["--features", str(groups.out / "features"), "--weights", str(groups.weights)]
     assert cluster([str(pictures), *flags, "--k", "5", "--out", str(tmp_path)]) == 0
-    assert f"torn.jpg: no features in {groups.out}/features.npz" in capsys.readouterr().err
+    assert f"torn.jpg: no features in {groups.out}/features" in capsys.readouterr().err
     assert (tmp_path / "clusters.csv").read_text() == (groups.out / "clusters.csv").read_text()
     assert "60 pictures of" in read_page(tmp_path / "report.html").text
 

@@ -94,7 +94,7 @@ def test_a_name_that_is_not_utf8_is_written_so_that_it_can_be_read(
     assert b"caf\xe9.png" in (out / "clusters.csv").read_bytes()
     page = (out / "report.html").read_text(encoding="utf-8")
     assert r"caf\\xe9.png" in page and "udce9" not in page  # in JSON
-    again = ["--features", str(out / "features.npz"), "--k", "2"]
+    again = ["--features", str(out / "features"), "--k", "2"]
     assert cluster([str(photos), *again, "--out", f"{out}-again"]) == 0
 
 

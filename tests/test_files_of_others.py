@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from protoclip.cluster.output import MARK, read_mark
+from protoclip.cluster.output import PROG, mark_of, read_mark
 from protoclip.common.files import local_copy, write_atomic, write_safetensors
 from protoclip.data import DataError, open_dataset
 from protoclip.data.__main__ import main as data_command
@@ -156,5 +156,5 @@ def test_templates_may_hold_other_braces() -> None:
 
 @pytest.mark.parametrize("content", ["[]", '{"clusters.csv": 5}', "[" * 5000, "x"])
 def test_a_mark_that_is_none_of_ours_is_no_mark(tmp_path: Path, content: str) -> None:
-    (tmp_path / MARK).write_text(content)
-    assert read_mark(tmp_path) == {}
+    (tmp_path / mark_of(PROG)).write_text(content)
+    assert read_mark(tmp_path, PROG) == {}

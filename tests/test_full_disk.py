@@ -53,7 +53,8 @@ def test_an_export_leaves_nothing_behind(
 def test_groups_of_pictures_on_a_full_disk(
     tmp_path: Path, nano: Path, capsys: pytest.CaptureFixture[str], room
 ) -> None:
-    """First features.npz does not fit, then the page, without which there is no table either."""
+    """First the record of the features does not fit, then the page, without which there is no
+    table either."""
     (tmp_path / "photos").mkdir()
     for i in range(20):
         picture = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -62,14 +63,14 @@ def test_groups_of_pictures_on_a_full_disk(
     with full_disk(room):
         code = cluster([str(tmp_path / "photos"), *flags, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
-    name = "features.npz" if room == 200 else "report.html"
+    name = "features/encode.json" if room == 200 else "report.html"
     assert code == 2 and said.count("error: ") == 1 and "Traceback" not in said
     assert f"{tmp_path}/out/{name}: cannot write: File too large; free some space" in said
     left = {path.name for path in tmp_path.glob("out/*")} - {".protoclip-cluster", ".lock"}
-    assert left == ({"features.npz"} if room == 8000 else set())
+    assert left == ({"features"} if room == 8000 else set())
     assert (tmp_path / "out").exists() == bool(left)
     if left:
-        flags = ["--features", str(tmp_path / "out" / "features.npz"), "--k", "2"]
+        flags = ["--features", str(tmp_path / "out" / "features"), "--k", "2"]
     assert cluster([str(tmp_path / "photos"), *flags, "--out", str(tmp_path / "out")]) == 0
 
 

@@ -15,7 +15,7 @@ ROOT = Path(protoclip.__file__).parent
 ROOMS = [
     "common", "heads", "features", "settings", "distributed", "ops", "data", "model", "lloyd",
     "estimator", "episodes", "losses", "runs", "cached_gradients", "evaluate", "encode", "report",
-    "cluster", "curate", "training", "train", "compare", "openclip", "export", "teacher", "plan",
+    "cluster", "curate", "training", "train", "compare", "openclip", "export", "plan",
     "sentence_transformers", "__main__",
 ]  # fmt: skip
 FLOOR = {room: number for number, room in enumerate(ROOMS)}

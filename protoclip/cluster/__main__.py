@@ -1,7 +1,7 @@
-"""``protoclip cluster DATA --k 50``: group pictures, or rows of features, by k-means.
+"""``protoclip cluster DATA --k 50``: group pictures, or stored features, by k-means.
 
 Writes clusters.csv, left_out.csv, centroids.safetensors (``protoclip.Clusters.load`` reads it),
-report.html and, for pictures, features.npz to a folder.
+report.html and, for pictures, their features in a folder of ``protoclip encode``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.cluster.encoded import FEATURES, stop_if_asked
 from protoclip.cluster.folders import write_folders
 from protoclip.cluster.groups import (
-    BLOCK,
     Groups,
     check_k,
     choose_k,
@@ -38,12 +36,17 @@ from protoclip.cluster.output import (
     write_files,
 )
 from protoclip.cluster.page import make_page
-from protoclip.cluster.points import Points, open_pictures, points_of_pictures, read_features
-from protoclip.common.files import plural, printable, printable_lines, write_atomic
+from protoclip.cluster.points import BLOCK, Points, encode_pictures, open_source, read_points
+from protoclip.common.files import (
+    plural,
+    printable,
+    printable_lines,
+    say_left_out,
+    write_atomic,
+)
 from protoclip.common.paths import check_exists
-from protoclip.common.signals import Stopped, StopSignals
+from protoclip.common.signals import Stopped, StopSignals, stop_if_asked
 from protoclip.distributed import run_command
-from protoclip.episodes.teacher import SUFFIXES
 from protoclip.lloyd import Clusters, kmeans
 from protoclip.model import choose_device
 from protoclip.report import page
@@ -56,20 +59,23 @@ def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
     check_exists(args.data, "DATA", "check the path")
     out = Path(args.out)
-    is_file = Path(args.data).suffix in SUFFIXES
-    is_encoded = not (is_file or args.features)
-    names = [CSV, LEFT_OUT, CENTROIDS, page.NAME, *([FEATURES] if is_encoded else [])]
+    names = [CSV, LEFT_OUT, CENTROIDS, page.NAME]
     check_output(out, names, args.overwrite)
     began_at = time.perf_counter()
-    if is_file:
-        points = read_features(args)
-    else:
-        source = open_pictures(args)
-        if is_encoded:
-            check_k(args.k, len(source.dataset))  # before hours of encoding
+    source = open_source(args)
+    is_encoded = source.rows is None
+    if is_encoded:
+        from protoclip.encode.encoders import clip_encoders  # imports open_clip
+
+        images, _ = clip_encoders(args)
+        check_k(args.k, len(source.dataset))  # before hours of encoding
     with open_output(out, names, args.overwrite):
-        if not is_file:
-            points = points_of_pictures(source, args, out)
+        if is_encoded:
+            source = encode_pictures(source, images, args, out)
+        points = read_points(source, args)
+        if not is_encoded:
+            noun = "picture" if "images" in source.shown else "row"
+            say_left_out(list(points.left_out.values()), len(source.dataset), noun)
         next_step = "start it again"
         if is_encoded:
             next_step = "the features are kept, and the same command continues with them"
@@ -112,6 +118,9 @@ def write_groups(
         for block_rows, block_labels in blocks
     ]
     labels = clusters.labels.cpu()
+    notes = [*points.notes, *converged_or_not(clusters, args.iters)]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if empty_groups := fewer_groups(labels, k):
         print(f"note: {empty_groups}", file=sys.stderr)
     groups = Groups.of(labels, torch.cat(squared_distances).cpu())
@@ -119,7 +128,7 @@ def write_groups(
         "features": features_done_at - began_at,
         "k-means": time.perf_counter() - features_done_at,
     }
-    html, duplicates = make_page(points, groups, chosen, seconds)
+    html, duplicates = make_page(points, groups, chosen, seconds, notes)
     with write_files(out) as temporary:  # a table without its page helps nobody
         write_table(temporary / CSV, points.dataset.keys, groups, duplicates)
         write_left_out(temporary / LEFT_OUT, points.left_out)
@@ -167,6 +176,16 @@ def cluster_rows(
         )
         bar.total = bar.n
     return clusters
+
+
+def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:
+    """A sentence if k-means was stopped by --iters; none if it converged before."""
+    if clusters.num_iters < iterations:
+        return []
+    return [
+        f"k-means stopped after {plural(iterations, 'iteration')} before it converged; --iters "
+        "sets a larger number."
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,6 +42,8 @@ def check_k(k_text: str, n: int) -> None:
             f"--k auto: expected at least {FEWEST} pictures or rows, got {n}; give --k, such as "
             "--k 2"
         )
+    if n < 2:
+        raise ValueError(f"DATA: expected at least 2 pictures or rows, got {n}; add some")
     if k_text != "auto" and not (k_text.isdecimal() and 2 <= int(k_text) <= n):
         raise ValueError(f"--k: expected auto or 2 to N = {n:,} groups, got {k_text}")
 

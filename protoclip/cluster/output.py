@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from protoclip.common.files import printable, sole_writer, state_of, whole_files, write_atomic
+from protoclip.common.files import locked_folder, printable, state_of, whole_files, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 
@@ -16,32 +15,19 @@ PROG = "protoclip cluster"
 CSV = "clusters.csv"
 LEFT_OUT = "left_out.csv"
 CENTROIDS = "centroids.safetensors"
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def open_output(out: Path, names: list[str], overwrite: bool, prog: str = PROG) -> Iterator[None]:
     """Make the folder in which files of these names will be written by the command ``prog``, and
-    hold its lock. A new folder in which nothing was written goes again.
+    hold its lock.
 
     Raises:
         ValueError: as ``check_output``, or another process writes there.
     """
-    is_new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        shown = printable(str(out))
-        raise ValueError(f"--out: {shown} cannot be created ({error.strerror})") from error
-    with sole_writer(out / LOCK, "--out"):
+    with locked_folder(out, "--out"):
         check_output(out, names, overwrite, prog)  # another process may have written there
-        try:
-            yield
-        finally:
-            if is_new and [path.name for path in out.iterdir()] == [LOCK]:
-                (out / LOCK).unlink()
-                out.rmdir()
+        yield
 
 
 def check_output(out: Path, names: list[str], overwrite: bool, prog: str = PROG) -> None:

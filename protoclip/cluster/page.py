@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,8 @@ def explained(points: Points, squared: Tensor) -> str:
     mean = mean_of(lambda rows: rows)
     total = float(mean_of(lambda rows: (rows - mean).square()).sum())
     rounding = ROUNDING * torch.finfo(points.rows.dtype).eps
+    if points.stored_dtype.kind == "f":
+        rounding = max(rounding, 2 * float(np.finfo(points.stored_dtype).eps))
     if total <= rounding**2 * float(mean_of(Tensor.square).sum()):
         return "The rows are equal up to rounding, so there is no variance to account for."
     within = float((shares[:, 0] * squared.double()).sum())
@@ -48,7 +51,11 @@ def explained(points: Points, squared: Tensor) -> str:
 
 
 def make_page(
-    points: Points, groups: Groups, chosen: NumGroups, seconds: Mapping[str, float]
+    points: Points,
+    groups: Groups,
+    chosen: NumGroups,
+    seconds: Mapping[str, float],
+    notes: Sequence[str],
 ) -> tuple[str, dict[int, int]]:
     """The page's HTML, and the near-duplicates that it marks: row -> the row that it looks like."""
     labels = groups.labels
@@ -64,6 +71,7 @@ def make_page(
     ]
     if empty_groups := fewer_groups(labels, chosen.k):
         text.append(f"{empty_groups[0].upper()}{empty_groups[1:]}.")
+    text += notes
     if chosen.scores:
         text.append(f"{chosen.scores_in_words}.")
     dataset = points.dataset

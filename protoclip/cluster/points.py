@@ -1,109 +1,200 @@
-"""The rows to cluster: features of pictures, by a model or from a file, or any rows of a file."""
+"""The rows to cluster: stored features, or features of pictures, which are encoded first."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from protoclip.cluster.encoded import (
-    FEATURES,
-    EncodedPictures,
-    encode_rest,
-    read_kept,
-    remove_parts,
-)
 from protoclip.cluster.folders import open_group_folder
-from protoclip.cluster.output import write_files
-from protoclip.common.files import lines_of, plural, printable_lines, state_of
-from protoclip.data import (
+from protoclip.cluster.groups import BLOCK
+from protoclip.common.files import (
     DataError,
-    PairDataset,
-    Pictures,
-    Subset,
-    data_kind,
-    open_dataset,
+    lines_of,
+    locked_folder,
+    printable,
+    read_file,
 )
+from protoclip.common.strings import StringTable
+from protoclip.data import PairDataset, Pictures, Subset, data_kind, open_dataset
 from protoclip.data.folders import ImageFolder
-from protoclip.episodes.teacher import SUFFIXES, read_rows
-from protoclip.evaluate.load import Loaded, load_model, open_encoder
-from protoclip.model import choose_device
+from protoclip.data.images import decode, no_picture
+from protoclip.features import (
+    SUFFIXES,
+    FeatureRows,
+    FeatureTable,
+    holds_features,
+    is_feature_folder,
+    open_features,
+    open_folder,
+)
+from protoclip.features.table import CAPTION, FILE
 from protoclip.settings.config import TABLE
 
-# OpenCLIP's own example.
-MODEL = "ViT-B-32"
-WEIGHTS = "laion2b_s34b_b79k"
-NAMED = 10  # pictures that were left out, in the terminal; left_out.csv has all
-CPU_BATCH = 32  # pictures encoded at once; as fast as more, and a signal is soon answered
-GPU_BATCH = 256
+if TYPE_CHECKING:
+    from protoclip.encode.encoders import ImageEncoder
+
+FEATURES = "features"  # the folder in --out that pictures are encoded into
 
 
-class FeatureRows(PairDataset):
-    """Rows of a file of features, as a data set without pictures."""
+@dataclass(frozen=True)
+class Points:
+    """The rows to cluster, and what they are of."""
 
-    def __init__(self, name: str, keys: Sequence[str], captions: Sequence[str]) -> None:
+    dataset: PairDataset  # of length N
+    rows: Tensor  # [N, D], float32 or float64
+    stored_dtype: np.dtype
+    of: str  # what the rows are, for the page
+    shown: tuple[str, ...]  # what the dataset has: images, captions or names
+    weights: Tensor | None  # float64 [N]
+    left_out: Mapping[str, str]  # key -> reason
+    notes: Sequence[str] = ()  # sentences about the rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures or rows, and where their features are."""
+
+    dataset: PairDataset
+    shown: tuple[str, ...]
+    of: str
+    weights: Tensor | None  # float64, of each pair of the data set
+    rows: FeatureRows | None = None  # None: the pictures must be encoded
+    places: np.ndarray | None = None  # row of each pair, int64; -1: it has none
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+class StoredPictures(PairDataset):
+    """What stored rows are of: keys, and captions and pictures where a table has them."""
+
+    def __init__(
+        self,
+        name: str,
+        keys: Sequence[str],
+        captions: Sequence[Sequence[str]],
+        files: Sequence[str],
+    ) -> None:
         self.name = name
         self.keys = keys
-        self._captions = captions or keys
+        self._captions = captions  # of each row; empty if there are none
+        self._files = files  # of each row; empty if there are none
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """The row's text, or its key."""
-        return (self._captions[i],)
+        """The row's texts, or its key."""
+        texts = tuple(text for text in self._captions[i] if text) if self._captions else ()
+        return texts or (self.keys[i],)
 
-    def image(self, i: int) -> Any:
-        raise DataError(f"{self.name}: features have no pictures")
+    def path(self, i: int) -> str:
+        return self._files[i] if self._files else ""
 
-
-@dataclass(frozen=True)
-class Points:
-    """The rows to cluster, and what they stand for."""
-
-    dataset: PairDataset  # of length N
-    rows: Tensor  # [N, D]
-    of: str  # what the rows are, for the page
-    shown: tuple[str, ...]  # what the dataset has: images, captions or names
-    weights: Tensor | None  # float64 [N]
-    left_out: Mapping[str, str]  # key -> reason
+    def image(self, i: int) -> Image.Image:
+        path = self.path(i)
+        if not path:
+            raise DataError(f"{self.name}: features have no pictures")
+        try:
+            return decode(read_file(path), printable(path))
+        except OSError as error:
+            raise DataError(f"{printable(path)}: {error.strerror}; restore the file") from error
 
 
-@dataclass(frozen=True)
-class PictureSource:
-    """Pictures, and the model that encodes them, or the file that has their features."""
-
-    dataset: PairDataset  # each picture once
-    shown: tuple[str, ...]
-    weights: Tensor | None  # float64, of all pictures
-    model: Loaded | None  # None: the features are in a file
+def open_source(args: argparse.Namespace) -> Source:
+    """What the command line names; writes nothing but an empty --link-to."""
+    return open_stored(args) if holds_features(args.data) else open_pictures(args)
 
 
-def open_pictures(args: argparse.Namespace) -> PictureSource:
-    """The pictures and the model that the command line names; writes nothing."""
-    if args.captions or args.normalize:
-        expected = f"expected a file of features ({', '.join(SUFFIXES)})"
-        raise ValueError(f"--captions, --normalize: {expected}, got {args.data}")
-    sources = {
-        "--run": args.run,
-        "--model, --pretrained": args.model + args.pretrained,
-        "--features": args.features,
-    }
-    source_flags = [flag for flag, value in sources.items() if value]
-    if len(source_flags) > 1:
-        # Features are of pictures that were encoded already, and a run has its own model.
-        chosen = "--features" if args.features else "--run"
-        extra = " and ".join(flag for flag in source_flags if flag != chosen)
-        raise ValueError(f"expected one source of features, got {chosen} too; leave out {extra}")
+def open_stored(args: argparse.Namespace) -> Source:
+    """Stored features; those of pictures that a table names are read once for each key."""
+    if args.run or args.model or args.pretrained or args.features:
+        raise ValueError(
+            "--run, --model, --pretrained, --features: expected pictures as DATA, got features "
+            f"({args.data}); leave the flags out"
+        )
+    rows, table = open_rows(args.data, args.side)
+    keys = StringTable(map(str, range(len(rows)))) if rows.keys is None else rows.keys
+    numbers = np.arange(len(rows))  # of each row's picture
+    if table is not None and args.side != "text":
+        numbers = keys.numbers()
+    first_rows = np.unique(numbers, return_index=True)[1]
+    captions: Sequence[Sequence[str]] = ()
+    if args.captions:
+        lines = read_captions(args.captions, len(rows), args.data)
+        captions = [(lines[row],) for row in first_rows.tolist()]
+    elif table is not None:
+        captions = captions_of(table, numbers)
+    files = picture_files(table, first_rows)
+    dataset = StoredPictures(args.data, keys.take(first_rows), captions, files)
+    open_group_folder(args, dataset)
+    return Source(
+        dataset,
+        shown=("images", "captions") if files else ("captions",) if captions else ("names",),
+        of=f"the rows of {short(args.data)}",
+        weights=read_weights(args.weights, len(dataset)),
+        rows=rows,
+        places=first_rows,
+    )
+
+
+def open_rows(spec: str, side: str = "") -> tuple[FeatureRows, FeatureTable | None]:
+    """Stored rows and their table, if they have one; ``side``: of --side."""
+    path = Path(spec)
+    if is_feature_folder(path):
+        folder = open_folder(path)
+        return open_features(path, f"{side}s" if side else ""), folder.table
+    if side:
+        raise ValueError(
+            f"--side: expected a folder of protoclip encode or clip-retrieval as DATA, got {spec}; "
+            "leave the flag out"
+        )
+    table = open_folder(path.parent).table if is_feature_folder(path.parent) else None
+    return open_features(spec), table if path.is_dir() else None
+
+
+def captions_of(table: FeatureTable, numbers: np.ndarray) -> Sequence[Sequence[str]]:
+    """The captions of each picture, whose number each row has, int64 [rows]."""
+    column = table.column(CAPTION)
+    if column is None:
+        return ()
+    texts = list(column.take(np.argsort(numbers, kind="stable")))
+    ends = np.bincount(numbers).cumsum().tolist()
+    return [texts[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def picture_files(table: FeatureTable | None, rows: np.ndarray) -> Sequence[str]:
+    """The file of each row's picture; empty unless the table names pictures that are there."""
+    column = None if table is None else table.column(FILE)
+    if column is None or not len(rows):
+        return ()
+    first = column[int(rows[0])]
+    is_picture = os.path.isfile(first) and not no_picture(first)
+    return column.take(rows) if is_picture else ()
+
+
+def open_pictures(args: argparse.Namespace) -> Source:
+    """Pictures, and the stored features of --features."""
+    if args.captions or args.normalize or args.side:
+        raise ValueError(
+            "--captions, --normalize, --side: expected stored features as DATA (a folder of "
+            f"protoclip encode, or {', '.join(SUFFIXES)}), got {args.data}"
+        )
+    if args.features and (args.run or args.model or args.pretrained):
+        raise ValueError(
+            "expected one source of features, got --features too; leave out --run, --model, "
+            "--pretrained"
+        )
     source_type = data_kind(args.data)
     is_image_folder = source_type == "folder"
     if not source_type:
@@ -123,144 +214,129 @@ def open_pictures(args: argparse.Namespace) -> PictureSource:
     numbers = dataset.picture_numbers()
     if len(np.unique(numbers)) < len(dataset):  # a table with a row for each caption
         dataset = Pictures(dataset, numbers)
-    return PictureSource(
-        dataset=dataset,
+    source = Source(
+        dataset,
         shown=("images",) if is_image_folder else ("images", "captions"),
+        of="",
         weights=read_weights(args.weights, len(dataset)),
-        model=None if args.features else load_encoder(args),
     )
-
-
-def load_encoder(args: argparse.Namespace) -> Loaded:
-    """The model of --run, or of --model and --pretrained."""
-    name = args.run or args.model or MODEL
-    pretrained = args.pretrained
-    if name == MODEL and not pretrained:
-        pretrained = WEIGHTS
-    try:
-        return load_model(name, pretrained)
-    except ValueError as error:
-        if args.run or args.model or args.pretrained:
-            raise
+    if not args.features:
+        return source
+    if not holds_features(args.features):
         raise ValueError(
-            f"the weights {WEIGHTS} of {MODEL} cannot be downloaded here; without a download, "
-            "protoclip cluster features.npy groups features of your own, and --run logs/NAME "
-            "encodes the pictures with a run of protoclip train (--model NAME --pretrained FILE: "
-            "with a weights file)"
-        ) from error
+            f"--features: expected a folder of protoclip encode, or a file "
+            f"({', '.join(SUFFIXES)}), got {printable(args.features)}"
+        )
+    rows, _ = open_rows(args.features)
+    return with_rows(source, rows, f"the rows of {short(args.features)}", args.features)
 
 
-def points_of_pictures(source: PictureSource, args: argparse.Namespace, out: Path) -> Points:
-    """The features of the pictures that have some; those that a model makes are kept in ``out``."""
-    dataset = source.dataset
-    if source.model is None:
-        encoded = read_features_of(dataset, Path(args.features))
-        of = f"the rows of {short(args.features)}"
-    else:
-        encoded = encode_pictures(dataset, source.model, args, out)
-        model_name = f"{short(source.model.name)} ({short(source.model.pretrained)})"
-        of = f"the pictures' features (model: {short(args.run) if args.run else model_name})"
-    positions = [i for i, key in enumerate(dataset.keys) if key in encoded.rows]
-    say_left_out(encoded.reasons, len(dataset))
-    return Points(
-        dataset=dataset if len(positions) == len(dataset) else Subset(dataset, positions),
-        rows=as_rows(np.stack([encoded.rows[dataset.keys[i]] for i in positions])),
-        of=of,
-        shown=source.shown,
-        weights=None if source.weights is None else source.weights[positions],
-        left_out=encoded.reasons,
-    )
+def with_rows(source: Source, rows: FeatureRows, of: str, spec: str) -> Source:
+    """Find the row of each picture by its key; of several rows of one key, the first."""
+    row_of: dict[str, int] = {}
+    for row, key in enumerate(rows.keys or ()):
+        row_of.setdefault(key, row)
+    keys = source.dataset.keys
+    places = np.array([row_of.get(key, -1) for key in keys], np.int64)
+    if (places >= 0).sum() < 2:
+        raise ValueError(
+            f"--features: expected features of at least 2 of these pictures, by key, got "
+            f"{printable(spec)}"
+        )
+    missing = [keys[i] for i in np.flatnonzero(places < 0).tolist()]
+    left_out = {key: f"{key}: no features in {spec}" for key in missing}
+    return Source(source.dataset, source.shown, of, source.weights, rows, places, left_out)
 
 
 def encode_pictures(
-    dataset: PairDataset, model: Loaded, args: argparse.Namespace, out: Path
-) -> EncodedPictures:
-    """Encode the pictures that an earlier run into ``out`` has not, and write features.npz."""
-    made_by = [model.name, model.pretrained, args.precision]
-    made_by += [str(state_of(file)) for file in made_by[:2] if os.path.isfile(file)]
+    source: Source, images: ImageEncoder, args: argparse.Namespace, out: Path
+) -> Source:
+    """Encode what ``out``/features does not have yet; one row for each picture."""
+    from protoclip.encode.encoders import MODEL, WEIGHTS, Encoders, batch_size_of
+    from protoclip.encode.folder import Settings, encode_folder
+    from protoclip.encode.pairs import OneText
+
+    folder = out / FEATURES
     data = os.path.abspath(args.data) if os.path.exists(args.data) else args.data
-    source = f"{' '.join(made_by)} of {data}"
-    kept = read_kept(out, source, args.overwrite)
-    if not args.batch_size:
-        is_cpu = choose_device(args.device).type == "cpu"
-        args.batch_size = CPU_BATCH if is_cpu else GPU_BATCH
-    with open_encoder(model.model, args, "encoding") as encoder:
-        encode_rest(dataset, encoder, kept, out, source)
-    encoded = kept.of(dataset.keys)
-    if len(encoded.rows) < 2:
-        reasons = list(encoded.reasons.values())
-        raise DataError(reasons[0] if reasons else "DATA: expected at least 2 pictures, got 1")
-    with write_files(out) as temporary:
-        encoded.write(temporary / FEATURES, source)
-    remove_parts(out)
-    return encoded
-
-
-def say_left_out(left_out: Mapping[str, str], count: int) -> None:
-    """Name the first of ``count`` pictures that were left out."""
-    if not left_out:
-        return
-    reasons = list(left_out.values())
-    lines = [f"left out {len(reasons):,} of {plural(count, 'picture')}:", *reasons[:NAMED]]
-    if (more := len(reasons) - NAMED) > 0:
-        lines.append(f"and {more:,} more; left_out.csv lists them all")
-    print(printable_lines("\n  ".join(lines)), file=sys.stderr)
-
-
-def read_features_of(dataset: PairDataset, path: Path) -> EncodedPictures:
-    """The features that a file has of the pictures."""
-    array, keys = read_rows(path, "--features")
-    rows = dict(zip(keys or (), array, strict=False))
-    rows_of_pictures = {key: rows[key] for key in dataset.keys if key in rows}
-    if len(rows_of_pictures) < 2 or len(rows) != len(array):
-        raise ValueError(f"--features: expected {FEATURES} of these pictures, got {path}")
-    missing = [key for key in dataset.keys if key not in rows]
-    reasons = {key: f"{key}: no features in {path}" for key in missing}
-    return EncodedPictures(rows_of_pictures, reasons)
-
-
-def as_rows(array: np.ndarray) -> Tensor:
-    """Features as fp32, or as fp64 where fp32 may not hold all of their digits."""
-    dtype = np.float32 if np.can_cast(array.dtype, np.float32) else np.float64
-    return torch.from_numpy(array.astype(dtype, copy=False))
-
-
-def read_features(args: argparse.Namespace) -> Points:
-    """The rows of a features file."""
-    if args.run or args.model or args.pretrained or args.features:
-        raise ValueError(
-            "--run, --model, --pretrained, --features: expected pictures as DATA, got features "
-            f"({args.data}); leave the flags out"
-        )
-    if not Path(args.data).is_file():
-        raise ValueError(f"DATA: expected a file of features, found no file {args.data}")
-    array, keys = read_rows(Path(args.data), "DATA")
-    captions: list[str] = []
-    if args.captions:
-        try:
-            captions = lines_of(Path(args.captions).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--captions: expected a text file in UTF-8, got {error}") from error
-    for name, texts in (("captions", captions), ("keys", keys or ())):
-        if texts and len(texts) != len(array):
-            raise ValueError(
-                f"--{name}: expected one for each of the {len(array):,} rows of {args.data}, got "
-                f"{len(texts):,}"
-            )
-    rows = as_rows(array)
-    if args.normalize:
-        rows = F.normalize(rows, dim=1)
-    keys = keys or [str(i) for i in range(len(rows))]
-    dataset = FeatureRows(args.data, keys, captions)
-    open_group_folder(args, dataset)
-    return Points(
-        dataset=dataset,
-        rows=rows,
-        of=f"the rows of {short(args.data)}",
-        shown=("captions",) if captions else ("names",),
-        weights=read_weights(args.weights, len(rows)),
-        left_out={},
+    settings = Settings(
+        out=folder,
+        command=shlex.join(["protoclip", *sys.argv[1:]]),
+        data=data,
+        rows="a row for each picture",
+        batch_size=batch_size_of(args),
+        workers=args.workers,
+        overwrite=args.overwrite,
     )
+    with locked_folder(folder, "--out"):
+        reasons = encode_folder(OneText(source.dataset), Encoders(images, None), settings)
+    if len(source.dataset) - len(reasons) < 2:
+        raise DataError(next(iter(reasons.values()), "DATA: expected at least 2 pictures, got 1"))
+    weights = short(args.pretrained or args.model or WEIGHTS)
+    model = short(args.run) if args.run else f"{short(args.model or MODEL)} ({weights})"
+    of = f"the pictures' features (model: {model})"
+    rows = open_features(folder)
+    encoded = with_rows(source, rows, of, str(folder))
+    return Source(
+        encoded.dataset, encoded.shown, of, encoded.weights, rows, encoded.places, reasons
+    )
+
+
+def read_points(source: Source, args: argparse.Namespace) -> Points:
+    """The rows of a source. Those with NaN or infinity are left out, as unreadable pictures are."""
+    assert source.rows is not None and source.places is not None
+    chosen = np.flatnonzero(source.places >= 0)
+    rows = source.rows
+    if not np.array_equal(source.places[chosen], np.arange(len(rows))):
+        rows = rows.select(source.places[chosen])
+    left_out = dict(source.left_out)
+    if len(bad := rows.not_finite()):
+        for i in chosen[bad].tolist():
+            key = source.dataset.keys[i]
+            left_out[key] = f"{key}: its features hold NaN or infinity"
+        finite = np.setdiff1d(np.arange(len(rows)), bad)
+        rows = rows.select(finite)
+        chosen = chosen[finite]
+    points = load(rows)
+    notes = []
+    if args.normalize:
+        if zeros := int((points == 0).all(dim=1).sum()):
+            have = "row of zeros has" if zeros == 1 else "rows of zeros have"
+            notes.append(f"{zeros:,} {have} no direction; --normalize does not change such rows.")
+        points = F.normalize(points, dim=1)
+    is_whole = len(chosen) == len(source.dataset)
+    return Points(
+        dataset=source.dataset if is_whole else Subset(source.dataset, chosen),
+        rows=points,
+        stored_dtype=rows.dtype,
+        of=source.of,
+        shown=source.shown,
+        weights=None if source.weights is None else source.weights[torch.from_numpy(chosen)],
+        left_out=left_out,
+        notes=notes,
+    )
+
+
+def load(rows: FeatureRows) -> Tensor:
+    """Rows as fp32, or as fp64 where fp32 may not hold all of their digits."""
+    fits = np.can_cast(rows.dtype, np.float32)
+    points = torch.empty(rows.shape, dtype=torch.float32 if fits else torch.float64)
+    for start in range(0, len(rows), BLOCK):
+        stop = min(len(rows), start + BLOCK)
+        points.numpy()[start:stop] = rows.rows(start, stop)
+    return points
+
+
+def read_captions(path: str, count: int, data: str) -> list[str]:
+    """The text of each of ``count`` rows of ``data``, a line of a file each."""
+    try:
+        lines = lines_of(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--captions: expected a text file in UTF-8, got {error}") from error
+    if len(lines) != count:
+        raise ValueError(
+            f"--captions: expected one for each of the {count:,} rows of {data}, got {len(lines):,}"
+        )
+    return lines
 
 
 def read_weights(path: str, n: int) -> Tensor | None:

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import tempfile
 import threading
 import zlib
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # A part of fsspec's protocols; some of the others start processes.
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "file")
+LOCK = ".lock"  # in a folder that one process at a time writes to
 STALL = 60.0  # seconds without a byte before a download fails
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _copies: dict[str, str] = {}  # URL -> path of the copies that this process has used
@@ -145,6 +147,31 @@ def sole_writer(lock: Path, flag: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def locked_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Make a folder that ``flag`` names and hold its lock; if it is new and stays empty, it goes
+    again.
+
+    Raises:
+        ValueError: it cannot be created, or another process writes there.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        shown = printable(str(folder))
+        raise ValueError(f"{flag}: {shown} cannot be created ({error.strerror})") from error
+    lock = folder / LOCK
+    with sole_writer(lock, flag):
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                lock.unlink()
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` at the end, so a reader sees either the old
     file or the complete new one. An OSError of the block names ``path``."""
@@ -228,6 +255,22 @@ def plural(number: int, noun: str) -> str:
 def mebibytes(size: float) -> str:
     """ "1.5 MiB", "2.50 GiB"."""
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+LEFT_OUT_NAMED = 10  # pictures that were left out, in the terminal; left_out.csv has all
+
+
+def say_left_out(reasons: Sequence[str], count: int, noun: str = "picture") -> None:
+    """Name the first of ``count`` pictures that were left out."""
+    if not reasons:
+        return
+    lines = [
+        f"left out {len(reasons):,} of {plural(count, noun)}:",
+        *reasons[:LEFT_OUT_NAMED],
+    ]
+    if (more := len(reasons) - LEFT_OUT_NAMED) > 0:
+        lines.append(f"and {more:,} more; left_out.csv lists them all")
+    print(printable_lines("\n  ".join(lines)), file=sys.stderr)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

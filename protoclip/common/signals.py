@@ -52,3 +52,11 @@ class StopSignals:
         if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
                 os.write(2, FIRST_CTRL_C)
+
+
+def stop_if_asked(signals: StopSignals, words: str) -> None:
+    """Raise Stopped, with words that say how far the run came, if there was a signal."""
+    if signals.received:
+        by_ctrl_c = signals.received == "SIGINT"
+        signal = "Ctrl-C" if by_ctrl_c else signals.received
+        raise Stopped(f"stopped by {signal} {words}", code=130 if by_ctrl_c else 0)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.cluster.encoded import stop_if_asked
 from protoclip.cluster.output import LEFT_OUT, check_output, open_output, write_files
 from protoclip.common.files import (
     mebibytes,
@@ -27,7 +26,7 @@ from protoclip.common.files import (
     write_csv,
 )
 from protoclip.common.paths import check_exists
-from protoclip.common.signals import Stopped, StopSignals
+from protoclip.common.signals import Stopped, StopSignals, stop_if_asked
 from protoclip.curate.hierarchy import (
     Hierarchy,
     LevelPlan,

@@ -167,6 +167,12 @@ class ImageFolder(PairDataset):
         except OSError as error:
             shown = printable(self.path(i))
             raise DataError(f"{shown}: {error.strerror}; fix the file") from error
+        except UnicodeEncodeError as error:
+            shown = printable(self.path(i))
+            raise DataError(
+                f"{shown}: a name that this locale ({error.encoding}) does not have; set "
+                "PYTHONUTF8=1, or a locale with UTF-8"
+            ) from error
 
 
 def _regular_files(root: str, folders: Sequence[str], odd: Counter[str]) -> list[str]:

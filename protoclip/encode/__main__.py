@@ -13,138 +13,26 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import numpy as np
-from PIL import Image
 
 from protoclip import distributed
-from protoclip.common.files import (
-    DataError,
-    lines_of,
-    plural,
-    printable,
-    printable_lines,
-    sole_writer,
-)
+from protoclip.common.files import locked_folder, printable, printable_lines
 from protoclip.common.paths import check_above
 from protoclip.common.signals import Stopped
-from protoclip.data import PairDataset, Pictures, data_kind, open_dataset
-from protoclip.data.folders import ImageFolder, read_templates
-from protoclip.data.images import no_picture
-from protoclip.encode.encoders import open_encoders, with_heads
+from protoclip.encode.encoders import batch_size_of, open_encoders, with_heads
 from protoclip.encode.folder import Settings, encode_folder
-from protoclip.episodes.teacher import teacher_text
+from protoclip.encode.pairs import open_data
 from protoclip.features import FeatureFolder, open_folder
 from protoclip.model import choose_device
 from protoclip.settings.commands import DTYPES, encode_parser
-from protoclip.settings.config import TABLE
 
 PROG = "protoclip encode"
-LOCK = ".lock"
-CPU_BATCH = 32  # pictures encoded at once; as fast as more, and a signal is soon answered
-GPU_BATCH = 256
 TIMEOUT = 24 * 3600.0  # seconds that a rank waits for the one with the slowest part
-
-
-class OneText(PairDataset):
-    """The pairs of a data set, each with one text: what a text teacher reads."""
-
-    def __init__(self, dataset: PairDataset) -> None:
-        self.dataset = dataset
-        self.name = dataset.name
-        self.keys = dataset.keys
-        self.labels = dataset.labels
-        self.facts = dataset.facts
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def image(self, i: int) -> Image.Image:
-        return self.dataset.image(i)
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return (teacher_text(self.dataset.captions(i)),)
-
-    def path(self, i: int) -> str:
-        return self.dataset.path(i)
-
-    def container(self, i: int) -> str:
-        return self.dataset.container(i)
-
-    def prefetch(self, positions: np.ndarray) -> None:
-        self.dataset.prefetch(positions)
-
-
-class ClassNames(PairDataset):
-    """The names of classes, a line of a file each; captions are the name in each template."""
-
-    def __init__(self, path: Path, templates: Sequence[str]) -> None:
-        self.name = str(path)
-        self.templates = templates
-        try:
-            lines = lines_of(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"--classes: expected a text file in UTF-8, got {error}") from error
-        self.keys = [line.strip() for line in lines if line.strip()]
-        if not self.keys or len(set(self.keys)) < len(self.keys):
-            raise DataError(
-                f"--classes: expected different names of classes in {printable(str(path))}, one a "
-                f"line, got {plural(len(self.keys), 'name')}, {len(set(self.keys)):,} of them "
-                "different"
-            )
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def image(self, i: int) -> NoReturn:
-        raise DataError(f"{self.name}: names of classes have no pictures; use --only texts")
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return tuple(template.replace("{}", self.keys[i]) for template in self.templates)
-
-
-def open_data(args: argparse.Namespace) -> PairDataset:
-    """What the command encodes: the pairs of DATA, or the names of --classes."""
-    if bool(args.data) == bool(args.classes):
-        got = "both" if args.data else "neither"
-        raise ValueError(f"expected DATA or --classes, got {got}; see protoclip encode --help")
-    if args.classes:
-        return ClassNames(Path(args.classes), read_templates(args.template, "--template"))
-    dataset = open_pairs(args)
-    if args.one_text:
-        return OneText(dataset)
-    return each_picture_once(dataset)
-
-
-def open_pairs(args: argparse.Namespace) -> PairDataset:
-    """The pairs of DATA; in a folder that holds pictures itself, their paths are the captions."""
-    if data_kind(args.data) == "folder":
-        with os.scandir(args.data) as entries:
-            if any(entry.is_file() and not no_picture(entry.path) for entry in entries):
-                return ImageFolder(Path(args.data))
-    options = {name: value for name, value in vars(args).items() if name in TABLE}
-    return open_dataset(args.data, **options)
-
-
-def each_picture_once(dataset: PairDataset) -> PairDataset:
-    """The pictures, each with the captions of all of its pairs: a table may have a row for each."""
-    numbers = dataset.picture_numbers()
-    if len(np.unique(numbers)) == len(dataset):
-        return dataset
-    return Pictures(dataset, numbers)
-
-
-def batch_size_of(args: argparse.Namespace) -> int:
-    if args.batch_size:
-        return args.batch_size
-    return CPU_BATCH if choose_device(args.device).type == "cpu" else GPU_BATCH
 
 
 def run(args: argparse.Namespace, command: str) -> FeatureFolder:
     """Run the command, of which ``command`` is the line that continues it."""
     out = Path(args.out)
-    check_above(out / LOCK, "--out")
+    check_above(out / "img_emb", "--out")
     dataset = open_data(args)
     if distributed.is_main():
         for line in dataset.facts.left_out:
@@ -154,8 +42,7 @@ def run(args: argparse.Namespace, command: str) -> FeatureFolder:
     dtype = args.dtype or ("fp32" if args.one_text else "fp16")
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(sole_writer(out / LOCK, "--out"))
+            stack.enter_context(locked_folder(out, "--out"))
         encoders = open_encoders(args, only)
         if args.heads:
             encoders = with_heads(encoders, args.heads, choose_device(args.device))

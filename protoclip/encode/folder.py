@@ -7,8 +7,6 @@ rows do not depend on where a run was stopped.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +25,12 @@ from protoclip.common.files import (
     path_in_table,
     plural,
     printable,
-    printable_lines,
+    say_left_out,
     state_of,
     state_of_url,
     write_csv,
 )
-from protoclip.common.signals import Stopped, StopSignals
+from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.data import PairDataset
 from protoclip.data.loader import AHEAD, ignore_signals
 from protoclip.distributed import (
@@ -52,7 +50,6 @@ from protoclip.features.writer import Kept, PartFolder, Piece, State
 LEFT_OUT = "left_out.csv"
 PIECE_SECONDS = 30.0  # between two pieces: what a killed run loses
 TEXT_BATCHES = 32  # without pictures, so many batches of texts go to the encoder at once
-NAMED = 10  # pictures that were left out, in the terminal; left_out.csv has all
 
 
 @dataclass(frozen=True)
@@ -484,9 +481,11 @@ def states_of(dataset: PairDataset) -> list[str]:
 def _state_of_container(container: str) -> str:
     if is_remote(container):
         return state_of_url(container)
-    with contextlib.suppress(OSError):
-        return "{}:{}".format(*state_of(container))
-    return ""
+    try:
+        size, changed_ns = state_of(container)
+    except (OSError, ValueError):  # it is gone, or its name cannot be written in this locale
+        return ""
+    return f"{size}:{changed_ns}"
 
 
 def _absolute(container: str) -> str:
@@ -502,21 +501,3 @@ def _words(made_by: Any) -> str:
         f"features of {printable(str(made_by.get('data')))} ({', '.join(sides)}, "
         f"{made_by.get('dtype')})"
     )
-
-
-def stop_if_asked(signals: StopSignals, words: str) -> None:
-    """Raise Stopped, with words that say how far the run came, if there was a signal."""
-    if signals.received:
-        by_ctrl_c = signals.received == "SIGINT"
-        signal = "Ctrl-C" if by_ctrl_c else signals.received
-        raise Stopped(f"stopped by {signal} {words}", code=130 if by_ctrl_c else 0)
-
-
-def say_left_out(reasons: Sequence[str], count: int) -> None:
-    """Name the first of ``count`` pictures that were left out."""
-    if not reasons:
-        return
-    lines = [f"left out {len(reasons):,} of {plural(count, 'picture')}:", *reasons[:NAMED]]
-    if (more := len(reasons) - NAMED) > 0:
-        lines.append(f"and {more:,} more; {LEFT_OUT} lists them all")
-    print(printable_lines("\n  ".join(lines)), file=sys.stderr)

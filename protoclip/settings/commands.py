@@ -120,14 +120,15 @@ def cluster_parser() -> Parser:
     parser = Parser(
         "protoclip cluster",
         usage="%(prog)s DATA [options]",
-        description="Group pictures, or rows of features, by k-means. Writes clusters.csv, "
-        "left_out.csv, centroids.safetensors, report.html and, for pictures, features.npz. The "
+        description="Group pictures, or stored features, by k-means. Writes clusters.csv, "
+        "left_out.csv, centroids.safetensors, report.html and, for pictures, their features. The "
         "same command continues an interrupted run.",
         example="protoclip cluster photos/ --k 50 --out groups/",
     )
     words = (
         "a folder of pictures, a .csv or .tsv, webdataset shards, parquet files, built-in data, "
-        "or features [N, D]: .npy, .npz (with keys) or .safetensors"
+        "or stored features: a folder of protoclip encode, numbered parts, .npy, .npz or "
+        ".safetensors"
     )
     parser.add_argument("data", metavar="DATA", help=words)
     words = (
@@ -140,8 +141,8 @@ def cluster_parser() -> Parser:
         ("--run", "", "encode the pictures with this run or checkpoint of protoclip train"),
         ("--model", "", "encode the pictures with this OpenCLIP model (default: ViT-B-32)"),
         ("--pretrained", "", "weights of --model: a file or an OpenCLIP tag"),
-        ("--features", "", "features.npz of an earlier --out, to skip the encoding"),
-        ("--captions", "", "file with one caption per line for the rows of a features file"),
+        ("--features", "", "stored features of the pictures, by key, to skip the encoding"),
+        ("--captions", "", "file with one caption per line for the rows of stored features"),
         ("--weights", "",
          "file with one weight per line for each picture or row; pictures of a folder are sorted "
          "by folder and name, unreadable ones included"),
@@ -149,7 +150,7 @@ def cluster_parser() -> Parser:
         ("--device", "auto", "cpu, cuda, ..."),
     ):  # fmt: skip
         add_flag(parser, flag, default, words)
-    add_flag(parser, "--iters", 20, "maximum number of k-means iterations", low=0)
+    add_flag(parser, "--iters", 300, "maximum number of k-means iterations", low=0)
     add_flag(parser, "--seed", 0, "seed of k-means")
     words = "pictures encoded at once; 0: 32 on a CPU, 256 on a GPU"
     add_flag(parser, "--batch-size", 0, words, low=0)
@@ -163,8 +164,10 @@ def cluster_parser() -> Parser:
     words = "create this folder, and in it a folder for each group with links to its pictures"
     add_flag(folders, "--link-to", "", words)
     add_flag(folders, "--copy-to", "", "like --link-to, but with copies")
-    words = "normalise the rows of a features file to length 1"
+    words = "normalise the rows of stored features to length 1"
     parser.add_argument("--normalize", action="store_true", help=words)
+    words = "of a folder with pictures and texts (default: images, each picture once)"
+    parser.add_argument("--side", default="", choices=("image", "text"), help=words)
     add_flag(parser, "--precision", "fp32", "precision of encoding", choices=PRECISIONS)
     add_options(parser, DataConfig(), only=TABLE)
     return parser
@@ -380,33 +383,6 @@ def export_parser() -> Parser:
     return parser
 
 
-def teacher_parser() -> Parser:
-    """Flags of ``protoclip teacher``."""
-    parser = Parser(
-        "protoclip teacher",
-        description="Compute the features of a frozen model for all pairs and write them, with "
-        "their keys, to a .npz for protoclip train --external-teacher.",
-        example="protoclip teacher --data 'shards/{00000..00099}.tar' --out features.npz",
-    )
-    add_flag(parser, "--data", "builtin:icons", "as in protoclip train --train-data")
-    add_flag(
-        parser,
-        "--model",
-        MINILM,
-        f"{MINILM}, or a text model of Hugging Face such as roberta-large, by name or folder",
-    )
-    parser.add_argument(
-        "--paper",
-        action="store_true",
-        help="average 77 tokens, padding included, as the authors did with roberta-large",
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz to write")
-    add_flag(parser, "--batch-size", 64, "texts encoded at once", low=1)
-    add_flag(parser, "--device", "auto", "cpu, cuda, ...; auto: cuda if available")
-    add_options(parser, DataConfig(), only=TABLE)
-    return parser
-
-
 def data_parser() -> Parser:
     """Flags of ``protoclip data``."""
     parser = Parser(
@@ -460,6 +436,5 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "report": report_parser,
     "export": export_parser,
     "data": data_parser,
-    "teacher": teacher_parser,
     "openclip": openclip_parser,
 }

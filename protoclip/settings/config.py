@@ -332,9 +332,9 @@ class EpisodeConfig:
     kmeans_nredo: int = option(1, "restarts of k-means when not warm (paper: 3)", low=1)
     external_teacher: str = option(
         "auto",
-        "features that say which samples belong together: .npz of protoclip teacher, "
-        ".npy or .safetensors of [dataset, d], builtin:minilm, none, or auto (builtin:minilm on "
-        "built-in data if installed)",
+        "features that say which samples belong together: stored features (a folder of protoclip "
+        "encode, .npz with keys, or [dataset, d]), builtin:minilm, none, or auto "
+        "(builtin:minilm on built-in data if installed)",
     )
     external_teacher_dim: int = option(64, "principal components of the teacher; 0: all")
 

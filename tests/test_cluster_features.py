@@ -1,0 +1,153 @@
+"""``protoclip cluster`` on stored features: folders, captions, rows that cannot be grouped."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from html_page import read_page
+from test_cluster_pictures import draw
+from test_features import write_folder
+
+import protoclip
+from protoclip.cluster.__main__ import main as cluster
+from protoclip.encode.__main__ import main as encode
+
+CLIP_RETRIEVAL = Path(__file__).parent / "clip_retrieval"  # its NumpyWriter, version 2.45, wrote it
+
+
+def table(out: Path, name: str = "clusters.csv") -> list[dict[str, str]]:
+    with open(out / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def groups(out: Path) -> dict[str, str]:
+    return {line["file"]: line["cluster"] for line in table(out)}
+
+
+@pytest.mark.parametrize("side", ["", "text"])
+def test_a_folder_of_clip_retrieval_is_clustered(tmp_path: Path, side: str) -> None:
+    """Three parts of 7, 5 and 6 rows; row i of part p is of the kind (p + i) % 3."""
+    pytest.importorskip("pyarrow")
+    flags = ["--side", side] if side else []
+    out = tmp_path / "out"
+    assert cluster([str(CLIP_RETRIEVAL), "--k", "3", "--out", str(out), *flags]) == 0
+    kinds = [(p + i) % 3 for p, count in enumerate((7, 5, 6)) for i in range(count)]
+    keys = [f"{p:05}{i:04}" for p, count in enumerate((7, 5, 6)) for i in range(count)]
+    assert list(groups(out)) == keys
+    pairs = set(zip(kinds, groups(out).values(), strict=True))
+    assert len(pairs) == 3  # a group for each kind
+    assert "kind" in (out / "report.html").read_text()
+
+
+def test_pictures_are_encoded_then_clustered_from_their_folder(nano: Path, tmp_path: Path) -> None:
+    """cluster photos/ is encode, then cluster of its folder; the table says where pictures are."""
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    model = ["--model", str(nano), "--pretrained", "random", "--device", "cpu"]
+    photos = str(tmp_path / "photos")
+    assert cluster([photos, *model, "--k", "3", "--out", str(tmp_path / "a")]) == 0
+    assert encode([photos, *model, "--out", str(tmp_path / "f")]) == 0
+    for features in ("f", "a/features", "f/img_emb"):
+        out = tmp_path / f"of-{features.replace('/', '-')}"
+        assert cluster([str(tmp_path / features), "--k", "3", "--out", str(out)]) == 0
+        assert groups(out) == groups(tmp_path / "a")
+        page = read_page(out / "report.html")
+        assert "12 pictures of" in page.one("p", class_="answer").text
+
+
+def test_a_picture_with_several_captions_is_one_row(tmp_path: Path) -> None:
+    rows = np.repeat(np.random.default_rng(0).standard_normal((10, 5)), 3, axis=0)[:23]
+    folder = write_folder(tmp_path / "f", rows, [f"k{i // 3}" for i in range(23)])
+    assert cluster([str(folder), "--k", "2", "--out", str(tmp_path / "a")]) == 0
+    assert list(groups(tmp_path / "a")) == [f"k{i}" for i in range(8)]
+    flags = ["--side", "text", "--k", "2", "--out", str(tmp_path / "b")]
+    assert cluster([str(folder), *flags]) == 0
+    assert len(table(tmp_path / "b")) == 23
+
+
+def test_rows_with_nan_are_left_out_and_listed(tmp_path: Path, capsys) -> None:
+    rows = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    rows[3, 1] = np.nan
+    rows[20, 0] = -np.inf
+    np.save(tmp_path / "x.npy", rows)
+    np.savetxt(tmp_path / "w.txt", np.arange(30))
+    flags = ["--weights", str(tmp_path / "w.txt"), "--k", "2", "--out", str(tmp_path / "out")]
+    assert cluster([str(tmp_path / "x.npy"), *flags]) == 0
+    error = capsys.readouterr().err
+    assert "left out 2 of 30 rows" in error and "3: its features hold NaN or infinity" in error
+    assert list(groups(tmp_path / "out")) == [str(i) for i in range(30) if i not in (3, 20)]
+    left_out = table(tmp_path / "out", "left_out.csv")
+    assert [line["file"] for line in left_out] == ["3", "20"]
+    with pytest.raises(ValueError):
+        protoclip.kmeans(torch.from_numpy(rows), 2)
+
+
+def test_rows_of_zeros_are_counted_when_they_are_normalised(tmp_path: Path, capsys) -> None:
+    rows = np.random.default_rng(0).standard_normal((30, 4))
+    rows[[4, 7]] = 0
+    np.save(tmp_path / "x.npy", rows)
+    command = [str(tmp_path / "x.npy"), "--k", "3", "--normalize", "--out", str(tmp_path / "out")]
+    assert cluster(command) == 0
+    words = "2 rows of zeros have no direction"
+    assert words in capsys.readouterr().err
+    assert words in read_page(tmp_path / "out" / "report.html").text
+
+
+def test_a_run_that_did_not_converge_says_so(tmp_path: Path, capsys) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 4)))
+    command = [str(tmp_path / "x.npy"), "--k", "20"]
+    words = "k-means stopped after 3 iterations before it converged; --iters"
+    assert cluster([*command, "--iters", "3", "--out", str(tmp_path / "a")]) == 0
+    assert words in capsys.readouterr().err
+    assert words in read_page(tmp_path / "a" / "report.html").text
+    assert cluster([*command, "--out", str(tmp_path / "b")]) == 0  # the default converges
+    assert "converged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (np.zeros(5), "save array.reshape(1, -1) if it is one row"),
+        (np.zeros((1, 5)), "DATA: expected at least 2 pictures or rows, got 1"),
+        (np.zeros((5, 5), bool), "save array.astype(np.uint8)"),
+        (np.array([[1], "a"], object), "save np.stack(rows)"),
+    ],
+)
+def test_arrays_that_are_no_rows_have_a_remedy(
+    tmp_path: Path, error_of: Callable[..., str], rows: np.ndarray, words: str
+) -> None:
+    np.save(tmp_path / "one.npy", rows)
+    command = [tmp_path / "one.npy", "--k", "2", "--out", tmp_path / "out"]
+    assert words in error_of(cluster, command)
+
+
+def test_unfinished_features_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    (tmp_path / "f").mkdir()
+    record = '{"finished": false, "command": "protoclip encode photos --out f"}'
+    (tmp_path / "f" / "encode.json").write_text(record)
+    error = error_of(cluster, [tmp_path / "f", "--k", "2", "--out", tmp_path / "out"])
+    assert "unfinished; this continues them: protoclip encode photos --out f" in error
+
+
+def test_a_name_that_the_locale_does_not_have_is_named(nano: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    os.replace(tmp_path / "photos" / "3.png", tmp_path / "photos" / f"{'ü' * 120}.png")
+    command = [sys.executable, "-m", "protoclip", "cluster", "photos", "--k", "2", "--out", "out"]
+    command += ["--model", str(nano), "--pretrained", "random", "--device", "cpu"]
+    run = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "left out 1 of 4 pictures" in run.stderr
+    assert r"photos/\xfc\xfc" in run.stderr and "set PYTHONUTF8=1" in run.stderr
