@@ -21,10 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import lock_text_tower
 from torch import Tensor, nn
 
 from protoclip.common.files import torch_reason
@@ -75,6 +73,8 @@ class ProtoModel(nn.Module):
         siglip: bool = False,
         token_step: int = STEP,
     ) -> None:
+        import open_clip  # late: whoever groups features needs neither it nor torchvision
+
         super().__init__()
         self.clip: Any = clip
         self.siglip = siglip
@@ -101,6 +101,8 @@ class ProtoModel(nn.Module):
 
     def lock_text(self) -> None:
         """Freeze the text tower from now on."""
+        from open_clip.transformer import lock_text_tower
+
         self.text_locked = True
         if hasattr(self.clip, "text"):
             self.clip.text.requires_grad_(False).eval()
@@ -237,6 +239,8 @@ def register_configs(model: str = "", *, audio: bool = False) -> str:
     Raises:
         ValueError: not a valid config file, which OpenCLIP would skip silently or crash on.
     """
+    import open_clip
+
     if "protoclip-tiny" not in open_clip.list_models():
         open_clip.add_model_config(CONFIG_FOLDER)
     if not model.endswith(".json"):
@@ -255,6 +259,8 @@ def register_configs(model: str = "", *, audio: bool = False) -> str:
 
 def check_model(config: ModelConfig) -> str:
     """The model's name in OpenCLIP; ValueError if there is no such model or no such weights."""
+    import open_clip
+
     name = register_configs(config.model)
     pretrained = config.pretrained
     models = open_clip.list_models()
@@ -271,6 +277,8 @@ def check_model(config: ModelConfig) -> str:
 
 def _refuse_code(name: str) -> None:
     """ValueError if the model's config asks to run code that comes with its tokenizer."""
+    import open_clip
+
     settings: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # OpenCLIP says what is wrong with a config, or has none
         settings = open_clip.get_model_config(name) or {}  # also of a folder, or of the hub
@@ -284,6 +292,8 @@ def _refuse_code(name: str) -> None:
 
 def _create(name: str, config: ModelConfig, device: str) -> Any:
     """OpenCLIP's model with its weights, without a logit_bias that only the weights have."""
+    import open_clip
+
     create = partial(
         open_clip.create_model,
         name,
@@ -372,6 +382,8 @@ def build_model(config: ModelConfig, device: str = "cpu") -> ProtoModel:
 
 def _open_clip(config: ModelConfig, device: str) -> tuple[Any, Callable[[list[str]], Tensor]]:
     """OpenCLIP's model and its tokenizer; ValueError as in ``build_model``."""
+    import open_clip
+
     name = check_model(config)
     logging.disable(logging.ERROR)  # OpenCLIP logs every step and its own errors
     unreachable = ""
@@ -423,6 +435,8 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 def can_shorten(clip: nn.Module) -> bool:
     """Whether ``clip``'s text feature ignores everything after the caption's end."""
+    import open_clip
+
     return (
         type(clip) is open_clip.CLIP
         and isinstance(clip.attn_mask, Tensor)  # causal: OpenCLIP has no other there

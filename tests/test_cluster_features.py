@@ -151,3 +151,14 @@ def test_a_name_that_the_locale_does_not_have_is_named(nano: Path, tmp_path: Pat
     assert run.returncode == 0, run.stderr
     assert "left out 1 of 4 pictures" in run.stderr
     assert r"photos/\xfc\xfc" in run.stderr and "set PYTHONUTF8=1" in run.stderr
+
+
+def test_features_are_grouped_without_open_clip_and_torchvision(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((60, 4)))
+    code = (
+        "import sys; from protoclip.__main__ import main\n"
+        "assert main(['cluster', 'x.npy', '--k', '3', '--out', 'o']) == 0\n"
+        "loaded = {'open_clip', 'torchvision', 'transformers', 'timm'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import open_clip
 import torch
 from tqdm import tqdm
 
@@ -84,6 +83,8 @@ def load_model(what: str, pretrained: str = "", model: str = "") -> Loaded:
 def _by_name(name: str, pretrained: str) -> Loaded:
     weights = "" if pretrained == RANDOM or name.startswith(WEIGHTS) else pretrained
     if not pretrained and not name.startswith(WEIGHTS):
+        import open_clip
+
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "this model has none"
         raise ValueError(
             f"{name}: --pretrained is missing: a weights file, {RANDOM} for none, or a tag ({tags})"
