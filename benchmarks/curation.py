@@ -4,7 +4,7 @@
     python -m benchmarks.curation icons --features img.npy --table table.json
     python -m benchmarks.curation time
 
-Each writes benchmarks/results/curation/NAME.json, which docs/curate.md quotes.
+Each writes benchmarks/results/curation/NAME.json and the table of docs/curate.md that quotes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks import machine
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
 
 RESULTS = Path(__file__).parent / "results" / "curation"
+PAGE = Path(__file__).parent.parent / "docs" / "curate.md"
 SEEDS = range(5)
 
 # Of Vo et al. 2024, figure 3: points and centre of each circle.
@@ -219,11 +220,56 @@ def kmeans_seconds() -> dict[str, Any]:
     return {**TIMED, "seconds": seconds, "inertia": inertia}
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the smallest and largest value."""
+    mean, low, high = np.mean(values), min(values), max(values)
+    return f"{mean:,.{digits}f} | {low:,.{digits}f} to {high:,.{digits}f}"
+
+
+def rings_table(record: Mapping[str, Any]) -> list[str]:
+    lines = ["| 1,000 points of 29,700 | divergence (nats) | five seeds |", "|---|---|---|"]
+    names = [*RING_CHOICES, "uniform points"]
+    return lines + [f"| {name} | {spread(record['divergence'][name], 3)} |" for name in names]
+
+
+def icons_table(record: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"| {record['target']:,} of {record['rows']:,} rows | concepts of {record['concepts']:,} | "
+        "seeds | entropy (nats) | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, scores in record["choices"].items():
+        lines.append(
+            f"| {name} | {spread(scores['covered'], 0)} | {spread(scores['entropy'], 2)} |"
+        )
+    return lines
+
+
+def time_table(record: Mapping[str, Any]) -> list[str]:
+    lines = [f"| {record['machine']['machine']} | seconds (median) | inertia |", "|---|---|---|"]
+    for name, seconds in record["seconds"].items():
+        inertia = f"{record['inertia'][name]:.6g}"
+        lines.append(f"| {name} | {np.median(seconds):.1f} | {inertia} |")
+    return lines
+
+
+TABLES = {"rings": rings_table, "icons": icons_table, "time": time_table}
+
+
+def block_of(page: str, name: str, lines: Sequence[str]) -> str:
+    """The page with its block of this name replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    return "\n".join([before + begin, *lines, end + rest.partition(end)[2]])
+
+
 def write(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine.describe(), **result}
-    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(record, indent=1) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(block_of(page, name, TABLES[name](record)), encoding="utf-8")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ranks import in_group
 from torch import Tensor
 
 import protoclip
+from benchmarks import curation
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
 from protoclip.curate import hierarchy as module
 from protoclip.curate.hierarchy import Level, plan_levels
@@ -292,3 +294,10 @@ def test_two_ranks_equal_one() -> None:
     assert first["labels"] + second["labels"] == whole.labels().tolist()
     chosen = first["chosen"] + [1500 + position for position in second["chosen"]]
     assert chosen == balanced_sample(whole, 200, seed=5).tolist()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in curation.RESULTS.glob("*.json")))
+def test_the_page_shows_the_records(name: str) -> None:
+    record = json.loads((curation.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    page = curation.PAGE.read_text(encoding="utf-8")
+    assert curation.block_of(page, name, curation.TABLES[name](record)) == page
