@@ -17,9 +17,9 @@ from torch import Tensor
 import protoclip
 from benchmarks import curation
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
-from protoclip.curate import hierarchy as module
 from protoclip.curate.hierarchy import Level, plan_levels
 from protoclip.curate.order import first_of_each, nearest_keys
+from protoclip.lloyd import points as points_on_disk
 
 BLOBS = 40
 
@@ -175,7 +175,7 @@ def test_rows_on_disk_give_the_bits_of_those_in_memory(
     points = blobs().half()
     for number, part in enumerate(points.split(1700)):
         np.save(tmp_path / f"part_{number}.npy", part.numpy())
-    monkeypatch.setattr(module, "BLOCK_BYTES", 5000)  # 416 rows
+    monkeypatch.setattr(points_on_disk, "BLOCK_BYTES", 5000)  # 128 rows
     on_disk = hierarchical_kmeans(tmp_path, [60, 6], resamplings=2)
     opened = hierarchical_kmeans(protoclip.open_features(tmp_path), [60, 6], resamplings=2)
     assert equal(on_disk, opened)
@@ -243,7 +243,7 @@ WRONG = [
     ({"resamplings": [1]}, "or one for each of the 2 levels, got [1]"),
     ({"sample_sizes": 1}, "expected sample_sizes as a whole number of at least 2"),
     ({"choose": "far"}, "expected choose in ('random', 'closest'), got 'far'"),
-    ({"rows": torch.zeros(5)}, "expected rows [N, D]"),
+    ({"rows": torch.zeros(5)}, "hierarchical_kmeans: expected rows of shape [N, D], got (5,)"),
     ({"rows": torch.full((50, 2), torch.nan)}, "NaN or inf"),
 ]
 

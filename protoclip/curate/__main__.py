@@ -32,8 +32,8 @@ from protoclip.curate.hierarchy import (
     LevelPlan,
     OtherCallError,
     hierarchical_kmeans,
+    open_points,
     plan_levels,
-    take,
 )
 from protoclip.curate.page import make_page
 from protoclip.curate.sampling import balanced_sample, sample_without_duplicates
@@ -158,7 +158,7 @@ def choose_rows(
     if not args.without_duplicates:
         return balanced_sample(hierarchy, args.target, choose=args.choose, seed=args.seed), []
     chosen, lacking = sample_without_duplicates(
-        source.rows,
+        open_points(source.rows),
         hierarchy,
         args.target,
         args.without_duplicates,
@@ -230,7 +230,7 @@ def forecast(rows: FeatureRows, plans: Sequence[LevelPlan], num_iters: int) -> s
 def seconds_of_product(rows: FeatureRows) -> float:
     """The time in which ``kmeans_assign`` compares a row with a centroid."""
     count = min(len(rows), TIMED_ROWS)
-    points = take(rows, torch.arange(count))
+    points = open_points(rows).take(torch.arange(count))
     centroids = points[:TIMED_CLUSTERS]
     kmeans_assign(points, centroids)  # the first call compiles
     began_at = time.perf_counter()

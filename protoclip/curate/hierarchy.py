@@ -27,16 +27,15 @@ from protoclip.curate.order import (
     random_keys,
     sum_over,
 )
-from protoclip.features import FeatureRows, open_features
-from protoclip.lloyd import as_points, kmeans
-from protoclip.ops import kmeans_assign
+from protoclip.lloyd import as_points, kmeans, stored_rows
+from protoclip.lloyd.clusters import Rows
+from protoclip.lloyd.points import InMemory, OnDisk, Points, on_disk
+from protoclip.ops import checks, kmeans_assign
 
 OP = "hierarchical_kmeans"
-BLOCK_BYTES = 32 << 20  # of rows that are read and assigned at once
 CHECKED = 64  # rows whose content a resumed call compares
 KMEANS, SAMPLE = 0, 1  # purposes of random numbers
 
-Rows = FeatureRows | Tensor
 Progress = Callable[[int, int, int], None]
 
 
@@ -175,7 +174,7 @@ def _of_each(name: str, value: int | Sequence[int], count: int, low: int) -> lis
 
 
 def hierarchical_kmeans(
-    rows: Tensor | np.ndarray | Sequence[Any] | FeatureRows | str | os.PathLike[str],
+    rows: Rows,
     levels: Sequence[int],
     *,
     resamplings: int | Sequence[int] = 10,
@@ -187,6 +186,7 @@ def hierarchical_kmeans(
     weights: Tensor | np.ndarray | Sequence[float] | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    device: torch.device | str | None = None,
     state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Hierarchy:
@@ -197,15 +197,14 @@ def hierarchical_kmeans(
     The same seed gives the same hierarchy.
 
     Args:
-        rows: [N, D]; in memory, or on disk: rows of ``open_features``, or its argument. They must
-            be finite.
+        rows: [N, D], finite; in memory or on disk, as for ``kmeans``.
         levels: numbers of clusters from the lowest level to the highest; they fall.
         resamplings: how often the rows of a level are sampled from its clusters and clustered
             again; one number, or one for each level.
         sample_sizes: rows of each cluster in a sample, >= 2; one number, or one for each level.
             None: half of the mean number of rows of a cluster.
         choose: the rows of a sample: "closest" to the centroid, or "random".
-        num_iters, init, backend: of each k-means, as for ``kmeans``.
+        num_iters, init, backend, device: of each k-means, as for ``kmeans``.
         seed: decides initial centroids and random samples.
         weights: [N], >= 0, of the rows in the means of the first level; None: 1. A centroid of the
             levels above counts as one.
@@ -229,13 +228,13 @@ def hierarchical_kmeans(
         Hierarchy(N=1,000, clusters 20, 2)
     """
     check_choice(OP, choose)
-    points = open_rows(rows)
-    count = int(sum_over(group, torch.tensor([len(points)], device=_device_of(points))))
+    points = open_points(rows, device)
+    count = int(sum_over(group, torch.tensor([points.count], device=points.device)))
     plans = plan_levels(count, levels, resamplings, sample_sizes)
     if weights is not None:
-        weights = torch.as_tensor(weights, dtype=torch.float64, device=_device_of(points))
+        weights = torch.as_tensor(weights, dtype=torch.float64, device=points.device)
     settings = {
-        "rows": [count, points.shape[1], _checksum(points)],
+        "rows": [count, points.columns, _checksum(points)],
         "levels": [vars(plan) for plan in plans],
         "choose": choose,
         "num_iters": num_iters,
@@ -244,70 +243,63 @@ def hierarchical_kmeans(
         "weights": None if weights is None else zlib.crc32(weights.cpu().numpy().tobytes()),
     }
     kept = _State(None if state is None else Path(state), settings, group)
+    members = _Members(points, weights, None, group)
     finished: list[Level] = []
     for number, plan in enumerate(plans):
-        level = _cluster_level(
-            points if number == 0 else finished[-1].centroids,
-            plan,
-            number,
-            kept,
-            choose=choose,
-            num_iters=num_iters,
-            init=init,
-            seed=seed,
-            weights=weights if number == 0 else None,
-            sizes=None if number == 0 else finished[-1].sizes,
-            group=group if number == 0 else None,
-            backend=backend,
-            progress=progress,
-        )
+
+        def cluster(chosen: _Members, step: int, number: int = number) -> Tensor:
+            return kmeans(
+                chosen.points.rows if isinstance(chosen.points, OnDisk) else chosen.points.x,
+                plans[number].clusters,
+                num_iters=num_iters,
+                init=init,
+                seed=int(mix(seed, KMEANS, number, step)) >> 1,
+                weights=chosen.weights,
+                group=chosen.group,
+                backend=backend,
+                device=device,
+                progress=progress and (lambda i, _: progress(number + 1, step, i)),
+            ).centroids
+
+        level = _cluster_level(members, plan, number, kept, cluster, choose, seed, backend)
         finished.append(level)
+        members = _Members(InMemory(level.centroids), None, level.sizes, None)
     return Hierarchy(tuple(finished))
 
 
+@dataclass(frozen=True)
+class _Members:
+    """What a level clusters: rows, or the centroids of the level below."""
+
+    points: Points  # [M, D]
+    weights: Tensor | None  # fp64 [M]
+    sizes: Tensor | None  # int64 [M], rows below each; None: 1
+    group: dist.ProcessGroup | None  # whose ranks hold the others
+
+    def select(self, positions: Tensor) -> _Members:
+        weights = None if self.weights is None else self.weights[positions]
+        return _Members(self.points.select(positions), weights, None, self.group)
+
+
 def _cluster_level(
-    rows: Rows,
+    members: _Members,
     plan: LevelPlan,
     number: int,
     kept: _State,
-    *,
+    cluster: Callable[[_Members, int], Tensor],
     choose: str,
-    num_iters: int,
-    init: str,
     seed: int,
-    weights: Tensor | None,
-    sizes: Tensor | None,
-    group: dist.ProcessGroup | None,
     backend: str,
-    progress: Progress | None,
 ) -> Level:
-    """One level; ``sizes``: the rows below each of ``rows``, if they are centroids."""
-
-    def cluster(points: Rows, point_weights: Tensor | None, step: int) -> Tensor:
-        def report(iteration: int, inertia: Tensor) -> None:
-            if progress is not None:
-                progress(number + 1, step, iteration)
-
-        clusters = kmeans(
-            points if isinstance(points, Tensor) else _numbers(points.rows(0, len(points))),
-            plan.clusters,
-            num_iters=num_iters,
-            init=init,
-            seed=int(mix(seed, KMEANS, number, step)) >> 1,
-            weights=point_weights,
-            group=group,
-            backend=backend,
-            progress=report,
-        )
-        kept.put(number, step + 1, clusters.centroids)
-        return clusters.centroids
-
-    steps, centroids = kept.get(number, _device_of(rows))
+    """One level; ``cluster`` gives the centroids of some members in a step."""
+    group = members.group
+    steps, centroids = kept.get(number, members.points.device)
     if centroids is None:
-        centroids = cluster(rows, weights, 0)
+        centroids = cluster(members, 0)
+        kept.put(number, 1, centroids)
         steps = 1
-    labels, squared = assign_rows(rows, centroids, backend)
-    positions = positions_of(len(rows), group, labels.device)
+    labels, squared = _assign(members.points, centroids, backend)
+    positions = positions_of(members.points.count, group, labels.device)
     quotas = labels.new_full((plan.clusters,), plan.sample_size)
     for step in range(steps, 1 + plan.resamplings):
         keys = nearest_keys(squared, positions)
@@ -316,12 +308,14 @@ def _cluster_level(
         sample = first_of_each(keys, labels, quotas, group).nonzero()[:, 0]
         if int(sum_over(group, labels.new_tensor([len(sample)]))) < plan.clusters:
             break  # so many clusters are empty, as happens with few different rows
-        sample_weights = None if weights is None else weights[sample]
-        centroids = cluster(select(rows, sample), sample_weights, step)
-        labels, squared = assign_rows(rows, centroids, backend)
-    below = torch.ones_like(labels) if sizes is None else sizes
-    totals = torch.zeros_like(quotas).index_add_(0, labels, below)
-    inertia = squared.double() if weights is None else squared.double() * weights
+        centroids = cluster(members.select(sample), step)
+        kept.put(number, step + 1, centroids)
+        labels, squared = _assign(members.points, centroids, backend)
+    sizes = torch.ones_like(labels) if members.sizes is None else members.sizes
+    totals = torch.zeros_like(quotas).index_add_(0, labels, sizes)
+    inertia = squared.double()
+    if members.weights is not None:
+        inertia = inertia * members.weights
     return Level(
         centroids=centroids,
         labels=labels,
@@ -329,6 +323,13 @@ def _cluster_level(
         sizes=sum_over(group, totals),
         inertia=float(sum_over(group, inertia.sum())),
     )
+
+
+def _assign(points: Points, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``kmeans_assign`` of all points, block by block."""
+    blocks = [kmeans_assign(x, centroids.to(x), backend=backend) for x in points.blocks()]
+    labels, squared = zip(*blocks, strict=True)
+    return torch.cat(labels), torch.cat(squared)
 
 
 class OtherCallError(ValueError):
@@ -397,56 +398,18 @@ class _State:
             write_safetensors(self.path, tensors)
 
 
-def open_rows(rows: Any) -> Rows:
+def open_points(rows: Any, device: torch.device | str | None = None) -> Points:
     """Rows on disk, or in memory in fp32 or fp64."""
-    if isinstance(rows, (str, os.PathLike)):
-        rows = open_features(rows)
-    if isinstance(rows, FeatureRows):
-        return rows
-    points = as_points(rows)
-    if not isinstance(points, Tensor) or points.ndim != 2:
-        raise ValueError(f"{OP}: expected rows [N, D], got {getattr(points, 'shape', type(rows))}")
-    return points if points.dtype == torch.float64 else points.float()
+    stored = stored_rows(rows)
+    if stored is not None:
+        return on_disk(stored, torch.device(device or "cpu"))
+    x = as_points(rows)
+    checks.matrix(OP, "rows", x, "[N, D]")
+    x = x.detach()
+    return InMemory(x if x.dtype == torch.float64 else x.float())
 
 
-def select(rows: Rows, positions: Tensor) -> Rows:
-    """Some rows, on disk if those are."""
-    if isinstance(rows, FeatureRows):
-        return rows.select(positions.numpy())
-    return rows[positions]
-
-
-def take(rows: Rows, positions: Tensor) -> Tensor:
-    """Some rows in memory, in fp32 or fp64."""
-    if isinstance(rows, FeatureRows):
-        return _numbers(rows.take(positions.numpy()))
-    return rows[positions]
-
-
-def assign_rows(rows: Rows, centroids: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """``kmeans_assign`` of all rows, block by block: labels int64 [N], squared distances fp32."""
-    if isinstance(rows, Tensor):
-        return kmeans_assign(rows, centroids, backend=backend)
-    labels = torch.empty(len(rows), dtype=torch.int64)
-    squared = torch.empty(len(rows))
-    in_block = max(1, BLOCK_BYTES // (rows.dtype.itemsize * max(1, rows.shape[1])))
-    buffer = np.empty((min(in_block, len(rows)), rows.shape[1]), rows.dtype)
-    for start in range(0, len(rows), in_block):
-        stop = min(start + in_block, len(rows))
-        block = _numbers(rows.rows(start, stop, buffer))
-        labels[start:stop], squared[start:stop] = kmeans_assign(block, centroids, backend=backend)
-    return labels, squared
-
-
-def _numbers(array: np.ndarray) -> Tensor:
-    x = torch.from_numpy(array)
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _device_of(rows: Rows) -> torch.device:
-    return rows.device if isinstance(rows, Tensor) else torch.device("cpu")
-
-
-def _checksum(rows: Rows) -> int:
+def _checksum(points: Points) -> int:
     """A checksum of some rows: those of other data very likely have another."""
-    return zlib.crc32(take(rows, evenly_spaced(len(rows), CHECKED)).cpu().numpy().tobytes())
+    some = points.take(evenly_spaced(points.count, CHECKED))
+    return zlib.crc32(some.cpu().numpy().tobytes())

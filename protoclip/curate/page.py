@@ -14,7 +14,7 @@ from protoclip.cluster.groups import BLOCK
 from protoclip.cluster.page import SHEET, THUMB
 from protoclip.cluster.points import short
 from protoclip.common.files import plural
-from protoclip.curate.hierarchy import Hierarchy, take
+from protoclip.curate.hierarchy import Hierarchy, open_points
 from protoclip.curate.source import RowPictures, Source
 from protoclip.evaluate.results import Outcome
 from protoclip.report import page, snapshot
@@ -87,9 +87,10 @@ def typical_rows(
     ``chosen``, int64 [M], and how near they are, fp32 [M]."""
     centroids = hierarchy.levels[-1].centroids
     near = torch.empty(len(chosen))
+    points = open_points(source.rows)
     for part in torch.arange(len(chosen)).split(BLOCK):
-        points = take(source.rows, chosen[part])
-        near[part] = -(points - centroids[labels[part]]).square().sum(1).float()
+        differences = points.take(chosen[part]) - centroids[labels[part]]
+        near[part] = -differences.square().sum(1).float()
     order = np.lexsort((-near.numpy(), labels.numpy()))
     counts = torch.bincount(labels)
     rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.curate.hierarchy import Hierarchy, Rows, take
+from protoclip.curate.hierarchy import Hierarchy
 from protoclip.curate.order import (
     check_choice,
     first_of_each,
@@ -18,6 +18,7 @@ from protoclip.curate.order import (
     positions_of,
     random_keys,
 )
+from protoclip.lloyd.points import Points
 
 SIZE_BITS = 48  # of the number of rows
 ROWS, REMAINDER = 1, 2  # purposes of random keys
@@ -117,7 +118,7 @@ def row_keys(
 
 
 def sample_without_duplicates(
-    rows: Rows, hierarchy: Hierarchy, target: int, distance: float, *, choose: str, seed: int
+    rows: Points, hierarchy: Hierarchy, target: int, distance: float, *, choose: str, seed: int
 ) -> tuple[Tensor, Tensor]:
     """``balanced_sample`` whose rows of a lowest cluster are at least ``distance`` apart.
 
@@ -136,7 +137,7 @@ def sample_without_duplicates(
         order[start:end] for start, end in zip(ends - lowest.sizes, ends, strict=True)
     ]  # of each cluster, in the order in which they are chosen
     chosen = [order[:0] for _ in members]
-    bytes_of = shares * (rows.shape[1] * 4)  # of the chosen rows of each cluster
+    bytes_of = shares * (rows.columns * 4)  # of the chosen rows of each cluster
     for clusters in _pieces(bytes_of, CHOSEN_BYTES):
         _choose_apart(rows, clusters, members, shares.tolist(), distance, chosen)
     counts = shares.new_tensor([len(positions) for positions in chosen])
@@ -150,7 +151,7 @@ def _pieces(sizes: Tensor, most: int) -> list[list[int]]:
 
 
 def _choose_apart(
-    rows: Rows,
+    rows: Points,
     clusters: list[int],
     members: list[Tensor],
     shares: list[int],
@@ -159,7 +160,7 @@ def _choose_apart(
 ) -> None:
     """Choose members of some clusters. Each round reads as many of each as it still lacks."""
     tried = dict.fromkeys(clusters, 0)
-    kept = {cluster: take(rows, chosen[cluster]) for cluster in clusters}
+    kept = {cluster: rows.take(chosen[cluster]) for cluster in clusters}
     while clusters:
         candidates = [
             members[k][tried[k] : tried[k] + shares[k] - len(chosen[k])] for k in clusters
@@ -168,7 +169,7 @@ def _choose_apart(
         candidates = [positions for positions in candidates if len(positions)]
         if not clusters:
             return
-        values = take(rows, torch.cat(candidates)).split([len(x) for x in candidates])
+        values = rows.take(torch.cat(candidates)).split([len(x) for x in candidates])
         for k, positions, points in zip(clusters, candidates, values, strict=True):
             tried[k] += len(positions)
             for some, some_points in zip(positions.split(PIECE), points.split(PIECE), strict=True):
