@@ -233,7 +233,14 @@ def rings_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def icons_table(record: Mapping[str, Any]) -> list[str]:
+    low, high = record["levels"]
     lines = [
+        "**Icons.** The built-in drawings as features of an ImageNet model, each of the concept of "
+        "rank j repeated",
+        '⌈200 / j⌉ times with noise of a tenth of its length. "k-means" takes equal shares of '
+        f"{low:,} clusters,",
+        f'"hierarchical" has levels of {low:,} and {high:,}. The ranges are those of the seeds.',
+        "",
         f"| {record['target']:,} of {record['rows']:,} rows | concepts of {record['concepts']:,} | "
         "seeds | entropy (nats) | seeds |",
         "|---|---|---|---|---|",
@@ -246,7 +253,13 @@ def icons_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def time_table(record: Mapping[str, Any]) -> list[str]:
-    lines = [f"| {record['machine']['machine']} | seconds (median) | inertia |", "|---|---|---|"]
+    lines = [
+        f"**Time.** k-means of {record['rows']:,} x {record['columns']:,} random rows, "
+        f"K = {record['clusters']:,}, {record['iterations']} iterations from the same random rows.",
+        "",
+        f"| {record['machine']['machine']} | seconds (median) | inertia |",
+        "|---|---|---|",
+    ]
     for name, seconds in record["seconds"].items():
         inertia = f"{record['inertia'][name]:.6g}"
         lines.append(f"| {name} | {np.median(seconds):.1f} | {inertia} |")
