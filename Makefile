@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-mutants gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize versions dist-check faults bench bench-full peers docs pictures kernels mutants ptx ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -56,6 +56,9 @@ sanitize:  ## the ops' tests with csrc under the address and undefined-behaviour
 	env CXX=$(CURDIR)/$(SANITIZED)/g++ PROTOCLIP_CACHE=$(CURDIR)/$(SANITIZED) LD_PRELOAD="$$libraries" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(PYTHON) -m pytest -x $(OP_TESTS:%=tests/test_%.py) -k "not memory"  # a limit of addresses leaves asan no memory
+
+mutants:  ## changes one thing in the ops at a time and lists what no test notices; two hours of one core, resumable
+	$(PYTHON) -m tests.mutants
 
 versions:  ## tests and kernels with other releases of PyTorch, 3 GB each: make versions VERSIONS="2.8 2.11 newest"
 	.ci/versions $(or $(VERSIONS),2.8 2.11 newest)

@@ -1,0 +1,625 @@
+"""Changes one thing in the ops at a time: does a test notice it?
+
+    python -m tests.mutants [--out build/mutants.md] [--only "part of a name"]
+
+A mutant is planted in a copy of the working tree with a cache of compiled code of its own, and the
+tests of the ops run until the first one fails. Each row of the table is written when it is known,
+and a later call does those that are missing. A survivor is a missing test, an equivalent change or
+code that nobody needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 900  # seconds for a file of tests
+# The files of tests that reach a family of code, in the order in which they run: those that notice
+# most first, Triton's interpreter last.
+TESTS = {
+    "contrastive": (
+        *("ops", "loss_options", "contrastive", "info_nce", "backends", "default_dtype", "stash"),
+        *("autograd", "ops_compile", "contrastive_peers", "faults_fuzz_ops"),
+        *("distributed_losses", "kernels_contrastive", "kernels_info_nce"),
+    ),
+    "prototypes": (
+        *("ops", "prototype_cross_entropy", "loss_options", "prototype_cpu", "backends"),
+        *("default_dtype", "autograd", "ops_compile", "faults_fuzz_ops", "kernels_prototype"),
+    ),
+    "clusters": (
+        *("ops", "segment_mean", "kmeans_assign", "kmeans", "backends", "kmeans_quality"),
+        *("faults_fuzz_ops", "estimator"),
+    ),
+    "kmeans": ("kmeans", "kmeans_quality", "estimator", "kmeans_sklearn", "distributed_losses"),
+    "ranks": ("distributed_losses", "clip_loss", "openclip_proto_loss"),
+}
+
+
+class Mutant(NamedTuple):
+    name: str
+    family: str  # of TESTS
+    path: str
+    old: str  # once in the file
+    new: str
+    first: str = ""  # the tests that are likely to notice it, where those are not the first
+
+    def tests(self) -> list[str]:
+        """The files of tests, in order."""
+        names = [name for name in TESTS[self.family] if name != self.first]
+        if self.first:
+            names.insert(0, self.first)
+        if self.path.startswith("csrc/"):  # which Triton does not call
+            names = [name for name in names if not name.startswith("kernels_")]
+        return [f"tests/test_{name}.py" for name in names]
+
+
+PROTOTYPES = "protoclip/ops/prototypes.py"
+OPERATORS = "protoclip/ops/operators.py"
+SUMS = "protoclip/ops/sums.py"
+PAIRS = "protoclip/ops/pairs.py"
+CONTRASTIVE = "protoclip/ops/contrastive_losses.py"
+INFO_NCE = "protoclip/ops/info_nce_loss.py"
+QUERIES = "protoclip/ops/query_losses.py"
+SIGLIP = "protoclip/ops/siglip_loss.py"
+OVER_RANKS = "protoclip/losses/global_losses.py"
+LLOYD = "protoclip/lloyd/__init__.py"
+STARTS = "protoclip/lloyd/starts.py"
+MUTANTS = [
+    # ---- the ops
+    Mutant(
+        "prototypes: the gradient of a mean is not divided",
+        "prototypes",
+        PROTOTYPES,
+        "weight = (weight / saved.divisor)",
+        "weight = weight",
+    ),
+    Mutant(
+        "prototypes: smoothing moves the mean below soft targets",
+        "prototypes",
+        PROTOTYPES,
+        "mean = mean.detach()",
+        "mean = mean",
+    ),
+    Mutant(
+        "prototypes: the mean of the reference divides by N",
+        "prototypes",
+        PROTOTYPES,
+        "count = (bank.labels != LEFT_OUT).sum()",
+        "count = (bank.labels != 2 * LEFT_OUT).sum()",
+    ),
+    Mutant(
+        "soft targets: temperatures below the coldest",
+        "prototypes",
+        PROTOTYPES,
+        "temperature=max(float(temperature), COLDEST)",
+        "temperature=float(temperature)",
+    ),
+    Mutant(
+        "a half sum counts whole",
+        "contrastive",
+        OPERATORS,
+        "weight = 0.5 if half_sum else 1.0",
+        "weight = 1.0",
+    ),
+    Mutant(
+        "rows without a loss count in a weighted mean",
+        "contrastive",
+        OPERATORS,
+        "row_weights = counted * weights",
+        "row_weights = weights",
+    ),
+    Mutant(
+        "the scale's gradient keeps another shape",
+        "contrastive",
+        OPERATORS,
+        "return gradient.to(scalar.dtype).reshape(scalar.shape)",
+        "return gradient.to(scalar.dtype)",
+        first="backends",
+    ),
+    Mutant(
+        "smoothing forgets how many own negatives there are",
+        "contrastive",
+        SUMS,
+        "num_seen = num_seen + negative_logits.shape[1]",
+        "num_seen = num_seen + 0 * negative_logits.shape[1]",
+    ),
+    Mutant(
+        "SigLIP's smoothing counts the bias of positives once",
+        "contrastive",
+        SUMS,
+        "2 * (positive + bias * num_positives)",
+        "(2 * positive + bias * num_positives)",
+    ),
+    Mutant(
+        "smoothing takes the first keys for the own ones",
+        "contrastive",
+        SUMS,
+        "y[offset : offset + x.shape[0]]",
+        "y[: x.shape[0]]",
+        first="distributed_losses",
+    ),
+    Mutant(
+        "several positives: the mean moves the other way",
+        "contrastive",
+        SUMS,
+        "gap = gap + (positive_mean - all_mean)",
+        "gap = gap - (positive_mean - all_mean)",
+    ),
+    Mutant(
+        "several positives: a query that sees no key",
+        "contrastive",
+        SUMS,
+        "gap = gap.where(gap != -torch.inf, 0)",
+        "gap = gap + 0",
+    ),
+    Mutant(
+        "keys that share both ids count twice",
+        "contrastive",
+        SUMS,
+        "+ self._of_code(query_ids[1], key_ids[1]) - in_both",
+        "+ self._of_code(query_ids[1], key_ids[1])",
+    ),
+    Mutant(
+        "sums count an own key that is excluded",
+        "contrastive",
+        SUMS,
+        "self._own = self._own.where(self._own != pairs.exclude[:, None], -1)",
+        "self._own = self._own + 0",
+    ),
+    Mutant(
+        "sums count a key that is excluded and has the query's id twice",
+        "contrastive",
+        SUMS,
+        "return seen - self._at(exclude.where(~self._is_same(exclude), -1))",
+        "return seen - self._at(exclude)",
+    ),
+    Mutant(
+        "the position after the last key is in range",
+        "contrastive",
+        PAIRS,
+        "inside = (positives >= 0) & (positives < m)",
+        "inside = (positives >= 0) & (positives <= m)",
+    ),
+    Mutant(
+        "the excluded position after the last key is in range",
+        "contrastive",
+        PAIRS,
+        "beyond = exclude >= m",
+        "beyond = exclude > m",
+    ),
+    Mutant(
+        "a positive that is named twice counts twice",
+        "contrastive",
+        PAIRS,
+        "valid = (own_keys >= 0) & ~repeated",
+        "valid = own_keys >= 0",
+    ),
+    Mutant(
+        "an id that no key has is the next larger one",
+        "contrastive",
+        PAIRS,
+        "query_codes = position.where(ordered.gather(1, position) == columns, -1)",
+        "query_codes = position",
+    ),
+    Mutant(
+        "biases reach the kernels' own number for what is not seen",
+        "contrastive",
+        PAIRS,
+        "LEAST_BIAS = -5e29",
+        "LEAST_BIAS = -3e38",
+    ),
+    Mutant(
+        "nt_xent: weights go by pairs of views",
+        "contrastive",
+        CONTRASTIVE,
+        "weights = torch.cat([weights, weights])",
+        "weights = weights.repeat_interleave(2)",
+    ),
+    Mutant(
+        "nt_xent: decoupled smoothing keeps the whole target",
+        "contrastive",
+        CONTRASTIVE,
+        "(1 - label_smoothing) * positives.mean",
+        "positives.mean",
+    ),
+    Mutant(
+        "sup_con: unknown labels are a class",
+        "contrastive",
+        CONTRASTIVE,
+        "labels = labels.where(labels != checks.LEFT_OUT, itself + torch.iinfo(torch.int64).min)",
+        "labels = labels + 0",
+    ),
+    Mutant(
+        "contrastive: own negatives are dropped without other options",
+        "contrastive",
+        CONTRASTIVE,
+        "fits = matching.plain and negatives is None and",
+        "fits = matching.plain and",
+    ),
+    Mutant(
+        "info_nce: smoothing looks one way",
+        "contrastive",
+        INFO_NCE,
+        "spread = (spread + plain_smoothing(y, x, logit_scale, offset)) / 2",
+        "spread = spread + 0",
+    ),
+    Mutant(
+        "info_nce: the reference under autocast",
+        "contrastive",
+        INFO_NCE,
+        "        with without_autocast(x.device.type):",
+        "        if True:",
+        first="info_nce",
+    ),
+    Mutant(
+        "contrastive: the mean positive has no gradient",
+        "contrastive",
+        QUERIES,
+        "row_positive_mean_weight=grads.positive_mean",
+        "row_positive_mean_weight=None",
+    ),
+    Mutant(
+        "contrastive: a query without a position has a loss by its id",
+        "contrastive",
+        QUERIES,
+        "counted = counted & ~matched.left_out",
+        "counted = counted & True",
+    ),
+    Mutant(
+        "contrastive: a position out of range has a finite gradient",
+        "contrastive",
+        QUERIES,
+        "gap = gap * torch.ones_like(gap).masked_fill(out_of_range, torch.nan)",
+        "gap = gap.masked_fill(out_of_range, torch.nan)",
+        first="contrastive",
+    ),
+    Mutant(
+        "SigLIP: sums of half precision overflow",
+        "contrastive",
+        SIGLIP,
+        "if x.dtype == torch.float16:  # the fused op",
+        "if x.dtype == torch.complex64:  # the fused op",
+    ),
+    Mutant(
+        "SigLIP: every strip has the ids of the first",
+        "contrastive",
+        SIGLIP,
+        "else pairs.query_ids[:, rows]",
+        "else pairs.query_ids[:, : len(own_key[rows])]",
+    ),
+    Mutant(
+        "SigLIP: a mean over texts",
+        "contrastive",
+        SIGLIP,
+        "return losses / max(n, 1)",
+        "return losses / max(m, 1)",
+    ),
+    Mutant(
+        "an exported graph keeps a stash of its first size",
+        "contrastive",
+        "protoclip/ops/stash.py",
+        "return wanted and not torch.compiler.is_exporting()",
+        "return wanted",
+        first="ops_compile",
+    ),
+    Mutant(
+        "a scale of zero is refused",
+        "contrastive",
+        "protoclip/ops/checks.py",
+        "if -math.inf < number < 0:",
+        "if -math.inf < number < 0 or (number == 0 and isinstance(x, float)):",
+        first="kernels_info_nce",
+    ),
+    Mutant(
+        "transforms run fused backends",
+        "contrastive",
+        "protoclip/ops/dispatch.py",
+        '    if in_transform():\n        return "reference"\n',
+        "",
+        first="autograd",
+    ),
+    Mutant(
+        "segment means of the reference are those of positive labels",
+        "clusters",
+        "protoclip/ops/reference.py",
+        "order = order[(labels < 0).sum() :]",
+        "order = order[(labels <= 0).sum() :]",
+    ),
+    # ---- losses over ranks
+    Mutant(
+        "over ranks: sums of columns are added as they are",
+        "ranks",
+        OVER_RANKS,
+        "columns[1:2] * torch.exp2(columns[0] - column_reference)",
+        "columns[1:2]",
+    ),
+    Mutant(
+        "over ranks: a mean divides by this rank's weight",
+        "ranks",
+        OVER_RANKS,
+        "mean_over_ranks if is_distributed() else None,\n    )\n\n\ndef global_contrastive_p",
+        "None,\n    )\n\n\ndef global_contrastive_p",
+    ),
+    Mutant(
+        "over ranks: the ring's ids go the other way",
+        "ranks",
+        OVER_RANKS,
+        "start = (rank() + hop) % world_size() * len(y)",
+        "start = (rank() - hop) % world_size() * len(y)",
+    ),
+    Mutant(
+        "over ranks: query i's own key is key i of rank 0",
+        "ranks",
+        OVER_RANKS,
+        "key_bias=bias, offset=rank() * len(keys)",
+        "key_bias=bias, offset=0",
+    ),
+    # ---- k-means
+    Mutant(
+        "k-means: the last state is returned",
+        "kmeans",
+        LLOYD,
+        "best if best and best.inertia < last.inertia else last",
+        "last",
+    ),
+    Mutant(
+        "k-means: equal weights count as 1",
+        "kmeans",
+        LLOYD,
+        "rows.weight = float(first)",
+        "rows.weight = 1.0",
+    ),
+    Mutant(
+        "k-means: empty clusters move to copies of one point",
+        "kmeans",
+        LLOYD,
+        "squared = torch.minimum(squared, (points - points[taken]).square().sum(1))",
+        "squared = squared.index_fill(0, torch.tensor(taken), 0)",
+    ),
+    Mutant(
+        "k-means: the variance over ranks is that within them",
+        "kmeans",
+        LLOYD,
+        "rows.sum((variance + apart) * len(points))",
+        "rows.sum(variance * len(points))",
+    ),
+    Mutant(
+        "k-means: the smaller half of a split cluster grows too",
+        "kmeans",
+        LLOYD,
+        "centroids * (2 - step)",
+        "centroids * step",
+    ),
+    Mutant(
+        "k-means++: candidates drawn earlier are kept always",
+        "kmeans",
+        STARTS,
+        "is_kept = (now >= self.luck[first:] * start) & ((now > 0) | (start == 0))",
+        "is_kept = (now > 0) | (start == 0)",
+    ),
+    # ---- C++
+    Mutant(
+        "C++: the positive's weight of another column",
+        "contrastive",
+        "csrc/contrastive_losses_cpu.cpp",
+        "by_column.positive_weight.get()[row + pairs.offset];",
+        "by_column.positive_weight.get()[row];",
+    ),
+    Mutant(
+        "C++: biases have the gradient of the last rows",
+        "contrastive",
+        "csrc/contrastive_losses_cpu.cpp",
+        "dkey_bias[tile.column + j] += bias_sums[j];",
+        "dkey_bias[tile.column + j] = bias_sums[j];",
+    ),
+    Mutant(
+        "C++: SigLIP counts a lane past the last column",
+        "contrastive",
+        "csrc/contrastive_losses_cpu.cpp",
+        "for (int64_t lane = tile.columns - j; lane < kLanes; ++lane) dot[lane]",
+        "for (int64_t lane = tile.columns - j + 1; lane < kLanes; ++lane) dot[lane]",
+    ),
+    Mutant(
+        "C++: keys that are excluded are seen",
+        "contrastive",
+        "csrc/pairs.h",
+        "(same & same_unseen & ~is_own) | (lanes == exclude)",
+        "(same & same_unseen & ~is_own)",
+    ),
+    Mutant(
+        "C++: biases are in nats",
+        "contrastive",
+        "csrc/pairs.h",
+        "key_bias_.get()[j] *= kLog2E;",
+        "key_bias_.get()[j] *= 1;",
+    ),
+    Mutant(
+        "C++: prototypes divide by N",
+        "prototypes",
+        "csrc/prototypes_cpu.cpp",
+        "divisor = labels.ne(kLeftOut).sum()",
+        "divisor = labels.ne(2 * kLeftOut).sum()",
+    ),
+    Mutant(
+        "C++: the first prototype of a tile is no label",
+        "prototypes",
+        "csrc/prototypes_cpu.cpp",
+        "if (hard && 0 <= label && label < tile.columns) g[label]",
+        "if (hard && 0 < label && label < tile.columns) g[label]",
+    ),
+    Mutant(
+        "C++: a non-finite feature without a label is hidden",
+        "prototypes",
+        "csrc/prototypes_cpu.cpp",
+        "const auto zero = static_cast<float>(0. * state.logits);",
+        "const float zero = 0.f;",
+    ),
+    Mutant(
+        "C++: long segments are summed in fp32",
+        "clusters",
+        "csrc/segment_mean_cpu.cpp",
+        "std::vector<double> total(d);",
+        "std::vector<float> total(d);",
+    ),
+    Mutant(
+        "C++: a segment of one whole piece is left out",
+        "clusters",
+        "csrc/segment_mean_cpu.cpp",
+        "      if (size(i) > kPiece) continue;",
+        "      if (size(i) >= kPiece) continue;",
+    ),
+    Mutant(
+        "C++: slots past the last centroid are centroids",
+        "clusters",
+        "csrc/kmeans_centroids.h",
+        "half_square(panels * int8::kColumns, kInfinity)",
+        "half_square(panels * int8::kColumns, 0)",
+    ),
+    Mutant(
+        "C++: an iteration's inertia forgets the weights",
+        "clusters",
+        "csrc/kmeans_iteration_cpu.cpp",
+        "at::sum(weights ? at::mul(squared, *weights) : squared)",
+        "at::sum(squared)",
+        first="kmeans",
+    ),
+    Mutant(
+        "C++: joined groups of keys keep one group's values",
+        "prototypes",
+        "csrc/prototype_attention.h",
+        "acc[e] = acc[e] * factors.mine + other[e] * factors.other;",
+        "acc[e] = acc[e] * factors.mine + other[e] * factors.mine;",
+    ),
+]
+
+
+def copy_of_the_tree(folder: Path) -> None:
+    """The files that git knows, and those that it does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for package in ("kernels", "csrc"):  # else an editable install has those of the original
+        (folder / "protoclip" / package).symlink_to(folder / package)
+
+
+def compile_once(arguments: list[str]) -> int:
+    """g++, with objects kept by what they are made of: most mutants change one of eight."""
+    if "-c" not in arguments:
+        return subprocess.run(["g++", *arguments]).returncode
+    source = Path(arguments[arguments.index("-c") + 1])
+    target = Path(arguments[arguments.index("-o") + 1])
+    parts = [source]
+    for part in parts:
+        for name in re.findall(r'#include "(\w+\.h)"', part.read_text()):
+            if (header := source.with_name(name)).exists() and header not in parts:
+                parts.append(header)
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    kept = Path(os.environ["PROTOCLIP_CACHE"], "objects", f"{source.stem}-{digest}.o")
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if code := subprocess.run(["g++", *arguments]).returncode:
+            return code
+        shutil.copy2(target, kept)
+    shutil.copyfile(kept, target)
+    return 0
+
+
+class Outcome(NamedTuple):
+    verdict: str  # "dies", "hangs", "survives" or what is wrong with the mutant
+    noticed_by: str = ""
+
+
+def outcome(mutant: Mutant, tree: Path, cache: Path) -> Outcome:
+    path = tree / mutant.path
+    if not path.exists() or path.read_text().count(mutant.old) != 1:
+        return Outcome("not once in its file")
+    original = path.read_text()
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        return run(tree, cache, [name for name in mutant.tests() if (tree / name).exists()])
+    finally:
+        path.write_text(original)
+
+
+def run(tree: Path, cache: Path, files: Sequence[str]) -> Outcome:
+    """Whether a test in one of the files fails, and which."""
+    environment = os.environ | {
+        "CXX": str(cache / "g++"),
+        "PROTOCLIP_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",  # two versions of a file may have one size and second
+    }
+    for file in files:  # one process each: the imports of the later ones are seldom needed
+        command = [sys.executable, "-m", "pytest", "-x", "-rfE", "--tb=no", file]
+        try:
+            ended = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome("hangs", file)
+        if ended.returncode:
+            first = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", ended.stdout, re.MULTILINE)
+            return Outcome("dies", first[1] if first else f"{file}: {ended.stderr[-100:]}")
+    return Outcome("survives")
+
+
+def rows_of(table: Path) -> dict[str, str]:
+    """Name of a mutant -> the row that says what became of it."""
+    rows = table.read_text().splitlines()[2:] if table.exists() else []
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.md")
+    parser.add_argument("--only", default="", help="part of a mutant's name")
+    asked = parser.parse_args(argv)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    if not asked.out.exists():
+        asked.out.write_text("| Mutant | Verdict | Noticed by | Seconds |\n|---|---|---|---|\n")
+    wanted = [mutant for mutant in MUTANTS if asked.only in mutant.name]
+    with tempfile.TemporaryDirectory() as folder:
+        tree, cache = Path(folder, "tree"), Path(folder, "cache")
+        copy_of_the_tree(tree)
+        cache.mkdir()
+        compiler = cache / "g++"
+        compiler.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} compile "$@"\n')
+        compiler.chmod(0o755)
+        for mutant in wanted:
+            if mutant.name in rows_of(asked.out):
+                continue
+            started = time.monotonic()
+            verdict, noticed_by = outcome(mutant, tree, cache)
+            seconds = time.monotonic() - started
+            noticed_by = noticed_by.replace("|", "/").replace("\n", " ")
+            with asked.out.open("a") as table:
+                table.write(f"| {mutant.name} | {verdict} | {noticed_by} | {seconds:.0f} |\n")
+    rows = [rows_of(asked.out)[mutant.name] for mutant in wanted]
+    alive = [row for row in rows if " | dies | " not in row and " | hangs | " not in row]
+    print(*alive, f"{len(rows)} mutants, {len(alive)} alive: {asked.out}", sep="\n")
+    return int(bool(alive))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["compile"]:
+        sys.exit(compile_once(sys.argv[2:]))
+    sys.exit(main())
