@@ -46,8 +46,8 @@ check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm_check
 
 SANITIZED = build/sanitized
-OP_TESTS = stash segment_mean kmeans_assign kmeans kmeans_sklearn prototype_cpu prototype_cross_entropy contrastive \
-	info_nce clip_loss loss_options faults_fuzz_ops
+OP_TESTS = ops stash segment_mean kmeans_assign kmeans kmeans_sklearn prototype_cpu prototype_cross_entropy \
+	contrastive info_nce clip_loss faults_fuzz_ops
 sanitize:  ## the ops' tests with csrc under the address and undefined-behaviour sanitizers (g++): half an hour
 	mkdir -p $(SANITIZED)
 	printf '#!/bin/sh\nexec g++ "$$@" -fsanitize=address,undefined -fno-sanitize=vptr -D_GLIBCXX_ASSERTIONS -g1\n' > $(SANITIZED)/g++

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import protoclip
@@ -169,56 +168,3 @@ def strip_gradients(
         "dlogit_scale": gradients["dlogit_scale"],
     }
     return PlainResults(values, terms.item())
-
-
-def info_nce_gradients(
-    x: Tensor, y: Tensor, *, logit_scale: float, weights: Tensor, dtype: torch.dtype
-) -> PlainResults:
-    """The same of the losses of both directions, whose sum is weighted: "loss" [N]."""
-    plain = strip_gradients(
-        x,
-        y,
-        logit_scale=logit_scale,
-        row_weight=weights / 2,
-        column_weight=weights / 2,
-        dtype=dtype,
-    )
-    levels = plain.values["row level"] + plain.values["column level"]
-    loss = levels / 2 - plain.values["positive"]
-    return PlainResults(plain.values | {"loss": loss}, plain.dlogit_scale_terms)
-
-
-def sigmoid_gradients(
-    x: Tensor,
-    y: Tensor,
-    *,
-    logit_scale: float,
-    logit_bias: float,
-    offset: int,
-    dtype: torch.dtype,
-    ids: Tensor | None = None,
-    same_id: str = "positive",
-) -> PlainResults:
-    """As ``strip_gradients``, of the sigmoid loss; ids [M, R] are the columns'."""
-    at_least_fp32 = torch.promote_types(dtype, torch.float32)
-    x = leaf(x, dtype)
-    y = leaf(y, dtype)
-    scale = leaf(logit_scale, at_least_fp32, x.device)
-    bias = leaf(logit_bias, at_least_fp32, x.device)
-    dots = x @ y.T
-    logits = (scale.to(dtype) * dots + bias.to(dtype)).to(at_least_fp32)
-    rows = torch.arange(len(x), device=x.device)
-    positive = torch.arange(len(y), device=x.device) == rows[:, None] + offset
-    seen = torch.ones_like(positive)
-    if ids is not None:
-        same = (ids[offset : offset + len(x), None] == ids).any(dim=2)
-        if same_id == "positive":
-            positive = positive | same
-        else:
-            seen = positive | ~same
-    losses = -F.logsigmoid(torch.where(positive, logits, -logits))
-    results = loss_and_gradients(
-        losses.where(seen, 0).sum(), x=x, y=y, logit_scale=scale, logit_bias=bias, logits=logits
-    )
-    terms = (results.pop("dlogits") * dots).abs().sum()
-    return PlainResults(results, terms.item())

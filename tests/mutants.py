@@ -11,10 +11,14 @@ code that nobody needs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-LIMIT = 900  # seconds for a file of tests
+LIMIT = 3600  # seconds for the tests of a mutant
 # The files of tests that reach a family of code, in the order in which they run: those that notice
 # most first, Triton's interpreter last.
 TESTS = {
@@ -44,6 +50,18 @@ TESTS = {
     "kmeans": ("kmeans", "kmeans_quality", "estimator", "kmeans_sklearn", "distributed_losses"),
     "ranks": ("distributed_losses", "clip_loss", "openclip_proto_loss"),
 }
+
+
+# Once, before the process forks.
+IMPORTED = (
+    "torch",
+    "triton",
+    "hypothesis",
+    "open_clip",
+    "sentence_transformers",
+    "sklearn.cluster",
+)
+IMPORTED += ("pytorch_metric_learning.losses", "faiss", "torch._dynamo")
 
 
 class Mutant(NamedTuple):
@@ -525,7 +543,7 @@ def compile_once(arguments: list[str]) -> int:
     """g++, with objects kept by what they are made of: most mutants change one of eight."""
     if "-c" not in arguments:
         return subprocess.run(["g++", *arguments]).returncode
-    source = Path(arguments[arguments.index("-c") + 1])
+    source = next(Path(word) for word in arguments if word.endswith(".cpp"))
     target = Path(arguments[arguments.index("-o") + 1])
     parts = [source]
     for part in parts:
@@ -561,25 +579,55 @@ def outcome(mutant: Mutant, tree: Path, cache: Path) -> Outcome:
 
 
 def run(tree: Path, cache: Path, files: Sequence[str]) -> Outcome:
-    """Whether a test in one of the files fails, and which."""
-    environment = os.environ | {
-        "CXX": str(cache / "g++"),
-        "PROTOCLIP_CACHE": str(cache),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",  # two versions of a file may have one size and second
-    }
-    for file in files:  # one process each: the imports of the later ones are seldom needed
-        command = [sys.executable, "-m", "pytest", "-x", "-rfE", "--tb=no", file]
-        try:
-            ended = subprocess.run(
-                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT
-            )
-        except subprocess.TimeoutExpired:
-            return Outcome("hangs", file)
-        if ended.returncode:
-            first = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", ended.stdout, re.MULTILINE)
-            return Outcome("dies", first[1] if first else f"{file}: {ended.stderr[-100:]}")
-    return Outcome("survives")
+    """Whether a test in one of the files fails, and which: in a fork, which has torch already."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receiver)
+        os.setsid()
+        os.environ.update(CXX=str(cache / "g++"), PROTOCLIP_CACHE=str(cache), OMP_NUM_THREADS="1")
+        os.chdir(tree)
+        sys.path[:0] = [str(tree), str(tree / "tests")]
+        sys.dont_write_bytecode = True  # two versions of a file may have one size and second
+        for descriptor in (1, 2):
+            os.dup2(os.open(cache / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+        os.write(sender, noticed_by(files).encode())
+        os._exit(0)
+    os.close(sender)
+    ready, _, _ = select.select([receiver], [], [], LIMIT)
+    answer = os.read(receiver, 1000).decode() if ready else "hangs"
+    os.close(receiver)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # also the ranks that it has started
+    os.waitpid(child, 0)
+    if answer.startswith("no mutant: "):
+        return Outcome("is no mutant", answer.removeprefix("no mutant: "))
+    return Outcome("survives") if answer == "nothing" else Outcome("dies", answer or "a crash")
+
+
+def noticed_by(files: Sequence[str]) -> str:
+    """The first test that fails."""
+    import protoclip
+
+    if reason := protoclip.backends("info_nce")["cpu"]:
+        return f"no mutant: {reason}"
+    first = FirstFailure()
+    code = pytest.main(["-x", "--tb=short", *files], plugins=[first])
+    return (first.name or f"exit code {int(code)}") if code else "nothing"
+
+
+class FirstFailure:
+    """A plugin of pytest that notes the name of the first test that fails."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.name:
+            self.name = report.nodeid.removeprefix("tests/")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self.name:
+            self.name = f"{report.nodeid} cannot be imported"
 
 
 def rows_of(table: Path) -> dict[str, str]:
@@ -597,10 +645,15 @@ def main(argv: list[str] | None = None) -> int:
     if not asked.out.exists():
         asked.out.write_text("| Mutant | Verdict | Noticed by | Seconds |\n|---|---|---|---|\n")
     wanted = [mutant for mutant in MUTANTS if asked.only in mutant.name]
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    for module in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
-        tree, cache = Path(folder, "tree"), Path(folder, "cache")
+        tree = Path(folder, "tree")
+        cache = asked.out.parent.resolve() / "mutants-cache"  # compiles each mutant of C++ once
         copy_of_the_tree(tree)
-        cache.mkdir()
+        cache.mkdir(exist_ok=True)
         compiler = cache / "g++"
         compiler.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} compile "$@"\n')
         compiler.chmod(0o755)

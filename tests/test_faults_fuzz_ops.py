@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from budget import leaf, loss_and_gradients
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_contrastive import Problem, Weights, computed, written_out
+from op_table import Relation, contrastive_parts
 from torch import Tensor
 
 import protoclip
@@ -148,27 +148,19 @@ def test_contrastive_is_right_or_refused(
         "key_bias": torch.randn(m, generator=random).where(draw(0, 4, m) > 0, -torch.inf),
     }
     positions = draw(-1, m, n)
-    problem = Problem(
-        queries=unit(n, d, dtype, layout, random),
-        keys=unit(m, d, dtype, layout, random),
-        logit_scale=logit_scale,
+    relation = Relation(
         positives=positions.where(positions >= 0, -100),
         same_id=same_id,
         **{name: value for name, value in options.items() if name in names},
     )
+    queries, keys = unit(n, d, dtype, layout, random), unit(m, d, dtype, layout, random)
     if "query_ids" in names and "key_ids" not in names:
         with pytest.raises(ValueError, match="expected key_ids with query_ids"):
-            protoclip.contrastive(
-                problem.queries,
-                problem.keys,
-                torch.tensor(logit_scale),
-                **problem.options,
-                backend=backend,
-            )
+            protoclip.contrastive(queries, keys, logit_scale, **vars(relation), backend=backend)
         return
-    weights = Weights(gap=problem.has_positive().float(), mean=torch.ones(n))
-    truth = written_out(problem, torch.float64, weights).values
-    for name, value in computed(problem, weights, backend).items():
+    call = contrastive_parts(queries, keys, logit_scale, relation)
+    truth = call.plain(torch.float64).values
+    for name, value in call.results(backend).items():
         exact = truth[name]
         error = (value - exact).where(value != exact, 0).abs().max()  # or both are -inf
         rounding = 1e-5 + torch.finfo(value.dtype).eps

@@ -6,16 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import Results, leaf, loss_and_gradients
-from test_contrastive import (
-    DTYPES,
-    KINDS,
-    Problem,
-    Weights,
-    assert_problem_within_budget,
-    assert_strides_do_not_matter,
-    computed,
-    gap_weights,
-    random_problem,
+from op_table import (
+    FUSED_DTYPES as DTYPES,
+)
+from op_table import (
+    Draw,
+    Relation,
+    Size,
+    assert_as_formula,
+    contrastive,
+    make_contrastive,
+    make_contrastive_parts,
+    weighted,
 )
 from test_kernels_info_nce import features
 
@@ -27,27 +29,6 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, of inf and NaN
 ]
-
-
-# Tiles are 32 x 64: one pair, less than a tile, ragged tiles.
-@pytest.mark.parametrize(
-    "n, m, d, logit_scale", [(1, 1, 1, 14.3), (17, 33, 20, 100.0), (70, 150, 17, 100.0)]
-)
-@pytest.mark.parametrize(
-    "dtype, kind",
-    [
-        (dtype, kind)
-        for dtype in DTYPES
-        for kind in (list(KINDS)[::3] if dtype == torch.float16 else KINDS)
-    ],
-    ids=str,
-)
-def test_losses_and_gradients_are_those_of_the_sets(
-    dtype: torch.dtype, kind: str, n: int, m: int, d: int, logit_scale: float
-) -> None:
-    torch.manual_seed(n)
-    problem = random_problem(kind, n, m, d, dtype, logit_scale, device=DEVICE)
-    assert_problem_within_budget(problem, "triton")
 
 
 @pytest.mark.parametrize(
@@ -62,13 +43,14 @@ def test_references_of_a_sample_serve_any_tile(
     """Most tiles hold no pair. The columns that one looks at are 280 binary orders below the
     others, or 50, which its sums still bridge."""
     x, y = features(160, 20, "alike" if kind == "shallow" else kind, dtype)
-    position = torch.arange(160, device=DEVICE)
+    x, y = x.cpu(), y.cpu()
+    position = torch.arange(160)
     if kind == "shallow":
         y[position % 64 < 8] *= 0.6
     bias = torch.where(position % 3 == 0, -2.0, 1.5) if with_bias else None
     ids = position // 2
-    problem = Problem(x, y, 100.0, query_ids=ids, key_ids=ids, key_bias=bias)
-    assert_problem_within_budget(problem, "triton")
+    relation = Relation(query_ids=ids, key_ids=ids, key_bias=bias)
+    assert_as_formula(contrastive(x, y, 100.0, relation), "triton", DEVICE)
 
 
 def test_large_weights_of_small_sums_do_not_overflow() -> None:
@@ -80,9 +62,8 @@ def test_large_weights_of_small_sums_do_not_overflow() -> None:
     y = x.to(DEVICE)
     x = x * torch.where(torch.arange(160) % 32 < 16, 0.6, 1.0)[:, None]
     x[3] /= 3
-    problem = Problem(x.to(DEVICE), y, 100.0)
-    weights = gap_weights(problem, size=2.0**24)
-    assert_problem_within_budget(problem, "triton", weights)
+    call = weighted(contrastive(x, y.cpu(), 100.0), 2.0**24)
+    assert_as_formula(call, "triton", DEVICE)
 
 
 def test_a_positive_that_leads_counts_exactly_one() -> None:
@@ -102,14 +83,14 @@ def test_a_positive_that_leads_counts_exactly_one() -> None:
 
 
 def test_waves_and_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from protoclip.kernels import contrastive, waves
+    from protoclip.kernels import contrastive as kernels
+    from protoclip.kernels import waves
 
-    problem = random_problem("groups", 100, 150, 12, device=DEVICE)
-    weights = Weights(gap=torch.rand(100), mean=torch.rand(100))
-    whole = computed(problem, weights, "triton")
-    monkeypatch.setattr(contrastive, "PARTIAL_BYTES", 1)
+    call = make_contrastive_parts(Size(100, 150, 12), torch.float32, relation="groups")
+    whole = call.results("triton", DEVICE)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(waves, "GRADIENT_BYTES", 64 * 128 * 4)
-    in_parts = computed(problem, weights, "triton")
+    in_parts = call.results("triton", DEVICE)
     torch.testing.assert_close(in_parts, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -127,14 +108,14 @@ def test_the_loss_of_a_batch_is_that_of_its_pairs(
     monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: torch.dtype, wave_bytes: int
 ) -> None:
     """The kernels reduce it themselves, and multiply by the upstream gradient."""
-    from protoclip.kernels import contrastive
+    from protoclip.kernels import contrastive as kernels
 
-    monkeypatch.setattr(contrastive, "PARTIAL_BYTES", wave_bytes)
-    problem = random_problem("own", 100, 100, 20, dtype, device=DEVICE)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", wave_bytes)
+    image, text = (x.to(DEVICE, dtype) for x in Draw(0).pairs(Size(100, 100, 20), "cone"))
     ids = torch.arange(100, device=DEVICE)[:, None] // torch.tensor([2, 9], device=DEVICE)
 
     def run(asked: str) -> Results:
-        leaves = {"image": leaf(problem.queries), "text": leaf(problem.keys)}
+        leaves = {"image": leaf(image), "text": leaf(text)}
         loss = protoclip.info_nce(
             leaves["image"], leaves["text"], 20.0, ids=ids, reduction=asked, backend="triton"
         )
@@ -167,55 +148,16 @@ def test_codes_tell_ids_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fp16_keeps_small_weights() -> None:
-    problem = random_problem("positive", 40, 70, 16, torch.float16, 30.0, device=DEVICE)
-    weights = gap_weights(problem, size=1e-6, least=0.0)
-    assert_problem_within_budget(problem, "triton", weights)
-
-
-@pytest.mark.parametrize("same_id", ["exclude", "positive"])
-def test_info_nce_with_ids_is_that_of_the_reference(same_id: str) -> None:
-    problem = random_problem("own", 70, 70, 20, device=DEVICE)
-    ids = torch.arange(70, device=DEVICE)[:, None] // torch.tensor([2, 9], device=DEVICE)
-
-    def run(backend: str) -> Results:
-        leaves = {"image": leaf(problem.queries), "text": leaf(problem.keys)}
-        loss = protoclip.info_nce(
-            leaves["image"], leaves["text"], 20.0, ids=ids, same_id=same_id, backend=backend
-        )
-        return loss_and_gradients(loss, **leaves)
-
-    torch.testing.assert_close(run("triton"), run("reference"), rtol=1e-4, atol=2e-6)
+    call = make_contrastive(
+        Size(40, 70, 16), torch.float16, relation="own, same ids", logit_scale=30.0
+    )
+    assert_as_formula(weighted(call, 1e-6), "triton", DEVICE)
 
 
 def test_a_pair_whose_id_all_others_share_costs_exactly_nothing() -> None:
-    problem = random_problem("own", 70, 70, 20, device=DEVICE)
-    leaves = {"image": leaf(problem.queries), "text": leaf(problem.keys)}
+    image, text = (x.to(DEVICE) for x in Draw(0).pairs(Size(70, 70, 20), "cone"))
+    leaves = {"image": leaf(image), "text": leaf(text)}
     ids = torch.zeros(70, 2, dtype=torch.int64, device=DEVICE)
     loss = protoclip.info_nce(leaves["image"], leaves["text"], 100.0, ids=ids, backend="triton")
     results = loss_and_gradients(loss, **leaves)
     assert all((value == 0).all() for value in results.values())
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="its tensors are the CPU's")
-def test_strides_do_not_matter() -> None:
-    assert_strides_do_not_matter("triton")
-
-
-@pytest.mark.parametrize("n, m, d", [(0, 5, 4), (5, 0, 4), (3, 7, 0)])
-def test_no_queries_keys_or_features_are_as_in_the_reference(n: int, m: int, d: int) -> None:
-    queries = torch.randn(n, d, device=DEVICE)
-    keys = torch.randn(m, d, device=DEVICE)
-    positives = torch.full((n,), 0 if m else -100, device=DEVICE)
-
-    def run(backend: str) -> Results:
-        leaves = {
-            "queries": leaf(queries),
-            "keys": leaf(keys),
-            "key_bias": torch.zeros(m, device=DEVICE, requires_grad=True),
-        }
-        loss = protoclip.contrastive(
-            **leaves, logit_scale=3.0, positives=positives, backend=backend
-        )
-        return loss_and_gradients(loss, **leaves)
-
-    torch.testing.assert_close(run("triton"), run("reference"))

@@ -44,12 +44,6 @@ interpreted = pytest.mark.skipif(
 LARGE_TILES = {"large": 0, "few": 1 << 60}  # per SM, from which on the rows of large batches serve
 
 
-@pytest.fixture(autouse=True, params=LARGE_TILES if DEVICE == "cuda" else ["large"])
-def rows_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Rows for batches that fill the card are for this file's small ones too."""
-    monkeypatch.setattr(launch, "LARGE_TILES", LARGE_TILES[request.param])
-
-
 N = 384  # three rows and columns of tiles of 128, one off the diagonal of 128 x 256
 N_INTERPRETED = 192  # of the interpreter's tiles, 32 x 64
 
@@ -556,41 +550,6 @@ def test_ids_that_nobody_shares_change_no_bit_of_siglip(same_id: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("family", ["prototypes, hard", "prototypes, soft"])
-def test_attention_over_wrong_values_fails(
-    monkeypatch: pytest.MonkeyPatch, family: str, fault: str
-) -> None:
-    """The softmax is computed from the right prototypes and sums wrong ones."""
-    from protoclip.kernels import attention
-
-    products = attention._products
-    tile_bytes = 32 * 64 * torch.float16.itemsize
-    addresses: list[int] = []
-
-    def spoiled_values(values: np.ndarray, tile: int) -> np.ndarray:
-        wrong = values.copy()
-        if fault == "zero" or (fault == "a tile skipped" and tile == 2):
-            wrong[:] = 0
-        elif fault == "doubled":
-            wrong *= 2
-        elif fault == "a column's weight" and tile == 2:
-            wrong[5] *= 3
-        return wrong
-
-    def spoiled_products(q: Any, q_ptr: Any, rows: Any, k_ptr: Any, *sizes: Any) -> Any:
-        logits, keys = products(q, q_ptr, rows, k_ptr, *sizes)
-        addresses.append(int(k_ptr.handle.data.item()))
-        tile = (addresses[-1] - addresses[0]) // tile_bytes
-        values = keys.to(keys.dtype, bitcast=True)
-        values.handle.data = spoiled_values(keys.handle.data, tile)
-        return logits, values
-
-    monkeypatch.setattr(attention, "_products", spoiled_products)
-    assert_noticed(fault, problem_of(family, 64, torch.float16, n=N_INTERPRETED))
-
-
-@interpreted
-@pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_gradient_of_the_prototypes_fails(
     monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -664,27 +623,6 @@ def test_labels_are_right_and_wrong_ones_fail(tied: Assignment, backend: str) ->
             assert_lowest_of_the_nearest(tied, wrong)
 
 
-@interpreted
-@pytest.mark.parametrize("fault", ["a tile skipped", "ties the other way"])
-def test_an_assignment_with_a_fault_fails(
-    monkeypatch: pytest.MonkeyPatch, tied: Assignment, fault: str
-) -> None:
-    from protoclip.kernels import clusters
-
-    keep_best = clusters._keep_best
-
-    def without_the_first_tile(scores: Any, start: Any, *best: Any) -> Any:
-        return best if int(start) == 0 else keep_best(scores, start, *best)
-
-    if fault == "a tile skipped":
-        monkeypatch.setattr(clusters, "_keep_best", without_the_first_tile)
-    else:
-        monkeypatch.setattr(clusters, "leads", lambda score, best: score >= best)
-    labels, _ = protoclip.kmeans_assign(tied.points, tied.centroids, backend="triton")
-    with pytest.raises(AssertionError, match="not the nearest of lowest index"):
-        assert_lowest_of_the_nearest(tied, labels)
-
-
 class Segments(NamedTuple):
     values: Tensor  # [600, 20]
     labels: Tensor  # [600], of three segments
@@ -720,21 +658,3 @@ def test_means_are_right_and_wrong_ones_fail(segments: Segments, backend: str) -
             assert_means(segments, wrong, counts)
     with pytest.raises(AssertionError, match="counts"):
         assert_means(segments, means, counts + 1)
-
-
-@interpreted
-def test_a_mean_that_skips_a_row_fails(monkeypatch: pytest.MonkeyPatch, segments: Segments) -> None:
-    from protoclip.kernels import clusters
-
-    load_tile = clusters.load_tile
-
-    def without_a_row(*arguments: Any) -> Any:
-        tile = load_tile(*arguments)
-        tile.handle.data = tile.handle.data.copy()
-        tile.handle.data[1] = 0
-        return tile
-
-    monkeypatch.setattr(clusters, "load_tile", without_a_row)
-    means, counts = protoclip.segment_mean(segments.values, segments.labels, 3, backend="triton")
-    with pytest.raises(AssertionError, match="means are off"):
-        assert_means(segments, means, counts)

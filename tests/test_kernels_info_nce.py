@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import (
-    PlainResults,
     Results,
     assert_results_within_budget,
     assert_same_bits,
-    assert_within_budget,
-    info_nce_gradients,
     leaf,
     loss_and_gradients,
-    sigmoid_gradients,
     strip_gradients,
 )
+from op_table import assert_as_formula, info_nce, weighted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -86,28 +83,11 @@ def computed(
 
 
 def assert_info_nce_within_budget(
-    x: Tensor, y: Tensor, *, logit_scale: float, weights: Tensor, reduction: str = "none"
+    x: Tensor, y: Tensor, *, logit_scale: float, weight: float = 1.0, reduction: str = "none"
 ) -> None:
-    """``weights`` of the losses, [N], or [] where they are reduced."""
-    count = len(x) if reduction == "mean" else 1
-
-    def formula(dtype: torch.dtype) -> PlainResults:
-        plain = info_nce_gradients(
-            x,
-            y,
-            logit_scale=logit_scale,
-            weights=weights.to(DEVICE).expand(len(x)) / count,
-            dtype=dtype,
-        )
-        if reduction == "none":
-            return plain
-        reduced = plain.values["loss"].sum() / count
-        return replace(plain, values=plain.values | {"loss": reduced})
-
-    got = computed(x, y, logit_scale=logit_scale, weights=weights, reduction=reduction)
-    assert_results_within_budget(
-        got, truth=formula(torch.float64), base=formula(x.dtype), logit_scale=logit_scale
-    )
+    """``weight``: of the results."""
+    call = info_nce(x.cpu(), y.cpu(), logit_scale, reduction)
+    assert_as_formula(weighted(call, weight), "triton", DEVICE)
 
 
 # Tiles of the interpreter are 32 x 64, strips of 32 columns, features 32 at a time.
@@ -140,20 +120,19 @@ def test_losses_and_gradients_are_within_budget(
 ) -> None:
     x, y = features(n, d, kind, dtype)
     logit_scale = 14.3 if n == 63 else 100.0
-    assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weights=torch.rand(n) / n)
+    assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weight=1 / n)
 
 
 @pytest.mark.parametrize("logit_scale", [1.0, 0.0])
 def test_any_scale_and_negative_weights_are_within_budget(logit_scale: float) -> None:
     x, y = features(100, 20, "alike", torch.float32)
-    weights = torch.rand(100) - 0.5
-    assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weights=weights)
+    assert_info_nce_within_budget(x, y, logit_scale=logit_scale, weight=-0.5)
 
 
 def test_the_weights_of_a_batch_of_a_million_are_within_budget_in_fp16() -> None:
     """G would be below fp16's smallest number."""
     x, y = features(100, 20, "cones", torch.float16)
-    assert_info_nce_within_budget(x, y, logit_scale=240.0, weights=1e-6 * torch.rand(100))
+    assert_info_nce_within_budget(x, y, logit_scale=240.0, weight=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -178,14 +157,12 @@ def test_mean_and_sum_are_within_budget(
 ) -> None:
     """The sum of the losses from one program or several, whose gradient looks for the extremes of
     its references first; one upstream gradient for all pairs."""
-    from protoclip.kernels import info_nce
+    from protoclip.kernels import info_nce as kernels
 
-    monkeypatch.setattr(info_nce, "ONE_PROGRAM", few)
-    monkeypatch.setattr(info_nce, "FEW", few)
+    monkeypatch.setattr(kernels, "ONE_PROGRAM", few)
+    monkeypatch.setattr(kernels, "FEW", few)
     x, y = features(100, 24, "cones", dtype)
-    assert_info_nce_within_budget(
-        x, y, logit_scale=14.3, weights=torch.tensor(-2.5), reduction=reduction
-    )
+    assert_info_nce_within_budget(x, y, logit_scale=14.3, weight=-2.5, reduction=reduction)
 
 
 def computed_strip(
@@ -198,13 +175,13 @@ def computed_strip(
     row_weight: Tensor,
     column_weight: Tensor,
 ) -> Results:
-    from protoclip.kernels import info_nce
+    from protoclip.kernels import info_nce as kernels
 
     scale = torch.tensor(logit_scale, device=DEVICE)
-    strip = info_nce.info_nce_fwd(
+    strip = kernels.info_nce_fwd(
         x, y, scale, offset=offset, both_directions=columns, pair_weight=1.0, summed=False
     )
-    gradients = info_nce.info_nce_bwd(
+    gradients = kernels.info_nce_bwd(
         x,
         y,
         scale,
@@ -273,37 +250,16 @@ def test_many_waves_and_chunks_are_within_budget(
 ) -> None:
     """Bounds so small that the forward takes several waves, merged by several programs, and the
     backward 3 x 2 chunks."""
-    from protoclip.kernels import info_nce, waves
+    from protoclip.kernels import info_nce as kernels
+    from protoclip.kernels import waves
 
-    monkeypatch.setattr(info_nce, "ONE_PROGRAM", 64)
-    monkeypatch.setattr(info_nce, "FEW", 64)
-    monkeypatch.setattr(info_nce, "PARTIAL_BYTES", 2 * (8 * 32 * 3 + 12 * 161))
+    monkeypatch.setattr(kernels, "ONE_PROGRAM", 64)
+    monkeypatch.setattr(kernels, "FEW", 64)
+    monkeypatch.setattr(kernels, "PARTIAL_BYTES", 2 * (8 * 32 * 3 + 12 * 161))
     monkeypatch.setattr(waves, "SIDE", 64)
     monkeypatch.setattr(waves, "GRADIENT_BYTES", 64 * 128 * dtype.itemsize)
     x, y = features(161, 20, "cones", dtype)
-    assert_info_nce_within_budget(x, y, logit_scale=14.3, weights=torch.rand(161) / 161)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_call_has_the_same_bits(dtype: torch.dtype) -> None:
-    x, y = features(70, 20, "alike", dtype)
-    weights = torch.rand(70)
-    first = computed(x, y, logit_scale=20.0, weights=weights)
-    assert_same_bits(computed(x, y, logit_scale=20.0, weights=weights), first)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_do_not_matter(dtype: torch.dtype) -> None:
-    x, y = features(70, 20, "alike", dtype)
-    weights = torch.rand(70)
-    contiguous = computed(x, y, logit_scale=20.0, weights=weights)
-    columns_first = x.T.contiguous().T
-    every_other_value = torch.stack([y, torch.full_like(y, torch.nan)], dim=2)[:, :, 0]
-    strided = computed(columns_first, every_other_value, logit_scale=20.0, weights=weights)
-    assert torch.equal(strided["loss"], contiguous["loss"])
-    for name in ("dx", "dy"):
-        base = contiguous[name]
-        assert_within_budget(strided[name], truth=base.double(), base=base, name=name)
+    assert_info_nce_within_budget(x, y, logit_scale=14.3, weight=1 / 161)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a card's own rows choose")
@@ -315,20 +271,10 @@ def test_descriptors_read_and_write_what_pointers_do(monkeypatch: pytest.MonkeyP
     def run(descriptors: bool) -> list[Results]:
         row = replace(launch.INTERPRETER, descriptors=descriptors)
         monkeypatch.setattr(launch, "INTERPRETER", row)
-        info_nce = computed(x, y, logit_scale=20.0, weights=torch.ones(100))
-        return [info_nce, computed_sigmoid(x, y, logit_bias=-3.0, offset=0)]
+        of_info_nce = computed(x, y, logit_scale=20.0, weights=torch.ones(100))
+        return [of_info_nce, computed_sigmoid(x, y, logit_bias=-3.0, offset=0)]
 
     assert_same_bits(run(descriptors=True), run(descriptors=False))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("row", [0, 99])
-def test_non_finite_features_give_a_non_finite_loss(row: int, value: float) -> None:
-    x, y = features(100, 12, "alike", torch.float32)
-    x[row, 3] = value
-    logit_scale = torch.tensor(10.0, device=DEVICE)
-    assert not protoclip.info_nce(x, y, logit_scale, backend="triton").isfinite()
-    assert not sigmoid_loss(x, y, logit_scale, -logit_scale, backend="triton").isfinite()
 
 
 def computed_sigmoid(
@@ -355,166 +301,9 @@ def computed_sigmoid(
         offset=offset,
         ids=ids,
         same_id=same_id,
-        reduction="sum",
         backend="triton",
     )
     return loss_and_gradients(loss, **leaves)
-
-
-@dataclass(frozen=True)
-class SigmoidCase:
-    """``id_columns``: none; ids that few texts share; with a second column, that many share."""
-
-    logit_bias: float
-    id_columns: int = 0
-    same_id: str = "positive"
-
-
-SIGMOID_CASES = [
-    SigmoidCase(logit_bias=-10.0),
-    SigmoidCase(logit_bias=-10.0, id_columns=1, same_id="positive"),
-    SigmoidCase(logit_bias=0.0, id_columns=2, same_id="positive"),
-    SigmoidCase(logit_bias=0.0, id_columns=2, same_id="exclude"),
-]
-
-
-@pytest.mark.parametrize(
-    "dtype, case",
-    [
-        (dtype, case)
-        for dtype in DTYPES
-        for case in SIGMOID_CASES
-        if dtype != torch.float16 or case.id_columns == 2
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "n, m, d, offset", [(1, 1, 3, 0), (100, 130, 43, 30), (64, 64, 32, 0), (4, 4, 0, 0)]
-)
-def test_the_sigmoid_loss_and_its_gradients_are_within_budget(
-    n: int, m: int, d: int, offset: int, dtype: torch.dtype, case: SigmoidCase
-) -> None:
-    all_x, y = features(m, d, "cones", dtype)
-    x = all_x[:n]
-    ids = None
-    if case.id_columns:
-        shared_by = torch.tensor([3, 40], device=DEVICE)[: case.id_columns]
-        ids = torch.arange(m, device=DEVICE)[:, None] // shared_by
-
-    def formula(wide: torch.dtype) -> PlainResults:
-        return sigmoid_gradients(
-            x,
-            y,
-            logit_scale=10.0,
-            logit_bias=case.logit_bias,
-            offset=offset,
-            dtype=wide,
-            ids=ids,
-            same_id=case.same_id,
-        )
-
-    truth = formula(torch.float64)
-    base = formula(dtype)
-    got = computed_sigmoid(
-        x, y, logit_bias=case.logit_bias, offset=offset, ids=ids, same_id=case.same_id
-    )
-    assert_results_within_budget(got, truth=truth, base=base, logit_scale=10.0)
-    without_gradients = sigmoid_loss(
-        x,
-        y,
-        torch.tensor(10.0, device=DEVICE),  # others are refused (tests/test_backends.py)
-        torch.tensor(case.logit_bias, device=DEVICE),
-        offset=offset,
-        ids=ids,
-        same_id=case.same_id,
-        reduction="sum",
-        backend="triton",
-    )
-    assert_within_budget(without_gradients, truth.values["loss"], base.values["loss"])
-
-
-def op_arguments() -> dict[str, dict[str, Any]]:
-    """Of each op with a Triton backend, by the op's name and the form."""
-    x, y = features(5, 8, "alike", torch.float32)
-    logit_scale = leaf(20.0, device=DEVICE)
-    strip = {"x": leaf(x), "y": leaf(y), "logit_scale": logit_scale, "backend": "triton"}
-    rows = torch.arange(5, device=DEVICE)
-    ids = torch.zeros(2, 5, device=DEVICE, dtype=torch.int32)
-    whole = {"offset": 0, "both_directions": True, "keep_stash": False, "group_name": ""}
-    return {
-        "info_nce": strip | whole | {"reduction": "none"},
-        "info_nce, mean": strip | whole | {"reduction": "mean"},
-        "sigmoid_loss": strip
-        | {
-            "logit_bias": -logit_scale.detach(),
-            "offset": 0,
-            "gradients": True,
-            "query_ids": None,
-            "key_ids": None,
-            "same_positive": True,
-            "group_name": "",
-        },
-        "contrastive": strip
-        | {
-            "own_key": rows.int(),
-            "offset": 0,
-            "exclude": rows.int().roll(1),
-            "query_ids": ids,
-            "key_ids": ids,
-            "key_bias": logit_scale.expand(5),
-            "same_positive": True,
-            "both_directions": True,
-            "reduction": "none",
-            "keep_stash": False,
-            "group_name": "",
-        },
-        "contrastive, mean": strip
-        | {
-            "own_key": None,
-            "offset": 0,
-            "exclude": None,
-            "query_ids": ids,
-            "key_ids": ids,
-            "key_bias": None,
-            "same_positive": True,
-            "both_directions": True,
-            "reduction": "mean",
-            "keep_stash": False,
-            "group_name": "",
-        },
-        "prototype_cross_entropy": {
-            "features": leaf(x),
-            "prototypes": leaf(y),
-            "targets": y[:0],
-            "labels": rows,
-            "logit_scale": logit_scale,
-            "need_grad": True,
-            "need_nearest": True,
-            "need_scale_gradient": True,
-            "reduction": "mean",
-            "backend": "triton",
-        },
-    }
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        "info_nce",
-        "info_nce, mean",
-        "sigmoid_loss",
-        "contrastive",
-        "contrastive, mean",
-        "prototype_cross_entropy",
-    ],
-)
-def test_opcheck_accepts_the_ops(form: str) -> None:
-    torch.library.opcheck(
-        getattr(torch.ops.protoclip, form.split(",")[0]),
-        (),
-        op_arguments()[form],
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
 
 
 # No launch. A scale is read on a CPU only, see test_backends.
@@ -626,12 +415,12 @@ def test_a_step_of_1024_pairs_is_few_kernels(
     bias = torch.tensor(-10.0, device=DEVICE)
     halves = labels // 2
     two_columns = labels[:, None] // torch.tensor([2, 3], device=DEVICE)
-    info_nce = partial(protoclip.info_nce, image, text, scale, backend="triton")
-    siglip = partial(sigmoid_loss, image, text, scale, bias, backend="triton")
+    of_pairs = partial(protoclip.info_nce, image, text, scale, backend="triton")
+    siglip = partial(sigmoid_loss, image, text, scale, bias, reduction="sum", backend="triton")
     losses: dict[str, Callable[[], Tensor]] = {
-        "info_nce": info_nce,
-        "ids": lambda: info_nce(ids=halves),
-        "two columns of ids": lambda: info_nce(ids=two_columns),
+        "info_nce": of_pairs,
+        "ids": lambda: of_pairs(ids=halves),
+        "two columns of ids": lambda: of_pairs(ids=two_columns),
         "siglip": siglip,
         "siglip with ids": lambda: siglip(ids=two_columns),
         "prototypes": lambda: protoclip.prototype_cross_entropy(

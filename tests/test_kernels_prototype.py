@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import Results, assert_same_bits, assert_within_budget, leaf, loss_and_gradients
-from prototype_problem import DTYPES, Problem, assert_problem_within_budget, computed
+from budget import Results, leaf, loss_and_gradients
+from op_table import (
+    FUSED_DTYPES as DTYPES,
+)
+from op_table import (
+    Size,
+    assert_as_formula,
+    make_prototype_cross_entropy,
+)
 from torch import Tensor
 
 import protoclip
@@ -21,45 +26,8 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Shape(NamedTuple):
-    n: int
-    k: int
-    d: int
-
-
-SHAPES = {
-    "one of each": Shape(1, 1, 1),
-    "two prototypes, no columns": Shape(520, 2, 0),
-    "primes, more keys than a tile": Shape(37, 257, 23),
-    "several row tiles": Shape(131, 67, 8),
-    "keys in slices": Shape(5, 700, 16),
-    "a padded tile of 256": Shape(19, 70, 200),
-    "wider than one tile": Shape(19, 97, 300),
-}
-
-
 def unit(*shape: int, dtype: torch.dtype) -> Tensor:
     return F.normalize(torch.randn(shape, device=DEVICE), dim=-1).to(dtype)
-
-
-@pytest.mark.parametrize(
-    "dtype, soft",
-    [(dtype, soft) for dtype in DTYPES for soft in (False, True) if dtype != torch.float16 or soft],
-    ids=lambda value: ("soft" if value else "hard") if isinstance(value, bool) else str(value),
-)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_loss_and_gradients_are_within_budget(shape: Shape, dtype: torch.dtype, soft: bool) -> None:
-    torch.manual_seed(0)
-    for logit_scale in (1.0, 100.0):
-        features = unit(shape.n, shape.d, dtype=dtype)
-        prototypes = unit(shape.k, shape.d, dtype=dtype)
-        targets = 0.9 * unit(shape.k, shape.d, dtype=dtype) if soft else None
-        labels = torch.randint(0, shape.k, (shape.n,), device=DEVICE)
-        if shape.n > 1:
-            labels[shape.n // 2] = -100
-        weights = torch.rand(shape.n, device=DEVICE) + 0.5
-        problem = Problem(features, prototypes, labels, targets, logit_scale, weights)
-        assert_problem_within_budget(problem, "triton")
 
 
 # No label, one, most of them; every reduction and dtype in one pass and in waves.
@@ -102,75 +70,6 @@ def test_the_loss_of_a_batch_is_that_of_its_samples(
     torch.testing.assert_close(run(reduction), run("none"), rtol=2 * rounding, atol=rounding / 8)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k, d_source, d", [(1, 1, 1), (67, 5, 13), (300, 16, 8), (40, 300, 24)])
-def test_soft_targets_are_within_budget(
-    k: int, d_source: int, d: int, dtype: torch.dtype, temperature: float
-) -> None:
-    torch.manual_seed(0)
-    source = 0.8 * unit(k, d_source, dtype=dtype)
-    prototypes = unit(k, d, dtype=dtype)
-    got = protoclip.soft_targets(source, prototypes, temperature, backend="triton")
-    base = protoclip.soft_targets(source, prototypes, temperature, backend="reference")
-    truth = protoclip.soft_targets(source.double(), prototypes.double(), temperature)
-    assert got.dtype == torch.float32
-    assert_within_budget(got, truth, base)
-
-
-@pytest.mark.parametrize("n, k, d", [(0, 3, 8), (0, 0, 8), (4, 3, 0)])
-def test_no_rows_no_prototypes_and_no_features_have_a_loss(n: int, k: int, d: int) -> None:
-    features = torch.zeros(n, d, device=DEVICE)
-    prototypes = torch.zeros(k, d, device=DEVICE, requires_grad=True)
-    labels = torch.zeros(n, dtype=torch.int64, device=DEVICE)
-    loss = protoclip.prototype_cross_entropy(features, prototypes, labels, 5.0, backend="triton")
-    assert loss.item() == pytest.approx(torch.tensor(float(max(k, 1))).log().item() if n else 0)
-    assert torch.autograd.grad(loss, prototypes)[0].shape == (k, d)
-    points = prototypes.detach()
-    assert protoclip.soft_targets(points, points, 0.1, backend="triton").shape == (k, d)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_do_not_matter(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    targets = unit(40, 12, dtype=dtype)
-    problem = Problem(
-        features=unit(40, 12, dtype=dtype).T.contiguous().T,
-        prototypes=unit(40, 12, dtype=dtype).T.contiguous().T,
-        labels=torch.randint(0, 40, (80,), device=DEVICE)[::2],
-        targets=torch.cat([targets, targets], dim=1)[:, :12],
-        logit_scale=9.0,
-    )
-    assert_problem_within_budget(problem, "triton")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_banks_agree_with_one_call_each_and_repeat_to_the_bit(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    features = leaf(unit(50, 16, dtype=dtype))
-
-    def random_bank(k: int, targets: Tensor | None = None) -> Bank:
-        labels = torch.randint(0, k, (50,), device=DEVICE)
-        return Bank(unit(k, 16, dtype=dtype), labels, targets)
-
-    banks = [random_bank(300), random_bank(7, unit(7, 16, dtype=dtype)), random_bank(129)]
-    first = protoclip.prototype_losses(features, banks, 14.3, backend="triton")
-    second = protoclip.prototype_losses(features, banks, 14.3, backend="triton")
-    assert torch.equal(first.loss, second.loss)
-    assert_same_bits(
-        torch.autograd.grad(first.loss.sum(), features),
-        torch.autograd.grad(second.loss.sum(), features),
-    )
-    for loss, nearest, bank in zip(first.loss, first.nearest, banks, strict=True):
-        single = protoclip.prototype_cross_entropy(
-            features, bank.prototypes, bank.labels, 14.3, targets=bank.targets, backend="triton"
-        )
-        torch.testing.assert_close(loss, single)
-        logits = features.detach().double() @ bank.prototypes.double().T
-        reached = logits.gather(1, nearest[:, None])[:, 0]
-        assert (logits.amax(dim=1) - reached).max() <= 1e-6
-
-
 @pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (0.0, [0, 0])])
 def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list[int]) -> None:
     prototypes = torch.eye(2, device=DEVICE).repeat(200, 1)  # each 200 times, over many tiles
@@ -185,13 +84,9 @@ def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list
 @pytest.mark.parametrize("d", [16, 300])
 def test_a_scale_of_zero_still_has_a_gradient(d: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    features = unit(20, d, dtype=dtype)
-    prototypes = unit(60, d, dtype=dtype)
-    labels = torch.arange(20, device=DEVICE)
-    problem = Problem(features, prototypes, labels, logit_scale=0.0)
-    exact = Problem(features.double(), prototypes.double(), labels, logit_scale=0.0)
-    got = computed(problem, "triton")["dlogit_scale"]
-    truth = computed(exact, "reference")["dlogit_scale"]
+    call = make_prototype_cross_entropy(Size(20, 60, d), dtype, logit_scale=0.0)
+    got = call.results("triton", DEVICE)["dlogit_scale"]
+    truth = call.plain(torch.float64).values["dlogit_scale"]
     assert (got - truth).abs() <= 1e-5 * truth.abs()
 
 
@@ -240,16 +135,9 @@ def test_bad_numbers_and_labels_make_their_own_losses_non_finite(
 def test_the_scratch_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoclip.kernels import prototype_cross_entropy
 
-    torch.manual_seed(0)
-    problem = Problem(
-        features=unit(70, 12, dtype=torch.float32),
-        prototypes=unit(90, 12, dtype=torch.float32),
-        labels=torch.randint(0, 90, (70,), device=DEVICE),
-        logit_scale=20.0,
-        weights=torch.rand(70, device=DEVICE),
-    )
     monkeypatch.setattr(prototype_cross_entropy, "PROTOTYPE_BYTES", 4 * 70 * 20)
-    assert_problem_within_budget(problem, "triton")
+    call = make_prototype_cross_entropy(Size(70, 90, 12), torch.float32, logit_scale=20.0)
+    assert_as_formula(call, "triton", DEVICE)
 
 
 def test_the_grid_holds_more_than_four_million_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:

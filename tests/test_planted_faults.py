@@ -1,27 +1,19 @@
-"""Faults planted in code whose tests have few cases: at least one of the cases notices each."""
+"""Faults planted in code of one line: the questions that every op is asked notice each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
-import test_autograd
-import test_backends
-import test_kmeans_assign
-import test_loss_options
+import test_ops
 import torch
+from op_table import BY_NAME, FP32
 from torch import Tensor
 
 from protoclip.ops import checks, dispatch, reference, siglip_loss
-
-
-def less_smoothing(*tensors: Tensor, **options: Any) -> Tensor:
-    return 0.9 * ORIGINAL_SUMS(*tensors, **options)
-
-
-def without_weights(losses: Tensor, counted: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-    return ORIGINAL_REDUCE(losses, counted, None, *rest)
 
 
 def with_arrays_rounded(op: str, x: Any, *rest: Any, **options: Any) -> Tensor:
@@ -33,65 +25,60 @@ def rows_in_half_precision(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return labels, (x - c[labels]).square().sum(dim=1)
 
 
+def less_smoothing(*tensors: Tensor, **options: Any) -> Tensor:
+    return 0.9 * ORIGINAL_SUMS(*tensors, **options)
+
+
+def without_weights(losses: Tensor, counted: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    return ORIGINAL_REDUCE(losses, counted, None, *rest)
+
+
 ORIGINAL_SCALE = checks.scale
 ORIGINAL_SUMS = siglip_loss.signed_sums
 ORIGINAL_REDUCE = siglip_loss.reduce_weighted
-# Where the fault is planted, and the cases of the test that has to notice it.
-FAULTS: dict[str, tuple[Any, str, Any, Callable[..., None], Iterable[tuple[Any, ...]]]] = {
-    "SigLIP smooths by less": (
-        siglip_loss,
-        "signed_sums",
-        less_smoothing,
-        test_loss_options.test_the_sigmoid_loss_with_options_is_its_formula,
-        test_loss_options.SIGMOID_OPTIONS,
-    ),
-    "SigLIP forgets weights": (
-        siglip_loss,
-        "reduce_weighted",
-        without_weights,
-        test_loss_options.test_the_sigmoid_loss_with_options_is_its_formula,
-        test_loss_options.SIGMOID_OPTIONS,
-    ),
+of_siglip = partial(
+    test_ops.test_values_and_gradients_are_within_budget, BY_NAME["sigmoid_loss"], "reference", FP32
+)
+# Where the fault is planted, and the question that has to notice it.
+FAULTS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
+    "SigLIP smooths by less": (siglip_loss, "signed_sums", less_smoothing, of_siglip),
+    "SigLIP forgets weights": (siglip_loss, "reduce_weighted", without_weights, of_siglip),
     "a scale from NumPy is off": (
         checks,
         "scale",
         with_arrays_rounded,
-        test_backends.test_a_scale_is_any_number,
-        test_backends.ANY_SCALE,
+        partial(test_ops.test_a_scale_is_any_number, np.float32(10)),
     ),
     "mixed dtypes take the first": (
         checks,
         "common_dtype",
         lambda tensors: tensors[0].dtype,
-        test_backends.test_mixed_dtypes_are_promoted,
-        test_backends.MIXED,
+        partial(test_ops.test_mixed_dtypes_are_promoted, BY_NAME["info_nce"]),
     ),
     "distances in half precision": (
         reference,
         "_assign_rows",
         rows_in_half_precision,
-        test_kmeans_assign.test_points_go_to_the_nearest_centroid,
-        [case for case in test_kmeans_assign.CASES if case[0] == "reference"],
+        partial(
+            test_ops.test_values_and_gradients_are_within_budget,
+            *(BY_NAME["kmeans_assign"], "reference", FP32),
+        ),
     ),
     "a transform is overlooked": (
         dispatch,
         "in_transform",
         lambda: False,
-        test_autograd.test_a_named_fused_backend_refuses_transforms,
-        test_autograd.REFUSED_BY,
+        partial(
+            test_ops.test_transforms_take_the_reference_or_are_refused, "grad", BY_NAME["info_nce"]
+        ),
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_case_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, name, wrong, test, cases = FAULTS[fault]
+def test_a_question_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, wrong, question = FAULTS[fault]
     monkeypatch.setattr(module, name, wrong)
-    options = {"monkeypatch": monkeypatch} if test.__name__.startswith("test_the_sigmoid") else {}
-    for case in cases:
-        arguments = (*case, "reference") if options else case
-        try:
-            test(*arguments, **options)
-        except (AssertionError, pytest.fail.Exception, RuntimeError):  # the last one: of torch
-            return
-    pytest.fail(f"no case noticed: {fault}")
+    # RuntimeError: of torch.
+    with pytest.raises((AssertionError, pytest.fail.Exception, RuntimeError)):
+        question()

@@ -10,6 +10,7 @@ from budget import on_threads, usable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import jvp, vmap
 
 import protoclip
 from protoclip.ops.clusters import SegmentSums
@@ -164,22 +165,26 @@ def test_a_nan_stays_in_its_segment(backend: str) -> None:
     assert means[1, 1].isnan() and means.isnan().sum() == 1
 
 
-@each_backend
-def test_a_label_past_the_end_is_refused(backend: str) -> None:
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    with pytest.raises(ValueError, match="labels below num_segments=2, got 2"):
-        protoclip.segment_mean(torch.ones(6, 3), labels, 2, backend=backend)
+X, Y = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
+SEGMENTS = torch.arange(40) % 5 - 1
 
 
-@each_backend
-def test_opcheck_accepts_the_op(backend: str) -> None:
-    arguments = {
-        "values": torch.randn(9, 5),
-        "labels": torch.randint(0, 4, (9,)),
-        "num_segments": 4,
-        "backend": backend,
-    }
-    torch.library.opcheck(torch.ops.protoclip.segment_mean.default, (), arguments)
+def means_of_segments(values: Tensor, num_segments: int = 6) -> Tensor:
+    means, _ = protoclip.segment_mean(values, SEGMENTS, num_segments)
+    return means
+
+
+def test_the_derivative_of_segment_means_is_the_mean_of_the_tangents() -> None:
+    """They are linear."""
+    expected, _ = protoclip.segment_mean(Y, SEGMENTS, 6, backend="reference")
+    means, tangent = jvp(means_of_segments, (X,), (Y,))
+    torch.testing.assert_close(means, means_of_segments(X))
+    torch.testing.assert_close(tangent, expected)
+    _, second = jvp(lambda x: jvp(means_of_segments, (x,), (Y,))[1], (X,), (Y,))
+    assert (second == 0).all()
+    torch.testing.assert_close(vmap(means_of_segments)(torch.stack([X, Y]))[1], expected)
+    with pytest.raises(ValueError, match="labels below num_segments=2, got 3"):
+        jvp(lambda x: means_of_segments(x, 2), (X,), (Y,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

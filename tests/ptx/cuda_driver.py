@@ -15,16 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.cuda_host import (
-    DTYPES,
-    SM_80,
-    SM_86,
-    SM_90,
-    Device,
-    kmeans_call,
-    pointer,
-    strides_of,
-)
 from tests.ptx.triton_driver import Launched, kernel_of, launches
 
 HERE = Path(__file__).parent
@@ -36,11 +26,63 @@ CALLBACK = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.c_size_t,
 )
-# Few processors, so that splits of K occur at these sizes.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Device(NamedTuple):
+    """So few processors that splits of K and full waves both occur at test sizes."""
+
+    multiprocessors: int
+    bytes_of_multiprocessor: int  # of shared memory
+    bytes_of_block: int
+
+
+SM_80 = Device(2, 164 << 10, 163 << 10)
+SM_86 = Device(1, 100 << 10, 99 << 10)
+SM_90 = Device(4, 228 << 10, 227 << 10)
 DEVICES = {80: SM_80, 86: SM_86, 89: SM_86, 90: SM_90, 100: SM_90}
 DEVICES[120] = Device(2, SM_86.bytes_of_multiprocessor, SM_86.bytes_of_block)
 OPTIONS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-cudart", "none", "-shared"]
 OPTIONS += ["-Xlinker", "-Bsymbolic"]  # our runtime, not that of a CUDA build of torch
+
+
+def pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def strides_of(x: Tensor) -> Any:
+    return (ctypes.c_int64 * 2)(*x.stride())
+
+
+class _KmeansAssign(ctypes.Structure):  # as csrc/launchers.h
+    _fields_ = [
+        ("points", ctypes.c_void_p),
+        ("point_strides", ctypes.c_int64 * 2),
+        ("centroids", ctypes.c_void_p),
+        ("centroid_strides", ctypes.c_int64 * 2),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int),
+        ("d", ctypes.c_int),
+        ("dtype", ctypes.c_int),
+        ("packed", ctypes.c_void_p),
+    ]
+
+
+def kmeans_call(points: Tensor, centroids: Tensor, packed: Tensor | None) -> Any:
+    k, d = centroids.shape
+    return ctypes.byref(
+        _KmeansAssign(
+            points=points.data_ptr(),
+            point_strides=strides_of(points),
+            centroids=centroids.data_ptr(),
+            centroid_strides=strides_of(centroids),
+            n=len(points),
+            k=k,
+            d=d,
+            dtype=DTYPES[points.dtype],
+            packed=None if packed is None else packed.data_ptr(),
+        )
+    )
 
 
 def missing(capability: int) -> str | None:

@@ -1,0 +1,629 @@
+"""The questions that every op is asked: rows are in ``op_table.py``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from budget import assert_same_bits, on_threads
+from op_table import (
+    BF16,
+    BY_NAME,
+    FP16,
+    FP32,
+    FP64,
+    FUSED_DTYPES,
+    OF_ARGUMENT,
+    OPS,
+    Call,
+    Draw,
+    Op,
+    Size,
+    assert_as_formula,
+)
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import protoclip
+from protoclip.ops.dispatch import ROW_OF, TABLE
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of inf
+GPU = torch.cuda.is_available()
+
+
+def backends_of(op: Op) -> list[str]:
+    """Those that run here."""
+    reasons = protoclip.backends(op.name)
+    return [name for name in reasons if reasons[name] is None]
+
+
+def fused_of(op: Op) -> list[str]:
+    return [name for name in backends_of(op) if name != "reference"]
+
+
+def device_of(op: Op, backend: str) -> str:
+    of_backend = TABLE[ROW_OF.get(op.name, op.name)][backend].device_types
+    return "cuda" if GPU and of_backend is not None and "cuda" in of_backend else "cpu"
+
+
+EACH_OP = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+EACH_LOSS = pytest.mark.parametrize(
+    "op", [op for op in OPS if op.make(Size(4, 6, 8), FP32).has_gradient], ids=lambda op: op.name
+)
+OP_AND_BACKEND = [
+    pytest.param(op, backend, id=f"{op.name}-{backend}")
+    for op in OPS
+    for backend in backends_of(op)
+]
+OP_AND_FUSED = [
+    pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS for backend in fused_of(op)
+]
+OP_BACKEND_DTYPE = [
+    pytest.param(op, backend, dtype, id=f"{op.name}-{backend}-{str(dtype)[6:]}")
+    for op in OPS
+    for backend in backends_of(op)
+    for dtype in ((FP64, FP32, BF16) if backend == "reference" else FUSED_DTYPES)
+]
+SMALL = Size(12, 18, 8)
+
+
+def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows such that every two values of two options are in one of them."""
+    names = list(options)
+    missing = [
+        {first: a, second: b}
+        for first, second in combinations(names, 2)
+        for a in options[first]
+        for b in options[second]
+    ]
+    if len(names) == 1:
+        missing = [{names[0]: value} for value in options[names[0]]]
+    rows = []
+    while missing:
+        row = dict(missing[0])
+        for name in names:
+            if name not in row:
+                row[name] = max(
+                    options[name],
+                    key=lambda value: sum(
+                        pair.get(name) == value and pair.items() <= {**row, name: value}.items()
+                        for pair in missing
+                    ),
+                )
+        rows.append(row)
+        missing = [pair for pair in missing if not pair.items() <= row.items()]
+    return rows
+
+
+@contextmanager
+def said(row: Any) -> Iterator[None]:
+    """The row is part of what a failure says."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{row}: {error}") from error
+
+
+def test_every_two_values_of_two_options_meet() -> None:
+    rows = pairwise({"a": (0, 1, 2), "b": (0, 1), "c": "xyz"})
+    assert {(row["a"], row["c"]) for row in rows} == {(a, c) for a in range(3) for c in "xyz"}
+    assert {(row["b"], row["c"]) for row in rows} == {(b, c) for b in range(2) for c in "xyz"}
+    assert len(rows) < 18
+
+
+# ---- numbers ----
+
+
+def has_parts(row: dict[str, Any]) -> bool:
+    """Whether torch adds something to the fused op's loss."""
+    several = str(row.get("relation", "")).startswith("several")
+    return bool(several or row.get("label_smoothing") or row.get("num_negatives"))
+
+
+@pytest.mark.parametrize("op, backend, dtype", OP_BACKEND_DTYPE)
+def test_values_and_gradients_are_within_budget(op: Op, backend: str, dtype: torch.dtype) -> None:
+    interpreted = backend == "triton"
+    rows = pairwise(op.few if interpreted else op.options)
+    for row in rows[:: 3 if interpreted and dtype == FP16 else 1]:
+        if dtype in (BF16, FP16) and has_parts(row) and row["size"].n < 16:
+            continue  # the parts' gradients are rounded each, and the plain formula's luck is small
+        with said(row):
+            assert_as_formula(op.make(dtype=dtype, **row), backend, device_of(op, backend))
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_BACKEND)
+def test_no_rows_and_no_features_have_a_result(op: Op, backend: str) -> None:
+    for size in op.empty:
+        with said(size):
+            of_no_key = {"relation": "own"} if "keys" in op.matrices and not size.m else {}
+            call = op.make(size, FP32, **of_no_key)
+            got = call.results(backend, device_of(op, backend))
+            expected = {name: call.plain(FP64).values[name].to(got[name]) for name in got}
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The columns of a matrix, one after the other."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim else x
+
+
+def every_other(x: Tensor) -> Tensor:
+    """With other numbers between."""
+    other = torch.full_like(x, torch.nan if x.is_floating_point() else -7)
+    return torch.stack([x, other], dim=-1)[..., 0] if x.ndim else x
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_BACKEND)
+def test_strides_do_not_matter(op: Op, backend: str) -> None:
+    size = Size(24, 40, 12)
+    for dtype in (FP32, BF16):
+        for change in (transposed, every_other):
+            with said(change.__name__):
+                call = op.full(size, dtype).with_tensors(change)
+                assert_as_formula(call, backend, device_of(op, backend))
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_BACKEND)
+def test_what_is_not_finite_gives_a_result_that_is_not(op: Op, backend: str) -> None:
+    call = op.plain(SMALL)
+    for name in call.leaves:
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            values = call.leaves[name].clone()
+            values.view(len(values) if values.ndim else 1, -1)[-2:, 0] = bad  # of the last rows
+            with said((name, bad)):
+                spoiled = replace(call, leaves={**call.leaves, name: values})
+                results = spoiled.run(backend, {**spoiled.leaves})
+                assert not all(tensor.isfinite().all() for tensor in flat(results))
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_FUSED)
+def test_the_number_of_threads_and_a_stash_change_no_bit(op: Op, backend: str) -> None:
+    if backend == "triton":
+        call = op.full(Size(40, 60, 12))
+        first, again = (call.results(backend, device_of(op, backend)) for _ in range(2))
+        assert_same_bits(again, first)
+        return
+    for dtype in FUSED_DTYPES:
+        options = op.all_options
+        if op.name == "sigmoid_loss":  # losses of each row are torch's
+            options = {"id_columns": 2, "label_smoothing": 0.2}
+        for call in (op.plain(op.large, dtype), op.make(op.large, dtype, **options)):
+            stashes: Any = iter(({}, {}, {}))
+            if op.name in ("info_nce", "contrastive", "contrastive_parts"):
+                stashes = iter(({"stash": True}, {}, {"stash": False}))
+
+            def run(call: Call = call, stashes: Any = stashes) -> Any:
+                return call.results(backend, **next(stashes))
+
+            first, *repeated = on_threads(run, (1, 2, 3))
+            for again in repeated:
+                assert_same_bits(again, first)
+    assert_as_formula(op.plain(op.large), backend)
+
+
+# ---- arguments ----
+
+
+@EACH_OP
+def test_mixed_dtypes_are_promoted(op: Op) -> None:
+    """As torch does it for operands; gradients come back in the dtype of each tensor."""
+    call = op.plain(SMALL)
+    floating = [name for name in op.matrices if name in call.leaves]
+    for number, name in enumerate(floating if len(op.matrices) > 1 else []):
+        half = {name: call.leaves[name].to((BF16, FP16)[number])}
+        widened = {name: half[name].float()}
+        for backend in ("auto", "reference"):
+            mixed = replace(call, leaves={**call.leaves, **half}).results(backend)
+            wide = replace(call, leaves={**call.leaves, **widened}).results(backend)
+            for key in mixed:
+                expected = wide[key].to(half[name].dtype) if key == f"d{name}" else wide[key]
+                assert_same_bits(mixed[key], expected)
+
+
+@EACH_OP
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_other_integers_are_as_good_as_int64(op: Op, dtype: torch.dtype) -> None:
+    least = 0 if dtype == torch.uint8 else -100
+
+    def narrowed(x: Tensor) -> Tensor:
+        return x if x.is_floating_point() else x.clamp(least, 99).to(dtype)
+
+    def as_int64(x: Tensor) -> Tensor:
+        return x if x.is_floating_point() else narrowed(x).long()
+
+    call = op.full(SMALL)
+    got = call.with_tensors(narrowed).results("auto")
+    assert_same_bits(got, call.with_tensors(as_int64).results("auto"))
+
+
+ANY_NUMBER = [10, np.float32(10), np.int64(10), np.array(10), np.array([10.0]), torch.tensor(10)]
+ANY_NUMBER += [torch.tensor([10.0]), torch.tensor(10.0, dtype=FP64)]
+
+
+@pytest.mark.parametrize("number", ANY_NUMBER, ids=repr)
+def test_a_scale_is_any_number(number: Any) -> None:
+    for op in OPS:
+        call = op.plain(SMALL)
+        if "logit_scale" in call.leaves:
+            for backend in ("auto", "reference"):
+                got = call.observe(call.run(backend, logit_scale=number), **call.leaves)
+                expected = call.run(backend, logit_scale=torch.tensor(10.0))
+                assert_same_bits(list(got), list(call.observe(expected, **call.leaves)))
+
+
+@EACH_LOSS
+def test_a_scale_of_one_element_has_a_gradient_of_one(op: Op) -> None:
+    for backend in ("auto", "reference"):
+        scale = torch.tensor([10.0], dtype=FP64, requires_grad=True)
+        call = op.plain(SMALL)
+        results = call.observe(call.run(backend, logit_scale=scale), **call.leaves)
+        (gradient,) = torch.autograd.grad(sum(result.sum() for result in results), scale)
+        assert gradient.shape == (1,) and gradient.dtype == FP64
+
+
+@EACH_OP
+def test_meta_tensors_give_shapes(op: Op) -> None:
+    call = op.plain(SMALL)
+    there = call.with_tensors(lambda x: x.to("meta"))
+    results = there.run("auto")
+    for got, expected in zip(flat(results), flat(call.run("auto")), strict=True):
+        assert got.is_meta and got.shape == expected.shape and got.dtype == expected.dtype
+
+
+def flat(results: Any) -> list[Tensor]:
+    """All results that are tensors, or the loss."""
+    results = getattr(results, "loss", results)
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+# ---- torch ----
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_BACKEND)
+def test_autocast_and_the_default_dtype_change_no_bit(op: Op, backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("the same Python as of the other backends")
+    for call in (op.plain(SMALL), op.full(SMALL)):
+        expected = call.results(backend)
+        with torch.autocast("cpu", dtype=BF16):
+            in_autocast = call.run(backend)
+        assert_same_bits(
+            {f"result {i}": x for i, x in enumerate(call.observe(in_autocast, **call.leaves))},
+            {name: value for name, value in expected.items() if name.startswith("result")},
+        )
+        for default in (FP64, BF16):
+            torch.set_default_dtype(default)
+            try:
+                got = call.results(backend)
+            finally:
+                torch.set_default_dtype(FP32)
+            assert_same_bits(got, expected)
+
+
+class Dispatched(TorchDispatchMode):
+    """The calls of ops of protoclip that reach a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(function))
+        if function.namespace == "protoclip":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_FUSED)
+def test_opcheck_accepts_the_ops(op: Op, backend: str) -> None:
+    """Those that a forward and a backward pass call, with their gradients."""
+    size = Size(5, 9, 8)
+    if backend == "cpu":
+        size = Size(256, 256, 6)  # whole tiles: the room around ragged ones is not written
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    for call in (op.plain(size), op.full(size)):
+        with Dispatched() as forward:
+            call.run(backend)
+        with Dispatched() as both:
+            call.results(backend, device_of(op, backend))
+        for number, (function, args, kwargs) in enumerate(both.calls):
+            has_gradient = number < len(forward.calls) and call.has_gradient
+
+            def argument(x: Any, has_gradient: bool = has_gradient) -> Any:
+                if not isinstance(x, Tensor):
+                    return x
+                return x.detach().clone().requires_grad_(has_gradient and x.is_floating_point())
+
+            values = {
+                schema.name: argument(value)
+                for schema, value in zip(function._schema.arguments, args, strict=False)
+            }
+            values |= {name: argument(value) for name, value in kwargs.items()}
+            more = ["test_aot_dispatch_dynamic"] if has_gradient and backend == "cpu" else []
+            torch.library.opcheck(function, (), values, test_utils=(*utilities, *more))
+
+
+class Counter:
+    """A torch.compile backend that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager_default_partitioner
+
+        self.graphs += 1
+        return aot_eager_default_partitioner(graph, inputs)
+
+
+class Module(torch.nn.Module):
+    """A call of tensors by position, as torch.export takes several."""
+
+    def __init__(self, function: Callable[..., Any], names: Sequence[str]) -> None:
+        super().__init__()
+        self.function = function
+        self.names = list(names)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        results = self.function(**dict(zip(self.names, tensors, strict=True)))
+        return tuple(flat(results))
+
+
+def compiled_once(
+    function: Callable[..., Any], batches: Sequence[dict[str, Tensor]], dynamic: bool | None
+) -> int:
+    """The number of graphs that serve the batches, whose results and gradients keep their bits."""
+    torch._dynamo.reset()
+    counter = Counter()
+    module = Module(function, list(batches[0]))
+    compiled = torch.compile(module.forward, fullgraph=True, backend=counter, dynamic=dynamic)
+    for batch in batches:
+        tensors = list(batch.values())
+        expected = with_gradients(module(*tensors), tensors)
+        assert_same_bits(with_gradients(compiled(*tensors), tensors), expected)
+    return counter.graphs
+
+
+def exported_once(
+    function: Callable[..., Any], example: dict[str, Tensor], other: dict[str, Tensor], strict: bool
+) -> None:
+    """A program of a batch of ``SIZES[0]`` gives another batch's results."""
+    torch._dynamo.reset()
+    module = Module(function, list(example))
+    batch = torch.export.Dim("batch", min=2)
+    dim_of_size = {SIZES[0]: batch, 2 * SIZES[0]: 2 * batch}
+    shapes = tuple(
+        {0: dim_of_size[x.shape[0]]} if x.ndim and x.shape[0] in dim_of_size else {}
+        for x in example.values()
+    )
+    program = torch.export.export(
+        module, tuple(example.values()), dynamic_shapes={"tensors": shapes}, strict=strict
+    )
+    got = program.module()(*other.values())
+    assert_same_bits(list(got), list(module(*other.values())))
+
+
+def weighted_sum(results: Sequence[Tensor]) -> Tensor:
+    return sum((x.flatten() * torch.linspace(0.5, 1.5, x.numel())).sum() for x in results)
+
+
+def with_gradients(results: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    leaves = [x for x in tensors if x.requires_grad]
+    if not leaves:
+        return list(results)
+    gradients = torch.autograd.grad(
+        weighted_sum(results), leaves, allow_unused=True, materialize_grads=True
+    )
+    return [*(result.detach() for result in results), *gradients]
+
+
+SIZES = (24, 40, 56)
+needs_cpu = pytest.mark.skipif(
+    protoclip.backends("info_nce")["cpu"] is not None, reason="no native library"
+)
+KEYS_ARE_FEW = {"prototype_cross_entropy", "prototype_losses", "kmeans_assign", "segment_mean"}
+COMPILED = [
+    pytest.param(op, form, id=f"{op.name}-{form}")
+    for op in OPS
+    for form in ("plain", "full")
+    if op.name != "soft_targets" and not (form == "full" and not op.all_options)
+]
+
+
+def batch_of(op: Op, form: str, n: int) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    """The function of the tensors for a batch, and the tensors."""
+    size = Size(n, 6 if op.name in KEYS_ARE_FEW else 2 * n, 8)
+    call = op.plain(size) if form == "plain" else op.full(size)
+    leaves = {name: x.clone().requires_grad_(call.has_gradient) for name, x in call.leaves.items()}
+    constants = {name: x for name, x in call.constants.items() if isinstance(x, Tensor)}
+    others = {name: x for name, x in call.constants.items() if name not in constants}
+    if op.name == "prototype_losses":  # banks are no tensors
+        constants = {"prototypes": Draw(0).unit(6, 8), "labels": torch.arange(n) % 6}
+        return loss_of_a_bank, leaves | constants
+    return partial(call.function, **others, backend="cpu"), leaves | constants
+
+
+def loss_of_a_bank(
+    features: Tensor, logit_scale: Tensor, prototypes: Tensor, labels: Tensor
+) -> Tensor:
+    banks = [protoclip.Bank(prototypes, labels), protoclip.Bank(prototypes, labels, prototypes)]
+    return protoclip.prototype_losses(features, banks, logit_scale).loss
+
+
+@needs_cpu
+@pytest.mark.parametrize("op, form", COMPILED)
+def test_one_graph_serves_all_batch_sizes(op: Op, form: str) -> None:
+    """The second size makes the sizes symbols, unless they are from the start."""
+    function, _ = batch_of(op, form, SIZES[0])
+    batches = [batch_of(op, form, n)[1] for n in SIZES]
+    assert compiled_once(function, batches, dynamic=True) == 1
+    if op.name in ("info_nce", "prototype_losses", "kmeans_assign"):
+        assert compiled_once(function, batches, dynamic=None) == 2
+
+
+@needs_cpu
+@pytest.mark.parametrize("op, form", COMPILED)
+def test_an_exported_program_takes_any_batch(op: Op, form: str) -> None:
+    function, example = batch_of(op, form, SIZES[0])
+    for strict in (False, True) if op.name == "contrastive" else (False,):
+        exported_once(function, example, batch_of(op, form, SIZES[1])[1], strict)
+
+
+def of_first(op: Op, backend: str) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """The sum of the results as a function of the first argument, that argument, and another."""
+    call = op.plain(SMALL)
+    name = next(iter(call.leaves))
+
+    def function(x: Tensor) -> Tensor:
+        results = call.run(backend, {**call.leaves, name: x})
+        results = flat(results)
+        return weighted_sum(results)
+
+    x = call.leaves[name]
+    return function, x, op.make(Size(*SMALL), FP32).leaves[name].flip(0)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Any]] = {
+    "grad": lambda f, x, y: grad(f)(x),
+    "jacrev": lambda f, x, y: jacrev(f)(x),
+    "vmap": lambda f, x, y: vmap(f)(torch.stack([x, y])),
+    "vmap of grad": lambda f, x, y: vmap(grad(f))(torch.stack([x, y])),
+    "grad of vmap": lambda f, x, y: grad(lambda z: vmap(f)(z).sum())(torch.stack([x, y])),
+    "jvp": lambda f, x, y: jvp(f, (x,), (y,)),
+    "dual numbers": lambda f, x, y: derivative_by_dual_numbers(f, x, y),
+}
+
+
+def derivative_by_dual_numbers(f: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, y))).tangent
+
+
+@EACH_LOSS
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_take_the_reference_or_are_refused(transform: str, op: Op) -> None:
+    run = TRANSFORMS[transform]
+    auto, x, y = of_first(op, "auto")
+    by_reference, _, _ = of_first(op, "reference")
+    torch.testing.assert_close(run(auto, x, y), run(by_reference, x, y))
+    if transform in ("jvp", "dual numbers"):
+        tangent = run(auto, x, y)
+        tangent = tangent[1] if transform == "jvp" else tangent
+        expected = (grad(by_reference)(x) * y).sum()
+        torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+    for backend in fused_of(op):
+        fused, _, _ = of_first(op, backend)
+        with pytest.raises(ValueError, match="transforms and forward-mode .*backend='auto'"):
+            run(fused, x, y)
+
+
+@pytest.mark.parametrize("op, backend", OP_AND_FUSED)
+def test_a_second_derivative_is_refused_by_name(op: Op, backend: str) -> None:
+    function, x, _ = of_first(op, backend)
+    if not op.plain(SMALL).has_gradient:
+        pytest.skip("no gradient")
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        torch.autograd.grad(first.sum(), x)
+
+
+@EACH_LOSS
+def test_gradients_of_the_reference_are_those_of_differences(op: Op) -> None:
+    for call in (op.plain(Size(4, 6, 3), FP64), op.full(Size(4, 6, 3), FP64)):
+        constant = {"key_bias", "prototypes"}  # some are -inf; smoothing takes them for constants
+        names = [name for name in call.leaves if name not in constant]
+
+        def results(*leaves: Tensor, names: list[str] = names, call: Call = call) -> Any:
+            got = call.run("reference", {**call.leaves, **dict(zip(names, leaves, strict=True))})
+            return tuple(call.observe(got, **call.leaves))
+
+        leaves = [call.leaves[name].clone().requires_grad_() for name in names]
+        assert torch.autograd.gradcheck(results, leaves)
+        assert torch.autograd.gradgradcheck(results, leaves)
+
+
+# ---- what is refused ----
+
+
+def test_an_option_that_is_not_used_costs_nothing() -> None:
+    """Of torch's ops, beside the one that computes."""
+    for name, most in (("info_nce", 1), ("contrastive", 3), ("prototype_cross_entropy", 2)):
+        call = BY_NAME[name].make(SMALL, FP32, reduction="mean")
+        with Dispatched() as dispatched:
+            call.run("auto")
+        reads = "aten._local_scalar_dense.default"  # the scale
+        assert len([op for op in dispatched.names if op != reads]) <= most, dispatched.names
+
+
+def refusals(op: Op) -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
+    call = op.plain(Size(4, 6, 8))
+    for name in op.matrices:
+        x = call.leaves[name]
+        said_name = f"({name}|image_features|text_features)"  # nt_xent's views
+        yield {name: x[0]}, ValueError, rf"{said_name} of shape \["
+        yield {name: x.long()}, TypeError, "cast it"
+        yield {name: [1.0]}, TypeError, f"{said_name} as a Tensor, got list"
+        yield {name: x.to_sparse()}, TypeError, rf"{said_name} as a dense .*to_dense"
+        if len(op.matrices) > 1:
+            yield {name: x.to("meta")}, ValueError, "on one device|on meta"
+            if op.name != "soft_targets":
+                yield {name: x[:, :3]}, ValueError, "share D"
+    parameters = re.findall(r"\w+", str(inspect.signature(call.function)))
+    for name, cases in OF_ARGUMENT.items():
+        if name in parameters or name in call.leaves:
+            for value, error, words in cases:
+                yield {name: value}, error, words
+    yield from op.refused
+
+
+@EACH_OP
+def test_bad_input_is_refused_in_words(op: Op) -> None:
+    call = op.plain(Size(4, 6, 8))
+    name = {"prototype_losses": "prototype_cross_entropy"}.get(op.name, op.name)
+    for backend in ("auto", "reference"):
+        for arguments, error, words in refusals(op):
+            with said(arguments), pytest.raises(error, match=rf"(?s){name}: .*({words})"):
+                call.run(backend, **arguments)
+
+
+@EACH_OP
+def test_a_named_backend_runs_or_says_why_not(op: Op) -> None:
+    reasons = protoclip.backends(op.name)
+    assert reasons["reference"] is None
+    call = op.plain(Size(4, 6, 8))
+    for name in reasons:
+        if reasons[name] is not None:
+            with pytest.raises(ValueError, match=f"backend '{name}' cannot run: .{{10}}"):
+                call.run(name)
+    with pytest.raises(ValueError, match="backend 'fastest' cannot run: .* has only cpu, .*"):
+        call.run("fastest")
+    with pytest.raises(ValueError, match="it runs on cpu, the tensors are on meta"):
+        call.with_tensors(lambda x: x.to("meta")).run("cpu")
+    with pytest.raises(ValueError, match="it takes float32, .*, the tensors are float64"):
+        op.plain(Size(4, 6, 8), FP64).run("cpu")
+
+
+@EACH_OP
+def test_the_environment_stands_in_for_auto(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = op.plain(Size(4, 6, 8))
+    expected = call.results("reference")
+    monkeypatch.setenv("PROTOCLIP_BACKEND", "reference")
+    assert_same_bits(call.results("auto"), expected)
+    monkeypatch.setenv("PROTOCLIP_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        call.run("auto")
