@@ -1,15 +1,11 @@
 // The instructions that CUDA C++ has no name for, and the one way kernels are launched.
-// tests/cuda_emulation.h defines the same names for a host compiler (PROTOCLIP_EMULATION), so that
-// the kernels' own source runs without a GPU.
 #pragma once
-
-#include "launchers.h"
-
-#ifndef PROTOCLIP_EMULATION
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "launchers.h"
 
 namespace protoclip {
 
@@ -67,11 +63,6 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_b
   kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<P>(args)...);
   return cudaGetLastError();
 }
-
-}  // namespace protoclip
-#endif
-
-namespace protoclip {
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

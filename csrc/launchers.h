@@ -1,11 +1,7 @@
 // The CUDA launchers and what they take from their callers. No torch headers, no device code.
 #pragma once
 
-#ifdef PROTOCLIP_EMULATION
-#include "cuda_emulation.h"
-#else
 #include <cuda_runtime_api.h>
-#endif
 
 #include <cstddef>
 #include <cstdint>

@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cro
   const Tensor loss = at::empty({n}, fp32), gradient = at::empty({graded, d}, fp32),
                nearest = at::empty({need_nearest ? n : 0}, at::kLong), max = at::empty({n}, fp32),
                sum = at::empty({n}, fp32),
-               scale_gradient = at::empty({need_scale_gradient ? graded : 0}, fp32);
+               scale_gradient = at::zeros({need_scale_gradient ? graded : 0}, fp32);  // D = 0: 0
   if (n > 0) {
     const RowOutputs out{data_or_null<float>(loss),
                          data_or_null<float>(gradient),

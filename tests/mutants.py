@@ -1,6 +1,6 @@
 """Changes one thing in the ops at a time: does a test notice it?
 
-    python -m tests.mutants [--out build/mutants.md] [--only "part of a name"]
+    python -m tests.mutants [--out FILE] [--only "part of a name"]
 
 A mutant is planted in a copy of the working tree with a cache of compiled code of its own, and the
 tests of the ops run until the first one fails. Each row of the table is written when it is known,

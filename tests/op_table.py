@@ -1198,7 +1198,7 @@ OPS = [
             "logit_scale": SCALES,
             "reduction": REDUCTIONS,
         },
-        empty=[Size(0, 3, 8), Size(0, 0, 8)],
+        empty=[Size(0, 3, 8), Size(0, 0, 8), Size(4, 3, 0), Size(4, 300, 0)],
         matrices=("features", "prototypes"),
         all_options={"temperature": 0.1, "label_smoothing": 0.2, "weighted": True},
         refused=OF_PROTOTYPES,
