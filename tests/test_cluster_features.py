@@ -162,3 +162,23 @@ def test_features_are_grouped_without_open_clip_and_torchvision(tmp_path: Path) 
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--normalize"], ["--k", "auto"]])
+def test_rows_that_stay_on_disk_give_the_same_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """With NaN rows left out, so that the rows are some of those in the file."""
+    rows = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float16)
+    rows += 4 * (np.arange(300) % 3)[:, None].astype(np.float16)
+    rows[[0, 77]] = np.nan
+    np.save(tmp_path / "x.npy", rows)
+    command = [str(tmp_path / "x.npy"), "--k", "3", *flags, "--device", "cpu"]
+    assert cluster([*command, "--out", str(tmp_path / "a")]) == 0
+    monkeypatch.setattr("protoclip.cluster.points.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("protoclip.cluster.points.BLOCK", 64)
+    monkeypatch.setattr("protoclip.cluster.page.BLOCK", 64)
+    monkeypatch.setattr("protoclip.cluster.__main__.BLOCK", 64)
+    assert cluster([*command, "--out", str(tmp_path / "b")]) == 0
+    for name in ("clusters.csv", "left_out.csv", "centroids.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

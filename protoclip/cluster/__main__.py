@@ -36,7 +36,15 @@ from protoclip.cluster.output import (
     write_files,
 )
 from protoclip.cluster.page import make_page
-from protoclip.cluster.points import BLOCK, Points, encode_pictures, open_source, read_points
+from protoclip.cluster.points import (
+    BLOCK,
+    Points,
+    blocks_of,
+    encode_pictures,
+    float_dtype,
+    open_source,
+    read_points,
+)
 from protoclip.common.files import (
     plural,
     printable,
@@ -47,6 +55,7 @@ from protoclip.common.files import (
 from protoclip.common.paths import check_exists
 from protoclip.common.signals import Stopped, StopSignals, stop_if_asked
 from protoclip.distributed import run_command
+from protoclip.features import FeatureRows
 from protoclip.lloyd import Clusters, kmeans
 from protoclip.model import choose_device
 from protoclip.report import page
@@ -98,12 +107,16 @@ def write_groups(
 ) -> None:
     """K, k-means, and the files; ``began_at``: on the clock of ``time.perf_counter``.
     ``check_signals`` ends it; once k-means has come to its end, so does the run."""
-    rows = points.rows.to(choose_device(args.device))
+    rows = points.rows
+    if isinstance(rows, Tensor):
+        rows = rows.to(choose_device(args.device))
     features_done_at = time.perf_counter()
     chosen = choose_k(args.k, rows, args.seed, check_signals)
     k = chosen.k
-    centroid_bytes = k * rows.shape[1] * rows.element_size()
-    kmeans_bytes = rows.nbytes + 4 * centroid_bytes + 32 * len(rows)
+    row_bytes = rows.shape[1] * float_dtype(rows).itemsize
+    kmeans_bytes = 4 * k * row_bytes + 32 * len(rows)
+    if isinstance(rows, Tensor):
+        kmeans_bytes += rows.nbytes
     if chosen.scores:
         print(chosen.scores_in_words, file=sys.stderr)
     print(
@@ -112,10 +125,11 @@ def write_groups(
         file=sys.stderr,
     )
     clusters = cluster_rows(rows, k, args, points.weights, check_signals)
-    blocks = zip(rows.split(BLOCK), clusters.labels.split(BLOCK), strict=True)
+    centroids = clusters.centroids
+    blocks = zip(blocks_of(rows), clusters.labels.split(BLOCK), strict=True)
     squared_distances = [
-        (block_rows - clusters.centroids[block_labels]).square().sum(1)
-        for block_rows, block_labels in blocks
+        (block.to(centroids.device) - centroids[block_labels]).square().sum(1)
+        for block, block_labels in blocks
     ]
     labels = clusters.labels.cpu()
     notes = [*points.notes, *converged_or_not(clusters, args.iters)]
@@ -142,7 +156,7 @@ def write_groups(
 
 
 def cluster_rows(
-    rows: Tensor,
+    rows: Tensor | FeatureRows,
     k: int,
     args: argparse.Namespace,
     weights: Tensor | None,

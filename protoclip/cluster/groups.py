@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protoclip.common.files import path_in_table, plural, write_csv
+from protoclip.features import FeatureRows
 from protoclip.lloyd import choose_num_clusters, numbers_to_try
 
 SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
@@ -48,7 +49,9 @@ def check_k(k_text: str, n: int) -> None:
         raise ValueError(f"--k: expected auto or 2 to N = {n:,} groups, got {k_text}")
 
 
-def choose_k(k_text: str, rows: Tensor, seed: int, check_signals: Callable[[], None]) -> NumGroups:
+def choose_k(
+    k_text: str, rows: Tensor | FeatureRows, seed: int, check_signals: Callable[[], None]
+) -> NumGroups:
     """K; "auto": that with the largest mean silhouette, if it is clear, or else √(N/2)."""
     check_k(k_text, len(rows))
     if k_text != "auto":

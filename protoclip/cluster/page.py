@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from protoclip.cluster.groups import BLOCK, Groups, NumGroups, fewer_groups
-from protoclip.cluster.points import Points, short
+from protoclip.cluster.points import Points, blocks_of, float_dtype, short
 from protoclip.common.files import plural, printable
 from protoclip.data import Subset
 from protoclip.evaluate.results import Outcome
@@ -32,16 +32,16 @@ def explained(points: Points, squared: Tensor) -> str:
     """A sentence about the share of the variance that lies between the groups."""
     weights = torch.ones(len(squared)) if points.weights is None else points.weights.cpu()
     shares = (weights.double() / weights.sum())[:, None]
-    blocks = list(zip(points.rows.split(BLOCK), shares.split(BLOCK), strict=True))
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
         """The weighted mean of a function of the rows, block by block: fp64 of all is large."""
+        blocks = zip(blocks_of(points.rows), shares.split(BLOCK), strict=True)
         sums = [(share * function(rows.cpu().double())).sum(0) for rows, share in blocks]
         return torch.stack(sums).sum(0)
 
     mean = mean_of(lambda rows: rows)
     total = float(mean_of(lambda rows: (rows - mean).square()).sum())
-    rounding = ROUNDING * torch.finfo(points.rows.dtype).eps
+    rounding = ROUNDING * torch.finfo(float_dtype(points.rows)).eps
     if points.stored_dtype.kind == "f":
         rounding = max(rounding, 2 * float(np.finfo(points.stored_dtype).eps))
     if total <= rounding**2 * float(mean_of(Tensor.square).sum()):
@@ -105,7 +105,11 @@ def make_page(
             "same as another of the group."
         )
     mapped = snapshot.every(torch.arange(len(labels)), MAPPED)
-    mapped_rows = points.rows[mapped.to(points.rows.device)].cpu()
+    if isinstance(points.rows, Tensor):
+        mapped_rows = points.rows[mapped]
+    else:
+        taken = points.rows.take(mapped.numpy())
+        mapped_rows = torch.from_numpy(taken).to(float_dtype(points.rows))
     encoded = Encoded(image=mapped_rows, text=mapped_rows[:0])
     samples = snapshot.Samples(
         dataset=Subset(dataset, mapped),

@@ -6,14 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -39,12 +38,14 @@ from protoclip.features import (
     open_features,
     open_folder,
 )
+from protoclip.features.rows import UnitRows
 from protoclip.features.table import CAPTION, FILE
 from protoclip.settings.config import TABLE
 
 if TYPE_CHECKING:
     from protoclip.encode.encoders import ImageEncoder
 
+IN_MEMORY_BYTES = 256 << 20  # of rows that are loaded; k-means reads more from disk
 FEATURES = "features"  # the folder in --out that pictures are encoded into
 
 
@@ -53,7 +54,7 @@ class Points:
     """The rows to cluster, and what they are of."""
 
     dataset: PairDataset  # of length N
-    rows: Tensor  # [N, D], float32 or float64
+    rows: Tensor | FeatureRows  # [N, D]; in memory float32 or float64
     stored_dtype: np.dtype
     of: str  # what the rows are, for the page
     shown: tuple[str, ...]  # what the dataset has: images, captions or names
@@ -296,18 +297,18 @@ def read_points(source: Source, args: argparse.Namespace) -> Points:
         finite = np.setdiff1d(np.arange(len(rows)), bad)
         rows = rows.select(finite)
         chosen = chosen[finite]
-    points = load(rows)
+    stored_dtype = rows.dtype
     notes = []
     if args.normalize:
-        if zeros := int((points == 0).all(dim=1).sum()):
+        if zeros := sum(int((~block.any(dim=1)).sum()) for block in blocks_of(rows)):
             have = "row of zeros has" if zeros == 1 else "rows of zeros have"
             notes.append(f"{zeros:,} {have} no direction; --normalize does not change such rows.")
-        points = F.normalize(points, dim=1)
+        rows = UnitRows(rows)
     is_whole = len(chosen) == len(source.dataset)
     return Points(
         dataset=source.dataset if is_whole else Subset(source.dataset, chosen),
-        rows=points,
-        stored_dtype=rows.dtype,
+        rows=load(rows) if 4 * rows.shape[0] * rows.shape[1] <= IN_MEMORY_BYTES else rows,
+        stored_dtype=stored_dtype,
         of=source.of,
         shown=source.shown,
         weights=None if source.weights is None else source.weights[torch.from_numpy(chosen)],
@@ -318,12 +319,25 @@ def read_points(source: Source, args: argparse.Namespace) -> Points:
 
 def load(rows: FeatureRows) -> Tensor:
     """Rows as fp32, or as fp64 where fp32 may not hold all of their digits."""
-    fits = np.can_cast(rows.dtype, np.float32)
-    points = torch.empty(rows.shape, dtype=torch.float32 if fits else torch.float64)
+    return torch.cat([torch.empty(0, rows.shape[1], dtype=float_dtype(rows)), *blocks_of(rows)])
+
+
+def float_dtype(rows: Tensor | FeatureRows) -> torch.dtype:
+    """fp32, or fp64 where fp32 may not hold all digits of the rows."""
+    if isinstance(rows, Tensor):
+        return rows.dtype
+    return torch.float32 if np.can_cast(rows.dtype, np.float32) else torch.float64
+
+
+def blocks_of(rows: Tensor | FeatureRows) -> Iterator[Tensor]:
+    """The rows in order, ``BLOCK`` of them at once, as fp32 or fp64."""
+    dtype = float_dtype(rows)
     for start in range(0, len(rows), BLOCK):
         stop = min(len(rows), start + BLOCK)
-        points.numpy()[start:stop] = rows.rows(start, stop)
-    return points
+        if isinstance(rows, Tensor):
+            yield rows[start:stop]
+        else:
+            yield torch.from_numpy(rows.rows(start, stop)).to(dtype)
 
 
 def read_captions(path: str, count: int, data: str) -> list[str]:

@@ -182,3 +182,31 @@ class SelectedRows(FeatureRows):
         positions = np.asarray(positions, dtype=np.int64)
         self._check(positions)
         return self.source.take(self.positions[positions])
+
+
+class UnitRows(FeatureRows):
+    """The rows of others at length 1, float32, or float64 where that may lose digits; rows of zeros
+    stay zeros."""
+
+    def __init__(self, source: FeatureRows) -> None:
+        self.source = source
+        self.name = source.name
+        self.shape = source.shape
+        self.dtype = np.dtype(np.float32 if np.can_cast(source.dtype, np.float32) else np.float64)
+
+    @property
+    def keys(self) -> StringTable | None:
+        return self.source.keys
+
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        block = self._buffer(stop - start, out)
+        block[:] = self._unit(self.source.rows(start, stop))
+        return block
+
+    def take(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
+        return self._unit(self.source.take(positions))
+
+    def _unit(self, rows: np.ndarray) -> np.ndarray:
+        rows = rows.astype(self.dtype)
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / np.where(lengths == 0, 1, lengths)
