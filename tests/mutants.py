@@ -35,19 +35,22 @@ LIMIT = 3600  # seconds for the tests of a mutant
 # most first, Triton's interpreter last.
 TESTS = {
     "contrastive": (
-        *("ops", "loss_options", "contrastive", "info_nce", "backends", "default_dtype", "stash"),
-        *("autograd", "ops_compile", "contrastive_peers", "faults_fuzz_ops"),
+        *("ops", "contrastive", "info_nce", "backends", "default_dtype", "stash"),
+        *("ops_compile", "contrastive_peers", "faults_fuzz_ops"),
         *("distributed_losses", "kernels_contrastive", "kernels_info_nce"),
     ),
     "prototypes": (
-        *("ops", "prototype_cross_entropy", "loss_options", "prototype_cpu", "backends"),
-        *("default_dtype", "autograd", "ops_compile", "faults_fuzz_ops", "kernels_prototype"),
+        *("ops", "prototype_cross_entropy", "prototype_cpu", "backends"),
+        *("default_dtype", "ops_compile", "faults_fuzz_ops", "kernels_prototype"),
     ),
     "clusters": (
         *("ops", "segment_mean", "kmeans_assign", "kmeans", "backends", "kmeans_quality"),
         *("faults_fuzz_ops", "estimator"),
     ),
-    "kmeans": ("kmeans", "kmeans_quality", "estimator", "kmeans_sklearn", "distributed_losses"),
+    "kmeans": (
+        *("kmeans", "kmeans_quality", "estimator", "kmeans_on_disk", "kmeans_sklearn"),
+        "distributed_losses",
+    ),
     "ranks": ("distributed_losses", "clip_loss", "openclip_proto_loss"),
 }
 
@@ -81,17 +84,23 @@ class Mutant(NamedTuple):
             names = [name for name in names if not name.startswith("kernels_")]
         return [f"tests/test_{name}.py" for name in names]
 
+    def fits(self, tree: Path) -> bool:
+        """Whether what it changes is in the tree."""
+        path = tree / self.path
+        return path.is_file() and path.read_text().count(self.old) == 1
+
 
 PROTOTYPES = "protoclip/ops/prototypes.py"
 OPERATORS = "protoclip/ops/operators.py"
 SUMS = "protoclip/ops/sums.py"
 PAIRS = "protoclip/ops/pairs.py"
 CONTRASTIVE = "protoclip/ops/contrastive_losses.py"
-INFO_NCE = "protoclip/ops/info_nce_loss.py"
-QUERIES = "protoclip/ops/query_losses.py"
+SOFTMAX = "protoclip/ops/softmax.py"
+COLUMNS = "protoclip/ops/columns.py"
 SIGLIP = "protoclip/ops/siglip_loss.py"
-OVER_RANKS = "protoclip/losses/global_losses.py"
-LLOYD = "protoclip/lloyd/__init__.py"
+CLUSTERING = "protoclip/lloyd/clustering.py"
+LLOYD = "protoclip/lloyd/loop.py"
+SLICES = "protoclip/lloyd/slices.py"
 STARTS = "protoclip/lloyd/starts.py"
 MUTANTS = [
     # ---- the ops
@@ -127,7 +136,7 @@ MUTANTS = [
         "a half sum counts whole",
         "contrastive",
         OPERATORS,
-        "weight = 0.5 if half_sum else 1.0",
+        "weight = 0.5 if both_directions else 1.0",
         "weight = 1.0",
     ),
     Mutant(
@@ -171,15 +180,15 @@ MUTANTS = [
         "several positives: the mean moves the other way",
         "contrastive",
         SUMS,
-        "gap = gap + (positive_mean - all_mean)",
-        "gap = gap - (positive_mean - all_mean)",
+        "loss = loss_per_query + (positive_mean - all_mean)",
+        "loss = loss_per_query - (positive_mean - all_mean)",
     ),
     Mutant(
         "several positives: a query that sees no key",
         "contrastive",
         SUMS,
-        "gap = gap.where(gap != -torch.inf, 0)",
-        "gap = gap + 0",
+        "loss = loss.where(loss != -torch.inf, 0)",
+        "loss = loss + 0",
     ),
     Mutant(
         "keys that share both ids count twice",
@@ -248,8 +257,8 @@ MUTANTS = [
         "nt_xent: decoupled smoothing keeps the whole target",
         "contrastive",
         CONTRASTIVE,
-        "(1 - label_smoothing) * positives.mean",
-        "positives.mean",
+        "(1 - label_smoothing) * positive.mean",
+        "positive.mean",
     ),
     Mutant(
         "sup_con: unknown labels are a class",
@@ -261,45 +270,45 @@ MUTANTS = [
     Mutant(
         "contrastive: own negatives are dropped without other options",
         "contrastive",
-        CONTRASTIVE,
-        "fits = matching.plain and negatives is None and",
-        "fits = matching.plain and",
+        SOFTMAX,
+        "if pairs.plain and negatives is None and backend",
+        "if pairs.plain and backend",
     ),
     Mutant(
         "info_nce: smoothing looks one way",
         "contrastive",
-        INFO_NCE,
-        "spread = (spread + plain_smoothing(y, x, logit_scale, offset)) / 2",
-        "spread = spread + 0",
+        SOFTMAX,
+        "(by_row + plain_smoothing(y, x, logit_scale, 0)) / 2",
+        "by_row",
     ),
     Mutant(
         "info_nce: the reference under autocast",
         "contrastive",
-        INFO_NCE,
-        "        with without_autocast(x.device.type):",
-        "        if True:",
+        SOFTMAX,
+        "with without_autocast(x.device.type):\n            return reference.info_nce(",
+        "if True:\n            return reference.info_nce(",
         first="info_nce",
     ),
     Mutant(
         "contrastive: the mean positive has no gradient",
         "contrastive",
-        QUERIES,
-        "row_positive_mean_weight=grads.positive_mean",
-        "row_positive_mean_weight=None",
+        SOFTMAX,
+        "positive_mean_weight=grads.positive_mean",
+        "positive_mean_weight=None",
     ),
     Mutant(
         "contrastive: a query without a position has a loss by its id",
         "contrastive",
-        QUERIES,
-        "counted = counted & ~matched.left_out",
+        SOFTMAX,
+        "counted = counted & ~pairs.left_out",
         "counted = counted & True",
     ),
     Mutant(
         "contrastive: a position out of range has a finite gradient",
         "contrastive",
-        QUERIES,
-        "gap = gap * torch.ones_like(gap).masked_fill(out_of_range, torch.nan)",
-        "gap = gap.masked_fill(out_of_range, torch.nan)",
+        SOFTMAX,
+        "loss = loss * torch.ones_like(loss).masked_fill(out_of_range, torch.nan)",
+        "loss = loss.masked_fill(out_of_range, torch.nan)",
         first="contrastive",
     ),
     Mutant(
@@ -345,7 +354,6 @@ MUTANTS = [
         "protoclip/ops/dispatch.py",
         '    if in_transform():\n        return "reference"\n',
         "",
-        first="autograd",
     ),
     Mutant(
         "segment means of the reference are those of positive labels",
@@ -358,30 +366,30 @@ MUTANTS = [
     Mutant(
         "over ranks: sums of columns are added as they are",
         "ranks",
-        OVER_RANKS,
-        "columns[1:2] * torch.exp2(columns[0] - column_reference)",
-        "columns[1:2]",
+        COLUMNS,
+        "exponentials * torch.exp2(reference - top)",
+        "exponentials",
     ),
     Mutant(
         "over ranks: a mean divides by this rank's weight",
         "ranks",
-        OVER_RANKS,
-        "mean_over_ranks if is_distributed() else None,\n    )\n\n\ndef global_contrastive_p",
-        "None,\n    )\n\n\ndef global_contrastive_p",
+        SOFTMAX,
+        "return reduce_weighted(losses, counted, weights, reduction, columns)",
+        "return reduce_weighted(losses, counted, weights, reduction)",
     ),
     Mutant(
         "over ranks: the ring's ids go the other way",
         "ranks",
-        OVER_RANKS,
-        "start = (rank() + hop) % world_size() * len(y)",
-        "start = (rank() - hop) % world_size() * len(y)",
+        SIGLIP,
+        "owner = (columns.rank + hop) % columns.size",
+        "owner = (columns.rank - hop) % columns.size",
     ),
     Mutant(
         "over ranks: query i's own key is key i of rank 0",
         "ranks",
-        OVER_RANKS,
-        "key_bias=bias, offset=rank() * len(keys)",
-        "key_bias=bias, offset=0",
+        PAIRS,
+        "offset = offset + columns.first(m)",
+        "offset = offset + 0",
     ),
     # ---- k-means
     Mutant(
@@ -394,7 +402,7 @@ MUTANTS = [
     Mutant(
         "k-means: equal weights count as 1",
         "kmeans",
-        LLOYD,
+        CLUSTERING,
         "rows.weight = float(first)",
         "rows.weight = 1.0",
     ),
@@ -408,9 +416,9 @@ MUTANTS = [
     Mutant(
         "k-means: the variance over ranks is that within them",
         "kmeans",
-        LLOYD,
-        "rows.sum((variance + apart) * len(points))",
-        "rows.sum(variance * len(points))",
+        SLICES,
+        "rows.sum(self.spread + apart)",
+        "rows.sum(self.spread)",
     ),
     Mutant(
         "k-means: the smaller half of a split cluster grows too",
@@ -567,13 +575,13 @@ class Outcome(NamedTuple):
 
 
 def outcome(mutant: Mutant, tree: Path, cache: Path) -> Outcome:
-    path = tree / mutant.path
-    if not path.exists() or path.read_text().count(mutant.old) != 1:
+    if not mutant.fits(tree):
         return Outcome("not once in its file")
+    path = tree / mutant.path
     original = path.read_text()
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        return run(tree, cache, [name for name in mutant.tests() if (tree / name).exists()])
+        return run(tree, cache, mutant.tests())
     finally:
         path.write_text(original)
 

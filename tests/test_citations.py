@@ -1,4 +1,4 @@
-"""Files and sections that code and pages cite are there."""
+"""Files and sections that code and pages cite are there, and the code that mutants change."""
 
 import ast
 import io
@@ -7,6 +7,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 from test_house import ROOMS
 
 ROOT = Path(__file__).parent.parent
@@ -111,3 +112,11 @@ def test_the_page_on_design_has_the_modules_in_order():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     table = page.partition("| Module |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ROOMS
+
+
+def test_what_each_mutant_changes_is_there():
+    """``make mutants`` takes hours: code that moves would lose its mutants until the next run."""
+    assert [mutant.name for mutant in MUTANTS if not mutant.fits(ROOT)] == []
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)  # the table's rows are by name
+    files = {file for mutant in MUTANTS for file in mutant.tests()}
+    assert [file for file in files if not (ROOT / file).is_file()] == []
