@@ -118,7 +118,6 @@ def test_a_file_may_name_settings_by_their_flags(tmp_path: Path, flag: str) -> N
 
 COMMANDS = {
     "evaluate": ["protoclip-tiny", "--pretrained", "random", "--data", "builtin:none"],
-    "teacher": ["--data", "builtin:none"],
     "report": ["run"],
     "export": ["weights.pt"],
 }

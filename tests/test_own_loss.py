@@ -335,7 +335,7 @@ def train_on_rank(folder: Path) -> tuple[int, int]:
         ({"epcohs": 3}, TypeError, "epcohs: no such setting; did you mean epochs[?]"),
         ({"w_cilp": 0.5}, TypeError, "did you mean w_clip[?]"),
         ({"data": "x.csv"}, TypeError, "data: no such setting; did you mean train_data[?]"),
-        ({"learning_rate": 1}, TypeError, "learning_rate: the flag is --lr"),
+        ({"learning_rate": 1}, TypeError, "no such setting; did you mean lr[?]"),
         ({"xyzzy": 3}, TypeError, "protoclip train --help-all lists them"),
         ({"print_config": True}, TypeError, "print_config: no such setting"),
         ({"epochs": "many"}, ValueError, "--epochs: invalid float value: 'many'"),

@@ -30,7 +30,7 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("importlib.import_module", interrupted)
-    assert main(["teacher", "--out", "y"]) == 130
+    assert main(["encode", "--out", "y"]) == 130
     assert capsys.readouterr().err == "protoclip: interrupted\n"
 
 

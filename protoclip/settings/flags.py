@@ -39,13 +39,13 @@ from protoclip.settings.config import (
 PRESET_FLAGS = ("--preset", "--config", "--paper")
 PURE_PRECISIONS = ("bf16", "fp16", "pure_bf16", "pure_fp16")  # OpenCLIP's, with 16-bit weights
 
-EVALUATE = "evaluate the run afterwards: protoclip evaluate RUN --data DIR"
-# Removed flags and common wrong names, each with what to do instead.
-RETIRED = {
-    "--learning-rate": "the flag is --lr",
-    "--weight-decay": "the flag is --wd",
-    "--num-clusters": "the flag is --k",
-    **dict.fromkeys(("--imagenet-val", "--imagenet-v2", "--zeroshot-frequency"), EVALUATE),
+DATA_NAMES = ("--data", "--dataset", "--data-path", "--csv", "--images", "--folder")
+# What else people call a flag -> its name.
+SYNONYMS = {
+    "--learning-rate": "--lr",
+    "--weight-decay": "--wd",
+    "--num-clusters": "--k",
+    **dict.fromkeys(DATA_NAMES, "--train-data"),
 }
 # What --help shows for the value of a flag, where TEXT would not say enough.
 METAVARS = {
@@ -63,7 +63,6 @@ METAVARS = {
     "--resume": "DIR|FILE",
     "--run": "DIR|FILE",
 }
-DATA_NAMES = ("--data", "--dataset", "--data-path", "--csv", "--images", "--folder")
 # Flags of OpenCLIP's trainer that are accepted and change nothing: arguments, and the reason.
 NEEDLESS: dict[str, tuple[dict[str, Any], str]] = {
     "--local-loss": ({"action": "store_true"}, "the loss is exact over all processes"),
@@ -90,8 +89,8 @@ def open_clips_help() -> str:
 def refusal(flag: str, flags: Collection[str]) -> str:
     """One line: why a command, which has ``flags``, lacks this one, and what to do."""
     name = flag.partition("=")[0]
-    if name in RETIRED:
-        return f"{name}: {RETIRED[name]}"
+    if SYNONYMS.get(name) in flags:
+        return f"{name}: the flag is {SYNONYMS[name]}"
     if "--train-data" in flags and name in open_clips_help().split():
         return f"{name}: a flag of OpenCLIP's trainer; use protoclip openclip"
     names = [option.removeprefix("--") for option in flags]
@@ -156,12 +155,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _name_the_data(self, flag: str) -> None:
-        """End with the right way to name the data, if ``flag`` is a guess at it."""
-        if flag not in DATA_NAMES:
-            return
-        if "--train-data" in self._option_string_actions:
-            self.error(f"{flag}: the flag is --train-data")
-        for action in self._actions:
+        """End with the name of the data, if it has no flag and ``flag`` is a guess at one."""
+        for action in self._actions if flag in DATA_NAMES else ():
             if not action.option_strings:
                 self.error(
                     f"{flag}: no such flag; {action.metavar} has none: {self.prog} {action.metavar}"
@@ -329,9 +324,9 @@ def words_of(parser: Parser, keywords: Mapping[str, Any]) -> list[str]:
 
 
 def _no_such_keyword(name: str, flag: str, flags: Sequence[str]) -> str:
-    if flag in RETIRED:
-        return f"{name}: {RETIRED[flag]}"
-    near = ["--train-data"] if flag in DATA_NAMES else difflib.get_close_matches(flag, flags, n=1)
+    near = difflib.get_close_matches(flag, flags, n=1)
+    if flag in SYNONYMS:
+        near = [SYNONYMS[flag]]
     if near:
         return f"{name}: no such setting; did you mean {near[0][2:].replace('-', '_')}?"
     return f"{name}: no such setting; protoclip train --help-all lists them, as flags"
