@@ -23,7 +23,7 @@ from torch import Tensor
 import protoclip
 from protoclip import contrastive, contrastive_parts, distributed
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
-from protoclip.losses import similarity_distillation
+from protoclip.losses.objective import similarity_distillation
 from protoclip.model import Encoded
 from protoclip.ops import sigmoid_loss
 

@@ -18,7 +18,6 @@ FILE = "file"  # that holds the picture: a path or URL; "" if there is none
 STATE = "state"  # of that file when the row was encoded
 CAPTION = "caption"
 LABEL = "label:"  # before the name of a classification; its column has the row's class or ""
-COLUMNS = (KEY, FILE, STATE, CAPTION)
 # What clip-retrieval's tables call them; the first that a table has.
 CLIP_RETRIEVAL = {KEY: ("key", "image_path"), FILE: ("image_path",), CAPTION: ("caption",)}
 FORMULA = "=+-@'"  # a cell that begins so gets a ' before it, or spreadsheets would compute it

@@ -4,7 +4,6 @@ None of them forms a matrix of logits. ``protoclip.ops`` computes them, over ran
 """
 
 from protoclip.losses.drop_in import (
-    DIST_IMPLS,
     ClipLoss,
     CoCaLoss,
     DistillClipLoss,
@@ -18,12 +17,9 @@ from protoclip.losses.objective import (
     Term,
     TermInputs,
     caption_ids,
-    similarity_distillation,
 )
-from protoclip.losses.prototypes import PrototypeTerm, hit_rate, prototype_term
 
 __all__ = [
-    "DIST_IMPLS",
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
@@ -31,12 +27,8 @@ __all__ = [
     "OwnTerms",
     "ProtoClipLoss",
     "ProtoLoss",
-    "PrototypeTerm",
     "SigLipLoss",
     "Term",
     "TermInputs",
     "caption_ids",
-    "hit_rate",
-    "prototype_term",
-    "similarity_distillation",
 ]
