@@ -42,7 +42,7 @@ wanted() { [[ $steps == *" $1 "* ]]; }
 tests=(tests/test_package.py tests/test_backends.py
   tests/test_kernels_hot_paths.py tests/test_kernels_info_nce.py tests/test_kernels_contrastive.py
   tests/test_kernels_prototype.py tests/test_prototype_cross_entropy.py)
-last_tests=(tests/test_segment_mean.py tests/test_kmeans_assign.py tests/test_cuda_gpu.py)
+last_tests=(tests/test_segment_mean.py tests/test_kmeans_assign.py tests/test_cuda_gpu.py tests/test_ops.py)
 # The library's halves are built by two processes, before any test waits for them.
 build='import sys, torch; from protoclip.ops import native as n; why = n.why_not(sys.argv[1])
 print(sys.argv[1], why); sys.exit(why is not None and torch.cuda.is_available())'
@@ -81,7 +81,7 @@ if wanted tests; then
   done
   wait
   for file in "${last_tests[@]}"; do
-    step "tests-$(basename "$file" .py)" 40 "$python" -m pytest -v -rs --bare "$file"
+    step "tests-$(basename "$file" .py)" 200 "$python" -m pytest -v -rs --bare "$file"
   done
 fi
 wanted kernels && step kernels 90 "$python" -m benchmarks.gpu --seconds 45
