@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize versions dist-check faults bench bench-full peers docs pictures kernels mutants ptx ptx-mutants gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize mutants versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 

@@ -45,16 +45,16 @@ def test_ci_installs_as_the_readme_says_and_runs_its_test_command(tmp_path):
     assert [call for call in calls if call.startswith("pip")][1].endswith("-e .[dev]")
 
 
-@pytest.mark.parametrize("number", range(1, 11))
+@pytest.mark.parametrize("number", range(1, 12))
 def test_ci_stops_where_anything_fails(tmp_path, number):
-    """Of ten: two of apt-get, the environment, four of pip, lint and docs, tests, parity."""
+    """Of eleven: two of apt-get, the environment, five of pip, lint and docs, tests, parity."""
     code, calls = calls_of_ci(tmp_path, fails_at=number)
     assert code != 0 and len(calls) == number
 
 
 def test_ci_without_root_installs_no_system_packages(tmp_path):
     code, calls = calls_of_ci(tmp_path, root=False)
-    assert code == 0 and len(calls) == 8 and calls[0].startswith("python3 -m venv")
+    assert code == 0 and len(calls) == 9 and calls[0].startswith("python3 -m venv")
 
 
 def test_the_workflow_only_calls_ci():
