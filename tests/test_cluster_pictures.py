@@ -674,7 +674,7 @@ def test_two_different_points_are_two_groups() -> None:
         (torch.randn(50), "points"),
         (
             torch.randn(50, 2).index_fill_(0, torch.tensor(3), math.nan),
-            "1 rows with NaN or inf; the first is row 3",
+            "1 rows with NaN or inf in a sample of 50; the first is row 3",
         ),
     ],
     ids=["too few", "all equal", "no matrix", "NaN"],
