@@ -26,7 +26,7 @@ HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictu
   protoclip compare --train-data PAIRS    does ProtoCLIP help on your data?
   protoclip report logs/A logs/B          show runs next to each other on a page
   protoclip evaluate logs/RUN             evaluate a run, or any CLIP
-  protoclip encode photos/ --out DIR      store features of pictures and captions
+  protoclip encode photos/ --out DIR      store features of pictures, captions
   protoclip cluster photos/ --k 50        group a folder of pictures
   protoclip curate features/ --levels 1000,100 --target 5000
                                           choose a balanced subset of features

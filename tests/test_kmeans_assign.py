@@ -270,7 +270,7 @@ def test_codes_of_the_points_that_are_used_again_change_no_bit(
 
 
 @native
-@pytest.mark.parametrize("n, k, d", [(300, 49, 128), (130, 97, 7), (900, 1030, 40), (90, 9, 5)])
+@pytest.mark.parametrize("n, k, d", [(300, 49, 128), (130, 97, 7), (1100, 1030, 40), (90, 9, 5)])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_centroids_that_are_prepared_for_blocks_change_no_bit(
     kind: Kind, n: int, k: int, d: int
