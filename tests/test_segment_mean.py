@@ -193,7 +193,7 @@ def test_the_derivative_of_segment_means_is_the_mean_of_the_tangents() -> None:
 def test_sums_of_blocks_have_the_bits_of_all_rows(
     sizes: list[int], k: int, d: int, dtype: torch.dtype
 ) -> None:
-    """A segment's open piece of 256 rows goes on in the next block."""
+    """A segment's open piece of 256 rows continues in the next block."""
     torch.manual_seed(0)
     n = sum(sizes)
     values = torch.randn(n, d, dtype=dtype) + 3

@@ -291,7 +291,7 @@ def segment_mean(
 @dataclass(frozen=True)
 class SegmentSums:
     """Sums of the rows of each segment that are added block by block; their means have the bits of
-    ``segment_mean`` of all rows on a CPU. C++ adds 256 rows of a segment in fp32, then goes on in
+    ``segment_mean`` of all rows on a CPU. C++ adds 256 rows of a segment in fp32, then continues in
     fp64, so a segment's open piece is carried from block to block."""
 
     backend: str  # a row of the table
