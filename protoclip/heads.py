@@ -145,8 +145,18 @@ def load_heads(folder: str | os.PathLike[str]) -> Heads:
         ValueError: the folder lacks a file, or they do not fit together.
 
     Example:
-        heads = protoclip.load_heads("my-heads")
-        similarity = heads.encode_text(texts, normalize=True) @ heads.encode_image(images).T
+        >>> import json, os, tempfile
+        >>> from safetensors.torch import save_file
+        >>> folder = tempfile.mkdtemp()  # stands for what protoclip export RUN --out DIR writes
+        >>> heads = protoclip.heads.Heads(image_width=768, text_width=384, embed_dim=256)
+        >>> with open(os.path.join(folder, "heads.json"), "w") as file:
+        ...     json.dump(heads.settings, file)
+        >>> save_file(heads.state_dict(), os.path.join(folder, "heads.safetensors"))
+        >>> heads = protoclip.load_heads(folder)
+        >>> images = heads.encode_image(torch.randn(4, 768), normalize=True)
+        >>> texts = heads.encode_text(torch.randn(9, 384), normalize=True)
+        >>> (images @ texts.T).shape
+        torch.Size([4, 9])
     """
     from safetensors.torch import load_file
 

@@ -149,7 +149,7 @@ class ExactLoss:
                 episode.labels_of(index),
                 episode.sets,
                 proto_logit_scale,
-                over_ranks=distributed.is_distributed(),
+                group=dist.group.WORLD,
             )
             total = total + term.loss
         return Losses(total, {}, {})
