@@ -147,7 +147,7 @@ def load_heads(folder: str | os.PathLike[str]) -> Heads:
     Example:
         >>> import json, os, tempfile
         >>> from safetensors.torch import save_file
-        >>> folder = tempfile.mkdtemp()  # stands for what protoclip export RUN --out DIR writes
+        >>> folder = tempfile.mkdtemp()  # like what protoclip export RUN --out DIR writes
         >>> heads = protoclip.heads.Heads(image_width=768, text_width=384, embed_dim=256)
         >>> with open(os.path.join(folder, "heads.json"), "w") as file:
         ...     json.dump(heads.settings, file)
