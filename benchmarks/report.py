@@ -224,16 +224,16 @@ def _slower(groups: Iterable[list[Row]]) -> str:
 
 
 def lost_comparisons(record: Record) -> str:
-    """Each comparison of a record whose peer took less time than ours, by the median, as a table
+    """Each case of a record in which a peer took less time than we did, by the median, as a table
     under the name of the machine."""
-    rows = [
-        [f"`{label(row)}` {sizes(row)} {row['dtype']}", row["variant"], f"{row['ratio']:.2f}"]
-        for group in cases(record["rows"])
-        for row in _compared(group)
-        if row["ratio"] < 1
-    ]
+    rows = []
+    for group in cases(record["rows"]):
+        faster = [row for row in _compared(group) if row["ratio"] < 1]
+        if faster:
+            case = f"`{label(faster[0])}` {sizes(faster[0])} {faster[0]['dtype']}"
+            rows.append([case, "; ".join(f"{r['variant']}: {r['ratio']:.2f}" for r in faster)])
     run = record["runs"][-1]
-    head = ["Case", "Peer", "Its median time as a share of ours"]
+    head = ["Case", "Faster peers: their median time as a share of ours"]
     return f"{run['machine']}, {run['date'][:10]}:\n\n{table(head, rows)}\n"
 
 
