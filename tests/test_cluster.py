@@ -212,6 +212,7 @@ def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFi
 
 def test_the_page_of_features_has_the_words_of_each_group_and_a_map(features: FeatureFile) -> None:
     page = read_page(cluster_features(features, "a", "--k", "12") / "report.html")
+    assert page.one("meta", name="generator").attributes["content"] == "protoclip cluster"
     cards = json.loads(page.section("prototypes").one("script").source)
     assert sorted(card["words"] for card in cards) == sorted(ANIMALS)
     assert "map" in page.sections and "curves" not in page.sections
@@ -261,7 +262,7 @@ def test_rows_keep_the_digits_of_their_file(tmp_path: Path, ending: str, k: str)
     groups = torch.tensor([int(line["cluster"]) for line in table(out)])
     assert purity(groups, kinds) == 1 and len(groups.unique()) == 3
     page = read_page(out / "report.html")
-    assert "map" in page.sections and "account for 100%" in page.section("summary").text
+    assert "map" in page.sections and "account for 100 %" in page.section("summary").text
     assert max(float(line["squared_distance"]) for line in table(out)) < 10
 
 

@@ -317,7 +317,7 @@ def test_the_share_of_the_variance(tmp_path: Path, out: Path, weighted: bool) ->
     share = 1 - within / ((rows - mean).square().sum(1) @ weights)
     assert 0.5 < share < 1
     summary = read_page(out / "report.html").section("summary").text
-    assert f"account for {share:.0%} of the variance" in summary
+    assert f"account for {100 * share:.0f} % of the variance" in summary
 
 
 def test_the_page_lists_every_member_from_the_nearest_on(photos: Path, out: Path) -> None:
@@ -340,6 +340,12 @@ def group_cards(page: Element) -> list[dict[str, Any]]:
     script = page.section("prototypes").one("script", type="application/json")
     cards: list[dict[str, Any]] = json.loads(script.source)
     return cards
+
+
+def nearest_files(table: Path) -> dict[int, str]:
+    """The file nearest to each group's centroid, without folders, by the group's number."""
+    rows = [row for row in rows_of(table) if row["rank"] == "1"]
+    return {int(row["cluster"]): Path(row["file"]).name for row in rows}
 
 
 def two_kinds(names: Sequence[str]) -> np.ndarray:
@@ -378,7 +384,7 @@ def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) 
             ["trips/1", "trips/2", "scans", "cats", "dogs"],
             ["trips #0", "trips #1", "scans", "cats", "dogs"],
         ),
-        (["trips/1", "trips/2", "scans"], ["group 0", "group 1", "scans"]),  # most have "trips"
+        (["trips/1", "trips/2", "scans"], ["like", "like", "scans"]),  # most have "trips"
         (["all/trips", "all/scans", "all/dogs"], ["trips", "scans", "dogs"]),
     ],
 )  # fmt: skip
@@ -396,24 +402,42 @@ def test_the_name_of_a_group_tells_it_from_the_others(
     map_data = json.loads(page.section("map").one("script", type="application/json").source)
     names = map_data["by"]["cluster (k-means)"]["names"]
     group_of = {row["file"]: int(row["cluster"]) for row in rows_of(out / "clusters.csv")}
+    nearest = nearest_files(out / "clusters.csv")
     found = {kind: group_of[key] for key, kind in zip(keys, kinds, strict=True)}
     for kind, name in enumerate(expected):
         # A number in a name is the group's, whichever it became.
         number = found[kind]
-        words = name.replace(f"#{kind}", f"#{number}").replace(f"group {kind}", f"group {number}")
-        assert names[number] == words
+        words = f"like {nearest[number]}" if name == "like" else name
+        assert names[number] == words.replace(f"#{kind}", f"#{number}")
     titles = {card["cluster"]: card["words"] for card in group_cards(page)}
     assert all(titles[group] in (name, "") for group, name in enumerate(names))
 
 
-def test_groups_without_words_are_numbers(photos: Path, out: Path) -> None:
+def test_groups_without_words_are_called_after_their_most_typical_file(
+    photos: Path, out: Path
+) -> None:
     for number in range(20):
         draw(photos / f"DSC_{number:04}.png", number)
     flags = known_features(photos)
     assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
     page = read_page(out / "report.html")
     assert [card["words"] for card in group_cards(page)] == ["", ""]
-    assert "the words that distinguish" not in page.section("prototypes").text
+    nearest = nearest_files(out / "clusters.csv")
+    for card in group_cards(page):
+        assert card["like"] == f"like {nearest[card['cluster']]}"
+    text = page.section("prototypes").text
+    assert "the words that distinguish" not in text and "is called after the nearest" in text
+
+
+def test_groups_of_rows_without_keys_are_called_after_their_most_typical_row(
+    tmp_path: Path, out: Path
+) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 3)))
+    assert cluster([str(tmp_path / "x.npy"), "--k", "2", "--out", str(out)]) == 0
+    page = read_page(out / "report.html")
+    nearest = nearest_files(out / "clusters.csv")
+    rows = {f"like row {int(position):,}" for position in nearest.values()}
+    assert {card["like"] for card in group_cards(page)} == rows
 
 
 def test_near_duplicates_are_marked_and_others_are_not(photos: Path, out: Path) -> None:

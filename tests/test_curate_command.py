@@ -99,7 +99,9 @@ def test_keys_files_and_pictures_of_a_folder(folder: Path, tmp_path: Path) -> No
     assert list(keys) == [f"=key {i}" for i in positions(out)]
     files = [row["file"] for row in table(out)]
     assert [bool(file) for file in files] == [i % 2 == 0 for i in positions(out)]
-    groups = read_page(out / "report.html").section("prototypes")
+    page = read_page(out / "report.html")
+    assert page.one("meta", name="generator").attributes["content"] == "protoclip curate"
+    groups = page.section("prototypes")
     cards = json.loads(groups.one("script", type="application/json").source)
     assert sorted(card["samples"] for card in cards) == sorted(SIZES)
     assert {card["class"] for card in cards} == {"20 chosen"}

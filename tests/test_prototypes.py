@@ -218,7 +218,7 @@ class TestCollapse:
         ("change", "words"),
         [
             ({}, ""),  # captions that repeat are alike
-            ({"image_largest_share": 0.3}, "one image cluster holds 30% of the samples"),
+            ({"image_largest_share": 0.3}, "one image cluster holds 30 % of the samples"),
             ({"image_largest_share": 0.3, "image_clusters": 10.0}, ""),  # 5 / K is 50 %
             ({"image_inertia": 0.01}, ""),  # compact clusters that the model tells apart
             ({"image_inertia": 0.01, "image_proto_accuracy": 0.95}, "fell from 0.3 to 0.01"),

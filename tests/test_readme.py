@@ -213,6 +213,22 @@ def test_no_dialect(text):
     assert found == {}
 
 
+@pytest.mark.parametrize("text", sorted(WORDS))
+def test_one_style_of_per_cent(text):
+    """5 %, as most pages have it; format specifications of code would write 5%."""
+    assert re.findall(r".*\d%.*", FENCED.sub("", WORDS[text])) == []
+
+
+def test_no_code_writes_another_style_of_per_cent():
+    files = [
+        path
+        for folder in ("protoclip", "kernels")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".j2")
+    ]
+    assert [path.name for path in files if re.search(r":[.,\d]*%\}", path.read_text())] == []
+
+
 def test_readme_says_which_backends_an_op_has():
     lines = [line for line in PAGES["README.md"].splitlines() if line.startswith("| `")]
     rows = [cells for line in lines if len(cells := line.split("|")[1:-1]) == 5]

@@ -752,7 +752,7 @@ def test_a_collapse_of_the_prototypes_is_said_on_the_page(
         for line in lines:
             file.write("\n" + json.dumps(line))
     page = read_page(write_report([copy]))
-    sentence = "step 950: the image prototypes are collapsing: one image cluster holds 40%"
+    sentence = "step 950: the image prototypes are collapsing: one image cluster holds 40 %"
     assert (sentence in page.text) == collapsed
 
 

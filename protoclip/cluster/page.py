@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protoclip.cluster.groups import BLOCK, Groups, NumGroups, fewer_groups
 from protoclip.cluster.points import Points, blocks_of, float_dtype, short
-from protoclip.common.files import plural, printable
+from protoclip.common.files import in_percent, plural, printable
 from protoclip.data import Subset
 from protoclip.evaluate.results import Outcome
 from protoclip.model import Encoded
@@ -47,7 +47,8 @@ def explained(points: Points, squared: Tensor) -> str:
     if total <= rounding**2 * float(mean_of(Tensor.square).sum()):
         return "The rows are equal up to rounding, so there is no variance to account for."
     within = float((shares[:, 0] * squared.double()).sum())
-    return f"The groups account for {max(0.0, 1 - within / total):.0%} of the variance."
+    share = max(0.0, 1 - within / total)
+    return f"The groups account for {in_percent(share)} of the variance."
 
 
 def make_page(
@@ -120,10 +121,9 @@ def make_page(
     map_data = snapshot.map_data(
         samples, thumbs if "images" in points.shown else None, reads=len(mapped) <= FACES
     )
-    has_words = any(card["words"] for card in block["cards"])
-    if map_data and has_words and len(groups.ends) <= NAMED_GROUPS:
-        words = {card["cluster"]: card["words"] for card in block["cards"]}
-        names = [words.get(group) or f"group {group}" for group in range(len(groups.ends))]
+    if map_data and len(groups.ends) <= NAMED_GROUPS:
+        titles = {card["cluster"]: card["words"] or card.get("like") for card in block["cards"]}
+        names = [titles.get(group) or f"group {group}" for group in range(len(groups.ends))]
         map_data["by"]["cluster (k-means)"]["names"] = names
     page_content = snapshot.Snapshot(
         pictures=thumbs.made,
@@ -133,5 +133,5 @@ def make_page(
     )
     name = short(dataset.name)
     outcome = Outcome(dataset.name, "", "", {}, seconds=seconds)
-    html = page.render([page.Run(name, None, {}, outcome, snapshot=page_content)], text)
-    return html, duplicates
+    runs = [page.Run(name, None, {}, outcome, snapshot=page_content)]
+    return page.render(runs, text, command="cluster"), duplicates

@@ -252,6 +252,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def in_percent(share: float, digits: int = 0) -> str:
+    """ "5 %"."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def mebibytes(size: float) -> str:
     """ "1.5 MiB", "2.50 GiB"."""
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

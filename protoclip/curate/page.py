@@ -13,7 +13,7 @@ from torch import Tensor
 from protoclip.cluster.groups import BLOCK
 from protoclip.cluster.page import SHEET, THUMB
 from protoclip.cluster.points import short
-from protoclip.common.files import plural
+from protoclip.common.files import in_percent, plural
 from protoclip.curate.hierarchy import Hierarchy, open_points
 from protoclip.curate.source import RowPictures, Source
 from protoclip.evaluate.results import Outcome
@@ -67,7 +67,8 @@ def make_page(
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
     outcome = Outcome(source.all_rows.name, "", "", {}, seconds=seconds)
-    return page.render([page.Run(name, None, {}, outcome, snapshot=content)], text)
+    runs = [page.Run(name, None, {}, outcome, snapshot=content)]
+    return page.render(runs, text, command="curate")
 
 
 def share_sentence(counts: Tensor, subject: str) -> str:
@@ -76,7 +77,7 @@ def share_sentence(counts: Tensor, subject: str) -> str:
     effective = float(torch.special.entr(shares).sum().exp())
     return (
         f"{subject} are spread like equal shares of {effective:,.1f} clusters (the exponential of "
-        f"the entropy), and the largest cluster has {float(shares.max()):.1%} of them."
+        f"the entropy), and the largest cluster has {in_percent(float(shares.max()), 1)} of them."
     )
 
 

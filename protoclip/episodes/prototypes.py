@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.common.files import in_percent
 from protoclip.distributed import (
     Group,
     broadcast,
@@ -498,7 +499,7 @@ def collapse(metrics: Mapping[str, float], first_inertia: float) -> str:
     accuracy = metrics.get("image_proto_accuracy", math.nan)
     share = metrics["image_largest_share"]
     if share > max(LARGEST_SHARE, 5 / clusters):
-        sign = f"one image cluster holds {share:.0%} of the samples"
+        sign = f"one image cluster holds {in_percent(share)} of the samples"
     elif inertia < first_inertia / 10 and (accuracy > 0.9 or accuracy < 2 / clusters):
         sign = (
             f"the inertia within image clusters fell from {first_inertia:.3g} to {inertia:.3g} and "

@@ -16,10 +16,10 @@ function gallery(box) {
   const end = make("div", { className: "tools" });
   let shown = 0;
   const card = one => {
-    const name = "#" + one.cluster, items = one.images ?? [], alike = one.duplicates ?? {};
+    const number = "#" + one.cluster, name = one.words || one.like || number, items = one.images ?? [], alike = one.duplicates ?? {};
     const head = make("p"), row = make("div", { className: "thumbs" }), words = make("ul");
     const facts = [count(one.samples, box.dataset.unit), one.class];
-    if (one.words) facts.unshift(name);
+    if (name !== number) facts.unshift(number);
     const copies = Object.keys(alike).length;
     if (copies) facts.push(count(copies, "near-duplicate"));
     head.append(make("span", { textContent: facts.filter(Boolean).join(" · ") }));
@@ -34,7 +34,7 @@ function gallery(box) {
     row.append(...items.slice(0, FEW).map(tile));
     words.append(...[...new Set(one.captions ?? one.names ?? [])].map(text => make("li", { textContent: text })));
     const whole = make("div", { className: "proto" });
-    whole.append(make("h3", { textContent: one.words || name }), head, row);
+    whole.append(make("h3", { textContent: name }), head, row);
     if (words.children.length) whole.append(make("small", { textContent: `${one.captions ? "Captions" : "Rows"} nearest to the mean:` }), words);
     if (one.members) {  // all pictures and names, written when they are asked for: there may be very many
       const all = make("button"), names = make("pre"), rest = one.members.slice(items.length);
@@ -42,7 +42,7 @@ function gallery(box) {
         whole.classList.toggle("open", open);
         all.textContent = open ? "show fewer" : items.length ? "show all" : "all names";
         all.setAttribute("aria-expanded", open);
-        all.setAttribute("aria-label", `${all.textContent} of ${one.words || name}`);
+        all.setAttribute("aria-label", `${all.textContent} of ${name}`);
         row.replaceChildren(...items.slice(0, open ? items.length : FEW).map(tile));
         names.textContent = rest.map((text, i) => {
           const same = alike[i + items.length];

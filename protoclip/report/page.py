@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from protoclip.common.files import plural, short_name, write_atomic
+from protoclip.common.files import in_percent, plural, short_name, write_atomic
 from protoclip.common.paths import output_file
 from protoclip.episodes.prototypes import Watch
 from protoclip.evaluate import results
@@ -427,6 +427,7 @@ def environment() -> jinja2.Environment:
     environment.filters.update(
         number=lambda value, sign="": number(value, sign).replace("-", "−"),
         plural=plural,
+        percent=in_percent,
         as_html=as_html,
         source=lambda name: SHOWN_AS.get(name, name),
         chart=figures.chart_svg,
@@ -440,8 +441,13 @@ def environment() -> jinja2.Environment:
     return environment
 
 
-def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
-    """Render the page; ``opening``: its first paragraphs if no run was trained."""
+def render(runs: Sequence[Run], opening: Sequence[str] = (), command: str = "report") -> str:
+    """Render the page.
+
+    Args:
+        opening: its first paragraphs if no run was trained.
+        command: of protoclip, which makes the page.
+    """
     baseline = find_baseline(runs)
     columns = sorted(runs, key=lambda run: run is not baseline)  # the baseline is the first
     # Without prototypes nothing uses their scale.
@@ -484,6 +490,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = ()) -> str:
         environment()
         .get_template("page.html.j2")
         .render(
+            command=command,
             title=title if title.startswith("protoclip") else f"protoclip: {title}",
             answers=answers,
             terms=terms,

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from protoclip.common.files import plural, printable, write_atomic
+from protoclip.common.files import in_percent, plural, printable, write_atomic
 from protoclip.common.seeds import evenly_spaced
 from protoclip.data import Labels, PairDataset, Subset
 from protoclip.episodes.prototypes import purity
@@ -315,9 +315,12 @@ def cluster_block(
             ids = classes_of[cluster]
             times = torch.bincount(ids[ids >= 0], minlength=1)
             if (share := int(times.max()) / len(ids)) >= MOSTLY:
-                card["class"] = f"{share:.0%} are {classes.names[int(times.argmax())]}"
+                card["class"] = f"{in_percent(share)} are {classes.names[int(times.argmax())]}"
         for shown, rows in ranked.items():
             card[shown] = [show[shown](i) for i in rows[members][: most[shown]].tolist()]
+        if not (card["words"] or "captions" in near) and counts[cluster]:
+            nearest = next(iter(ranked.values()))[members][0]
+            card["like"] = f"like {name_of_key(dataset.keys[nearest])}"
         cards.append(card)
     purity_by_label: dict[str, float] = {}
     for name, labels_of_name in all_labels.items():
@@ -367,6 +370,11 @@ def words_of_path(path: str) -> str:
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", os.path.splitext(path)[0])
     words = re.findall(r"[^\W\d_]{2,}", apart)
     return " ".join(word for word in words if word.lower() not in CAMERA)
+
+
+def name_of_key(key: str) -> str:
+    """What a sample is called: its file without folders, or "row 1,234"."""
+    return f"row {int(key):,}" if key.isdecimal() else printable(os.path.basename(key))
 
 
 def words_of_clusters(
