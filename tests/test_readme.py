@@ -53,8 +53,8 @@ RECORDS = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results"
 SHOWN = [use for text in PAGES.values() for use in shown(text)]
 
 
-# Whole programs: test_own_loop, test_own_loss, test_compare.
-RUN_ELSEWHERE = {"docs/own-loop.md", "docs/own-loss.md", "docs/compare.md"}
+# Whole programs, and models to download: test_own_loop, test_own_loss, test_compare, test_heads.
+RUN_ELSEWHERE = {"docs/own-loop.md", "docs/own-loss.md", "docs/compare.md", "docs/frozen.md"}
 SNIPPETS = [name for name, text in PAGES.items() if "```python" in text]
 
 
