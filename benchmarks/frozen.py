@@ -55,6 +55,8 @@ ROWS = {  # the first is the baseline
     "a teacher's prototypes, weight 3": f"{TEACHER} 3",
     "internal prototypes": "--external-teacher none --k 300",
 }
+FEWER = ("CLIP", "SigLIP", "a teacher's prototypes, weight 1")
+ROWS_OF = {"icons": tuple(ROWS), "openclipart": FEWER}
 MOST = 10  # drawings of one name in Open Clip Art: 1,375 are stars
 # Photographs of scikit-image and scikit-learn, and what they show.
 PHOTOGRAPHS = {
@@ -237,29 +239,28 @@ def encode(drawings: Sequence[Drawing], work: Path) -> None:
         write_csv_table(work / part / "metadata" / "metadata_0.csv", columns)
 
 
-def compare(work: Path, seeds: str) -> None:
+def compare(data: str, work: Path, seeds: str) -> None:
     """Train the rows over seeds, at equal steps."""
-    data = ["--train-data", work / "train", "--val-data", work / "judged"]
-    data += ["--class-features", work / "classes", *FLAGS.split()]
-    for name, flags in ROWS.items():
-        data += ["--row", f"{name}: {flags.format(train=work / 'train')}"]
+    words = ["--train-data", work / "train", "--val-data", work / "judged"]
+    words += ["--class-features", work / "classes", *FLAGS.split()]
+    for name in ROWS_OF[data]:
+        words += ["--row", f"{name}: {ROWS[name].format(train=work / 'train')}"]
     out = work / "compare"
-    protoclip("compare", *data, "--equal-steps", "--seeds", seeds, "--out", out)
+    protoclip("compare", *words, "--equal-steps", "--seeds", seeds, "--out", out)
 
 
 def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]:
     """The scores of every run, and what the table says of the data."""
     comparison = read_record(work / "compare")
-    seeds: dict[str, Any] = {}
-    seconds = {}
-    for row in ROWS:
-        outcomes = {
+    outcomes = {
+        row: {
             seed: read_results(comparison.plan.folder(row, seed) / "results.json")
             for seed in comparison.result["seeds"]
         }
-        seeds[row] = {str(seed): run.trained["ALL"].metrics for seed, run in outcomes.items()}
-        seconds[row] = float(np.mean([run.work_seconds["training"] for run in outcomes.values()]))
-    untrained = [run.untrained["ALL"].metrics for run in outcomes.values() if run.untrained]
+        for row in ROWS_OF[data]
+    }
+    baseline = next(iter(outcomes.values())).values()
+    untrained = [run.untrained["ALL"].metrics for run in baseline if run.untrained]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     judged = [drawing.classes for drawing in drawings if drawing.classes]
     return {
@@ -275,13 +276,19 @@ def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]
             for label in dict.fromkeys(label for classes in judged for label in classes)
         },
         "flags": " ".join(FLAGS.split()),
-        "rows": {row: flags.format(train="train") for row, flags in ROWS.items()},
-        "training CPU seconds": seconds,
+        "rows": {row: ROWS[row].format(train="train") for row in outcomes},
+        "training CPU seconds": {
+            row: float(np.mean([run.work_seconds["training"] for run in by_seed.values()]))
+            for row, by_seed in outcomes.items()
+        },
         "untrained": {
             metric: float(np.mean([scores[metric] for scores in untrained]))
             for metric in untrained[0]
         },
-        "seeds": seeds,
+        "seeds": {
+            row: {str(seed): run.trained["ALL"].metrics for seed, run in by_seed.items()}
+            for row, by_seed in outcomes.items()
+        },
     }
 
 
@@ -340,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         encode(drawings, args.work)
     if args.until == "encode":
         return 0
-    compare(args.work, args.seeds)
+    compare(args.data, args.work, args.seeds)
     if args.until == "compare":
         return 0
     recorded = record(args.data, args.work, drawings)
