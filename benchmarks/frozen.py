@@ -57,6 +57,22 @@ ROWS = {  # the first is the baseline
 }
 FEWER = ("CLIP", "SigLIP", "a teacher's prototypes, weight 1")
 ROWS_OF = {"icons": tuple(ROWS), "openclipart": FEWER}
+SCORES = {  # the columns of the tables: title, metric
+    "icons": {
+        "unseen family: zero-shot": "unseen-family/acc1",
+        "new concepts: zero-shot": "new-concept/acc1",
+        "new concepts: AMI": "new-concept/ami",
+        "image → text R@1": "text_retrieval_recall@1",
+        "photographs: zero-shot": "photograph/acc1",
+    },
+    "openclipart": {
+        "new names: zero-shot": "new-name/acc1",
+        "new names: AMI": "new-name/ami",
+        "folders: AMI": "folder/ami",
+        "image → text R@1": "text_retrieval_recall@1",
+        "photographs: zero-shot": "photograph/acc1",
+    },
+}
 MOST = 10  # drawings of one name in Open Clip Art: 1,375 are stars
 # Photographs of scikit-image and scikit-learn, and what they show.
 PHOTOGRAPHS = {
@@ -260,6 +276,7 @@ def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]
         for row in ROWS_OF[data]
     }
     baseline = next(iter(outcomes.values())).values()
+    metrics = SCORES[data].values()
     untrained = [run.untrained["ALL"].metrics for run in baseline if run.untrained]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     judged = [drawing.classes for drawing in drawings if drawing.classes]
@@ -282,32 +299,16 @@ def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]
             for row, by_seed in outcomes.items()
         },
         "untrained": {
-            metric: float(np.mean([scores[metric] for scores in untrained]))
-            for metric in untrained[0]
+            metric: float(np.mean([scores[metric] for scores in untrained])) for metric in metrics
         },
         "seeds": {
-            row: {str(seed): run.trained["ALL"].metrics for seed, run in by_seed.items()}
+            row: {
+                str(seed): {metric: run.trained["ALL"].metrics[metric] for metric in metrics}
+                for seed, run in by_seed.items()
+            }
             for row, by_seed in outcomes.items()
         },
     }
-
-
-SCORES = {  # the columns of the tables: title, metric
-    "icons": {
-        "unseen family: zero-shot": "unseen-family/acc1",
-        "new concepts: zero-shot": "new-concept/acc1",
-        "new concepts: AMI": "new-concept/ami",
-        "image → text R@1": "text_retrieval_recall@1",
-        "photographs: zero-shot": "photograph/acc1",
-    },
-    "openclipart": {
-        "new names: zero-shot": "new-name/acc1",
-        "new names: AMI": "new-name/ami",
-        "folders: AMI": "folder/ami",
-        "image → text R@1": "text_retrieval_recall@1",
-        "photographs: zero-shot": "photograph/acc1",
-    },
-}
 
 
 def evidence_table(recorded: dict[str, Any]) -> str:
