@@ -34,9 +34,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from benchmarks.report import table
+from protoclip.compare import finished
 from protoclip.data.images import to_rgb
 from protoclip.evaluate.datasets import open_layout
-from protoclip.evaluate.results import read_results
+from protoclip.evaluate.results import Outcome
 from protoclip.features import open_folder
 from protoclip.features.table import CAPTION, FILE, KEY, LABEL, write_csv_table
 from protoclip.report.statistics import LEVEL, holm, paired
@@ -266,14 +267,14 @@ def compare(data: str, work: Path, seeds: str) -> None:
 
 
 def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]:
-    """The scores of every run, and what the table says of the data."""
-    comparison = read_record(work / "compare")
-    outcomes = {
-        row: {
-            seed: read_results(comparison.plan.folder(row, seed) / "results.json")
-            for seed in comparison.result["seeds"]
-        }
-        for row in ROWS_OF[data]
+    """The scores of the seeds that all rows have finished, and what the table says of the data."""
+    plan = read_record(work / "compare").plan
+    runs = {
+        row: {seed: finished(plan.folder(row, seed)) for seed in plan.seeds} for row in plan.rows
+    }
+    outcomes: dict[str, dict[int, Outcome]] = {
+        row: {seed: run for seed, run in by_seed.items() if all(runs[r][seed] for r in runs)}
+        for row, by_seed in runs.items()
     }
     baseline = next(iter(outcomes.values())).values()
     metrics = SCORES[data].values()
