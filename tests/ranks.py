@@ -61,7 +61,10 @@ AGENT = {  # of torchrun itself, for which these are flags; its ranks import thi
 def compile_first() -> None:
     """Compile the C++ library, which takes longer than ranks may wait for each other, and start the
     process that the ranks are forked from: not with the cache of the test that is the first."""
-    with mock.patch.dict(os.environ, ENVIRONMENT, clear=True), warnings.catch_warnings():
+    # Python 3.11 has a fork server leave out what only sys.path finds, here ``warm``, in silence.
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = ENVIRONMENT | {"PYTHONPATH": path}
+    with mock.patch.dict(os.environ, environment, clear=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         native.why_not("cpu")
         forkserver.ensure_running()

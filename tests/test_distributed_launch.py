@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,6 +244,16 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(
 ) -> None:
     waiting, folder = hanging_run
     assert exit_codes([waiting]) == [1], logs_of(folder)
+
+
+def slow_imports() -> bool:
+    return {"open_clip", "sklearn.neighbors", "matplotlib.figure"} <= sys.modules.keys()
+
+
+def test_ranks_are_forked_from_a_process_that_has_done_the_slow_imports() -> None:
+    """Each would take six seconds for them, and a fork server leaves out in silence what it does
+    not find."""
+    assert on_ranks(1, slow_imports) == [True]
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
