@@ -558,7 +558,10 @@ def compile_once(arguments: list[str]) -> int:
         for name in re.findall(r'#include "(\w+\.h)"', part.read_text()):
             if (header := source.with_name(name)).exists() and header not in parts:
                 parts.append(header)
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    made_of = [part.read_bytes() for part in parts]
+    if b"TORCH_EXTENSION_NAME" in made_of[0]:  # the library's, in which the hash of all sources is
+        made_of += [word.encode() for word in arguments if "TORCH_EXTENSION_NAME" in word]
+    digest = hashlib.sha256(b"".join(made_of)).hexdigest()
     kept = Path(os.environ["PROTOCLIP_CACHE"], "objects", f"{source.stem}-{digest}.o")
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
