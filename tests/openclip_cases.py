@@ -1,6 +1,6 @@
 """Runs OpenCLIP's real trainer several times in one process, and writes down every loss.
 
-The command line is CASES.json OUT_FOLDER. A case is {"name", "ours": bool, "flags": [...]}:
+The arguments are CASES.json and OUT_FOLDER. A case is {"name", "ours": bool, "flags": [...]}:
 ``protoclip.openclip`` or open_clip_train alone.
 OUT_FOLDER/RANK.json gets, per case, the terms of every call of the loss, and the exit code.
 """
@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ original_init = dist.init_process_group
 
 
 def init_once(*arguments: Any, **options: Any) -> None:
-    """One process group for all cases: torchrun's store cannot be used for a second one."""
+    """One process group for all cases: the ranks' store cannot be used for a second one."""
     if not dist.is_initialized():
         original_init(*arguments, **options)
 
@@ -97,7 +96,3 @@ def main(argv: list[str]) -> int:
         out.mkdir(parents=True)
     (out / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
     return 0
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -318,15 +318,9 @@ def start_command(
     return processes
 
 
-def torchrun(
-    folder: Path,
-    argv: list[str],
-    *flags: str,
-    machines: int = 1,
-    module: str = "protoclip.train",
-) -> list[Any]:
-    """The agents of a module under torchrun, one a machine."""
-    command = [*flags, "-m", module, *argv]
+def torchrun(folder: Path, argv: list[str], *flags: str, machines: int = 1) -> list[Any]:
+    """The agents of ``protoclip train`` under torchrun, one a machine."""
+    command = [*flags, "-m", "protoclip.train", *argv]
     return start_command(folder, command, machines, AGENT, command="torch.distributed.run")
 
 

@@ -7,16 +7,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import exit_codes, logs_of, on_ranks, start_command
 from torch import Tensor
 
 from protoclip.common.files import sole_writer
@@ -169,23 +171,21 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert content(out) == content(whole)
 
 
-KILLED = """
-import os, signal, sys
-from protoclip.encode import encoders, folder
-from protoclip.encode.__main__ import main
-from protoclip.features import writer
+def kill_at_call(name: str, number: int) -> None:
+    """The process ends where it calls a function of the writer for the n-th time."""
+    original = getattr(writer, name)
+    calls = 0
 
-folder.PIECE_SECONDS, writer.PAIRS_IN_PART = 0, {part}
-open_npy, number = writer.{function}, 0
-def killed(*arguments):
-    global number
-    number += 1
-    if number == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return open_npy(*arguments)
-writer.{function} = killed
-main(sys.argv[1:])
-"""
+    def killed(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    folder.PIECE_SECONDS = 0
+    writer.PAIRS_IN_PART = PART
+    setattr(writer, name, killed)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,11 @@ def test_a_killed_run_continues_bit_for_bit(
     piece or a part is not encoded again."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [str(photos), "--out", str(out), *flags]
-    code = KILLED.format(part=PART, function=function, number=number)
-    assert subprocess.run([sys.executable, "-c", code, *command]).returncode == -signal.SIGKILL
+    fault = partial(kill_at_call, function, number)
+    processes = start_command(
+        tmp_path, command, 1, fault=fault, command="protoclip.encode.__main__"
+    )
+    assert exit_codes(processes) == [-signal.SIGKILL], logs_of(tmp_path)
     assert encode(command) == 0
     assert counted.images == ([BATCH] * 2 + [1] if function != "write_parquet" else counted.images)
     assert sum(counted.images) <= PICTURES - 15
@@ -487,24 +490,14 @@ def test_workers_give_the_same_rows(photos: Path, flags: list[str], tmp_path: Pa
     assert content(tmp_path / "0") == content(tmp_path / "2")
 
 
-@pytest.mark.slow
+def encode_in_small_parts(command: list[str]) -> int:
+    writer.PAIRS_IN_PART = PART
+    return encode(command)
+
+
 def test_ranks_share_the_parts(photos: Path, flags: list[str], tmp_path: Path) -> None:
-    code = (
-        f"import sys; from protoclip.features import writer; writer.PAIRS_IN_PART = {PART}\n"
-        "from protoclip.encode.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-    script = tmp_path / "encode.py"
-    script.write_text(code)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    ]
     command = [str(photos), "--out", str(tmp_path / "two"), *flags]
-    subprocess.run([*launch, "--standalone", str(script), *command], check=True)
+    assert on_ranks(2, encode_in_small_parts, command) == [0, 0]
     assert encode([str(photos), "--out", str(tmp_path / "one"), *flags]) == 0
     assert content(tmp_path / "one") == content(tmp_path / "two")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from ranks import TINY, exit_codes, logs_of, start_command, torchrun
+from ranks import TINY, exit_codes, logs_of, start_command
 
 from protoclip import export
 from protoclip.data import open_dataset
@@ -102,11 +102,7 @@ def train(folder: Path, cases: dict[str, list[str]], ranks: int = 1) -> list[Cal
         )
     )
     argv = [str(plan), str(out)]
-    if ranks > 1:
-        nproc = ["--nproc-per-node", str(ranks)]
-        processes = torchrun(folder, argv, *nproc, module="openclip_cases")
-    else:
-        processes = start_command(folder, argv, 1, command="openclip_cases")
+    processes = start_command(folder, argv, ranks, command="openclip_cases")
     assert set(exit_codes(processes)) == {0}, logs_of(folder)
     results = [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
     assert all(case["code"] == 0 for result in results for case in result.values())
