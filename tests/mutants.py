@@ -55,6 +55,15 @@ TESTS = {
 }
 
 
+# Words in the names of a family's tests: those that ask these ops come first in their file.
+OPS = {
+    "contrastive": ("info_nce", "contrastive", "nt_xent", "sup_con", "sigmoid_loss"),
+    "prototypes": ("prototype", "soft_targets"),
+    "clusters": ("kmeans", "segment_mean"),
+    "kmeans": (),
+    "ranks": (),
+}
+
 # Once, before the process forks.
 IMPORTED = (
     "torch",
@@ -584,12 +593,12 @@ def outcome(mutant: Mutant, tree: Path, cache: Path) -> Outcome:
     original = path.read_text()
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        return run(tree, cache, mutant.tests())
+        return run(tree, cache, mutant.tests(), OPS[mutant.family])
     finally:
         path.write_text(original)
 
 
-def run(tree: Path, cache: Path, files: Sequence[str]) -> Outcome:
+def run(tree: Path, cache: Path, files: Sequence[str], ops: Sequence[str]) -> Outcome:
     """Whether a test in one of the files fails, and which: in a fork, which has torch already."""
     receiver, sender = os.pipe()
     child = os.fork()
@@ -602,7 +611,7 @@ def run(tree: Path, cache: Path, files: Sequence[str]) -> Outcome:
         sys.dont_write_bytecode = True  # two versions of a file may have one size and second
         for descriptor in (1, 2):
             os.dup2(os.open(cache / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
-        os.write(sender, noticed_by(files).encode())
+        os.write(sender, noticed_by(files, ops).encode())
         os._exit(0)
     os.close(sender)
     ready, _, _ = select.select([receiver], [], [], LIMIT)
@@ -616,13 +625,13 @@ def run(tree: Path, cache: Path, files: Sequence[str]) -> Outcome:
     return Outcome("survives") if answer == "nothing" else Outcome("dies", answer or "a crash")
 
 
-def noticed_by(files: Sequence[str]) -> str:
-    """The first test that fails."""
+def noticed_by(files: Sequence[str], ops: Sequence[str]) -> str:
+    """The first test that fails; those of ``ops`` come first, Triton's interpreter comes last."""
     import protoclip
 
     if reason := protoclip.backends("info_nce")["cpu"]:
         return f"no mutant: {reason}"
-    first = FirstFailure()
+    first = FirstFailure(ops)
     code = pytest.main(["-x", "--tb=short", *files], plugins=[first])
     return (first.name or f"exit code {int(code)}") if code else "nothing"
 
@@ -630,7 +639,19 @@ def noticed_by(files: Sequence[str]) -> str:
 class FirstFailure:
     """A plugin of pytest that notes the name of the first test that fails."""
 
-    name = ""
+    def __init__(self, ops: Sequence[str]) -> None:
+        self.ops = ops
+        self.name = ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = list(dict.fromkeys(item.path for item in items))
+
+        def place(item: pytest.Item) -> tuple[int, bool, bool]:
+            asks_them = any(op in item.name for op in self.ops)
+            return files.index(item.path), not asks_them, "triton" in item.name
+
+        items.sort(key=place)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and not self.name:
