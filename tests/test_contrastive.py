@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
-from protoclip.ops import siglip_loss
 
 BACKENDS = [name for name in usable("contrastive") if name != "triton"]
 FUSED = [name for name in BACKENDS if name != "reference"]
@@ -443,17 +442,6 @@ def test_label_smoothing_keeps_the_digits_of_fp32_features() -> None:
         )
 
     assert torch.equal(loss(prototypes), loss(prototypes.float()))
-
-
-def test_options_of_siglip_form_no_matrix_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    n = 700
-    monkeypatch.setattr(siglip_loss, "STRIP_LOGITS", 10 * n)
-    image = leaf(unit(n, D))
-    text = leaf(unit(n, D, seed=1))
-    arguments = {"weights": torch.rand(n), "label_smoothing": 0.1, "ids": torch.arange(n) // 2}
-    with LargestResult() as largest:
-        protoclip.SigLipLoss()(image, text, 10.0, torch.tensor(-5.0), **arguments).backward()
-    assert 10 * n <= largest.numel < n * n // 10
 
 
 # ---- of all ----

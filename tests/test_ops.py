@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from budget import assert_same_bits, on_threads
+from budget import assert_same_bits, leaf, on_threads
 from op_table import (
     BF16,
     BY_NAME,
@@ -31,8 +31,10 @@ from op_table import (
     assert_as_formula,
 )
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
@@ -212,6 +214,42 @@ def test_the_number_of_threads_and_a_stash_change_no_bit(op: Op, backend: str) -
             for again in repeated:
                 assert_same_bits(again, first)
     assert_as_formula(op.plain(op.large), backend)
+
+
+# ---- memory ----
+
+
+def largest_allocation(run: Callable[[], Any]) -> int:
+    """Bytes of the largest tensor that is made, also inside of an op."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = list(recorded.profiler.kineto_results.experimental_event_tree())
+    largest = 0
+    for event in events:
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            largest = max(largest, event.typed[1].alloc_size)
+    return largest
+
+
+@EACH_LOSS
+@pytest.mark.parametrize("form", ["plain", "full"])
+def test_no_backend_but_the_reference_forms_the_logits(op: Op, form: str) -> None:
+    """Forward and backward. SigLIP's options take strips of 4 MiB, less than half of them here."""
+    size = Size(1500, 2000, 16)
+    half_of_the_logits = 2 * size.n**2  # bytes, of fp32
+    call = op.plain(size) if form == "plain" else op.full(size)
+
+    def run(backend: str, **more: Any) -> None:
+        leaves = {name: leaf(value) for name, value in call.leaves.items()}
+        sum(x.sum() for x in flat(call.run(backend, leaves, **more))).backward()
+
+    if form == "plain":
+        assert largest_allocation(partial(run, "reference")) >= half_of_the_logits
+    keeps_none = {"stash": False} if "stash" in inspect.signature(call.function).parameters else {}
+    for backend in fused_of(op):
+        if backend != "triton":  # whose interpreter makes tensors of its own
+            assert largest_allocation(partial(run, backend, **keeps_none)) < half_of_the_logits
 
 
 # ---- arguments ----
