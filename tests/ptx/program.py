@@ -187,7 +187,7 @@ class Kernel:
         self.blocks = self.compile()
 
     def parse(self, body, line, files):
-        source, scopes, at, unique = "?", [{}], 0, 0
+        source, scopes, at, unique, counted = "?", [{}], 0, 0, 0
         while (start := SPACE.match(body, at).end()) < len(body):
             rest = body[start : max(start, body.find("\n", start))]  # .loc ends with its line
             found = TOKEN.match(body, start)
@@ -244,9 +244,10 @@ class Kernel:
                 if guard:
                     text = text[guard.end() :]
                 op, _, args = text.partition(" ")
-                number = line + body.count("\n", 0, start)
+                line += body.count("\n", counted, start)
+                counted = start
                 predicate = (guard[2], bool(guard[1])) if guard else None
-                place = number, source
+                place = line, source
                 self.instructions.append(Instruction(predicate, op, split_args(args), place))
 
     def shared_width(self, i):
