@@ -156,6 +156,13 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def quick_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have a map without t-SNE, which takes longer than clustering a few hundred rows."""
+    layout = "protoclip.report.snapshot.tsne_layout"
+    monkeypatch.setattr(layout, lambda points: torch.linspace(0, 1, 2 * len(points)).view(-1, 2))
+
+
+@pytest.fixture
 def no_evaluation(monkeypatch: pytest.MonkeyPatch, no_page: None) -> None:
     """Nor is the model evaluated at the end."""
     monkeypatch.setattr("protoclip.evaluate.during.Evaluation.full", lambda *_: None)

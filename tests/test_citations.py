@@ -1,6 +1,7 @@
 """Files and sections that code and pages cite are there, and the code that mutants change."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -29,6 +30,7 @@ ELSEWHERE = ("evaluations/", "torch/", "ATen/", "c10/")  # the authors' reposito
 HISTORY = re.compile(r"\bcommit [0-9a-f]{7}")  # a line that names a commit may name what it held
 
 
+@functools.cache
 def prose(path: Path, text: str) -> str:
     """Comments and docstrings of code, all of any other file."""
     if path.suffix == ".py":

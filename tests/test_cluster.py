@@ -172,6 +172,7 @@ def cluster_features(features: FeatureFile, name: str, *flags: str) -> Path:
     return out
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_auto_finds_the_number_of_groups(
     features: FeatureFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,12 +182,14 @@ def test_auto_finds_the_number_of_groups(
     assert "mean silhouette" in error
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_auto_gives_the_groups_of_the_number_that_it_found(features: FeatureFile) -> None:
     by_auto = cluster_features(features, "a")
     by_number = cluster_features(features, "b", "--k", "12")
     assert (by_auto / "clusters.csv").read_bytes() == (by_number / "clusters.csv").read_bytes()
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFile) -> None:
     out = cluster_features(features, "a", "--k", "12")
     clusters = protoclip.Clusters.load(out / "centroids.safetensors")
@@ -219,6 +222,7 @@ def test_the_page_of_features_has_the_words_of_each_group_and_a_map(features: Fe
     assert page.all("img") == []
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_the_bar_is_full_when_every_restart_comes_to_rest(
     features: FeatureFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +240,7 @@ def test_the_bar_is_full_when_every_restart_comes_to_rest(
     assert "iterations)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_rows_of_weight_0_move_no_centroid(features: FeatureFile) -> None:
     weights = torch.ones(900)
     weights[:450] = 0
@@ -274,6 +279,7 @@ def test_the_median_of_two_groups_is_between_them(tmp_path: Path) -> None:
     assert words in read_page(out / "report.html").text
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_a_file_of_half_precision_with_keys_gives_its_keys(features: FeatureFile) -> None:
     half = features.rows.half()
     path = features.folder / "x.npz"
@@ -300,6 +306,7 @@ def test_what_others_wrote_is_never_replaced(
         (features.folder / name).unlink()
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_an_earlier_run_is_replaced_if_that_is_asked_for(
     features: FeatureFile, error_of: Callable[..., str]
 ) -> None:
@@ -337,6 +344,7 @@ def test_a_k_that_is_too_large_is_refused_before_encoding(
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_a_page_that_changed_since_is_not_replaced(
     features: FeatureFile, error_of: Callable[..., str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_rows_of_zeros_are_counted_when_they_are_normalised(tmp_path: Path, caps
     assert words in read_page(tmp_path / "out" / "report.html").text
 
 
+@pytest.mark.usefixtures("quick_map")
 def test_a_run_that_did_not_converge_says_so(tmp_path: Path, capsys) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 4)))
     command = [str(tmp_path / "x.npy"), "--k", "20"]
@@ -164,6 +165,7 @@ def test_features_are_grouped_without_open_clip_and_torchvision(tmp_path: Path) 
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+@pytest.mark.usefixtures("quick_map")
 @pytest.mark.parametrize("flags", [[], ["--normalize"], ["--k", "auto"]])
 def test_rows_that_stay_on_disk_give_the_same_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
