@@ -19,6 +19,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_title = f"protoclip {release}"
+html_show_copyright = False
 myst_heading_anchors = 4
 napoleon_custom_sections = [("Source", "notes_style")]
 autodoc_typehints = "none"  # the signature has them
