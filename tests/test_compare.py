@@ -8,11 +8,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pytest
 import torch
 import torch.distributed.run as torchrun
 from html_page import in_browser, needs_browser, read_page
+from ranks import exit_codes, logs_of, start_command
 
 from protoclip import compare as command
 from protoclip.common.files import sole_writer
@@ -40,8 +43,7 @@ from protoclip.report.figures import differences_svg
 from protoclip.settings.comparison import FILE, LOCK, Cost
 from protoclip.train import make_config
 
-HERE = Path(__file__).parent
-FAKE = [sys.executable, str(HERE / "fake_train.py")]
+FAKE = [sys.executable, str(Path(__file__).with_name("fake_train.py"))]
 ROWS = ["CLIP", "ProtoCLIP", "CLIP-time-of-ProtoCLIP"]
 Compare = Callable[..., int]
 
@@ -223,24 +225,22 @@ def test_the_teacher_counts_where_it_is_asked_for(compare: Compare) -> None:
     assert "CLIP-time-of-ProtoCLIP/seed-0 clip 70" in " ".join(calls())
 
 
+def use_fake_runs(orders: str) -> None:
+    command.train_command = lambda processes: FAKE
+    os.environ["FAKE_TRAIN"] = orders
+
+
 def test_a_killed_command_continues_and_a_new_seed_adds_only_its_runs(
-    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compare: Compare, tmp_path: Path
 ) -> None:
     """Killed as its fourth run has begun: that run is resumed, and finished ones are kept."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "from protoclip import compare\n"
-        f"compare.train_command = lambda processes: {FAKE!r}\n"
-        "sys.exit(compare.main(sys.argv[1:]))"
-    )
     flags = ["--train-data", "pairs.csv", "--val-fraction", "0.25", "--max-steps", "40"]
     flags += ["--device", "cpu", "--seeds", "3"]
-    monkeypatch.setenv("FAKE_TRAIN", json.dumps({"ProtoCLIP/seed-1": "kill"}))
-    killed = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True)
-    assert killed.returncode == -9
+    fault = partial(use_fake_runs, json.dumps({"ProtoCLIP/seed-1": "kill"}))
+    processes = start_command(tmp_path, flags, 1, fault=fault, command="protoclip.compare")
+    assert exit_codes(processes) == [-signal.SIGKILL], logs_of(tmp_path)
     first = started()
     assert len(first) == 4 and first[-1] == "ProtoCLIP/seed-1" and not content()["shown"]
-    monkeypatch.delenv("FAKE_TRAIN")
     before = Path("logs/compare/CLIP/seed-0/results.json").stat().st_mtime_ns
     assert compare() == 0
     again = started()
