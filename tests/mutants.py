@@ -193,13 +193,6 @@ MUTANTS = [
         "loss = loss_per_query - (positive_mean - all_mean)",
     ),
     Mutant(
-        "several positives: a query that sees no key",
-        "contrastive",
-        SUMS,
-        "loss = loss.where(loss != -torch.inf, 0)",
-        "loss = loss + 0",
-    ),
-    Mutant(
         "keys that share both ids count twice",
         "contrastive",
         SUMS,
