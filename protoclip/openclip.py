@@ -29,8 +29,8 @@ from protoclip.losses import (
     DistillClipLoss,
     ProtoClipLoss,
     SigLipLoss,
-    caption_ids,
 )
+from protoclip.losses.objective import caption_ids
 from protoclip.model import register_configs
 from protoclip.settings.command_line import check_openclips_flags
 from protoclip.settings.commands import openclip_parser

@@ -32,7 +32,7 @@ from protoclip.episodes import prototypes
 from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import Evaluation
 from protoclip.evaluate.results import Outcome, Results
-from protoclip.losses import Term, TermInputs
+from protoclip.losses.objective import Term, TermInputs
 from protoclip.model import (
     build_model,
     choose_device,

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip.data import Batch
-from protoclip.losses import ProtoLoss
+from protoclip.losses.objective import ProtoLoss
 from protoclip.model import build_model, put_channels_last
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.training import step

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import protoclip
 from protoclip import openclip as command
-from protoclip.losses import ProtoLoss, caption_ids
+from protoclip.losses.objective import ProtoLoss, caption_ids
 from protoclip.model import Encoded, register_configs
 from protoclip.settings.config import LossConfig
 from protoclip.train import main

@@ -33,7 +33,7 @@ import protoclip
 from protoclip import distributed, train
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import Episode, PrototypeSet
-from protoclip.losses import Losses
+from protoclip.losses.objective import Losses
 from protoclip.losses.prototypes import prototype_term
 from protoclip.model import Encoded, ProtoModel, build_model
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig

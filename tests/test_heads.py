@@ -36,7 +36,7 @@ from protoclip.encode.__main__ import main as encode
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.export import main as export
 from protoclip.heads import Heads
-from protoclip.losses import caption_ids
+from protoclip.losses.objective import caption_ids
 from protoclip.model import register_configs
 from protoclip.plan import main as plan
 from protoclip.runs import checkpoint

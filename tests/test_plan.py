@@ -57,7 +57,7 @@ def steps(batch_size: int) -> None:
     """Build a model and an episode's tensors, and take two steps and the late ones."""
     from protoclip.data import Batch
     from protoclip.episodes.prototypes import Episode, PrototypeSet
-    from protoclip.losses import ProtoLoss
+    from protoclip.losses.objective import ProtoLoss
     from protoclip.model import build_model
     from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
     from protoclip.training.step import Stepper

@@ -22,8 +22,7 @@ from protoclip.episodes.prototypes import (
     target_entropy,
 )
 from protoclip.lloyd import kmeans
-from protoclip.losses import ProtoLoss
-from protoclip.losses.objective import similarity_distillation
+from protoclip.losses.objective import ProtoLoss, similarity_distillation
 from protoclip.model import Encoded, build_model
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.settings.config import EpisodeConfig, LossConfig, ModelConfig

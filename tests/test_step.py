@@ -14,7 +14,7 @@ from ranks import bare_run, config_of, metrics
 
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import EXTERNAL, Episode, PrototypeSet
-from protoclip.losses import Losses, ProtoLoss
+from protoclip.losses.objective import Losses, ProtoLoss
 from protoclip.model import build_model
 from protoclip.report import page
 from protoclip.runs import checkpoint

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protoclip import distributed
 from protoclip.data import Batch
-from protoclip.losses import ProtoLoss, Term, TermInputs
+from protoclip.losses.objective import ProtoLoss, Term, TermInputs
 from protoclip.model import ShortTokenizer, build_model
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main

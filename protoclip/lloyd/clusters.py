@@ -6,20 +6,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from protoclip.features import FeatureRows
 from protoclip.lloyd.points import Array, as_points, on_disk, stored_rows
 from protoclip.ops import checks
 from protoclip.ops.clusters import kmeans_assign
 
+if TYPE_CHECKING:
+    from protoclip.features import FeatureRows
+
 TRANSFORM_BLOCK = 1 << 21  # distances that ``Clusters.transform`` computes at once
 
 # Points as users give them: in memory, rows on disk, or a path to them.
-Rows = Tensor | Array | Sequence[Any] | FeatureRows | str | os.PathLike[str]
+Rows: TypeAlias = "Tensor | Array | Sequence[Any] | FeatureRows | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True, repr=False)

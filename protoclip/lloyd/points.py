@@ -7,17 +7,16 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.common.files import state_of
-from protoclip.features import FeatureRows, open_features
-from protoclip.features.parts import Part
-from protoclip.features.rows import StoredRows
 from protoclip.ops import checks
+
+if TYPE_CHECKING:
+    from protoclip.features import FeatureRows
 
 Array = np.ndarray[Any, Any]
 LARGEST_INTEGER = 2**24  # up to which fp32 holds all integers
@@ -58,6 +57,10 @@ def as_points(x: Any) -> Any:
 def stored_rows(x: Any) -> FeatureRows | None:
     """The rows on disk that a path, a ``np.memmap`` or ``open_features`` stands for; None if x is
     something else."""
+    if isinstance(x, Tensor):
+        return None
+    from protoclip.features import FeatureRows, open_features
+
     if isinstance(x, FeatureRows):
         return x
     if isinstance(x, (str, os.PathLike)):
@@ -80,6 +83,10 @@ def _rows_of_map(array: np.memmap[Any, Any]) -> FeatureRows | None:
     start_of_map = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
     address_of_map = np.frombuffer(mapped, np.uint8).ctypes.data
     offset = start_of_map + array.ctypes.data - address_of_map
+    from protoclip.common.files import state_of
+    from protoclip.features.parts import Part
+    from protoclip.features.rows import StoredRows
+
     path = Path(array.filename)
     part = Part(path, state_of(path), offset, array.shape, array.dtype)
     return StoredRows(str(path), [part], lambda: None)

@@ -10,25 +10,11 @@ from protoclip.losses.drop_in import (
     ProtoClipLoss,
     SigLipLoss,
 )
-from protoclip.losses.objective import (
-    Losses,
-    OwnTerms,
-    ProtoLoss,
-    Term,
-    TermInputs,
-    caption_ids,
-)
 
 __all__ = [
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
-    "Losses",
-    "OwnTerms",
     "ProtoClipLoss",
-    "ProtoLoss",
     "SigLipLoss",
-    "Term",
-    "TermInputs",
-    "caption_ids",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip.distributed import group_named, rank, world_size
-from protoclip.episodes.prototypes import PrototypeBuilder
-from protoclip.losses.online import OnlinePrototypes
-from protoclip.losses.prototypes import prototype_term
 from protoclip.ops import checks, info_nce, sigmoid_loss
 from protoclip.ops.columns import LOCAL, Local, check_group, columns_named, columns_of
 from protoclip.ops.dispatch import resolve
@@ -22,7 +19,9 @@ from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import without_autocast
 from protoclip.ops.pairs import SameId, check_ids, pairs_of
 from protoclip.ops.softmax import query_loss
-from protoclip.settings.config import EpisodeConfig, ProtoConfig
+
+if TYPE_CHECKING:
+    from protoclip.settings.config import ProtoConfig
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # OpenCLIP's ways to exchange texts
 
@@ -490,6 +489,10 @@ class ProtoClipLoss(ClipLoss):
     def __init__(
         self, *args: Any, proto: ProtoConfig | None = None, accum_freq: int = 1, **kwargs: Any
     ) -> None:
+        from protoclip.episodes.prototypes import PrototypeBuilder
+        from protoclip.losses.online import OnlinePrototypes
+        from protoclip.settings.config import EpisodeConfig, ProtoConfig
+
         super().__init__(*args, **kwargs)
         self.proto = proto or ProtoConfig()
         clustering = EpisodeConfig(
@@ -588,6 +591,8 @@ class ProtoClipLoss(ClipLoss):
         sets = self.online.sets
         labels = self.online.labels_of(features, index)
         if sets is not None and labels is not None and self.proto.weight > 0:
+            from protoclip.losses.prototypes import prototype_term
+
             proto_logit_scale = self.proto.logit_scale or logit_scale
             # With an index the ranks may know different numbers of their samples.
             group = None if index is None else self.group

@@ -17,7 +17,7 @@ from protoclip.data import data_kind
 from protoclip.distributed import GlobalBatchNorm1d, is_distributed
 from protoclip.episodes.teacher import teacher_spec
 from protoclip.lloyd import load_faiss
-from protoclip.losses import Term
+from protoclip.losses.objective import Term
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
 from protoclip.settings.config import LossConfig, TrainConfig, flat, to_dict

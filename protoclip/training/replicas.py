@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.distributed import is_distributed
-from protoclip.losses import OwnTerms
+from protoclip.losses.objective import OwnTerms
 from protoclip.model import ProtoModel
 
 

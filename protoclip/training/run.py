@@ -13,7 +13,7 @@ from protoclip.common.phases import Phases
 from protoclip.data import PairDataset
 from protoclip.data.loader import EpochOrder
 from protoclip.evaluate.during import Evaluation
-from protoclip.losses import Term
+from protoclip.losses.objective import Term
 from protoclip.model import ProtoModel
 from protoclip.runs.checkpoint import fingerprint
 from protoclip.runs.resume import Resume

@@ -20,7 +20,7 @@ from protoclip.common.seeds import seed_everything
 from protoclip.data import Batch
 from protoclip.distributed import is_distributed, rank
 from protoclip.episodes.prototypes import Episode
-from protoclip.losses import Losses, OwnTerms, ProtoLoss, Term, TermInputs, caption_ids
+from protoclip.losses.objective import Losses, OwnTerms, ProtoLoss, Term, TermInputs, caption_ids
 from protoclip.model import Encoded, ProtoModel, autocast_for
 from protoclip.settings.config import OptimConfig
 from protoclip.training.buffers import Flat, copy_back, flat_copy, restore_unless

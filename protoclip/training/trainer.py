@@ -25,7 +25,7 @@ from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import Features
 from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate.during import PeriodicEvaluation
-from protoclip.losses import ProtoLoss
+from protoclip.losses.objective import ProtoLoss
 from protoclip.runs import state
 from protoclip.runs.resume import Resume, check_resume
 from protoclip.runs.state import TrainingState
