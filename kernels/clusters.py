@@ -282,10 +282,12 @@ def kmeans_assign_coded(
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
             **config.options,
         )  # fmt: skip
+    # Comparisons pass over a NaN: with one in a centroid, or infinity, all distances become NaN.
+    nan_or_zero = 0 * torch.linalg.vector_norm(centroids, torch.inf, dtype=torch.float32)
     for start in range(0, n, CHUNK):
         part = slice(start, start + CHUNK)
         gap = points[part].float() - centroids[labels[part]].float()
-        distances[part] = gap.square().sum(dim=1)
+        torch.add(gap.square().sum(dim=1), nan_or_zero, out=distances[part])
     return labels.where(~distances.isnan(), -1), distances
 
 
