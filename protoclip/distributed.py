@@ -135,7 +135,8 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
     """Do a command's work on this rank and return the exit code.
 
     ValueError and OSError are the user's mistakes: one sentence, printed once for all ranks, and
-    code 2. Ctrl-C gives 130. Any other error keeps its traceback and Python's code 1.
+    code 2. Ctrl-C gives 130, and Stopped its own code. Any other error keeps its traceback and
+    Python's code 1.
     """
     try:
         code = work()
@@ -154,10 +155,14 @@ def _code_of(error: BaseException, name: str) -> int:
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         _say_once(f"{name}: interrupted")
         return 130
+    from protoclip.common.files import DISK_FULL, printable_lines
+    from protoclip.common.signals import Stopped
+
+    if isinstance(error, Stopped):
+        _say_once(f"{name}: {printable_lines(error.message)}")
+        return error.code
     if not isinstance(error, (ValueError, OSError)):
         raise error
-    from protoclip.common.files import DISK_FULL, printable_lines
-
     text = str(error)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         text = f"{error.filename}: {error.strerror}; free some space and start again"

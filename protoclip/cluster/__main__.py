@@ -53,7 +53,7 @@ from protoclip.common.files import (
     write_atomic,
 )
 from protoclip.common.paths import check_exists
-from protoclip.common.signals import Stopped, StopSignals, stop_if_asked
+from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows
 from protoclip.lloyd import Clusters, kmeans
@@ -204,16 +204,7 @@ def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
-
-    def work() -> int:
-        try:
-            run(cluster_parser().parse_args(argv))
-        except Stopped as stop:
-            print(f"{PROG}: {printable_lines(stop.message)}", file=sys.stderr)
-            return stop.code
-        return 0
-
-    return run_command(work, PROG)
+    return run_command(lambda: run(cluster_parser().parse_args(argv)), PROG)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,13 +126,34 @@ def make_page(
         titles = {card["cluster"]: card["words"] or card.get("like") for card in block["cards"]}
         names = [titles.get(group) or f"group {group}" for group in range(len(groups.ends))]
         map_data["by"]["cluster (k-means)"]["names"] = names
-    page_content = snapshot.Snapshot(
+    html = render("cluster", dataset.name, points.of, text, block, thumbs, seconds, map_data)
+    return html, duplicates
+
+
+def render(
+    command: str,
+    name: str,
+    of: str,
+    text: Sequence[str],
+    block: Mapping[str, Any],
+    thumbs: snapshot.Thumbnails,
+    seconds: Mapping[str, float],
+    map_data: Mapping[str, Any] | None = None,
+) -> str:
+    """The HTML of a command's clusters.
+
+    Args:
+        command: its name.
+        name: of the data.
+        of: what was clustered.
+        block: of ``cluster_block``.
+    """
+    content = snapshot.Snapshot(
         pictures=thumbs.made,
-        clusters=[{"name": "k-means", "of": points.of, **block}],
-        map_data=map_data,
+        clusters=[{"name": "k-means", "of": of, **block}],
+        map_data=map_data or {},
         facts={**snapshot.environment(), "command": shlex.join(["protoclip", *sys.argv[1:]])},
     )
-    name = short(dataset.name)
-    outcome = Outcome(dataset.name, "", "", {}, seconds=seconds)
-    runs = [page.Run(name, None, {}, outcome, snapshot=page_content)]
-    return page.render(runs, text, command="cluster"), duplicates
+    outcome = Outcome(name, "", "", {}, seconds=seconds)
+    run = page.Run(short(name), None, {}, outcome, snapshot=content)
+    return page.render([run], text, command=command)

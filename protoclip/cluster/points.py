@@ -179,9 +179,12 @@ def picture_files(table: FeatureTable | None, rows: np.ndarray) -> Sequence[str]
     column = None if table is None else table.column(FILE)
     if column is None or not len(rows):
         return ()
-    first = column[int(rows[0])]
-    is_picture = os.path.isfile(first) and not no_picture(first)
-    return column.take(rows) if is_picture else ()
+    return column.take(rows) if is_picture(column[int(rows[0])]) else ()
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file is there and holds one picture."""
+    return os.path.isfile(path) and not no_picture(path)
 
 
 def open_pictures(args: argparse.Namespace) -> Source:

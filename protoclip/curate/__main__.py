@@ -10,8 +10,10 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -23,16 +25,14 @@ from protoclip.common.files import (
     printable,
     printable_lines,
     write_atomic,
-    write_csv,
 )
 from protoclip.common.paths import check_exists
-from protoclip.common.signals import Stopped, StopSignals, stop_if_asked
+from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.curate.hierarchy import (
     Hierarchy,
     LevelPlan,
     OtherCallError,
     hierarchical_kmeans,
-    open_points,
     plan_levels,
 )
 from protoclip.curate.page import make_page
@@ -41,6 +41,7 @@ from protoclip.curate.source import Source, open_source
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows, open_features
 from protoclip.features.table import FILE, KEY, write_csv_table
+from protoclip.lloyd.points import on_disk
 from protoclip.ops import kmeans_assign
 from protoclip.report import page
 from protoclip.settings.commands import curate_parser
@@ -89,8 +90,11 @@ def run(args: argparse.Namespace) -> None:
         }
         html = make_page(source, hierarchy, chosen, notes, seconds)
         with write_files(out, PROG) as temporary:
-            write_selected(temporary / SELECTED, source, hierarchy, chosen)
-            write_left_out(temporary / LEFT_OUT, source)
+            columns = columns_at(source, source.positions[chosen.numpy()])
+            write_csv_table(temporary / SELECTED, columns | clusters_of(hierarchy, chosen))
+            columns = columns_at(source, source.left_out)
+            reasons = ["NaN or inf"] * len(source.left_out)
+            write_csv_table(temporary / LEFT_OUT, columns | {"reason": reasons})
             hierarchy.save(temporary / HIERARCHY)
             write_atomic(temporary / page.NAME, printable_lines(html))
     for note in notes:
@@ -125,17 +129,16 @@ def cluster_rows(
             bar.set_postfix_str(f"level {level}, iteration {iteration + 1}")
             check_signals()
 
-        def cluster() -> Hierarchy:
-            return hierarchical_kmeans(
-                source.rows,
-                args.levels,
-                resamplings=args.resamplings,
-                num_iters=args.iters,
-                seed=args.seed,
-                state=out / STATE,
-                progress=progress,
-            )
-
+        cluster = partial(
+            hierarchical_kmeans,
+            source.rows,
+            args.levels,
+            resamplings=args.resamplings,
+            num_iters=args.iters,
+            seed=args.seed,
+            state=out / STATE,
+            progress=progress,
+        )
         try:
             hierarchy = cluster()
         except OtherCallError as error:
@@ -158,7 +161,7 @@ def choose_rows(
     if not args.without_duplicates:
         return balanced_sample(hierarchy, args.target, choose=args.choose, seed=args.seed), []
     chosen, lacking = sample_without_duplicates(
-        open_points(source.rows),
+        source.points,
         hierarchy,
         args.target,
         args.without_duplicates,
@@ -173,28 +176,19 @@ def choose_rows(
     return chosen, [note]
 
 
-def write_selected(path: Path, source: Source, hierarchy: Hierarchy, chosen: Tensor) -> None:
-    """Write selected.csv."""
-    positions = source.positions[chosen.numpy()]
-    blank = [""] * len(positions)
-    keys, files = source.all_rows.keys, source.column(FILE)
-    columns: dict[str, Sequence[str]] = {
+def columns_at(source: Source, positions: np.ndarray) -> dict[str, Sequence[str]]:
+    """The columns of both tables for rows at positions in DATA."""
+    return {
         "position": [str(position) for position in positions.tolist()],
-        KEY: blank if keys is None else keys.take(positions),
-        FILE: blank if files is None else files.take(positions),
+        KEY: source.column(KEY, positions),
+        FILE: source.column(FILE, positions),
     }
-    for level in range(1, 1 + len(hierarchy.levels)):
-        labels = hierarchy.labels(level)[chosen]
-        columns[f"cluster_{level}"] = [str(label) for label in labels.tolist()]
-    write_csv_table(path, columns)
 
 
-def write_left_out(path: Path, source: Source) -> None:
-    """Write left_out.csv."""
-    keys = source.all_rows.keys
-    names = [""] * len(source.left_out) if keys is None else keys.take(source.left_out)
-    rows = zip(source.left_out.tolist(), names, strict=True)
-    write_csv(path, ("position", "key", "reason"), [(*row, "NaN or inf") for row in rows])
+def clusters_of(hierarchy: Hierarchy, chosen: Tensor) -> dict[str, Sequence[str]]:
+    """The column of each level: the clusters of the chosen rows."""
+    levels = range(1, 1 + len(hierarchy.levels))
+    return {f"cluster_{i}": [str(k) for k in hierarchy.labels(i)[chosen].tolist()] for i in levels}
 
 
 def forecast(rows: FeatureRows, plans: Sequence[LevelPlan], num_iters: int) -> str:
@@ -230,7 +224,7 @@ def forecast(rows: FeatureRows, plans: Sequence[LevelPlan], num_iters: int) -> s
 def seconds_of_product(rows: FeatureRows) -> float:
     """The time in which ``kmeans_assign`` compares a row with a centroid."""
     count = min(len(rows), TIMED_ROWS)
-    points = open_points(rows).take(torch.arange(count))
+    points = on_disk(rows, torch.device("cpu")).take(torch.arange(count))
     centroids = points[:TIMED_CLUSTERS]
     kmeans_assign(points, centroids)  # the first call compiles
     began_at = time.perf_counter()
@@ -247,16 +241,7 @@ def hours(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
-
-    def work() -> int:
-        try:
-            run(curate_parser().parse_args(argv))
-        except Stopped as stop:
-            print(f"{PROG}: {printable_lines(stop.message)}", file=sys.stderr)
-            return stop.code
-        return 0
-
-    return run_command(work, PROG)
+    return run_command(lambda: run(curate_parser().parse_args(argv)), PROG)
 
 
 if __name__ == "__main__":

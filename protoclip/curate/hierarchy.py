@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,9 @@ from protoclip.curate.order import (
     random_keys,
     sum_over,
 )
-from protoclip.lloyd import as_points, kmeans, stored_rows
-from protoclip.lloyd.clusters import Rows
-from protoclip.lloyd.points import InMemory, OnDisk, Points, on_disk
-from protoclip.ops import checks, kmeans_assign
+from protoclip.lloyd import kmeans
+from protoclip.lloyd.clusters import Rows, assign_blocks
+from protoclip.lloyd.points import InMemory, OnDisk, Points, open_points
 
 OP = "hierarchical_kmeans"
 CHECKED = 64  # rows whose content a resumed call compares
@@ -78,8 +77,9 @@ class Hierarchy:
         """Write a .safetensors file."""
         tensors = {}
         for number, level in enumerate(self.levels, 1):
-            for name, value in vars(level).items():
-                tensors[f"{number}.{name}"] = torch.as_tensor(value, dtype=_dtype_of(name, value))
+            inertia = torch.tensor(level.inertia, dtype=torch.float64)
+            for name, value in (vars(level) | {"inertia": inertia}).items():
+                tensors[f"{number}.{name}"] = value
         write_safetensors(Path(path), tensors)
 
     @classmethod
@@ -95,25 +95,15 @@ class Hierarchy:
 
         try:
             tensors = load_file(path, str(device))
-            levels = [
-                Level(
-                    centroids=tensors[f"{number}.centroids"],
-                    labels=tensors[f"{number}.labels"],
-                    squared=tensors[f"{number}.squared"],
-                    sizes=tensors[f"{number}.sizes"],
-                    inertia=float(tensors[f"{number}.inertia"]),
-                )
-                for number in range(1, 1 + max(1, len(tensors) // len(Level.__annotations__)))
-            ]
+            levels = []
+            for number in range(1, 1 + max(1, len(tensors) // len(fields(Level)))):
+                values = {field.name: tensors[f"{number}.{field.name}"] for field in fields(Level)}
+                levels.append(Level(**values | {"inertia": float(values["inertia"])}))
         except (SafetensorError, LookupError) as error:
             raise ValueError(
                 f"Hierarchy.load: expected a file that Hierarchy.save wrote, got {path} ({error})"
             ) from error
         return cls(tuple(levels))
-
-
-def _dtype_of(name: str, value: Any) -> torch.dtype:
-    return torch.float64 if name == "inertia" else value.dtype
 
 
 @dataclass(frozen=True)
@@ -228,7 +218,7 @@ def hierarchical_kmeans(
         Hierarchy(N=1,000, clusters 20, 2)
     """
     check_choice(OP, choose)
-    points = open_points(rows, device)
+    points = open_points(OP, "rows", rows, device)
     count = int(sum_over(group, torch.tensor([points.count], device=points.device)))
     plans = plan_levels(count, levels, resamplings, sample_sizes)
     if weights is not None:
@@ -293,12 +283,11 @@ def _cluster_level(
 ) -> Level:
     """One level; ``cluster`` gives the centroids of some members in a step."""
     group = members.group
-    steps, centroids = kept.get(number, members.points.device)
-    if centroids is None:
-        centroids = cluster(members, 0)
-        kept.put(number, 1, centroids)
-        steps = 1
-    labels, squared = _assign(members.points, centroids, backend)
+    if number not in kept.finished:
+        kept.put(number, 1, cluster(members, 0))
+    steps, centroids = kept.finished[number]
+    centroids = centroids.to(members.points.device)
+    labels, squared = assign_blocks(members.points, centroids, backend)
     positions = positions_of(members.points.count, group, labels.device)
     quotas = labels.new_full((plan.clusters,), plan.sample_size)
     for step in range(steps, 1 + plan.resamplings):
@@ -310,7 +299,7 @@ def _cluster_level(
             break  # so many clusters are empty, as happens with few different rows
         centroids = cluster(members.select(sample), step)
         kept.put(number, step + 1, centroids)
-        labels, squared = _assign(members.points, centroids, backend)
+        labels, squared = assign_blocks(members.points, centroids, backend)
     sizes = torch.ones_like(labels) if members.sizes is None else members.sizes
     totals = torch.zeros_like(quotas).index_add_(0, labels, sizes)
     inertia = squared.double()
@@ -325,13 +314,6 @@ def _cluster_level(
     )
 
 
-def _assign(points: Points, centroids: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """``kmeans_assign`` of all points, block by block."""
-    blocks = [kmeans_assign(x, centroids.to(x), backend=backend) for x in points.blocks()]
-    labels, squared = zip(*blocks, strict=True)
-    return torch.cat(labels), torch.cat(squared)
-
-
 class OtherCallError(ValueError):
     """A state is of a call with other arguments, whose names are in ``different``."""
 
@@ -344,7 +326,7 @@ class OtherCallError(ValueError):
 
 
 class _State:
-    """The centroids of finished steps, in a file."""
+    """The centroids of each level's last k-means, in a file."""
 
     def __init__(
         self, path: Path | None, settings: dict[str, Any], group: dist.ProcessGroup | None
@@ -352,61 +334,41 @@ class _State:
         self.path = path
         self.settings = settings
         self.is_writer = group is None or dist.get_rank(group) == 0
-        self.steps: dict[int, int] = {}  # of each level
-        self.centroids: dict[int, Tensor] = {}
-        box: list[Any] = [None]
-        if path is not None and self.is_writer and path.exists():
-            box = [self._read(path)]
-        if path is not None and group is not None:
+        self.finished: dict[int, tuple[int, Tensor]] = {}  # level -> number of k-means, centroids
+        if path is None:
+            return
+        box: list[Any] = [self._read(path) if self.is_writer and path.exists() else {}]
+        if group is not None:
             dist.broadcast_object_list(box, group=group, group_src=0)
         if isinstance(box[0], ValueError):
             raise box[0]
-        if box[0] is not None:
-            self.steps, self.centroids = box[0]
+        self.finished = box[0]
 
-    def _read(self, path: Path) -> tuple[dict[int, int], dict[int, Tensor]] | ValueError:
+    def _read(self, path: Path) -> dict[int, tuple[int, Tensor]] | ValueError:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             tensors = load_file(path)
             settings = json.loads(bytes(tensors.pop("settings").tolist()))
-            steps = {int(name): int(steps) for name, steps in settings.pop("steps").items()}
-            centroids = {number: tensors[str(number)] for number in steps}
+            places = [tuple(map(int, name.split("."))) for name in tensors]
+            values = zip(places, tensors.values(), strict=True)
+            finished = {level: (steps, centroids) for (level, steps), centroids in values}
         except (SafetensorError, LookupError, ValueError) as error:
             return ValueError(f"{OP}: expected a state that it wrote, got {path} ({error})")
         if settings != self.settings:
             names = [name for name, value in self.settings.items() if settings.get(name) != value]
             return OtherCallError(path, names)
-        return steps, centroids
+        return finished
 
-    def get(self, number: int, device: torch.device) -> tuple[int, Tensor | None]:
-        """The finished k-means of a level, and the centroids of the last one."""
-        if number not in self.centroids:
-            return 0, None
-        return self.steps[number], self.centroids[number].to(device)
-
-    def put(self, number: int, steps: int, centroids: Tensor) -> None:
-        if self.path is None:
+    def put(self, level: int, steps: int, centroids: Tensor) -> None:
+        self.finished[level] = steps, centroids
+        if self.path is None or not self.is_writer:
             return
-        self.steps[number] = steps
-        self.centroids[number] = centroids
-        if self.is_writer:
-            text = json.dumps(self.settings | {"steps": self.steps})
-            tensors = {str(number): centroids for number, centroids in self.centroids.items()}
-            tensors["settings"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-            write_safetensors(self.path, tensors)
-
-
-def open_points(rows: Any, device: torch.device | str | None = None) -> Points:
-    """Rows on disk, or in memory in fp32 or fp64."""
-    stored = stored_rows(rows)
-    if stored is not None:
-        return on_disk(stored, torch.device(device or "cpu"))
-    x = as_points(rows)
-    checks.matrix(OP, "rows", x, "[N, D]")
-    x = x.detach()
-    return InMemory(x if x.dtype == torch.float64 else x.float())
+        tensors = {f"{level}.{steps}": x for level, (steps, x) in self.finished.items()}
+        text = json.dumps(self.settings).encode()
+        tensors["settings"] = torch.tensor(list(text), dtype=torch.uint8)
+        write_safetensors(self.path, tensors)
 
 
 def _checksum(points: Points) -> int:

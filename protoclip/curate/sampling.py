@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from numbers import Integral
 
 import numpy as np
@@ -22,7 +21,6 @@ from protoclip.lloyd.points import Points
 
 SIZE_BITS = 48  # of the number of rows
 ROWS, REMAINDER = 1, 2  # purposes of random keys
-CHOSEN_BYTES = 256 << 20  # of chosen rows that are compared with others at once
 PIECE = 1024  # rows that are compared with each other at once
 
 
@@ -132,50 +130,29 @@ def sample_without_duplicates(
     lowest = hierarchy.levels[0]
     keys = row_keys(hierarchy, choose, seed)
     order = torch.from_numpy(np.lexsort((keys.numpy(), lowest.labels.numpy())))
-    ends = lowest.sizes.cumsum(0)
-    members = [
-        order[start:end] for start, end in zip(ends - lowest.sizes, ends, strict=True)
-    ]  # of each cluster, in the order in which they are chosen
-    chosen = [order[:0] for _ in members]
-    bytes_of = shares * (rows.columns * 4)  # of the chosen rows of each cluster
-    for clusters in _pieces(bytes_of, CHOSEN_BYTES):
-        _choose_apart(rows, clusters, members, shares.tolist(), distance, chosen)
+    members = order.split(lowest.sizes.tolist())  # of each cluster, in the order of choice
+    chosen = [
+        _choose_apart(rows, of_cluster, share, distance)
+        for of_cluster, share in zip(members, shares.tolist(), strict=True)
+    ]
     counts = shares.new_tensor([len(positions) for positions in chosen])
     return torch.cat(chosen).sort().values, shares - counts
 
 
-def _pieces(sizes: Tensor, most: int) -> list[list[int]]:
-    """Neighbouring numbers whose sizes add up to about ``most``."""
-    piece_of = (sizes.cumsum(0) // most).tolist()
-    return [list(group) for _, group in groupby(range(len(sizes)), key=piece_of.__getitem__)]
-
-
-def _choose_apart(
-    rows: Points,
-    clusters: list[int],
-    members: list[Tensor],
-    shares: list[int],
-    distance: float,
-    chosen: list[Tensor],
-) -> None:
-    """Choose members of some clusters. Each round reads as many of each as it still lacks."""
-    tried = dict.fromkeys(clusters, 0)
-    kept = {cluster: rows.take(chosen[cluster]) for cluster in clusters}
-    while clusters:
-        candidates = [
-            members[k][tried[k] : tried[k] + shares[k] - len(chosen[k])] for k in clusters
-        ]
-        clusters = [k for k, positions in zip(clusters, candidates, strict=True) if len(positions)]
-        candidates = [positions for positions in candidates if len(positions)]
-        if not clusters:
-            return
-        values = rows.take(torch.cat(candidates)).split([len(x) for x in candidates])
-        for k, positions, points in zip(clusters, candidates, values, strict=True):
-            tried[k] += len(positions)
-            for some, some_points in zip(positions.split(PIECE), points.split(PIECE), strict=True):
-                is_apart = _apart(some_points, kept[k], distance)
-                chosen[k] = torch.cat([chosen[k], some[is_apart]])
-                kept[k] = torch.cat([kept[k], some_points[is_apart]])
+def _choose_apart(rows: Points, members: Tensor, share: int, distance: float) -> Tensor:
+    """The first members of a cluster, at most ``share``, none of which is near one before it."""
+    chosen = members[:0]
+    points = rows.take(chosen)
+    tried, step = 0, share
+    while len(chosen) < share and tried < len(members):
+        candidates = members[tried : tried + min(step, PIECE)]
+        tried += len(candidates)
+        step *= 2  # where many are near others, few are lacking for long
+        values = rows.take(candidates)
+        is_apart = _apart(values, points, distance)
+        chosen = torch.cat([chosen, candidates[is_apart]])
+        points = torch.cat([points, values[is_apart]])
+    return chosen[:share]
 
 
 def _apart(points: Tensor, kept: Tensor, distance: float) -> Tensor:

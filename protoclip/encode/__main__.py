@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protoclip import distributed
-from protoclip.common.files import locked_folder, printable, printable_lines
+from protoclip.common.files import locked_folder, printable
 from protoclip.common.paths import check_above
-from protoclip.common.signals import Stopped
 from protoclip.encode.encoders import batch_size_of, open_encoders, with_heads
 from protoclip.encode.folder import Settings, encode_folder
 from protoclip.encode.pairs import open_data
@@ -83,11 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.quiet_beside_main(info):
             args = encode_parser().parse_args(words)
         distributed.start(info, choose_device(args.device), TIMEOUT)
-        try:
-            folder = run(args, shlex.join(["protoclip", "encode", *words]))
-        except Stopped as stop:
-            print(f"{PROG}: {printable_lines(stop.message)}", file=sys.stderr)
-            return stop.code
+        folder = run(args, shlex.join(["protoclip", "encode", *words]))
         if distributed.is_main():
             print(summary(folder))
         return 0

@@ -32,13 +32,11 @@ from protoclip.lloyd.points import (
     OnDisk,
     as_points,
     each_row,
-    on_disk,
-    stored_rows,
+    open_points,
 )
 from protoclip.lloyd.slices import PointSlice, Summary, largest_magnitude
 from protoclip.lloyd.starts import INITS, first_centroids, held
 from protoclip.lloyd.sweep import OnRows, sweep
-from protoclip.ops import checks
 from protoclip.ops.operators import without_autocast
 
 EMPTY_CLUSTERS = ("move", "split")
@@ -125,7 +123,7 @@ def kmeans(
         >>> sorted(clusters.counts.tolist())
         [5, 5]
     """
-    rows = PointSlice(_opened(points, torch.device(device or "cpu")), group, backend)
+    rows = PointSlice(open_points("kmeans", "points", points, device), group, backend)
     _check_numbers(rows, num_clusters, num_iters, num_restarts, tol, seed)
     num_clusters, seed = int(num_clusters), int(seed)  # NumPy's integers overflow
     if empty_clusters not in EMPTY_CLUSTERS:
@@ -194,16 +192,6 @@ def kmeans(
     counts = rows.sum(torch.bincount(best.state.labels, minlength=num_clusters))
     history = (*best.history, best.state.inertia)
     return Clusters(rows.in_own_frame(best.state.centroids), best.state.labels, counts, history)
-
-
-def _opened(points: Rows, device: torch.device) -> InMemory | OnDisk:
-    stored = stored_rows(points)
-    if stored is not None:
-        return on_disk(stored, device)
-    x = as_points(points)
-    checks.matrix("kmeans", "points", x, "[N, D]")
-    x = x.detach()
-    return InMemory(x if x.dtype == torch.float64 else x.float())
 
 
 def _look_over(rows: PointSlice, needs_variance: bool) -> Summary:

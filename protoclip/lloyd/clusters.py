@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from protoclip.lloyd.points import Array, as_points, on_disk, stored_rows
+from protoclip.lloyd.points import Array, Points, as_points, on_disk, stored_rows
 from protoclip.ops import checks
 from protoclip.ops.clusters import kmeans_assign
 
@@ -22,6 +22,15 @@ TRANSFORM_BLOCK = 1 << 21  # distances that ``Clusters.transform`` computes at o
 
 # Points as users give them: in memory, rows on disk, or a path to them.
 Rows: TypeAlias = "Tensor | Array | Sequence[Any] | FeatureRows | str | os.PathLike[str]"
+
+
+def assign_blocks(
+    points: Points, centroids: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """``kmeans_assign`` of all points, block by block."""
+    blocks = [kmeans_assign(x, centroids.to(x), backend=backend) for x in points.blocks()]
+    labels, squared = zip(*blocks, strict=True)
+    return torch.cat(labels), torch.cat(squared)
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,11 +79,7 @@ class Clusters:
             x = as_points(points)
             checks.matrix(op, "points", x, "[M, D]")
             return kmeans_assign(x, self.centroids.to(x.device))
-        blocks = on_disk(stored, self.centroids.device).blocks()
-        labels, distances = zip(
-            *(kmeans_assign(block, self.centroids) for block in blocks), strict=True
-        )
-        return torch.cat(labels), torch.cat(distances)
+        return assign_blocks(on_disk(stored, self.centroids.device), self.centroids)
 
     @torch.no_grad()
     def transform(self, points: Rows) -> Tensor:

@@ -216,6 +216,18 @@ def on_disk(rows: FeatureRows, device: torch.device) -> OnDisk:
     return OnDisk(rows, torch.float32 if is_narrow else torch.float64, device)
 
 
+def open_points(op: str, name: str, points: Any, device: torch.device | str | None) -> Points:
+    """Points on disk, which blocks bring to a device, or those of a tensor, an array or a list in
+    fp32 or fp64 where they are; errors name the function and its argument."""
+    stored = stored_rows(points)
+    if stored is not None:
+        return on_disk(stored, torch.device(device or "cpu"))
+    x = as_points(points)
+    checks.matrix(op, name, x, "[N, D]")
+    x = x.detach()
+    return InMemory(x if x.dtype == torch.float64 else x.float())
+
+
 def each_row(points: Points, f: Callable[[Tensor], Tensor]) -> Tensor:
     """f of the points [M, D], which gives a value for each row: [N]."""
     return torch.cat([f(block) for block in points.blocks()])
