@@ -210,7 +210,7 @@ MUTANTS = [
         "sums count a key that is excluded and has the query's id twice",
         "contrastive",
         SUMS,
-        "return seen - self._at(exclude.where(~self._is_same(exclude), -1))",
+        "return seen - self._at(exclude.where(~of_same_id(pairs, exclude), -1))",
         "return seen - self._at(exclude)",
     ),
     Mutant(
@@ -279,16 +279,16 @@ MUTANTS = [
     Mutant(
         "info_nce: smoothing looks one way",
         "contrastive",
-        SOFTMAX,
-        "(by_row + plain_smoothing(y, x, logit_scale, 0)) / 2",
+        CONTRASTIVE,
+        "(by_row + by_column) / 2",
         "by_row",
     ),
     Mutant(
         "info_nce: the reference under autocast",
         "contrastive",
-        SOFTMAX,
-        "with without_autocast(x.device.type):\n            return reference.info_nce(",
-        "if True:\n            return reference.info_nce(",
+        CONTRASTIVE,
+        "with without_autocast(x.device.type):\n            losses = reference.info_nce(",
+        "if True:\n            losses = reference.info_nce(",
         first="info_nce",
     ),
     Mutant(

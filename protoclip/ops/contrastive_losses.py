@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.ops import checks
+from protoclip.ops import checks, reference
 from protoclip.ops.columns import LOCAL, Local, columns_of
 from protoclip.ops.dispatch import resolve
 from protoclip.ops.id_codes import coder_of
-from protoclip.ops.operators import reduce, reduce_weighted
+from protoclip.ops.operators import reduce, reduce_weighted, without_autocast
 from protoclip.ops.pairs import SAME_ID, SameId, check_ids, pairs_of
-from protoclip.ops.softmax import pair_losses, query_loss, query_losses
-from protoclip.ops.sums import positive_means
+from protoclip.ops.softmax import contrastive_loss, info_nce_loss, query_loss, query_losses
+from protoclip.ops.stash import keeps_stash
+from protoclip.ops.sums import plain_smoothing, positive_means
 
 
 def info_nce(
@@ -98,22 +99,71 @@ def info_nce(
             f"other ranks, got {label_smoothing:g}; call contrastive(..., group=group) for each "
             "direction"
         )
-    reduces = weights is None and not label_smoothing and backend_name != "reference"
-    losses = pair_losses(
-        op,
-        x,
-        y,
-        logit_scale,
-        ids,
-        same_id,
-        columns,
-        label_smoothing=label_smoothing,
-        reduction=reduction if reduces else "none",
-        backend=backend_name,
-        stash=stash,
-    )
-    if reduces:
-        return losses
+    fused = backend_name != "reference"
+    reduces = fused and weights is None and not label_smoothing  # then the op gives a mean or sum
+    keys = columns.gather(y)
+    if ids is None and fused:
+        losses = info_nce_loss(
+            x=x,
+            y=keys,
+            logit_scale=logit_scale,
+            offset=columns.first(x.shape[0]),
+            both_directions=True,
+            reduction=reduction if reduces else "none",
+            backend=backend_name,
+            keep_stash=keeps_stash(stash, x, keys, logit_scale),
+            group_name=columns.name,
+        ).loss
+        if reduces:
+            return losses
+        if label_smoothing:
+            by_row = plain_smoothing(x, y, logit_scale, 0)
+            by_column = plain_smoothing(y, x, logit_scale, 0)
+            losses = losses + label_smoothing * (by_row + by_column) / 2
+    elif ids is None and columns is LOCAL:
+        with without_autocast(x.device.type):
+            losses = reference.info_nce(x, y, logit_scale, label_smoothing)
+    else:
+        pairs = pairs_of(
+            op,
+            x,
+            y.shape[0],
+            query_ids=ids,
+            key_ids=ids,
+            same_id=same_id,
+            columns=columns,
+            code_ids=coder_of(backend_name),
+        )
+        if reduces and reduction != "none":
+            return contrastive_loss(
+                x=x,
+                y=keys,
+                logit_scale=logit_scale,
+                **pairs.tensors(),
+                both_directions=True,
+                reduction=reduction,
+                backend=backend_name,
+                keep_stash=keeps_stash(stash, x, keys, logit_scale),
+                group_name=columns.name,
+            ).loss_per_query
+        by_image = query_losses(
+            op,
+            x,
+            keys,
+            logit_scale,
+            pairs,
+            label_smoothing=label_smoothing,
+            backend=backend_name,
+            stash=stash,
+            both_directions=fused or columns is LOCAL,
+            columns=columns,
+        )
+        by_text = by_image.loss_per_key
+        if by_text is None:
+            all_x = columns.gather(x)
+            texts = query_losses(op, y, all_x, logit_scale, pairs, backend=backend_name)
+            by_text = texts.loss_per_query
+        losses = (by_image.loss_per_query + by_text) / 2
     if weights is None:
         return reduce(losses, reduction, x.shape[0])
     return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, columns)

@@ -115,11 +115,17 @@ def save(ctx: Any, **values: Any) -> None:
     ctx.other_values = {name: value for name, value in values.items() if name not in tensors}
 
 
-def saving(results: Sequence[str]) -> Callable[[Any, Any, Any], None]:
-    """``save`` of ``define_gradient`` that keeps all arguments and the results of these names."""
+def saving(results: Sequence[str], without: Sequence[str] = ()) -> Callable[[Any, Any, Any], None]:
+    """``save`` of ``define_gradient`` that keeps the results of these names, and the arguments that
+    are not named in ``without``."""
 
     def keep(ctx: Any, arguments: Any, output: Any) -> None:
-        save(ctx, **arguments._asdict(), **{name: getattr(output, name) for name in results})
+        values = dict(zip(arguments._fields, arguments, strict=True))
+        for name in results:
+            values[name] = getattr(output, name)
+        for name in without:
+            del values[name]
+        save(ctx, **values)
 
     return keep
 

@@ -30,7 +30,6 @@ from protoclip.ops.operators import (
     operator,
     reduce_weighted,
     refuse_gradient,
-    save,
     saved_values,
     saving,
     single,
@@ -121,19 +120,6 @@ def _round_the_ring(
     return total._replace(dx=total.dx.to(y.dtype), dy=total.dy.to(y.dtype))
 
 
-def _save_sigmoid(ctx: Any, arguments: Any, results: SigmoidLoss) -> None:
-    save(
-        ctx,
-        logit_scale=arguments.logit_scale,
-        logit_bias=arguments.logit_bias,
-        dx=results.dx,
-        dy=results.dy,
-        dlogit_scale=results.dlogit_scale,
-        dlogit_bias=results.dlogit_bias,
-        backend=arguments.backend,
-    )
-
-
 def _sigmoid_gradients_shapes(arguments: Any) -> SigmoidGradients:
     return SigmoidGradients(
         dx=torch.empty_like(arguments.dx),
@@ -173,7 +159,13 @@ def _by_name(gradients: SigmoidGradients, saved: Any) -> dict[str, Tensor]:
     }
 
 
-define_gradient(_sigmoid_loss, save=_save_sigmoid, backward=_sigmoid_backward)
+define_gradient(
+    _sigmoid_loss,
+    save=saving(
+        ["dx", "dy", "dlogit_scale", "dlogit_bias"], without=["x", "y", "query_ids", "key_ids"]
+    ),
+    backward=_sigmoid_backward,
+)
 refuse_gradient(sigmoid_gradients, "sigmoid_loss")
 
 

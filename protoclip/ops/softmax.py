@@ -32,7 +32,6 @@ from protoclip.ops import pairs as pairs_file
 from protoclip.ops import reference
 from protoclip.ops.columns import LOCAL, Local, columns_named
 from protoclip.ops.dispatch import function
-from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
     call_saved,
     define_gradient,
@@ -46,7 +45,7 @@ from protoclip.ops.operators import (
     saving,
     without_autocast,
 )
-from protoclip.ops.pairs import Pairs, QueryParts, pairs_of
+from protoclip.ops.pairs import Pairs, QueryParts
 from protoclip.ops.stash import empty_stash, fake_stash, filled, keeps_stash
 from protoclip.ops.sums import (
     LN2,
@@ -367,20 +366,17 @@ def _contrastive_backward(ctx: Any, grads: ContrastiveLoss) -> dict[str, Tensor]
     if saved.both_directions:
         keys = n if saved.group_name else saved.y.shape[0]
     query_weight = grads.loss_per_query
-    key_weight = grads.loss_per_key
-    if saved.reduction != "none":
-        query_weight = grads.loss_per_query.expand(n)
-        key_weight = grads.loss_per_query.expand(keys)
+    key_weight = grads.loss_per_key if saved.reduction == "none" else query_weight
     if query_weight is None:
-        query_weight = saved.row_statistics.new_zeros(()).expand(n)
+        query_weight = saved.row_statistics.new_zeros(())
     if key_weight is None:
-        key_weight = saved.row_statistics.new_zeros(()).expand(keys)
+        key_weight = saved.row_statistics.new_zeros(())
     gradients = call_saved(
         contrastive_gradients,
         saved,
-        query_weight=query_weight,
+        query_weight=query_weight.expand(n),
         positive_mean_weight=grads.positive_mean,
-        key_weight=key_weight,
+        key_weight=key_weight.expand(keys),
     )
     by_name = {
         "x": gradients.dx,
@@ -398,84 +394,6 @@ define_gradient(
     backward=_contrastive_backward,
 )
 refuse_gradient(contrastive_gradients, "contrastive")
-
-
-def pair_losses(
-    op: str,
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    ids: Tensor | None,
-    same_id: str,
-    columns: Local,
-    *,
-    label_smoothing: float,
-    reduction: str,
-    backend: str,
-    stash: bool | None,
-) -> Tensor:
-    """Half the sum of both directions' losses of N pairs: [N] or, by a fused backend without
-    ``label_smoothing``, their mean or sum."""
-    if backend == "reference" and ids is None and columns is LOCAL:
-        with without_autocast(x.device.type):
-            return reference.info_nce(x, y, logit_scale, label_smoothing)
-    keys = columns.gather(y)
-    if backend != "reference" and ids is None:
-        losses = info_nce_loss(
-            x=x,
-            y=keys,
-            logit_scale=logit_scale,
-            offset=columns.first(x.shape[0]),
-            both_directions=True,
-            reduction=reduction,
-            backend=backend,
-            keep_stash=keeps_stash(stash, x, keys, logit_scale),
-            group_name=columns.name,
-        ).loss
-        if not label_smoothing:
-            return losses
-        by_row = plain_smoothing(x, y, logit_scale, 0)
-        return losses + label_smoothing * (by_row + plain_smoothing(y, x, logit_scale, 0)) / 2
-    pairs = pairs_of(
-        op,
-        x,
-        y.shape[0],
-        query_ids=ids,
-        key_ids=ids,
-        same_id=same_id,
-        columns=columns,
-        code_ids=coder_of(backend),
-    )
-    if reduction != "none":
-        return contrastive_loss(
-            x=x,
-            y=keys,
-            logit_scale=logit_scale,
-            **pairs.tensors(),
-            both_directions=True,
-            reduction=reduction,
-            backend=backend,
-            keep_stash=keeps_stash(stash, x, keys, logit_scale),
-            group_name=columns.name,
-        ).loss_per_query
-    if backend == "reference" and columns is not LOCAL:
-        images = query_losses(op, x, keys, logit_scale, pairs, backend=backend)
-        texts = query_losses(op, y, columns.gather(x), logit_scale, pairs, backend=backend)
-        return (images.loss_per_query + texts.loss_per_query) / 2
-    losses_of_both = query_losses(
-        op,
-        x,
-        keys,
-        logit_scale,
-        pairs,
-        label_smoothing=label_smoothing,
-        backend=backend,
-        stash=stash,
-        both_directions=True,
-        columns=columns,
-    )
-    assert losses_of_both.loss_per_key is not None
-    return (losses_of_both.loss_per_query + losses_of_both.loss_per_key) / 2
 
 
 class QueryLosses(NamedTuple):

@@ -64,15 +64,13 @@ def _bytes_for(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) ->
     return stash_bytes(n, y.shape[0], d, x.dtype, native.stash_tile())
 
 
-def no_stash(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.uint8)
-
-
 def empty_stash(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) -> Tensor:
     """A stash for the products of x and y, if they are to go there, in memory that the next step
     gets again."""
     num_bytes = _bytes_for(op, backend, x, y, keep_stash)
-    return function(op, backend, "empty_stash")(num_bytes) if num_bytes else no_stash(x)
+    if not num_bytes:
+        return x.new_empty(0, dtype=torch.uint8)
+    return function(op, backend, "empty_stash")(num_bytes)
 
 
 def fake_stash(op: str, backend: str, x: Tensor, y: Tensor, keep_stash: bool) -> Tensor:

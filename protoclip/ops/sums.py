@@ -154,22 +154,22 @@ class KeySums:
         total = self._rows.sum(dim=0).expand(self._own.shape[0], -1)
         if pairs.query_ids is None or pairs.same_positive:
             return total - self._at(pairs.exclude) if pairs.exclude is not None else total
-        seen = total - self._same() + self._at(self._own.where(self._is_same(self._own), -1))
+        seen = total - self._same() + self._at(self._own.where(of_same_id(pairs, self._own), -1))
         if pairs.exclude is None:
             return seen
         exclude = pairs.exclude[:, None]
-        return seen - self._at(exclude.where(~self._is_same(exclude), -1))
+        return seen - self._at(exclude.where(~of_same_id(pairs, exclude), -1))
 
     def positive(self) -> Tensor:
         """The sums over P_i, its positives."""
         pairs = self._pairs
         if pairs.query_ids is None or not pairs.same_positive:
             return self._at(self._own)
-        positive = self._same() + self._at(self._own.where(~self._is_same(self._own), -1))
+        positive = self._same() + self._at(self._own.where(~of_same_id(pairs, self._own), -1))
         if pairs.exclude is None:
             return positive
         exclude = pairs.exclude[:, None]
-        return positive - self._at(exclude.where(self._is_same(exclude), -1))
+        return positive - self._at(exclude.where(of_same_id(pairs, exclude), -1))
 
     def _at(self, positions: Tensor) -> Tensor:
         """Sum of the rows at positions [N] or [N, P]; -1: none."""
@@ -187,9 +187,6 @@ class KeySums:
 
     def _row_of(self, positions: Tensor) -> Tensor:
         return positions.where(positions >= 0, self._rows.shape[0] - 1).long()
-
-    def _is_same(self, positions: Tensor) -> Tensor:
-        return of_same_id(self._pairs, positions)
 
     def _same(self) -> Tensor:
         """The sums over the keys with the query's id."""
