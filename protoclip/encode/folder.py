@@ -43,7 +43,7 @@ from protoclip.distributed import (
 )
 from protoclip.encode.encoders import Encoders
 from protoclip.features import writer
-from protoclip.features.layout import IMAGES, TABLES, TEXTS
+from protoclip.features.layout import IMAGES, TABLES, TEXTS, read_record
 from protoclip.features.table import CAPTION, FILE, KEY, LABEL, STATE, read_csv
 from protoclip.features.writer import Kept, PartFolder, Piece, State
 
@@ -114,7 +114,7 @@ class _Job:
         """Check the folder and return the numbers of the parts to encode. Parts that are no longer
         valid become pieces."""
         out = self.settings.out
-        record = self.folder.read_record()
+        record = read_record(self.settings.out)
         shown = printable(str(out))
         if not record and any((out / kind).exists() for kind in (IMAGES, TEXTS, TABLES)):
             raise ValueError(
@@ -192,7 +192,7 @@ class _Job:
 
     def encode(self, parts: Sequence[int]) -> None:
         """Encode this rank's share of the parts."""
-        kept = Kept(self.folder, _left_out(self.folder.read_record()))
+        kept = Kept(self.folder, _left_out(read_record(self.settings.out)))
         gather_objects(None)  # nobody adds a piece before all have read them
         own = parts[rank() :: world_size()]
         pairs = sum(len(self.pairs_of(number)) for number in own)
@@ -202,7 +202,7 @@ class _Job:
 
     def finish(self) -> dict[str, str]:
         """Write left_out.csv, say in the record that the folder is finished, remove the pieces."""
-        record = self.folder.read_record()
+        record = read_record(self.settings.out)
         missing = set(range(self.count)) - {
             number for number in range(self.count) if self.folder.file(TABLES, number).exists()
         }

@@ -9,43 +9,23 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image
 
 from protoclip.common.files import DataError, lines_of, plural, printable
-from protoclip.data import PairDataset, Pictures, data_kind, open_dataset
+from protoclip.data import PairDataset, Pictures, Subset, data_kind, open_dataset
 from protoclip.data.folders import ImageFolder, read_templates
 from protoclip.data.images import no_picture
 from protoclip.episodes.teacher import teacher_text
 from protoclip.settings.config import TABLE
 
 
-class OneText(PairDataset):
+class OneText(Subset):
     """The pairs of a data set, each with one text: what a text teacher reads."""
 
     def __init__(self, dataset: PairDataset) -> None:
-        self.dataset = dataset
-        self.name = dataset.name
-        self.keys = dataset.keys
-        self.labels = dataset.labels
-        self.facts = dataset.facts
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def image(self, i: int) -> Image.Image:
-        return self.dataset.image(i)
+        super().__init__(dataset, np.arange(len(dataset)))
 
     def captions(self, i: int) -> tuple[str, ...]:
-        return (teacher_text(self.dataset.captions(i)),)
-
-    def path(self, i: int) -> str:
-        return self.dataset.path(i)
-
-    def container(self, i: int) -> str:
-        return self.dataset.container(i)
-
-    def prefetch(self, positions: np.ndarray) -> None:
-        self.dataset.prefetch(positions)
+        return (teacher_text(super().captions(i)),)
 
 
 class ClassNames(PairDataset):

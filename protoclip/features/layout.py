@@ -13,11 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from protoclip.common.files import DataError, plural, printable
 from protoclip.common.json_text import parse_json
 from protoclip.common.strings import StringTable
-from protoclip.features.parts import SUFFIXES, open_part, read_keys
+from protoclip.features.parts import SUFFIXES, open_part
 from protoclip.features.rows import FeatureRows, StoredRows
 from protoclip.features.table import KEY, FeatureTable
 
@@ -92,7 +95,7 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
                 f"{printable(text)}: expected features in {', '.join(SUFFIXES)}; save them with "
                 "numpy.save"
             )
-        return StoredRows(text, [open_part(path)], lambda: _texts_of(path))
+        return StoredRows(text, [open_part(path)], lambda: _keys_of(path))
     files = [Path(name) for name in glob.glob(text)]
     if not files:
         raise DataError(f"{printable(text)}: no such file or folder of features; check the path")
@@ -120,8 +123,13 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
         DataError: it is unfinished, or its parts do not fit together.
     """
     path = Path(path)
-    check_finished(path)
     shown = printable(str(path))
+    record = read_record(path)
+    if record and not record["finished"]:
+        raise DataError(
+            f"{shown}: the features are unfinished; this continues them: "
+            f"{printable(str(record['command']))}"
+        )
     files = {side: in_order(list((path / side).glob("*.npy"))) for side in (IMAGES, TEXTS)}
     sides = {side: found for side, found in files.items() if found}
     if not sides:
@@ -156,22 +164,18 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
     return FeatureFolder(path, rows.get(IMAGES), rows.get(TEXTS), table)
 
 
-def check_finished(path: Path) -> None:
-    """DataError, with the command that continues it, if ``protoclip encode`` has not finished."""
+def read_record(path: Path) -> dict[str, Any]:
+    """What ``protoclip encode`` has written to a folder; {} if it wrote nothing there."""
     try:
-        record = parse_json((path / RECORD).read_text(encoding="utf-8"))
-        is_finished = bool(record["finished"])
-        command = str(record["command"])
+        record = dict(parse_json((path / RECORD).read_text(encoding="utf-8")))
+        if missing := {"finished", "command"} - record.keys():
+            raise ValueError(f"it does not say {' and '.join(sorted(missing))}")
     except FileNotFoundError:
-        return
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
         shown = printable(str(path / RECORD))
         raise DataError(f"{shown}: cannot be read ({error}); encode into a new folder") from error
-    if not is_finished:
-        raise DataError(
-            f"{printable(str(path))}: the features are unfinished; this continues them: "
-            f"{printable(command)}"
-        )
+    return record
 
 
 def in_order(files: Sequence[Path]) -> list[Path]:
@@ -215,8 +219,15 @@ def _rows_of(name: str, files: Sequence[Path]) -> FeatureRows:
     return StoredRows(name, [open_part(file) for file in files], lambda: None)
 
 
-def _texts_of(path: Path) -> StringTable | None:
-    keys = read_keys(path)
-    if keys is None:
+def _keys_of(path: Path) -> StringTable | None:
+    """The array ``keys`` of a .npz; None if there is none."""
+    if path.suffix != ".npz":
         return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "keys" not in arrays.files:
+                return None
+            keys = arrays["keys"]
+    except Exception as error:
+        raise DataError(f"{printable(str(path))}: its keys cannot be read ({error})") from error
     return StringTable(os.fsdecode(k) if isinstance(k, bytes) else str(k) for k in keys.tolist())

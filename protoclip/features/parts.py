@@ -123,17 +123,6 @@ def open_part(path: Path) -> Part:
         raise DataError(f"{shown}: cannot be read ({error}); is it complete?") from error
 
 
-def read_keys(path: Path) -> np.ndarray | None:
-    """The array ``keys`` of a .npz, or None."""
-    if path.suffix != ".npz":
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["keys"] if "keys" in arrays.files else None
-    except Exception as error:
-        raise DataError(f"{printable(str(path))}: its keys cannot be read ({error})") from error
-
-
 def _open_npy(path: Path) -> Part:
     with open(path, "rb") as file:
         return _part_of_array(path, file, os.fstat(file.fileno()).st_size, "")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from protoclip.common.files import DataError, printable, whole_file, write_atomic
+from protoclip.common.files import DataError, whole_file, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.features.layout import IMAGES, RECORD, TABLES, TEXTS, in_order
 from protoclip.features.table import CAPTION, FILE, KEY, STATE, read_csv, write_csv_table
@@ -102,19 +102,6 @@ class PartFolder:
         for kind in (TABLES, IMAGES, TEXTS):
             shutil.rmtree(self.path / kind, ignore_errors=True)
         self.remove_pieces()
-
-    def read_record(self) -> dict[str, Any]:
-        """What the folder holds; {} if nothing was written yet."""
-        try:
-            record = parse_json((self.path / RECORD).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            shown = printable(str(self.path / RECORD))
-            raise DataError(
-                f"{shown}: cannot be read ({error}); encode into a new folder"
-            ) from error
-        return dict(record)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         write_atomic(self.path / RECORD, json.dumps(record, indent=1) + "\n")
