@@ -26,7 +26,7 @@ from protoclip.common.files import (
     read_file,
 )
 from protoclip.common.strings import StringTable
-from protoclip.data import PairDataset, Pictures, Subset, data_kind, open_dataset
+from protoclip.data import PairDataset, Subset, data_kind, each_picture_once, open_dataset
 from protoclip.data.folders import ImageFolder
 from protoclip.data.images import decode, no_picture
 from protoclip.features import (
@@ -215,9 +215,7 @@ def open_pictures(args: argparse.Namespace) -> Source:
     for line in dataset.facts.left_out:
         print(line, file=sys.stderr)
     open_group_folder(args, dataset)
-    numbers = dataset.picture_numbers()
-    if len(np.unique(numbers)) < len(dataset):  # a table with a row for each caption
-        dataset = Pictures(dataset, numbers)
+    dataset = each_picture_once(dataset)
     source = Source(
         dataset,
         shown=("images",) if is_image_folder else ("images", "captions"),

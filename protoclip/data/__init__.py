@@ -26,6 +26,7 @@ from protoclip.data.types import (
     PairDataset,
     Pictures,
     Subset,
+    each_picture_once,
     heldout_mask,
     heldout_pictures,
 )
@@ -33,7 +34,7 @@ from protoclip.data.types import (
 __all__ = [
     "BadSample", "Batch", "DataError", "Draws", "EpochOrder", "Facts", "Faults", "Labels",
     "PairDataset", "Pictures", "Subset", "Transform", "batches", "build_transform", "data_kind",
-    "heldout_pictures", "index_together", "open_dataset", "readable",
+    "each_picture_once", "heldout_pictures", "index_together", "open_dataset", "readable",
 ]  # fmt: skip
 
 

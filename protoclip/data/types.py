@@ -237,6 +237,12 @@ class Pictures(PairDataset):
         return self.dataset.container(self.rows[i][0])
 
 
+def each_picture_once(dataset: PairDataset) -> PairDataset:
+    """The pictures, each with the captions of all of its pairs: a table may have a row for each."""
+    numbers = dataset.picture_numbers()
+    return dataset if len(np.unique(numbers)) == len(dataset) else Pictures(dataset, numbers)
+
+
 def heldout_pictures(pictures: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Hold out a share of the pictures, with all of their rows: bool [N].
 

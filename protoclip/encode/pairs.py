@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 
 from protoclip.common.files import DataError, lines_of, plural, printable
-from protoclip.data import PairDataset, Pictures, Subset, data_kind, open_dataset
+from protoclip.data import PairDataset, Subset, data_kind, each_picture_once, open_dataset
 from protoclip.data.folders import ImageFolder, read_templates
 from protoclip.data.images import no_picture
 from protoclip.episodes.teacher import teacher_text
@@ -77,11 +77,3 @@ def open_pairs(args: argparse.Namespace) -> PairDataset:
                 return ImageFolder(Path(args.data))
     options = {name: value for name, value in vars(args).items() if name in TABLE}
     return open_dataset(args.data, **options)
-
-
-def each_picture_once(dataset: PairDataset) -> PairDataset:
-    """The pictures, each with the captions of all of its pairs: a table may have a row for each."""
-    numbers = dataset.picture_numbers()
-    if len(np.unique(numbers)) == len(dataset):
-        return dataset
-    return Pictures(dataset, numbers)
