@@ -35,6 +35,12 @@ class _OverRanks(nn.Module):
     _looked = False
     _own_logits = False  # a subclass has its own get_logits or get_ground_truth
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = next(base for base in cls.__mro__ if base.__module__ == __name__)
+        methods = ("get_logits", "get_ground_truth")
+        cls._own_logits = any(getattr(cls, name) != getattr(ours, name) for name in methods)
+
     def _join(self, rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
         """Take the rank and the number of ranks; those of the group, if there is one."""
         if group is not None:
@@ -124,11 +130,6 @@ class ClipLoss(_OverRanks):
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
         self._join(rank, world_size, group)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        ours = (ClipLoss.get_logits, ClipLoss.get_ground_truth)
-        cls._own_logits = (cls.get_logits, cls.get_ground_truth) != ours
 
     def forward(
         self,
@@ -383,11 +384,6 @@ class SigLipLoss(_OverRanks):
         self._join(rank, world_size, group)
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        ours = (SigLipLoss.get_logits, SigLipLoss.get_ground_truth)
-        cls._own_logits = (cls.get_logits, cls.get_ground_truth) != ours
 
     def forward(
         self,
