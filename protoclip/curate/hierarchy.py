@@ -97,8 +97,11 @@ class Hierarchy:
             tensors = load_file(path, str(device))
             levels = []
             for number in range(1, 1 + max(1, len(tensors) // len(fields(Level)))):
-                values = {field.name: tensors[f"{number}.{field.name}"] for field in fields(Level)}
-                levels.append(Level(**values | {"inertia": float(values["inertia"])}))
+                values: dict[str, Any] = {
+                    field.name: tensors[f"{number}.{field.name}"] for field in fields(Level)
+                }
+                values["inertia"] = float(values["inertia"])
+                levels.append(Level(**values))
         except (SafetensorError, LookupError) as error:
             raise ValueError(
                 f"Hierarchy.load: expected a file that Hierarchy.save wrote, got {path} ({error})"
