@@ -295,10 +295,6 @@ def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]
         },
         "flags": " ".join(FLAGS.split()),
         "rows": {row: ROWS[row].format(train="train") for row in outcomes},
-        "training CPU seconds": {
-            row: float(np.mean([run.work_seconds["training"] for run in by_seed.values()]))
-            for row, by_seed in outcomes.items()
-        },
         "untrained": {
             metric: float(np.mean([scores[metric] for scores in untrained])) for metric in metrics
         },
@@ -325,16 +321,14 @@ def evidence_table(recorded: dict[str, Any]) -> str:
     corrected = holm(np.concatenate([test.p for test in tests.values()]))
     is_significant = dict(zip(others, corrected.reshape(len(others), -1) < LEVEL, strict=True))
     untrained = [f"{recorded['untrained'][metric]:.3f}" for metric in scores.values()]
-    lines = [["untrained heads", "", *untrained]]
-    seconds = recorded["training CPU seconds"]
     means = [f"{mean:.3f}" for mean in values[baseline].mean(1)]
-    lines.append([baseline, f"{seconds[baseline]:.1f} s", *means])
+    lines = [["untrained heads", *untrained], [baseline, *means]]
     for row, test in tests.items():
         cells = [f"{m:+.3f} ± {half:.3f}" for m, half in zip(test.mean, test.half, strict=True)]
         bold = zip(cells, is_significant[row], strict=True)
         cells = [f"**{cell}**" if is_bold else cell for cell, is_bold in bold]
-        lines.append([f"{row}, minus {baseline}", f"{seconds[row]:.1f} s", *cells])
-    return table(["", "CPU time", *scores], lines)
+        lines.append([f"{row}, minus {baseline}", *cells])
+    return table(["", *scores], lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -342,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", choices=DATA)
     parser.add_argument("work", type=Path, help="folder for pictures, features and runs")
     parser.add_argument("--seeds", default="10")
-    parser.add_argument("--until", choices=("encode", "compare"), help="do not record")
+    parser.add_argument("--until", choices=("encode",), help="stop there")
     args = parser.parse_args(argv)
     drawings = draw(args.data, args.work)
     if not (args.work / "judged" / "metadata").exists():
@@ -350,8 +344,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.until == "encode":
         return 0
     compare(args.data, args.work, args.seeds)
-    if args.until == "compare":
-        return 0
     recorded = record(args.data, args.work, drawings)
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(recorded, indent=1, ensure_ascii=False) + "\n"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import frozen
 from benchmarks.default_run import evidence_table
 from protoclip.report.statistics import (
     LEVEL,
@@ -234,3 +235,8 @@ def test_the_pages_say_where_the_time_was_not_equal() -> None:
 def test_the_default_run_is_reproduced() -> None:
     recorded = json.loads((RESULTS / "default_run" / "seeds.json").read_text(encoding="utf-8"))
     assert evidence_table(recorded) in EVIDENCE
+
+
+def test_the_heads_on_frozen_encoders_are_reproduced() -> None:
+    recorded = json.loads((RESULTS / "frozen" / "icons.json").read_text(encoding="utf-8"))
+    assert frozen.evidence_table(recorded) in EVIDENCE
