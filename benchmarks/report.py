@@ -103,8 +103,12 @@ def page(records: Iterable[Record]) -> str:
 
 
 def newest_cpu(records: Iterable[Record]) -> Record | None:
-    """The latest record of a CPU, whichever machine it is of."""
-    of_cpus = [record for record in records if record["runs"][-1].get("device", "cpu") == "cpu"]
+    """The latest record of a CPU, whichever machine it is of, that has cases of the picture."""
+    of_cpus = [
+        record
+        for record in records
+        if record["runs"][-1].get("device", "cpu") == "cpu" and headline_cases(record)
+    ]
     return max(of_cpus, key=lambda record: max(run["date"] for run in record["runs"]), default=None)
 
 

@@ -45,6 +45,16 @@ def test_a_page_is_stale_after_a_new_record_and_says_which_peers_are_faster() ->
     assert " takes 0.50 of our time" in report.page(changed)
 
 
+def test_a_later_record_of_a_few_other_cases_leaves_the_picture_alone() -> None:
+    newest = report.newest_cpu(RECORDS)
+    assert newest is not None
+    later = copy.deepcopy(newest)
+    later["runs"] = [later["runs"][-1] | {"date": "2999-01-01 00:00", "machine": "another"}]
+    assert report.newest_cpu([*RECORDS, later]) is later
+    later["rows"] = [row for row in later["rows"] if row["op"] == "segment_mean"]
+    assert later["rows"] and report.newest_cpu([*RECORDS, later]) is newest
+
+
 @pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "Makefile"])
 def test_scripts_name_files_that_are_there(script: str) -> None:
     text = (report.ROOT / script).read_text()
