@@ -147,14 +147,15 @@ class Bench:
             prepare()
             _flush_cache()
 
-        pedantic = partial(self.benchmark.pedantic, clock, setup=before_each_round)
+        pedantic = self.benchmark.pedantic
         if first.times[0] > 1e3 * SLOW:
-            memory = peak_mib(partial(pedantic, rounds=1))
+            before_each_round()
+            memory = peak_mib(partial(pedantic, clock, rounds=1))  # not the rival's
         else:
             prepare()
             memory = peak_mib(run)
             wanted = min(max(1e3 * SECONDS / first.times[0], 3), 30)
-            pedantic(rounds=int(wanted), warmup_rounds=1)
+            pedantic(clock, setup=before_each_round, rounds=int(wanted), warmup_rounds=1)
         rounds = len(self.benchmark.stats.stats.data)
         times = clock.times[-rounds:]
         median = float(np.median(times))

@@ -7,7 +7,7 @@ from the same start.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -369,6 +369,17 @@ class StoredProblem:
     rows: FeatureRows
     start: Tensor  # [K, D]
 
+    @cached_property
+    def inertia(self) -> float:
+        """Of our run in memory."""
+        return self.inertia_of(_ours_in_memory(self))
+
+    def inertia_of(self, centroids: Tensor) -> float:
+        clusters = protoclip.kmeans(
+            self.rows, len(centroids), num_iters=0, init=centroids, device=DEVICE
+        )
+        return clusters.inertia
+
     def in_memory(self) -> np.ndarray:
         return self.rows.rows(0, len(self.rows))
 
@@ -436,18 +447,12 @@ STORED: dict[str, Callable[[StoredProblem], Tensor]] = {
 def test_rows_on_disk(bench: Bench, name: str, stored_problem: StoredProblem) -> None:
     """The target: at most 1.25 of our run in memory, and 400 MiB."""
     problem = stored_problem
-
-    def inertia(centroids: Tensor) -> float:
-        clusters = protoclip.kmeans(
-            problem.rows, len(centroids), num_iters=0, init=centroids, device=DEVICE
-        )
-        return clusters.inertia
-
-    found = inertia(STORED[name](problem))
+    found = problem.inertia_of(STORED[name](problem))
     if "MiniBatch" not in name:
         tolerance = 1e-6 if peers.is_ours(name) else 1e-3
-        expected = inertia(_ours_in_memory(problem))
-        assert abs(found / expected - 1) < tolerance, "same start and iterations: same objective"
+        assert abs(found / problem.inertia - 1) < tolerance, (
+            "same start and iterations: same objective"
+        )
     n, k, d = problem.shape
     case = Case(
         "kmeans", problem.shape.sizes, "fp32", roofline.kmeans(n, k, d, DISK_ITERATIONS),
