@@ -142,7 +142,7 @@ def profile(seconds: float) -> None:
         total = sum(kernel.ms for kernel in kernels) or 1e-9
         print(f"{title}: {total:.3f} ms of {DEVICE}")
         for ms, calls, name_of_kernel in kernels[:10]:
-            print(f"  {ms:9.3f} ms {ms / total:5.0%} {calls:4} x {name_of_kernel[:70]}")
+            print(f"  {ms:9.3f} ms {100 * ms / total:4.0f} % {calls:4} x {name_of_kernel[:70]}")
 
 
 def small(seconds: float) -> None:

@@ -202,7 +202,7 @@ def line(row: dict[str, Any], case: Case) -> str:
     return (
         f"{str(case):46s} {row['variant']:21s} | {row['median_ms']:9.3f} ms [{row['p20_ms']:.3f}, "
         f"{row['p80_ms']:.3f}] min {row['min_ms']:.3f} | {row['rate']:.3f} {unit} "
-        f"({row['share']:.0%} of {ceiling}) | {memory}{ratio}{note}"
+        f"({100 * row['share']:.0f} % of {ceiling}) | {memory}{ratio}{note}"
     )
 
 

@@ -198,7 +198,7 @@ def _case(group: list[Row]) -> list[str]:
         sizes(ours),
         ours["dtype"],
         f"{middle} ms [{low}, {high}]",
-        f"{digits(ours['rate'])} {unit} ({ours['share']:.0%})",
+        f"{digits(ours['rate'])} {unit} ({100 * ours['share']:.0f} %)",
         mib(ours),
         _peers(group) or "–",
     ]

@@ -115,7 +115,7 @@ def test_assign(bench: Bench, shape: Shape, dtype: str, name: str) -> None:
     # cdist in bf16 rounds the distances themselves: it is timed, and its error is in the line.
     note = ""
     if dtype == "bf16" and not peers.is_ours(name):
-        note = f"{(excess > 1e-4).float().mean():.1%} of labels wrong"
+        note = f"{100 * (excess > 1e-4).float().mean():.1f} % of labels wrong"
     else:
         assert excess.max() < 1e-4, "not the nearest centroids"
     case = Case("kmeans_assign", shape.sizes, dtype, roofline.kmeans_assign(n, k, d, dtype))

@@ -22,7 +22,7 @@ from protoclip.lloyd import starts
 from protoclip.ops.clusters import PointsAssignment, assignment, segment_mean
 from protoclip.settings.config import EpisodeConfig
 
-ROUNDING = 1e-6  # that history may rise by, as docs/functions.md says
+ROUNDING = 1e-6  # that history may rise by: distances are fp32
 
 
 def blobs(n: int, d: int, k: int, seed: int = 0) -> Tensor:

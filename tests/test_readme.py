@@ -229,7 +229,7 @@ def test_one_style_of_per_cent(text):
 def test_no_code_writes_another_style_of_per_cent():
     files = [
         path
-        for folder in ("protoclip", "kernels")
+        for folder in ("protoclip", "kernels", "benchmarks")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".j2")
     ]
