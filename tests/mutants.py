@@ -3,9 +3,9 @@
     python -m tests.mutants [--out FILE] [--only "part of a name"]
 
 A mutant is planted in a copy of the working tree with a cache of compiled code of its own, and the
-tests of the ops run until the first one fails. Each row of the table is written when it is known,
-and a later call does those that are missing. A survivor is a missing test, an equivalent change or
-code that nobody needs.
+tests of the ops run until the first one fails, once they have all passed in a copy that nothing is
+changed in. Each row of the table is written when it is known, and a later call does those that are
+missing. A survivor is a missing test, an equivalent change or code that nobody needs.
 """
 
 from __future__ import annotations
@@ -601,6 +601,7 @@ def run(tree: Path, cache: Path, files: Sequence[str], ops: Sequence[str]) -> Ou
         os.environ.update(CXX=str(cache / "g++"), PROTOCLIP_CACHE=str(cache), OMP_NUM_THREADS="1")
         os.chdir(tree)
         sys.path[:0] = [str(tree), str(tree / "tests")]
+        os.environ["PYTHONPATH"] = f"{tree}:{tree / 'tests'}"  # of processes that tests start
         sys.dont_write_bytecode = True  # two versions of a file may have one size and second
         for descriptor in (1, 2):
             os.dup2(os.open(cache / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
@@ -661,6 +662,13 @@ def rows_of(table: Path) -> dict[str, str]:
     return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
 
 
+def write_row(table: Path, name: str, outcome: Outcome, started: float) -> None:
+    noticed_by = outcome.noticed_by.replace("|", "/").replace("\n", " ")
+    seconds = time.monotonic() - started
+    with table.open("a") as rows:
+        rows.write(f"| {name} | {outcome.verdict} | {noticed_by} | {seconds:.0f} |\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.md")
@@ -685,12 +693,15 @@ def main(argv: list[str] | None = None) -> int:
         for mutant in wanted:
             if mutant.name in rows_of(asked.out):
                 continue
+            for file in mutant.tests():
+                if (unchanged := f"nothing, {file}") not in rows_of(asked.out):
+                    started = time.monotonic()
+                    passed, failed = run(tree, cache, [file], ())
+                    if passed != "survives":
+                        sys.exit(f"without a mutant {failed} fails, see {cache / 'log'}")
+                    write_row(asked.out, unchanged, Outcome("passes"), started)
             started = time.monotonic()
-            verdict, noticed_by = outcome(mutant, tree, cache)
-            seconds = time.monotonic() - started
-            noticed_by = noticed_by.replace("|", "/").replace("\n", " ")
-            with asked.out.open("a") as table:
-                table.write(f"| {mutant.name} | {verdict} | {noticed_by} | {seconds:.0f} |\n")
+            write_row(asked.out, mutant.name, outcome(mutant, tree, cache), started)
     rows = [rows_of(asked.out)[mutant.name] for mutant in wanted]
     alive = [row for row in rows if " | dies | " not in row and " | hangs | " not in row]
     print(*alive, f"{len(rows)} mutants, {len(alive)} alive: {asked.out}", sep="\n")
