@@ -8,7 +8,8 @@ Results go by name: "loss", and "dx" for the gradient of the argument ``x``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,6 +43,15 @@ def on_threads(run: Callable[[], Result], counts: Sequence[int] = (1, 2, 2)) -> 
     finally:
         torch.set_num_threads(before)
     return results
+
+
+@contextmanager
+def said(row: Any) -> Iterator[None]:
+    """The row is part of what a failure says."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{row}: {error}") from error
 
 
 def leaf(tensor: Tensor | float, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:

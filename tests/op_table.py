@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ class Call:
     least: float = 1.0  # the size of what a result is the difference of
     has_gradient: bool = True
     observe: Callable[..., Sequence[Tensor]] = as_they_are  # results -> what the formula gives
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the features."""
+        return next(value.dtype for name, value in self.leaves.items() if name not in WIDE)
 
     def run(self, backend: str, leaves: Mapping[str, Tensor] | None = None, **more: Any) -> Any:
         """The function's results; ``more`` are further arguments."""
@@ -126,12 +132,17 @@ def assert_as_formula(
     """A backend's results and gradients are within the error budget. ``size``: of what a gradient
     sums, where that cancels."""
     got = call.results(backend, device, **more)
-    dtype = next(value.dtype for name, value in call.leaves.items() if name not in WIDE)
+    assert_results_as_formula(call, got, size)
+    return got
+
+
+def assert_results_as_formula(call: Call, got: Results, size: float = 0) -> None:
+    dtype = call.dtype
     truth = call.plain(FP64)
     if dtype == FP64:
         expected = {name: truth.values[name] for name in got}
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11, check_dtype=False)
-        return got
+        return
     base = call.plain(dtype)
     magnitudes = {}
     for name, value in truth.values.items():
@@ -151,7 +162,6 @@ def assert_as_formula(
     assert_results_within_budget(
         got, truth=truth, base=base, logit_scale=call.scale, magnitudes=magnitudes
     )
-    return got
 
 
 def weighted(call: Call, weight: float) -> Call:
@@ -953,6 +963,8 @@ class Op:
     all_options: dict[str, Any] = field(default_factory=dict)  # many at once
     large: Size = Size(777, 1153, 48)  # several tasks for each thread
     refused: Sequence[Refusal] = ()
+    # With ``group``, the values of options that are others then; (): there is no such argument.
+    over_ranks: Sequence[dict[str, Sequence[Any]]] = ()
 
     def plain(self, size: Size, dtype: torch.dtype = FP32) -> Call:
         """A call without options."""
@@ -961,6 +973,38 @@ class Op:
     def full(self, size: Size, dtype: torch.dtype = FP32) -> Call:
         """A call with ``all_options``."""
         return self.make(size, dtype, **self.all_options)
+
+    def rows_over_ranks(self) -> list[dict[str, Any]]:
+        """Those whose tensors ranks share."""
+        return [row for others in self.over_ranks for row in pairwise({**self.options, **others})]
+
+
+def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows such that every two values of two options are in one of them."""
+    names = list(options)
+    missing = [
+        {first: a, second: b}
+        for first, second in combinations(names, 2)
+        for a in options[first]
+        for b in options[second]
+    ]
+    if len(names) == 1:
+        missing = [{names[0]: value} for value in options[names[0]]]
+    rows = []
+    while missing:
+        row = dict(missing[0])
+        for name in names:
+            if name not in row:
+                row[name] = max(
+                    options[name],
+                    key=lambda value: sum(
+                        pair.get(name) == value and pair.items() <= {**row, name: value}.items()
+                        for pair in missing
+                    ),
+                )
+        rows.append(row)
+        missing = [pair for pair in missing if not pair.items() <= row.items()]
+    return rows
 
 
 SCALES = (14.3, 100.0)
@@ -975,6 +1019,11 @@ OBLONG = [Size(1, 1, 1), Size(2, 5, 3), Size(17, 33, 20), Size(130, 300, 17), Si
 # Tiles of the interpreter are 32 x 64: one pair, less than a tile, ragged tiles.
 FEW_SQUARE = [Size(1, 1, 17), Size(63, 63, 64), Size(100, 100, 20)]
 FEW_OBLONG = [Size(1, 1, 1), Size(17, 33, 20), Size(70, 150, 17)]
+SHARED = {"size": [Size(96, 96, 20)]}  # by 1, 2 and 3 ranks
+SHARED_KEYS = (
+    {**SHARED, "relation": ("none", "bias")},  # query i's own key is key i
+    {"size": [Size(96, 192, 20)], "relation": RELATIONS[2:-1] + SEVERAL},
+)
 NO_PAIRS = [Size(0, 0, 8), Size(3, 3, 0), Size(0, 0, 0)]
 X = Draw(0).unit(4, 8)
 INDEX = torch.arange(4)
@@ -1079,6 +1128,7 @@ OPS = [
         matrices=("image_features", "text_features"),
         all_options={"id_columns": 2, "label_smoothing": 0.2, "weighted": True},
         refused=OF_IDS + [(dict(text_features=X[:3]), ValueError, "one text per image")],
+        over_ranks=[{**SHARED, "label_smoothing": (0,), "stash": (None, True)}],
     ),
     Op(
         "contrastive",
@@ -1102,6 +1152,7 @@ OPS = [
         },
         large=Size(1153, 4229, 48),  # more blocks of rows, and of columns, each with an odd end
         refused=OF_CONTRASTIVE + OF_NEGATIVES,
+        over_ranks=SHARED_KEYS,
     ),
     Op(
         "contrastive_parts",
@@ -1112,6 +1163,7 @@ OPS = [
         matrices=("queries", "keys"),
         all_options={"relation": "groups"},
         refused=OF_CONTRASTIVE,
+        over_ranks=SHARED_KEYS,
     ),
     Op(
         "nt_xent",
@@ -1129,6 +1181,7 @@ OPS = [
         matrices=("views_a", "views_b"),
         all_options={"id_columns": 2, "decoupled": True, "label_smoothing": 0.2, "weighted": True},
         refused=OF_IDS,
+        over_ranks=[SHARED],
     ),
     Op(
         "sup_con",
@@ -1140,6 +1193,7 @@ OPS = [
         all_options={"views": 3, "label_smoothing": 0.2, "weighted": True},
         large=Size(777, 777, 48),
         refused=of_labels(),
+        over_ranks=[SHARED],
     ),
     Op(
         "sigmoid_loss",
@@ -1164,6 +1218,7 @@ OPS = [
             (dict(logit_bias=torch.ones(2)), ValueError, "logit_bias of shape"),
             (dict(ids=torch.arange(3)), ValueError, "expected ids"),
         ],
+        over_ranks=[{**SHARED, "from_the_end": (False,)}],
     ),
     Op(
         "prototype_cross_entropy",

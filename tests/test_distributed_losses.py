@@ -6,8 +6,8 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,38 +16,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from budget import Results, assert_within_budget, leaf, loss_and_gradients
+from budget import Results, leaf, loss_and_gradients, said
+from op_table import BF16, FP32, FP64, OPS, Call, Plain, assert_results_as_formula
 from ranks import in_group, on_ranks
 from torch import Tensor
 
 import protoclip
-from protoclip import contrastive, contrastive_parts, distributed
+from protoclip import distributed
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
 from protoclip.losses.objective import similarity_distillation
 from protoclip.model import Encoded
-from protoclip.ops import sigmoid_loss
 
-G = 96  # pairs, of 1, 2 and 3 equal shares
+G = 96  # pairs
 D = 20
 WHOLE = slice(0, G)
 CPU = torch.device("cpu")
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Kind:
-    dtype: torch.dtype
-    backend: str
-    logit_scale: float
-
-
-KINDS = [
-    Kind(torch.float64, "reference", 3.0),
-    Kind(torch.float64, "reference", 100.0),
-    Kind(torch.float32, "auto", 14.3),
-    Kind(torch.float32, "auto", 100.0),
-    Kind(torch.bfloat16, "auto", 14.3),
-]
+BACKENDS = {FP64: "reference", FP32: "auto", BF16: "auto"}
 
 
 class Pairs(NamedTuple):
@@ -55,185 +40,49 @@ class Pairs(NamedTuple):
     text: Tensor  # [G, D]
 
 
-def features(dtype: torch.dtype = torch.float64, seed: int = 0) -> Pairs:
+def features(seed: int = 0) -> Pairs:
     torch.manual_seed(seed)
     image = F.normalize(torch.randn(G, D, dtype=torch.float64), dim=-1)
     text = F.normalize(image + 0.5 * torch.randn(G, D, dtype=torch.float64), dim=-1)
-    return Pairs(image.to(dtype), text.to(dtype))
+    return Pairs(image, text)
 
 
-# ---- losses of pairs ----
+# ---- the rows of op_table.py ----
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """A loss of pairs. ``logit_bias``: of SigLIP's."""
-
-    function: Callable[..., Tensor]
-    logit_bias: float | None = None
-    same_id: str | None = None  # None: without ids
-    options: Mapping[str, Any] = field(default_factory=dict)  # tensors are of all pairs
+def as_one_number(call: Call, results: Sequence[Tensor], rows: int) -> Tensor:
+    """Of a share's results, so that its mean over ranks is that of the whole batch: of "none" some
+    function of each row, a sum divided by the rows."""
+    if (reduction := call.constants.get("reduction", "none")) == "none":
+        return sum((x.where(x.isfinite(), 0) / 8).sin().mean() for x in results)
+    return results[0] / rows if reduction == "sum" else results[0]
 
 
-WEIGHTS = torch.rand(G, generator=torch.Generator().manual_seed(1))
-LABELS = torch.randint(20, (G,), generator=torch.Generator().manual_seed(2))
-LABELS[::5] = -100
+def averaged(call: Call) -> Call:
+    def formula(**leaves: Tensor) -> Plain:
+        plain = call.formula(**leaves)
+        number = as_one_number(call, plain.results, len(next(iter(leaves.values()))))
+        return Plain([number], plain.logits)
+
+    def observe(results: Any, **leaves: Tensor) -> Sequence[Tensor]:
+        rows = len(next(iter(leaves.values())))
+        return [as_one_number(call, results if isinstance(results, tuple) else [results], rows)]
+
+    return replace(call, formula=formula, observe=observe)
 
 
-def sup_con_of_views(image: Tensor, text: Tensor, *scale: Tensor, **options: Any) -> Tensor:
-    views = torch.stack([image, text], dim=1)
-    return protoclip.sup_con(views, options.pop("labels"), *scale, **options)
-
-
-SMOOTHED = {"weights": WEIGHTS, "label_smoothing": 0.1}
-PAIR_LOSSES = {
-    "info_nce": PairLoss(protoclip.info_nce),
-    "info_nce, weights": PairLoss(protoclip.info_nce, options={"weights": WEIGHTS}),
-    "info_nce, ids excluded": PairLoss(protoclip.info_nce, same_id="exclude"),
-    "info_nce, ids positive": PairLoss(protoclip.info_nce, same_id="positive"),
-    "info_nce, ids and weights": PairLoss(
-        protoclip.info_nce, same_id="positive", options={"weights": WEIGHTS}
-    ),
-    "info_nce, kept logits": PairLoss(protoclip.info_nce, options={"stash": True}),
-    "siglip": PairLoss(sigmoid_loss, -10.0),
-    "siglip, ids positive": PairLoss(sigmoid_loss, -10.0, "positive"),
-    "siglip, ids excluded": PairLoss(sigmoid_loss, -10.0, "exclude"),
-    "siglip, weights": PairLoss(sigmoid_loss, -10.0, "exclude", SMOOTHED),
-    "siglip, label smoothing": PairLoss(sigmoid_loss, -10.0, options={"label_smoothing": 0.1}),
-    "nt_xent": PairLoss(protoclip.nt_xent),
-    "nt_xent, options": PairLoss(protoclip.nt_xent, same_id="positive", options=SMOOTHED),
-    "nt_xent, decoupled": PairLoss(
-        protoclip.nt_xent, options={"decoupled": True, "label_smoothing": 0.1}
-    ),
-    "nt_xent, decoupled, options": PairLoss(
-        protoclip.nt_xent, same_id="exclude", options={"decoupled": True, "weights": WEIGHTS}
-    ),
-    "sup_con": PairLoss(sup_con_of_views, options={"labels": LABELS}),
-    "sup_con, options": PairLoss(sup_con_of_views, options={"labels": LABELS, **SMOOTHED}),
-}
-IDS = torch.randint(30, (G, 2), generator=torch.Generator().manual_seed(0))
-
-
-def pair_loss_results(
-    name: str, kind: Kind, *, dtype: torch.dtype, group: Any = None, mine: slice = WHOLE
-) -> Results:
-    """Features of the kind's dtype, computed in ``dtype``."""
-    case = PAIR_LOSSES[name]
-    image, text = features(kind.dtype)
-    at_least_fp32 = torch.promote_types(dtype, torch.float32)
-    leaves = {
-        "image": leaf(image[mine], dtype),
-        "text": leaf(text[mine], dtype),
-        "logit_scale": leaf(kind.logit_scale, at_least_fp32),
-    }
-    if case.logit_bias is not None:
-        leaves["logit_bias"] = leaf(case.logit_bias, at_least_fp32)
-    options: dict[str, Any] = {"backend": kind.backend, "group": group}
-    if case.same_id is not None:
-        options |= {"ids": IDS[mine], "same_id": case.same_id}
-    for name, value in case.options.items():
-        options[name] = value[mine] if isinstance(value, Tensor) else value
-    loss = case.function(*leaves.values(), **options)
-    return loss_and_gradients(loss, **leaves)
-
-
-# ---- contrastive ----
-
-
-def several_positions(draw: torch.Generator) -> Tensor:
-    """Of own keys [G, 3] among 2 G, some of them padding, of some queries all."""
-    positions = torch.randint(2 * G, (G, 3), generator=draw)
-    positions[torch.rand(G, 3, generator=draw) < 0.3] = -100
-    positions[::9] = -100
-    return positions
-
-
-def relations() -> dict[str, dict[str, Any]]:
-    """What ``contrastive`` is told of G queries and G keys, or 2 G: two of each query."""
-    draw = torch.Generator().manual_seed(5)
-    positions = torch.randint(2 * G, (G,), generator=draw)
-    positions[:30:2] = -100  # of several ranks, unequally many
-    key_bias = torch.randn(2 * G, generator=draw)
-    key_bias[::7] = -torch.inf
-    ids = torch.randint(40, (2 * G,), generator=draw)
-    weights = {"weights": torch.rand(G, generator=draw)}
-    negatives = F.normalize(torch.randn(G, 2, D, generator=draw), dim=-1)
-    everything = {
-        "query_ids": ids[::2],
-        "key_ids": ids,
-        "exclude": positions.roll(1),
-        "key_bias": key_bias,
-    }
+@cache
+def calls(dtype: torch.dtype) -> dict[str, Call]:
     return {
-        "plain": {},
-        "ids and biases": weights | {"key_ids": ids[:G], "key_bias": key_bias[:G]},
-        "positions": {"positives": positions, "key_ids": ids},
-        "everything": weights | everything | {"positives": positions},
-        "ids positive": weights | everything | {"same_id": "positive"},
-        "label smoothing": weights | {"label_smoothing": 0.2},
-        "several positives and own negatives": everything
-        | {
-            "positives": several_positions(draw),
-            "label_smoothing": 0.2,
-            "negatives": negatives,
-        },
+        f"{op.name}, {row}": averaged(op.make(dtype=dtype, **row))
+        for op in OPS
+        for row in op.rows_over_ranks()
     }
 
 
-OF_KEYS = {"key_ids", "key_bias"}  # the others are of queries
-PARTS_OF = ["everything", "ids positive"]
-
-
-def contrastive_results(
-    name: str,
-    kind: Kind,
-    *,
-    dtype: torch.dtype,
-    group: Any = None,
-    mine: slice = WHOLE,
-    parts: bool = False,
-) -> Results:
-    """``parts``: log-sum-exp and mean positive, weighed into one number."""
-    relation = relations()[name]
-    queries, keys = (t.to(dtype) for t in features(kind.dtype))
-    my_keys = mine
-    if len(relation.get("key_ids", keys)) > G:
-        keys = torch.stack([keys, -queries], dim=1).flatten(0, 1)
-        my_keys = slice(2 * mine.start, 2 * mine.stop)
-    options = {
-        option: value[my_keys if option in OF_KEYS else mine]
-        if isinstance(value, Tensor)
-        else value
-        for option, value in relation.items()
-    }
-    at_least_fp32 = torch.promote_types(dtype, torch.float32)
-    leaves = {
-        "queries": leaf(queries[mine]),
-        "keys": leaf(keys[my_keys]),
-        "logit_scale": leaf(kind.logit_scale, at_least_fp32),
-    }
-    if "key_bias" in options:
-        leaves["key_bias"] = leaf(options.pop("key_bias"), at_least_fp32)
-    if "negatives" in options:
-        leaves["negatives"] = leaf(options.pop("negatives"), dtype)
-    if not parts:
-        loss = contrastive(**leaves, **options, backend=kind.backend, group=group)
-        return loss_and_gradients(loss, **leaves)
-    weights = options.pop("weights")
-    level, mean = contrastive_parts(**leaves, **options, backend=kind.backend, group=group)
-    return loss_and_gradients((weights * (level - 2 * mean)).mean(), **leaves)
-
-
-def every_result(
-    kind: Kind, *, dtype: torch.dtype, group: Any = None, mine: slice = WHOLE
-) -> dict[str, Results]:
-    options: dict[str, Any] = {"dtype": dtype, "group": group, "mine": mine}
-    results = {name: pair_loss_results(name, kind, **options) for name in PAIR_LOSSES}
-    for name in relations():
-        results[f"contrastive, {name}"] = contrastive_results(name, kind, **options)
-    for name in PARTS_OF:
-        results[f"parts, {name}"] = contrastive_results(name, kind, **options, parts=True)
-    return results
+def of_share(call: Call, number: int, of: int, group: Any) -> Results:
+    mine = call.with_tensors(lambda x: x.tensor_split(of)[number] if x.ndim else x)
+    return mine.results(BACKENDS[call.dtype], group=group)
 
 
 # ---- on the ranks ----
@@ -242,7 +91,7 @@ def every_result(
 class RankResults(NamedTuple):
     """Gathered, as arrays, which a process can send."""
 
-    losses: list[dict[str, Arrays]]  # of each kind, by case
+    losses: dict[torch.dtype, dict[str, Arrays]]  # by call
     distillation: Arrays
     batch_norm: Arrays
     refusal: str
@@ -267,21 +116,18 @@ def as_ddp_averages(results: Results) -> Arrays:
 
 def of_rank() -> RankResults:
     mine = distributed.own_slice(G)
-    results = RankResults(
-        losses=[
-            {
-                name: as_ddp_averages(values)
-                for name, values in every_result(
-                    kind, dtype=kind.dtype, group=dist.group.WORLD, mine=mine
-                ).items()
+    share = (distributed.rank(), distributed.world_size(), dist.group.WORLD)
+    return RankResults(
+        losses={
+            dtype: {
+                name: as_ddp_averages(of_share(call, *share)) for name, call in calls(dtype).items()
             }
-            for kind in KINDS
-        ],
+            for dtype in BACKENDS
+        },
         distillation=as_ddp_averages(distillation(mine)),
         batch_norm=batch_norm_over_ranks(mine),
         refusal=refusal(),
     )
-    return results
 
 
 def distillation(mine: slice = WHOLE) -> Results:
@@ -354,33 +200,19 @@ def assert_equal_in_fp64(got: Any, expected: Tensor, name: str = "") -> None:
     assert error <= 1e-12 * max(1, expected.abs().max()), name
 
 
-@cache
-def of_one_process(kind: Kind, dtype: torch.dtype) -> dict[str, Results]:
-    reference = Kind(kind.dtype, "reference", kind.logit_scale)
-    return every_result(reference, dtype=dtype)
+def assert_as_whole_batch(call: Call, averages: Arrays) -> None:
+    plain = call.plain(call.dtype).values
+    got = {name: torch.as_tensor(array).to(plain[name].dtype) for name, array in averages.items()}
+    assert_results_as_formula(call, got)
 
 
-@pytest.mark.parametrize("number, kind", list(enumerate(KINDS)), ids=str)
+@pytest.mark.parametrize("dtype", BACKENDS, ids=str)
 def test_losses_and_gradients_over_ranks_are_those_of_the_whole_batch(
-    first_rank: RankResults, number: int, kind: Kind
+    first_rank: RankResults, dtype: torch.dtype
 ) -> None:
-    truths = of_one_process(kind, torch.float64)
-    bases = of_one_process(kind, kind.dtype)
-    assert first_rank.losses[number].keys() == truths.keys()
-    for case, results in first_rank.losses[number].items():
-        assert results.keys() == truths[case].keys()
-        for name, array in results.items():
-            truth = truths[case][name]
-            base = bases[case][name]
-            where = f"{case}: {name}"
-            if kind.dtype == torch.float64:
-                assert_equal_in_fp64(array, truth, where)
-                continue
-            magnitude = None
-            if truth.ndim == 0:  # a scalar's error is that of the logits it is made of
-                magnitude = max(10 + kind.logit_scale, truth.abs().item())
-            got = torch.as_tensor(array).to(base.dtype)
-            assert_within_budget(got, truth, base, where, magnitude)
+    for name, averages in first_rank.losses[dtype].items():
+        with said(name):
+            assert_as_whole_batch(calls(dtype)[name], averages)
 
 
 def test_distillation_over_ranks_is_that_of_the_whole_batch(first_rank: RankResults) -> None:
@@ -401,10 +233,6 @@ def test_unpaired_features_are_refused_over_ranks(first_rank: RankResults) -> No
 # ---- other groups than all ranks ----
 
 
-IN_FP32 = Kind(torch.float32, "auto", 14.3)
-OF_GROUPS = ["info_nce", "info_nce, ids positive", "siglip", "siglip, ids excluded", "sup_con"]
-
-
 class OfGroup(NamedTuple):
     """Of one rank of two groups, as arrays, which a process can send."""
 
@@ -419,16 +247,16 @@ def of_two_groups() -> OfGroup:
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     number = dist.get_rank() % 2
     group = groups[number]
-    half = G // 2
-    first = half * (group.rank() if number == 0 else 1 - group.rank())
-    mine = slice(first, first + half)
+    half = group.rank() if number == 0 else 1 - group.rank()
     losses = {}
-    for name in OF_GROUPS:
-        results = pair_loss_results(name, IN_FP32, dtype=torch.float32, group=group, mine=mine)
-        means = {"loss": results["loss"].double(), "dlogit_scale": results["dlogit_scale"].double()}
-        losses[name] = {
-            value: distributed.mean_over_ranks(mean, group).numpy() for value, mean in means.items()
-        }
+    for name, call in calls(FP32).items():
+        if not name.startswith("contrastive"):  # whose keys have positions
+            results = of_share(call, half, 2, group)
+            means = {name: value.double() for name, value in results.items() if value.ndim == 0}
+            losses[name] = {
+                value: distributed.mean_over_ranks(mean, group).numpy()
+                for value, mean in means.items()
+            }
     return OfGroup(number, losses, refusals_of(groups[1 - number], group))
 
 
@@ -474,15 +302,10 @@ def four_ranks() -> list[OfGroup]:
 def test_two_groups_of_two_have_each_the_losses_of_their_own_pairs(
     four_ranks: list[OfGroup],
 ) -> None:
-    truths = of_one_process(IN_FP32, torch.float64)
-    bases = of_one_process(IN_FP32, torch.float32)
     for results in four_ranks:
-        for case, values in results.losses.items():
-            for name, array in values.items():
-                truth, base = truths[case][name], bases[case][name]
-                magnitude = max(10 + IN_FP32.logit_scale, truth.abs().item())
-                got = torch.as_tensor(array).to(base.dtype)
-                assert_within_budget(got, truth, base, f"{case}: {name}", magnitude)
+        for name, averages in results.losses.items():
+            with said(name):
+                assert_as_whole_batch(calls(FP32)[name], averages)
 
 
 def test_what_a_group_cannot_have_is_refused_on_every_rank(four_ranks: list[OfGroup]) -> None:

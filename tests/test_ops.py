@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from budget import assert_same_bits, leaf, on_threads
+from budget import assert_same_bits, leaf, on_threads, said
 from op_table import (
     BF16,
     BY_NAME,
@@ -29,6 +27,7 @@ from op_table import (
     Op,
     Size,
     assert_as_formula,
+    pairwise,
 )
 from torch import Tensor
 from torch._C._profiler import _EventType
@@ -78,43 +77,6 @@ OP_BACKEND_DTYPE = [
     for dtype in ((FP64, FP32, BF16) if backend == "reference" else FUSED_DTYPES)
 ]
 SMALL = Size(12, 18, 8)
-
-
-def pairwise(options: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Rows such that every two values of two options are in one of them."""
-    names = list(options)
-    missing = [
-        {first: a, second: b}
-        for first, second in combinations(names, 2)
-        for a in options[first]
-        for b in options[second]
-    ]
-    if len(names) == 1:
-        missing = [{names[0]: value} for value in options[names[0]]]
-    rows = []
-    while missing:
-        row = dict(missing[0])
-        for name in names:
-            if name not in row:
-                row[name] = max(
-                    options[name],
-                    key=lambda value: sum(
-                        pair.get(name) == value and pair.items() <= {**row, name: value}.items()
-                        for pair in missing
-                    ),
-                )
-        rows.append(row)
-        missing = [pair for pair in missing if not pair.items() <= row.items()]
-    return rows
-
-
-@contextmanager
-def said(row: Any) -> Iterator[None]:
-    """The row is part of what a failure says."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{row}: {error}") from error
 
 
 def test_every_two_values_of_two_options_meet() -> None:
