@@ -107,9 +107,7 @@ def add_positives(
 
 
 def log_add(loss: Tensor, added: Tensor) -> Tensor:
-    """``logaddexp``, with second derivatives even where the two are far apart. A query that sees
-    no keys, with -inf, has no loss; here it counts as 0, for the sake of the gradient."""
-    loss = loss.where(loss != -torch.inf, 0)
+    """``logaddexp``, with second derivatives even where the two are far apart."""
     return loss - F.logsigmoid(loss - added)
 
 
