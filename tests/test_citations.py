@@ -117,7 +117,7 @@ def test_the_page_on_design_has_the_modules_in_order():
 
 
 def test_what_each_mutant_changes_is_there():
-    """``make mutants`` takes hours: code that moves would lose its mutants until the next run."""
+    """``make mutants`` takes an hour: code that moves would lose its mutants until the next run."""
     assert [mutant.name for mutant in MUTANTS if not mutant.fits(ROOT)] == []
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)  # the table's rows are by name
     files = {file for mutant in MUTANTS for file in mutant.tests()}
