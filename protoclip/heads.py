@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class Head(nn.Module):
             layers.append(nn.LayerNorm(width))
         self.layers = nn.Sequential(*layers, nn.Linear(width, embed_dim))
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor | np.ndarray) -> Tensor:
+        rows = torch.as_tensor(rows, device=self.mean.device)
         if rows.ndim != 2 or rows.shape[1] != self.width:
             raise ValueError(
                 f"heads: expected rows [N, {self.width}], got {list(rows.shape)}; use the rows of "
@@ -110,12 +112,12 @@ class Heads(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(log_scale))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if siglip else None
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, image: Tensor | np.ndarray, normalize: bool = False) -> Tensor:
         """Embeddings of image rows: [N, image_width] -> [N, D]."""
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Tensor | np.ndarray, normalize: bool = False) -> Tensor:
         """Embeddings of text rows: [N, text_width] -> [N, D]."""
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
@@ -139,8 +141,8 @@ def load_heads(folder: str | os.PathLike[str]) -> Heads:
         folder: holds heads.json and heads.safetensors.
     Returns:
         A module whose ``encode_image`` and ``encode_text`` map rows of the encoders that the heads
-        were trained on to a common space; ``normalize=True`` gives unit rows. Rows of another
-        width are refused.
+        were trained on, tensors or NumPy arrays, to a common space; ``normalize=True`` gives unit
+        rows. Rows of another width are refused.
     Raises:
         ValueError: the folder lacks a file, or they do not fit together.
 

@@ -411,7 +411,7 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["pictures", "--features", "x.npy"], "expected features of at least 2 of these pictures"),
         (["pictures", "--captions", "w.txt"], "expected stored features as DATA"),
         (["pictures", "--model", "nano.json"], "--pretrained is missing"),
-        (["pictures"], "without a download, protoclip cluster features.npy groups features"),
+        (["pictures"], "without a download, use --run logs/NAME, a run of protoclip train"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line(

@@ -118,9 +118,8 @@ def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:
             raise
         raise ValueError(
             f"the weights {WEIGHTS} of {MODEL} cannot be downloaded here; without a download, "
-            "protoclip cluster features.npy groups features of your own, and --run logs/NAME "
-            "encodes the pictures with a run of protoclip train (--model NAME --pretrained FILE: "
-            "with a weights file)"
+            "use --run logs/NAME, a run of protoclip train, or --model NAME --pretrained FILE, or "
+            "encode with any model (protoclip encode --image-model), or bring rows (features.npy)"
         ) from error
     device = choose_device(args.device)
     autocast = autocast_for(choose_precision(args.precision, device), device)

@@ -523,6 +523,7 @@ def _verdict(contrast: Contrast, comparison: Comparison) -> str:
         parts.append(f"does not differ significantly in {_list(undecided)}")
     text = f"{over} {row}, compared with {baseline}, {_list(parts)}."
     if needed:
+        needed = list(dict.fromkeys(needed))
         text += f" With 80 % power, differences of these sizes would need {_list(needed)} seeds."
     if contrast.pair.equal == "steps" and not math.isnan(contrast.cost.log_ratio):
         text += f" {_times(contrast)}."
