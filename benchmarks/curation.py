@@ -1,7 +1,7 @@
 """Evidence for ``protoclip curate``: uniform samples of circles, rare concepts of icons, time.
 
     python -m benchmarks.curation rings
-    python -m benchmarks.curation icons --features img.npy --table table.json
+    python -m benchmarks.curation icons WORK  # encoded by benchmarks.frozen --until encode
     python -m benchmarks.curation time
 
 Each writes benchmarks/results/curation/NAME.json and the table of docs/curate.md that quotes it.
@@ -22,7 +22,11 @@ from torch import Tensor
 
 import protoclip
 from benchmarks import machine
+from benchmarks.frozen import picture_name
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
+from protoclip.evaluate.datasets import open_layout
+from protoclip.features import open_folder
+from protoclip.features.table import FILE
 
 RESULTS = Path(__file__).parent / "results" / "curation"
 PAGE = Path(__file__).parent.parent / "docs" / "curate.md"
@@ -144,10 +148,25 @@ def repeated_icons(features: Points, concepts: list[str], seed: int) -> tuple[Po
     return rows + NOISE * lengths * noise, np.repeat(numbers, copies)
 
 
-def icons(features: str, table: str) -> dict[str, Any]:
+def encoded_icons(work: str) -> tuple[Points, list[str]]:
+    """Rows of the built-in drawings that benchmarks.frozen has encoded, and their concepts."""
+    layout = open_layout("builtin:icons")
+    assert layout.train is not None
+    concept_of = {}
+    for pairs in (layout.train, *(layout.parts[key].test for key in ("NEW", "HO"))):
+        concept = pairs.labels["concept"]
+        for key, number in zip(pairs.keys, concept.ids, strict=True):
+            concept_of[picture_name(key)] = concept.names[int(number)]
+    folder = open_folder(Path(work) / "encoded")
+    assert folder.images is not None and folder.table is not None
+    files = [Path(file).name for file in folder.table.column(FILE) or ()]
+    rows = np.array([row for row, file in enumerate(files) if file in concept_of])
+    return folder.images.take(rows).astype(np.float32), [concept_of[files[row]] for row in rows]
+
+
+def icons(work: str) -> dict[str, Any]:
     """Concepts that a tenth of the rows covers."""
-    rows = np.load(features).astype(np.float32)
-    concepts = json.loads(Path(table).read_text(encoding="utf-8"))["concepts"]
+    rows, concepts = encoded_icons(work)
     result: dict[str, Any] = {"drawings": len(rows), "columns": rows.shape[1], "choices": {}}
     for seed in SEEDS:
         points, numbers = repeated_icons(rows, concepts, seed)
@@ -290,8 +309,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="name", required=True)
     commands.add_parser("rings")
     icons_parser = commands.add_parser("icons")
-    icons_parser.add_argument("--features", required=True, help=".npy, a row for each drawing")
-    icons_parser.add_argument("--table", required=True, help="JSON with the drawings' concepts")
+    icons_parser.add_argument("work", help="folder in which benchmarks.frozen encoded the icons")
     commands.add_parser("time")
     arguments = vars(parser.parse_args())
     name = arguments.pop("name")

@@ -126,6 +126,11 @@ def efficientnet() -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
     return network.eval(), transform
 
 
+def picture_name(key: str) -> str:
+    """The file name of a built-in icon."""
+    return f"{key.replace('/', '_')}.png"
+
+
 def icons(folder: Path) -> Iterator[Drawing]:
     """The built-in icons; held out are an unseen family's drawings of known concepts, and new
     concepts."""
@@ -136,7 +141,7 @@ def icons(folder: Path) -> Iterator[Drawing]:
     for name, pairs in sets.items():
         concepts = pairs.labels["concept"]
         for i in range(len(pairs)):
-            file = folder / f"{pairs.keys[i].replace('/', '_')}.png"
+            file = folder / picture_name(pairs.keys[i])
             pairs.image(i).save(file)
             concept = concepts.names[int(concepts.ids[i])].replace("-", " ")
             yield Drawing(file, pairs.captions(i)[0], {name: concept} if name else {})
