@@ -237,6 +237,7 @@ def test_the_default_run_is_reproduced() -> None:
     assert evidence_table(recorded) in EVIDENCE
 
 
-def test_the_heads_on_frozen_encoders_are_reproduced() -> None:
-    recorded = json.loads((RESULTS / "frozen" / "icons.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("data", sorted(path.stem for path in frozen.RESULTS.glob("*.json")))
+def test_the_heads_on_frozen_encoders_are_reproduced(data: str) -> None:
+    recorded = json.loads((RESULTS / "frozen" / f"{data}.json").read_text(encoding="utf-8"))
     assert frozen.evidence_table(recorded) in EVIDENCE
