@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             "clusters": clustered_at - began_at,
             "sample": time.perf_counter() - clustered_at,
         }
-        html = make_page(source, hierarchy, chosen, notes, seconds)
+        html = make_page(args.data, source, hierarchy, chosen, notes, seconds)
         with write_files(out, PROG) as temporary:
             columns = columns_at(source, source.positions[chosen.numpy()])
             write_csv_table(temporary / SELECTED, columns | clusters_of(hierarchy, chosen))

@@ -18,20 +18,22 @@ from protoclip.report import snapshot
 
 
 def make_page(
+    data: str,
     source: Source,
     hierarchy: Hierarchy,
     chosen: Tensor,
     notes: Sequence[str],
     seconds: Mapping[str, float],
 ) -> str:
-    """The page's HTML; ``chosen``: rows, int64, increasing; ``notes``: further sentences."""
+    """The page's HTML; ``data``: what was curated; ``chosen``: rows, int64, increasing; ``notes``:
+    further sentences."""
     top = len(hierarchy.levels)
     all_clusters = hierarchy.labels(top)
     labels = all_clusters[chosen]
     num_clusters = len(hierarchy.levels[-1].sizes)
     had = torch.bincount(all_clusters, minlength=num_clusters)
     gave = torch.bincount(labels, minlength=num_clusters)
-    name = short(source.rows.name)
+    name = short(data)
     text = [
         f"{len(chosen):,} of {plural(len(all_clusters), 'row')} of {name}, with equal shares of "
         f"{plural(int((had > 0).sum()), 'cluster')}.",
@@ -62,7 +64,7 @@ def make_page(
     for card in block["cards"]:
         card["class"] = f"{int(gave[card['cluster']]):,} chosen"
     of = f"the rows of {name}"
-    return render("curate", source.rows.name, of, text, block, thumbs, seconds)
+    return render("curate", data, of, text, block, thumbs, seconds)
 
 
 def share_sentence(counts: Tensor, subject: str) -> str:

@@ -318,9 +318,11 @@ def cluster_block(
                 card["class"] = f"{in_percent(share)} are {classes.names[int(times.argmax())]}"
         for shown, rows in ranked.items():
             card[shown] = [show[shown](i) for i in rows[members][: most[shown]].tolist()]
-        if not (card["words"] or "captions" in near) and counts[cluster]:
-            nearest = next(iter(ranked.values()))[members][0]
-            card["like"] = f"like {name_of_key(dataset.keys[nearest])}"
+        if not card["words"] and counts[cluster]:
+            rows = ranked.get("captions", next(iter(ranked.values())))
+            nearest = int(rows[members][0])
+            caption = caption_of(dataset, nearest) if "captions" in near else ""
+            card["like"] = f"like {caption or name_of_key(dataset.keys[nearest])}"
         cards.append(card)
     purity_by_label: dict[str, float] = {}
     for name, labels_of_name in all_labels.items():
