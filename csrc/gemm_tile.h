@@ -89,6 +89,47 @@ inline void interleave(const BFloat16* a, const BFloat16* b, int64_t n, BFloat16
   for (; j < n; ++j) out[2 * j] = a[j], out[2 * j + 1] = b[j];
 }
 
+// Two rows of floats, rounded: each by itself, and as one of pairs.
+inline void round_rows(const float* a, const float* b, int64_t n, BFloat16* out_a, BFloat16* out_b,
+                       BFloat16* pairs) {
+  int64_t j = 0;
+#ifdef __AVX512BF16__
+  const __m512i halves =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (; j + kLanes <= n; j += kLanes) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(b + j), (__m512)load(a + j));
+    _mm256_storeu_si256((__m256i*)(out_a + j), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i*)(out_b + j), _mm512_extracti64x4_epi64(both, 1));
+    _mm512_storeu_si512(pairs + 2 * j, _mm512_permutexvar_epi16(halves, both));
+  }
+#endif
+  for (; j < n; ++j) {
+    pairs[2 * j] = out_a[j] = static_cast<BFloat16>(a[j]);
+    pairs[2 * j + 1] = out_b[j] = static_cast<BFloat16>(b[j]);
+  }
+}
+
+// out [m, n] = in, rounded, and its transpose: pairs of rows move as one float. n is at most
+// kMostColumns; where it is odd, `in` has a column more. With odd m, so has the transpose: zeros.
+constexpr int64_t kMostColumns = 64;
+inline void round_and_transpose(const float* in, int64_t ld_in, int64_t m, int64_t n, BFloat16* out,
+                                int64_t ld_out, BFloat16* transposed, int64_t ld_transposed) {
+  alignas(64) BFloat16 pairs[16 * 2 * kMostColumns], dropped[kMostColumns];
+  alignas(64) static constexpr float zeros[kMostColumns] = {};
+  for (int64_t i = 0; i < m; i += 32) {
+    const int64_t rows = std::min<int64_t>(32, m - i);
+    for (int64_t r = i; r < i + rows; r += 2) {
+      const bool last = r + 1 == m;
+      round_rows(in + r * ld_in, last ? zeros : in + (r + 1) * ld_in, round_up(n, 2),
+                 out + r * ld_out, last ? dropped : out + (r + 1) * ld_out,
+                 pairs + (r - i) * kMostColumns);
+    }
+    transpose(reinterpret_cast<const float*>(pairs), kMostColumns, blocks(rows, 2), n,
+              reinterpret_cast<float*>(transposed + i), ld_transposed / 2);
+  }
+}
+
 // The right operand of G Y: y [k, n] -> [ceil(k/2), ldb, 2], a missing last row as zeros.
 inline void pack_rows(const BFloat16* y, int64_t ld, int64_t k, int64_t n, BFloat16* out,
                       int64_t ldb) {

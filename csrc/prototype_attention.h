@@ -140,6 +140,7 @@ class Attention {
   static constexpr bool kRounded = A == Arithmetic::kBf16;
   static constexpr int64_t kRows = 128, kColumns = 256;  // 128 KB of fp32 logits
   static constexpr int64_t kChunkRows = 512;             // share the packing of the keys
+  static constexpr int64_t kLdKeys = kColumns + kLanes, kLdWeights = kColumns + 2 * kLanes;
   static constexpr int64_t kPartRows = 8192, kTasks = 16;
 
  public:
@@ -151,6 +152,7 @@ class Attention {
         values_(values),
         dv_(values == nullptr ? 0 : dv),
         ld_values_(ld_values),
+        ld_value_(round_up(dv_, kLanes) + kLanes),
         labels_(labels),
         base2_(base2),
         tiles_(blocks(strip.m, kColumns)),
@@ -189,9 +191,9 @@ class Attention {
     Buffer<Input> key, value, weights;
     Buffer<float> s, factors;
     explicit Scratch(const Attention& a)
-        : key(Ops::depth(a.strip_.d) * kColumns),
-          value(Ops::kRightRowsInPlace ? 0 : Ops::depth(kColumns) * a.dv_),
-          weights(Ops::depth(kColumns) * kRows),
+        : key(Ops::depth(a.strip_.d) * kLdKeys),
+          value(Ops::kRightRowsInPlace ? 0 : Ops::depth(kColumns) * a.ld_value_),
+          weights(kLdWeights * kRows),
           s(kRows * kColumns),
           factors(kRows) {}
   };
@@ -206,14 +208,14 @@ class Attention {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t column = tile * kColumns, columns = std::min(kColumns, strip_.m - column);
       Ops::right_transposed(strip_.y + column * strip_.ld_y, strip_.ld_y, columns, strip_.d,
-                            scratch.key.get(), kColumns);
+                            scratch.key.get(), kLdKeys);
       if (dv_ > 0)
         Ops::right_rows(values_ + column * ld_values_, ld_values_, columns, dv_,
-                        scratch.value.get(), dv_);
+                        scratch.value.get(), ld_value_);
       for (int64_t r = 0; r < rows; r += kRows) {
         const TileRange range{first + row + r, std::min(kRows, rows - r), column, columns};
         multiply(range.rows, columns, strip_.d, x + r * strip_.ld_x, strip_.ld_x, scratch.key.get(),
-                 kColumns, scratch.s.get(), kColumns, false, dot_chain(A, strip_.n, strip_.m));
+                 kLdKeys, scratch.s.get(), kColumns, false, dot_chain(A, strip_.n, strip_.m));
         softmax(range, states + r, positive_.get() + row + r, scratch);
         if (dv_ > 0)
           accumulate(range, parts_.get() + (group * wave_ + row + r) * dv_, tile > begin, scratch);
@@ -233,7 +235,7 @@ class Attention {
       const int64_t label = labels_ == nullptr ? -1 : labels_[range.row + i];
       scratch.factors.get()[i] = OnlineSoftmax::row<kRounded>(
           base2_, range.column, range.columns, label, scratch.s.get() + i * kColumns,
-          kRounded ? rounded(scratch) + i * kColumns : nullptr, states[i], positive + i);
+          kRounded ? rounded(scratch) + i * kLdWeights : nullptr, states[i], positive + i);
     }
   }
 
@@ -249,8 +251,8 @@ class Attention {
       multiply(range.rows, dv_, depth, scratch.s.get(), kColumns, values_ + column * ld_values_,
                ld_values_, part, dv_, more);
     } else {
-      multiply(range.rows, dv_, depth, scratch.weights.get(), kColumns, scratch.value.get(), dv_,
-               part, dv_, more);
+      multiply(range.rows, dv_, depth, scratch.weights.get(), kLdWeights, scratch.value.get(),
+               ld_value_, part, dv_, more);
     }
   }
 
@@ -268,7 +270,7 @@ class Attention {
 
   const Strip<A>& strip_;
   const Input* values_;
-  int64_t dv_, ld_values_;
+  int64_t dv_, ld_values_, ld_value_;
   const int64_t* labels_;
   Base2 base2_;
   int64_t tiles_, chunk_, wave_, groups_;

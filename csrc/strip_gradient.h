@@ -43,7 +43,11 @@ class GradientPass {
   static constexpr int64_t kRows = GradientTile::kRows, kColumns = GradientTile::kColumns;
   static constexpr int64_t kBlockRows = 1024, kBlockColumns = 4096;
   static constexpr int64_t kTaskRows = 64, kTaskParts = 4;  // of dx, and of its features
+  // Consecutive tasks of a thread are done together, so that a row of x, y or G that comes from
+  // beyond L2 serves more products. The order of the terms of a sum stays the same.
+  static constexpr int64_t kTilesTogether = 3, kTasksTogether = 4;
   static constexpr int64_t kPad = 32;  // elements: rows a power of two apart share their cache sets
+  static constexpr int64_t kLdRight = kColumns + kLanes;
 
  public:
   static constexpr int64_t kDefaultChain = kFloat ? kChain : kBf16Chain;
@@ -81,11 +85,11 @@ class GradientPass {
     }
   };
 
-  struct Scratch {  // of one thread
+  struct Scratch {  // of one thread's tile
     Buffer<Input> right_t, g, g_t;
     Buffer<float> s;
     explicit Scratch(int64_t d)
-        : right_t(Ops::depth(d) * kColumns),
+        : right_t(Ops::depth(d) * kLdRight),
           g(kRows * kColumns),
           g_t(kColumns * kLdTransposed),
           s(kRows * kColumns) {}
@@ -109,7 +113,7 @@ class GradientPass {
         y_pairs_(!kFloat && dx != nullptr ? block_columns_ * ld_pairs_ : 0),
         dx_sums_(!kFloat && dx != nullptr ? block_rows_ * strip.d : 0),
         dy_sums_(!kFloat && dy != nullptr ? strip.m * strip.d : 0) {
-    for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
+    for (int i = 0; i < at::get_num_threads() * kTilesTogether; ++i) scratch_.emplace_back(strip.d);
   }
 
   int64_t chain_of_g() const {
@@ -150,88 +154,107 @@ class GradientPass {
   GradientSums block(const TileRange& block, const Epilogue& epilogue) {
     std::vector<GradientSums> sums(blocks(block.columns, kColumns));
     at::parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile)
-        sums[tile] = column_tile(block, tile * kColumns, epilogue);
+      for (int64_t tile = begin; tile < end; tile += kTilesTogether)
+        column_tiles(block, tile, std::min(tile + kTilesTogether, end), epilogue, sums.data());
       release_matrix_unit();
     });
     if (dx_ != nullptr) {
       const int64_t features = std::max(round_up(blocks(strip_.d, kTaskParts), kLanes), kLanes);
-      const int64_t parts = blocks(strip_.d, features),
-                    tasks = blocks(block.rows, kTaskRows) * parts;
-      at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task)
-          add_dx(block, task / parts * kTaskRows, task % parts * features, features);
-        release_matrix_unit();
-      });
+      const int64_t parts = std::max<int64_t>(blocks(strip_.d, features), 1);
+      at::parallel_for(
+          0, blocks(block.rows, kTaskRows) * parts, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end;) {  // all features of some rows, or one part
+              const bool whole = task % parts == 0 && end - task >= parts;
+              const int64_t rows = whole ? std::min((end - task) / parts, kTasksTogether) : 1;
+              add_dx(block, task / parts * kTaskRows, rows * kTaskRows, task % parts * features,
+                     whole ? strip_.d : features);
+              task += whole ? rows * parts : 1;
+            }
+            release_matrix_unit();
+          });
     }
     GradientSums total;
     for (const GradientSums& part : sums) total += part;
     return total;
   }
 
-  // The columns from the block's `first` on against all of its rows.
+  // The block's tiles of columns [begin, end) against all of its rows.
   template <typename Epilogue>
-  GradientSums column_tile(const TileRange& block, int64_t first, const Epilogue& epilogue) {
-    Scratch& scratch = scratch_[at::get_thread_num()];
-    const int64_t d = strip_.d, column = block.column + first;
-    const int64_t columns = std::min(kColumns, block.columns - first);
-    const Input* y = strip_.y + column * strip_.ld_y;
-    if (!stash_) Ops::right_transposed(y, strip_.ld_y, columns, d, scratch.right_t.get(), kColumns);
-    if (dx_ != nullptr)
-      Ops::right_rows(y, strip_.ld_y, columns, d, y_pairs_.get() + first * ld_pairs_, ld_pairs_);
-    GradientSums sums;
-    for (int64_t row = 0; row < block.rows; row += kRows) {
-      const TileRange range{block.row + row, std::min(kRows, block.rows - row), column, columns};
-      Input* g = dx_ != nullptr ? g_.get() + row * ld_g_ + first : scratch.g.get();
-      const int64_t ld_g = dx_ != nullptr ? ld_g_ : kColumns;
-      sums += form(range, epilogue, g, ld_g, scratch);
-      if (dy_ != nullptr) add_dy(block, range, g, ld_g, scratch);
+  void column_tiles(const TileRange& block, int64_t begin, int64_t end, const Epilogue& epilogue,
+                    GradientSums* sums) {
+    const int64_t d = strip_.d, thread = at::get_thread_num() * kTilesTogether;
+    const auto range = [&](int64_t tile, int64_t row) {
+      const int64_t column = tile * kColumns;
+      return TileRange{block.row + row, std::min(kRows, block.rows - row), block.column + column,
+                       std::min(kColumns, block.columns - column)};
+    };
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const auto [row, rows, column, columns] = range(tile, 0);
+      const Input* y = strip_.y + column * strip_.ld_y;
+      if (!stash_)
+        Ops::right_transposed(y, strip_.ld_y, columns, d,
+                              scratch_[thread + tile - begin].right_t.get(), kLdRight);
+      if (dx_ != nullptr && (block.row == 0 || strip_.m > kBlockColumns))
+        Ops::right_rows(y, strip_.ld_y, columns, d, y_pairs_.get() + tile * kColumns * ld_pairs_,
+                        ld_pairs_);
     }
-    if (dy_ != nullptr && block.row + block.rows == strip_.n)
-      write(dy_sums() + column * d, columns, d, dy_ + column * d);
-    return sums;
+    for (int64_t row = 0; row < block.rows; row += kDefaultChain) {
+      const int64_t rows = std::min(kDefaultChain, block.rows - row);
+      for (int64_t r = row; r < row + rows; r += kRows)
+        for (int64_t tile = begin; tile < end; ++tile) {
+          Scratch& scratch = scratch_[thread + tile - begin];
+          Input* g = dx_ != nullptr ? g_.get() + r * ld_g_ + tile * kColumns : scratch.g.get();
+          sums[tile] += form(range(tile, r), epilogue, g, dx_ != nullptr ? ld_g_ : kColumns,
+                             scratch.g_t.get() + r - row, scratch);
+        }
+      for (int64_t tile = begin; dy_ != nullptr && tile < end; ++tile)
+        add_dy(block, row, rows, range(tile, 0), scratch_[thread + tile - begin].g_t.get());
+    }
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const auto [row, rows, column, columns] = range(tile, 0);
+      if (dy_ != nullptr && block.row + block.rows == strip_.n)
+        write(dy_sums() + column * d, columns, d, dy_ + column * d);
+    }
   }
 
-  // G of a tile, from the stash or the inputs.
+  // G of a tile, from the stash or the inputs, and its transpose.
   template <typename Epilogue>
   GradientSums form(const TileRange& range, const Epilogue& epilogue, Input* g, int64_t ld_g,
-                    Scratch& scratch) {
+                    Input* g_t, Scratch& scratch) {
     float* s = scratch.s.get();
     int64_t ld = kColumns;
     if constexpr (kFloat) s = g, ld = ld_g;
     GradientTile tile{range, s, ld, s, ld};
+    if constexpr (!kFloat)  // the block's G is larger than L2: fetched during the products
+      for (int64_t i = 0; i < range.rows; ++i)
+        for (int64_t j = 0; j < kColumns; j += kPad) __builtin_prefetch(g + i * ld_g + j, 1);
     if (stash_) {
       tile.dots = stash_.tile(range.row, range.column), tile.ld_dots = Stash::kColumns;
     } else {
       multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
-               scratch.right_t.get(), kColumns, s, ld, false, chain_);
+               scratch.right_t.get(), kLdRight, s, ld, false, chain_);
     }
     const GradientSums sums = epilogue(tile);
-    if constexpr (!kFloat) {
-      for (int64_t i = 0; dy_ != nullptr && i < range.rows; ++i)
-        to_bf16(s + i * ld, Ops::depth(range.columns), g + i * ld_g);
-    }
+    if (dy_ == nullptr) return sums;
+    if constexpr (kFloat)
+      transpose(g, ld_g, range.rows, range.columns, g_t, kLdTransposed);
+    else
+      round_and_transpose(s, ld, range.rows, range.columns, g, ld_g, g_t, kLdTransposed);
     return sums;
   }
 
-  // Adds G^T x of the tile's rows to dy, once they are as many as a chain or the block's last.
-  void add_dy(const TileRange& block, const TileRange& range, const Input* g, int64_t ld_g,
-              Scratch& scratch) {
-    const int64_t d = strip_.d, row = range.row - block.row, waiting = row % kDefaultChain;
-    const int64_t first = row - waiting, rows = waiting + range.rows;
-    Input* g_t = scratch.g_t.get();
-    transpose(g, ld_g, range.rows, range.columns, g_t + waiting, kLdTransposed);
-    if (rows < kDefaultChain && row + range.rows < block.rows) return;
-    if (Ops::depth(rows) > rows)
-      for (int64_t j = 0; j < range.columns; ++j) g_t[j * kLdTransposed + rows] = Input(0.f);
+  // Adds G^T x to dy, of the block's `rows` from `row` on and a tile of columns.
+  void add_dy(const TileRange& block, int64_t row, int64_t rows, const TileRange& tile,
+              const Input* g_t) const {
     const RightRows x = right_x(block);
-    multiply(range.columns, d, Ops::depth(rows), g_t, kLdTransposed, x.at(first, 0), x.ld,
-             dy_sums() + range.column * d, d, block.row + first > 0, chain_of_g());
+    multiply(tile.columns, strip_.d, Ops::depth(rows), g_t, kLdTransposed, x.at(row, 0), x.ld,
+             dy_sums() + tile.column * strip_.d, strip_.d, block.row + row > 0, chain_of_g());
   }
 
   // Adds G y to dx, from the block's `row` and `feature` on.
-  void add_dx(const TileRange& block, int64_t row, int64_t feature, int64_t most_features) {
-    const int64_t d = strip_.d, rows = std::min(kTaskRows, block.rows - row);
+  void add_dx(const TileRange& block, int64_t row, int64_t most_rows, int64_t feature,
+              int64_t most_features) {
+    const int64_t d = strip_.d, rows = std::min(most_rows, block.rows - row);
     const int64_t features = std::min(most_features, d - feature);
     const RightRows y = right_y(block);
     float* sums = dx_sums(block.row) + row * d + feature;

@@ -60,7 +60,8 @@ class Statistics {
   static constexpr int64_t kRows = Stash::kRows, kColumns = Stash::kColumns;
   static constexpr int64_t kGroup = 16;                         // rows of one column sum
   static constexpr int64_t kRowChunks = 4, kColumnChunks = 32;  // at most: the parallel tasks
-  static constexpr int64_t kMostTransposed = 2 << 20;           // 1,024 x 512 in fp32
+  static constexpr int64_t kMostTransposed = 5 << 20;           // 4,096 x 512 in bf16
+  static constexpr int64_t kLdRight = kColumns + kLanes;
 
  public:
   // Where there is a `stash`, the dot products stay there for the backward pass.
@@ -79,7 +80,7 @@ class Statistics {
         column_stride_(round_up(strip.m, kColumns)),
         rows_(column_chunks_, row_stride_),
         by_column_(row_chunks_, column_stride_),
-        transposed_size_(Ops::depth(strip.d) * column_stride_),
+        transposed_size_(Ops::depth(strip.d) * kLdRight * (column_stride_ / kColumns)),
         // Of one tile of columns every task may as well have its own, in its caches.
         transposes_once_(row_chunks_ > 1 && column_chunks_ > 1 &&
                          transposed_size_ * int64_t{sizeof(Input)} <= kMostTransposed),
@@ -119,7 +120,7 @@ class Statistics {
     Buffer<float> s, group_sum;
     SideBuffers row, column;
     explicit Scratch(int64_t d)
-        : right(Ops::depth(d) * kColumns),
+        : right(Ops::depth(d) * kLdRight),
           s(kRows * kColumns),
           group_sum(kColumns),
           row(kRows),
@@ -180,12 +181,12 @@ class Statistics {
 
   // y transposed, of the tile of columns from `column` on.
   Input* transposed(int64_t column) const {
-    return transposed_.get() + column * Ops::depth(strip_.d);
+    return transposed_.get() + column / kColumns * kLdRight * Ops::depth(strip_.d);
   }
 
   void transpose(int64_t column, Input* out) const {
     Ops::right_transposed(strip_.y + column * strip_.ld_y, strip_.ld_y,
-                          std::min(kColumns, strip_.m - column), strip_.d, out, kColumns);
+                          std::min(kColumns, strip_.m - column), strip_.d, out, kLdRight);
   }
 
   void chunk(int64_t row_chunk, int64_t column_chunk, float* positive) {
@@ -213,7 +214,7 @@ class Statistics {
     float* s = scratch.s.get();
     float* dots = stash_ ? stash_.tile(range.row, range.column) : s;
     multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
-             right, kColumns, dots, kColumns);
+             right, kLdRight, dots, kColumns);
     const bool has_own = pairs_.has_own(range);
     maxima(range, dots, scratch);
     if constexpr (!Pairs::kMatched) {

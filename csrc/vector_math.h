@@ -102,9 +102,8 @@ float maximum(Vector v) {
 inline Floats exp2(Floats x) {
 #ifdef __AVX512F__
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-127.f), (__m512)x);
-  const Floats n = (Floats)_mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT);
-  const Floats f = (Floats)bounded - n;
+  const Floats n = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Floats f = x - n;
 #else
   Floats bounded = x < -126.f ? broadcast(-126.f) : x;
   bounded = bounded > 128.f ? broadcast(128.f) : bounded;
