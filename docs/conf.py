@@ -15,6 +15,7 @@ extensions = [
 root_doc = "docs/README"
 include_patterns = ["*.md", "docs/*.md", "benchmarks/results/*.md", "protoclip/data/NOTICE.md"]
 suppress_warnings = ["toc.not_included"]  # README, NOTICE and records are linked, not listed
+smartquotes_action = "qe"  # no dashes: help texts name flags, such as --epochs
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
