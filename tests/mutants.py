@@ -82,16 +82,24 @@ class Mutant(NamedTuple):
     path: str
     old: str  # once in the file
     new: str
-    first: str = ""  # the tests that are likely to notice it, where those are not the first
+    # The file, and a word of their names, of the tests that are likely to notice it, where those
+    # are not the first.
+    first: str = ""
 
     def tests(self) -> list[str]:
         """The files of tests, in order."""
-        names = [name for name in TESTS[self.family] if name != self.first]
-        if self.first:
-            names.insert(0, self.first)
+        first = self.first.partition("::")[0]
+        names = [name for name in TESTS[self.family] if name != first]
+        if first:
+            names.insert(0, first)
         if self.path.startswith("csrc/"):  # which Triton does not call
             names = [name for name in names if not name.startswith("kernels_")]
         return [f"tests/test_{name}.py" for name in names]
+
+    def words(self) -> tuple[str, ...]:
+        """Words in the names of the tests that come first in their file."""
+        word = self.first.partition("::")[2]
+        return (word,) if word else OPS[self.family]
 
     def fits(self, tree: Path) -> bool:
         """Whether what it changes is in the tree."""
@@ -140,6 +148,7 @@ MUTANTS = [
         PROTOTYPES,
         "temperature=max(float(temperature), COLDEST)",
         "temperature=float(temperature)",
+        first="faults_fuzz_ops::soft_targets",
     ),
     Mutant(
         "a half sum counts whole",
@@ -161,7 +170,7 @@ MUTANTS = [
         OPERATORS,
         "return gradient.to(scalar.dtype).reshape(scalar.shape)",
         "return gradient.to(scalar.dtype)",
-        first="backends",
+        first="ops::one_element",
     ),
     Mutant(
         "smoothing forgets how many own negatives there are",
@@ -205,6 +214,7 @@ MUTANTS = [
         SUMS,
         "self._own = self._own.where(self._own != pairs.exclude[:, None], -1)",
         "self._own = self._own + 0",
+        first="distributed_losses",
     ),
     Mutant(
         "sums count a key that is excluded and has the query's id twice",
@@ -212,6 +222,7 @@ MUTANTS = [
         SUMS,
         "return seen - self._at(exclude.where(~of_same_id(pairs, exclude), -1))",
         "return seen - self._at(exclude)",
+        first="distributed_losses",
     ),
     Mutant(
         "the position after the last key is in range",
@@ -219,6 +230,7 @@ MUTANTS = [
         PAIRS,
         "inside = (positives >= 0) & (positives < m)",
         "inside = (positives >= 0) & (positives <= m)",
+        first="ops::bad_input",
     ),
     Mutant(
         "the excluded position after the last key is in range",
@@ -226,6 +238,7 @@ MUTANTS = [
         PAIRS,
         "beyond = exclude >= m",
         "beyond = exclude > m",
+        first="ops::bad_input",
     ),
     Mutant(
         "a positive that is named twice counts twice",
@@ -247,6 +260,7 @@ MUTANTS = [
         PAIRS,
         "LEAST_BIAS = -5e29",
         "LEAST_BIAS = -3e38",
+        first="contrastive::finite_bias",
     ),
     Mutant(
         "nt_xent: weights go by pairs of views",
@@ -289,7 +303,7 @@ MUTANTS = [
         CONTRASTIVE,
         "with without_autocast(x.device.type):\n            losses = reference.info_nce(",
         "if True:\n            losses = reference.info_nce(",
-        first="info_nce",
+        first="ops::autocast",
     ),
     Mutant(
         "contrastive: the mean positive has no gradient",
@@ -348,7 +362,7 @@ MUTANTS = [
         "protoclip/ops/checks.py",
         "if -math.inf < number < 0:",
         "if -math.inf < number < 0 or (number == 0 and isinstance(x, float)):",
-        first="kernels_info_nce",
+        first="ops::any_number",
     ),
     Mutant(
         "transforms run fused backends",
@@ -356,6 +370,7 @@ MUTANTS = [
         "protoclip/ops/dispatch.py",
         '    if in_transform():\n        return "reference"\n',
         "",
+        first="ops::transforms",
     ),
     Mutant(
         "segment means of the reference are those of positive labels",
@@ -586,7 +601,7 @@ def outcome(mutant: Mutant, tree: Path, cache: Path) -> Outcome:
     original = path.read_text()
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        return run(tree, cache, mutant.tests(), OPS[mutant.family])
+        return run(tree, cache, mutant.tests(), mutant.words())
     finally:
         path.write_text(original)
 

@@ -248,7 +248,7 @@ def test_other_integers_are_as_good_as_int64(op: Op, dtype: torch.dtype) -> None
 
 
 ANY_NUMBER = [10, np.float32(10), np.int64(10), np.array(10), np.array([10.0]), torch.tensor(10)]
-ANY_NUMBER += [torch.tensor([10.0]), torch.tensor(10.0, dtype=FP64)]
+ANY_NUMBER += [torch.tensor([10.0]), torch.tensor(10.0, dtype=FP64), 0, 0.0]
 
 
 @pytest.mark.parametrize("number", ANY_NUMBER, ids=repr)
@@ -257,9 +257,9 @@ def test_a_scale_is_any_number(number: Any) -> None:
         call = op.plain(SMALL)
         if "logit_scale" in call.leaves:
             for backend in ("auto", "reference"):
-                got = call.observe(call.run(backend, logit_scale=number), **call.leaves)
-                expected = call.run(backend, logit_scale=torch.tensor(10.0))
-                assert_same_bits(list(got), list(call.observe(expected, **call.leaves)))
+                leaves = call.leaves | {"logit_scale": torch.as_tensor(number).float().reshape(())}
+                got = call.observe(call.run(backend, logit_scale=number), **leaves)
+                assert_same_bits(list(got), list(call.observe(call.run(backend, leaves), **leaves)))
 
 
 @EACH_LOSS
