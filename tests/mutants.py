@@ -333,6 +333,7 @@ MUTANTS = [
         SIGLIP,
         "if x.dtype == torch.float16:  # the fused op",
         "if x.dtype == torch.complex64:  # the fused op",
+        first="clip_loss::fp16",
     ),
     Mutant(
         "SigLIP: every strip has the ids of the first",
@@ -368,8 +369,8 @@ MUTANTS = [
         "transforms run fused backends",
         "contrastive",
         "protoclip/ops/dispatch.py",
-        '    if in_transform():\n        return "reference"\n',
-        "",
+        'if backend != "reference" and in_transform():',
+        'if backend == "none" and in_transform():',
         first="ops::transforms",
     ),
     Mutant(
@@ -507,6 +508,7 @@ MUTANTS = [
         "csrc/prototypes_cpu.cpp",
         "const auto zero = static_cast<float>(0. * state.logits);",
         "const float zero = 0.f;",
+        first="prototype_cpu::non_finite",
     ),
     Mutant(
         "C++: long segments are summed in fp32",

@@ -188,12 +188,10 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
                 f"protoclip choose; protoclip.backends({op!r}) lists what works here"
             )
         return backend
-    if in_transform():
-        return "reference"
     for name in AUTO_ORDER.get(device_type, ()):
         if name in TABLE[op] and why_not(op, name, device_type, dtype) is None:
             return name
-    if device_type in ("cuda", "xpu", "mps") and dtype in FLOATS:
+    if device_type in ("cuda", "xpu", "mps") and dtype in FLOATS and not in_transform():
         _warn_slow(op, device_type)
     return "reference"
 
