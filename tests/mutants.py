@@ -459,6 +459,7 @@ MUTANTS = [
         "csrc/contrastive_losses_cpu.cpp",
         "by_column.positive_weight.get()[row + pairs.offset];",
         "by_column.positive_weight.get()[row];",
+        first="distributed_losses::ranks",
     ),
     Mutant(
         "C++: biases have the gradient of the last rows",
