@@ -517,6 +517,7 @@ MUTANTS = [
         "csrc/segment_mean_cpu.cpp",
         "std::vector<double> total(d);",
         "std::vector<float> total(d);",
+        first="segment_mean::bits",
     ),
     Mutant(
         "C++: a segment of one whole piece is left out",
@@ -524,13 +525,6 @@ MUTANTS = [
         "csrc/segment_mean_cpu.cpp",
         "      if (size(i) > kPiece) continue;",
         "      if (size(i) >= kPiece) continue;",
-    ),
-    Mutant(
-        "C++: slots past the last centroid are centroids",
-        "clusters",
-        "csrc/kmeans_centroids.h",
-        "half_square(panels * int8::kColumns, kInfinity)",
-        "half_square(panels * int8::kColumns, 0)",
     ),
     Mutant(
         "C++: an iteration's inertia forgets the weights",

@@ -944,7 +944,7 @@ def make_kmeans_assign(size: Size, dtype: torch.dtype, *, features: str = "rando
 def make_segment_mean(size: Size, dtype: torch.dtype, *, features: str = "random") -> Call:
     draw = Draw(size.n)
     values = draw.normal(size.n, size.d) + (30.0 if features == "far from zero" else 0.0)
-    labels = draw.integers(-1, size.m, size.n)
+    labels = draw.integers(-1 if size.m > 1 else 0, size.m, size.n)
     labels[: size.n // 2] = size.m - 1  # in pieces, where there are many
     return segment_mean(values.to(dtype), labels, size.m)
 
@@ -1024,6 +1024,8 @@ SHARED_KEYS = (
     {**SHARED, "relation": ("none", "bias")},  # query i's own key is key i
     {"size": [Size(96, 192, 20)], "relation": RELATIONS[2:-1] + SEVERAL},
 )
+# SigLIP with these passes the texts from rank to rank; with other values it gathers them.
+IN_A_RING = {"label_smoothing": (0,), "weighted": (False,), "reduction": ("mean", "sum")}
 NO_PAIRS = [Size(0, 0, 8), Size(3, 3, 0), Size(0, 0, 0)]
 X = Draw(0).unit(4, 8)
 INDEX = torch.arange(4)
@@ -1218,7 +1220,7 @@ OPS = [
             (dict(logit_bias=torch.ones(2)), ValueError, "logit_bias of shape"),
             (dict(ids=torch.arange(3)), ValueError, "expected ids"),
         ],
-        over_ranks=[{**SHARED, "from_the_end": (False,)}],
+        over_ranks=[{**SHARED, **more, "from_the_end": (False,)} for more in ({}, IN_A_RING)],
     ),
     Op(
         "prototype_cross_entropy",
@@ -1308,7 +1310,7 @@ OPS = [
         make_segment_mean,
         {
             # One segment; more than rows; a huge one among small ones; a whole piece.
-            "size": [Size(2500, 1, 16), Size(50, 400, 7), Size(3000, 20, 130), Size(512, 1, 1)],
+            "size": [Size(2500, 1, 16), Size(50, 400, 7), Size(3000, 20, 130), Size(256, 1, 1)],
             "features": ("random", "far from zero"),
         },
         {"size": [Size(513, 2, 1), Size(50, 400, 7), Size(300, 20, 130)], "features": ("random",)},
