@@ -45,7 +45,7 @@ def name() -> str:
     arithmetic = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
     widest = next((unit for unit in arithmetic if unit in features), "-")
     cores = len(os.sched_getaffinity(0))
-    processor = model[1] if model else platform.machine()
+    processor = re.sub(r"\(R\)| Processor", "", model[1]) if model else platform.machine()
     if family:
         processor += f" (family {family[1]})"
     return f"{processor}, {cores} cores, {widest}"

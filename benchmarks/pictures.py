@@ -25,6 +25,7 @@ from benchmarks.report import (
     headline_cases,
     mib,
     newest_cpu,
+    others,
     sizes,
 )
 from protoclip.common.files import write_atomic
@@ -34,7 +35,9 @@ README = ROOT / "README.md"
 LEARNT = RESULTS / "default_run" / "pictures.json"
 WIDTH, MARGIN = 440, 12  # of every picture in its own units; GitHub shrinks it on a narrow screen
 NEAREST = 3  # names of an icon
-SHOWN = ("InfoNCE and gradient, bf16", "SigLIP", "prototype", "k-means")  # of README's cases
+SHOWN = (  # of README's cases
+    "InfoNCE and gradient, bf16", "SigLIP", "prototype", "k-means", "training step",
+)  # fmt: skip
 LINE = 18  # between two lines of text
 STYLE = """
 .ground { fill: #ffffff; }
@@ -107,8 +110,7 @@ def shown_peers(record: Record) -> dict[str, list[Row]]:
     panels = {}
     for name, rows in headline_cases(record).items():
         if name.startswith(SHOWN):
-            compared = [row for row in rows[1:] if row["ratio"] is not None]
-            panels[name] = [rows[0], *sorted(compared, key=lambda row: row["ratio"])]
+            panels[name] = [rows[0], *others(rows)]
     return panels
 
 

@@ -41,7 +41,9 @@ HEADLINES = {  # the cases of the front page's picture: a name, and which case i
     "nearest centroid, fp32": "kmeans_assign fp32 N=32768 K=1024 D=256",
     "k-means, 10 iterations, fp32": "kmeans 10 iterations fp32 N=20000 K=1000 D=128",
     "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",  # older ones
+    "training step of heads, bf16": "align, linear heads step bf16 N=16384 D=512",
 }
+BASELINES = ("no loss", "share of a step")  # beside which our number is set, but no peers
 
 
 def identity(row: Row) -> str:
@@ -205,8 +207,18 @@ def _case(group: list[Row]) -> list[str]:
 
 
 def _compared(group: list[Row]) -> list[Row]:
-    """A case's peers, from fast to slow."""
+    """A case's rows that have a ratio, from fast to slow."""
     return sorted((r for r in group if r["ratio"] is not None), key=lambda r: r["ratio"])
+
+
+def others(group: list[Row]) -> list[Row]:
+    """A case's rows of others, from fast to slow."""
+    return [row for row in _compared(group) if not is_ours(row) and row["variant"] not in BASELINES]
+
+
+def _faster(group: list[Row]) -> list[Row]:
+    """Peers that took less time than we did."""
+    return [row for row in others(group) if row["ratio"] < 1]
 
 
 def _peers(group: list[Row]) -> str:
@@ -219,8 +231,7 @@ def _slower(groups: Iterable[list[Row]]) -> str:
         f"- `{label(row)}` {sizes(row)} {row['dtype']}: {row['variant']} takes "
         f"{digits(row['ratio'], 2)} of our time" + (f" ({row['note']})" if row["note"] else "")
         for group in groups
-        for row in _compared(group)
-        if row["ratio"] < 1
+        for row in _faster(group)
     ]
     if not lines:
         return "Slower than a peer: nowhere in this record."
@@ -232,8 +243,7 @@ def lost_comparisons(record: Record) -> str:
     under the name of the machine."""
     rows = []
     for group in cases(record["rows"]):
-        faster = [row for row in _compared(group) if row["ratio"] < 1]
-        if faster:
+        if faster := _faster(group):
             case = f"`{label(faster[0])}` {sizes(faster[0])} {faster[0]['dtype']}"
             rows.append([case, "; ".join(f"{r['variant']}: {r['ratio']:.2f}" for r in faster)])
     run = record["runs"][-1]

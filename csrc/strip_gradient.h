@@ -44,8 +44,9 @@ class GradientPass {
   static constexpr int64_t kBlockRows = 1024, kBlockColumns = 4096;
   static constexpr int64_t kTaskRows = 64, kTaskParts = 4;  // of dx, and of its features
   // Consecutive tasks of a thread are done together, so that a row of x, y or G that comes from
-  // beyond L2 serves more products. The order of the terms of a sum stays the same.
-  static constexpr int64_t kTilesTogether = 3, kTasksTogether = 4;
+  // beyond L2 serves more products. The order of the terms of a sum stays the same. Tiles of fp32
+  // gain nothing: their products take longer than what they read.
+  static constexpr int64_t kTilesTogether = kFloat ? 1 : 3, kTasksTogether = 4;
   static constexpr int64_t kPad = 32;  // elements: rows a power of two apart share their cache sets
   static constexpr int64_t kLdRight = kColumns + kLanes;
 
@@ -85,13 +86,13 @@ class GradientPass {
     }
   };
 
-  struct Scratch {  // of one thread's tile
+  struct Scratch {  // of one thread; right_t and g_t of each tile that is done with others
     Buffer<Input> right_t, g, g_t;
     Buffer<float> s;
     explicit Scratch(int64_t d)
-        : right_t(Ops::depth(d) * kLdRight),
+        : right_t(kTilesTogether * Ops::depth(d) * kLdRight),
           g(kRows * kColumns),
-          g_t(kColumns * kLdTransposed),
+          g_t(kTilesTogether * kColumns * kLdTransposed),
           s(kRows * kColumns) {}
   };
   static constexpr int64_t kLdTransposed = kDefaultChain + kPad;
@@ -113,7 +114,7 @@ class GradientPass {
         y_pairs_(!kFloat && dx != nullptr ? block_columns_ * ld_pairs_ : 0),
         dx_sums_(!kFloat && dx != nullptr ? block_rows_ * strip.d : 0),
         dy_sums_(!kFloat && dy != nullptr ? strip.m * strip.d : 0) {
-    for (int i = 0; i < at::get_num_threads() * kTilesTogether; ++i) scratch_.emplace_back(strip.d);
+    for (int i = 0; i < at::get_num_threads(); ++i) scratch_.emplace_back(strip.d);
   }
 
   int64_t chain_of_g() const {
@@ -182,7 +183,14 @@ class GradientPass {
   template <typename Epilogue>
   void column_tiles(const TileRange& block, int64_t begin, int64_t end, const Epilogue& epilogue,
                     GradientSums* sums) {
-    const int64_t d = strip_.d, thread = at::get_thread_num() * kTilesTogether;
+    const int64_t d = strip_.d;
+    Scratch& scratch = scratch_[at::get_thread_num()];
+    const auto right_t = [&](int64_t tile) {
+      return scratch.right_t.get() + (tile - begin) * Ops::depth(d) * kLdRight;
+    };
+    const auto g_t = [&](int64_t tile) {
+      return scratch.g_t.get() + (tile - begin) * kColumns * kLdTransposed;
+    };
     const auto range = [&](int64_t tile, int64_t row) {
       const int64_t column = tile * kColumns;
       return TileRange{block.row + row, std::min(kRows, block.rows - row), block.column + column,
@@ -191,9 +199,7 @@ class GradientPass {
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto [row, rows, column, columns] = range(tile, 0);
       const Input* y = strip_.y + column * strip_.ld_y;
-      if (!stash_)
-        Ops::right_transposed(y, strip_.ld_y, columns, d,
-                              scratch_[thread + tile - begin].right_t.get(), kLdRight);
+      if (!stash_) Ops::right_transposed(y, strip_.ld_y, columns, d, right_t(tile), kLdRight);
       if (dx_ != nullptr && (block.row == 0 || strip_.m > kBlockColumns))
         Ops::right_rows(y, strip_.ld_y, columns, d, y_pairs_.get() + tile * kColumns * ld_pairs_,
                         ld_pairs_);
@@ -202,13 +208,13 @@ class GradientPass {
       const int64_t rows = std::min(kDefaultChain, block.rows - row);
       for (int64_t r = row; r < row + rows; r += kRows)
         for (int64_t tile = begin; tile < end; ++tile) {
-          Scratch& scratch = scratch_[thread + tile - begin];
           Input* g = dx_ != nullptr ? g_.get() + r * ld_g_ + tile * kColumns : scratch.g.get();
-          sums[tile] += form(range(tile, r), epilogue, g, dx_ != nullptr ? ld_g_ : kColumns,
-                             scratch.g_t.get() + r - row, scratch);
+          sums[tile] +=
+              form(range(tile, r), epilogue, right_t(tile), g, dx_ != nullptr ? ld_g_ : kColumns,
+                   g_t(tile) + r - row, scratch.s.get());
         }
       for (int64_t tile = begin; dy_ != nullptr && tile < end; ++tile)
-        add_dy(block, row, rows, range(tile, 0), scratch_[thread + tile - begin].g_t.get());
+        add_dy(block, row, rows, range(tile, 0), g_t(tile));
     }
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto [row, rows, column, columns] = range(tile, 0);
@@ -219,9 +225,8 @@ class GradientPass {
 
   // G of a tile, from the stash or the inputs, and its transpose.
   template <typename Epilogue>
-  GradientSums form(const TileRange& range, const Epilogue& epilogue, Input* g, int64_t ld_g,
-                    Input* g_t, Scratch& scratch) {
-    float* s = scratch.s.get();
+  GradientSums form(const TileRange& range, const Epilogue& epilogue, const Input* right_t,
+                    Input* g, int64_t ld_g, Input* g_t, float* s) {
     int64_t ld = kColumns;
     if constexpr (kFloat) s = g, ld = ld_g;
     GradientTile tile{range, s, ld, s, ld};
@@ -232,7 +237,7 @@ class GradientPass {
       tile.dots = stash_.tile(range.row, range.column), tile.ld_dots = Stash::kColumns;
     } else {
       multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
-               scratch.right_t.get(), kLdRight, s, ld, false, chain_);
+               right_t, kLdRight, s, ld, false, chain_);
     }
     const GradientSums sums = epilogue(tile);
     if (dy_ == nullptr) return sums;

@@ -408,7 +408,8 @@ def test_a_page_without_pictures_has_scores_and_curves(run: Path) -> None:
 
 def test_evaluate_repeats_the_scores_of_the_run(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    assert evaluate([str(run), "--out", str(out), "--tasks", "zeroshot,retrieval"]) == 0
+    flags = ["--precision", "auto", "--tasks", "zeroshot,retrieval"]  # the precision of the run
+    assert evaluate([str(run), "--out", str(out), *flags]) == 0
     again = json.loads(out.read_text())["trained"]["HO"]["metrics"]
     before = scores_of(run)
     assert again["class/acc1"] == before["class/acc1"]

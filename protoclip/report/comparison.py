@@ -434,9 +434,14 @@ def _of_folder(record: Record, runs: Sequence[Listed]) -> Comparison | None:
 
 def paragraph(comparison: Comparison) -> str:
     """What can be claimed, to be quoted."""
+    return " ".join(claims_of(comparison))
+
+
+def claims_of(comparison: Comparison) -> list[str]:
+    """What can be claimed: a sentence or some for each row."""
     seeds = comparison.seeds
     if not seeds:
-        return "No seed has finished in all rows, so nothing can be compared."
+        return ["No seed has finished in all rows, so nothing can be compared."]
     sentences = [doubt for contrast in comparison.of_rows if (doubt := _doubt(contrast))]
     if len(seeds) < LEAST_SEEDS:
         sentences = [
@@ -462,7 +467,7 @@ def paragraph(comparison: Comparison) -> str:
             f"The 95 % intervals (t, paired by seed{holm_words}) cover the randomness of training "
             "on these held-out pictures, and nothing else."
         )
-    return " ".join(sentences)
+    return sentences
 
 
 def _doubt(contrast: Contrast) -> str:
@@ -475,7 +480,7 @@ def _doubt(contrast: Contrast) -> str:
             f"The training times of {row} and {baseline} are not known, so no difference of {row} "
             "is called significant."
         )
-    times = _times(contrast)
+    times = f"{row} took {_times(contrast)}"
     if math.isinf(contrast.cost.half):
         times += ", timed on fewer than three seeds"
     reason = "" if contrast.cost.is_known else ": not known within 5 %"
@@ -526,7 +531,7 @@ def _verdict(contrast: Contrast, comparison: Comparison) -> str:
         needed = list(dict.fromkeys(needed))
         text += f" With 80 % power, differences of these sizes would need {_list(needed)} seeds."
     if contrast.pair.equal == "steps" and not math.isnan(contrast.cost.log_ratio):
-        text += f" {_times(contrast)}."
+        text += f" It took {_times(contrast)}."
     return text
 
 
@@ -546,8 +551,7 @@ def _baseline_words(contrast: Contrast, comparison: Comparison) -> str:
 
 
 def _times(contrast: Contrast) -> str:
-    row, baseline, _ = contrast.pair
-    return f"{row} took {cost_words(contrast.cost)} the training time of {baseline}"
+    return f"{cost_words(contrast.cost)} the training time of {contrast.pair.baseline}"
 
 
 def cost_words(cost: Cost) -> str:
@@ -629,7 +633,8 @@ def format_comparison(comparison: Comparison) -> str:
             lines.append(line + interval_words(cell))
         blocks.append("\n".join(lines))
     stars = any(c.significant for contrast in comparison.contrasts for c in contrast.cells.values())
-    footer = textwrap.wrap(paragraph(comparison), 98) + notes(comparison)
+    claims = [line for claim in claims_of(comparison) for line in textwrap.wrap(claim, 98)]
+    footer = claims + notes(comparison)
     if stars:
         footer.insert(0, "* significant after Holm's correction over all primary scores")
     return "\n\n".join([*blocks, "\n".join(footer)])

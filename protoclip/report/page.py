@@ -30,12 +30,12 @@ from protoclip.report.comparison import (
     EQUAL,
     Comparison,
     Listed,
+    claims_of,
     compare_runs,
     format_comparison,
     interval_words,
     notes,
     other_pictures,
-    paragraph,
     time_words,
 )
 from protoclip.report.figures import Series, read_series
@@ -401,7 +401,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             css=figures.CSS,
             written=time.strftime("%Y-%m-%d %H:%M"),
             comparison=comparison,
-            paragraph=paragraph(comparison),
+            claims=claims_of(comparison),
             notes=notes(comparison),
             time_words=partial(time_words, comparison),
             equal=EQUAL,
