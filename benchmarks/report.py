@@ -177,7 +177,9 @@ def _head(record: Record) -> str:
         if newest["versions"].get(package)
     ]
     days = sorted({run["date"][:10] for run in runs})
-    commits = dict.fromkeys(run["commit"] or "unknown" for run in runs)
+    commits = ", ".join(dict.fromkeys(run["commit"] or "unknown" for run in runs))
+    if "," in commits:
+        commits = f"different commits, some cases at each: {commits}"
     ceilings = [
         f"{dtype} GEMM {digits(rate)} TFLOP/s"
         for dtype, rate in newest["ceilings"].items()
@@ -186,7 +188,7 @@ def _head(record: Record) -> str:
     notes = dict.fromkeys(run["note"] for run in runs if run.get("note"))
     return (
         f"**{newest['machine']}**, {newest['threads']} threads, {', '.join(versions)}; recorded "
-        f"{' and '.join(days)} at {', '.join(commits)}. Ceilings of the same run: "
+        f"{' and '.join(days)} at {commits}. Ceilings of the same run: "
         f"{', '.join(ceilings)}, copy {digits(newest['ceilings']['copy'])} GB/s."
     ) + "".join(f" **{note}**" for note in notes)
 
