@@ -357,7 +357,7 @@ class Runs:
         """Wait until one of the runs ends."""
         ended = [run for run in self.running if run.process.poll() is not None]
         while not ended:
-            time.sleep(0.2)
+            time.sleep(0.02)
             ended = [run for run in self.running if run.process.poll() is not None]
         for run in ended:
             self.running.remove(run)
