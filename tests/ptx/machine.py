@@ -22,7 +22,7 @@ from tests.ptx.arithmetic import (
 )
 from tests.ptx.blackwell import TensorMemory
 from tests.ptx.hopper import AsynchronousProxy
-from tests.ptx.shadow import Shadow, conflicts
+from tests.ptx.shadow import Shadow, conflicts, distinct
 
 EVERYONE = 0xFFFFFFFF
 ATOMICS = {
@@ -263,7 +263,7 @@ class Run(AsynchronousProxy, TensorMemory):
         """Wavefronts of shared memory, or sectors of 32 bytes of global memory."""
         access = self.launch.accesses[place[0], space]
         warp = idx // 32
-        access.requests += len(np.unique(warp))
+        access.requests += 1 + np.count_nonzero(warp[1:] != warp[:-1])
         if space.endswith("shared"):
             part = warp * 4  # 128 bytes at a time: all lanes, or a half or quarter of them
             if width > 4:
@@ -271,8 +271,8 @@ class Run(AsynchronousProxy, TensorMemory):
             words = (at - self.base[idx])[:, None] // 4 + np.arange(max(1, width // 4))
             done, least = conflicts(words.reshape(-1), np.repeat(part, words.shape[1]))
         else:
-            done = len(np.unique(warp.astype(i8) << 44 | at >> 5))
-            warp_of_value = np.unique(warp.astype(i8) << 44 | at // width) >> 44
+            done = len(distinct(warp.astype(i8) << 44 | at >> 5))
+            warp_of_value = distinct(warp.astype(i8) << 44 | at // width) >> 44
             least = int(np.ceil(np.bincount(warp_of_value) * width / 32).sum())
         access.done += done
         access.least += least
