@@ -106,10 +106,8 @@ def start_with_a_clean_log(folder: Path, name: str, workers: int, ranks: int) ->
     [
         ("SIGUSR1", 0, 1),
         ("SIGTERM", 0, 2),
-        ("SIGTERM", 2, 1),
         ("SIGTERM", 2, 2),
         ("SIGINT", 2, 1),  # workers get it too
-        ("SIGINT", 2, 2),
     ],
 )
 def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(

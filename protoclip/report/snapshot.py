@@ -132,11 +132,11 @@ def take_snapshot(
     )
 
 
-def without_pictures(judged: EvalSet | None, facts: Mapping[str, Any]) -> Snapshot:
+def without_pictures(eval_set: EvalSet | None, facts: Mapping[str, Any]) -> Snapshot:
     """The content of a page about stored features without files to show."""
     return Snapshot(
-        geometry=geometry(judged) if judged and len(judged.text) > 1 else {},
-        confusions=confusions(judged) if judged else (),
+        geometry=geometry(eval_set) if eval_set and len(eval_set.text) > 1 else {},
+        confusions=confusions(eval_set) if eval_set else (),
         facts={**environment(), **facts},
     )
 
@@ -152,8 +152,6 @@ def load_snapshot(folder: str | os.PathLike[str]) -> Snapshot:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = parse_json((Path(folder) / NAME).read_text(encoding="utf-8"))
         if content.pop("format") == FORMAT:
-            if "plane" in content:  # its name in the files of older runs
-                content["map_data"] = content.pop("plane")
             return Snapshot(**content)
     return Snapshot()
 
