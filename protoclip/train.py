@@ -214,6 +214,8 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
     model = build_model(config.model).to(device)
     if config.model.image_width and resume is None:
         model.centre(distributed.from_main(partial(mean_rows, dataset)))
+        if run_data.held_out is not None:  # its rows are finite too
+            distributed.from_main(partial(mean_rows, run_data.held_out))
     put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):

@@ -528,6 +528,12 @@ REFUSALS = {
     "--train-data features:nan.npy::wide.npy": "NaN or infinity in the row of the picture of '7'",
     "--train-data builtin:shapes:64 --mixup 1": "--mixup: expected stored features",
     "--train-data builtin:shapes:64 --head mlp": "--head: expected stored features",
+    "--text-features wide.npy --train-data a/": "--train-data: expected no other data",
+    "--class-features wide.npy": "--class-features wide.npy: expected rows of 30 columns",
+    "--class-features nan.npz": "--class-features nan.npz: expected finite features",
+    "--class-features other.npz": "expected rows of classes that the data has, got x, y; the data "
+    "has no classes: give --labels",
+    "--class-features other.npz --labels classes.txt": "got x, y; the data has even, odd",
 }
 
 
@@ -546,9 +552,45 @@ def test_bad_input_is_one_sentence(
     with_nan = np.zeros((PAIRS, 7), np.float16)
     with_nan[7, 3] = np.nan
     np.save("nan.npy", with_nan)
-    message = error_of(train, flags_of(folder, *flags.split()))
+    for name, value in (("nan", np.nan), ("other", 1)):
+        np.savez(f"{name}.npz", features=np.full((2, TEXT_WIDTH), value), keys=np.array(["x", "y"]))
+    (tmp_path / "classes.txt").write_text("odd\neven\n" * (PAIRS // 2))
+    words = flags_of(folder, *flags.split())
+    message = error_of(train, words[4:] if flags.startswith("--train-data") else words)
     assert REFUSALS[flags] in message
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_held_out_row_that_is_not_finite_is_named(
+    folder: Path, workdir: Path, error_of: Callable[..., str]
+) -> None:
+    flags = flags_of(folder, "--val-fraction", "0.3")
+    held_out = open_run_data(config_of(*flags)).held_out
+    assert isinstance(held_out, Subset)
+    images = np.load(folder / "images.npy")
+    images[held_out.indices[0]] = np.inf
+    np.save(workdir / "images.npy", images)
+    message = error_of(train, ["--image-features", str(workdir / "images.npy"), *flags[2:]])
+    assert f"NaN or infinity in the row of the picture of '{held_out.indices[0]}'" in message
+    assert not (workdir / "logs").exists()
+
+
+def test_held_out_pictures_of_classes_without_rows_have_no_zero_shot(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = flags_of(folder, "--val-fraction", "0.3", "--max-steps", "1")
+    held_out = open_run_data(config_of(*flags)).held_out
+    assert isinstance(held_out, Subset)
+    classes = np.full(PAIRS, "trained")
+    classes[held_out.indices] = "other"
+    (tmp_path / "labels.txt").write_text("\n".join(classes))
+    rows = np.load(folder / "classes.npz")["features"][:1]
+    np.savez(tmp_path / "classes.npz", features=rows, keys=np.array(["trained"]))
+    flags += ["--labels", str(tmp_path / "labels.txt"), "--name", "run"]
+    assert train([*flags, "--class-features", str(tmp_path / "classes.npz")]) == 0
+    scores = scores_of(tmp_path / "logs" / "run")
+    assert "text_retrieval_recall@1" in scores and "class/acc1" not in scores
 
 
 def test_other_features_of_the_same_shape_are_not_resumed(
@@ -575,7 +617,7 @@ def test_classes_of_bare_rows_are_numbers(folder: Path, spec: str, tmp_path: Pat
     pairs = open_dataset(spec, labels=str(tmp_path / "labels.npy"))
     assert isinstance(pairs, FeaturePairs)
     assert pairs.labels["class"].ids.tolist() == planted.classes.tolist()
-    assert list(open_class_rows(str(tmp_path / "classes.npy")).names) == list("01234")
+    assert list(open_class_rows(str(tmp_path / "classes.npy"), pairs).names) == list("01234")
     data = open_run_data(config_of("--train-data", spec, "--labels", str(tmp_path / "labels.npy")))
     assert data.training.labels["class"].names == tuple("01234")
 

@@ -237,7 +237,9 @@ def read_labels(path: str, count: int) -> Labels:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
             labels = labels_of_texts(StringTable(line.strip() for line in lines))
     except (OSError, ValueError) as error:
-        raise DataError(f"{shown}: {error}; give one class per line, or a .npy") from error
+        raise DataError(
+            f"{shown}: {error}; give one class per line, or integers in a .npy"
+        ) from error
     if len(labels.ids) != count:
         raise DataError(
             f"{shown}: expected a class for each of the {plural(count, 'row')}, got "
@@ -254,10 +256,23 @@ class ClassRows:
     names: Mapping[str, np.ndarray]  # class -> its rows, int64
 
 
-def open_class_rows(spec: str) -> ClassRows:
-    """The rows that ``protoclip encode --classes`` wrote; those of a file without keys are of the
-    classes "0", "1", and so on."""
+def open_class_rows(spec: str, dataset: PairDataset) -> ClassRows:
+    """The rows that ``protoclip encode --classes`` wrote for classes of ``dataset``; those of a
+    file without keys are of the classes "0", "1", and so on.
+
+    Raises:
+        DataError: the rows are not finite, or not as wide as those of the captions.
+    """
     rows = open_features(spec, "texts" if is_feature_folder(spec) else "")
+    shown = f"--class-features {printable(spec)}"
+    pairs = feature_pairs(dataset)
+    if pairs is not None and (width := pairs.texts[0].shape[1]) != rows.shape[1]:
+        raise DataError(
+            f"{shown}: expected rows of {width} columns, as those of the captions have, got "
+            f"{rows.shape[1]}; encode the names with the captions' encoder"
+        )
+    if len(bad := rows.not_finite()):
+        raise DataError(f"{shown}: expected finite features, got NaN or infinity in row {bad[0]}")
     numbers = np.arange(len(rows))
     names: Sequence[str] = RowNumbers(len(rows))
     if rows.keys is not None:

@@ -58,7 +58,16 @@ def open_run_data(config: TrainConfig) -> RunData:
         )
     if data.train_num_samples:
         dataset = Subset(dataset, torch.arange(data.train_num_samples))
-    class_rows = open_class_rows(data.class_features) if data.class_features else None
+    class_rows = None
+    if data.class_features:
+        class_rows = open_class_rows(data.class_features, dataset)
+        names = {name for labels in dataset.labels.values() for name in labels.names}
+        if not data.val_data and not names & class_rows.names.keys():
+            raise DataError(
+                f"--class-features: expected rows of classes that the data has, got "
+                f"{', '.join(list(class_rows.names)[:5])}; the data has "
+                f"{', '.join(sorted(names)[:5]) or 'no classes: give --labels'}"
+            )
     return RunData(dataset, held_out, class_rows)
 
 

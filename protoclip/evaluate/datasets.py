@@ -45,11 +45,13 @@ class Layout:
     class_rows: ClassRows | None = None  # of stored features, in place of prompts
 
     def names_classes(self, label: str) -> bool:
-        """Whether there are prompts, or rows, of a label's classes, as zero-shot needs."""
+        """Whether there are prompts, or rows, of the class of a picture, as zero-shot needs."""
         if feature_pairs(self.test) is None:
             return True
         rows = {} if self.class_rows is None else self.class_rows.names
-        return any(name in rows for name in self.test.labels[label].names)
+        classes = self.test.labels[label]
+        named = [number for number, name in enumerate(classes.names) if name in rows]
+        return bool(torch.isin(classes.ids, torch.tensor(named, dtype=torch.int64)).any())
 
     def of_part(self, part: Part) -> Layout:
         """One of the parts as a set of its own."""
@@ -95,8 +97,9 @@ def open_layout(
     if class_features and source_type != "features":
         raise DataError(f"--class-features: expected stored features, got {data}; leave it out")
     if source_type == "features":
-        class_rows = open_class_rows(class_features) if class_features else None
-        return Layout(open_dataset(data, **open_kwargs), class_rows=class_rows)
+        pairs = open_dataset(data, **open_kwargs)
+        class_rows = open_class_rows(class_features, pairs) if class_features else None
+        return Layout(pairs, class_rows=class_rows)
     if source_type == "builtin":
         test = open_dataset(data, "heldout", **open_kwargs)
         train = open_dataset(data, "train", **open_kwargs)

@@ -202,6 +202,8 @@ def add_flag(
     if setting:
         arguments["dest"] = setting
         arguments["default"] = argparse.SUPPRESS
+    if setting == "data.train_data":
+        arguments["action"] = _TrainData
     group.add_argument(*flag.split(), **arguments)
 
 
@@ -219,6 +221,20 @@ def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str]
                 setting=prefix + item.name,
                 words=item.metadata["words"],
             )
+
+
+class _TrainData(argparse.Action):
+    """--train-data, which the flags of feature files write too."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest, "").startswith(FEATURES):
+            parser.error(
+                f"{option_string}: expected no other data, got --image-features or --text-features"
+                "; leave them or it out"
+            )
+        setattr(namespace, self.dest, values)
 
 
 class _FeatureFiles(argparse.Action):
