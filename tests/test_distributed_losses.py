@@ -33,7 +33,7 @@ WHOLE = slice(0, G)
 CPU = torch.device("cpu")
 Arrays = dict[str, np.ndarray]
 BACKENDS = {FP64: "reference", FP32: "auto", BF16: "auto"}
-DTYPES = {1: (FP64,), 2: (FP64, FP32, BF16), 3: (FP32,)}  # by the number of ranks
+DTYPES = {1: (FP64,), 2: (FP64, FP32, BF16), 3: (FP64, FP32)}  # by the number of ranks
 
 
 class Pairs(NamedTuple):
