@@ -97,6 +97,7 @@ setup(
         "matplotlib",
         "jinja2",
         "scikit-learn>=1.6",
+        "xxhash",
         "safetensors",
         *ICONS,
     ],
