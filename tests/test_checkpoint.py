@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protoclip.common import sealed
 from protoclip.runs import checkpoint
 
 
@@ -117,7 +118,7 @@ def test_a_whole_checkpoint_that_cannot_be_read_is_not_passed_over(
         raise OSError(number, os.strerror(number), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_check_seal", unreadable)
+        patch.setattr(sealed, "_check_seal", unreadable)
         with pytest.raises(OSError, match=f"cannot read: {os.strerror(number)}.*epoch_latest.pt"):
             checkpoint.load_newest(folder)
     assert steps(folder) == [3, 2]
