@@ -21,7 +21,7 @@ class Digest:
         """Add the next rows, [n, ...]: their bytes as they are stored, not their values."""
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu().contiguous().reshape(len(rows), -1).view(torch.uint8).numpy()
-        self._hash.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        self._hash.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
 
     def hexdigest(self) -> str:
