@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from numbers import Integral
 from typing import Any
 
@@ -33,9 +34,9 @@ def grad_cache(
     """Features of whole batches with the memory of one chunk, ready for ``loss.backward()``.
 
     Gradients equal those of the same chunks in one graph, dropout included; each chunk runs twice.
-    Batch norm in an encoder is inexact: it sees one chunk at a time and updates its statistics
-    twice. Under DDP each module reduces its gradients once for all chunks of all encoders;
-    an enclosing ``no_sync`` is respected.
+    Batch norm in an encoder normalises by one chunk at a time and counts each chunk once (twice in
+    a compiled function: compile the module or its method). Under DDP each module reduces its
+    gradients once for all chunks of all encoders; an enclosing ``no_sync`` is respected.
 
     Args:
         encoders: all encoders of the loss; list a shared one twice. Each returns a tensor, a tuple
@@ -77,10 +78,12 @@ def grad_cache(
         )
     if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
         raise ValueError(f"grad_cache: expected a whole chunk_size >= 1, in rows, got {chunk_size}")
-    # A bound method such as model.encode_image belongs to its model.
-    owners = [getattr(encoder, "__self__", encoder) for encoder in encoders]
-    modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
-    replicas = [*ddp, *(m for m in modules if isinstance(m, DistributedDataParallel))]
+    # A bound method such as model.encode_image belongs to its model, compiled or not.
+    owners = [getattr(inspect.unwrap(encoder), "__self__", encoder) for encoder in encoders]
+    known = [owner for owner in (*owners, *ddp) if isinstance(owner, nn.Module)]
+    modules = [module for owner in known for module in owner.modules()]
+    with_functions = len(known) < len(owners) + len(ddp)
+    replicas = [m for m in modules if isinstance(m, DistributedDataParallel)]
     replicas = list(dict.fromkeys(replicas))
     # FSDP2 computes with gathered copies, so the graph does not know the shards that are trained.
     shards = {p for m in modules for p in m.parameters(recurse=False) if hasattr(p, "device_mesh")}
@@ -99,6 +102,9 @@ def grad_cache(
                 return encoder(**chunk)
             return encoder(*chunk) if isinstance(chunk, tuple) else encoder(chunk)
 
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        return contextlib.nullcontext(), _statistics_kept(known, with_functions)
+
     def join(*parts: Any) -> Any:
         return torch.cat(parts) if _has_rows(parts[-1]) else parts[-1]
 
@@ -111,7 +117,10 @@ def grad_cache(
         parts = []
         for chunk in (split or _split)(batch, size):
             versions = _Versions(chunk, shards)
-            parts.append(checkpoint(run, encoder, chunk, versions, use_reentrant=False))
+            output = checkpoint(
+                run, encoder, chunk, versions, use_reentrant=False, context_fn=contexts
+            )
+            parts.append(output)
             versions.note_parameters(parts[-1])
             _check_rows(pytree.tree_leaves(parts[-1]), set() if split else _lengths(chunk))
         if not parts:
@@ -132,6 +141,31 @@ def _count_fused_steps() -> None:
         torch.autograd.graph.increment_version(fused)
 
     register_optimizer_step_post_hook(count)
+
+
+@contextlib.contextmanager
+def _statistics_kept(modules: Iterable[nn.Module], with_functions: bool) -> Iterator[None]:
+    """Put back, in the end, the statistics of batch norms: in ``modules``, and ``with_functions``
+    in all modules that are called, for nobody knows those of a function before."""
+    before: dict[Tensor, Tensor] = {}
+
+    def note(module: nn.Module, *_: Any) -> None:
+        for part in module.modules():  # compiled modules do not call their parts
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+                for buffer in part.buffers():
+                    before.setdefault(buffer, buffer.clone())
+
+    def put_back() -> None:
+        for buffer, values in before.items():
+            buffer.data.copy_(values)  # without a new version, which the graph would refuse
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(put_back)
+        for module in modules:
+            note(module)
+        if with_functions:
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(note).remove)
+        yield
 
 
 class _Versions:

@@ -1,6 +1,7 @@
 """Cached gradients equal those of the same chunks in one graph, on one process and under DDP."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,6 +131,31 @@ def test_autocast_is_that_of_the_first_pass(tower: Tower) -> None:
     expected = torch.autograd.grad(8 * loss_of(expected_x, expected_y, 1.0), weights)
     got = [weight.grad for weight in weights]
     torch.testing.assert_close(got, list(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["module", "method", "function", "compiled method"])
+def test_batch_norm_counts_each_chunk_once(form: str) -> None:
+    image, text = random_pairs()
+    tower = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    tower.double()
+    plain = copy.deepcopy(tower)
+    encoder = {
+        "module": tower,
+        "method": tower.forward,
+        "function": lambda x: tower(x),
+        "compiled method": torch.compile(tower.forward, backend="aot_eager"),
+    }[form]
+    for _ in range(2):
+        x, y = protoclip.grad_cache([encoder, encoder], [image, text], 5)
+        loss_of(x, y, 1.0).backward()
+        expected_x = torch.cat([plain(chunk) for chunk in image.split(5)])
+        expected_y = torch.cat([plain(chunk) for chunk in text.split(5)])
+        loss_of(expected_x, expected_y, 1.0).backward()
+    assert tower[1].num_batches_tracked == 2 * 4
+    torch.testing.assert_close(list(tower.buffers()), list(plain.buffers()), **BOUND)
+    gradients = [parameter.grad for parameter in tower.parameters()]
+    expected = [parameter.grad for parameter in plain.parameters()]
+    torch.testing.assert_close(gradients, expected, **BOUND)
 
 
 def test_without_gradients_there_is_no_graph(tower: Tower) -> None:

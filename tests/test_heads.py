@@ -31,8 +31,10 @@ from protoclip.common.seeds import generator
 from protoclip.compare import expected_metrics
 from protoclip.data import Draws, Subset, batches, open_dataset
 from protoclip.data.feature_pairs import FeaturePairs, mean_rows, open_class_rows
+from protoclip.data.loader import Mixup
 from protoclip.data.settings import open_run_data
 from protoclip.encode.__main__ import main as encode
+from protoclip.episodes import prototypes
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.export import main as export
 from protoclip.heads import Heads
@@ -236,21 +238,53 @@ def test_equal_rows_are_equal_captions_where_there_is_no_table() -> None:
         assert ids[1] == ids[3] and len(ids.unique()) == 4
 
 
-def test_mixup_mixes_the_same_pairs_in_both_modalities(spec: str) -> None:
-    from protoclip.data.loader import Loader
-
+def test_mixup_mixes_each_pair_of_a_step_with_its_next_one(spec: str) -> None:
+    """With the same share in both modalities, however the step is cut into ranks and passes."""
     pairs = open_dataset(spec)
-    draws = Draws(torch.arange(32), seed=1)
-    (plain,) = Loader(pairs, 32, None, None).batches(draws)
-    (mixed,) = Loader(pairs, 32, None, None, mixup=1.0).batches(draws)
+    positions = torch.randperm(PAIRS)[:64]  # of two steps
+    mixup = Mixup(1.0, positions, global_batch_size=32)
+    plain = list(batches(pairs, Draws(positions, seed=1), 32, None, None))
+    whole = list(batches(pairs, Draws(positions, seed=1, mixup=mixup), 32, None, None))
     shares = []
-    for before, after in ((plain.image, mixed.image), (plain.tokens, mixed.tokens)):
-        rows = before.float()
-        step = rows.roll(-1, 0) - rows
-        shares.append(((after - rows) * step).sum(1) / step.square().sum(1))
-    share = torch.cat(shares)
-    assert 0 < share[0] <= 0.5
-    torch.testing.assert_close(share, share[0].expand(64), atol=1e-4, rtol=1e-4)
+    for unmixed, mixed in zip(plain, whole, strict=True):
+        assert torch.equal(mixed.index, unmixed.index)
+        of_step = []
+        for before, after in ((unmixed.image, mixed.image), (unmixed.tokens, mixed.tokens)):
+            rows = before.float()
+            step = rows.roll(-1, 0) - rows
+            of_step.append(((after - rows) * step).sum(1) / step.square().sum(1))
+        share = torch.cat(of_step)
+        assert 0 < share[0] <= 0.5
+        torch.testing.assert_close(share, share[0].expand(64), atol=1e-4, rtol=1e-4)
+        shares.append(share[0])
+    assert shares[0] != shares[1]
+    for rank in range(2):
+        numbers = torch.arange(64).view(2, 2, 2, 8)[:, rank].flatten()  # [step, rank, pass, draw]
+        own = Draws(positions[numbers], seed=1, numbers=numbers, mixup=mixup)
+        parts = list(batches(pairs, own, 8, None, None))
+        for field in ("index", "image", "tokens"):
+            expected = torch.cat([getattr(batch, field) for batch in whole])[numbers]
+            assert torch.equal(torch.cat([getattr(part, field) for part in parts]), expected)
+
+
+def test_features_of_prototypes_are_of_rows_that_are_not_mixed(
+    folder: Path, tmp_path: Path, no_evaluation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.from_numpy(Planted(PAIRS).image)
+    extract = prototypes.extract
+    extracted = []
+
+    def noting(model: Any, stream: Any, **options: Any) -> Any:
+        extracted.extend(stream)
+        return extract(model, extracted, **options)
+
+    monkeypatch.setattr(prototypes, "extract", noting)
+    flags = ["--method", "protoclip", "--external-teacher", "none", "--episode-features", "extract"]
+    flags += ["--k", "6", "--infonce-warmup-epoch", "0", "--max-steps", "1", "--mixup", "1"]
+    assert train(flags_of(folder, *flags, "--logs", str(tmp_path), "--name", "run")) == 0
+    assert extracted
+    for batch in extracted:
+        assert torch.equal(batch.image, rows[batch.index])
 
 
 def test_the_mean_is_that_of_the_chosen_rows(spec: str) -> None:
@@ -359,13 +393,26 @@ def test_every_method_trains_heads(
         assert {"proto_loss", "external_loss"} <= lines[-1].keys()
 
 
-def test_two_ranks_have_the_losses_of_one(folder: Path, tmp_path: Path) -> None:
-    for ranks in (1, 2):
-        size = ["--batch-size", str(64 // ranks), "--max-steps", "10", "--precision", "fp32"]
-        flags = flags_of(folder, *size, "--name", f"on {ranks}")
-        assert exit_codes(start_command(tmp_path, flags, ranks, bare=True)) == [0] * ranks
-    one, two = (losses(tmp_path / "logs" / f"on {ranks}") for ranks in (1, 2))
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+def test_losses_depend_on_the_global_batch_alone(folder: Path, tmp_path: Path) -> None:
+    """In passes, on two ranks, and in a run that resumes in another form."""
+
+    def losses_after(name: str, ranks: int, size: int, passes: int, steps: int = 10) -> list[float]:
+        flags = flags_of(
+            folder, "--batch-size", str(size), "--accum-freq", str(passes), "--mixup", "0.5",
+            "--max-steps", str(steps), "--lr-scheduler", "const", "--precision", "fp32",
+            "--resume", "auto", "--name", name,
+        )  # fmt: skip
+        processes = start_command(tmp_path, flags, ranks, bare=True)
+        assert exit_codes(processes) == [0] * ranks, logs_of(tmp_path)
+        return [loss for _, loss in losses(tmp_path / "logs" / name)]
+
+    whole = losses_after("whole", ranks=1, size=64, passes=1)
+    in_passes = losses_after("passes", ranks=1, size=32, passes=2)
+    on_ranks = losses_after("ranks", ranks=2, size=32, passes=1)
+    losses_after("resumed", ranks=1, size=32, passes=2, steps=5)
+    resumed = losses_after("resumed", ranks=2, size=16, passes=2)
+    for others in (in_passes, on_ranks, resumed):
+        assert others == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.fixture(scope="module")

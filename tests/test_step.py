@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import bare_run, config_of, metrics
+from torch import nn
 
+import protoclip
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import EXTERNAL, Episode, PrototypeSet
 from protoclip.losses.objective import Losses, ProtoLoss
@@ -138,6 +142,35 @@ def test_gradients_are_clipped_and_scales_clamped() -> None:
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert torch.stack(norms).norm() == pytest.approx(0.5, rel=1e-4)
     assert 1 <= model.proto_logit_scale <= 100.0001
+
+
+def test_each_batch_of_a_step_is_counted_once_by_batch_norm() -> None:
+    """Although the backward pass encodes it again; weights stay, so that a copy of the model may
+    encode the same batches later, in one graph."""
+    model = build_model(ModelConfig())
+    plain = copy.deepcopy(model)
+    stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig(wd=0.0, grad_clip_norm=0.0))
+    tokens = model.short_tokenizer(["a red circle", "a blue square", "a star", "a green line"])
+    pixels = torch.randn(5, 2, 4, 3, model.image_size, model.image_size)
+    for number, of_step in enumerate(pixels):
+        batches = [
+            Batch(torch.arange(4) + 4 * part, images, tokens.roll(part, 0))
+            for part, images in enumerate(of_step)
+        ]
+        stepper.step(number, batches, None, project=False, lr=0.0)
+        parts = [plain.encode(batch.image, batch.tokens) for batch in batches]
+        image = torch.cat([part.image for part in parts])
+        text = torch.cat([part.text for part in parts])
+        plain.zero_grad()
+        protoclip.info_nce(F.normalize(image), F.normalize(text), plain.logit_scale).backward()
+    expected = {name: value for name, value in plain.named_buffers() if "running" in name}
+    got = {name: value for name, value in model.named_buffers() if "running" in name}
+    assert got and all(torch.equal(got[name], expected[name]) for name in expected)
+    counts = [m.num_batches_tracked for m in model.clip.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert counts and set(map(int, counts)) == {10}
+    gradients = {name: p.grad for name, p in model.clip.named_parameters()}
+    expected_gradients = {name: p.grad for name, p in plain.clip.named_parameters()}
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
 
 
 PAIRS = 6

@@ -207,17 +207,21 @@ def test_buffers_are_put_back_whole_or_not_at_all() -> None:
     before = flat_copy(state)
     for buffer in state:
         buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
-    restore_unless(torch.tensor(False), state, before)
+    restore_unless(torch.tensor(False), state, before, flat_copy(state))
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
     for buffer in state:
         buffer.add_(1)
-    restore_unless(torch.tensor(True), state, before)
+    after = flat_copy(state)
+    for buffer in state:
+        buffer.add_(1)
+    restore_unless(torch.tensor(True), state, before, after)
     torch.testing.assert_close(state, [buffer + 1 for buffer in expected], rtol=0, atol=0)
     copy_back(state, before)
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
-    restore_unless(torch.tensor(True), [], flat_copy([]))
+    restore_unless(torch.tensor(True), [], flat_copy([]), flat_copy([]))
+    larger = [*state, torch.ones(3)]
     with pytest.raises(ValueError, match="buffers of the model that keep their shapes, got"):
-        restore_unless(torch.tensor(True), [*state, torch.ones(3)], before)
+        restore_unless(torch.tensor(True), larger, before, flat_copy(larger))
 
 
 def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:
@@ -236,7 +240,7 @@ def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:
     for number in (3, 160):
         state = [torch.randn(8) for _ in range(number)]
         with Count() as count:
-            restore_unless(torch.tensor(True), state, flat_copy(state))
+            restore_unless(torch.tensor(True), state, flat_copy(state), flat_copy(state))
         counts.append(count.calls)
     assert counts[0] == counts[1] <= 5
 

@@ -73,14 +73,37 @@ class EpochOrder:
 
 
 @dataclass(frozen=True)
+class Mixup:
+    """FuseMix (arXiv 2312.10144): each pair is mixed with the next one of its step, by one share of
+    a Beta distribution for the step and both modalities. The larger share is the pair's own, so
+    that its position and label still say what it is."""
+
+    alpha: float  # of the Beta distribution, > 0
+    positions: Tensor  # of the draws of all ranks, int64 [steps * global_batch_size]
+    global_batch_size: int
+
+    def next_in_step(self, number: int) -> int:
+        """The number of the draw after draw ``number``; after a step's last its first."""
+        first = number - number % self.global_batch_size
+        return first + (number + 1) % self.global_batch_size
+
+    def share(self, seed: int, number: int) -> float:
+        """The share of the other pair in the step of draw ``number``, at most 0.5."""
+        random = np.random.default_rng([seed, number - number % self.global_batch_size])
+        share = random.beta(self.alpha, self.alpha)
+        return min(share, 1 - share)
+
+
+@dataclass(frozen=True)
 class Draws:
     """The order of the pairs, and the seed of their random choices."""
 
     positions: Tensor  # in the data set, int64 [M], repeats allowed
-    seed: int  # for captions and augmentation; differs by episode
+    seed: int  # for captions, augmentation and mixup; differs by episode
     start: int = 0  # first draw; batches are cut from here on
     # Number of each draw among the draws of all ranks, int64 [M]; None: 0 ... M - 1.
     numbers: Tensor | None = None
+    mixup: Mixup | None = None  # of stored features, whose batches are consecutive draws of a step
 
 
 def batches(
@@ -118,7 +141,6 @@ class Loader:
             draws, any in the others.
         faults: notes unreadable pairs; each is replaced by another of the draws, chosen by
             (seed, j). None: an unreadable pair raises a DataError that names it.
-        mixup: of stored features; see ``_mixed``. 0: off.
         pin_memory: whether batches of workers come in pinned memory; needs a GPU.
     """
 
@@ -132,13 +154,12 @@ class Loader:
         workers: int = 0,
         prefetch_factor: int = 2,
         captions: str = "random",
-        mixup: float = 0.0,
         faults: Faults | None = None,
         pin_memory: bool = False,
     ) -> None:
         self._source: _Source | _RowSource
         if feature_pairs(dataset):
-            self._source = _RowSource(dataset, batch_size, captions, mixup)
+            self._source = _RowSource(dataset, batch_size, captions)
         else:
             assert transform is not None and tokenizer is not None
             replace_bad = faults is not None
@@ -288,7 +309,6 @@ class _RowSource:
     dataset: PairDataset
     batch_size: int
     captions: str
-    mixup: float
 
     def load(self, draws: Draws, first: int) -> Batch:
         index = draws.positions[first : first + self.batch_size].clone()
@@ -296,18 +316,29 @@ class _RowSource:
             draw_numbers = np.arange(first, first + len(index))
         else:
             draw_numbers = draws.numbers[first : first + len(index)].numpy()
+        if draws.mixup is None:
+            return self._rows(index, draw_numbers, draws.seed)
+        last = int(draw_numbers[-1])
+        following = draws.mixup.next_in_step(last)
+        batch = self._rows(
+            torch.cat([index, draws.mixup.positions[following : following + 1]]),
+            np.append(draw_numbers, following),
+            draws.seed,
+        )
+        return _mixed(batch, draws.mixup.share(draws.seed, last))
+
+    def _rows(self, index: Tensor, draw_numbers: np.ndarray, seed: int) -> Batch:
+        """The rows of the pairs ``index``, int64 [B], of the draws with these numbers."""
         pairs, positions = origin(self.dataset, index.numpy())
         assert isinstance(pairs, FeaturePairs)
-        caption_seeds = mix(0, mix(draws.seed, draw_numbers))
+        caption_seeds = mix(0, mix(seed, draw_numbers))
         captions = self._choose(pairs.num_captions(positions), caption_seeds)
-        image = pairs.image_rows(positions)
-        text = pairs.text_rows(positions, captions)
-        if self.mixup:
-            random = np.random.default_rng([draws.seed, first])
-            share = random.beta(self.mixup, self.mixup)
-            image = _mixed(image, share)
-            text = _mixed(text, share)
-        return Batch(index, image, text, caption_ids=pairs.caption_ids(positions, captions))
+        return Batch(
+            index,
+            pairs.image_rows(positions),
+            pairs.text_rows(positions, captions),
+            caption_ids=pairs.caption_ids(positions, captions),
+        )
 
     def _choose(self, counts: np.ndarray, caption_seeds: np.ndarray) -> np.ndarray:
         """Choose a caption of each pair, as ``_Source`` does: its number, int64 [B]."""
@@ -319,12 +350,16 @@ class _RowSource:
         return chosen
 
 
-def _mixed(rows: Tensor, share: float) -> Tensor:
-    """FuseMix (arXiv 2312.10144): each row mixed with the next one of the batch, the same pairs and
-    the same share, of a Beta distribution, in both modalities. The larger share is the row's own,
-    so that its position and label still say what it is."""
-    rows = rows.float()
-    return rows.lerp(rows.roll(-1, 0), min(share, 1 - share))
+def _mixed(batch: Batch, share: float) -> Batch:
+    """Each pair of a batch of [B + 1] but the last, mixed with the next one: [B]."""
+    image = batch.image.float()
+    text = batch.tokens.float()
+    return Batch(
+        batch.index[:-1],
+        image[:-1].lerp(image[1:], share),
+        text[:-1].lerp(text[1:], share),
+        caption_ids=None if batch.caption_ids is None else batch.caption_ids[:-1],
+    )
 
 
 def _ahead(load: Callable[[int], Batch], firsts: range) -> Iterator[Batch]:

@@ -31,22 +31,23 @@ def copy_back(buffers: Sequence[Tensor], values: Flat) -> None:
         torch._foreach_copy_(of_dtype, shaped)
 
 
-def restore_unless(taken: Tensor, buffers: Sequence[Tensor], before: Flat) -> None:
+def restore_unless(taken: Tensor, buffers: Sequence[Tensor], before: Flat, after: Flat) -> None:
     """Put back the values from before a step unless it was ``taken``, a bool scalar for which the
-    host does not wait; then every rank gets those of rank 0.
+    host does not wait, else those from after its forward pass; then every rank gets those of
+    rank 0.
 
     Raises:
         ValueError: a buffer has another shape than before the step.
     """
-    now = flat_copy(buffers)
     sizes_before = {dtype: len(values) for dtype, values in before.items()}
-    if (sizes := {dtype: len(values) for dtype, values in now.items()}) != sizes_before:
+    sizes_after = {dtype: len(values) for dtype, values in after.items()}
+    if sizes_after != sizes_before:
         raise ValueError(
             "training: expected buffers of the model that keep their shapes, got "
-            f"{sum(sizes.values())} numbers after a step and {sum(sizes_before.values())} before; "
-            "keep what changes its shape in a plain attribute"
+            f"{sum(sizes_after.values())} numbers after a step and {sum(sizes_before.values())} "
+            "before; keep what changes its shape in a plain attribute"
         )
-    values = {dtype: torch.where(taken, now[dtype], before[dtype]) for dtype in now}
+    values = {dtype: torch.where(taken, after[dtype], before[dtype]) for dtype in after}
     broadcast(*values.values())
     copy_back(buffers, values)
 

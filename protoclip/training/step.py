@@ -120,6 +120,8 @@ class Stepper:
             self._order_buckets(forward, statistics)
         with self.phases.measure("forward"):
             losses, projected = forward()
+            # The backward pass may encode batches again, which batch norm must not count twice.
+            counted = flat_copy(self._buffers())
         with self.phases.measure("backward"):
             self.towers.backward(self.scaler.scale(losses.total))
             self.scaler.unscale_(self.adamw)
@@ -132,7 +134,7 @@ class Stepper:
                 finite = finite & losses.total.detach().isfinite()
             self._update(finite)
         # Evaluation and checkpoints then hold the same statistics on all ranks.
-        restore_unless(finite, self._buffers(), statistics)
+        restore_unless(finite, self._buffers(), statistics, counted)
         same_caption = None
         if ids is not None and self.loss.config.dedup == "caption":
             same_caption = repeated(ids)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from protoclip import distributed
 from protoclip.common.seeds import generator
 from protoclip.data import Batch, Draws
-from protoclip.data.loader import Faults, Loader
+from protoclip.data.loader import Faults, Loader, Mixup
 from protoclip.distributed import progress_hidden
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import Features
@@ -89,7 +89,6 @@ class Trainer:
             workers=run.workers,
             prefetch_factor=config.data.prefetch_factor,
             captions=config.data.captions,
-            mixup=config.data.mixup,
             faults=self.faults,
             pin_memory=run.device.type == "cuda",
         )
@@ -176,11 +175,15 @@ class Trainer:
         self.run.model.train()
         positions, draw_numbers = schedule.own_draws(plan, draws)
         done = step - steps.start  # before an interruption
+        mixup = None
+        if config.data.mixup:
+            mixup = Mixup(config.data.mixup, draws, plan.global_batch_size)
         own_draws = Draws(
             positions=positions,
             seed=schedule.episode_seed(config.run.seed, number, schedule.TRAINING),
             start=done * plan.global_batch_size // distributed.world_size(),
             numbers=draw_numbers,
+            mixup=mixup,
         )
         return self.loader.batches(own_draws)
 
