@@ -212,7 +212,9 @@ def kmeans_seconds() -> dict[str, Any]:
     array, iterations = points.numpy(), TIMED["iterations"]
 
     def ours() -> float:
-        clusters = protoclip.kmeans(points, len(start), init=start, num_iters=iterations)
+        clusters = protoclip.kmeans(
+            points, len(start), init=start, num_iters=iterations, tol=0, warn=False
+        )
         return clusters.inertia
 
     def scikit_learn() -> float:
@@ -229,7 +231,7 @@ def kmeans_seconds() -> dict[str, Any]:
     runs = {"protoclip": ours, "scikit-learn": scikit_learn, "faiss": with_faiss}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     inertia: dict[str, float] = {}
-    protoclip.kmeans(points[:2000], 10, num_iters=1)  # compiles
+    protoclip.kmeans(points[:2000], 10, num_iters=1, warn=False)  # compiles
     for _ in range(TIMED["repeats"]):
         for name, run in runs.items():
             began_at = time.perf_counter()

@@ -87,7 +87,9 @@ def _prototypes(n: int, k: int, d: int) -> Step:
 
 def _kmeans(n: int, k: int, d: int) -> Step:
     points = torch.randn(n, d, device=DEVICE)
-    return partial(protoclip.kmeans, points, k, num_iters=2, init=points[:k].clone())
+    return partial(
+        protoclip.kmeans, points, k, num_iters=2, tol=0, warn=False, init=points[:k].clone()
+    )
 
 
 def _scale() -> torch.Tensor:

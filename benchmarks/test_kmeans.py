@@ -156,7 +156,7 @@ def test_update(bench: Bench, name: str) -> None:
 
 def _ours(points: Tensor, start: Tensor, backend: str = "auto") -> Tensor:
     clusters = protoclip.kmeans(
-        points, len(start), num_iters=ITERATIONS, init=start, backend=backend
+        points, len(start), num_iters=ITERATIONS, tol=0, init=start, backend=backend, warn=False
     )
     return clusters.centroids
 
@@ -213,7 +213,9 @@ def problem(sizes: str) -> Problem:
     shape = LLOYD_SIZES[sizes]
     points = mixture(shape.n, shape.k, shape.d)
     start = points[torch.randperm(shape.n)[: shape.k]]
-    clusters = protoclip.kmeans(points, shape.k, num_iters=ITERATIONS, init=start)
+    clusters = protoclip.kmeans(
+        points, shape.k, num_iters=ITERATIONS, tol=0, init=start, warn=False
+    )
     if sizes != "tiny":
         assert clusters.num_iters == ITERATIONS, "at rest early: rivals would run more iterations"
     return Problem(shape, points, start, clusters.inertia)
@@ -239,6 +241,7 @@ def test_lloyd(bench: Bench, name: str, problem: Problem) -> None:
 
 PHASES = ["start", "3 iterations", "whole run"]
 STEPS = 3  # from the same centroids, which leave no cluster empty: those are moved in other ways
+WHOLE_RUN = 20  # iterations at most
 CLUSTERINGS = {
     "tiny": [Shape(300, 10, 8)],
     "quick": [Shape(2000, 30, 16), Shape(3000, 100, 8), Shape(20_000, 1000, 128)],
@@ -262,9 +265,9 @@ def _first_centroids(points: Tensor, k: int, seed: int) -> Tensor:
 def _our_clusters(points: Tensor, k: int, phase: str, seed: int) -> Tensor:
     if phase == "3 iterations":
         first = _first_centroids(points, k, seed)
-        return protoclip.kmeans(points, k, init=first, num_iters=STEPS).centroids
-    settings: dict[str, Any] = {"num_iters": 0} if phase == "start" else {}
-    return protoclip.kmeans(points, k, seed=seed, **settings).centroids
+        return protoclip.kmeans(points, k, init=first, num_iters=STEPS, tol=0, warn=False).centroids
+    num_iters = 0 if phase == "start" else WHOLE_RUN
+    return protoclip.kmeans(points, k, num_iters=num_iters, tol=0, seed=seed, warn=False).centroids
 
 
 def _sklearn_clusters(points: Tensor, k: int, phase: str, seed: int) -> Tensor:
@@ -406,15 +409,20 @@ def stored_problem(sizes: str, tmp_path_factory: pytest.TempPathFactory) -> Stor
 
 def _ours_on_disk(problem: StoredProblem) -> Tensor:
     return protoclip.kmeans(
-        problem.rows, len(problem.start), num_iters=DISK_ITERATIONS, init=problem.start,
-        device=DEVICE,
+        problem.rows, len(problem.start), num_iters=DISK_ITERATIONS, tol=0, init=problem.start,
+        device=DEVICE, warn=False,
     ).centroids  # fmt: skip
 
 
 def _ours_in_memory(problem: StoredProblem) -> Tensor:
     points = torch.from_numpy(problem.in_memory()).to(DEVICE)
     return protoclip.kmeans(
-        points, len(problem.start), num_iters=DISK_ITERATIONS, init=problem.start.to(DEVICE)
+        points,
+        len(problem.start),
+        num_iters=DISK_ITERATIONS,
+        tol=0,
+        init=problem.start.to(DEVICE),
+        warn=False,
     ).centroids
 
 
@@ -422,7 +430,12 @@ def _faiss_in_memory(problem: StoredProblem) -> Tensor:
     peers.optional("faiss")
     points = torch.from_numpy(problem.in_memory())
     return protoclip.kmeans(
-        points, len(problem.start), num_iters=DISK_ITERATIONS, init=problem.start, backend="faiss"
+        points,
+        len(problem.start),
+        num_iters=DISK_ITERATIONS,
+        tol=0,
+        init=problem.start,
+        backend="faiss",
     ).centroids
 
 

@@ -123,6 +123,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             seed=int(seed),
             weights=_weights(sample_weight, points),
             progress=_print_inertia if self.verbose else None,
+            warn=False,  # scikit-learn's users look at n_iter_
         )
         self.cluster_centers_ = _like(X, self.clusters_.centroids)
         self.labels_ = _like(X, self.clusters_.labels)

@@ -15,11 +15,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from budget import on_threads
 from ranks import in_group
+from safetensors.torch import save_file
 from torch import Tensor
 
 import protoclip
 from protoclip import Clusters
 from protoclip.common.seeds import mix
+from protoclip.evaluate.metrics import group_scores
 from protoclip.lloyd import loop
 from protoclip.ops.clusters import PointsAssignment
 
@@ -195,7 +197,7 @@ def assert_same_clusters(got: Clusters, expected: Clusters) -> None:
 def test_a_run_ends_at_rest_with_the_bits_of_any_more_iterations(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clusters = AT_REST[case].run(num_iters=400)
+    clusters = AT_REST[case].run(num_iters=400, tol=0)
     num_iters = clusters.num_iters
     assert 1 <= num_iters < 200 and clusters.inertia == clusters.history[-2]
     for more in (0, 1, 2, 25):
@@ -209,7 +211,7 @@ def test_a_run_ends_at_rest_with_the_bits_of_any_more_iterations(
 def test_a_run_ends_not_an_iteration_later_than_it_must(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clusters = AT_REST[case].run(num_iters=400)
+    clusters = AT_REST[case].run(num_iters=400, tol=0)
     num_iters = clusters.num_iters
     if num_iters > 1:
         before = AT_REST[case].run_without_end(monkeypatch, num_iters=num_iters - 1)
@@ -238,7 +240,7 @@ def test_more_clusters_than_distinct_points_never_end_wrong(
 
 
 def test_a_run_at_rest_costs_one_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_rest = protoclip.kmeans(MANY, 12, num_iters=400)
+    at_rest = protoclip.kmeans(MANY, 12, num_iters=400, tol=0)
     num_assignments = 0
     assign = PointsAssignment.__call__
 
@@ -249,11 +251,11 @@ def test_a_run_at_rest_costs_one_assignment(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(PointsAssignment, "__call__", assign_and_count)
     monkeypatch.setattr(PointsAssignment, "runs_kmeans", False)
-    again = protoclip.kmeans(MANY, 12, num_iters=200, init=at_rest.centroids)
+    again = protoclip.kmeans(MANY, 12, num_iters=200, tol=0, init=at_rest.centroids)
     assert_same_clusters(again, at_rest)
     assert again.num_iters == num_assignments == 1
     num_assignments = 0
-    protoclip.kmeans(MANY, 12, num_iters=400)
+    protoclip.kmeans(MANY, 12, num_iters=400, tol=0)
     assert num_assignments == at_rest.num_iters  # a run that does not end makes one more
 
 
@@ -309,6 +311,44 @@ def test_tol_is_scikit_learns(tol: float, seed: int) -> None:
     assert ours.inertia == pytest.approx(theirs.inertia_)
     labels, _ = protoclip.kmeans_assign(points, ours.centroids)
     assert torch.equal(labels, ours.labels)
+
+
+def test_the_defaults_are_scikit_learns() -> None:
+    """It stopped after 20 iterations, of the 79 that 5,000 points need, without a word."""
+    cluster = pytest.importorskip("sklearn.cluster")
+    points = torch.randn(5000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = protoclip.kmeans(points, 20, init=points[:20])
+    theirs = cluster.KMeans(20, init=points[:20].numpy(), n_init=1).fit(points.numpy())
+    assert ours.num_iters == theirs.n_iter_ > 20 and ours.converged
+    assert ours.inertia == pytest.approx(theirs.inertia_)
+
+
+def test_a_run_that_has_not_converged_says_so_where_it_was_called(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    assert not protoclip.kmeans(MANY, 12, num_iters=2).converged
+    warning = recwarn.pop(UserWarning)
+    assert str(warning.message) == (
+        "kmeans: stopped after num_iters=2 before it converged; raise num_iters or tol"
+    )
+    assert warning.filename == __file__
+    assert not protoclip.kmeans(MANY, 12, num_iters=2, warn=False).converged
+    assert not protoclip.kmeans(MANY, 12, num_iters=0).converged  # the start was asked for
+    assert protoclip.kmeans(MANY, 12).converged
+    assert protoclip.kmeans(MANY, 12, num_iters=400, tol=0).converged
+    needed = protoclip.kmeans(MANY, 12, tol=0).num_iters
+    assert protoclip.kmeans(MANY, 12, num_iters=needed, tol=0).converged
+    assert not recwarn.list
+
+
+def test_callers_inside_the_package_have_their_own_words(tmp_path: Path) -> None:
+    points = mixture(n=600, spread=3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        protoclip.choose_num_clusters(points, max_clusters=20)
+        protoclip.hierarchical_kmeans(points, [40, 9], num_iters=1)
+        group_scores(points, torch.arange(600) % 20)
+        assert protoclip.KMeans(40, max_iter=2).fit(points).n_iter_ == 2
 
 
 def test_compiled_code_runs_it_as_it_is() -> None:
@@ -484,6 +524,14 @@ def test_faiss_starts_where_ours_does() -> None:
     )
 
 
+def test_faiss_has_no_tol_and_does_not_say_whether_it_converged() -> None:
+    pytest.importorskip("faiss")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clusters = protoclip.kmeans(MANY, 12, backend="faiss")
+    assert clusters.num_iters > 1 and not clusters.converged
+
+
 @pytest.mark.parametrize("options", [{"weights": torch.ones(30)}, {"tol": 1e-4}], ids=list)
 def test_what_faiss_has_not_is_refused(options: dict[str, Any]) -> None:
     pytest.importorskip("faiss")
@@ -577,6 +625,17 @@ def test_clusters_are_saved_and_loaded(tmp_path: Path) -> None:
     loaded = protoclip.Clusters.load(tmp_path / "c.safetensors")
     assert torch.equal(loaded.centroids, clusters.centroids)
     assert torch.equal(loaded.labels, clusters.labels) and loaded.history == clusters.history
+    assert loaded.converged is clusters.converged is False
+
+
+@pytest.mark.parametrize("num_iters", [4, 400])
+def test_older_files_converged_if_they_came_to_rest(num_iters: int, tmp_path: Path) -> None:
+    clusters = protoclip.kmeans(MANY, 9, num_iters=num_iters, tol=0)
+    tensors = vars(clusters) | {"history": torch.tensor(clusters.history, dtype=torch.float64)}
+    del tensors["converged"]
+    save_file(tensors, tmp_path / "c.safetensors")
+    loaded = protoclip.Clusters.load(tmp_path / "c.safetensors")
+    assert loaded.converged is clusters.converged is (num_iters == 400)
 
 
 def test_a_file_that_holds_no_clusters_is_refused(tmp_path: Path) -> None:

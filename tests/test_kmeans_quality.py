@@ -573,7 +573,7 @@ BAD: dict[str, dict[str, Any]] = {
     "an integer seed of 64 bits, got 1.5": {"seed": 1.5},
     "an integer seed of 64 bits, got 2361183241434822606848": {"seed": 2**71},
     "integers num_iters >= 0 and num_restarts >= 1, got 2.5, 1": {"num_iters": 2.5},
-    "num_restarts >= 1, got 20, '3'": {"num_restarts": "3"},
+    "num_restarts >= 1, got 300, '3'": {"num_restarts": "3"},
     r"expected init in .* got None": {"init": None},
     r"init centroids .* got \[3, 2\]": {"init": [[0.0, 0.0]] * 3},
     r"init centroids .* got \[2\]": {"init": np.zeros(2)},

@@ -182,11 +182,13 @@ def cluster_rows(
             rows,
             k,
             num_iters=args.iters,
+            tol=0,
             num_restarts=num_restarts,
             init="k-means++" if few_groups else "random",
             seed=args.seed,
             weights=weights,
             progress=progress,
+            warn=False,
         )
         bar.total = bar.n
     return clusters
@@ -194,7 +196,7 @@ def cluster_rows(
 
 def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:
     """A sentence if k-means was stopped by --iters; none if it converged before."""
-    if clusters.num_iters < iterations:
+    if clusters.converged:
         return []
     return [
         f"k-means stopped after {plural(iterations, 'iteration')} before it converged; --iters "

@@ -245,6 +245,7 @@ def hierarchical_kmeans(
                 chosen.points.rows if isinstance(chosen.points, OnDisk) else chosen.points.x,
                 plans[number].clusters,
                 num_iters=num_iters,
+                tol=0,
                 init=init,
                 seed=int(mix(seed, KMEANS, number, step)) >> 1,
                 weights=chosen.weights,
@@ -252,6 +253,7 @@ def hierarchical_kmeans(
                 backend=backend,
                 device=device,
                 progress=progress and (lambda i, _: progress(number + 1, step, i)),
+                warn=False,
             ).centroids
 
         level = _cluster_level(members, plan, number, kept, cluster, choose, seed, backend)

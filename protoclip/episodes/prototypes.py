@@ -124,12 +124,14 @@ class PrototypeBuilder:
                 points,
                 num_clusters,
                 num_iters=config.kmeans_max_iter,
+                tol=0,
                 num_restarts=1 if isinstance(init, Tensor) else config.kmeans_nredo,
                 init=init,
                 seed=seed,
                 empty_clusters="split",  # as in the paper, and in all recorded runs
                 group=self.group,
                 backend=config.kmeans_backend,
+                warn=False,
             )
         except ValueError as error:
             raise ValueError(

@@ -322,7 +322,16 @@ def group_scores(
     truth = labels.cpu().numpy()
     k = len(labels.unique())
     groupings = [
-        kmeans(points, k, seed=seed, init="plain k-means++", empty_clusters="split")
+        kmeans(
+            points,
+            k,
+            num_iters=20,
+            tol=0,
+            seed=seed,
+            init="plain k-means++",
+            empty_clusters="split",
+            warn=False,
+        )
         .labels.cpu()
         .numpy()
         for seed in seeds

@@ -37,19 +37,20 @@ from protoclip.lloyd.points import (
 from protoclip.lloyd.slices import PointSlice, Summary, largest_magnitude
 from protoclip.lloyd.starts import INITS, first_centroids, held
 from protoclip.lloyd.sweep import OnRows, sweep
-from protoclip.ops.operators import without_autocast
+from protoclip.ops.operators import untraced, without_autocast
 
 EMPTY_CLUSTERS = ("move", "split")
+TOL = 1e-4
 SMALLEST = 1e-18  # coordinates whose squares have all digits in fp32
 
 
-@torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
+@untraced
 def kmeans(
     points: Rows,
     num_clusters: int,
     *,
-    num_iters: int = 20,
-    tol: float = 0.0,
+    num_iters: int = 300,
+    tol: float | None = None,
     num_restarts: int = 1,
     init: str | Tensor | Array | Sequence[Any] = "k-means++",
     seed: int = 0,
@@ -62,11 +63,13 @@ def kmeans(
     progress: Progress | None = None,
     on_rows: OnRows | None = None,
     on_centroids: OnCentroids | None = None,
+    warn: bool = True,
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
 
-    The run stops as soon as an update moves no centroid. More iterations would give the same
-    result, bit for bit. The state with the lowest inertia is returned.
+    The run has converged when an update moves the centroids by no more than ``tol`` allows. If it
+    moves none, more iterations would give the same result, bit for bit. The state with the lowest
+    inertia is returned.
 
     Args:
         points: [N, D], a tensor, an array or a list; or rows on disk: ``open_features``, a path
@@ -77,9 +80,11 @@ def kmeans(
             largest one (float64: its square). Squared distances are fp32: if points are 1e19 apart
             the inertia is inf, and if they are 1e-18 apart it is too small. Both cases warn.
         num_clusters: K, 1 <= K <= N.
-        num_iters: maximum number of updates of the centroids, >= 0.
-        tol: also stop after an update that moves the centroids by a total squared distance of at
-            most ``tol`` times the mean variance of the points' columns, as in scikit-learn; >= 0.
+        num_iters: maximum number of updates of the centroids, >= 0. A run that it ends before it
+            has converged warns.
+        tol: stop after an update that moves the centroids by a total squared distance of at most
+            ``tol`` times the mean variance of the points' columns, as in scikit-learn; >= 0. None:
+            1e-4. With 0 only an update that moves none ends the run.
         num_restarts: independent runs from different initial centroids; the result is the one with
             the lowest inertia. Only 1 with given centroids.
         init: "k-means++", "random" (K distinct points), or centroids (a warm start): [K, D], or
@@ -98,8 +103,9 @@ def kmeans(
             cluster, as in faiss, and the points are not centred (training's episodes).
         group: a process group whose ranks each hold a slice of the points; N counts all slices.
         backend: "auto", a backend that both ops have, e.g. "reference", or "faiss": faiss.Kmeans
-            on all points, as in the paper (in memory; no group, weights or tol; all iterations).
-            With init="random" it draws the points itself.
+            on all points, as in the paper (in memory; no group, weights or tol; all iterations,
+            after which it does not say whether it converged). With init="random" it draws the
+            points itself.
         device: where blocks of rows on disk are clustered; None: the CPU. Points in memory are
             clustered where they are.
         progress: called in each iteration with its number and the inertia before its update, a
@@ -108,8 +114,9 @@ def kmeans(
             N.
         on_centroids: called in each iteration with its number and the updated centroids, [K, D];
             given as ``init``, they continue the run.
+        warn: whether a run that has not converged warns.
     Returns:
-        Clusters; ``num_iters`` says how many iterations ran.
+        Clusters; ``num_iters`` says how many iterations ran, ``converged`` whether they sufficed.
     Raises:
         ValueError, TypeError: shapes or dtypes are wrong, a number is out of range, points, weights
             or given centroids are not finite, the named backend cannot run, "faiss" without faiss
@@ -137,11 +144,12 @@ def kmeans(
             "restart would begin at the same centroids"
         )
     _check_init(rows, num_clusters, first)
-    summary = _look_over(rows, needs_variance=tol > 0)
+    is_faiss = backend == "faiss"
+    largest_move = tol if tol is not None else 0.0 if is_faiss else TOL
+    summary = _look_over(rows, needs_variance=largest_move > 0)
     source = rows.points
     _check_values(rows, summary.bounds)
     _weigh(rows, weights)
-    is_faiss = backend == "faiss"
     if is_faiss and (
         group is not None or weights is not None or tol or not isinstance(source, InMemory)
     ):
@@ -154,7 +162,7 @@ def kmeans(
     passes = sweep(rows, num_clusters, "auto" if is_faiss else backend, on_rows)
     settings = Settings(
         num_iters=num_iters,
-        limit=tol * summary.mean_variance(rows) if tol else 0.0,
+        limit=largest_move * summary.mean_variance(rows) if largest_move else 0.0,
         spherical=spherical,
         splits=empty_clusters == "split",
         progress=progress,
@@ -181,7 +189,7 @@ def kmeans(
         )
         labels, distances, _ = passes.assign(centroids, needs_sums=False)
         inertia = inertia_of(rows, distances)
-        return Outcome(State(centroids, labels, distances, inertia), history)
+        return Outcome(State(centroids, labels, distances, inertia), history, converged=False)
 
     def run(restart: int) -> Outcome:
         return run_faiss(restart) if is_faiss else lloyd(rows, passes, start(restart), settings)
@@ -189,9 +197,17 @@ def kmeans(
     outcomes = map(run, range(1 if faiss_draws else num_restarts))
     best = min(outcomes, key=lambda outcome: outcome.state.inertia)
     _warn_of_range(best.state.inertia, largest_magnitude(summary.bounds, rows.centre))
+    if warn and not (best.converged or is_faiss) and num_iters and rows.rank == 0:
+        warnings.warn(
+            f"kmeans: stopped after num_iters={num_iters} before it converged; raise num_iters "
+            "or tol",
+            stacklevel=3,  # over untraced
+        )
     counts = rows.sum(torch.bincount(best.state.labels, minlength=num_clusters))
     history = (*best.history, best.state.inertia)
-    return Clusters(rows.in_own_frame(best.state.centroids), best.state.labels, counts, history)
+    return Clusters(
+        rows.in_own_frame(best.state.centroids), best.state.labels, counts, history, best.converged
+    )
 
 
 def _look_over(rows: PointSlice, needs_variance: bool) -> Summary:
@@ -206,7 +222,12 @@ def _look_over(rows: PointSlice, needs_variance: bool) -> Summary:
 
 
 def _check_numbers(
-    rows: PointSlice, num_clusters: int, num_iters: int, num_restarts: int, tol: float, seed: int
+    rows: PointSlice,
+    num_clusters: int,
+    num_iters: int,
+    num_restarts: int,
+    tol: float | None,
+    seed: int,
 ) -> None:
     if not isinstance(num_clusters, Integral) or not 1 <= num_clusters <= rows.count:
         raise ValueError(
@@ -223,7 +244,7 @@ def _check_numbers(
             "kmeans: expected integers num_iters >= 0 and num_restarts >= 1, got "
             f"{num_iters!r}, {num_restarts!r}"
         )
-    if not isinstance(tol, Real) or not 0 <= tol < math.inf:
+    if tol is not None and (not isinstance(tol, Real) or not 0 <= tol < math.inf):
         raise ValueError(f"kmeans: expected a finite tol >= 0, got {tol!r}")
     if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"kmeans: expected an integer seed of 64 bits, got {seed!r}")
@@ -312,12 +333,12 @@ def _warn_of_range(inertia: float, largest: float) -> None:
             "kmeans: the inertia is inf, because squared distances exceed fp32's 3e38; scale the "
             "points down",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if inertia < 1e-30 and 0 < largest < SMALLEST:
         warnings.warn(
             f"kmeans: points less than {SMALLEST:g} apart, whose squared distances fp32 cannot "
             "hold, so clusters and inertia are wrong; scale the points up",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -48,6 +48,7 @@ class Clusters:
     labels: Tensor  # int64 [N]
     counts: Tensor  # int64 [K], over all ranks
     history: tuple[float, ...]  # inertia before each iteration's update, and the final one
+    converged: bool  # before num_iters ended the run; False from faiss, which does not say
 
     @property
     def num_iters(self) -> int:
@@ -107,11 +108,14 @@ class Clusters:
         return distances
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file: centroids, labels, counts and history. OSError if the folder
-        is missing or the disk is full; then no file is left."""
+        """Write a .safetensors file: centroids, labels, counts, history and converged. OSError if
+        the folder is missing or the disk is full; then no file is left."""
         from protoclip.common.files import write_safetensors
 
-        tensors = vars(self) | {"history": torch.tensor(self.history, dtype=torch.float64)}
+        tensors = vars(self) | {
+            "history": torch.tensor(self.history, dtype=torch.float64),
+            "converged": torch.tensor(self.converged),
+        }
         write_safetensors(Path(path), tensors)
 
     @classmethod
@@ -127,11 +131,14 @@ class Clusters:
 
         try:
             tensors = load_file(path, str(device))
+            history = tuple(tensors.pop("history").tolist())
+            at_rest = history[-1:] == history[-2:-1]  # what older files can tell
             return cls(
                 centroids=tensors.pop("centroids"),
                 labels=tensors.pop("labels"),
                 counts=tensors.pop("counts"),
-                history=tuple(tensors.pop("history").tolist()),
+                history=history,
+                converged=bool(tensors.pop("converged", at_rest)),
                 **tensors,  # anything else is an error
             )
         except (SafetensorError, KeyError, TypeError) as error:

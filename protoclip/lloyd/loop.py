@@ -32,10 +32,12 @@ class State(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The best state, and the inertia before each update."""
+    """The best state, the inertia before each update, and whether the last one moved too little to
+    go on."""
 
     state: State
     history: list[float]
+    converged: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
     centroids = rows.placed(centroids, settings.spherical)
     history: list[float] = []
     best: State | None = None
+    converged = False
     assigned = passes.assign(centroids, needs_sums=settings.num_iters > 0)
     for iteration in range(settings.num_iters):
         is_last = iteration + 1 == settings.num_iters
@@ -85,11 +88,12 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
             ahead = None
         if settings.on_centroids is not None:
             settings.on_centroids(iteration, rows.in_own_frame(updated))
-        if not settings.limit and not moving:
+        converged = not moving
+        if not settings.limit and converged:
             break  # equal centroids: the labels are theirs already
         centroids = updated
         assigned = ahead or passes.assign(centroids, needs_sums=bool(moving) and not is_last)
-        if not moving:
+        if converged:
             break
     last = State(
         centroids,
@@ -97,7 +101,7 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
         assigned.distances,
         inertia_of(rows, assigned.distances),
     )
-    return Outcome(best if best and best.inertia < last.inertia else last, history)
+    return Outcome(best if best and best.inertia < last.inertia else last, history, converged)
 
 
 def _iteration(

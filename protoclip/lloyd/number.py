@@ -89,8 +89,8 @@ def choose_num_clusters(
     if not bool((sample == sample[0]).all()):
         for k in numbers_to_try(len(sample), max_clusters):
             clusters = kmeans(
-                sample, k, num_iters=10, num_restarts=3, seed=seed,
-                backend=backend,
+                sample, k, num_iters=10, tol=0, num_restarts=3, seed=seed,
+                backend=backend, warn=False,
             )  # fmt: skip
             labels = clusters.labels.cpu().numpy()
             if 2 <= len(np.unique(labels)) < len(labels):

@@ -198,7 +198,7 @@ class Summary:
                 continue
             found = torch.stack([-block.amin(dim=0), block.amax(dim=0)])
             self.bounds = torch.maximum(self.bounds, found)
-            for chunk in block.split(rows_in_chunk) if needs_variance else ():
+            for chunk in block.split(rows_in_chunk) if needs_variance and points.columns else ():
                 self._add(chunk)
 
     def _add(self, chunk: Tensor) -> None:

@@ -21,7 +21,7 @@ from protoclip.distributed import Group, gather_rows, is_main, max_over_ranks, s
 from protoclip.episodes.prototypes import INTERNAL, PrototypeBuilder, PrototypeSet
 from protoclip.ops import kmeans_assign
 from protoclip.ops.checks import LEFT_OUT
-from protoclip.ops.operators import without_autocast
+from protoclip.ops.operators import untraced, without_autocast
 
 BALANCED_ROWS = 4096  # newest rows of the queue that share a balanced assignment with a batch
 BALANCED_TEMPERATURE = 0.05  # SwAV's
@@ -145,13 +145,13 @@ class OnlinePrototypes:
         """For copies: a process group cannot be copied."""
         return vars(self) | {"builder": replace(self.builder, group=None)}
 
-    @torch._disable_dynamo
+    @untraced
     def join(self, group: Group) -> None:
         """Cluster with the other ranks, whose group may be younger than the loss."""
         if self.builder.group is not group:
             self.builder = replace(self.builder, group=group)
 
-    @torch._disable_dynamo
+    @untraced
     def move_to(self, device: torch.device) -> None:
         """Bring a loaded state to the device of the features."""
         if self._recent and self._recent[-1].rows["image"].device != device:
@@ -161,12 +161,12 @@ class OnlinePrototypes:
         """Steps of ``rows`` pairs on this rank before the first clustering."""
         return max(self.warmup, -(-self.queue // rows))
 
-    @torch._disable_dynamo  # torch.compiler.disable would load dynamo and triton (1.6 s)
+    @untraced
     def note(self, accuracy: Mapping[str, Tensor]) -> None:
         """Keep the step's prototype accuracy of each source, scalars on the device."""
         self._accuracy = {source: value.detach() for source, value in accuracy.items()}
 
-    @torch._disable_dynamo
+    @untraced
     @torch.no_grad()
     def labels_of(
         self, features: Mapping[str, Tensor], index: Tensor | None
@@ -181,7 +181,7 @@ class OnlinePrototypes:
                 warnings.warn(
                     "ProtoClipLoss: index= came after steps without it; the loss has no prototypes "
                     "until all stored steps have one",
-                    stacklevel=8,  # over torch.nn.Module and torch._disable_dynamo
+                    stacklevel=7,  # over torch.nn.Module, no_grad and untraced
                 )
                 return None
             return stored.labels_of(index.to(stored.keys.device))
@@ -192,7 +192,7 @@ class OnlinePrototypes:
             labels_by_source[source] = balanced_labels(points, queue, centroids, self.builder.group)
         return labels_by_source
 
-    @torch._disable_dynamo
+    @untraced
     @torch.no_grad()
     def observe(self, image: Tensor, text: Tensor, index: Tensor | None = None) -> None:
         """Add the step's features [N, D] to the queue; cluster when it is time. Only the last call

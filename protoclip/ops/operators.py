@@ -6,15 +6,16 @@ more.
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 
 from protoclip.ops.columns import LOCAL, Local
@@ -25,6 +26,7 @@ _LIBRARY = torch.library.Library("protoclip", "FRAGMENT")
 
 Parameters = ParamSpec("Parameters")
 Named = TypeVar("Named")
+Result = TypeVar("Result")
 
 
 class _Registered(NamedTuple):
@@ -200,7 +202,7 @@ def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
     return arguments._make(ctx.needs_input_grad[: len(arguments._fields)])
 
 
-@cache
+@functools.cache
 def _arguments_of(op: Any) -> Any:
     """A named tuple of the op's arguments."""
     return namedtuple("Arguments", [argument.name for argument in op._schema.arguments])
@@ -269,6 +271,24 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if device_type in AUTOCAST_DEVICES:
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def untraced(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Keep a function out of ``torch.compile``'s graphs, with all that it calls.
+
+    ``torch.compiler.disable`` imports dynamo at once and ``torch._disable_dynamo`` in the first
+    call, for 0.7 to 1.9 s; here it is imported only by who compiles.
+    """
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def plain(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        # While dynamo traces, and while code that it has compiled calls this.
+        if torch.compiler.is_compiling() or get_eval_frame_callback():
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return plain
 
 
 def in_transform() -> bool:

@@ -484,7 +484,7 @@ def tsne_layout(points: Tensor) -> Tensor:
     if points.shape[1] < 2:  # the start of t-SNE needs two columns
         points = F.pad(points, (0, 1))
     count = min(LANDMARKS, len(points) // 3)
-    clusters = kmeans(points, count, num_iters=8, init="random", seed=MAP_SEED)
+    clusters = kmeans(points, count, num_iters=8, tol=0, init="random", seed=MAP_SEED, warn=False)
     landmarks = clusters.centroids.float()  # [L, P]
     # If all points were equal, t-SNE's start would have no scale.
     random = torch.Generator().manual_seed(MAP_SEED)
