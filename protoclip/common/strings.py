@@ -51,6 +51,11 @@ class StringTable(Sequence[str]):
         raw = self._data[self._ends[i] : self._ends[i + 1]].tobytes()
         return raw.decode("utf-8", "surrogateescape")
 
+    @property
+    def has_text(self) -> np.ndarray:
+        """Whether each string has a character, bool [N]."""
+        return np.diff(self._ends) > 0
+
     def take(self, positions: np.ndarray) -> StringTable:
         """The strings at ``positions``, int64 [M], without an object for each."""
         starts = self._ends[:-1][positions]

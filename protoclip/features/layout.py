@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 from protoclip.common.files import DataError, plural, printable
 from protoclip.common.json_text import parse_json
 from protoclip.common.strings import StringTable
-from protoclip.features.parts import SUFFIXES, open_part
+from protoclip.features.identity import KEY, Identity
+from protoclip.features.parts import SUFFIXES, in_order, open_part, part_numbers
 from protoclip.features.rows import FeatureRows, StoredRows
-from protoclip.features.table import KEY, FeatureTable
+from protoclip.features.table import FeatureTable
 
 IMAGES = "img_emb"
 TEXTS = "text_emb"
@@ -45,8 +46,9 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
 
     The result has ``shape``, ``dtype``, ``len()``, ``keys`` (None, or a key for each row, read at
     first use), ``rows(start, stop)`` and ``take(positions)``, which return NumPy arrays [M, D],
-    ``select(positions)``, which are rows on disk again, and ``not_finite()``, the positions of rows
-    with NaN or infinity.
+    ``select(positions)``, which are rows on disk again, ``not_finite()``, the positions of rows
+    with NaN or infinity, and ``digest()``, the checksum of all rows. Positions are integers or a
+    mask.
 
     Args:
         spec: a .npy, .npz or .safetensors file; numbered .npy parts, as a folder or a pattern such
@@ -85,21 +87,22 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
     if path.is_dir():
         if path.name in (IMAGES, TEXTS) and is_feature_folder(path.parent):
             return open_features(path.parent, "images" if path.name == IMAGES else "texts")
-        files = list(path.glob("*.npy"))
+        files = parts_in(path)
         if not files:
             raise DataError(f"{printable(text)}: expected numbered .npy files in it, found none")
-        return _rows_of(text, in_order(files))
+        return StoredRows(text, [open_part(file) for file in files])
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise DataError(
                 f"{printable(text)}: expected features in {', '.join(SUFFIXES)}; save them with "
                 "numpy.save"
             )
-        return StoredRows(text, [open_part(path)], lambda: _keys_of(path))
-    files = [Path(name) for name in glob.glob(text)]
+        part = open_part(path)
+        return StoredRows(text, [part], Identity(text, part.shape[0], partial(_column_of, path)))
+    files = in_order([Path(name) for name in glob.glob(text)], is_pattern=True)
     if not files:
         raise DataError(f"{printable(text)}: no such file or folder of features; check the path")
-    return _rows_of(text, in_order(files))
+    return StoredRows(text, [open_part(file) for file in files])
 
 
 def is_feature_folder(path: str | os.PathLike[str]) -> bool:
@@ -130,13 +133,11 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
             f"{shown}: the features are unfinished; this continues them: "
             f"{printable(str(record['command']))}"
         )
-    files = {side: in_order(list((path / side).glob("*.npy"))) for side in (IMAGES, TEXTS)}
+    files = {side: parts_in(path / side) for side in (IMAGES, TEXTS)}
     sides = {side: found for side, found in files.items() if found}
     if not sides:
         raise DataError(f"{shown}: expected .npy files in {IMAGES} or {TEXTS}, found none")
-    tables = in_order(
-        list((path / TABLES).glob("*.csv")) or list((path / TABLES).glob("*.parquet"))
-    )
+    tables = parts_in(path / TABLES, "*.csv") or parts_in(path / TABLES, "*.parquet")
     parts = {side: [open_part(file) for file in found] for side, found in sides.items()}
     first_files = next(iter(sides.values()))
     for side, found in sides.items():
@@ -149,19 +150,25 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
                     f"{plural(image_part.shape[0], 'row')}, as in {image_part.path.name}, got "
                     f"{text_part.shape[0]:,}; rows of the same number must belong together"
                 )
+    counts = [part.shape[0] for part in next(iter(parts.values()))]
     table = None
+    identity = Identity(shown, sum(counts))
     if tables:
         _check_numbers(shown, TABLES, tables, first_files)
-        table = FeatureTable(tables, [part.shape[0] for part in next(iter(parts.values()))])
-
-    def read_keys() -> StringTable | None:
-        return None if table is None else table.column(KEY)
-
+        table = FeatureTable(tables, counts)
+        identity = Identity(shown, sum(counts), table.column, lambda: table.called(KEY))
     rows = {
-        side: StoredRows(str(path / side), side_parts, read_keys)
+        side: StoredRows(str(path / side), side_parts, identity)
         for side, side_parts in parts.items()
     }
+    if IMAGES in rows:
+        rows[IMAGES].are_images = True
     return FeatureFolder(path, rows.get(IMAGES), rows.get(TEXTS), table)
+
+
+def parts_in(folder: Path, pattern: str = "*.npy") -> list[Path]:
+    """The parts in a folder, in order; files of other programs that begin with a dot are none."""
+    return in_order([file for file in folder.glob(pattern) if not file.name.startswith(".")])
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -178,35 +185,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def in_order(files: Sequence[Path]) -> list[Path]:
-    """Files in natural order: a_2 before a_10.
-
-    Raises:
-        DataError: the names differ only in a number, and one is missing or occurs twice.
-    """
-    ordered = sorted(files, key=_natural)
-    numbered = [re.fullmatch(r"(.*?)(\d+)(\.[a-z]+)", file.name) for file in ordered]
-    stems = {(match[1], match[3]) for match in numbered if match}
-    if len(stems) != 1 or not all(numbered):
-        return ordered
-    numbers = [int(match[2]) for match in numbered if match]
-    for before, number, file in zip(numbers, numbers[1:], ordered[1:], strict=False):
-        if number != before + 1:
-            problem = f"number {before + 1} is missing before it"
-            if number == before:
-                problem = "its number occurs twice"
-            raise DataError(f"{printable(str(file))}: {problem}; copy or write the parts again")
-    return ordered
-
-
-def _natural(file: Path) -> list[tuple[int, int, str]]:
-    words = re.split(r"(\d+)", file.name)
-    return [(1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words]
-
-
 def _check_numbers(shown: str, name: str, files: Sequence[Path], expected: Sequence[Path]) -> None:
     """DataError unless the files in the folder ``name`` have the numbers of those expected."""
-    if [_natural(file)[-2] for file in files] != [_natural(file)[-2] for file in expected]:
+    if part_numbers(files) != part_numbers(expected):
         raise DataError(
             f"{shown}: expected parts of the same numbers in {name} as in "
             f"{expected[0].parent.name}, got {plural(len(files), 'part')} ({files[0].name} to "
@@ -215,13 +196,9 @@ def _check_numbers(shown: str, name: str, files: Sequence[Path], expected: Seque
         )
 
 
-def _rows_of(name: str, files: Sequence[Path]) -> FeatureRows:
-    return StoredRows(name, [open_part(file) for file in files], lambda: None)
-
-
-def _keys_of(path: Path) -> StringTable | None:
+def _column_of(path: Path, name: str) -> StringTable | None:
     """The array ``keys`` of a .npz; None if there is none."""
-    if path.suffix != ".npz":
+    if name != KEY or path.suffix != ".npz":
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -101,6 +102,73 @@ class Part:
         return DataError(
             f"{printable(str(self.path))}: the file has changed since it was opened; start again"
         )
+
+
+def in_order(files: Sequence[Path], is_pattern: bool = False) -> list[Path]:
+    """Files in the order of all the numbers in their names: a_2 before a_10.
+
+    Args:
+        is_pattern: a pattern chose the files, so they need not be all that "-of-N" in their names
+            promises.
+    Raises:
+        DataError: one of numbered files has no number, the names differ only in one number and one
+            is missing or occurs twice, or there are not N files of "-of-N".
+    """
+    ordered = sorted(files, key=_natural)
+    names = [_numbers_of(file) for file in ordered]
+    numbered = [file for file, (_, numbers) in zip(ordered, names, strict=True) if numbers]
+    for file, (_, numbers) in zip(ordered, names, strict=True):
+        if numbered and not numbers:
+            pattern = re.sub(r"\d+", "*", numbered[0].name)
+            raise DataError(
+                f"{printable(str(file))}: expected a number in its name, as {numbered[0].name} "
+                f'has; move it away, or choose the parts by a pattern, such as "{pattern}"'
+            )
+    differing = _differing(names)
+    for before, number, file in zip(names, names[1:], ordered[1:], strict=False):
+        problem = ""
+        if number == before:
+            problem = "its number occurs twice"
+        elif len(differing) == 1 and number[1][differing[0]] != before[1][differing[0]] + 1:
+            problem = f"number {before[1][differing[0]] + 1} is missing before it"
+        if problem:
+            raise DataError(f"{printable(str(file))}: {problem}; copy or write the parts again")
+    promised = [int(count) for file in ordered for count in re.findall(r"-of-(\d+)", file.name)]
+    if promised and not is_pattern and set(promised) != {len(ordered)}:
+        raise DataError(
+            f"{printable(str(ordered[-1]))}: expected {max(promised)} parts by its name, found "
+            f"{len(ordered)}; copy or write the missing ones again"
+        )
+    return ordered
+
+
+def part_numbers(files: Sequence[Path]) -> list[tuple[int, ...]]:
+    """What tells parts from each other: the numbers that differ between their names; of a single
+    file the last."""
+    names = [_numbers_of(file) for file in files]
+    differing = _differing(names)
+    if differing or len({texts for texts, _ in names}) > 1:
+        return [tuple(numbers[i] for i in differing) or numbers for _, numbers in names]
+    return [numbers[-1:] for _, numbers in names]
+
+
+def _numbers_of(file: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The texts of a name around its numbers, and the numbers without that of "-of-N"."""
+    words = re.split(r"(\d+)", re.sub(r"-of-\d+", "-of-", file.name))
+    return tuple(words[::2]), tuple(map(int, words[1::2]))
+
+
+def _differing(names: Sequence[tuple[tuple[str, ...], tuple[int, ...]]]) -> list[int]:
+    """The places of the numbers that differ between names of the same texts; else none."""
+    if len({texts for texts, _ in names}) != 1:
+        return []
+    columns = zip(*(numbers for _, numbers in names), strict=True)
+    return [place for place, column in enumerate(columns) if len(set(column)) > 1]
+
+
+def _natural(file: Path) -> list[tuple[int, int, str]]:
+    words = re.split(r"(\d+)", file.name)
+    return [(1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words]
 
 
 def open_part(path: Path) -> Part:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
+from protoclip.common.digest import Digest, digest_of
 from protoclip.common.files import DataError, printable
 from protoclip.common.strings import StringTable
+from protoclip.features.identity import Identity, as_positions
 from protoclip.features.parts import Part
 
 BLOCK_BYTES = 32 << 20  # read at once where all rows are looked at
@@ -21,14 +25,27 @@ class FeatureRows(ABC):
     name: str  # for messages and tables
     shape: tuple[int, int]
     dtype: np.dtype  # in native byte order
+    are_images: bool = False  # whether rows with one key are of one picture, so nearly equal
+    _bad: np.ndarray | None = None
+    _digests: Mapping[int, str] = {}
 
     def __len__(self) -> int:
         return self.shape[0]
 
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """What each row is of."""
+        return Identity(self.name, len(self))
+
     @property
-    @abstractmethod
+    def state(self) -> str:
+        """A text that changes with the size or time of a file that holds rows."""
+        return ""
+
+    @property
     def keys(self) -> StringTable | None:
-        """A key for each row, read at first use; None if the rows have no keys."""
+        """A key for each row, "" where it has none, read at first use; None if no row has one."""
+        return self.identity.keys
 
     @abstractmethod
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -36,24 +53,68 @@ class FeatureRows(ABC):
         whose first rows are filled and returned."""
 
     @abstractmethod
-    def take(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
-        """The rows at ``positions`` [M], in that order, [M, D]."""
+    def take(self, positions: np.ndarray | Sequence[int] | Sequence[bool]) -> np.ndarray:
+        """The rows at ``positions``, as of ``as_positions``, in that order, [M, D]."""
 
-    def select(self, positions: np.ndarray | Sequence[int]) -> FeatureRows:
-        """The rows at ``positions`` [M] as rows on disk, in that order."""
-        return SelectedRows(self, np.asarray(positions, dtype=np.int64))
+    def select(self, positions: np.ndarray | Sequence[int] | Sequence[bool]) -> FeatureRows:
+        """The rows at ``positions``, as of ``as_positions``, as rows on disk, in that order."""
+        return SelectedRows(self, as_positions(positions, len(self), self.name))
 
-    def not_finite(self) -> np.ndarray:
-        """Positions of the rows with NaN or infinity, int64; reads all rows, block by block."""
-        if self.dtype.kind != "f":
-            return np.zeros(0, np.int64)
-        rows_in_block = max(1, BLOCK_BYTES // (self.shape[1] * self.dtype.itemsize))
-        buffer = np.empty((min(rows_in_block, len(self)), self.shape[1]), self.dtype)
+    def look_over(
+        self, count: int | None = None, progress: str = ""
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The first ``count`` rows in the order of the file, or all of them: the position of each
+        block's first row and the block, which is valid until the next one.
+
+        At the end ``digest`` of these rows, and ``not_finite`` of all, are known without reading.
+
+        Args:
+            progress: what a bar in the terminal says; "": there is none.
+        Raises:
+            DataError: image rows with one key are of different pictures.
+        """
+        count = len(self) if count is None else count
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        step = max(1, BLOCK_BYTES // row_bytes)
+        buffer = np.empty((min(step, count), self.shape[1]), self.dtype)
+        digest = Digest()
         bad = [np.zeros(0, np.int64)]
-        for start in range(0, len(self), rows_in_block):
-            block = self.rows(start, min(len(self), start + rows_in_block), buffer)
-            bad.append(start + np.flatnonzero(~np.isfinite(block).all(axis=1)))
-        return np.concatenate(bad)
+        with tqdm(
+            total=count * row_bytes, desc=progress, unit="B", unit_scale=True, delay=1,
+            leave=False, disable=None if progress else True,
+        ) as bar:  # fmt: skip
+            for start in range(0, count, step):
+                block = self.rows(start, min(count, start + step), buffer)
+                digest.update(block)
+                if self.dtype.kind == "f":
+                    bad.append(start + np.flatnonzero(~np.isfinite(block).all(axis=1)))
+                if self.are_images:
+                    self.identity.check_block(start, block, self.take)
+                yield start, block
+                bar.update(block.nbytes)
+        self._digests = {**self._digests, count: digest.hexdigest()}
+        if count == len(self):
+            self._bad = np.concatenate(bad)
+
+    def not_finite(self, progress: str = "") -> np.ndarray:
+        """Positions of the rows with NaN or infinity, int64; reads all rows, block by block, unless
+        ``look_over`` has."""
+        if self.dtype.kind != "f" and not self.are_images:
+            return np.zeros(0, np.int64)
+        if self._bad is None:
+            for _ in self.look_over(progress=progress):
+                pass
+        assert self._bad is not None
+        return self._bad
+
+    def digest(self, count: int | None = None, progress: str = "") -> str:
+        """The checksum of the bytes of the first ``count`` rows, or of all; reads them, unless
+        ``look_over`` has."""
+        count = len(self) if count is None else count
+        if count not in self._digests:
+            for _ in self.look_over(count, progress):
+                pass
+        return self._digests[count]
 
     def _buffer(self, count: int, out: np.ndarray | None) -> np.ndarray:
         if out is None:
@@ -73,23 +134,11 @@ class FeatureRows(ABC):
                 f"{start:,} and {stop:,}"
             )
 
-    def _check(self, positions: np.ndarray) -> None:
-        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
-            raise IndexError(
-                f"{printable(self.name)}: expected positions from 0 to {len(self) - 1:,}, got "
-                f"{positions.min():,} to {positions.max():,}"
-            )
-
 
 class StoredRows(FeatureRows):
-    """The rows of files, one file after the other.
+    """The rows of files, one file after the other; ``identity``: what they are of, if known."""
 
-    ``read_keys`` returns a key for each row, or None; it is called at the first use of ``keys``.
-    """
-
-    def __init__(
-        self, name: str, parts: Sequence[Part], read_keys: Callable[[], StringTable | None]
-    ) -> None:
+    def __init__(self, name: str, parts: Sequence[Part], identity: Identity | None = None) -> None:
         self.name = name
         self.parts = parts
         first = parts[0]
@@ -103,17 +152,13 @@ class StoredRows(FeatureRows):
         self._ends = np.cumsum([part.shape[0] for part in parts])  # where each part's rows end
         self.shape = (int(self._ends[-1]), first.shape[1])
         self.dtype = first.dtype
-        self._read_keys = read_keys
+        if identity is not None:
+            self.identity = identity
 
-    @functools.cached_property
-    def keys(self) -> StringTable | None:
-        keys = self._read_keys()
-        if keys is not None and len(keys) != len(self):
-            raise DataError(
-                f"{printable(self.name)}: expected a key for each of the {len(self):,} rows, got "
-                f"{len(keys):,}; write keys and features again"
-            )
-        return keys
+    @property
+    def state(self) -> str:
+        states = [part.state for part in self.parts]
+        return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         self._check_range(start, stop)
@@ -131,9 +176,8 @@ class StoredRows(FeatureRows):
             position = until
         return block
 
-    def take(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
-        positions = np.asarray(positions, dtype=np.int64)
-        self._check(positions)
+    def take(self, positions: np.ndarray | Sequence[int] | Sequence[bool]) -> np.ndarray:
+        positions = as_positions(positions, len(self), self.name)
         taken = np.empty((len(positions), self.shape[1]), self.dtype)
         order = np.argsort(positions, kind="stable")
         ordered = positions[order]
@@ -150,7 +194,6 @@ class SelectedRows(FeatureRows):
     """Some rows of others, by position."""
 
     def __init__(self, source: FeatureRows, positions: np.ndarray) -> None:
-        source._check(positions)
         self.source = source
         self.positions = positions  # int64 [M]
         self.name = source.name
@@ -158,9 +201,16 @@ class SelectedRows(FeatureRows):
         self.dtype = source.dtype
 
     @functools.cached_property
-    def keys(self) -> StringTable | None:
-        keys = self.source.keys
-        return None if keys is None else keys.take(self.positions)
+    def identity(self) -> Identity:
+        return self.source.identity.select(self.positions)
+
+    @property
+    def state(self) -> str:
+        return self.source.state
+
+    def digest(self, count: int | None = None, progress: str = "") -> str:
+        chosen = digest_of(self.positions[:count])
+        return f"{self.source.digest(progress=progress)} at {chosen}"
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         self._check_range(start, stop)
@@ -178,9 +228,8 @@ class SelectedRows(FeatureRows):
             block[:] = self.source.take(positions)
         return block
 
-    def take(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
-        positions = np.asarray(positions, dtype=np.int64)
-        self._check(positions)
+    def take(self, positions: np.ndarray | Sequence[int] | Sequence[bool]) -> np.ndarray:
+        positions = as_positions(positions, len(self), self.name)
         return self.source.take(self.positions[positions])
 
 
@@ -194,16 +243,23 @@ class UnitRows(FeatureRows):
         self.shape = source.shape
         self.dtype = np.dtype(np.float32 if np.can_cast(source.dtype, np.float32) else np.float64)
 
+    @functools.cached_property
+    def identity(self) -> Identity:
+        return self.source.identity
+
     @property
-    def keys(self) -> StringTable | None:
-        return self.source.keys
+    def state(self) -> str:
+        return self.source.state
+
+    def digest(self, count: int | None = None, progress: str = "") -> str:
+        return f"unit {self.source.digest(count, progress)}"
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         block = self._buffer(stop - start, out)
         block[:] = self._unit(self.source.rows(start, stop))
         return block
 
-    def take(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
+    def take(self, positions: np.ndarray | Sequence[int] | Sequence[bool]) -> np.ndarray:
         return self._unit(self.source.take(positions))
 
     def _unit(self, rows: np.ndarray) -> np.ndarray:

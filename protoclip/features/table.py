@@ -12,11 +12,9 @@ import numpy as np
 
 from protoclip.common.files import DataError, plural, printable, whole_file
 from protoclip.common.strings import StringTable
+from protoclip.features.identity import CAPTION, FILE, KEY
 
-KEY = "key"  # of the picture; rows of one picture have the same
-FILE = "file"  # that holds the picture: a path or URL; "" if there is none
 STATE = "state"  # of that file when the row was encoded
-CAPTION = "caption"
 LABEL = "label:"  # before the name of a classification; its column has the row's class or ""
 # What clip-retrieval's tables call them; the first that a table has.
 CLIP_RETRIEVAL = {KEY: ("key", "image_path"), FILE: ("image_path",), CAPTION: ("caption",)}
@@ -54,6 +52,12 @@ class FeatureTable:
     def labels(self) -> tuple[str, ...]:
         """The names of the classifications: each has the column "label:NAME"."""
         return tuple(n.removeprefix(LABEL) for n in self.names if n.startswith(LABEL))
+
+    def called(self, name: str) -> str:
+        """What the tables call a column."""
+        if self.paths[0].suffix != ".parquet":
+            return name
+        return _called(name, _parquet().read_schema(self.paths[0]).names)
 
     def column(self, name: str) -> StringTable | None:
         """A column of texts, one for each row; None if the table has no such column.
@@ -140,8 +144,7 @@ def read_parquet(path: Path, name: str) -> StringTable:
     """A column of a parquet file as texts; what is missing is ""."""
     import pyarrow
 
-    schema = _parquet().read_schema(path)
-    column_name = next((n for n in CLIP_RETRIEVAL.get(name, (name,)) if n in schema.names), name)
+    column_name = _called(name, _parquet().read_schema(path).names)
     column = _parquet().read_table(path, columns=[column_name]).column(0)
     texts = column.cast(pyarrow.large_string()).fill_null("").combine_chunks()
     if isinstance(texts, pyarrow.ChunkedArray):
@@ -151,6 +154,11 @@ def read_parquet(path: Path, name: str) -> StringTable:
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     return StringTable.of_arrays(np.frombuffer(data or b"", np.uint8), ends)
+
+
+def _called(name: str, columns: Sequence[str]) -> str:
+    """The column of a table of clip-retrieval that is called ``name`` here."""
+    return next((n for n in CLIP_RETRIEVAL.get(name, (name,)) if n in columns), name)
 
 
 def _parquet() -> Any:

@@ -89,7 +89,7 @@ def _rows_of_map(array: np.memmap[Any, Any]) -> FeatureRows | None:
 
     path = Path(array.filename)
     part = Part(path, state_of(path), offset, array.shape, array.dtype)
-    return StoredRows(str(path), [part], lambda: None)
+    return StoredRows(str(path), [part])
 
 
 def below_power_of_two(number: int) -> int:
