@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from protoclip.common.waits import speaking
+
 Result = TypeVar("Result")
 Group = dist.ProcessGroup | None
 # torch 2.13 gives these functions new names and warns about the old ones.
@@ -139,7 +141,8 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
     Python's code 1.
     """
     try:
-        code = work()
+        with speaking(name, quiet=lambda: rank() > 0 or find_rank().rank > 0):
+            code = work()
     except BaseException as error:
         try:
             return _code_of(error, name)
