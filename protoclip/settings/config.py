@@ -215,8 +215,8 @@ class DataConfig:
     )
     mixup: float = option(
         0.0,
-        "with stored features, mix each pair of a global batch with another one (FuseMix): alpha of "
-        "the Beta distribution of the shares; 0: off",
+        "with stored features, mix each pair of a global batch with another one (FuseMix): alpha "
+        "of the Beta distribution of the shares; 0: off",
         fixed=True,
     )
     workers: int = option(
