@@ -24,7 +24,7 @@ from protoclip.common.files import DISK_FULL, mebibytes
 from protoclip.common.host import choose_workers, keep_freed_memory
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import seed_everything
-from protoclip.data.feature_pairs import mean_rows
+from protoclip.data.feature_pairs import check_finite, mean_rows
 from protoclip.data.loader import EpochOrder
 from protoclip.data.settings import open_run_data, with_widths
 from protoclip.distributed import gathered_rows
@@ -163,6 +163,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
                 pretrained=str(checkpoint.candidates(path)[0]),
                 trained=after or {},
                 untrained=before,
+                training_data=run.data_fingerprint,
                 steps=run.plan.total_steps,
                 skipped_steps=trainer.log.reported_skips,
                 first_prototype_step=first_prototype_step(run, trainer.features.source),
@@ -214,8 +215,10 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
     model = build_model(config.model).to(device)
     if config.model.image_width and resume is None:
         model.centre(distributed.from_main(partial(mean_rows, dataset)))
-        if run_data.held_out is not None:  # its rows are finite too
-            distributed.from_main(partial(mean_rows, run_data.held_out))
+        if run_data.held_out is not None:
+            distributed.from_main(partial(check_finite, run_data.held_out))
+    saved_data = str(resume.training.get("data", "")) if resume else ""
+    data = distributed.from_main(partial(checkpoint.fingerprint, dataset, saved_data))
     put_channels_last(model, device)
     phases = Phases(device)
     with phases.measure("teacher", on_host=True):
@@ -239,6 +242,7 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
         terms=terms,
         evaluation=Evaluation(config, run_data, device, precision, phases, workers),
         resume=resume,
+        data_fingerprint=data,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -149,7 +150,7 @@ def test_rows_of_another_encoder_are_refused() -> None:
 def test_bare_files_are_pairs_by_position(folder: Path, spec: str) -> None:
     planted = Planted(PAIRS)
     pairs = open_dataset(spec)
-    assert len(pairs) == PAIRS and pairs.keys[7] == "7" and not pairs.facts.has_pictures
+    assert len(pairs) == PAIRS and pairs.keys[7] == "row 7" and not pairs.facts.has_pictures
     subset = Subset(Subset(pairs, [5, 9, 9, 2]), [3, 1])
     (batch,) = batches(subset, Draws(torch.tensor([1, 0]), seed=0), 2, None, None)
     assert batch.index.tolist() == [1, 0]
@@ -436,6 +437,9 @@ def test_held_out_rows_are_named_and_grouped(run: Path) -> None:
     scores = scores_of(run)
     assert scores["class/acc1"] > 0.6 and scores["class/nn_acc1"] > 0.4
     assert {"class/lp_acc1", "class/ami", "text_retrieval_recall@1"} <= scores.keys()
+    saved = checkpoint.load_newest(run)[1]["protoclip"]["training"]["data"]
+    outcome = json.loads((run / "results.json").read_text())
+    assert outcome["training_data"] == saved and f":{PAIRS}:" in saved
 
 
 def test_the_promised_scores_are_those_of_the_run(folder: Path, run: Path) -> None:
@@ -572,7 +576,8 @@ REFUSALS = {
     "--text-features wide.npy": "expected 30 columns, as in",
     "--val-data builtin:shapes:9": "--val-data: expected stored features",
     "--train-data features:wide.npy": "give both --image-features and --text-features",
-    "--train-data features:nan.npy::wide.npy": "NaN or infinity in the row of the picture of '7'",
+    "--train-data features:nan.npy::wide.npy": "NaN or infinity in the row of the picture of "
+    "'row 7'",
     "--train-data builtin:shapes:64 --mixup 1": "--mixup: expected stored features",
     "--train-data builtin:shapes:64 --head mlp": "--head: expected stored features",
     "--text-features wide.npy --train-data a/": "--train-data: expected no other data",
@@ -618,7 +623,7 @@ def test_a_held_out_row_that_is_not_finite_is_named(
     images[held_out.indices[0]] = np.inf
     np.save(workdir / "images.npy", images)
     message = error_of(train, ["--image-features", str(workdir / "images.npy"), *flags[2:]])
-    assert f"NaN or infinity in the row of the picture of '{held_out.indices[0]}'" in message
+    assert f"NaN or infinity in the row of the picture of 'row {held_out.indices[0]}'" in message
     assert not (workdir / "logs").exists()
 
 
@@ -655,6 +660,64 @@ def test_other_features_of_the_same_shape_are_not_resumed(
     assert "model.image_width was 40 and is 39" in error_of(train, again, among_others=True)
     np.save(workdir / "images.npy", rows)
     assert train(again) == 0
+
+
+def test_rows_that_no_sample_holds_are_compared(
+    folder: Path, workdir: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run compares all bytes, also those of a second caption, but reads nothing if the
+    files are as they were."""
+    for name in ("images.npy", "texts.npy"):
+        (workdir / name).write_bytes((folder / name).read_bytes())
+    rows = np.load(folder / "texts.npy")
+    np.save(workdir / "second.npy", rows)
+    flags = flags_of(workdir, "--max-steps", "2", "--name", "run")
+    flags[3] = f"{workdir}/texts.npy::{workdir}/second.npy"
+    assert train(flags) == 0
+    again = [*flags, "--resume", "auto", "--max-steps"]
+    changed = rows.copy()
+    changed[5:] = changed[5:][::-1]
+    np.save(workdir / "second.npy", changed)
+    assert "the training data was" in error_of(train, [*again, "4"], among_others=True)
+    np.save(workdir / "second.npy", rows)  # the same bytes at another time
+    assert train([*again, "4"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("protoclip.features.rows.FeatureRows.look_over", None)
+        assert train([*again, "6"]) == 0
+
+
+def test_fingerprints_of_before_stay_computable(folder: Path, spec: str) -> None:
+    """Of 400 pairs, as version 0.1 wrote it."""
+    pairs = open_dataset(spec)
+    digest = hashlib.sha256(b"400")
+    planted = Planted(PAIRS)
+    for i in range(PAIRS):
+        rows = planted.image[i].tobytes() + planted.text[i].tobytes()
+        digest.update(str(i).encode() + hashlib.sha256(rows).digest() + b"\0")
+    before = f"400:{digest.hexdigest()[:16]}"
+    assert checkpoint.fingerprint(pairs, before) == before
+    assert checkpoint.is_beginning(before, pairs)
+    half = Subset(pairs, np.arange(200))
+    assert checkpoint.is_beginning(checkpoint.fingerprint(half), half)
+
+
+def test_rows_may_be_added_at_the_end(folder: Path, tmp_path: Path) -> None:
+    """The fingerprint of the first pairs is found again among more of them."""
+    planted = Planted(PAIRS)
+
+    def spec_of(name: str, count: int, change: float = 0) -> str:
+        np.save(tmp_path / f"{name}.npy", planted.image[:count] + change)
+        np.save(tmp_path / f"{name}-texts.npy", planted.text[:count])
+        return f"features:{tmp_path}/{name}.npy::{tmp_path}/{name}-texts.npy"
+
+    fewer = open_dataset(spec_of("fewer", 300))
+    saved = checkpoint.fingerprint(Subset(fewer, np.arange(0, 300, 2)))
+    more = open_dataset(spec_of("more", PAIRS))
+    assert checkpoint.is_beginning(saved, Subset(more, np.arange(0, PAIRS, 2)))
+    assert not checkpoint.is_beginning(saved, Subset(more, np.arange(1, PAIRS, 2)))
+    other = open_dataset(spec_of("other", PAIRS, change=1e-6))
+    assert not checkpoint.is_beginning(saved, Subset(other, np.arange(0, PAIRS, 2)))
+    assert not checkpoint.is_same(saved, checkpoint.fingerprint(more, saved))
 
 
 def test_classes_of_bare_rows_are_numbers(folder: Path, spec: str, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ class StringTable(Sequence[str]):
         raw = self._data[self._ends[i] : self._ends[i + 1]].tobytes()
         return raw.decode("utf-8", "surrogateescape")
 
+    def head(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of the first ``count`` strings, uint8, and the length of each, int64."""
+        ends = self._ends[: count + 1]
+        return self._data[ends[0] : ends[-1]], np.diff(ends)
+
     @property
     def has_text(self) -> np.ndarray:
         """Whether each string has a character, bool [N]."""

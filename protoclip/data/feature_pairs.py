@@ -14,17 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from protoclip.common.digest import Digest
 from protoclip.common.files import DataError, is_remote, plural, printable, read_file
 from protoclip.common.seeds import evenly_spaced
 from protoclip.common.strings import StringTable
 from protoclip.data.images import decode
 from protoclip.data.types import Facts, Labels, PairDataset, Subset
-from protoclip.features import FeatureRows, FeatureTable, open_features, open_folder
+from protoclip.features import FeatureRows, Identity, open_features, open_folder
+from protoclip.features.identity import CAPTION, FILE, KEY
 from protoclip.features.layout import is_feature_folder
-from protoclip.features.table import CAPTION, FILE
+from protoclip.features.table import LABEL as LABEL_COLUMN
+from protoclip.features.table import FeatureTable
 from protoclip.settings.config import FEATURES
 
-BLOCK = 16_384  # rows that are read at once for the mean of all
+SUMMED = 4096  # rows that are added up at once for the mean of all
 TRIED = 4  # files of pictures that are opened to see whether a page can show them
 LABEL = "class"  # the name of the classification of a file of labels
 NONE = Image.new("RGB", (1, 1), (128, 128, 128))  # in place of a picture that is not there
@@ -33,27 +36,28 @@ NONE = Image.new("RGB", (1, 1), (128, 128, 128))  # in place of a picture that i
 class FeaturePairs(PairDataset):
     """Pairs of rows, with ``image_rows`` and ``text_rows`` in place of pictures and captions.
 
-    Rows with the same key are one picture with several captions.
+    Rows of one picture, as ``identity`` says, are one pair with several captions.
 
     Args:
         images: [N, Di]; of several rows of a picture the first is used.
-        texts: one or more [N, Dt]; each holds a caption for each row of ``images``.
-        table: what each row is of.
-        labels: classifications of the N rows, next to those of the table.
+        texts: [N, Dt] each, with a caption for each row of ``images``; without any the data set
+            shows what rows are of.
+        labels: classifications of the N rows.
+        identity: what the rows are of; None: what ``images`` says.
     """
 
     def __init__(
         self,
         name: str,
         images: FeatureRows,
-        texts: Sequence[FeatureRows],
-        table: FeatureTable | None = None,
+        texts: Sequence[FeatureRows] = (),
         labels: Mapping[str, Labels] | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.name = name
         self.images = images
         self.texts = texts
-        self.table = table
+        self.identity = images.identity if identity is None else identity
         for rows in texts:
             if len(rows) != len(images):
                 raise DataError(
@@ -68,49 +72,34 @@ class FeaturePairs(PairDataset):
                 )
         if not len(images):
             raise DataError(f"{printable(name)}: expected at least one row, found none")
-        # The rows of each pair: _rows[_starts[i] : _starts[i + 1]]; None: pair i is row i.
-        self._rows: np.ndarray | None = None
-        self._starts: np.ndarray | None = None
-        row_keys = images.keys
-        if row_keys is not None:
-            numbers = row_keys.numbers()
-            if numbers.max() + 1 < len(numbers):
-                self._rows = np.argsort(numbers, kind="stable")
-                self._starts = np.searchsorted(numbers[self._rows], np.arange(numbers.max() + 2))
-        self._length = len(images) if self._starts is None else len(self._starts) - 1
-        first_rows = self._row_of(np.arange(self._length))
-        self.keys: Sequence[str] = RowNumbers(self._length)
-        if row_keys is not None:
-            self.keys = row_keys.take(first_rows)
+        images.are_images = images.are_images or len(texts) > 0
+        self._captions_of_row = max(1, len(texts))
+        first_rows = self.identity.first_rows
+        self._length = len(first_rows)
+        self.keys: Sequence[str] = self.identity.names(first_rows)
         self.labels: Mapping[str, Labels] = {
             label: Labels(classes.ids[torch.from_numpy(first_rows)], classes.names)
-            for label, classes in {**_table_labels(table), **(labels or {})}.items()
+            for label, classes in (labels or {}).items()
         }
+        self._digests: dict[int, str] = {}  # of the first rows of all sides
 
     def __len__(self) -> int:
         return self._length
 
     @functools.cached_property
     def facts(self) -> Facts:  # type: ignore[override]
-        return Facts(
-            has_captions=self._column(CAPTION) is not None, has_pictures=self._has_pictures()
-        )
+        return Facts(has_captions=self.identity.knows(CAPTION), has_pictures=self._has_pictures())
 
     def _has_pictures(self) -> bool:
-        files = self._column(FILE)
-        if files is None:
-            return False
-        tried = [files[i] for i in evenly_spaced(len(files), TRIED).tolist()]
-        return all(_picture(file) is not NONE for file in tried)
-
-    def _column(self, name: str) -> StringTable | None:
-        return None if self.table is None else self.table.column(name)
+        tried = evenly_spaced(len(self), TRIED).tolist()
+        return all(_picture(self.path(i)) is not NONE for i in tried)
 
     def _row_of(self, positions: np.ndarray, caption: np.ndarray | int = 0) -> np.ndarray:
         """The row of a caption of each pair, int64 [M]; that of the first is the picture's."""
-        if self._rows is None or self._starts is None:
+        if self._length == len(self.images):
             return positions
-        return self._rows[self._starts[positions] + caption // len(self.texts)]
+        rows, starts = self.identity.rows_by_picture
+        return rows[starts[positions] + caption // self._captions_of_row]
 
     def image_rows(self, positions: np.ndarray) -> Tensor:
         """The rows of these pairs' pictures, [M, Di] in the dtype of the files."""
@@ -129,9 +118,10 @@ class FeaturePairs(PairDataset):
 
     def num_captions(self, positions: np.ndarray) -> np.ndarray:
         """How many captions each of these pairs has, int64 [M]."""
-        if self._starts is None:
-            return np.full(len(positions), len(self.texts))
-        return (self._starts[positions + 1] - self._starts[positions]) * len(self.texts)
+        if self._length == len(self.images):
+            return np.full(len(positions), self._captions_of_row)
+        _, starts = self.identity.rows_by_picture
+        return (starts[positions + 1] - starts[positions]) * self._captions_of_row
 
     def caption_ids(self, positions: np.ndarray, captions: np.ndarray) -> Tensor | None:
         """A number for each of these captions, int64 [M], equal for equal texts; None: the texts
@@ -142,46 +132,74 @@ class FeaturePairs(PairDataset):
 
     @functools.cached_property
     def _caption_numbers(self) -> np.ndarray | None:
-        captions = self._column(CAPTION)
-        return None if captions is None or len(self.texts) > 1 else captions.numbers()
+        if len(self.texts) > 1 or not self.identity.knows(CAPTION):
+            return None
+        return self.identity.alike(CAPTION)
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """The texts of pair ``i``'s captions; its key where they are not known."""
-        column = self._column(CAPTION)
+        """The texts of pair ``i``'s captions; in place of those that are not known the first that
+        is, or else the pair's name."""
         position = np.array([i])
         count = int(self.num_captions(position)[0])
-        if column is None:
+        if len(self.texts) > 1:
             return (self.keys[i],) * count
-        rows = self._row_of(np.repeat(position, count), np.arange(count))
-        return tuple(column[row] or self.keys[i] for row in rows.tolist())
+        texts = self.identity.column(
+            CAPTION, self._row_of(np.repeat(position, count), np.arange(count))
+        )
+        known = next(filter(None, texts), self.keys[i])
+        return tuple(text or known for text in texts)
 
     def path(self, i: int) -> str:
-        files = self._column(FILE)
-        return "" if files is None else files[int(self._row_of(np.array([i]))[0])]
+        return self.identity.column(FILE, self._row_of(np.array([i])))[0]
 
     def image(self, i: int) -> Image.Image:
         """The picture that row ``i`` was made of, for a page; grey if its file is not there."""
         return _picture(self.path(i))
 
     def marks(self, positions: np.ndarray) -> Iterator[bytes]:
-        image_rows = self.images.take(self._row_of(positions))
-        text_rows = self.texts[0].take(self._row_of(positions))
-        for key, image, text in zip(super().marks(positions), image_rows, text_rows, strict=True):
-            yield key + hashlib.sha256(image.tobytes() + text.tobytes()).digest()
+        """What fingerprints from before version 0.2 are made of."""
+        rows = self._row_of(positions)
+        numbers = map(str, positions.tolist())
+        keys = self.identity.column(KEY, rows)
+        for key, number, image, text in zip(
+            keys, numbers, self.images.take(rows), self.texts[0].take(rows), strict=True
+        ):
+            mark = (key or number).encode("utf-8", "surrogateescape")
+            yield mark + hashlib.sha256(image.tobytes() + text.tobytes()).digest()
+
+    def fingerprint(
+        self, positions: np.ndarray, saved: str = "", is_beginning: bool = False
+    ) -> str:
+        """What tells these pairs, int64 [M], from others: "pairs:rows:digest:choice:state". The
+        digest is that of all bytes of the rows, the choice of the positions, keys and captions, the
+        state of the files' sizes and times.
+
+        Args:
+            saved: an earlier fingerprint: if the files have its state, they are not read.
+            is_beginning: look at as many rows as there were then; some may be new.
+        """
+        sides = (self.images, *self.texts)
+        state = _joined([side.state for side in sides])
+        rows = len(self.images)
+        if saved:
+            _, saved_rows, digest, _, saved_state = saved.split(":")
+            rows = min(rows, int(saved_rows)) if is_beginning else rows
+            if (str(rows), state) == (saved_rows, saved_state):
+                self._digests.setdefault(rows, digest)
+        if rows not in self._digests:
+            progress = f"reading {printable(self.name)}"
+            self._digests[rows] = _joined([side.digest(rows, progress) for side in sides])
+        choice = Digest()
+        choice.update(positions)
+        for name in (KEY, CAPTION):
+            for part in self.identity.column(name).head(rows):
+                choice.update(part)
+        return f"{len(positions)}:{rows}:{self._digests[rows]}:{choice.hexdigest()[:16]}:{state}"
 
 
-class RowNumbers(Sequence[str]):
-    """The keys of rows that have none: their numbers, from 0."""
-
-    def __init__(self, count: int) -> None:
-        self._numbers = range(count)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, i: int | slice) -> str | list[str]:  # type: ignore[override]
-        numbers = self._numbers[i]
-        return [str(n) for n in numbers] if isinstance(numbers, range) else str(numbers)
+def _joined(digests: Sequence[str]) -> str:
+    """A digest of digests."""
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
 def _tensor(rows: np.ndarray) -> Tensor:
@@ -201,12 +219,9 @@ def _picture(file: str) -> Image.Image:
 
 def _table_labels(table: FeatureTable | None) -> dict[str, Labels]:
     """The classifications in a table, by name, of each row."""
-    labels: dict[str, Labels] = {}
-    for name in () if table is None else table.labels:
-        column = table.column(f"label:{name}")  # type: ignore[union-attr]
-        assert column is not None
-        labels[name] = labels_of_texts(column)
-    return labels
+    names = () if table is None else table.labels
+    columns = {name: table.column(f"{LABEL_COLUMN}{name}") for name in names}  # type: ignore[union-attr]
+    return {name: labels_of_texts(column) for name, column in columns.items() if column is not None}
 
 
 def labels_of_texts(texts: StringTable) -> Labels:
@@ -273,14 +288,12 @@ def open_class_rows(spec: str, dataset: PairDataset) -> ClassRows:
         )
     if len(bad := rows.not_finite()):
         raise DataError(f"{shown}: expected finite features, got NaN or infinity in row {bad[0]}")
-    numbers = np.arange(len(rows))
-    names: Sequence[str] = RowNumbers(len(rows))
+    identity = rows.identity
+    order, starts = identity.rows_by_picture
+    names: Sequence[str] = [str(number) for number in range(len(rows))]
     if rows.keys is not None:
-        numbers = rows.keys.numbers()
-        names = rows.keys.take(np.unique(numbers, return_index=True)[1])
-    return ClassRows(
-        rows, {name: np.flatnonzero(numbers == number) for number, name in enumerate(names)}
-    )
+        names = identity.names(identity.first_rows)
+    return ClassRows(rows, dict(zip(names, np.split(order, starts[1:-1]), strict=True)))
 
 
 def open_feature_pairs(spec: str, labels: str = "") -> FeaturePairs:
@@ -314,8 +327,8 @@ def open_feature_pairs(spec: str, labels: str = "") -> FeaturePairs:
         images = folder.images
         texts = [folder.texts]
         table = folder.table
-    own_labels = {LABEL: read_labels(labels, len(images))} if labels else None
-    return FeaturePairs(spec, images, texts, table, own_labels)
+    own_labels = {LABEL: read_labels(labels, len(images))} if labels else {}
+    return FeaturePairs(spec, images, texts, {**_table_labels(table), **own_labels})
 
 
 def _open_side(spec: str, side: str) -> FeatureRows:
@@ -349,36 +362,49 @@ def mean_rows(dataset: PairDataset) -> Means:
     """The means over all pairs and captions, from one pass in the order of the files.
 
     Raises:
-        DataError: a row holds NaN or infinity.
+        DataError: a row of the pairs holds NaN or infinity, or image rows with one key differ.
     """
     pairs, positions = origin(dataset, np.arange(len(dataset)))
     assert isinstance(pairs, FeaturePairs)
-    image = np.zeros(pairs.images.shape[1])
-    text = np.zeros(pairs.texts[0].shape[1])
-    count = pairs.num_captions(positions)
-    captions = 0
-    for start in range(0, len(positions), BLOCK):
-        block = positions[start : start + BLOCK]
-        image += _sum(pairs, pairs.image_rows(block), block, "picture")
-        of_block = count[start : start + BLOCK]
-        for caption in range(int(of_block.max())):
-            chosen = block[of_block > caption]
-            rows = pairs.text_rows(chosen, np.full(len(chosen), caption))
-            text += _sum(pairs, rows, chosen, "caption")
-            captions += len(chosen)
+    times = np.bincount(positions, minlength=len(pairs))[pairs.identity.picture]  # of each row
+    is_first = np.zeros(len(pairs.images), bool)
+    is_first[pairs.identity.first_rows] = True
+    image, pictures = _weighted_sum(pairs.images, times * is_first)
+    sums = [_weighted_sum(texts, times) for texts in pairs.texts]
+    check_finite(dataset)
     return Means(
-        image=torch.from_numpy(image / len(positions)).float(),
-        text=torch.from_numpy(text / captions).float(),
+        image=torch.from_numpy(image / pictures).float(),
+        text=torch.from_numpy(sum(s for s, _ in sums) / sum(n for _, n in sums)).float(),
     )
 
 
-def _sum(pairs: FeaturePairs, rows: Tensor, positions: np.ndarray, what: str) -> np.ndarray:
-    total = rows.double().sum(0).numpy()
-    if not np.isfinite(total).all():
-        bad = np.flatnonzero(~torch.isfinite(rows).all(1).numpy())
-        key = pairs.keys[int(positions[bad[0]])]
-        raise DataError(
-            f"{printable(pairs.name)}: expected finite features, got NaN or infinity in the row of "
-            f"the {what} of {printable(key)!r}; encode it again, or leave it out of the files"
-        )
-    return total
+def _weighted_sum(rows: FeatureRows, times: np.ndarray) -> tuple[np.ndarray, int]:
+    """The sum [D] of rows, each so many times, int64 [N], and the number of them."""
+    total = np.zeros(rows.shape[1])
+    for first, block in rows.look_over(progress=f"reading {rows.name}"):
+        for start in range(0, len(block), SUMMED):
+            part = _tensor(block[start : start + SUMMED])
+            weights = torch.from_numpy(times[first + start : first + start + len(part)])
+            total += (part[weights > 0].double() * weights[weights > 0, None]).sum(0).numpy()
+    return total, int(times.sum())
+
+
+def check_finite(dataset: PairDataset) -> None:
+    """DataError if a row of these pairs holds NaN or infinity; reads the rows unless they were."""
+    pairs, positions = origin(dataset, np.arange(len(dataset)))
+    assert isinstance(pairs, FeaturePairs)
+    is_asked = np.zeros(len(pairs), bool)
+    is_asked[positions] = True
+    identity = pairs.identity
+    for side, what in ((pairs.images, "picture"), *((texts, "caption") for texts in pairs.texts)):
+        bad = side.not_finite()
+        bad = bad[is_asked[identity.picture[bad]]]
+        if what == "picture":
+            bad = bad[np.isin(bad, identity.first_rows)]
+        if len(bad):
+            key = pairs.keys[int(identity.picture[bad[0]])]
+            raise DataError(
+                f"{printable(pairs.name)}: expected finite features, got NaN or infinity in the "
+                f"row of the {what} of {printable(key)!r}; encode it again, or leave it out of the "
+                "files"
+            )

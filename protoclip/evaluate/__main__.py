@@ -22,7 +22,7 @@ from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.during import own_layout
 from protoclip.evaluate.load import Loaded, load_model, open_encoder
 from protoclip.model import choose_device
-from protoclip.runs.checkpoint import is_beginning
+from protoclip.runs import checkpoint
 from protoclip.settings.commands import PROTOCOLS, TASKS, evaluate_parser
 from protoclip.settings.config import TABLE, TrainConfig
 
@@ -107,7 +107,10 @@ def run(args: argparse.Namespace) -> None:
         peak_memory_bytes=tasks.peak_memory_bytes(encoder.device),
     )
     if not args.tasks and earlier and earlier.data == data:
-        if _sizes(earlier) == _sizes(outcome):
+        other = _other_data(earlier, outcome)
+        if _sizes(earlier) == _sizes(outcome) and not other:
+            if any(checkpoint.is_of_before(sets.fingerprint) for sets in earlier.trained.values()):
+                notes.append(f"{output} was made before version 0.2: its sets are compared by size")
             # The values from training, on the same pictures, belong in the same table.
             outcome = dataclasses.replace(
                 earlier,
@@ -117,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
                 steps=loaded.steps or earlier.steps,
             )
         elif earlier.floors and not args.out:  # training's results, of other pictures: they stay
-            output = beside(output, repr(sorted(_sizes(outcome).items())))
+            output = beside(output, repr([*sorted(_sizes(outcome).items()), *other]))
     print(results.format_table(outcome))
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
@@ -155,13 +158,28 @@ def _sizes(outcome: results.Outcome) -> dict[str, int]:
     return {key: scores.samples for key, scores in outcome.trained.items()}
 
 
+def _other_data(earlier: results.Outcome, outcome: results.Outcome) -> list[str]:
+    """The fingerprints of sets whose pictures, captions or rows were others earlier; those that
+    were made before version 0.2 cannot be compared."""
+    before = {key: scores.fingerprint for key, scores in earlier.trained.items()}
+    return [
+        scores.fingerprint
+        for key, scores in outcome.trained.items()
+        if scores.fingerprint != before.get(key)
+        and before.get(key)
+        and not checkpoint.is_of_before(before[key])
+    ]
+
+
 def _own_held_out(loaded: Loaded) -> Layout | None:
     """The pairs that --val-fraction kept out of the run's training, if it has any."""
     if loaded.config is None or not loaded.config.data.val_fraction:
         return None
     run_data = open_run_data(loaded.config)
     name = loaded.config.data.train_data
-    if loaded.training_data and not is_beginning(loaded.training_data, run_data.training):
+    if loaded.training_data and not checkpoint.is_beginning(
+        loaded.training_data, run_data.training
+    ):
         raise ValueError(
             f"{name} has changed since the run was trained, so its held-out pictures are unknown; "
             "restore the data (rows may be added at the end), or give --data"

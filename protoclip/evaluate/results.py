@@ -60,7 +60,7 @@ class SetResults:
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
     different_captions: int | None = None  # None: not counted, or all differ
-    fingerprint: str = ""  # of its keys and captions; "": not known
+    fingerprint: str = ""  # of its keys and captions, or stored features; "": not known
 
     @property
     def number_of_captions(self) -> str:
@@ -89,6 +89,7 @@ class Outcome:
     work_seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     floors: Mapping[str, Results] = field(default_factory=dict)  # by ``FLOORS``: without a model
+    training_data: str = ""  # fingerprint of what the model trained on; "": not known
     steps: int = 0  # of training
     skipped_steps: int = 0  # those whose loss or gradient was not finite
     first_prototype_step: int = 0  # counted from 1; 0: the method has no prototypes

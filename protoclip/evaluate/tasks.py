@@ -22,7 +22,7 @@ from protoclip.data import Batch, Draws, Faults, Labels, PairDataset, batches
 from protoclip.data.feature_pairs import ClassRows, FeaturePairs, feature_pairs, origin
 from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask, labels_of
-from protoclip.distributed import gather_objects, is_main, own_slice
+from protoclip.distributed import from_main, gather_objects, is_main, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.results import Results, SetResults
@@ -156,7 +156,7 @@ class Encoder:
             rows=self._shared(len(owner), "texts", encode) if len(owner) else None,
             owner=torch.from_numpy(owner).to(self.device),
             ids=ids,
-            fingerprint=checkpoint.fingerprint(dataset),
+            fingerprint=from_main(partial(checkpoint.fingerprint, dataset)).rpartition(":")[0],
         )
 
     @torch.no_grad()

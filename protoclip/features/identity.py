@@ -130,16 +130,19 @@ class Identity:
             return keys
         return _Names(keys, self.row_numbers(slice(None) if positions is None else positions))
 
+    def alike(self, name: str) -> np.ndarray:
+        """A number for each row, int64 [N], the same for equal texts of a column; rows without a
+        text differ. Numbers count from 0 in the order in which they first occur."""
+        texts = self.column(name)
+        numbers = texts.numbers()
+        first = np.unique(numbers, return_index=True)[1][numbers]  # the first row of equal texts
+        first = np.where(texts.has_text, first, np.arange(self.count))
+        return np.unique(first, return_inverse=True)[1].astype(np.int64)
+
     @functools.cached_property
     def picture(self) -> np.ndarray:
         """The picture of each row, int64 [N], counted from 0 in the order of their first rows."""
-        keys = self.keys
-        if keys is None:
-            return np.arange(self.count)
-        numbers = keys.numbers()
-        first = np.unique(numbers, return_index=True)[1][numbers]  # the first row of equal keys
-        first = np.where(keys.has_text, first, np.arange(self.count))
-        return np.unique(first, return_inverse=True)[1].astype(np.int64)
+        return np.arange(self.count) if self.keys is None else self.alike(KEY)
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:
@@ -152,6 +155,14 @@ class Identity:
         row_of = dict(zip(own, self.first_rows.tolist(), strict=False))
         row_of.pop("", None)
         return np.array([row_of.get(key, -1) for key in keys], np.int64)
+
+    @functools.cached_property
+    def rows_by_picture(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows in the order of their pictures, int64 [N], and where those of each picture
+        begin, int64 [P + 1]: picture p has the rows ``rows[starts[p] : starts[p + 1]]``."""
+        starts = np.bincount(self.picture).cumsum()
+        order = np.argsort(self.picture, kind="stable")
+        return order, np.concatenate([np.zeros(1, np.int64), starts])
 
     def check_block(
         self, start: int, block: np.ndarray, take: Callable[[np.ndarray], np.ndarray]

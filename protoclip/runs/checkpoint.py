@@ -14,6 +14,7 @@ import numpy as np
 from protoclip.common import sealed
 from protoclip.common.files import whole_file
 from protoclip.data import PairDataset
+from protoclip.data.feature_pairs import FeaturePairs, origin
 
 FORMAT = 3  # of the entries under the key "protoclip"
 LATEST = "epoch_latest.pt"
@@ -116,18 +117,42 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def fingerprint(dataset: PairDataset, count: int | None = None) -> str:
-    """A short identifier of a data set, or of its first ``count`` pairs: their number, and a digest
-    of the marks of up to 1,000 of them."""
+BEFORE = "made before version 0.2: of stored features only a sample of rows is compared"
+
+
+def fingerprint(dataset: PairDataset, saved: str = "", count: int | None = None) -> str:
+    """A short identifier of a data set, or of its first ``count`` pairs.
+
+    Of pictures it is their number and a digest of the marks of up to 1,000 of them; of stored
+    features see ``FeaturePairs.fingerprint``.
+
+    Args:
+        saved: an earlier fingerprint, with which ``is_same`` will compare this one.
+        count: of the first pairs; other rows than those of ``saved`` do not count.
+    """
+    is_beginning = count is not None
     count = len(dataset) if count is None else count
+    pairs, positions = origin(dataset, np.arange(count))
+    if isinstance(pairs, FeaturePairs) and not is_of_before(saved):
+        return pairs.fingerprint(positions, saved, is_beginning)
     digest = hashlib.sha256(str(count).encode())
-    positions = np.linspace(0, max(0, count - 1), min(1000, count), dtype=np.int64)
-    for mark in dataset.marks(positions):
+    for mark in dataset.marks(np.linspace(0, max(0, count - 1), min(1000, count), dtype=np.int64)):
         digest.update(mark + b"\0")
     return f"{count}:{digest.hexdigest()[:16]}"
+
+
+def is_of_before(saved: str) -> bool:
+    """Whether a fingerprint of stored features is from before version 0.2; those of pictures have
+    the same form still."""
+    return saved.count(":") == 1
+
+
+def is_same(saved: str, now: str) -> bool:
+    """Whether two fingerprints are of the same data; sizes and times of files do not count."""
+    return saved.split(":")[:4] == now.split(":")[:4]
 
 
 def is_beginning(saved: str, dataset: PairDataset) -> bool:
     """Whether ``saved`` is the fingerprint of the first pairs or of all: some may be new."""
     count = int(saved.partition(":")[0])
-    return count <= len(dataset) and saved == fingerprint(dataset, count)
+    return count <= len(dataset) and is_same(saved, fingerprint(dataset, saved, count))

@@ -182,13 +182,16 @@ def check_resume(
         ("the training data", "data", data),
     ):
         before = resume.training.get(name)
-        if before != value:
+        if before != value and not (name == "data" and checkpoint.is_same(str(before), data)):
             wrong.append(f"{what} was {before} and is {value}")
     if wrong:
         raise ValueError(
             f"--resume: {resume.file} cannot be resumed with other settings: "
             f"{'; '.join(wrong)}; use the run's own settings, or start a new run with --pretrained"
         )
-    return [
+    notes = [
         f"since the checkpoint, {note}: this is no longer the same run" for note in changes.noted
     ]
+    if config.model.image_width and checkpoint.is_of_before(data):
+        notes.append(f"{resume.file} was {checkpoint.BEFORE}")
+    return notes

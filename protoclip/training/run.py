@@ -15,7 +15,6 @@ from protoclip.data.loader import EpochOrder
 from protoclip.evaluate.during import Evaluation
 from protoclip.losses.objective import Term
 from protoclip.model import ProtoModel
-from protoclip.runs.checkpoint import fingerprint
 from protoclip.runs.resume import Resume
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import TrainConfig
@@ -43,13 +42,9 @@ class Run:
     terms: Mapping[str, Term] = field(default_factory=dict)  # losses of the user's own, by name
     evaluation: Evaluation | None = None
     resume: Resume | None = None  # the checkpoint to continue from
+    data_fingerprint: str = ""  # what a resumed run must find again
 
     @cached_property
     def active(self) -> ActiveLosses:
         """The losses that are trained besides InfoNCE."""
         return active_losses(self.config, has_teacher=self.teacher is not None)
-
-    @cached_property
-    def data_fingerprint(self) -> str:
-        """What a resumed run must find again."""
-        return fingerprint(self.dataset)
