@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import ctypes
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -15,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from ranks import exit_codes, logs_of, on_ranks, start_command
+from ranks import exit_codes, full_disk, logs_of, on_ranks, start_command
 from torch import Tensor
 
 from protoclip.common.files import sole_writer
+from protoclip.data import shards
 from protoclip.encode import encoders, folder
 from protoclip.encode.__main__ import main as encode
 from protoclip.features import open_features, open_folder, writer
@@ -511,3 +518,193 @@ def test_the_record_says_what_the_folder_holds(
     assert record["made_by"]["data"] == str(photos) and record["made_by"]["dtype"] == "float16"
     assert record["left_out"][0][0] == TORN
     assert folder.LEFT_OUT == "left_out.csv"
+
+
+@contextlib.contextmanager
+def permissions_count() -> Iterator[None]:
+    """Files' permissions count for root too: this thread has no right to ignore them."""
+    system = ctypes.CDLL(None)
+    this_thread = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    rights = (ctypes.c_uint32 * 6)()
+    assert system.capget(this_thread, rights) == 0
+    before = rights[0]
+    rights[0] = before & ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert system.capset(this_thread, rights) == 0
+    try:
+        yield
+    finally:
+        rights[0] = before
+        assert system.capset(this_thread, rights) == 0
+
+
+def left_out(out: Path) -> list[str]:
+    with open(out / "left_out.csv", newline="") as file:
+        return [row["file"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("form", ["folder", "table", "parquet"])
+def test_what_the_system_refuses_is_tried_again(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted, form: str
+) -> None:
+    """The picture stays as it is, so its size and time do not say that it can be read now."""
+    names = sorted(path.name for path in photos.iterdir())
+    data, keys = photos, names
+    if form == "table":
+        data = tmp_path / "pairs.csv"
+        data.write_text("filepath,title\n" + "".join(f"photos/{n},of {n}\n" for n in names))
+        keys = [f"photos/{name}" for name in names]
+    elif form == "parquet":
+        data = tmp_path / "pairs.parquet"
+        columns = {"image": [f"photos/{name}" for name in names], "caption": names}
+        pq.write_table(pa.table(columns), data)
+        keys = [f"{data.name}/{row}" for row in range(len(names))]
+        flags = [*flags, "--csv-img-key", "image"]
+    torn, refused = (keys[names.index(name)] for name in (TORN, "0003.png"))
+    out = tmp_path / "out"
+    command = [str(data), "--out", str(out), *flags]
+    (photos / "0003.png").chmod(0)
+    with permissions_count():
+        assert encode(command) == 0
+    assert left_out(out) == [refused, torn]
+    record = json.loads((out / "encode.json").read_text())
+    assert [key for key, _, _ in record["left_out"]] == [torn]
+    files = {path: path.stat().st_ino for path in out.rglob("*_emb_*.npy")}
+    counted.images.clear()
+    with permissions_count():
+        assert encode(command) == 0
+    assert left_out(out) == [refused, torn]
+    assert not counted.images
+    assert {path: path.stat().st_ino for path in files} == files  # nothing was written again
+    (photos / "0003.png").chmod(0o600)
+    assert encode(command) == 0
+    assert counted.images == [1] and left_out(out) == [torn]
+    assert list(open_folder(out).images.keys) == [key for key in keys if key != torn]
+    counted.images.clear()
+    assert encode(command) == 0
+    assert not counted.images
+
+
+def test_a_run_that_continues_keeps_parts_without_what_was_refused(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted
+) -> None:
+    """Parts that were finished before the stop are not written again."""
+    out = tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    (photos / "0003.png").chmod(0)
+    counted.stop_in = 6
+    with permissions_count():
+        assert encode(command) == 0
+        first = (out / "img_emb" / "img_emb_0.npy").stat().st_ino
+        counted.stop_in = 0
+        assert encode(command) == 0
+    assert sum(counted.images) == PICTURES - 1
+    assert (out / "img_emb" / "img_emb_0.npy").stat().st_ino == first
+    assert left_out(out) == ["0003.png", TORN]
+
+
+def test_a_reason_is_forgotten_where_nothing_says_that_the_file_is_the_same(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A URL without an ETag: the shard behind it may have been replaced."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    shard = tmp_path / "a.tar"
+    write_shard(shard, range(20))
+    whole = shard.read_bytes()
+    at = whole.index(b"IDAT")
+    shard.write_bytes(whole[:at] + b"damaged" + whole[at + 7 :])
+    command = [f"file://{shard}", "--out", str(tmp_path / "out"), *flags]
+    assert encode(command) == 0
+    assert left_out(tmp_path / "out") != [] and len(open_features(tmp_path / "out")) == 19
+    shard.write_bytes(whole)
+    shutil.rmtree(tmp_path / "cache")
+    shards._open.cache_clear()  # as in another process
+    assert encode(command) == 0
+    assert left_out(tmp_path / "out") == [] and len(open_features(tmp_path / "out")) == 20
+
+
+def test_a_part_that_finds_no_room_as_a_piece_stays(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted, capsys
+) -> None:
+    """A part that is no longer valid is set aside first: on a full disk its rows are not lost."""
+    out = tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    assert encode(command) == 0
+    counted.images.clear()
+    draw(photos / "0000-inserted.png", 97)
+    with full_disk(2000):
+        assert encode(command) == 2
+    assert "free some space and start again" in capsys.readouterr().err
+    assert encode(command) == 0
+    assert sum(counted.images) == 1
+
+
+def test_rows_of_another_model_do_not_stay_where_they_cannot_be_removed(
+    photos: Path, nano: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    assert encode([str(photos), "--out", str(out), *flags]) == 0
+    other = tmp_path / "other.json"
+    other.write_text(nano.read_text())
+    command = [str(photos), "--out", str(out), "--model", str(other), *flags[2:], "--overwrite"]
+    folders = [out / name for name in ("img_emb", "text_emb", "metadata")]
+    for path in folders:
+        path.chmod(0o500)
+    with permissions_count():
+        assert "Permission denied" in error_of(encode, command)
+    for path in folders:
+        path.chmod(0o700)
+    with pytest.raises(ValueError, match="unfinished; this continues them"):
+        open_folder(out)
+    assert encode(command) == 0
+    assert str(other) in json.loads((out / "encode.json").read_text())["made_by"]["images"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "empty", "other rows", "table", "removed"])
+def test_a_damaged_part_is_repaired(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted, fault: str
+) -> None:
+    out = tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    assert encode(command) == 0
+    before = content(out)
+    rows, table = out / "img_emb" / "img_emb_1.npy", out / "metadata" / "metadata_1.csv"
+    if fault == "cut":
+        rows.write_bytes(rows.read_bytes()[:-1])
+    elif fault == "empty":
+        rows.write_bytes(b"")
+    elif fault == "other rows":
+        np.save(rows, np.load(rows)[1:])
+    elif fault == "table":
+        table.write_bytes(b"\0" * 100 + table.read_bytes()[100:])
+    elif fault == "removed":
+        rows.unlink()
+    counted.images.clear()
+    assert encode(command) == 0
+    assert content(out) == before and sum(counted.images) == PART
+
+
+def test_rows_without_a_table_do_not_stay_when_the_data_shrink(
+    photos: Path, flags: list[str], tmp_path: Path
+) -> None:
+    """Killed between the rows and the table of the last part, which the next run does not have."""
+    out = tmp_path / "out"
+    command = [str(photos), "--out", str(out), *flags]
+    assert encode(command) == 0
+    (out / "metadata" / "metadata_2.csv").unlink()
+    for number in range(2 * PART - 1, PICTURES):
+        (photos / f"{number:04}.png").unlink()
+    assert encode(command) == 0
+    assert len(open_features(out)) == 2 * PART - 1
+
+
+def test_one_long_caption_does_not_make_pieces_large(
+    photos: Path, flags: list[str], tmp_path: Path, counted: Counted
+) -> None:
+    table = tmp_path / "pairs.csv"
+    captions = ["long " * 2000, *(f"c{n}" for n in range(1, PART))]
+    table.write_text("filepath,title\n" + "".join(f"photos/{n:04}.png,{caption}\n"
+                     for n, caption in enumerate(captions)))  # fmt: skip
+    counted.stop_in = PART // BATCH
+    assert encode([str(table), "--out", str(tmp_path / "out"), *flags]) == 0
+    (piece,) = (tmp_path / "out" / ".unfinished").glob("*.npz")
+    assert piece.stat().st_size < 2 * 4 * len(captions[0])

@@ -165,7 +165,8 @@ def test_keys_of_an_npz(tmp_path: Path) -> None:
 
 
 TEXTS = ["", "a", "'", "''a", "=1", "-", '"', '""', 'a"', '"a', ",", "\n", "\r\n", 'x","y\n"',
-         "@'\"", "é", "\udcff", "a", "  ", "a\x00b"]  # fmt: skip
+         "@'\"", "é", "\udcff", "a", "  ", "a\x00b",
+         "\r", "a\rb", '"\r"', "x" * 200_000]  # fmt: skip
 
 
 def test_a_table_keeps_its_texts(tmp_path: Path) -> None:
@@ -295,9 +296,14 @@ def test_a_table_of_other_rows_is_refused(tmp_path: Path) -> None:
     table.write_text("".join(text.splitlines(keepends=True)[:-2]))
     with pytest.raises(DataError, match=r"metadata_3\.csv: expected 11 rows.* got 10"):
         _ = open_folder(path).images.keys
-    table.write_text(text + "one more;\n")
-    with pytest.raises(DataError, match=r"metadata_3\.csv: expected 5 cells in each line"):
-        _ = open_folder(path).images.keys
+    for damaged, words in (
+        (text + "one more;\n", "expected 5 cells in each line"),
+        (text[:-2], "expected a line break at the end"),
+        (text + '"\n', "unexpected end of data"),
+    ):
+        table.write_text(damaged)
+        with pytest.raises(DataError, match=rf"metadata_3\.csv: {words}; has another program"):
+            _ = open_folder(path).images.keys
 
 
 def test_what_does_not_exist_is_named(tmp_path: Path) -> None:

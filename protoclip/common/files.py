@@ -42,6 +42,16 @@ class DataError(ValueError):
     """A fault of the data: the message names the file, row or key and says what to do."""
 
 
+class UnavailableError(DataError):
+    """What the system refused: a permission, a disk, a network share. The next try may read it."""
+
+
+def kind_of(error: Exception) -> type[DataError]:
+    """UnavailableError if the system raised it: errors of decoding are ValueErrors, or OSErrors
+    without a number."""
+    return UnavailableError if getattr(error, "errno", None) else DataError
+
+
 def is_remote(shard: str) -> bool:
     """Whether a shard is a URL rather than a path."""
     return "://" in shard
@@ -99,7 +109,7 @@ def local_copy(url: str) -> str:
             _copies[url] = found if isinstance(found, str) else found[0]  # of a URL with "?"
     except Exception as error:  # each file system has its own errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(
+        raise UnavailableError(
             f"{url}: cannot be copied to {folder} ({reason}); check the address, the network, the "
             "disk space (PROTOCLIP_CACHE sets another folder) and pip install -e '.[remote]'"
         ) from error
@@ -278,13 +288,15 @@ def say_left_out(reasons: Sequence[str], count: int, noun: str = "picture") -> N
     print(printable_lines("\n  ".join(lines)), file=sys.stderr)
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_csv(
+    path: Path, header: Sequence[str], rows: Iterable[Sequence[object]], line_end: str = "\r\n"
+) -> None:
     """Write a table completely or not at all. File names keep their bytes, UTF-8 or not."""
     with (
         whole_file(path) as temporary,
         open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
-        csv.writer(file).writerows(itertools.chain([header], rows))
+        csv.writer(file, lineterminator=line_end).writerows(itertools.chain([header], rows))
 
 
 def path_in_table(key: str) -> str:

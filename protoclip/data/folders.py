@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.common.files import DataError, lines_of, plural, printable
+from protoclip.common.files import DataError, UnavailableError, lines_of, plural, printable
 from protoclip.common.strings import StringTable
 from protoclip.data.images import NEEDS_HEIF, decode, no_picture
 from protoclip.data.types import Labels, PairDataset
@@ -166,7 +166,7 @@ class ImageFolder(PairDataset):
             return decode(Path(self.path(i)).read_bytes(), printable(self.path(i)))
         except OSError as error:
             shown = printable(self.path(i))
-            raise DataError(f"{shown}: {error.strerror}; fix the file") from error
+            raise UnavailableError(f"{shown}: {error.strerror}; fix the file") from error
         except UnicodeEncodeError as error:
             shown = printable(self.path(i))
             raise DataError(

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from protoclip.common.files import DataError, is_remote, local_copy, read_file
+from protoclip.common.files import (
+    DataError,
+    UnavailableError,
+    is_remote,
+    kind_of,
+    local_copy,
+    read_file,
+)
 from protoclip.common.host import lock_free_after_fork, warn_once
 from protoclip.common.json_text import parse_json
 from protoclip.common.strings import StringTable
@@ -156,7 +163,7 @@ class ParquetDataset(PairDataset):
                 data = read_file(path)
             except (OSError, ValueError) as error:  # a path with NUL is a ValueError
                 reason = getattr(error, "strerror", error)
-                raise DataError(f"{where}: {reason} at {path!r}; fix the path") from error
+                raise kind_of(error)(f"{where}: {reason} at {path!r}; fix the path") from error
         return decode(data, where)
 
     def _value(self, i: int, column: str) -> Any:
@@ -374,11 +381,11 @@ def read_column(group: RowGroup, column: str) -> Any:
             with parquet.ParquetFile(group.path) as reader:
                 table = reader.read_row_group(group.number, columns=[column], use_threads=False)
         except _damage() as error:
-            raise DataError(
+            raise kind_of(error)(
                 f"{group.file}: row group {group.number} cannot be read ({error}); copy it again"
             ) from error
         if not is_same or table.num_rows != group.rows:
-            raise DataError(f"{group.file}: changed while in use; start again")
+            raise UnavailableError(f"{group.file}: changed while in use; start again")
         values = _cache[key] = table.column(column).combine_chunks()
         while len(_cache) > 1 and sum(column.nbytes for column in _cache.values()) > CACHE_BYTES:
             _cache.popitem(last=False)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from protoclip.common.files import (
     DataError,
+    UnavailableError,
     fetch_ahead,
     is_remote,
     lines_of,
@@ -145,10 +146,10 @@ class ShardDataset(PairDataset):
             as_indexed = self._states[self._shard_of[i]] in (None, state_of(file.fileno()))
             data = os.pread(file.fileno(), place.size, place.offset) if as_indexed else b""
         except OSError as error:
-            raise DataError(f"{shard}: {error.strerror}; check the disk") from error
+            raise UnavailableError(f"{shard}: {error.strerror}; check the disk") from error
         if len(data) != place.size:
             copies = f" without its copy in {cache_dir()}" if is_remote(shard) else ""
-            raise DataError(f"{shard}: changed while in use; start again{copies}")
+            raise UnavailableError(f"{shard}: changed while in use; start again{copies}")
         return data
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from protoclip.common.files import DataError, read_file
+from protoclip.common.files import DataError, kind_of, read_file
 from protoclip.common.strings import StringTable
 from protoclip.data.images import decode
 from protoclip.data.types import BadSample, Facts, PairDataset
@@ -131,7 +131,8 @@ class CsvDataset(PairDataset):
         except DataError:
             raise
         except (OSError, ValueError) as error:  # a path with NUL is a ValueError
-            raise DataError(f"{where}: {error}; correct the path or remove the row") from error
+            message = f"{where}: {error}; correct the path or remove the row"
+            raise kind_of(error)(message) from error
 
     def _find(self, file: str) -> str:
         beside = os.path.join(self.folder, file)  # an absolute path stays as it is

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,22 @@ class ImageEncoder:
     transform: Callable[[Image.Image], Tensor]  # a picture in RGB -> [3, H, W]
     encode: Callable[[Tensor], Tensor]  # [B, 3, H, W] -> float32 [B, D] on the CPU
 
+    def no_rows(self) -> Tensor:
+        """Of no pictures, [0, D]."""
+        return self.encode(self.transform(Image.new("RGB", (64, 64)))[None])[:0]
+
 
 @dataclass(frozen=True)
 class TextEncoder:
     name: str
     encode: Callable[[Sequence[str]], Tensor]  # B texts -> float32 [B, D] on the CPU
+
+    def no_rows(self) -> Tensor:
+        """Of no texts, [0, D]."""
+        return self.encode(["a"])[:0]
+
+
+Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder)
 
 
 @dataclass(frozen=True)
@@ -76,25 +87,21 @@ def with_heads(encoders: Encoders, folder: str, device: torch.device) -> Encoder
     heads = load_heads(folder).to(device)
     name = f"{folder} {state_of(os.path.join(folder, WEIGHTS_FILE))}"
 
-    def embed(encode: Callable[..., Tensor], rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            return encode(rows.to(device), normalize=True).cpu()
+    def followed_by(head: Callable[..., Tensor], encoder: Encoder | None) -> Encoder | None:
+        if encoder is None:
+            return None
+        first = encoder.encode
 
-    images = encoders.images
-    texts = encoders.texts
-    if images is not None:
-        encode_pictures = images.encode
-        images = replace(
-            images,
-            name=f"{images.name} {name}",
-            encode=lambda pictures: embed(heads.encode_image, encode_pictures(pictures)),
-        )
-    if texts is not None:
-        encode_texts = texts.encode
-        texts = TextEncoder(
-            f"{texts.name} {name}", lambda words: embed(heads.encode_text, encode_texts(words))
-        )
-    return Encoders(images, texts)
+        def encode(inputs: Any) -> Tensor:
+            with torch.no_grad():
+                return head(first(inputs).to(device), normalize=True).cpu()
+
+        return replace(encoder, name=f"{encoder.name} {name}", encode=encode)
+
+    return Encoders(
+        followed_by(heads.encode_image, encoders.images),
+        followed_by(heads.encode_text, encoders.texts),
+    )
 
 
 def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:

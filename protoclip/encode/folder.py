@@ -7,20 +7,21 @@ rows do not depend on where a run was stopped.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip.common.files import (
     DataError,
+    UnavailableError,
     is_remote,
     path_in_table,
     plural,
@@ -31,21 +32,16 @@ from protoclip.common.files import (
     write_csv,
 )
 from protoclip.common.signals import StopSignals, stop_if_asked
+from protoclip.common.waits import Wait
 from protoclip.data import PairDataset
 from protoclip.data.loader import AHEAD, ignore_signals
-from protoclip.distributed import (
-    from_main,
-    gather_objects,
-    is_main,
-    progress_hidden,
-    rank,
-    world_size,
-)
-from protoclip.encode.encoders import Encoders
+from protoclip.distributed import from_main, gather_objects, is_main, rank, world_size
+from protoclip.encode.encoders import Encoders, ImageEncoder, TextEncoder
 from protoclip.features import writer
 from protoclip.features.layout import IMAGES, TABLES, TEXTS, read_record
+from protoclip.features.parts import open_part
 from protoclip.features.table import CAPTION, FILE, KEY, LABEL, STATE, read_csv
-from protoclip.features.writer import Kept, PartFolder, Piece, State
+from protoclip.features.writer import REASONS, Columns, Kept, PartFolder, Sides, State
 
 LEFT_OUT = "left_out.csv"
 PIECE_SECONDS = 30.0  # between two pieces: what a killed run loses
@@ -73,15 +69,36 @@ def encode_folder(dataset: PairDataset, encoders: Encoders, settings: Settings) 
 
     Raises:
         Stopped: a signal asked for it; the same call continues.
-        ValueError: the folder holds something else, or hardly any picture can be read.
+        ValueError: the folder holds something else, or no picture can be read.
     """
     job = _Job(dataset, encoders, settings)
-    job.encode(from_main(job.prepare))
-    gather_objects(None)  # all parts are written
-    reasons = from_main(job.finish)
+    own = from_main(job.prepare)[rank() :: world_size()]
+    kept = Kept(settings.out)
+    gather_objects(None)  # nobody adds a piece before all have read them
+    total = sum(len(job.pairs_of(part)) for part in own)
+    with StopSignals() as signals, Wait("encoding", total, "pictures") as wait:
+        for part in own:
+            for count in _Part(job, part, kept).encode(signals):
+                wait.update(count)
+                words = f"after {wait.done:,} of {plural(total, 'picture')}"
+                stop_if_asked(signals, f"{words}; the same command continues")
+    all_left_out = gather_objects(job.left_out)  # all parts are written
+    left_out = {i: why for of_rank in all_left_out for i, why in of_rank.items()}
+    reasons = from_main(lambda: job.finish(dict(sorted(left_out.items()))))
     if is_main():
         say_left_out(list(reasons.values()), len(dataset))
     return reasons
+
+
+class LeftOut(NamedTuple):
+    """Why a pair has no row."""
+
+    reason: str
+    is_lasting: bool = True  # as long as the file stays as it is; not where the system refused it
+
+    @classmethod
+    def because(cls, error: DataError) -> LeftOut:
+        return cls(str(error), not isinstance(error, UnavailableError))
 
 
 class _Job:
@@ -91,31 +108,31 @@ class _Job:
         self.dataset = dataset
         self.encoders = encoders
         self.settings = settings
-        self.states = states_of(dataset)
-        self.count = -(-len(dataset) // writer.PAIRS_IN_PART)
-        self.folder = PartFolder(settings.out, self.count)
+        self.made_by = {  # what the rows depend on, next to the pictures and captions
+            "data": settings.data,
+            "rows": settings.rows,
+            "images": encoders.images.name if encoders.images else "",
+            "texts": encoders.texts.name if encoders.texts else "",
+            "dtype": settings.dtype,
+        }
+        self.sides: dict[str, ImageEncoder | TextEncoder] = {}
+        if encoders.images:
+            self.sides[IMAGES] = encoders.images
+        if encoders.texts:
+            self.sides[TEXTS] = encoders.texts
+        self.pictures: list[State] = list(zip(dataset.keys, states_of(dataset), strict=True))
+        self.folder = PartFolder(settings.out, -(-len(dataset) // writer.PAIRS_IN_PART))
         self.class_names = {
             f"{LABEL}{name}": [*labels.names, ""] for name, labels in dataset.labels.items()
         }
+        self.left_out: dict[int, LeftOut] = {}  # position -> why, of what this rank has looked at
 
-    @property
-    def made_by(self) -> dict[str, str]:
-        """What the rows depend on, next to the pictures and captions."""
-        images, texts = self.encoders.images, self.encoders.texts
-        return {
-            "data": self.settings.data,
-            "rows": self.settings.rows,
-            "images": images.name if images else "",
-            "texts": texts.name if texts else "",
-            "dtype": self.settings.dtype,
-        }
-
-    def prepare(self) -> list[int]:
-        """Check the folder and return the numbers of the parts to encode. Parts that are no longer
-        valid become pieces."""
+    def prepare(self) -> list[str]:
+        """Check the folder and return the parts to encode. Parts that are no longer valid become
+        pieces."""
         out = self.settings.out
-        record = read_record(self.settings.out)
         shown = printable(str(out))
+        record = read_record(out)
         if not record and any((out / kind).exists() for kind in (IMAGES, TEXTS, TABLES)):
             raise ValueError(
                 f"--out: {shown} holds features that protoclip encode did not write there; choose "
@@ -128,227 +145,183 @@ class _Job:
                     f"{_words(self.made_by)}; choose another folder, or replace them with "
                     "--overwrite"
                 )
+            self.folder.write_record(record | {"finished": False})
             self.folder.remove_all()
             record = {}
-        record = {
-            "made_by": self.made_by,
-            "finished": False,
-            "command": self.settings.command,
-            "left_out": record.get("left_out", []),
-        }
-        self.folder.write_record(record)
-        tables = self.folder.tables()
-        if not tables and not (out / writer.UNFINISHED).exists():
-            return list(range(self.count))
-        reasons = Kept(self.folder, _left_out(record)).reasons
-        whole = []
-        for table in tables:
-            number = next(
-                (n for n in range(self.count) if self.folder.file(TABLES, n) == table), -1
-            )
-            if number >= 0 and self._is_valid(number, table, reasons):
-                whole.append(number)
-            else:
-                self.folder.set_aside(table)
-        return sorted(set(range(self.count)) - set(whole))
+        self.folder.write_record(
+            {
+                "made_by": self.made_by,
+                "finished": False,
+                "command": self.settings.command,
+                REASONS: record.get(REASONS, []),
+            }
+        )
+        reasons = Kept(out).reasons
+        for part in self.folder.parts_on_disk():
+            if part not in self.folder.parts or not self._is_valid(part, reasons):
+                self.folder.set_aside(part)
+        return [part for part in self.folder.parts if not self.folder.file(TABLES, part).exists()]
 
-    def pairs_of(self, number: int) -> range:
-        start = number * writer.PAIRS_IN_PART
+    def pairs_of(self, part: str) -> range:
+        start = int(part) * writer.PAIRS_IN_PART
         return range(start, min(len(self.dataset), start + writer.PAIRS_IN_PART))
 
-    def picture(self, i: int) -> State:
-        return self.dataset.keys[i], self.states[i]
-
-    def _is_valid(self, number: int, table: Path, reasons: Mapping[State, str]) -> bool:
-        """Whether a part on disk is of the data as it is now."""
-        sides = {IMAGES: self.encoders.images, TEXTS: self.encoders.texts}
-        if not all(self.folder.file(s, number).exists() for s, encoder in sides.items() if encoder):
-            return False
-        pairs = [i for i in self.pairs_of(number) if self.picture(i) not in reasons]
-        if not all(self.states[i] for i in pairs):  # a file without a state is encoded again
-            return False
-        captions = [self.dataset.captions(i) for i in pairs]
-        expected = self.columns(
-            [i for i, texts in zip(pairs, captions, strict=True) for _ in texts],
-            [text for texts in captions for text in texts],
-        )
+    def _is_valid(self, part: str, reasons: Mapping[State, str]) -> bool:
+        """Whether a part on disk is of the data as it is now. Of pictures that it lacks, those that
+        the system refused are tried again."""
+        table = self.folder.file(TABLES, part)
+        left_out: dict[int, LeftOut] = {}
         try:
-            return all(list(read_csv(table, name)) == cells for name, cells in expected.items())
+            keys = read_csv(table, KEY)
+            counts = {open_part(self.folder.file(side, part)).shape[0] for side in self.sides}
+            if counts != {len(keys)}:
+                return False
+            has_rows = set(keys)
+            for i in self.pairs_of(part):
+                key, state = self.pictures[i]
+                if reason := reasons.get((key, state)):
+                    left_out[i] = LeftOut(reason)
+                elif key not in has_rows:
+                    try:
+                        if IMAGES in self.sides:
+                            self.dataset.image(i)
+                        self.dataset.captions(i)
+                    except UnavailableError as error:
+                        left_out[i] = LeftOut.because(error)
+                    else:
+                        return False
+            pairs = [i for i in self.pairs_of(part) if i not in left_out]
+            if not all(self.pictures[i][1] for i in pairs):  # without a state it is encoded again
+                return False
+            expected = self.columns([(i, text) for i in pairs for text in self.dataset.captions(i)])
+            is_valid = all(list(read_csv(table, name)) == cells for name, cells in expected.items())
         except (OSError, ValueError):  # damaged, or without such a column
             return False
+        if is_valid:
+            self.left_out |= left_out
+        return is_valid
 
-    def columns(self, pairs: Sequence[int], captions: Sequence[str]) -> dict[str, Sequence[str]]:
+    def columns(self, rows: Sequence[tuple[int, str]]) -> dict[str, Sequence[str]]:
         """The table of rows, each of a pair and one of its captions."""
         columns: dict[str, Sequence[str]] = {
-            KEY: [self.dataset.keys[i] for i in pairs],
-            FILE: [_absolute(self.dataset.container(i)) for i in pairs],
-            STATE: [self.states[i] for i in pairs],
-            CAPTION: captions,
+            KEY: [self.pictures[i][0] for i, _ in rows],
+            FILE: [_absolute(self.dataset.container(i)) for i, _ in rows],
+            STATE: [self.pictures[i][1] for i, _ in rows],
+            CAPTION: [text for _, text in rows],
         }
         for column, names in self.class_names.items():
             ids = self.dataset.labels[column.removeprefix(LABEL)].ids
-            columns[column] = [names[int(ids[i])] for i in pairs]
+            columns[column] = [names[int(ids[i])] for i, _ in rows]
         return columns
 
-    def encode(self, parts: Sequence[int]) -> None:
-        """Encode this rank's share of the parts."""
-        kept = Kept(self.folder, _left_out(read_record(self.settings.out)))
-        gather_objects(None)  # nobody adds a piece before all have read them
-        own = parts[rank() :: world_size()]
-        pairs = sum(len(self.pairs_of(number)) for number in own)
-        with StopSignals() as signals, Progress(pairs) as progress:
-            for number in own:
-                _Part(self, number, kept, signals, progress).encode()
+    def lasting(self, left_out: Mapping[int, LeftOut]) -> list[tuple[str, str, str]]:
+        """Key, state and reason of the pictures that the folder remembers."""
+        return [(*self.pictures[i], why.reason) for i, why in left_out.items() if why.is_lasting]
 
-    def finish(self) -> dict[str, str]:
+    def finish(self, left_out: Mapping[int, LeftOut]) -> dict[str, str]:
         """Write left_out.csv, say in the record that the folder is finished, remove the pieces."""
-        record = read_record(self.settings.out)
-        missing = set(range(self.count)) - {
-            number for number in range(self.count) if self.folder.file(TABLES, number).exists()
-        }
-        if missing:
+        out = self.settings.out
+        if not all(self.folder.file(TABLES, part).exists() for part in self.folder.parts):
             raise DataError(
-                f"--out: {printable(str(self.settings.out))}: the parts of other ranks are not "
-                "here; choose a folder that all machines share"
+                f"--out: {printable(str(out))}: the parts of other ranks are not here; choose a "
+                "folder that all machines share"
             )
-        reasons = Kept(self.folder, _left_out(record)).reasons
-        pictures = map(self.picture, range(len(self.dataset)))
-        left_out = {picture: reasons[picture] for picture in pictures if picture in reasons}
         if len(left_out) == len(self.dataset):
-            raise DataError(next(iter(left_out.values())))
-        table = [(path_in_table(key), reason) for (key, _), reason in left_out.items()]
-        write_csv(self.settings.out / LEFT_OUT, ("file", "reason"), table)
-        record["left_out"] = [[*picture, reason] for picture, reason in left_out.items()]
-        self.folder.write_record(record | {"finished": True})
-        self.folder.remove_pieces()
-        return {key: reason for (key, _), reason in left_out.items()}
+            raise DataError(next(iter(left_out.values())).reason)
+        reasons = {self.dataset.keys[i]: why.reason for i, why in left_out.items()}
+        table = [(path_in_table(key), reason) for key, reason in reasons.items()]
+        write_csv(out / LEFT_OUT, ("file", "reason"), table)
+        record = {REASONS: self.lasting(left_out), "finished": True}
+        self.folder.write_record(read_record(out) | record)
+        shutil.rmtree(out / writer.UNFINISHED, ignore_errors=True)
+        return reasons
 
-
-class Progress:
-    """How many of a rank's pictures are done, and a bar that shows it."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self._bar = tqdm(
-            desc="encoding", unit=" rows", total=total, leave=False, disable=progress_hidden()
-        )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self._bar.update(count)
-
-    def __str__(self) -> str:
-        return f"{self.done:,} of {plural(self.total, 'picture')}"
-
-
-class _Rows:
-    """Rows by number, in an array that is made with the first of them."""
-
-    def __init__(self, count: int) -> None:
-        self.is_known = np.zeros(count, bool)
-        self.values: np.ndarray | None = None  # [count, D]
-
-    def put(self, numbers: Sequence[int], rows: np.ndarray) -> None:
-        if self.values is None:
-            self.values = np.zeros((len(self.is_known), rows.shape[1]), rows.dtype)
-        self.values[numbers] = rows
-        self.is_known[numbers] = True
-
-    def are_finite(self, numbers: Sequence[int]) -> bool:
-        return self.values is None or bool(np.isfinite(self.values[numbers]).all())
+    def stored(self, rows: Tensor) -> np.ndarray:
+        """Rows in the dtype of the folder."""
+        values = rows.numpy()
+        dtype = np.dtype(self.settings.dtype)
+        with np.errstate(over="ignore"):
+            stored = values.astype(dtype)
+        if (np.isfinite(values) & ~np.isfinite(stored)).any():
+            largest = np.abs(values[np.isfinite(values)]).max()
+            raise ValueError(
+                f"--dtype: expected features of at most {np.finfo(dtype).max:,.0f} for {dtype}, "
+                f"got {largest:,.0f}; use --dtype fp32"
+            )
+        return stored
 
 
 class _Part:
-    """The encoding of one part. Pairs have their number in it, captions theirs among the different
-    captions of the part."""
+    """The encoding of one part. Pairs are positions in the data set."""
 
-    def __init__(
-        self, job: _Job, number: int, kept: Kept, signals: StopSignals, progress: Progress
-    ) -> None:
+    def __init__(self, job: _Job, part: str, kept: Kept) -> None:
         self.job = job
-        self.number = number
-        self.signals = signals
-        self.progress = progress
-        self.dtype = np.dtype(job.settings.dtype)
-        self.pairs = job.pairs_of(number)  # positions in the data set
-        self.reasons: dict[int, str] = {}  # pair -> why it has no row
-        self.texts: dict[str, int] = {}  # caption -> its number
-        self.captions: list[list[int]] = []  # of each pair
-        self.pieces: list[Path] = []  # that this run has written
-        for pair, i in enumerate(self.pairs):
-            texts: tuple[str, ...] = ()
-            if (reason := kept.reasons.get(job.picture(i))) is not None:
-                self.reasons[pair] = reason
-            else:
-                try:
-                    texts = job.dataset.captions(i)
-                except DataError as error:
-                    self.reasons[pair] = str(error)
-            self.captions.append([self.texts.setdefault(t, len(self.texts)) for t in texts])
-        self.image_rows = _Rows(len(self.pairs))
-        self.text_rows = _Rows(len(self.texts))
-        if job.encoders.images:
-            for numbers, rows in kept.image_rows([job.picture(i) for i in self.pairs]):
-                self.image_rows.put(numbers, rows)
-        if job.encoders.texts:
-            for numbers, rows in kept.text_rows(list(self.texts)):
-                self.text_rows.put(numbers, rows)
+        self.part = part
+        self.pairs = job.pairs_of(part)
+        self.left_out: dict[int, LeftOut] = {}
+        self.captions: dict[int, tuple[str, ...]] = {}
+        for i in self.pairs:
+            try:
+                if reason := kept.reasons.get(job.pictures[i]):
+                    self.left_out[i] = LeftOut(reason)
+                else:
+                    self.captions[i] = job.dataset.captions(i)
+            except DataError as error:
+                self.left_out[i] = LeftOut.because(error)
+        # The rows [D] that are known, by picture and by caption.
+        self.known: dict[str, dict[Any, np.ndarray]] = {
+            side: kept.rows(side, (name for i in self.captions for name in self._names(side, i)))
+            for side in job.sides
+        }
 
-    def encode(self) -> None:
-        """Encode what is missing, and write the part."""
-        encoders, settings = self.job.encoders, self.job.settings
-        size = settings.batch_size * (1 if encoders.images else TEXT_BATCHES)
-        rest = [pair for pair in range(len(self.pairs)) if not self._is_done(pair)]
-        self.progress.add(len(self.pairs) - len(rest))
+    def _names(self, side: str, i: int) -> Sequence[Any]:
+        """What a pair's rows are known by."""
+        return [self.job.pictures[i]] if side == IMAGES else self.captions[i]
+
+    def _lacks(self, side: str, i: int) -> bool:
+        return any(name not in self.known[side] for name in self._names(side, i))
+
+    def encode(self, signals: StopSignals) -> Iterator[int]:
+        """Encode what is missing, and write the part; yields how many more pairs are done. After a
+        signal all of them are in a piece."""
+        job = self.job
+        size = job.settings.batch_size * (1 if IMAGES in job.sides else TEXT_BATCHES)
+        rest = [i for i in self.captions if any(self._lacks(side, i) for side in job.sides)]
+        yield len(self.pairs) - len(rest)
         batches = [rest[start : start + size] for start in range(0, len(rest), size)]
         since_piece: list[int] = []
+        pieces: list[Path] = []
         written_at = time.monotonic()
         for batch, pictures in zip(batches, self._pictures(batches), strict=True):
             self._encode_batch(batch, pictures)
             since_piece += batch
-            self.progress.add(len(batch))
-            if self.signals.received or time.monotonic() - written_at >= PIECE_SECONDS:
-                self._write_piece(since_piece)
+            if signals.received or time.monotonic() - written_at >= PIECE_SECONDS:
+                pieces.append(self._write_piece(*self._table_and_rows(since_piece)))
                 since_piece = []
                 written_at = time.monotonic()
-            stop_if_asked(self.signals, f"after {self.progress}; the same command continues")
-        if self.reasons:
-            name = f"{self.number:06}-left-out"
-            self.job.folder.write_piece(name, Piece({}, None, None, self._states_left_out()))
-        self.job.folder.write(self.number, self._piece(range(len(self.pairs))))
-        for piece in self.pieces:
+            yield len(batch)
+        if job.lasting(self.left_out):  # for a run that is killed before the record has them
+            self._write_piece({}, {})
+        job.folder.write(self.part, *self._table_and_rows(self.pairs))
+        job.left_out |= self.left_out
+        for piece in pieces:
             piece.unlink()
 
-    def _is_done(self, pair: int) -> bool:
-        if pair in self.reasons:
-            return True
-        has_image = self.job.encoders.images is None or bool(self.image_rows.is_known[pair])
-        has_texts = self.job.encoders.texts is None or bool(
-            self.text_rows.is_known[self.captions[pair]].all()
-        )
-        return has_image and has_texts
+    def _write_piece(self, columns: Columns, sides: Sides) -> Path:
+        left_out = self.job.lasting(self.left_out)
+        return self.job.folder.write_piece(self.part, columns, sides, left_out)
 
-    def _pictures(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Tensor | str]]:
+    def _pictures(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Tensor | LeftOut]]:
         """For each batch its pictures, transformed, or why they cannot be read."""
-        encoder = self.job.encoders.images
-        if encoder is None:
+        job = self.job
+        if job.encoders.images is None:
             yield from ({} for _ in batches)
             return
-        missing = [
-            [pair for pair in batch if not self.image_rows.is_known[pair]] for batch in batches
-        ]
-        source = _PictureBatches(self.job.dataset, encoder.transform, self.pairs.start, missing)
+        missing = [[i for i in batch if self._lacks(IMAGES, i)] for batch in batches]
         loader = torch.utils.data.DataLoader(
-            source,
+            _PictureBatches(job.dataset, job.encoders.images.transform, missing),
             batch_size=None,
-            num_workers=min(self.job.settings.workers, len(batches)),
+            num_workers=min(job.settings.workers, len(batches)),
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # otherwise it uses the caller's
         )
@@ -358,14 +331,14 @@ class _Part:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"{self.job.dataset.name}: a data worker was killed; if memory was short, use "
-                "fewer --workers, and start the same command again, which continues"
+                f"{job.dataset.name}: a data worker was killed; if memory was short, use fewer "
+                "--workers, and start the same command again, which continues"
             ) from error
 
-    def _encode_batch(self, batch: Sequence[int], pictures: Mapping[int, Tensor | str]) -> None:
-        tensors = {p: picture for p, picture in pictures.items() if isinstance(picture, Tensor)}
-        self.reasons |= {p: reason for p, reason in pictures.items() if isinstance(reason, str)}
-        encoders = self.job.encoders
+    def _encode_batch(self, batch: Sequence[int], pictures: Mapping[int, Tensor | LeftOut]) -> None:
+        job, encoders = self.job, self.job.encoders
+        tensors = {i: picture for i, picture in pictures.items() if isinstance(picture, Tensor)}
+        self.left_out |= {i: why for i, why in pictures.items() if isinstance(why, LeftOut)}
         if encoders.images and tensors:
             shapes = {tuple(tensor.shape) for tensor in tensors.values()}
             if len(shapes) > 1:
@@ -373,66 +346,38 @@ class _Part:
                     "--image-model: expected tensors of one shape of its transform, got "
                     f"{sorted(shapes)}; let it resize and crop"
                 )
-            rows = encoders.images.encode(torch.stack(list(tensors.values())))
-            self.image_rows.put(list(tensors), self._stored(rows))
-        readable = [pair for pair in batch if pair not in self.reasons]
+            rows = job.stored(encoders.images.encode(torch.stack(list(tensors.values()))))
+            names = [job.pictures[i] for i in tensors]
+            self.known[IMAGES] |= zip(names, rows, strict=True)
+        readable = [i for i in batch if i not in self.left_out]
         if encoders.texts:
-            names = list(self.texts)
-            wanted = dict.fromkeys(number for pair in readable for number in self.captions[pair])
-            numbers = [number for number in wanted if not self.text_rows.is_known[number]]
-            if numbers:
-                rows = encoders.texts.encode([names[number] for number in numbers])
-                self.text_rows.put(numbers, self._stored(rows))
-        for pair in readable:
-            image_is_finite = self.image_rows.are_finite([pair])
-            if not (image_is_finite and self.text_rows.are_finite(self.captions[pair])):
-                key = printable(self.job.dataset.keys[self.pairs[pair]])
-                self.reasons[pair] = f"{key}: the model's features hold NaN or infinity"
-
-    def _stored(self, rows: Tensor) -> np.ndarray:
-        """Rows in the dtype of the folder."""
-        values = rows.numpy()
-        with np.errstate(over="ignore"):
-            stored = values.astype(self.dtype)
-        if (np.isfinite(values) & ~np.isfinite(stored)).any():
-            largest = np.abs(values[np.isfinite(values)]).max()
-            raise ValueError(
-                f"--dtype: expected features of at most {np.finfo(self.dtype).max:,.0f} for "
-                f"{self.dtype}, got {largest:,.0f}; use --dtype fp32"
+            texts = dict.fromkeys(text for i in readable for text in self.captions[i])
+            if new := [text for text in texts if text not in self.known[TEXTS]]:
+                rows = job.stored(encoders.texts.encode(new))
+                self.known[TEXTS] |= zip(new, rows, strict=True)
+        for i in readable:
+            rows_of_pair = (
+                self.known[side][name] for side in job.sides for name in self._names(side, i)
             )
-        return stored
+            if not all(np.isfinite(row).all() for row in rows_of_pair):
+                key = printable(job.dataset.keys[i])
+                self.left_out[i] = LeftOut(f"{key}: the model's features hold NaN or infinity")
 
-    def _write_piece(self, pairs: Sequence[int]) -> None:
-        taken = len(list((self.job.folder.path / writer.UNFINISHED).glob(f"{self.number:06}-*")))
-        name = f"{self.number:06}-{taken:04}"
-        self.pieces.append(self.job.folder.write_piece(name, self._piece(pairs)))
-
-    def _states_left_out(self) -> dict[State, str]:
-        return {self.job.picture(self.pairs[p]): reason for p, reason in self.reasons.items()}
-
-    def _piece(self, pairs: Sequence[int]) -> Piece:
-        """The rows of some pairs, and those that were left out until now."""
-        kept = [pair for pair in pairs if pair not in self.reasons]
-        of_pair = [pair for pair in kept for _ in self.captions[pair]]  # of each row
-        captions = [number for pair in kept for number in self.captions[pair]]
-        names = list(self.texts)
-        columns = self.job.columns(
-            [self.pairs[pair] for pair in of_pair], [names[number] for number in captions]
-        )
-        encoders = self.job.encoders
-        images = texts = None
-        if encoders.images:
-            if self.image_rows.values is None:  # no picture was readable: D is the encoder's
-                blank = encoders.images.transform(Image.new("RGB", (64, 64)))
-                self.image_rows.put([], self._stored(encoders.images.encode(blank[None])[:0]))
-            assert self.image_rows.values is not None
-            images = self.image_rows.values[of_pair]
-        if encoders.texts:
-            if self.text_rows.values is None:
-                self.text_rows.put([], self._stored(encoders.texts.encode(["a"])[:0]))
-            assert self.text_rows.values is not None
-            texts = self.text_rows.values[captions]
-        return Piece(columns, images, texts, self._states_left_out())
+    def _table_and_rows(self, pairs: Sequence[int]) -> tuple[Columns, Sides]:
+        """What is written of some pairs: of each that is not left out, a row for each caption."""
+        job = self.job
+        rows = [(i, text) for i in pairs if i not in self.left_out for text in self.captions[i]]
+        names: dict[str, list[Any]] = {
+            IMAGES: [job.pictures[i] for i, _ in rows],
+            TEXTS: [text for _, text in rows],
+        }
+        sides = {
+            side: np.stack([self.known[side][name] for name in names[side]])
+            if rows
+            else job.stored(encoder.no_rows())
+            for side, encoder in job.sides.items()
+        }
+        return job.columns(rows), sides
 
 
 @dataclass(frozen=True)
@@ -441,41 +386,32 @@ class _PictureBatches(torch.utils.data.Dataset):
 
     dataset: PairDataset
     transform: Callable[[Image.Image], Tensor]
-    start: int  # position of the part's first pair
-    batches: Sequence[Sequence[int]]  # numbers of pairs in the part
+    batches: Sequence[Sequence[int]]  # positions
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> dict[int, Tensor | str]:
+    def __getitem__(self, number: int) -> dict[int, Tensor | LeftOut]:
         """The pictures of a batch, transformed, or why they cannot be read."""
-        ahead = [pair for batch in self.batches[number : number + AHEAD] for pair in batch]
-        self.dataset.prefetch(self.start + np.asarray(ahead, np.int64))
-        pictures: dict[int, Tensor | str] = {}
-        for pair in self.batches[number]:
+        ahead = [i for batch in self.batches[number : number + AHEAD] for i in batch]
+        self.dataset.prefetch(np.asarray(ahead, np.int64))
+        pictures: dict[int, Tensor | LeftOut] = {}
+        for i in self.batches[number]:
             try:
-                pictures[pair] = self.transform(self.dataset.image(self.start + pair))
+                pictures[i] = self.transform(self.dataset.image(i))
             except DataError as error:
-                pictures[pair] = str(error)
+                pictures[i] = LeftOut.because(error)
         return pictures
-
-
-def _left_out(record: Mapping[str, Any]) -> dict[State, str]:
-    """The pictures that a folder's record says were left out."""
-    return {(key, state): reason for key, state, reason in record["left_out"]}
 
 
 def states_of(dataset: PairDataset) -> list[str]:
     """For each pair the state of the file that holds its picture; "": unknown, so that the picture
     is encoded again."""
     known: dict[str, str] = {"": "built in"}
-    states = []
-    for i in range(len(dataset)):
-        container = dataset.container(i)
+    for container in map(dataset.container, range(len(dataset))):
         if container not in known:
             known[container] = _state_of_container(container)
-        states.append(known[container])
-    return states
+    return [known[container] for container in map(dataset.container, range(len(dataset)))]
 
 
 def _state_of_container(container: str) -> str:

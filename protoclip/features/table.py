@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from protoclip.common.files import DataError, plural, printable, whole_file
+from protoclip.common.files import DataError, plural, printable, write_csv
 from protoclip.common.strings import StringTable
 from protoclip.features.identity import CAPTION, FILE, KEY
 
@@ -19,7 +20,7 @@ LABEL = "label:"  # before the name of a classification; its column has the row'
 # What clip-retrieval's tables call them; the first that a table has.
 CLIP_RETRIEVAL = {KEY: ("key", "image_path"), FILE: ("image_path",), CAPTION: ("caption",)}
 FORMULA = "=+-@'"  # a cell that begins so gets a ' before it, or spreadsheets would compute it
-QUOTE, COMMA, NEWLINE, APOSTROPHE = b"\",\n'"
+NO_RETURN, NO_NUL = "\ud800", "\ud801"  # which no decoded text contains
 
 
 class FeatureTable:
@@ -91,14 +92,8 @@ class FeatureTable:
 
 def write_csv_table(path: Path, columns: Mapping[str, Sequence[str]]) -> None:
     """Write a table that ``read_csv`` reads, whole or not at all."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        cells = [[_safe(text) for text in texts] for texts in columns.values()]
-        writer.writerows(zip(*cells, strict=True))
+    cells = [[_safe(text) for text in texts] for texts in columns.values()]
+    write_csv(path, list(columns), zip(*cells, strict=True), line_end="\n")
 
 
 def _safe(text: str) -> str:
@@ -106,38 +101,40 @@ def _safe(text: str) -> str:
 
 
 def read_csv(path: Path, name: str) -> StringTable:
-    """A column of a table that ``write_csv_table`` wrote, without a Python object for each cell."""
-    data = np.fromfile(path, dtype=np.uint8)
-    is_quote = data == QUOTE
-    inside = is_quote.cumsum(dtype=np.int32) % 2 == 1  # quotes, from the opening one on
-    ends_row = (data == NEWLINE) & ~inside
-    ends_cell = (data == COMMA) & ~inside | ends_row
-    ends = np.flatnonzero(ends_cell)  # of all cells
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        header = next(csv.reader(file), [])
-    columns = len(header)
-    is_row_end = ends_row[ends]
-    if not columns or len(ends) % columns or not is_row_end[columns - 1 :: columns].all():
-        raise DataError(
-            f"{printable(str(path))}: expected {plural(columns, 'cell')} in each line; has another "
-            "program changed the table?"
-        )
-    number = header.index(name)
-    starts = np.concatenate([np.zeros(1, ends.dtype), ends[:-1] + 1])
-    first = starts.reshape(-1, columns)[1:, number]  # without the header
-    last = ends.reshape(-1, columns)[1:, number]
-    # Of quotes only the second of two inside a cell stands for itself: it opens again.
-    after_quote = np.concatenate([np.zeros(1, bool), is_quote[:-1]])
-    keep = ~is_quote | (inside & after_quote)
-    content = first + is_quote[first]
-    keep[content[data[content] == APOSTROPHE]] = False
-    kept_before = np.concatenate([np.zeros(1, np.int64), keep.cumsum()])
-    within = np.zeros(len(data) + 1, np.int8)
-    np.add.at(within, first, 1)
-    np.add.at(within, last, -1)
-    texts = data[keep & (within[:-1].cumsum(dtype=np.int32) > 0)]
-    lengths = kept_before[last] - kept_before[first]
-    return StringTable.of_arrays(texts, np.concatenate([np.zeros(1, np.int64), lengths]).cumsum())
+    """A column of a table that ``write_csv_table`` wrote.
+
+    Raises:
+        DataError: the table is damaged. A ValueError without this type: it has no such column.
+    """
+    shown = printable(str(path))
+    limit = csv.field_size_limit(sys.maxsize)  # by default 131,072 characters
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            rows = csv.reader(_lines(file), strict=True)
+            header = next(rows, [])
+            number = header.index(name)
+
+            def cells() -> Iterator[str]:
+                for row in rows:
+                    if len(row) != len(header):
+                        raise csv.Error(f"expected {plural(len(header), 'cell')} in each line")
+                    cell = row[number].removeprefix("'")
+                    yield cell.replace(NO_RETURN, "\r").replace(NO_NUL, "\0")
+
+            return StringTable(cells())
+    except csv.Error as error:
+        raise DataError(f"{shown}: {error}; has another program changed the table?") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    """The lines of a table, without the characters that the csv module does not read in a cell
+    without quotes, although Python 3.11 and older write them there."""
+    for line in file:
+        if not line.endswith("\n"):
+            raise csv.Error("expected a line break at the end")
+        yield line.replace("\r", NO_RETURN).replace("\0", NO_NUL)
 
 
 def read_parquet(path: Path, name: str) -> StringTable:

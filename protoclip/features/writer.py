@@ -7,156 +7,135 @@ part that is not whole, or of one that is no longer valid, lies in pieces, DIR/.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from protoclip.common.files import DataError, whole_file, write_atomic
+from protoclip.common.files import whole_file, write_atomic
 from protoclip.common.json_text import parse_json
-from protoclip.features.layout import IMAGES, RECORD, TABLES, TEXTS, in_order
+from protoclip.features.layout import IMAGES, RECORD, TABLES, TEXTS, read_record
 from protoclip.features.table import CAPTION, FILE, KEY, STATE, read_csv, write_csv_table
 
 PAIRS_IN_PART = 16_384
 UNFINISHED = ".unfinished"
+NAMES = (KEY, STATE, CAPTION)  # of the columns that a piece has
+REASONS = "left_out"  # in a piece and in the record: key, state and reason of pictures without rows
 State = tuple[str, str]  # of a picture: its key, and the state of the file that holds it
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of a folder, in order. Rows of one picture have the same key."""
-
-    columns: Mapping[str, Sequence[str]]  # of the table: key, file, state, caption, labels
-    images: np.ndarray | None  # [M, D]
-    texts: np.ndarray | None  # [M, D]
-    reasons: Mapping[State, str] = field(default_factory=dict)  # of pictures without rows
+Columns = Mapping[str, Sequence[str]]  # of a table: key, file, state, caption, labels
+Sides = Mapping[str, np.ndarray]  # of IMAGES, TEXTS or both, the rows [M, D]
 
 
 class PartFolder:
-    """The parts of a folder, each by its number. ``count``: how many there will be."""
+    """The parts of a folder, ``count`` of them. A part is named by its number in file names."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path
-        self.digits = len(str(count - 1))  # embedding-reader sorts parts by name
+        digits = len(str(count - 1))  # embedding-reader sorts parts by name
+        self.parts = [f"{number:0{digits}}" for number in range(count)]
 
-    def file(self, kind: str, number: int) -> Path:
+    def file(self, kind: str, part: str) -> Path:
         """The path of a part's rows (``IMAGES``, ``TEXTS``) or of its table (``TABLES``)."""
-        ending = "csv" if kind == TABLES else "npy"
-        return self.path / kind / f"{kind}_{number:0{self.digits}}.{ending}"
+        return self.path / kind / f"{kind}_{part}.{'csv' if kind == TABLES else 'npy'}"
 
-    def write(self, number: int, piece: Piece) -> None:
+    def parts_on_disk(self) -> list[str]:
+        """The parts that have any file."""
+        files = (
+            file for kind in (IMAGES, TEXTS, TABLES) for file in (self.path / kind).glob("*_*")
+        )
+        return sorted({file.stem.rpartition("_")[2] for file in files})
+
+    def write(self, part: str, columns: Columns, sides: Sides) -> None:
         """Write a part; its table, which says that it is whole, is renamed last."""
-        for kind, rows in ((IMAGES, piece.images), (TEXTS, piece.texts)):
-            if rows is not None:
-                _write_npy(self.file(kind, number), rows)
-        table = self.file(TABLES, number)
+        for side, rows in sides.items():
+            _write_npy(self.file(side, part), rows)
+        table = self.file(TABLES, part)
         table.parent.mkdir(exist_ok=True)
-        write_parquet(table.with_suffix(".parquet"), piece.columns)
-        write_csv_table(table, piece.columns)
+        write_parquet(table.with_suffix(".parquet"), columns)
+        write_csv_table(table, columns)
 
-    def tables(self) -> list[Path]:
-        """The tables of the whole parts, in natural order."""
-        with contextlib.suppress(DataError):  # a number may be missing while parts are written
-            return in_order(list((self.path / TABLES).glob("*.csv")))
-        return sorted((self.path / TABLES).glob("*.csv"))
-
-    def set_aside(self, table: Path) -> None:
-        """Make a piece of the part of a table, which is no longer valid as a part."""
-        ending = table.stem.removeprefix(TABLES)  # _0
-        files = {side: self.path / side / f"{side}{ending}.npy" for side in (IMAGES, TEXTS)}
-        with contextlib.suppress(DataError, OSError, ValueError):  # damaged: encoded again
-            columns = {name: list(read_csv(table, name)) for name in (KEY, STATE, CAPTION)}
-            rows = {side: np.load(file) for side, file in files.items() if file.exists()}
-            if all(len(side_rows) == len(columns[KEY]) for side_rows in rows.values()):
-                earlier = list((self.path / UNFINISHED).glob("before-*"))
-                piece = Piece(columns, rows.get(IMAGES), rows.get(TEXTS))
-                self.write_piece(f"before-{len(earlier):06}", piece)
+    def set_aside(self, part: str) -> None:
+        """Make a piece of a part that is not valid, and remove its files."""
+        table = self.file(TABLES, part)
+        files = {side: self.file(side, part) for side in (IMAGES, TEXTS)}
+        sides = {}
+        with contextlib.suppress(FileNotFoundError, EOFError, ValueError):  # not whole, or damaged
+            columns = {name: list(read_csv(table, name)) for name in NAMES}
+            sides = {side: np.load(file) for side, file in files.items() if file.exists()}
+        if sides and all(len(rows) == len(columns[KEY]) for rows in sides.values()):
+            self.write_piece(f"before_{part}", columns, sides)
         for file in (table, table.with_suffix(".parquet"), *files.values()):
             file.unlink(missing_ok=True)
 
-    def write_piece(self, name: str, piece: Piece) -> Path:
+    def write_piece(
+        self, of: str, columns: Columns, sides: Sides, left_out: Sequence[Sequence[str]] = ()
+    ) -> Path:
         """Write a piece, whole or not at all."""
         folder = self.path / UNFINISHED
         folder.mkdir(exist_ok=True)
-        left_out = [[*state, reason] for state, reason in piece.reasons.items()]
-        arrays = {
-            name: np.array(piece.columns.get(name, ()), dtype=np.str_)
-            for name in (KEY, STATE, CAPTION)
-        }
-        sides = {IMAGES: piece.images, TEXTS: piece.texts}
-        arrays |= {side: rows for side, rows in sides.items() if rows is not None}
-        path = folder / f"{name}.npz"
+        paths = (folder / f"{of}-{number:06}.npz" for number in itertools.count())
+        path = next(path for path in paths if not path.exists())
+        lists = {name: list(columns.get(name, ())) for name in NAMES} | {REASONS: left_out}
+        # An array of texts would give each the space of the longest.
+        arrays = {name: np.array(json.dumps(values)) for name, values in lists.items()}
         with whole_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, left_out=np.array(json.dumps(left_out)), **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays, **sides)  # type: ignore[arg-type]
         return path
-
-    def remove_pieces(self) -> None:
-        shutil.rmtree(self.path / UNFINISHED, ignore_errors=True)
 
     def remove_all(self) -> None:
         """Remove every part and piece."""
-        for kind in (TABLES, IMAGES, TEXTS):
-            shutil.rmtree(self.path / kind, ignore_errors=True)
-        self.remove_pieces()
+        for kind in (TABLES, IMAGES, TEXTS, UNFINISHED):
+            if (self.path / kind).exists():
+                shutil.rmtree(self.path / kind)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         write_atomic(self.path / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 class Kept:
-    """What the pieces of a folder hold, by picture and by caption.
+    """What the pieces of a folder hold, by picture and by caption, and why pictures are left out as
+    long as their files stay as they are, by the pieces and the record."""
 
-    ``reasons``: why pictures were left out, beyond those that the pieces name.
-    """
+    def __init__(self, path: Path) -> None:
+        left_out = read_record(path)[REASONS]
+        self._places: dict[str, dict[Any, tuple[Path, int]]] = {IMAGES: {}, TEXTS: {}}
+        for piece in sorted((path / UNFINISHED).glob("*.npz")):
+            with np.load(piece, allow_pickle=False) as arrays:
+                lists = {name: _list_of(arrays[name]) for name in (*NAMES, REASONS)}
+                left_out += lists[REASONS]
+                pictures = zip(lists[KEY], lists[STATE], strict=True)
+                for side, names in ((IMAGES, pictures), (TEXTS, lists[CAPTION])):
+                    if side in arrays.files:
+                        self._places[side] |= {name: (piece, i) for i, name in enumerate(names)}
+        self.reasons: dict[State, str] = {(key, s): reason for key, s, reason in left_out if s}
 
-    def __init__(self, folder: PartFolder, reasons: Mapping[State, str]) -> None:
-        self.reasons = dict(reasons)
-        self._image_places: dict[State, tuple[Path, int]] = {}
-        self._text_places: dict[str, tuple[Path, int]] = {}
-        for path in sorted((folder.path / UNFINISHED).glob("*.npz")):
+    def rows(self, side: str, names: Iterable[Any]) -> dict[Any, np.ndarray]:
+        """The rows [D] of those pictures (``IMAGES``) or captions (``TEXTS``) that were encoded as
+        they are now."""
+        places = self._places[side]
+        by_file: dict[Path, list[Any]] = {}
+        for name in dict.fromkeys(names):
+            if name in places and (side == TEXTS or name[1]):  # without a state it may be another
+                by_file.setdefault(places[name][0], []).append(name)
+        rows: dict[Any, np.ndarray] = {}
+        for path, of_file in by_file.items():
             with np.load(path, allow_pickle=False) as arrays:
-                pictures = list(zip(arrays[KEY].tolist(), arrays[STATE].tolist(), strict=True))
-                captions = arrays[CAPTION].tolist()
-                left_out = parse_json(str(arrays["left_out"]))
-                names = arrays.files
-            self.reasons |= {(key, state): reason for key, state, reason in left_out}
-            if IMAGES in names:
-                self._image_places |= {
-                    name: (path, row) for row, name in enumerate(pictures) if name[1]
-                }
-            if TEXTS in names:
-                self._text_places |= {name: (path, row) for row, name in enumerate(captions)}
-
-    def image_rows(self, pictures: Sequence[State]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Positions in ``pictures`` [M] and their rows [M, D], for those that were encoded as they
-        are now."""
-        return self._rows(IMAGES, self._image_places, pictures)
-
-    def text_rows(self, captions: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Positions in ``captions`` [M] and their rows [M, D], for those that were encoded."""
-        return self._rows(TEXTS, self._text_places, captions)
-
-    @staticmethod
-    def _rows(
-        side: str, places: Mapping[Any, tuple[Path, int]], wanted: Sequence[Any]
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        by_file: dict[Path, tuple[list[int], list[int]]] = {}
-        for position, name in enumerate(wanted):
-            if name in places:
-                path, row = places[name]
-                positions, rows_of_file = by_file.setdefault(path, ([], []))
-                positions.append(position)
-                rows_of_file.append(row)
-        for path, (positions, rows_of_file) in by_file.items():
-            with np.load(path, allow_pickle=False) as arrays:
-                yield positions, arrays[side][rows_of_file]
+                taken = arrays[side][[places[name][1] for name in of_file]]
+            rows |= zip(of_file, taken, strict=True)
+        return rows
 
 
-def write_parquet(path: Path, columns: Mapping[str, Sequence[str]]) -> None:
+def _list_of(array: np.ndarray) -> list[Any]:
+    """A list that ``write_piece`` wrote, now as JSON, before as an array of texts."""
+    value = array.tolist()
+    return parse_json(value) if isinstance(value, str) else value
+
+
+def write_parquet(path: Path, columns: Columns) -> None:
     """Write a part's table under clip-retrieval's names, if pyarrow is installed."""
     try:
         import pyarrow
