@@ -238,11 +238,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def progress_hidden() -> bool | None:
-    """``disable`` of a progress bar: only the main process shows one, and only on a terminal."""
-    return None if is_main() else True
-
-
 def from_main(make: Callable[[], Result]) -> Result:
     """Call ``make`` on rank 0; return its (picklable) result or raise its error on every rank."""
     if not is_distributed():

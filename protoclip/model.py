@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from protoclip.common.files import torch_reason
 from protoclip.common.json_text import parse_json
+from protoclip.common.waits import Wait
 from protoclip.data.feature_pairs import Means
 from protoclip.data.images import Transform, build_transform
 from protoclip.distributed import GlobalBatchNorm1d, find_rank
@@ -392,7 +393,8 @@ def _open_clip(config: ModelConfig, device: str) -> tuple[Any, Callable[[list[st
             if name.startswith("hf-hub:") or open_clip.get_pretrained_cfg(name, config.pretrained):
                 unreachable = stack.enter_context(offline_if_unreachable())
             _refuse_code(name)
-            clip = _create(name, config, device)
+            with Wait(f"loading {name}"):
+                clip = _create(name, config, device)
             length = getattr(clip, "context_length", None)
             tokenizer = open_clip.get_tokenizer(name, context_length=length)
     except Exception as error:  # torn files and bad configs raise any error

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import bare_run
 
+from protoclip.common import waits
 from protoclip.common.host import busy_note
 from protoclip.train import main
+from protoclip.training.log import Log
 
 FREED = 128  # MiB
 FREE_MEMORY = """
@@ -95,8 +99,24 @@ def test_nothing_is_said_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch,
 def test_without_a_terminal_progress_is_a_line_now_and_then(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for seconds, expected in ((0.0, 3), (3600.0, 0)):
-        monkeypatch.setattr("protoclip.training.log.LINE_SECONDS", seconds)
-        flags = bare_run(workdir, "--max-steps", "3", "--method", "clip")
-        assert main([*flags, "--name", f"run{expected}"]) == 0
-        assert capsys.readouterr().err.count(" samples/s, ETA ") == expected
+    """On a clock on which a step takes a minute."""
+    now = 0.0
+    speaker = waits.Speaker("protoclip train", lambda: now)
+    monkeypatch.setattr(waits, "_speaker", speaker)
+    after = Log.after
+
+    def after_a_minute(self: Log, *arguments: Any) -> None:
+        nonlocal now
+        after(self, *arguments)
+        now += 60
+        speaker.look()
+
+    monkeypatch.setattr(Log, "after", after_a_minute)
+    flags = bare_run(workdir, "--max-steps", "3", "--method", "clip")
+    assert main([*flags, "--name", "run"]) == 0
+    lines = re.findall(
+        r"training, episode 1 of 1: (\d) of 3 steps, loss \d\.\d{4}, [\d,]+ samples/s, "
+        r"(\d) min so far, about (.*) left",
+        capsys.readouterr().err.replace("60 s so", "1 min so"),
+    )
+    assert lines == [("1", "1", "2 min"), ("2", "2", "60 s"), ("3", "3", "0 s")]

@@ -20,11 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from tqdm import tqdm
 
 import protoclip
 from protoclip.__main__ import main
-from protoclip.cluster import __main__ as cluster_module
 from protoclip.cluster.__main__ import main as cluster
 from protoclip.data import open_dataset
 from protoclip.episodes.prototypes import purity
@@ -220,24 +218,6 @@ def test_the_page_of_features_has_the_words_of_each_group_and_a_map(features: Fe
     assert sorted(card["words"] for card in cards) == sorted(ANIMALS)
     assert "map" in page.sections and "curves" not in page.sections
     assert page.all("img") == []
-
-
-@pytest.mark.usefixtures("quick_map")
-def test_the_bar_is_full_when_every_restart_comes_to_rest(
-    features: FeatureFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of 3 x 500 iterations a few run; a bar that stops short looks like a lost run."""
-    bars: list[tqdm] = []
-
-    def shown(*args: Any, **options: Any) -> tqdm:
-        bars.append(tqdm(*args, **options | {"disable": False}))
-        return bars[-1]
-
-    monkeypatch.setattr(cluster_module, "tqdm", shown)
-    cluster_features(features, "c", "--k", "4", "--iters", "500")
-    (bar,) = (bar for bar in bars if bar.desc == "k-means")
-    assert 3 <= bar.n == bar.total < 300
-    assert "iterations)" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick_map")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip.cluster.folders import write_folders
 from protoclip.cluster.groups import (
@@ -54,6 +53,7 @@ from protoclip.common.files import (
 )
 from protoclip.common.paths import check_exists
 from protoclip.common.signals import StopSignals, stop_if_asked
+from protoclip.common.waits import Wait
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows
 from protoclip.lloyd import Clusters, kmeans
@@ -142,7 +142,8 @@ def write_groups(
         "features": features_done_at - began_at,
         "k-means": time.perf_counter() - features_done_at,
     }
-    html, duplicates = make_page(points, groups, chosen, seconds, notes)
+    with Wait("drawing the page"):
+        html, duplicates = make_page(points, groups, chosen, seconds, notes)
     with write_files(out) as temporary:  # a table without its page helps nobody
         write_table(temporary / CSV, points.dataset.keys, groups, duplicates)
         write_left_out(temporary / LEFT_OUT, points.left_out)
@@ -162,36 +163,20 @@ def cluster_rows(
     weights: Tensor | None,
     check_signals: Callable[[], None],
 ) -> Clusters:
-    """k-means with a progress bar."""
+    """k-means that signals can stop."""
     few_groups = k <= PLUS_PLUS
-    num_restarts = 3 if few_groups else 1
-    max_iterations = num_restarts * args.iters
-    with tqdm(total=max_iterations, desc="k-means", unit=" iterations", disable=None) as bar:
-        restarts_left = num_restarts
-
-        def progress(iteration: int, inertia: Tensor) -> None:
-            nonlocal restarts_left
-            if iteration == 0:  # the run before may have come to rest early
-                bar.total = bar.n + restarts_left * args.iters
-                restarts_left -= 1
-            bar.update()
-            bar.set_postfix_str(f"inertia {float(inertia):.6g}")
-            check_signals()
-
-        clusters = kmeans(
-            rows,
-            k,
-            num_iters=args.iters,
-            tol=0,
-            num_restarts=num_restarts,
-            init="k-means++" if few_groups else "random",
-            seed=args.seed,
-            weights=weights,
-            progress=progress,
-            warn=False,
-        )
-        bar.total = bar.n
-    return clusters
+    return kmeans(
+        rows,
+        k,
+        num_iters=args.iters,
+        tol=0,
+        num_restarts=3 if few_groups else 1,
+        init="k-means++" if few_groups else "random",
+        seed=args.seed,
+        weights=weights,
+        progress=lambda iteration, inertia: check_signals(),
+        warn=False,
+    )
 
 
 def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:

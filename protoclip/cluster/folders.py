@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from protoclip.cluster.groups import Groups
 from protoclip.common.files import whole_files
 from protoclip.common.paths import check_above
+from protoclip.common.waits import each
 from protoclip.data import PairDataset
 
 
@@ -54,7 +53,7 @@ def write_folders(folder: Path, dataset: PairDataset, groups: Groups, copy: bool
     numbers = groups.labels.unique().tolist()
     width = len(str(numbers[-1]))
     with whole_files(folder) as temporary:
-        for group in tqdm(numbers, "groups as folders", leave=False, disable=None):
+        for group in each(numbers, "groups as folders", "groups"):
             group_folder = temporary / f"{group:0{width}}"
             group_folder.mkdir()
             files = list(dict.fromkeys(dataset.path(i) for i in groups.members(group)))

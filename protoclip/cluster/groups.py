@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip.common.files import path_in_table, plural, write_csv
+from protoclip.common.waits import Wait
 from protoclip.features import FeatureRows
 from protoclip.lloyd import choose_num_clusters, numbers_to_try
 
@@ -57,10 +57,10 @@ def choose_k(
     if k_text != "auto":
         return NumGroups(int(k_text))
     candidates = numbers_to_try(min(SILHOUETTE_ROWS, len(rows)), LARGEST_K)
-    with tqdm(total=len(candidates), desc="choosing K", leave=False, disable=None) as bar:
+    with Wait("choosing K", len(candidates), "numbers") as wait:
 
         def progress(number: int, silhouette: float) -> None:
-            bar.update()
+            wait.update()
             check_signals()
 
         try:

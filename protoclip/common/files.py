@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip.common.paths import cache_dir
+from protoclip.common.waits import Wait
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ def local_copy(url: str) -> str:
             silence = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
             options[protocol] = {"client_kwargs": {"timeout": silence}}
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        with Wait(f"copying {printable(url)}"), FileLock(folder / "lock"):
             found = fsspec.open_local(f"filecache::{url}", **options)
             _copies[url] = found if isinstance(found, str) else found[0]  # of a URL with "?"
     except Exception as error:  # each file system has its own errors

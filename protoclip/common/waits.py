@@ -59,7 +59,9 @@ class Wait:
         self._bar: Any = None  # a tqdm, on a terminal
 
     def __enter__(self) -> Wait:
-        self._speaker = _speaker
+        # What other threads read ahead is nobody's wait.
+        if threading.current_thread() is threading.main_thread():
+            self._speaker = _speaker
         if self._speaker is not None:
             self._speaker._open(self)
         return self
@@ -73,6 +75,13 @@ class Wait:
         self.done += count
         if note is not None:
             self.note = note
+
+    def restart(self, total: int, note: str) -> None:
+        """Begin the next part, which is counted from 0."""
+        self.total, self.note = total, note
+        self.done = self._done_before = 0
+        if self._speaker is not None:
+            self._began = self._speaker.now()
 
     def words(self, now: float) -> str:
         """A line without its end, at a time on the speaker's clock."""
@@ -108,6 +117,7 @@ class Wait:
                 mininterval=0.0,
             )
             self._bar.start_t -= now - self._began
+        self._bar.set_description_str(f"{self.what}: ", refresh=False)
         self._bar.total = self.total
         self._bar.n = self.done
         self._bar.set_postfix_str(self.note, refresh=False)
@@ -152,6 +162,10 @@ class Speaker:
         self._began = self._last_line = self._since = clock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="waits", daemon=True)
+
+    def now(self) -> float:
+        """The time on its clock."""
+        return self._clock()
 
     def start(self) -> None:
         """Show the waits from now on."""

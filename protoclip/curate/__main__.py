@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip.cluster.output import LEFT_OUT, check_output, open_output, write_files
 from protoclip.common.files import (
@@ -28,6 +27,7 @@ from protoclip.common.files import (
 )
 from protoclip.common.paths import check_exists
 from protoclip.common.signals import StopSignals, stop_if_asked
+from protoclip.common.waits import Wait
 from protoclip.curate.hierarchy import (
     Hierarchy,
     LevelPlan,
@@ -116,17 +116,13 @@ def check_target(target: int, count: int) -> None:
 def cluster_rows(
     source: Source, args: argparse.Namespace, out: Path, check_signals: Callable[[], None]
 ) -> Hierarchy:
-    """The hierarchy, with a progress bar of k-means runs."""
-    with tqdm(
-        total=len(args.levels) * (1 + args.resamplings),
-        desc="k-means of levels",
-        unit=" k-means",
-        disable=None,
-    ) as bar:
+    """The hierarchy, which signals can stop."""
+    total = len(args.levels) * (1 + args.resamplings)
+    with Wait("k-means of levels", total, "runs") as wait:
 
         def progress(level: int, step: int, iteration: int) -> None:
-            bar.n = (level - 1) * (1 + args.resamplings) + step
-            bar.set_postfix_str(f"level {level}, iteration {iteration + 1}")
+            wait.done = (level - 1) * (1 + args.resamplings) + step
+            wait.note = f"level {level}"
             check_signals()
 
         cluster = partial(
@@ -150,7 +146,6 @@ def cluster_rows(
                 ) from error
             (out / STATE).unlink()
             hierarchy = cluster()
-        bar.update(bar.total - bar.n)
     return hierarchy
 
 

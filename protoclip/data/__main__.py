@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from protoclip.common.files import printable_lines, whole_file, write_atomic
+from protoclip.common.waits import each
 from protoclip.data import DataError, PairDataset, open_dataset, readable
 from protoclip.distributed import run_command
 from protoclip.settings.commands import data_parser
@@ -96,7 +97,7 @@ def export_shards(
     own_keys = all(map(PLAIN_KEY.fullmatch, dataset.keys))
     names = shard_names(-(-len(dataset) // per_shard))
     sizes: dict[str, int] = {}
-    for start in tqdm(range(0, len(dataset), per_shard), "writing", unit="shard", disable=None):
+    for start in each(range(0, len(dataset), per_shard), "writing", "shards"):
         path = folder / names[start // per_shard]
         part = range(start, min(start + per_shard, len(dataset)))
         # Pass an open file, because webdataset would run some names as commands.

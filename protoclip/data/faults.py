@@ -8,12 +8,12 @@ from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from protoclip.common.files import DataError
+from protoclip.common.waits import Wait
 from protoclip.data.feature_pairs import feature_pairs
 from protoclip.data.types import Batch, PairDataset, Subset
-from protoclip.distributed import gather_objects, own_slice, progress_hidden
+from protoclip.distributed import gather_objects, own_slice
 
 QUEUED = 4096  # pairs that are handed to the threads at once
 NAMED = 20  # bad samples reported one by one
@@ -29,7 +29,7 @@ class Readable(NamedTuple):
 def readable(dataset: PairDataset, report: Callable[[str], Any] | None = None) -> Readable:
     """Read every pair once, pictures decoded. A collective call: each rank reads a slice.
 
-    ``report`` gets this rank's faults as they are found, behind a progress bar. Stored features are
+    ``report`` gets this rank's faults as they are found. Stored features are
     not read: those that are not finite are refused where they are used.
     """
     if feature_pairs(dataset):
@@ -40,15 +40,13 @@ def readable(dataset: PairDataset, report: Callable[[str], Any] | None = None) -
     # Threads suffice because Pillow releases the interpreter's lock while it decodes.
     with (
         ThreadPool() as pool,
-        tqdm(
-            desc="checking", total=share.stop - share.start, leave=False, disable=progress_hidden()
-        ) as bar,
+        Wait("checking", share.stop - share.start, "pictures") as wait,
     ):
         for start in range(share.start, share.stop, QUEUED):
             part = range(start, min(start + QUEUED, share.stop))
             dataset.prefetch(np.asarray(part))
             for i, fault in zip(part, pool.imap(find, part, chunksize=16), strict=True):
-                bar.update()
+                wait.update()
                 if fault:
                     faults[i] = fault
                     if report is not None:

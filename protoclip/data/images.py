@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip.common.files import DataError, printable, whole_file
 from protoclip.common.host import lock_free_after_fork, warn_once
+from protoclip.common.waits import Wait
 
 # torchvision's defaults.
 CROP_ATTEMPTS = 10
@@ -169,14 +169,14 @@ def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
     starts = range(0, len(svgs), DRAWN_AT_ONCE)
     with (
         whole_file(path) as temporary,
-        tqdm(desc="drawing", total=len(svgs), unit=" icons", leave=False, disable=None) as bar,
+        Wait("drawing", len(svgs), "icons") as wait,
     ):
         shape = (len(svgs), side, side, 3)
         pictures = np.lib.format.open_memmap(temporary, "w+", dtype=np.uint8, shape=shape)
         _drawing.update(svgs=svgs, pictures=pictures)
         with _drawing_pool(len(starts)) as pool:
             for start, _ in zip(starts, pool.map(_draw_part, starts), strict=True):
-                bar.update(min(DRAWN_AT_ONCE, len(svgs) - start))
+                wait.update(min(DRAWN_AT_ONCE, len(svgs) - start))
         _drawing.clear()
         pictures.flush()
     return np.load(path, mmap_mode="r")

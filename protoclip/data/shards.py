@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from protoclip.common.files import (
     DataError,
@@ -38,6 +37,7 @@ from protoclip.common.host import warn_once
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import cache_dir
 from protoclip.common.strings import StringTable
+from protoclip.common.waits import each
 from protoclip.data.images import decode
 from protoclip.data.tables import MAX_CAPTION
 from protoclip.data.types import BadSample, Facts, PairDataset
@@ -85,8 +85,8 @@ class ShardDataset(PairDataset):
         self.name = spec
         self.shards = expand(spec)
         self._states = [None if is_remote(shard) else state_of(shard) for shard in self.shards]
-        bar = tqdm(self.shards, "reading the shards' indices", unit="shard", delay=1, disable=None)
-        indices = [shard_index(shard) for shard in bar]
+        shards_in_turn = each(self.shards, "reading the shards' indices", "shards")
+        indices = [shard_index(shard) for shard in shards_in_turn]
         shards = list(zip(self.shards, indices, strict=True))
         prefixes = key_prefixes(self.shards)
         self.keys: Sequence[str] = StringTable(

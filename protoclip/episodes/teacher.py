@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip.common.files import DataError, whole_file
 from protoclip.common.paths import cache_dir
+from protoclip.common.waits import Wait, each
 from protoclip.data import PairDataset
 from protoclip.features import (
     SUFFIXES,
@@ -250,8 +250,9 @@ class SentenceEncoder:
             from transformers.utils import logging as transformers_logging
 
             transformers_logging.disable_progress_bar()
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModel.from_pretrained(name).to(device).eval()
+            with Wait(f"loading {name}"):
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                self.model = AutoModel.from_pretrained(name).to(device).eval()
         except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -275,7 +276,7 @@ class SentenceEncoder:
         order = sorted(range(len(unique)), key=lambda i: len(unique[i]))
         rows = torch.empty(len(unique), self.model.config.hidden_size)
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, "sentence encoder", delay=1, leave=False, disable=None):
+        for start in each(starts, "sentence encoder", "batches"):
             chosen = order[start : start + batch_size]
             tokens = self.tokenizer(
                 [unique[i] for i in chosen],

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from protoclip.common.files import plural
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import evenly_spaced
+from protoclip.common.waits import Wait
 from protoclip.data import Subset, readable
 from protoclip.data.settings import RunData, open_arguments
-from protoclip.distributed import is_main, progress_hidden, wait_for_main
+from protoclip.distributed import is_main, wait_for_main
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
@@ -120,11 +120,9 @@ class Evaluation:
             return None
         with (
             self.phases.measure("evaluation", on_host=True),
-            tqdm(
-                desc=what, unit=" rows", unit_scale=True, leave=False, disable=progress_hidden()
-            ) as bar,
+            Wait(what, unit="rows") as wait,
         ):
-            encoder = replace(self.encoder(model), bar=bar)
+            encoder = replace(self.encoder(model), wait=wait)
             self.sets, self._probe_train = tasks.encode_sets(encoder, self._layout())
             return tasks.evaluate_features(self.sets, self._probe_train)
 

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from protoclip.distributed import progress_hidden
+from protoclip.common.waits import Wait
 from protoclip.evaluate.tasks import Encoder
 from protoclip.model import (
     ProtoModel,
@@ -97,12 +96,11 @@ def _by_name(name: str, pretrained: str) -> Loaded:
 
 @contextmanager
 def open_encoder(model: ProtoModel, args: argparse.Namespace, what: str) -> Iterator[Encoder]:
-    """An encoder with a progress bar, from --device, --precision, --batch-size and --workers."""
+    """An encoder, from --device, --precision, --batch-size and --workers."""
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
     autocast = autocast_for(precision, device)
     model.to(device)
     put_channels_last(model, device)
-    with tqdm(desc=what, unit=" rows", leave=False, disable=progress_hidden()) as bar:
-        yield Encoder(model, device, args.batch_size, args.workers, autocast, bar)
-        bar.refresh()  # the last updates may have come too fast to show
+    with Wait(what, unit="rows") as wait:
+        yield Encoder(model, device, args.batch_size, args.workers, autocast, wait)

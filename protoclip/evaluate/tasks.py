@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from protoclip.common.waits import Wait
 from protoclip.data import Batch, Draws, Faults, Labels, PairDataset, batches
 from protoclip.data.feature_pairs import ClassRows, FeaturePairs, feature_pairs, origin
 from protoclip.data.images import hog
@@ -86,7 +86,7 @@ class Encoder:
     batch_size: int = 256
     workers: int = 0
     autocast: Callable[[], AbstractContextManager] = nullcontext
-    bar: tqdm = field(default_factory=partial(tqdm, disable=True))  # counts the rows
+    wait: Wait = field(default_factory=partial(Wait, "encoding", unit="rows"))  # counts them
 
     @torch.no_grad()
     def images(self, dataset: PairDataset) -> Tensor:
@@ -187,14 +187,13 @@ class Encoder:
         return encoded[torch.tensor([position[text] for text in texts], device=encoded.device)]
 
     def _shared(self, count: int, what: str, encode: Callable[[slice], Tensor]) -> Tensor:
-        """Encode ``count`` rows, each rank a slice, and return all of them. The bar counts them
-        from the start, next to what they are."""
-        self.bar.reset(count)
-        self.bar.set_postfix_str(what)
+        """Encode ``count`` rows, each rank a slice, and return all of them. The wait counts
+        them from the start, next to what they are."""
+        self.wait.restart(count, what)
         share = own_slice(count)
         rows = encode(share) if share.start < share.stop else torch.empty(0)
         parts = [part for part in gather_objects(rows.cpu()) if len(part)]
-        self.bar.update(count - (share.stop - share.start))
+        self.wait.update(count - (share.stop - share.start))
         return torch.cat(parts).to(self.device)
 
     def _rows(self, encode: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Tensor:
@@ -204,7 +203,7 @@ class Encoder:
     def _encode(self, encode: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
         with self.autocast():
             rows = encode(part.to(self.device, non_blocking=True)).float()
-        self.bar.update(len(part))
+        self.wait.update(len(part))
         return rows
 
     @contextmanager

@@ -8,11 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from protoclip.common.digest import Digest, digest_of
 from protoclip.common.files import DataError, printable
 from protoclip.common.strings import StringTable
+from protoclip.common.waits import Wait
 from protoclip.features.identity import Identity, as_positions
 from protoclip.features.parts import Part
 
@@ -69,7 +69,7 @@ class FeatureRows(ABC):
         At the end ``digest`` of these rows, and ``not_finite`` of all, are known without reading.
 
         Args:
-            progress: what a bar in the terminal says; "": there is none.
+            progress: what is waited for; "": "reading the rows".
         Raises:
             DataError: image rows with one key are of different pictures.
         """
@@ -79,10 +79,7 @@ class FeatureRows(ABC):
         buffer = np.empty((min(step, count), self.shape[1]), self.dtype)
         digest = Digest()
         bad = [np.zeros(0, np.int64)]
-        with tqdm(
-            total=count * row_bytes, desc=progress, unit="B", unit_scale=True, delay=1,
-            leave=False, disable=None if progress else True,
-        ) as bar:  # fmt: skip
+        with Wait(progress or "reading the rows", count, "rows") as wait:
             for start in range(0, count, step):
                 block = self.rows(start, min(count, start + step), buffer)
                 digest.update(block)
@@ -91,7 +88,7 @@ class FeatureRows(ABC):
                 if self.are_images:
                     self.identity.check_block(start, block, self.take)
                 yield start, block
-                bar.update(block.nbytes)
+                wait.update(len(block))
         self._digests = {**self._digests, count: digest.hexdigest()}
         if count == len(self):
             self._bad = np.concatenate(bad)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.seeds import mix
+from protoclip.common.waits import Wait
 from protoclip.lloyd.clusters import Clusters, Rows
 from protoclip.lloyd.faiss_backend import faiss_kmeans
 from protoclip.lloyd.loop import (
@@ -160,12 +161,19 @@ def kmeans(
     if empty_clusters == "move" and not is_faiss:
         rows.move_to_centre(summary.bounds, spherical)
     passes = sweep(rows, num_clusters, "auto" if is_faiss else backend, on_rows)
+    wait = Wait("k-means", num_restarts * num_iters, "iterations", at_most=True)
+
+    def count(iteration: int, inertia: Tensor) -> None:
+        wait.update(note=None if inertia.is_cuda else f"inertia {float(inertia):.6g}")
+        if progress is not None:
+            progress(iteration, inertia)
+
     settings = Settings(
         num_iters=num_iters,
         limit=largest_move * summary.mean_variance(rows) if largest_move else 0.0,
         spherical=spherical,
         splits=empty_clusters == "split",
-        progress=progress,
+        progress=count,
         on_centroids=on_centroids,
     )
     faiss_draws = is_faiss and isinstance(first, str) and first == "random"
@@ -173,7 +181,7 @@ def kmeans(
     def start(restart: int) -> Tensor:
         # Hashed, so that the restarts of neighbouring seeds are others.
         restart_seed = int(mix(seed, restart)) >> 1 if restart else seed
-        with without_autocast(rows.points.device.type):
+        with Wait("its start"), without_autocast(rows.points.device.type):
             return first_centroids(rows, passes, num_clusters, first, restart_seed)
 
     def run_faiss(restart: int) -> Outcome:
@@ -192,10 +200,12 @@ def kmeans(
         return Outcome(State(centroids, labels, distances, inertia), history, converged=False)
 
     def run(restart: int) -> Outcome:
+        wait.total = wait.done + (num_restarts - restart) * num_iters  # earlier ones may end early
         return run_faiss(restart) if is_faiss else lloyd(rows, passes, start(restart), settings)
 
-    outcomes = map(run, range(1 if faiss_draws else num_restarts))
-    best = min(outcomes, key=lambda outcome: outcome.state.inertia)
+    with wait:
+        outcomes = map(run, range(1 if faiss_draws else num_restarts))
+        best = min(outcomes, key=lambda outcome: outcome.state.inertia)
     _warn_of_range(best.state.inertia, largest_magnitude(summary.bounds, rows.centre))
     if warn and not (best.converged or is_faiss) and num_iters and rows.rank == 0:
         warnings.warn(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoclip.common.waits import Wait
 from protoclip.ops import checks
 
 if TYPE_CHECKING:
@@ -157,7 +158,10 @@ class OnDisk:
             return self.rows.rows(start, min(self.count, start + step), raw[number % 2])
 
         try:
-            with ThreadPoolExecutor(1, "protoclip-rows") as reader:
+            with (
+                Wait("reading the rows", self.count, "rows") as wait,
+                ThreadPoolExecutor(1, "protoclip-rows") as reader,
+            ):
                 ahead = reader.submit(read, 0)
                 for number in range(len(starts)):
                     block = torch.from_numpy(ahead.result())
@@ -166,6 +170,7 @@ class OnDisk:
                     if converted is not None:
                         block = converted[: len(block)].copy_(block)
                     yield self._centred(block.to(self.device))
+                    wait.update(len(block))
         finally:
             self._buffers = raw, converted
 

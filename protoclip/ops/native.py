@@ -39,6 +39,7 @@ from typing import Any
 import torch
 
 from protoclip.common.paths import cache_dir
+from protoclip.common.waits import Wait, speaking
 
 CPUINFO = Path("/proc/cpuinfo")
 OLDEST_CARD = (8, 0)  # that has bf16 in its tensor cores, and copies to shared memory during work
@@ -296,7 +297,8 @@ def _locked(library: Path, device_type: str) -> Any:
     except Timeout:
         _say(f"waiting for another process that compiles the {device_type} kernels ...\n")
     earlier = _failure(library).stat().st_mtime_ns if _failure(library).exists() else 0
-    held = lock.acquire()
+    with speaking("protoclip"), Wait("another process compiles"):
+        held = lock.acquire()
     with contextlib.suppress(FileNotFoundError):
         if _failure(library).stat().st_mtime_ns > earlier:
             lock.release()
@@ -380,7 +382,7 @@ def _compile(recipe: Recipe, folder: Path) -> None:
     with _errors_only("torch.utils.cpp_extension") if cpu else contextlib.nullcontext():
         from torch.utils import cpp_extension
 
-    _say(f"compiling the {recipe.device_type} kernels, once (about half a minute) ...")
+    _say(f"compiling the {recipe.device_type} kernels, once (about half a minute)\n")
     start = time.perf_counter()
     path = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):  # pip's ninja need not be on PATH
@@ -391,7 +393,12 @@ def _compile(recipe: Recipe, folder: Path) -> None:
     # torch builds a name once a process, even if that was interrupted.
     cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(recipe.name, None)
     try:
-        with _environment(variables), _quoted_libraries(cpp_extension):
+        with (
+            speaking("protoclip"),
+            Wait(f"compiling the {recipe.device_type} kernels"),
+            _environment(variables),
+            _quoted_libraries(cpp_extension),
+        ):
             cpp_extension.load(
                 name=recipe.name,
                 sources=[str(p) for p in recipe.sources],
@@ -403,6 +410,6 @@ def _compile(recipe: Recipe, folder: Path) -> None:
                 verbose=os.environ.get("PROTOCLIP_BUILD_VERBOSE") == "1",
             )
     except BaseException:
-        print(" failed", file=sys.stderr, flush=True)
+        _say("the kernels were not compiled\n")
         raise
-    print(f" done in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    _say(f"compiled in {time.perf_counter() - start:.0f} s\n")

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import datetime
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip import distributed
 from protoclip.common.files import plural
 from protoclip.common.host import start_copy_to_host
+from protoclip.common.waits import Wait
 from protoclip.data.loader import Faults
-from protoclip.distributed import progress_hidden
 from protoclip.model import ProtoModel
 from protoclip.training.run import Run
 from protoclip.training.step import Step
 
-LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 MOST_SKIPPED = 0.9  # of all steps; a run with more has trained nothing
 IF_NOT_FINITE = (
     "lower --lr, use --precision fp32, or find the operation with torch.autograd."
@@ -60,7 +57,7 @@ class Log:
         reads_freely: whether reading a number costs no waiting.
         episode_metrics: of a new episode, until the next line holds them.
         reported_skips: skipped steps, as last read.
-        bar: shows the progress on a terminal.
+        wait: for the run's steps.
     """
 
     def __init__(self, run: Run, faults: Faults) -> None:
@@ -70,7 +67,7 @@ class Log:
         self.every = run.config.run.log_every_n_steps or (1 if self.reads_freely else 10)
         self.episode_metrics: Mapping[str, float] = {}
         self.reported_skips = 0
-        self.bar = tqdm(disable=True)
+        self.wait = Wait("training")
         self._skipped = torch.zeros((), dtype=torch.int64, device=run.device)
         self._in_a_row = torch.zeros_like(self._skipped)
         self._not_finite: list[str] = []  # numbers of the last skipped step, as far as read
@@ -90,22 +87,15 @@ class Log:
         if first < step and first // self.every == step // self.every:
             self.episode_metrics = metrics
 
-    def start(self, step: int) -> tqdm:
-        """Start the clocks and the progress bar of a process that continues after ``step``."""
-        plan = self.run.plan
+    def start(self, step: int) -> Wait:
+        """Start the clocks, and the wait for the steps, of a process that continues after
+        ``step``."""
         self._start_clocks(step)
-        self.bar = tqdm(
-            initial=step * plan.global_batch_size,
-            total=plan.total_steps * plan.global_batch_size,
-            unit=" samples",
-            unit_scale=True,
-            smoothing=0.1,
-            disable=progress_hidden(),
-        )
-        return self.bar
+        self.wait = Wait("training", self.run.plan.total_steps, "steps", done=step)
+        return self.wait
 
     def _start_clocks(self, step: int) -> None:
-        self._began_time = self._last_printed_time = self._logged_time = time.perf_counter()
+        self._began_time = self._logged_time = time.perf_counter()
         self._began_step = self._logged_step = step
 
     def after(self, step: int, outcome: Step) -> None:
@@ -124,7 +114,7 @@ class Log:
             self._line = self._begin_line(step, outcome, due)
         if self.reads_freely:
             self._write_line()
-        self.bar.update(self.run.plan.global_batch_size)
+        self.wait.update()
 
     def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
         """Write an evaluation's scores, and leave its time out of the next line's rate."""
@@ -196,7 +186,7 @@ class Log:
             self._report_skips(line, values, new, in_a_row)
 
     def _write(self, line: Line, values: Mapping[str, float]) -> None:
-        """Write one line of metrics and one line of progress; numbers that are not finite, and
+        """Write one line of metrics and one of out.log; numbers that are not finite, and
         counts of bad steps and samples that are 0, are left out."""
         plan = self.run.plan
         folder = self.run.folder
@@ -216,19 +206,14 @@ class Log:
                 f"{record['same_caption']:g} share their caption with another one"
             )
         loss = record.get("loss", math.nan)
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        numbers = f"loss {loss:.4f}, {record['samples_per_second']:,.0f} samples/s"
+        self.wait.note = numbers
         per_step = (line.time - self._began_time) / (step - self._began_step)
         seconds_left = round((plan.total_steps - step) * per_step)
-        words = (
-            f"step {step}/{plan.total_steps}, loss {loss:.4f}, "
-            f"{record['samples_per_second']:,.0f} samples/s, "
+        folder.note(
+            f"step {step}/{plan.total_steps}, {numbers}, "
             f"ETA {datetime.timedelta(seconds=seconds_left)}"
         )
-        if not sys.stderr.isatty() and line.time - self._last_printed_time >= LINE_SECONDS:
-            self._last_printed_time = line.time
-            folder.say(words)  # there is no progress bar
-        else:
-            folder.note(words)
 
     def _report_skips(
         self, line: Line, values: Mapping[str, float], new: int, in_a_row: int

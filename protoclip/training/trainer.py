@@ -14,13 +14,12 @@ from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from protoclip import distributed
 from protoclip.common.seeds import generator
+from protoclip.common.waits import Wait
 from protoclip.data import Batch, Draws
 from protoclip.data.loader import Faults, Loader, Mixup
-from protoclip.distributed import progress_hidden
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import Features
 from protoclip.episodes.prototypes import Episode
@@ -160,7 +159,7 @@ class Trainer:
         plan = self.plan
         number = plan.episode_of(step)
         steps = plan.steps_of(number)
-        self.log.bar.set_description(f"episode {number + 1}/{plan.episodes}")
+        self.log.wait.what = f"training, episode {number + 1} of {plan.episodes}"
         draws = self._draw(steps)
         warmed_up = number >= config.episode.infonce_warmup
         if 0 < config.episode.lit_start <= number:
@@ -235,11 +234,12 @@ class Trainer:
 
     def _stoppable(self, stream: Iterable[Batch]) -> Iterator[Batch]:
         """Pass the stream on; it may take minutes, so a single process can stop inside it."""
-        bar = tqdm(stream, "features", unit=" batches", leave=False, disable=progress_hidden())
-        for batch in bar:
-            yield batch
-            if self.stops.received and not distributed.is_distributed():
-                self._save_or_stop()  # nothing has changed since the last step
+        with Wait("features", unit="batches") as wait:
+            for batch in stream:
+                yield batch
+                wait.update()
+                if self.stops.received and not distributed.is_distributed():
+                    self._save_or_stop()  # nothing has changed since the last step
 
     def save(self, epoch: int | None = None) -> None:
         """Write a checkpoint that OpenCLIP can read: epoch_latest.pt, and with ``epoch`` the same
