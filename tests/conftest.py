@@ -158,7 +158,7 @@ def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages have a map without t-SNE, which takes longer than clustering a few hundred rows."""
-    layout = "protoclip.report.snapshot.tsne_layout"
+    layout = "protoclip.report.snapshot.map_layout"
     monkeypatch.setattr(layout, lambda points: torch.linspace(0, 1, 2 * len(points)).view(-1, 2))
 
 

@@ -33,9 +33,9 @@ from protoclip.data import Labels, PairDataset, Subset
 from protoclip.episodes.prototypes import purity
 from protoclip.evaluate.metrics import right_answers
 from protoclip.evaluate.tasks import EvalSet
-from protoclip.lloyd import kmeans
 from protoclip.model import Encoded
 from protoclip.ops import segment_mean
+from protoclip.report.layout import map_layout
 from protoclip.settings.config import parse_json
 
 NAME = "report.json"
@@ -52,6 +52,7 @@ WORDS = 5  # per cluster
 VOCABULARY = 20_000  # words in all captions
 COMMON = 0.1  # of a cluster's captions have each of its words; rarer ones do not describe it
 MOSTLY = 0.25  # of a cluster: rarer classes and words of file names do not describe it
+WORD = re.compile(r"[^\W\d_]{2,}")
 NAME_WORDS = 3  # of file names, per cluster
 CAMERA = {  # words that cameras and programs put into the names of files
     "copy", "dsc", "dscf", "dscn", "edit", "edited", "final", "image", "images", "img", "mvimg",
@@ -65,8 +66,6 @@ AT_ONCE = 16  # of them, with all answers: there may be millions
 SHOWN = 4  # queries of each kind that are shown
 CELLS = 14  # classes of a full confusion table, at most
 WORST = 12  # largest entries that stand in for a larger table
-LANDMARKS = 300
-MAP_SEED = 0
 NAMES = 5  # nearest names of an image
 # Lucide's icons of the page's first screen, chosen before any model saw them.
 UNSEEN = (
@@ -394,16 +393,20 @@ def words_of_clusters(
         common: share of a cluster's texts that have each of its words; there are two such texts,
             unless the cluster has but one.
     """
+    clustered = (labels >= 0).nonzero().flatten().numpy()
+    words_of_texts = (WORD.findall(text_of(i)) for i in clustered.tolist())
+    first = next(words_of_texts, [])
+    if all(words_of_text == first for words_of_text in words_of_texts):
+        return {}  # such as numbered rows: scikit-learn's import takes a second
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(
         stop_words="english",
-        token_pattern=r"[^\W\d_]{2,}",
+        token_pattern=WORD.pattern,
         max_features=VOCABULARY,
         binary=True,
     )
-    clustered = (labels >= 0).nonzero().flatten().numpy()
     try:
         times = counter.fit_transform(map(text_of, clustered.tolist()))
     except ValueError:  # no words that count
@@ -452,7 +455,7 @@ def map_data(
     parts = [_unit(rows) for rows in (samples.encoded.image, samples.encoded.text) if len(rows)]
     if sum(map(len, parts)) < 15:
         return {}
-    places = tsne_layout(torch.cat([part - part.mean(0) for part in parts]))  # [N or 2N, 2]
+    places = map_layout(torch.cat([part - part.mean(0) for part in parts]))  # [N or 2N, 2]
     colours = {
         name: _colours(classes.ids, classes.names)
         for name, classes in samples.dataset.labels.items()
@@ -474,32 +477,6 @@ def map_data(
 def _colours(ids: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:
     """What the dots of the map are coloured by."""
     return {"ids": _base64(ids.cpu().numpy().astype("<i4")), "names": list(names)}
-
-
-def tsne_layout(points: Tensor) -> Tensor:
-    """Positions in 0 ... 1 of at least 15 points [N, P], float32 [N, 2]: t-SNE of k-means centroids
-    (about 1 s for any N); a point lies between its four nearest centroids."""
-    from sklearn.manifold import TSNE
-
-    if points.shape[1] < 2:  # the start of t-SNE needs two columns
-        points = F.pad(points, (0, 1))
-    count = min(LANDMARKS, len(points) // 3)
-    clusters = kmeans(points, count, num_iters=8, tol=0, init="random", seed=MAP_SEED, warn=False)
-    landmarks = clusters.centroids.float()  # [L, P]
-    # If all points were equal, t-SNE's start would have no scale.
-    random = torch.Generator().manual_seed(MAP_SEED)
-    landmarks += 1e-6 * torch.randn(landmarks.shape, generator=random)
-    tsne = TSNE(
-        perplexity=min(12.0, (count - 1) / 3), method="exact", max_iter=500, random_state=MAP_SEED
-    )
-    fixed = torch.from_numpy(tsne.fit_transform(landmarks.numpy())).float()  # [L, 2]
-    squared, near = torch.cdist(points, landmarks).square().topk(4, dim=1, largest=False)
-    # The farthest of the four has little weight.
-    weight = torch.softmax(-3 * squared / squared[:, -1:].clamp_min(1e-12), dim=1)
-    places = (weight[:, :, None] * fixed[near]).sum(1)
-    low = places.amin(0)
-    high = places.amax(0)
-    return (places - low) / (high - low).clamp_min(1e-9)
 
 
 def geometry(eval_set: EvalSet) -> dict[str, Any]:

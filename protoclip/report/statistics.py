@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special  # scipy.stats takes a second to import
 
 LEVEL = 0.05  # family-wise error, and one minus the coverage of an interval
 POWER = 0.8
@@ -31,6 +30,8 @@ def paired(differences: np.ndarray) -> Difference:
     mean = differences.mean(-1)
     if count < LEAST_SEEDS:
         return Difference(mean, np.full_like(mean, np.inf), np.ones_like(mean))
+    from scipy import special  # here, as most pages need no test
+
     error = differences.std(-1, ddof=1) / np.sqrt(count)
     half = special.stdtrit(count - 1, 1 - LEVEL / 2) * error
     # Scores of few pictures can repeat on every seed, which says nothing of their spread.
@@ -53,6 +54,8 @@ def holm(p: np.ndarray) -> np.ndarray:
 def power(effect: float, seeds: int, level: float = LEVEL) -> float:
     """How often the paired test finds a difference of ``effect`` standard deviations of the
     seeds' differences."""
+    from scipy import special
+
     freedom = seeds - 1
     critical = special.stdtrit(freedom, 1 - level / 2)
     shift = effect * np.sqrt(seeds)
