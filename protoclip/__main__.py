@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from protoclip import __version__
 from protoclip.common.files import printable_lines
 from protoclip.settings.command_line import PROCESS_COUNTS, check_command_line
-from protoclip.settings.commands import PARSERS
+from protoclip.settings.commands import HELP_FLAGS, PARSERS, show_help
 
 PACKAGES = ("cluster", "curate", "data", "encode", "evaluate", "report")
 HELP = """protoclip: contrastive losses, ProtoCLIP training, and groups of pictures.
@@ -64,7 +64,7 @@ def _run(words: list[str]) -> int:
     arguments = words[1:]
     if command == "help" and arguments:  # protoclip help train
         command, arguments = arguments[0], ["--help"]
-    if command in ("help", "-h", "--help", "--help-all"):
+    if command in ("help", *HELP_FLAGS):
         print(HELP)
         return 0
     if command == "--version":
@@ -76,8 +76,7 @@ def _run(words: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PARSERS)}"
         print(f"protoclip: error: {command!r} is not a command; {hint}", file=sys.stderr)
         return 2
-    if help_flags := [word for word in arguments if word in ("-h", "--help", "--help-all")]:
-        PARSERS[command]().parse_args(help_flags)
+    show_help(command, arguments)
     if not any(name in os.environ for name in PROCESS_COUNTS):  # else every process would say it
         try:
             check_command_line(command, arguments)

@@ -7,6 +7,13 @@ follows from them. Read from ``compare`` down.
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("compare", sys.argv[1:])
+
 import contextlib
 import ctypes
 import json
@@ -14,7 +21,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,6 +5,13 @@ The command removes our flags, replaces OpenCLIP's losses by ours, and runs Open
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("openclip", sys.argv[1:])
+
 import argparse
 import contextlib
 import dataclasses
@@ -13,7 +20,6 @@ import importlib
 import inspect
 import logging
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -7,9 +7,15 @@ and check everything, restore a checkpoint, train, evaluate, report.
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("train", sys.argv[1:])
+
 import contextlib
 import shutil
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

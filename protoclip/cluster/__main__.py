@@ -6,9 +6,15 @@ report.html and, for pictures, their features in a folder of ``protoclip encode`
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("cluster", sys.argv[1:])
+
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -6,8 +6,14 @@ report.html to a folder, and state.safetensors, from which an interrupted run co
 
 from __future__ import annotations
 
-import argparse
 import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("curate", sys.argv[1:])
+
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("data", sys.argv[1:])
+
 import io
 import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -6,11 +6,17 @@ record that says whether the folder is finished. ``protoclip.open_features`` rea
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("encode", sys.argv[1:])
+
 import argparse
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 

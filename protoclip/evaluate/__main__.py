@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("evaluate", sys.argv[1:])
+
 import argparse
 import dataclasses
 import os
 import re
-import sys
 import time
 import zlib
 from collections.abc import Sequence

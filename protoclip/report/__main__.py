@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import sys
+
+from protoclip.settings.commands import show_help
+
+if __name__ == "__main__":  # answered before the imports below, which take seconds
+    show_help("report", sys.argv[1:])
+
 from collections.abc import Sequence
 
 from protoclip.common.files import printable_lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from protoclip.settings.config import PRECISIONS, TABLE, DataConfig, ProtoConfig
@@ -423,6 +423,15 @@ def openclip_parser() -> Parser:
     add_options(parser.add_argument_group(str(ProtoConfig.__doc__)), ProtoConfig())
     parser.example = f"\n{open_clips_help()}\n{parser.example}"
     return parser
+
+
+HELP_FLAGS = ("-h", "--help", "--help-all")
+
+
+def show_help(command: str, words: Sequence[str]) -> None:
+    """Print the command's help and exit, if the words ask for it; before torch is imported."""
+    if asked := [word for word in words if word in HELP_FLAGS]:
+        PARSERS[command]().parse_args(asked)
 
 
 PARSERS: dict[str, Callable[[], Parser]] = {
