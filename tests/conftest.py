@@ -148,6 +148,12 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def no_lines_of_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that tests call say no more on a slow machine than on a fast one."""
+    monkeypatch.setattr("protoclip.common.waits.LOOK_EVERY", 1e6)
+
+
 @pytest.fixture
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training ends without pictures and report, which take longer than a tiny run."""

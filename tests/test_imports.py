@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import read_page
 
 from protoclip.settings.commands import PARSERS
 
@@ -46,4 +47,4 @@ def test_groups_of_numbered_rows_need_torch_alone(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(5000, 16)).astype("f4"))
     said = run("-c", MODULES, "cluster", f"{tmp_path}/x.npy", "--k", "20", "--out", f"{tmp_path}/o")
     assert said.splitlines()[-1].split() == ["imported:"]
-    assert "map" in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    assert "map" in read_page(tmp_path / "o" / "report.html").sections
