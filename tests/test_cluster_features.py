@@ -13,12 +13,18 @@ import numpy as np
 import pytest
 import torch
 from html_page import read_page
+from ranks import config_of
 from test_cluster_pictures import draw
 from test_features import write_folder
 
 import protoclip
 from protoclip.cluster.__main__ import main as cluster
+from protoclip.curate.__main__ import main as curate
+from protoclip.data import open_dataset
+from protoclip.data.feature_pairs import FeaturePairs
+from protoclip.data.settings import open_run_data
 from protoclip.encode.__main__ import main as encode
+from protoclip.train import main as train
 
 CLIP_RETRIEVAL = Path(__file__).parent / "clip_retrieval"  # its NumpyWriter, version 2.45, wrote it
 
@@ -74,6 +80,72 @@ def test_a_picture_with_several_captions_is_one_row(tmp_path: Path) -> None:
     assert len(table(tmp_path / "b")) == 23
 
 
+def keys_that_begin_again(path: Path) -> Path:
+    """Rows of 23 pictures whose keys begin again after 16."""
+    rows = np.random.default_rng(0).standard_normal((23, 5))
+    return write_folder(path, rows, [f"{i % 16:09}" for i in range(23)])
+
+
+def test_keys_of_several_pictures_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    data = keys_that_begin_again(tmp_path / "f")
+    flags = ["--train-data", data, "--method", "clip", "--batch-size", "8"]
+    commands = {
+        "cluster": (cluster, [data, "--k", "2", "--out", tmp_path / "out"]),
+        "curate": (curate, [data, "--levels", "2", "--target", "4", "--out", tmp_path / "out"]),
+        "train": (train, [*flags, "--logs", tmp_path / "out"]),
+    }
+    for command, arguments in commands.values():
+        message = error_of(command, arguments, among_others=True)
+        assert "expected one picture for each key, got rows 0 and 16 with the key '000" in message
+        assert "write a key into the table that differs between pictures" in message
+        assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_key_are_pictures_of_their_own(tmp_path: Path) -> None:
+    """As those of failed downloads in clip-retrieval's tables. Pages say row 12, tables the
+    position."""
+    keys = ["" if i % 3 == 0 else f"k{i}" for i in range(23)]
+    rows = np.random.default_rng(0).standard_normal((23, 5)).astype(np.float32)
+    data = write_folder(tmp_path / "f", rows, keys)
+    assert cluster([str(data), "--k", "2", "--out", str(tmp_path / "a")]) == 0
+    assert [line["file"] for line in table(tmp_path / "a")] == keys
+    assert [line["position"] for line in table(tmp_path / "a")] == [str(i) for i in range(23)]
+    assert "row 12" in (tmp_path / "a" / "report.html").read_text()
+    pairs = open_dataset(str(data))
+    assert list(pairs.keys) == [key or f"row {i}" for i, key in enumerate(keys)]
+    flags = ["--levels", "4", "--target", "23", "--resamplings", "0"]
+    assert curate([str(data), *flags, "--out", str(tmp_path / "c")]) == 0
+    selected = table(tmp_path / "c", "selected.csv")
+    assert [line["key"] for line in selected] == keys
+    rows_flag = ["--rows", str(tmp_path / "c" / "selected.csv")]
+    training = open_run_data(config_of("--train-data", str(data), *rows_flag)).training
+    assert list(training.keys) == list(pairs.keys)
+
+
+@pytest.mark.parametrize("captions", ["null", "empty", "missing"])
+def test_missing_captions_mean_the_same(tmp_path: Path, captions: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = tmp_path / "f"
+    for side in ("img_emb", "text_emb", "metadata"):
+        (data / side).mkdir(parents=True)
+    rows = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
+    for side in ("img_emb", "text_emb"):
+        np.save(data / side / f"{side}_0.npy", rows)
+    columns = {"key": pyarrow.array([f"k{i}" for i in range(12)])}
+    if captions != "missing":
+        texts = [None if captions == "null" else ""] * 12
+        columns["caption"] = pyarrow.array(texts, pyarrow.string())
+    parquet.write_table(pyarrow.table(columns), data / "metadata" / "metadata_0.parquet")
+    pairs = open_dataset(str(data))
+    assert isinstance(pairs, FeaturePairs) and not pairs.facts.has_captions
+    assert pairs.captions(3) == ("k3",)
+    assert pairs.caption_ids(np.arange(12), np.zeros(12, np.int64)) is None
+    assert cluster([str(data), "--k", "2", "--out", str(tmp_path / "a")]) == 0
+    card = read_page(tmp_path / "a" / "report.html").section("prototypes")
+    assert '"captions":' not in card.one("script", type="application/json").source
+
+
 def test_rows_with_nan_are_left_out_and_listed(tmp_path: Path, capsys) -> None:
     rows = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
     rows[3, 1] = np.nan
@@ -83,10 +155,13 @@ def test_rows_with_nan_are_left_out_and_listed(tmp_path: Path, capsys) -> None:
     flags = ["--weights", str(tmp_path / "w.txt"), "--k", "2", "--out", str(tmp_path / "out")]
     assert cluster([str(tmp_path / "x.npy"), *flags]) == 0
     error = capsys.readouterr().err
-    assert "left out 2 of 30 rows" in error and "3: its features hold NaN or infinity" in error
-    assert list(groups(tmp_path / "out")) == [str(i) for i in range(30) if i not in (3, 20)]
+    assert "left out 2 of 30 rows" in error
+    assert "row 3: its features hold NaN or infinity" in error
+    lines = table(tmp_path / "out")
+    assert [line["position"] for line in lines] == [str(i) for i in range(30) if i not in (3, 20)]
+    assert {line["file"] for line in lines} == {""}
     left_out = table(tmp_path / "out", "left_out.csv")
-    assert [line["file"] for line in left_out] == ["3", "20"]
+    assert [line["position"] for line in left_out] == ["3", "20"]
     with pytest.raises(ValueError):
         protoclip.kmeans(torch.from_numpy(rows), 2)
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 from html_page import read_page
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
 from protoclip.__main__ import main as protoclip
 from protoclip.common.files import sole_writer
+from protoclip.common.seeds import evenly_spaced
 from protoclip.curate import __main__ as command
 from protoclip.curate.__main__ import main as curate
 from protoclip.features.table import read_csv, write_csv_table
@@ -234,6 +236,50 @@ def test_another_target_uses_the_clusters_again(
     assert curate([str(features), *flags, "--out", str(out)]) == 0
     assert len(positions(out)) == 100
     after = content_of(out)
+    assert after["hierarchy.safetensors"] == before["hierarchy.safetensors"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_rows_have_other_clusters(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overwrite: bool
+) -> None:
+    """Of 600 rows those change that no sample of 64 evenly spaced ones has."""
+    out = tmp_path / "out"
+    arguments = [str(features), *FLAGS, "--out", str(out)]
+    assert curate(arguments) == 0
+    rows = blobs()
+    is_sampled = np.zeros(ROWS, bool)
+    is_sampled[evenly_spaced(ROWS, 64)] = True
+    changed = np.flatnonzero(~is_sampled)[:100]
+    rows[changed] = rows[changed][:, ::-1] + np.float16(50)
+    np.save(features, rows)
+    if not overwrite:
+        (out / "selected.csv").unlink()  # as if it had been stopped
+        assert curate(arguments) == 2
+        assert "holds clusters of other settings (rows)" in capsys.readouterr().err
+        return
+    assert curate([*arguments, "--overwrite"]) == 0
+    assert curate([str(features), *FLAGS, "--out", str(tmp_path / "new")]) == 0
+    assert content_of(out) == content_of(tmp_path / "new")
+    assert np.isin(positions(out), changed).sum() >= 10
+
+
+def test_a_state_of_before_continues_with_a_warning(
+    features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Version 0.1 kept a checksum of 64 rows."""
+    arguments = [str(features), *FLAGS, "--out", str(tmp_path / "out")]
+    assert curate(arguments) == 0
+    before = content_of(tmp_path / "out")
+    state = tmp_path / "out" / "state.safetensors"
+    tensors = load_file(state)
+    settings = json.loads(bytes(tensors["settings"].tolist()))
+    settings["rows"] = [ROWS, COLUMNS, 123]
+    tensors["settings"] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    save_file(tensors, state)
+    assert curate([*arguments, "--overwrite"]) == 0
+    assert "was made before version 0.2; only the number of its rows is compared" in caplog.text
+    after = content_of(tmp_path / "out")
     assert after["hierarchy.safetensors"] == before["hierarchy.safetensors"]
 
 

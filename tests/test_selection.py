@@ -67,6 +67,12 @@ def test_positions_count_where_there_are_no_keys(
     assert keys_of(open_with(["", ""], [7, 2]).training) == [whole.keys[2], whole.keys[7]]
 
 
+def test_keys_and_positions_may_be_mixed(table: Path, open_with: Callable[..., RunData]) -> None:
+    whole = open_dataset(str(table))
+    chosen = open_with([whole.keys[3], "", whole.keys[7]], [0, 2, 1]).training
+    assert keys_of(chosen) == [whole.keys[i] for i in (2, 3, 7)]
+
+
 def test_the_same_pictures_are_held_out(table: Path, open_with: Callable[..., RunData]) -> None:
     whole = open_dataset(str(table))
     fraction = ("--val-fraction", "0.3")

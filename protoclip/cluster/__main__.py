@@ -77,20 +77,20 @@ def run(args: argparse.Namespace) -> None:
     names = [CSV, LEFT_OUT, CENTROIDS, page.NAME]
     check_output(out, names, args.overwrite)
     began_at = time.perf_counter()
-    source = open_source(args)
-    is_encoded = source.rows is None
+    points = open_source(args)
+    is_encoded = points.stored is None
     if is_encoded:
         from protoclip.encode.encoders import clip_encoders  # imports open_clip
 
         images, _ = clip_encoders(args)
-        check_k(args.k, len(source.dataset))  # before hours of encoding
+        check_k(args.k, len(points.source))  # before hours of encoding
     with open_output(out, names, args.overwrite):
         if is_encoded:
-            source = encode_pictures(source, images, args, out)
-        points = read_points(source, args)
+            points = encode_pictures(points, images, args, out)
+        points = read_points(points, args)
         if not is_encoded:
-            noun = "picture" if "images" in source.shown else "row"
-            say_left_out(list(points.left_out.values()), len(source.dataset), noun)
+            noun = "picture" if "images" in points.shown else "row"
+            say_left_out(list(points.left_out.values()), len(points.source), noun)
         next_step = "start it again"
         if is_encoded:
             next_step = "the features are kept, and the same command continues with them"
@@ -151,8 +151,8 @@ def write_groups(
     with Wait("drawing the page"):
         html, duplicates = make_page(points, groups, chosen, seconds, notes)
     with write_files(out) as temporary:  # a table without its page helps nobody
-        write_table(temporary / CSV, points.dataset.keys, groups, duplicates)
-        write_left_out(temporary / LEFT_OUT, points.left_out)
+        write_table(temporary / CSV, points.dataset, groups, duplicates)
+        write_left_out(temporary / LEFT_OUT, points.source, points.left_out)
         clusters.save(temporary / CENTROIDS)
         write_atomic(temporary / page.NAME, printable_lines(html))
     if args.link_to or args.copy_to:

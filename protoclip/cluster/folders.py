@@ -24,7 +24,7 @@ def open_group_folder(args: argparse.Namespace, dataset: PairDataset) -> None:
         return
     flag = "--link-to" if args.link_to else "--copy-to"
     folder = Path(args.link_to or args.copy_to)
-    if not dataset.path(0):
+    if not (dataset.facts.has_pictures and dataset.path(0)):
         raise ValueError(
             f"{flag}: expected a folder of pictures or a table of files as DATA, got {args.data}; "
             "leave the flag out"

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from protoclip.common.files import path_in_table, plural, write_csv
 from protoclip.common.waits import Wait
+from protoclip.data import PairDataset
+from protoclip.data.feature_pairs import FeaturePairs, origin
 from protoclip.features import FeatureRows
 from protoclip.lloyd import choose_num_clusters, numbers_to_try
 
@@ -124,13 +127,24 @@ class Groups:
         return np.divide(distances * counts, sums, out=np.ones_like(sums), where=sums > 0)
 
 
+def names_in_table(dataset: PairDataset, chosen: Sequence[int]) -> dict[str, list[str]]:
+    """The columns that say what the rows of a table are: the file, and before it, for stored
+    features, the position of the row in DATA, which identifies it also where it has no key."""
+    pairs, places = origin(dataset, np.asarray(chosen, np.int64))
+    if not isinstance(pairs, FeaturePairs):
+        return {"file": [path_in_table(dataset.keys[i]) for i in chosen]}
+    cells = pairs.identity.cells(pairs.identity.first_rows[places])
+    return {"position": list(cells["position"]), "file": list(map(path_in_table, cells["key"]))}
+
+
 def write_table(
-    path: Path, keys: Sequence[str], groups: Groups, duplicates: Mapping[int, int]
+    path: Path, dataset: PairDataset, groups: Groups, duplicates: Mapping[int, int]
 ) -> None:
     """Write clusters.csv; ``duplicates``: row -> the row that it looks nearly the same as."""
-    names = [path_in_table(key) for key in keys]
-    columns = {
-        "file": names,
+    columns: dict[str, Any] = {**names_in_table(dataset, range(len(dataset)))}
+    positions = columns.get("position", columns["file"])
+    names = [file or row for file, row in zip(columns["file"], positions, strict=True)]
+    columns |= {
         "cluster": groups.labels.tolist(),
         "squared_distance": [f"{value:.7g}" for value in groups.squared.tolist()],
         "rank": groups.ranks().tolist(),
@@ -142,10 +156,10 @@ def write_table(
     write_csv(path, list(columns), zip(*columns.values(), strict=True))
 
 
-def write_left_out(path: Path, left_out: Mapping[str, str]) -> None:
-    """Write left_out.csv."""
-    rows = [(path_in_table(key), reason) for key, reason in left_out.items()]
-    write_csv(path, ("file", "reason"), rows)
+def write_left_out(path: Path, dataset: PairDataset, left_out: Mapping[int, str]) -> None:
+    """Write left_out.csv; ``left_out``: position in the data set -> reason."""
+    columns = names_in_table(dataset, list(left_out)) | {"reason": list(left_out.values())}
+    write_csv(path, list(columns), zip(*columns.values(), strict=True))
 
 
 def fewer_groups(labels: Tensor, k: int) -> str:

@@ -43,8 +43,9 @@ def explained(points: Points, squared: Tensor) -> str:
     mean = mean_of(lambda rows: rows)
     total = float(mean_of(lambda rows: (rows - mean).square()).sum())
     rounding = ROUNDING * torch.finfo(float_dtype(points.rows)).eps
-    if points.stored_dtype.kind == "f":
-        rounding = max(rounding, 2 * float(np.finfo(points.stored_dtype).eps))
+    assert points.stored is not None
+    if points.stored.dtype.kind == "f":
+        rounding = max(rounding, 2 * float(np.finfo(points.stored.dtype).eps))
     if total <= rounding**2 * float(mean_of(Tensor.square).sum()):
         return "The rows are equal up to rounding, so there is no variance to account for."
     within = float((shares[:, 0] * squared.double()).sum())

@@ -43,10 +43,10 @@ from protoclip.curate.hierarchy import (
 )
 from protoclip.curate.page import make_page
 from protoclip.curate.sampling import balanced_sample, sample_without_duplicates
-from protoclip.curate.source import Source, open_source
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows, open_features
-from protoclip.features.table import FILE, KEY, write_csv_table
+from protoclip.features.rows import UnitRows
+from protoclip.features.table import write_csv_table
 from protoclip.lloyd.points import on_disk
 from protoclip.ops import kmeans_assign
 from protoclip.report import page
@@ -73,34 +73,37 @@ def run(args: argparse.Namespace) -> None:
     check_output(out, NAMES, args.overwrite, PROG)
     began_at = time.perf_counter()
     with open_output(out, NAMES, args.overwrite, PROG):
-        source = open_source(args.data, args.normalize)
-        if len(source.left_out):
+        left_out = rows.not_finite()
+        left_out_cells = rows.identity.cells(left_out)
+        if len(left_out):
             print(
-                f"left out {plural(len(source.left_out), 'row')} of {len(rows):,} with NaN or inf; "
+                f"left out {plural(len(left_out), 'row')} of {len(rows):,} with NaN or inf; "
                 f"{LEFT_OUT} lists them",
                 file=sys.stderr,
             )
-        check_target(args.target, len(source.rows))
+            rows = rows.select(np.setdiff1d(np.arange(len(rows)), left_out, assume_unique=True))
+        check_target(args.target, len(rows))
+        if args.normalize:
+            rows = UnitRows(rows)
         with StopSignals() as signals:
             hierarchy = cluster_rows(
-                source,
+                rows,
                 args,
                 out,
                 lambda: stop_if_asked(signals, "before its end; the same command continues"),
             )
         clustered_at = time.perf_counter()
-        chosen, notes = choose_rows(source, hierarchy, args)
+        chosen, notes = choose_rows(rows, hierarchy, args)
         seconds = {
             "clusters": clustered_at - began_at,
             "sample": time.perf_counter() - clustered_at,
         }
-        html = make_page(args.data, source, hierarchy, chosen, notes, seconds)
+        html = make_page(args.data, rows, hierarchy, chosen, notes, seconds)
         with write_files(out, PROG) as temporary:
-            columns = columns_at(source, source.positions[chosen.numpy()])
-            write_csv_table(temporary / SELECTED, columns | clusters_of(hierarchy, chosen))
-            columns = columns_at(source, source.left_out)
-            reasons = ["NaN or inf"] * len(source.left_out)
-            write_csv_table(temporary / LEFT_OUT, columns | {"reason": reasons})
+            cells = rows.identity.cells(chosen.numpy())
+            write_csv_table(temporary / SELECTED, cells | clusters_of(hierarchy, chosen))
+            reasons = ["NaN or inf"] * len(left_out)
+            write_csv_table(temporary / LEFT_OUT, left_out_cells | {"reason": reasons})
             hierarchy.save(temporary / HIERARCHY)
             write_atomic(temporary / page.NAME, printable_lines(html))
     for note in notes:
@@ -120,7 +123,7 @@ def check_target(target: int, count: int) -> None:
 
 
 def cluster_rows(
-    source: Source, args: argparse.Namespace, out: Path, check_signals: Callable[[], None]
+    rows: FeatureRows, args: argparse.Namespace, out: Path, check_signals: Callable[[], None]
 ) -> Hierarchy:
     """The hierarchy, which signals can stop."""
     total = len(args.levels) * (1 + args.resamplings)
@@ -133,7 +136,7 @@ def cluster_rows(
 
         cluster = partial(
             hierarchical_kmeans,
-            source.rows,
+            rows,
             args.levels,
             resamplings=args.resamplings,
             num_iters=args.iters,
@@ -156,13 +159,13 @@ def cluster_rows(
 
 
 def choose_rows(
-    source: Source, hierarchy: Hierarchy, args: argparse.Namespace
+    rows: FeatureRows, hierarchy: Hierarchy, args: argparse.Namespace
 ) -> tuple[Tensor, list[str]]:
     """The chosen rows, int64, increasing, and sentences about those that were passed over."""
     if not args.without_duplicates:
         return balanced_sample(hierarchy, args.target, choose=args.choose, seed=args.seed), []
     chosen, lacking = sample_without_duplicates(
-        source.points,
+        on_disk(rows, torch.device("cpu")),
         hierarchy,
         args.target,
         args.without_duplicates,
@@ -175,15 +178,6 @@ def choose_rows(
         f"{plural(int(lacking.sum()), 'row')} of {args.target:,} could not be chosen."
     )
     return chosen, [note]
-
-
-def columns_at(source: Source, positions: np.ndarray) -> dict[str, Sequence[str]]:
-    """The columns of both tables for rows at positions in DATA."""
-    return {
-        "position": [str(position) for position in positions.tolist()],
-        KEY: source.column(KEY, positions),
-        FILE: source.column(FILE, positions),
-    }
 
 
 def clusters_of(hierarchy: Hierarchy, chosen: Tensor) -> dict[str, Sequence[str]]:

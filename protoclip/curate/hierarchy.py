@@ -4,6 +4,7 @@ its density."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.common.digest import digest_of
 from protoclip.common.files import write_safetensors
-from protoclip.common.seeds import evenly_spaced, mix
+from protoclip.common.seeds import mix
 from protoclip.curate.order import (
     check_choice,
     first_of_each,
@@ -32,10 +34,10 @@ from protoclip.lloyd.clusters import Rows, assign_blocks
 from protoclip.lloyd.points import InMemory, OnDisk, Points, open_points
 
 OP = "hierarchical_kmeans"
-CHECKED = 64  # rows whose content a resumed call compares
 KMEANS, SAMPLE = 0, 1  # purposes of random numbers
 
 Progress = Callable[[int, int, int], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,9 @@ def hierarchical_kmeans(
     plans = plan_levels(count, levels, resamplings, sample_sizes)
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float64, device=points.device)
+    digests = [] if state is None else _digests(points, group)
     settings = {
-        "rows": [count, points.columns, _checksum(points)],
+        "rows": [count, points.columns, *digests],
         "levels": [vars(plan) for plan in plans],
         "choose": choose,
         "num_iters": num_iters,
@@ -361,6 +364,12 @@ class _State:
             finished = {level: (steps, centroids) for (level, steps), centroids in values}
         except (SafetensorError, LookupError, ValueError) as error:
             return ValueError(f"{OP}: expected a state that it wrote, got {path} ({error})")
+        if isinstance(settings["rows"][2], int):  # of a sample of the rows
+            logger.warning(
+                "%s: %s was made before version 0.2; only the number of its rows is compared",
+                OP, path,
+            )  # fmt: skip
+            settings["rows"][2:] = self.settings["rows"][2:]
         if settings != self.settings:
             names = [name for name, value in self.settings.items() if settings.get(name) != value]
             return OtherCallError(path, names)
@@ -376,7 +385,11 @@ class _State:
         write_safetensors(self.path, tensors)
 
 
-def _checksum(points: Points) -> int:
-    """A checksum of some rows: those of other data very likely have another."""
-    some = points.take(evenly_spaced(points.count, CHECKED))
-    return zlib.crc32(some.cpu().numpy().tobytes())
+def _digests(points: Points, group: dist.ProcessGroup | None) -> list[str]:
+    """The checksum of each rank's rows."""
+    digest = points.rows.digest() if isinstance(points, OnDisk) else digest_of(points.x)
+    if group is None:
+        return [digest]
+    digests = [""] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest, group=group)
+    return digests

@@ -12,21 +12,23 @@ from protoclip.cluster.page import SHEET, THUMB, render
 from protoclip.cluster.points import is_picture, short
 from protoclip.common.files import in_percent, plural
 from protoclip.curate.hierarchy import Hierarchy
-from protoclip.curate.source import Source
-from protoclip.features.table import CAPTION
+from protoclip.data.feature_pairs import FeaturePairs
+from protoclip.features import FeatureRows
+from protoclip.features.identity import CAPTION
+from protoclip.lloyd.points import on_disk
 from protoclip.report import snapshot
 
 
 def make_page(
     data: str,
-    source: Source,
+    rows: FeatureRows,
     hierarchy: Hierarchy,
     chosen: Tensor,
     notes: Sequence[str],
     seconds: Mapping[str, float],
 ) -> str:
-    """The page's HTML; ``data``: what was curated; ``chosen``: rows, int64, increasing; ``notes``:
-    further sentences."""
+    """The page's HTML; ``data``: what was curated, of whose ``rows`` were chosen ``chosen``, int64,
+    increasing; ``notes``: further sentences."""
     top = len(hierarchy.levels)
     all_clusters = hierarchy.labels(top)
     labels = all_clusters[chosen]
@@ -40,17 +42,17 @@ def make_page(
         f"{share_sentence(had, 'All rows')} {share_sentence(gave, 'The chosen rows')}",
         *notes,
     ]
-    points = source.points
+    points = on_disk(rows, torch.device("cpu"))
     centroids = hierarchy.levels[-1].centroids
     blocks = zip(chosen.split(BLOCK), labels.split(BLOCK), strict=True)
     squared = torch.cat([(points.take(i) - centroids[k]).square().sum(1) for i, k in blocks])
     shown = torch.from_numpy(Groups.of(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
-    dataset = source.pictures(chosen[shown].numpy())
-    kinds = ["names" if source.columns[CAPTION] is None else "captions"]
+    dataset = pictures_of(rows, chosen[shown])
+    kinds = ["captions" if rows.identity.knows(CAPTION) else "names"]
     if with_picture := [i for i in range(len(dataset)) if is_picture(dataset.path(i))]:
         kinds.append("images")
         shown = shown[with_picture]
-        dataset = source.pictures(chosen[shown].numpy())
+        dataset = pictures_of(rows, chosen[shown])
     thumbs = snapshot.Thumbnails(THUMB)
     block = snapshot.cluster_block(
         dataset,
@@ -65,6 +67,12 @@ def make_page(
         card["class"] = f"{int(gave[card['cluster']]):,} chosen"
     of = f"the rows of {name}"
     return render("curate", data, of, text, block, thumbs, seconds)
+
+
+def pictures_of(rows: FeatureRows, chosen: Tensor) -> FeaturePairs:
+    """Some of the rows as a data set, each as a picture of its own."""
+    some = rows.select(chosen.numpy())
+    return FeaturePairs(rows.name, some, identity=some.identity.separate())
 
 
 def share_sentence(counts: Tensor, subject: str) -> str:

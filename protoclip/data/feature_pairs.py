@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from protoclip.common.digest import Digest
+from protoclip.common.digest import digest_of
 from protoclip.common.files import DataError, is_remote, plural, printable, read_file
 from protoclip.common.seeds import evenly_spaced
 from protoclip.common.strings import StringTable
 from protoclip.data.images import decode
 from protoclip.data.types import Facts, Labels, PairDataset, Subset
 from protoclip.features import FeatureRows, Identity, open_features, open_folder
-from protoclip.features.identity import CAPTION, FILE, KEY
+from protoclip.features.identity import CAPTION, FILE
 from protoclip.features.layout import is_feature_folder
 from protoclip.features.table import LABEL as LABEL_COLUMN
 from protoclip.features.table import FeatureTable
@@ -153,18 +153,27 @@ class FeaturePairs(PairDataset):
         return self.identity.column(FILE, self._row_of(np.array([i])))[0]
 
     def image(self, i: int) -> Image.Image:
-        """The picture that row ``i`` was made of, for a page; grey if its file is not there."""
-        return _picture(self.path(i))
+        """The picture that row ``i`` was made of, for a page; of pairs grey if its file is not
+        there."""
+        path = self.path(i)
+        if self.texts:
+            return _picture(path)
+        if not path:
+            raise DataError(f"{self.name}: features have no pictures")
+        try:
+            return decode(read_file(path), printable(path))
+        except OSError as error:
+            raise DataError(f"{printable(path)}: {error.strerror}; restore the file") from error
 
     def marks(self, positions: np.ndarray) -> Iterator[bytes]:
         """What fingerprints from before version 0.2 are made of."""
         rows = self._row_of(positions)
-        numbers = map(str, positions.tolist())
-        keys = self.identity.column(KEY, rows)
-        for key, number, image, text in zip(
-            keys, numbers, self.images.take(rows), self.texts[0].take(rows), strict=True
-        ):
-            mark = (key or number).encode("utf-8", "surrogateescape")
+        keys: Sequence[str] = [""] * len(rows)
+        if self.identity.keys is not None:
+            keys = self.identity.keys.take(rows)
+        sides = zip(self.images.take(rows), self.texts[0].take(rows), strict=True)
+        for key, i, (image, text) in zip(keys, positions.tolist(), sides, strict=True):
+            mark = (key or str(i)).encode("utf-8", "surrogateescape")
             yield mark + hashlib.sha256(image.tobytes() + text.tobytes()).digest()
 
     def fingerprint(
@@ -187,14 +196,9 @@ class FeaturePairs(PairDataset):
             if (str(rows), state) == (saved_rows, saved_state):
                 self._digests.setdefault(rows, digest)
         if rows not in self._digests:
-            progress = f"reading {printable(self.name)}"
-            self._digests[rows] = _joined([side.digest(rows, progress) for side in sides])
-        choice = Digest()
-        choice.update(positions)
-        for name in (KEY, CAPTION):
-            for part in self.identity.column(name).head(rows):
-                choice.update(part)
-        return f"{len(positions)}:{rows}:{self._digests[rows]}:{choice.hexdigest()[:16]}:{state}"
+            self._digests[rows] = _joined([side.digest(rows) for side in sides])
+        choice = _joined([digest_of(positions), self.identity.digest(rows)])
+        return f"{len(positions)}:{rows}:{self._digests[rows]}:{choice}:{state}"
 
 
 def _joined(digests: Sequence[str]) -> str:
@@ -381,7 +385,7 @@ def mean_rows(dataset: PairDataset) -> Means:
 def _weighted_sum(rows: FeatureRows, times: np.ndarray) -> tuple[np.ndarray, int]:
     """The sum [D] of rows, each so many times, int64 [N], and the number of them."""
     total = np.zeros(rows.shape[1])
-    for first, block in rows.look_over(progress=f"reading {rows.name}"):
+    for first, block in rows.look_over():
         for start in range(0, len(block), SUMMED):
             part = _tensor(block[start : start + SUMMED])
             weights = torch.from_numpy(times[first + start : first + start + len(part)])

@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
 
 from protoclip.common.files import DataError, plural, printable
+from protoclip.data.feature_pairs import feature_pairs
 from protoclip.data.types import PairDataset, Subset
-from protoclip.features.table import KEY, read_csv
-
-POSITION = "position"
+from protoclip.features.table import read_csv
 
 
-def read_selection(path: Path, dataset: PairDataset) -> Set[str]:
-    """The keys of the selected pairs; their positions count only where the table has no keys.
+def read_selection(path: Path, dataset: PairDataset) -> np.ndarray:
+    """Which pairs are selected, with others of the same pictures, bool [N]. A row of the table is
+    found by its key, and one without a key by its position.
 
     Raises:
         DataError: the table cannot be read, or the data set has not all of its pairs.
     """
     shown = printable(str(path))
     try:
-        keys = {key for key in read_csv(path, KEY) if key}
-        positions = [int(position) for position in read_csv(path, POSITION)]
+        cells = zip(read_csv(path, "key"), read_csv(path, "position"), strict=True)
+        selected = [(key, int(position)) for key, position in cells]
     except (OSError, ValueError) as error:
         raise DataError(
             f"--rows: expected a selected.csv of protoclip curate, got {shown} ({error})"
         ) from error
-    if not keys:
-        if max(positions, default=0) >= len(dataset):
-            raise DataError(
-                f"--rows: expected positions below {len(dataset):,}, the size of {dataset.name}, "
-                f"got {max(positions):,} in {shown}; train on the data whose features were curated"
-            )
-        return {dataset.keys[position] for position in positions}
-    if missing := keys.difference(dataset.keys):
+    keys = list(dict.fromkeys(key for key, _ in selected if key))
+    positions = np.array([position for key, position in selected if not key], np.int64)
+    pairs = feature_pairs(dataset)
+    count = len(dataset) if pairs is None else len(pairs.images)
+    if positions.max(initial=0) >= count:
+        raise DataError(
+            f"--rows: expected positions below {count:,}, the size of {dataset.name}, "
+            f"got {positions.max():,} in {shown}; train on the data whose features were curated"
+        )
+    if pairs is None:
+        place_of = {key: i for i, key in enumerate(dataset.keys)}
+        found = np.array([place_of.get(key, -1) for key in keys], np.int64)
+    else:
+        found = pairs.identity.find(keys)
+    if len(missing := np.flatnonzero(found < 0)):
+        others = min(keys[i] for i in missing.tolist())
         raise DataError(
             f"--rows: expected keys of {dataset.name}, got {plural(len(missing), 'other key')} in "
-            f"{shown}, such as {printable(min(missing))}; train on the data whose features were "
-            "curated"
+            f"{shown}, such as {printable(others)}; train on the data whose features were curated"
         )
-    return keys
-
-
-def selected_pairs(dataset: PairDataset, keys: Set[str]) -> PairDataset:
-    """The pairs with these keys, and others of the same pictures."""
+    found = np.concatenate([found, positions])
     pictures = dataset.picture_numbers()
-    has_key = np.fromiter((key in keys for key in dataset.keys), bool, len(dataset))
-    chosen = np.flatnonzero(np.isin(pictures, pictures[has_key]))
-    if not len(chosen):
+    chosen = pictures[found] if pairs is None else pairs.identity.picture[found]
+    return np.isin(pictures, chosen)
+
+
+def selected_pairs(dataset: PairDataset, is_selected: np.ndarray) -> PairDataset:
+    """The pairs that ``is_selected``, bool [N], has."""
+    if not is_selected.any():
         raise DataError(f"--rows: no selected pair of {dataset.name} is left to train on")
-    return Subset(dataset, chosen)
+    return Subset(dataset, np.flatnonzero(is_selected))

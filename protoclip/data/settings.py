@@ -49,6 +49,7 @@ def open_run_data(config: TrainConfig) -> RunData:
     selected = read_selection(Path(data.rows), dataset) if data.rows else None
     if data.val_fraction:
         dataset, held_out = _hold_out(dataset, data.val_fraction, data.val_seed)
+        selected = None if selected is None else selected[dataset.indices]
     if selected is not None:
         dataset = selected_pairs(dataset, selected)
     if data.train_num_samples > len(dataset):
@@ -82,7 +83,7 @@ def with_widths(config: TrainConfig, dataset: PairDataset) -> TrainConfig:
     return replace(config, model=model)
 
 
-def _hold_out(dataset: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
+def _hold_out(dataset: PairDataset, fraction: float, seed: int) -> tuple[Subset, PairDataset]:
     """The pairs to train on and those to hold out; rows of the same picture stay together."""
     if dataset.facts.remote:
         raise DataError(

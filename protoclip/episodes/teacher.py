@@ -181,23 +181,25 @@ def _find_rows(spec: str, dataset: PairDataset) -> FeatureRows:
         keys = rows.keys
     except DataError as error:
         raise ValueError(f"--external-teacher: {error}") from error
-    places = {key: row for row, key in enumerate(keys or ())}
-    missing = [key for key in dataset.keys if key not in places] if keys is not None else []
+    pictures = rows.identity.first_rows
+    places = rows.identity.find(dataset.keys)
+    missing = [] if keys is None else np.flatnonzero(places < 0).tolist()
     wrong = ""
     if keys is None and len(rows) != len(dataset):
         wrong = f"[{len(dataset)}, d], one row per sample, got {list(rows.shape)}; for a part of "
         wrong += "the data give features with keys, as protoclip encode --one-text writes them"
-    elif keys is not None and len(places) != len(rows):
-        wrong = f"a key for each row, got {len(places)} different ones for {len(rows)} rows; "
+    elif keys is not None and len(pictures) != len(rows):
+        wrong = f"a key for each row, got {len(pictures)} different ones for {len(rows)} rows; "
         wrong += "protoclip encode --one-text writes one row per sample"
     elif missing:
-        wrong = f"a row for each sample, got none for {len(missing)}, first {missing[0]!r}"
+        first = dataset.keys[missing[0]]
+        wrong = f"a row for each sample, got none for {len(missing)}, first {first!r}"
     if wrong:
         raise ValueError(
             f"--external-teacher: expected {spec} to hold, for {dataset.name}, {wrong}; compute it "
             "from the same data"
         )
-    return rows if keys is None else rows.select([places[key] for key in dataset.keys])
+    return rows if keys is None else rows.select(places)
 
 
 def minilm_missing() -> str:

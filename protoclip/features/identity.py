@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from protoclip.common.digest import Digest
 from protoclip.common.files import DataError, printable
 from protoclip.common.strings import StringTable
 
@@ -86,9 +87,12 @@ class Identity:
             column = self._read(name)
             return None if column is None else column.take(positions)
 
-        selected = Identity(self.name, len(positions), read, self.key_column)
-        selected._numbers = self.row_numbers(positions)
-        return selected
+        return self._like(read, self.row_numbers(positions))
+
+    def _like(self, read: Callable[[str], StringTable | None], numbers: np.ndarray) -> Identity:
+        changed = Identity(self.name, len(numbers), read, self.key_column)
+        changed._numbers = numbers
+        return changed
 
     def with_captions(self, captions: StringTable) -> Identity:
         """The same rows with other captions, [N]."""
@@ -96,8 +100,12 @@ class Identity:
         def read(name: str) -> StringTable | None:
             return captions if name == CAPTION else self._read(name)
 
-        changed = Identity(self.name, self.count, read, self.key_column)
-        changed._numbers = self._numbers
+        return self._like(read, self.row_numbers())
+
+    def separate(self) -> Identity:
+        """The same rows, each as a picture of its own."""
+        changed = self._like(self._read, self.row_numbers())
+        changed.picture = np.arange(self.count)
         return changed
 
     def column(self, name: str, positions: np.ndarray | None = None) -> StringTable:
@@ -129,6 +137,23 @@ class Identity:
         if keys.has_text.all():
             return keys
         return _Names(keys, self.row_numbers(slice(None) if positions is None else positions))
+
+    def cells(self, positions: np.ndarray) -> dict[str, Sequence[str]]:
+        """What tables say of the rows at ``positions``, int64 [M]: the position in DATA, which
+        identifies a row, key and file."""
+        return {
+            "position": [str(number) for number in self.row_numbers(positions).tolist()],
+            KEY: self.column(KEY, positions),
+            FILE: self.column(FILE, positions),
+        }
+
+    def digest(self, count: int) -> str:
+        """The checksum of the keys and captions of the first ``count`` rows."""
+        digest = Digest()
+        for name in (KEY, CAPTION):
+            for part in self.column(name).head(count):
+                digest.update(part)
+        return digest.hexdigest()
 
     def alike(self, name: str) -> np.ndarray:
         """A number for each row, int64 [N], the same for equal texts of a column; rows without a

@@ -60,16 +60,12 @@ class FeatureRows(ABC):
         """The rows at ``positions``, as of ``as_positions``, as rows on disk, in that order."""
         return SelectedRows(self, as_positions(positions, len(self), self.name))
 
-    def look_over(
-        self, count: int | None = None, progress: str = ""
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def look_over(self, count: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The first ``count`` rows in the order of the file, or all of them: the position of each
         block's first row and the block, which is valid until the next one.
 
         At the end ``digest`` of these rows, and ``not_finite`` of all, are known without reading.
 
-        Args:
-            progress: what is waited for; "": "reading the rows".
         Raises:
             DataError: image rows with one key are of different pictures.
         """
@@ -79,7 +75,7 @@ class FeatureRows(ABC):
         buffer = np.empty((min(step, count), self.shape[1]), self.dtype)
         digest = Digest()
         bad = [np.zeros(0, np.int64)]
-        with Wait(progress or "reading the rows", count, "rows") as wait:
+        with Wait("reading the rows", count, "rows") as wait:
             for start in range(0, count, step):
                 block = self.rows(start, min(count, start + step), buffer)
                 digest.update(block)
@@ -93,23 +89,23 @@ class FeatureRows(ABC):
         if count == len(self):
             self._bad = np.concatenate(bad)
 
-    def not_finite(self, progress: str = "") -> np.ndarray:
+    def not_finite(self) -> np.ndarray:
         """Positions of the rows with NaN or infinity, int64; reads all rows, block by block, unless
         ``look_over`` has."""
         if self.dtype.kind != "f" and not self.are_images:
             return np.zeros(0, np.int64)
         if self._bad is None:
-            for _ in self.look_over(progress=progress):
+            for _ in self.look_over():
                 pass
         assert self._bad is not None
         return self._bad
 
-    def digest(self, count: int | None = None, progress: str = "") -> str:
+    def digest(self, count: int | None = None) -> str:
         """The checksum of the bytes of the first ``count`` rows, or of all; reads them, unless
         ``look_over`` has."""
         count = len(self) if count is None else count
         if count not in self._digests:
-            for _ in self.look_over(count, progress):
+            for _ in self.look_over(count):
                 pass
         return self._digests[count]
 
@@ -205,9 +201,9 @@ class SelectedRows(FeatureRows):
     def state(self) -> str:
         return self.source.state
 
-    def digest(self, count: int | None = None, progress: str = "") -> str:
+    def digest(self, count: int | None = None) -> str:
         chosen = digest_of(self.positions[:count])
-        return f"{self.source.digest(progress=progress)} at {chosen}"
+        return f"{self.source.digest()} at {chosen}"
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         self._check_range(start, stop)
@@ -248,8 +244,8 @@ class UnitRows(FeatureRows):
     def state(self) -> str:
         return self.source.state
 
-    def digest(self, count: int | None = None, progress: str = "") -> str:
-        return f"unit {self.source.digest(count, progress)}"
+    def digest(self, count: int | None = None) -> str:
+        return f"unit {self.source.digest(count)}"
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         block = self._buffer(stop - start, out)
