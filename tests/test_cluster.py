@@ -192,7 +192,7 @@ def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFi
     out = cluster_features(features, "a", "--k", "12")
     clusters = protoclip.Clusters.load(out / "centroids.safetensors")
     lines = table(out)
-    assert [line["file"] for line in lines] == [str(i) for i in range(900)]
+    assert [line["position"] for line in lines] == [str(i) for i in range(900)]
     labels = torch.tensor([int(line["cluster"]) for line in lines])
     assert torch.equal(labels, clusters.predict(features.rows))
     assert purity(labels, features.kinds) == 1

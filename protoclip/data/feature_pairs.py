@@ -139,18 +139,23 @@ class FeaturePairs(PairDataset):
     def captions(self, i: int) -> tuple[str, ...]:
         """The texts of pair ``i``'s captions; in place of those that are not known the first that
         is, or else the pair's name."""
-        position = np.array([i])
-        count = int(self.num_captions(position)[0])
-        if len(self.texts) > 1:
-            return (self.keys[i],) * count
-        texts = self.identity.column(
-            CAPTION, self._row_of(np.repeat(position, count), np.arange(count))
-        )
+        rows, starts = self.identity.rows_by_picture
+        texts = [self._captions[row] for row in rows[starts[i] : starts[i + 1]].tolist()]
         known = next(filter(None, texts), self.keys[i])
+        if len(self.texts) > 1:
+            return (known,) * len(texts) * len(self.texts)
         return tuple(text or known for text in texts)
 
+    @functools.cached_property
+    def _captions(self) -> StringTable:
+        return self.identity.column(CAPTION)
+
+    @functools.cached_property
+    def _files(self) -> StringTable:
+        return self.identity.column(FILE, self.identity.first_rows)
+
     def path(self, i: int) -> str:
-        return self.identity.column(FILE, self._row_of(np.array([i])))[0]
+        return self._files[i]
 
     def image(self, i: int) -> Image.Image:
         """The picture that row ``i`` was made of, for a page; of pairs grey if its file is not

@@ -373,7 +373,7 @@ def words_of_path(path: str) -> str:
 
 def name_of_key(key: str) -> str:
     """What a sample is called: its file without folders, or "row 1,234"."""
-    return f"row {int(key):,}" if key.isdecimal() else printable(os.path.basename(key))
+    return printable(os.path.basename(key))
 
 
 def words_of_clusters(
