@@ -75,10 +75,16 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
   m.def("kmeans_encode(Tensor points) -> Tensor[]", cpu(&protoclip::kmeans_encode));
   m.def("kmeans_assign_coded(Tensor points, Tensor centroids, Tensor[] codes) -> (Tensor, Tensor)",
         cpu(&protoclip::kmeans_assign_coded));
-  m.def("kmeans_prepare(Tensor centroids, Tensor some, bool coded) -> Tensor[]",
+  m.def("kmeans_prepare(Tensor centroids, Tensor some, bool coded, Tensor? order=None) -> Tensor[]",
         cpu(&protoclip::kmeans_prepare));
   m.def("kmeans_assign_prepared(Tensor points, Tensor[] prepared) -> (Tensor, Tensor)",
         cpu(&protoclip::kmeans_assign_prepared));
+  m.def("kmeans_group_size(int num_clusters) -> int", &protoclip::kmeans_group_size);
+  m.def(
+      "kmeans_reassign(Tensor points, Tensor[] prepared, Tensor order, Tensor[] codes,"
+      " Tensor previous, Tensor labels, Tensor distances, Tensor(a!) bounds)"
+      " -> (Tensor, Tensor, float)",
+      cpu(&protoclip::kmeans_reassign));
   m.def(
       "kmeans_greedy_start(Tensor points, Tensor? weights, Tensor[] codes, int first,"
       " int num_clusters, int trials, int rounds, Generator? generator) -> Tensor",

@@ -74,8 +74,14 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
 std::vector<Tensor> kmeans_encode(const Tensor& points);
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                at::TensorList codes);
-std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded);
+std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded,
+                                   const Optional& order);
 std::tuple<Tensor, Tensor> kmeans_assign_prepared(const Tensor& points, at::TensorList prepared);
+int64_t kmeans_group_size(int64_t num_clusters);
+std::tuple<Tensor, Tensor, double> kmeans_reassign(const Tensor& points, at::TensorList prepared,
+                                                   const Tensor& order, at::TensorList codes,
+                                                   const Tensor& previous, const Tensor& labels,
+                                                   const Tensor& distances, const Tensor& bounds);
 Tensor kmeans_greedy_start(const Tensor& points, const Optional& weights, at::TensorList codes,
                            int64_t first, int64_t num_clusters, int64_t trials, int64_t rounds,
                            at::Generator generator);

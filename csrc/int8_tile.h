@@ -122,18 +122,17 @@ inline ALWAYS_INLINE void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, COUNT>{});
 }
 
-// sums[r * kVectors + v] = start[v] + sum_j left[r][j] right[j][v]: left is kRows rows `stride`
-// bytes apart, right a panel [depth / 4][kColumns][4], start the initial int32 [kColumns]; then
-// each(i, sums[i]).
+// sums[r * kVectors + v] = start[v] + sum_j left[r][j] right[j][v]: left are kRows rows, right a
+// panel [depth / 4][kColumns][4], start the initial int32 [kColumns]; then each(i, sums[i]).
 template <class F>
-inline ALWAYS_INLINE void tile(const uint8_t* left, int64_t stride, const int8_t* right,
+inline ALWAYS_INLINE void tile(const uint8_t* const (&left)[kRows], const int8_t* right,
                                const int32_t* start, int64_t depth, F each) {
   Int sums[kRows * kVectors], columns[kVectors], row;
   const auto begin = [&](auto i) ALWAYS_INLINE { sums[i] = load(start + i % kVectors * kLanes); };
   const auto step = [&](auto i, int64_t j) ALWAYS_INLINE {
     constexpr int r = i / kVectors, v = i % kVectors;
     if constexpr (r == 0) columns[v] = load(right + j * kColumns + v * kLanes * 4);
-    if constexpr (v == 0) row = broadcast4(left + r * stride + j);
+    if constexpr (v == 0) row = broadcast4(left[r] + j);
     sums[i] = dot4(sums[i], row, columns[v]);
   };
   unrolled<kRows * kVectors>(begin);

@@ -261,15 +261,17 @@ std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tenso
 
 // For kmeans_assign_prepared, so that blocks of points meet the centroids in the frame that all
 // points would have. `some`: rows of the points as `sample` takes them, fp32. `coded`: all points
-// would have codes.
-std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded) {
+// would have codes. `order`: for kmeans_reassign, the centroid in each slot of their codes.
+std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded,
+                                   const Optional& order) {
   const GivenCentroids given(centroids);
   if (some.size(0) == 0 || !given.finite || given.measures_all()) return {given.rows};
   const Tensor sampled = some.contiguous(), centre = coded ? mean_row(sampled) : given.mean;
   Frame frame(centre);
   frame.rotated = frame.peaky(sampled) || (!coded && frame.peaky(given.rows));
   std::vector<Tensor> prepared{given.rows, centre, at::full({}, frame.rotated, at::kBool)};
-  for (const Tensor& part : Centroids(given.rows, frame).packed()) prepared.push_back(part);
+  const int64_t* slots = order ? order->const_data_ptr<int64_t>() : nullptr;
+  for (const Tensor& part : Centroids(given.rows, frame, slots).packed()) prepared.push_back(part);
   return prepared;
 }
 

@@ -15,6 +15,7 @@ using int8::kRows;
 using int8::kVectors;
 
 constexpr int64_t kBlockRows = 128;  // points that share one pass over the centroids' codes
+constexpr int64_t kMostRows = 512;   // of a block of which few meet a panel (kmeans_moved_cpu.cpp)
 // Norms outside (kTooSmall, kTooLarge) have squares near fp32's ends: such a row is done in fp64.
 constexpr float kTooSmall = 1e-10f, kTooLarge = 1e15f;
 // Sums of more products of codes may leave int32: rows that are wider are done in fp64 too.
@@ -73,46 +74,52 @@ struct CodedPoints {
 
 // A block of points, their codes, and the best centroid so far of each.
 struct Block {
-  explicit Block(const Centroids& c)
+  explicit Block(const Centroids& c, int64_t rows = kBlockRows)
       : c(c),
-        converted(kBlockRows * c.d),
+        converted(rows * c.d),
         centred(c.d),
-        codes(kBlockRows * c.depth),
+        codes(rows * c.depth),
         bounds(kChunkPanels * kRows * kColumns),
         highest(kRows * kChunkPanels * int8::kLanes),
         hits(kChunkPanels * kColumns),
-        min_scale(std::max(c.largest * 1e-12f, 1e-30f)) {}
+        min_scale(std::max(c.largest * 1e-12f, 1e-30f)),
+        rounding((static_cast<double>(c.d) / int8::kLanes + 16) / (1 << 24)) {}
 
   const Centroids& c;
-  Buffer<float> converted;         // [kBlockRows, D]
-  const float* point[kBlockRows];  // [D], in `converted` where the input is not fp32 as it stands
-  Buffer<float> centred;           // [D]
-  Buffer<uint8_t> codes;           // [kBlockRows, depth]
-  Buffer<float> bounds;            // [chunk's panels][kRows][kColumns]
-  Buffer<float> highest;           // [kRows][chunk's panels][int8::kLanes], of a panel's vectors
-  std::vector<Hit> hits;           // of one row in a chunk
+  Buffer<float> converted;        // [rows, D]
+  const float* point[kMostRows];  // [D], in `converted` where the input is not fp32 as it stands
+  Buffer<float> centred;          // [D]
+  Buffer<uint8_t> codes;          // [rows, depth]
+  Buffer<float> bounds;           // [chunk's panels][kRows][kColumns]
+  Buffer<float> highest;          // [kRows][chunk's panels][int8::kLanes], of a panel's vectors
+  std::vector<Hit> hits;          // of one row in a chunk
   // Next to far larger centroids a point needs no digits, and 1 / s must stay finite.
   float min_scale;
-  float inverse[kBlockRows];    // 1 / s
-  float widening[kBlockRows];   // (|e| + |s q| error_ratio) / s
-  float threshold[kBlockRows];  // score / s of the best centroid, from below
-  double square[kBlockRows];    // |x'|^2
-  float distance[kBlockRows];
-  int64_t label[kBlockRows];
+  double rounding;             // relative, of a squared distance
+  float inverse[kMostRows];    // 1 / s
+  float widening[kMostRows];   // (|e| + |s q| error_ratio) / s
+  float threshold[kMostRows];  // score / s of the best centroid, from below
+  double square[kMostRows];    // |x'|^2
+  float distance[kMostRows];
+  int64_t label[kMostRows];
 
   template <class T>
   void read(int64_t row, const T* x, int64_t stride);
-  void encode(int64_t row);
-  void take(int64_t row, const CodedPoints& points, int64_t from);
+  bool encode(int64_t row);
+  bool take(int64_t row, const CodedPoints& points, int64_t from);
   bool expect(int64_t row, const CodedPoints& points, int64_t from, float nearest);
   bool begin(int64_t row, double square);
   bool fits(int64_t row) const;
   float least_score(int64_t row, float distance) const;
   void finish(int64_t row, const screen::Coded& coded);
+  template <class Row>
+  void screen_panel(Row row, int64_t panel, int64_t p);
   void screen_chunk(int64_t group, int64_t panel, int64_t panels);
   int64_t find_hits(int64_t row, int64_t panel, int64_t panels, float least);
   void measure_chunk(int64_t row, int64_t panel, int64_t panels);
   void measure(int64_t row, int64_t candidate);
+  bool is_nearer(int64_t row, float distance, int64_t candidate) const;
+  void hold(int64_t row, float distance, int64_t candidate);
   void brute_force(int64_t row);
 };
 
@@ -130,22 +137,26 @@ void Block::read(int64_t row, const T* x, int64_t stride) {
     for (int64_t j = 0; j < c.d; ++j) out[j] = static_cast<float>(x[j * stride]);
 }
 
-inline void Block::encode(int64_t row) {
-  if (!begin(row, c.frame.centre(point[row], centred.get()))) return;
+// False where the point is done already (`begin`).
+inline bool Block::encode(int64_t row) {
+  if (!begin(row, c.frame.centre(point[row], centred.get()))) return false;
   if (c.frame.rotated) c.frame.rotation(centred.get());
   uint8_t* code = codes.get() + row * c.depth;
   finish(row, screen::encode(centred.get(), c.d, int8::kLeftMax, screen::kOffset, min_scale, code));
   std::fill(code + c.d, code + c.depth, screen::kOffset);
+  return true;
 }
 
 // The code of point `from`, instead of encoding it again.
-inline void Block::take(int64_t row, const CodedPoints& points, int64_t from) {
+inline bool Block::take(int64_t row, const CodedPoints& points, int64_t from) {
   const CodedRow point =
       CodedRow::load(points.code_bounds.const_data_ptr<float>() + from * CodedRow::kSize);
   if (point.coded.scale < min_scale) return encode(row);
   std::copy_n(points.codes.const_data_ptr<uint8_t>() + from * c.depth, c.depth,
               codes.get() + row * c.depth);
-  if (begin(row, point.square)) finish(row, point.coded);
+  if (!begin(row, point.square)) return false;
+  finish(row, point.coded);
+  return true;
 }
 
 // False where the point is done already: its squares would leave fp32, or are not finite.
@@ -184,7 +195,6 @@ inline bool Block::expect(int64_t row, const CodedPoints& points, int64_t from, 
 
 // score / s of a centroid at this squared distance, from below.
 inline float Block::least_score(int64_t row, float distance) const {
-  const double rounding = (static_cast<double>(c.d) / int8::kLanes + 16) / (1 << 24);
   const double score =
       (square[row] * (1 - rounding) - distance * (1 + rounding)) / 2 * inverse[row];
   return static_cast<float>(score - std::abs(score) * 1e-6);
@@ -197,25 +207,32 @@ inline void Block::finish(int64_t row, const screen::Coded& coded) {
       static_cast<float>((exact + std::sqrt(square[row]) * screen::kSlack) / coded.scale);
 }
 
+// Bounds of the points row(0) ... row(kRows - 1) against a panel, the p-th of a chunk.
+template <class Row>
+inline ALWAYS_INLINE void Block::screen_panel(Row row, int64_t panel, int64_t p) {
+  const int64_t at = panel * kColumns;
+  const uint8_t* left[kRows];
+  for (int r = 0; r < kRows; ++r) left[r] = codes.get() + row(r) * c.depth;
+  int8::Float high;
+  int8::tile(left, c.codes.get() + at * c.depth, c.start.get() + at, c.depth,
+             [&](auto i, int8::Int sum) ALWAYS_INLINE {
+               constexpr int r = i / kVectors, v = i % kVectors;
+               const auto scale = int8::load(c.scale.get() + at + v * int8::kLanes);
+               const auto half = int8::load(c.half_square.get() + at + v * int8::kLanes);
+               const auto norm = int8::load(c.norm_bound.get() + at + v * int8::kLanes);
+               const auto bound =
+                   int8::to_float(sum) * scale + (norm * widening[row(r)] - half * inverse[row(r)]);
+               int8::store(bounds.get() + (p * kRows + r) * kColumns + v * int8::kLanes, bound);
+               high = v == 0 ? bound : larger(high, bound);
+               if constexpr (v == kVectors - 1)
+                 int8::store(highest.get() + (r * kChunkPanels + p) * int8::kLanes, high);
+             });
+}
+
 // Bounds of kRows points against a chunk of panels.
 inline void Block::screen_chunk(int64_t group, int64_t panel, int64_t panels) {
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t at = (panel + p) * kColumns;
-    int8::Float high;
-    int8::tile(codes.get() + group * c.depth, c.depth, c.codes.get() + at * c.depth,
-               c.start.get() + at, c.depth, [&](auto i, int8::Int sum) ALWAYS_INLINE {
-                 constexpr int r = i / kVectors, v = i % kVectors;
-                 const auto scale = int8::load(c.scale.get() + at + v * int8::kLanes);
-                 const auto half = int8::load(c.half_square.get() + at + v * int8::kLanes);
-                 const auto norm = int8::load(c.norm_bound.get() + at + v * int8::kLanes);
-                 const auto bound = int8::to_float(sum) * scale +
-                                    (norm * widening[group + r] - half * inverse[group + r]);
-                 int8::store(bounds.get() + (p * kRows + r) * kColumns + v * int8::kLanes, bound);
-                 high = v == 0 ? bound : larger(high, bound);
-                 if constexpr (v == kVectors - 1)
-                   int8::store(highest.get() + (r * kChunkPanels + p) * int8::kLanes, high);
-               });
-  }
+  for (int64_t p = 0; p < panels; ++p)
+    screen_panel([=](int64_t r) { return group + r; }, panel + p, p);
 }
 
 // Fills `hits` with the centroids of a chunk whose bound is at least `least`, in rising order.
@@ -277,8 +294,16 @@ inline float squared_distance(const float* x, const float* y, int64_t d) {
 inline void Block::measure(int64_t row, int64_t candidate) {
   if (candidate >= c.k) return;  // a slot of padding ties at -inf
   const float now = squared_distance(point[row], c.rows + candidate * c.d, c.d);
-  const bool nearer = now < distance[row] || (now == distance[row] && candidate < label[row]);
-  if (label[row] >= 0 && !nearer) return;
+  if (label[row] < 0 || is_nearer(row, now, candidate)) hold(row, now, candidate);
+}
+
+// Than the best so far; of equal ones the first is.
+inline bool Block::is_nearer(int64_t row, float now, int64_t candidate) const {
+  return now < distance[row] || (now == distance[row] && candidate < label[row]);
+}
+
+// The best so far.
+inline void Block::hold(int64_t row, float now, int64_t candidate) {
   label[row] = candidate;
   distance[row] = now;
   threshold[row] = least_score(row, now);

@@ -88,7 +88,9 @@ class Array {
 };
 
 struct Centroids {
-  Centroids(const at::Tensor& rows, const Frame& frame);  // fp32 and contiguous
+  // Rows: fp32 and contiguous. `order`: the row in each slot of the codes, int64 [K]; null: as they
+  // are.
+  Centroids(const at::Tensor& rows, const Frame& frame, const int64_t* order = nullptr);
   // What `packed` gave for these rows and this frame.
   Centroids(const at::Tensor& rows, const Frame& frame, at::TensorList packed);
   std::vector<at::Tensor> packed() const;
@@ -107,10 +109,10 @@ struct Centroids {
   }
 
  private:
-  void encode_panel(int64_t panel, float* error);
+  void encode_panel(int64_t panel, const int64_t* order, float* error);
 };
 
-inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
+inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame, const int64_t* order)
     : rows(centroids.const_data_ptr<float>()),
       frame(frame),
       k(centroids.size(0)),
@@ -126,7 +128,7 @@ inline Centroids::Centroids(const at::Tensor& centroids, const Frame& frame)
   at::parallel_for(0, panels, 1 + (1 << 15) / (int8::kColumns * depth + 1),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t panel = begin; panel < end; ++panel)
-                       encode_panel(panel, error.data());
+                       encode_panel(panel, order, error.data());
                    });
   double errors = 0, norms = 0;
   for (int64_t i = 0; i < k; ++i) {
@@ -161,12 +163,12 @@ inline std::vector<at::Tensor> Centroids::packed() const {
   return {numbers, codes.tensor, start.tensor, scale.tensor, half_square.tensor, norm_bound.tensor};
 }
 
-inline void Centroids::encode_panel(int64_t panel, float* error) {
+inline void Centroids::encode_panel(int64_t panel, const int64_t* order, float* error) {
   std::vector<float> row(d);
   std::vector<int8_t> code(depth);
   int8_t* out = codes.get() + panel * depth * int8::kColumns;
   for (int64_t i = panel * int8::kColumns; i < std::min(k, (panel + 1) * int8::kColumns); ++i) {
-    const double square = frame.centre(rows + i * d, row.data());
+    const double square = frame.centre(rows + (order ? order[i] : i) * d, row.data());
     if (frame.rotated) frame.rotation(row.data());
     const auto coded = screen::encode(row.data(), d, 127, 0, 1e-30f, code.data());
     int32_t total = 0;

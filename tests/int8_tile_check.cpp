@@ -9,7 +9,9 @@ int SIZES[] = {int8::kLanes, int8::kRows, int8::kColumns, int8::kLeftMax};
 
 void tile(const uint8_t* left, int64_t depth, const int8_t* right, const int32_t* start,
           float* out) {
-  int8::tile(left, depth, right, start, depth, [&](auto i, int8::Int sum) {
+  const uint8_t* rows[int8::kRows];
+  for (int r = 0; r < int8::kRows; ++r) rows[r] = left + r * depth;
+  int8::tile(rows, right, start, depth, [&](auto i, int8::Int sum) {
     int8::store(out + i * int8::kLanes, int8::to_float(sum));
   });
 }

@@ -244,10 +244,10 @@ def test_a_run_at_rest_costs_one_assignment(monkeypatch: pytest.MonkeyPatch) -> 
     num_assignments = 0
     assign = PointsAssignment.__call__
 
-    def assign_and_count(self: PointsAssignment, centroids: Tensor) -> Any:
+    def assign_and_count(self: PointsAssignment, *arguments: Any) -> Any:
         nonlocal num_assignments
         num_assignments += 1
-        return assign(self, centroids)
+        return assign(self, *arguments)
 
     monkeypatch.setattr(PointsAssignment, "__call__", assign_and_count)
     monkeypatch.setattr(PointsAssignment, "runs_kmeans", False)

@@ -281,9 +281,10 @@ def test_centroids_that_are_prepared_for_blocks_change_no_bit(
     blocks = BlockAssignment(points[:: max(1, n // SAMPLED)], k, "cpu")
     for moved in (centroids, centroids * 1e10, centroids[:1] - 1e-3):
         nearest = blocks.to(moved)
-        labels, squared = zip(*(nearest(points=block) for block in points.split(37)), strict=True)
+        parts = [slice(first, first + 37) for first in range(0, n, 37)]
+        labels, squared = zip(*(nearest(points[part], part) for part in parts), strict=True)
         assert_same_bits((torch.cat(labels), torch.cat(squared)), tuple(assign(moved)))
-    labels, squared = blocks.to(centroids * math.nan)(points=points)
+    labels, squared = blocks.to(centroids * math.nan)(points, slice(n))
     assert (labels == -1).all() and squared.isnan().all()
 
 

@@ -170,10 +170,10 @@ def test_rows_are_read_once_in_each_iteration(monkeypatch: pytest.MonkeyPatch) -
     num_prepared = 0
     prepare = BlockAssignment.to
 
-    def prepare_and_count(self: BlockAssignment, centroids: Tensor) -> Any:
+    def prepare_and_count(self: BlockAssignment, *arguments: Any) -> Any:
         nonlocal num_prepared
         num_prepared += 1
-        return prepare(self, centroids)
+        return prepare(self, *arguments)
 
     monkeypatch.setattr(BlockAssignment, "to", prepare_and_count)
     clusters = protoclip.kmeans(rows, 60, init=SCREENED[:60], num_iters=5)

@@ -58,10 +58,11 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
     history: list[float] = []
     best: State | None = None
     converged = False
-    assigned = passes.assign(centroids, needs_sums=settings.num_iters > 0)
+    bounds = passes.bounds()
+    assigned = passes.assign(centroids, settings.num_iters > 0, bounds)
     for iteration in range(settings.num_iters):
         is_last = iteration + 1 == settings.num_iters
-        update = _iteration(rows, passes, centroids, assigned, settings)
+        update = _iteration(rows, passes, centroids, assigned, settings, fused=bounds is None)
         updated = update.centroids
         if settings.progress is not None:
             settings.progress(iteration, _Facts._make(update.facts).inertia)
@@ -92,7 +93,7 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
         if not settings.limit and converged:
             break  # equal centroids: the labels are theirs already
         centroids = updated
-        assigned = ahead or passes.assign(centroids, needs_sums=bool(moving) and not is_last)
+        assigned = ahead or passes.assign(centroids, bool(moving) and not is_last, bounds)
         if converged:
             break
     last = State(
@@ -110,11 +111,13 @@ def _iteration(
     centroids: Tensor,
     assigned: Assigned,
     settings: Settings,
+    fused: bool,
 ) -> KMeansIteration:
-    """An update of the centroids, with the labels of the new ones where the backend computes both
-    in one op."""
+    """An update of the centroids; if ``fused`` with the labels of the new ones where the backend
+    computes both in one op."""
     if (
-        isinstance(passes, InMemorySweep)
+        fused
+        and isinstance(passes, InMemorySweep)
         and passes.nearest.runs_kmeans
         and rows.group is None
         and not (settings.spherical or settings.splits)

@@ -11,11 +11,13 @@ from torch import Tensor
 from protoclip.lloyd.points import InMemory, OnDisk
 from protoclip.lloyd.slices import PointSlice
 from protoclip.ops.clusters import (
-    SAMPLED,
     BlockAssignment,
+    Bounds,
     KMeansIteration,
     SegmentSums,
     assignment,
+    bounds_for,
+    sampled_step,
     segment_mean,
 )
 from protoclip.ops.dispatch import resolve
@@ -47,8 +49,15 @@ class InMemorySweep:
             self._values = self.rows.weighted(self.nearest.points, slice(None))
         return self._values
 
-    def assign(self, centroids: Tensor, needs_sums: bool = True) -> Assigned:
-        return Assigned(*self.nearest(centroids))
+    def bounds(self) -> Bounds | None:
+        """Empty bounds for a run of iterations, where they pay."""
+        count, columns = self.nearest.points.shape
+        return bounds_for(count, self.num_clusters, columns, self.nearest.backend)
+
+    def assign(
+        self, centroids: Tensor, needs_sums: bool = True, bounds: Bounds | None = None
+    ) -> Assigned:
+        return Assigned(*self.nearest(centroids, bounds))
 
     def means(self, assigned: Assigned) -> tuple[Tensor, Tensor]:
         """Means [K, D] and counts [K] of all ranks' clusters."""
@@ -93,25 +102,34 @@ class OnDiskSweep:
         self.num_clusters = num_clusters
         self.on_rows = on_rows
         backend_name = resolve("kmeans_assign", backend, points.device.type, points.dtype)
-        step = max(1, points.count // SAMPLED)
+        step = sampled_step(points.count)
         some = points.take(torch.arange(0, points.count, step, device="cpu"))
         self.nearest = BlockAssignment(some, num_clusters, backend_name)
 
-    def assign(self, centroids: Tensor, needs_sums: bool = True) -> Assigned:
+    def bounds(self) -> Bounds | None:
+        """Empty bounds for a run of iterations, where they pay."""
+        points = self.points
+        return bounds_for(points.count, self.num_clusters, points.columns, self.nearest.backend)
+
+    def assign(
+        self, centroids: Tensor, needs_sums: bool = True, bounds: Bounds | None = None
+    ) -> Assigned:
         points = self.points
         labels = torch.empty(points.count, dtype=torch.int64, device=points.device)
         distances = torch.empty(points.count, dtype=torch.float32, device=points.device)
         sums = self._no_sums() if needs_sums else None
-        nearest = self.nearest.to(centroids)
+        nearest = self.nearest.to(centroids, bounds)
         first = 0
         for block in points.blocks():
             part = slice(first, first + len(block))
-            labels[part], distances[part] = nearest(points=block)
+            labels[part], distances[part] = nearest(block, part)
             if sums is not None:
                 sums.add(self.rows.weighted(block, part), labels[part])
             first = part.stop
             if self.on_rows is not None:
                 self.on_rows(first, points.count)
+        if bounds is not None:
+            bounds.keep(centroids, labels, distances)
         return Assigned(labels, distances, sums)
 
     def _no_sums(self) -> SegmentSums:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from protoclip.ops import checks, reference
-from protoclip.ops.dispatch import TABLE, function, resolve
+from protoclip.ops.dispatch import TABLE, Backend, function, resolve
 from protoclip.ops.operators import empty, in_transform, operator, without_autocast
 
+SAMPLED = 256  # points that the C++ looks at before it codes them: kSample in kmeans_centroids.h
 MEASURED_COLUMNS = 16  # up to so many, a start measures all distances in C++, without codes
 
 
@@ -87,6 +88,111 @@ class KMeansIteration(NamedTuple):
     distances: Tensor  # fp32 [N] or [0]
 
 
+# With fewer clusters, or products N x K x D of an assignment, bounds do not pay: on Zen 4 normal
+# points with K = 256 take 1.15 of the time at 3e7 products and .84 at 3e8, with K = 128 .97.
+BOUNDED_CLUSTERS, BOUNDED_PRODUCTS = 256, 1 << 27
+BOUND_BYTES = 64  # of a point: kBoundsSize in kmeans_reassign_cpu.cpp
+MOST_BOUND_BYTES = 1 << 30
+BALLS = 1024  # centroids whose distances to each other are measured to group them
+
+
+class Bounds:
+    """What is known of the points' distances to k-means' centroids from one assignment to the next,
+    so that an assignment computes only what may have changed (Yinyang k-means). Nothing at first.
+    Labels and distances have the bits of ``kmeans_assign``, whatever is known."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.share = 1.0  # of the products, that the last assignment took
+        self._backend = backend
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # centroids, labels, distances
+        self._order: Tensor | None = None  # int64 [K], centroids that are near each other together
+        self._records = torch.empty(0)  # uint8 [N, BOUND_BYTES]
+        self._prepared: list[Tensor] = []  # the centroids of the assignment that is being made
+
+    @property
+    def is_empty(self) -> bool:
+        return self._last is None
+
+    def to(self, centroids: Tensor, some: Tensor, is_coded: bool) -> None:
+        """Begin an assignment to these centroids [K, D]. ``some``: sampled points [M, D]."""
+        assert self._last is not None
+        if self._order is None:  # they are means now, no longer points
+            size = self._backend.function("kmeans_group_size")(len(centroids))
+            self._order = _grouped(centroids.float(), size)
+            self._records = torch.zeros(len(self._last[1]), BOUND_BYTES, dtype=torch.uint8)
+        self._prepared = self._backend.function("kmeans_prepare")(
+            centroids=centroids, some=some.float(), coded=is_coded, order=self._order
+        )
+        self.share = 0.0
+
+    def assign(self, points: Tensor, part: slice, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels and squared distances of the points [B, D] in this part of all."""
+        assert self._last is not None
+        centroids, labels, distances = self._last
+        new_labels, new_distances, share = self._backend.function("kmeans_reassign")(
+            points=points,
+            prepared=self._prepared,
+            order=self._order,
+            codes=codes,
+            previous=centroids,
+            labels=labels[part],
+            distances=distances[part],
+            bounds=self._records[part],
+        )
+        self.share += share * len(points) / len(labels)
+        return new_labels, new_distances
+
+    def keep(self, centroids: Tensor, labels: Tensor, distances: Tensor) -> None:
+        """What the assignment found."""
+        self._last = centroids, labels, distances
+
+
+def bounds_for(num_points: int, num_clusters: int, columns: int, backend: str) -> Bounds | None:
+    """Empty bounds where a backend can use them and they pay."""
+    row = TABLE["kmeans_assign"][backend]
+    products = num_points * num_clusters * columns
+    pays = num_clusters >= BOUNDED_CLUSTERS and products >= BOUNDED_PRODUCTS
+    is_screened = row.runs_kmeans and num_clusters * columns > row.most_measured
+    fits = 0 < num_points * BOUND_BYTES <= MOST_BOUND_BYTES
+    return Bounds(row) if is_screened and pays and fits else None
+
+
+def _grouped(centroids: Tensor, size: int) -> Tensor:
+    """An order of centroids [K, D], int64 [K], whose runs of ``size`` are near each other: halves
+    along a direction of large variance until ``BALLS`` are left, then balls."""
+    pending, runs = [torch.arange(len(centroids))], []
+    while pending:
+        index = pending.pop()
+        rows = centroids[index]
+        if len(index) <= max(BALLS, size):
+            runs.append(index[_balls(rows, size)])
+            continue
+        rows = rows - rows.mean(0)
+        direction = rows[rows.square().sum(1).argmax()]
+        for _ in range(4):  # of power iteration
+            direction = torch.nn.functional.normalize((rows @ direction) @ rows, dim=0)
+        along = (rows @ direction).argsort(stable=True)
+        half = max(1, len(index) // size // 2) * size
+        pending += [index[along[half:]], index[along[:half]]]
+    return torch.cat(runs)
+
+
+def _balls(rows: Tensor, size: int) -> Tensor:
+    """An order of rows [M, D] that begins with the densest ball of ``size`` rows, then that of the
+    rest, and so on."""
+    distances = torch.cdist(rows, rows)
+    some = distances[:, ::4]
+    radius = some.kthvalue(min(-(-size // 4), some.shape[1]), dim=1).values
+    taken = torch.zeros(len(rows), dtype=torch.bool)
+    runs = []
+    while int(taken.sum()) + size < len(rows):
+        centre = radius.where(~taken, torch.inf).argmin()
+        near = distances[centre].where(~taken, torch.inf).topk(size, largest=False).indices
+        runs.append(near)
+        taken[near] = True
+    return torch.cat([*runs, (~taken).nonzero()[:, 0]])
+
+
 @dataclass(frozen=True)
 class PointsAssignment:
     """``kmeans_assign`` of the same points, for many calls, with the same bits."""
@@ -95,8 +201,19 @@ class PointsAssignment:
     backend: str  # a row of the table
     codes: list[Tensor]  # what the backend keeps of the points, if anything
 
-    def __call__(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Centroids [K, D] -> labels and squared distances."""
+    def __call__(self, centroids: Tensor, bounds: Bounds | None = None) -> tuple[Tensor, Tensor]:
+        """Centroids [K, D] -> labels and squared distances. ``bounds``: of the same points."""
+        if bounds is None:
+            return self._assign(centroids)
+        if bounds.is_empty:
+            labels, distances = self._assign(centroids)
+        else:
+            bounds.to(centroids, self.points[:: sampled_step(len(self.points))], bool(self.codes))
+            labels, distances = bounds.assign(self.points, slice(None), self.codes)
+        bounds.keep(centroids, labels, distances)
+        return labels, distances
+
+    def _assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         if not self.codes:
             return self._function("kmeans_assign")(points=self.points, centroids=centroids)
         run = self._function("kmeans_assign_coded")
@@ -194,6 +311,11 @@ def assignment(points: Tensor, num_clusters: int, backend: str) -> PointsAssignm
     return PointsAssignment(points, backend_name, codes)
 
 
+def sampled_step(num_points: int) -> int:
+    """Every how many points one is looked at."""
+    return max(1, num_points // SAMPLED)
+
+
 def _keeps_codes(backend: str, num_clusters: int, points: Tensor) -> bool:
     row = TABLE["kmeans_assign"][backend]
     is_measured = num_clusters * points.shape[1] <= row.most_measured
@@ -201,28 +323,32 @@ def _keeps_codes(backend: str, num_clusters: int, points: Tensor) -> bool:
     return is_coded and points.dtype == torch.float32 and len(points) > 0
 
 
-SAMPLED = 256  # rows that the C++ looks at before it codes points: kSample in kmeans_centroids.h
-
-
 @dataclass(frozen=True)
 class BlockAssignment:
     """``kmeans_assign`` of points that come in blocks, with the bits of all points in one call."""
 
-    some: Tensor  # every (N // SAMPLED)-th point, [M, D]
+    some: Tensor  # every sampled_step(N)-th point, [M, D]
     num_clusters: int
     backend: str  # a row of the table
 
-    def to(self, centroids: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Centroids [K, D] -> a function of ``points`` [B, D]. C++ prepares the centroids here,
-        once for all blocks: 22 ms at K = 1,000."""
+    def to(
+        self, centroids: Tensor, bounds: Bounds | None = None
+    ) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+        """Centroids [K, D] -> a function of points [B, D] and the part of all that they are. C++
+        prepares the centroids here, once for all blocks: 22 ms at K = 1,000."""
         row = TABLE["kmeans_assign"][self.backend]
         if not row.runs_kmeans:
-            return partial(row.function("kmeans_assign"), centroids=centroids)
+            whole = row.function("kmeans_assign")
+            return lambda points, part: whole(points=points, centroids=centroids)
         is_coded = _keeps_codes(self.backend, self.num_clusters, self.some)
+        if bounds is not None and not bounds.is_empty:
+            bounds.to(centroids, self.some, is_coded)
+            return partial(bounds.assign, codes=())
         prepared = row.function("kmeans_prepare")(
             centroids=centroids, some=self.some, coded=is_coded
         )
-        return partial(row.function("kmeans_assign_prepared"), prepared=prepared)
+        assign = row.function("kmeans_assign_prepared")
+        return lambda points, part: assign(points=points, prepared=prepared)
 
 
 class SegmentMeans(NamedTuple):
