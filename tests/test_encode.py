@@ -622,6 +622,16 @@ def test_a_reason_is_forgotten_where_nothing_says_that_the_file_is_the_same(
     assert left_out(tmp_path / "out") == [] and len(open_features(tmp_path / "out")) == 20
 
 
+def test_rows_that_find_no_room_are_named(
+    photos: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (photos / TORN).unlink()
+    command = [str(photos), "--out", str(tmp_path / "out"), *flags, "--dtype", "fp32"]
+    with full_disk(1000):  # more than the record has
+        error = error_of(encode, command)
+    assert "img_emb_0.npy: cannot write: File too large; free some space and start again" in error
+
+
 def test_a_part_that_finds_no_room_as_a_piece_stays(
     photos: Path, flags: list[str], tmp_path: Path, counted: Counted, capsys
 ) -> None:
@@ -639,8 +649,9 @@ def test_a_part_that_finds_no_room_as_a_piece_stays(
 
 
 def test_rows_of_another_model_do_not_stay_where_they_cannot_be_removed(
-    photos: Path, nano: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str]
-) -> None:
+    photos: Path, nano: Path, flags: list[str], tmp_path: Path, error_of: Callable[..., str],
+    counted: Counted,
+) -> None:  # fmt: skip
     out = tmp_path / "out"
     assert encode([str(photos), "--out", str(out), *flags]) == 0
     other = tmp_path / "other.json"
@@ -655,7 +666,9 @@ def test_rows_of_another_model_do_not_stay_where_they_cannot_be_removed(
         path.chmod(0o700)
     with pytest.raises(ValueError, match="unfinished; this continues them"):
         open_folder(out)
+    counted.images.clear()
     assert encode(command) == 0
+    assert sum(counted.images) == PICTURES
     assert str(other) in json.loads((out / "encode.json").read_text())["made_by"]["images"]
 
 

@@ -159,5 +159,7 @@ def _utf8(text: str) -> str:
 
 def _write_npy(path: Path, rows: np.ndarray) -> None:
     path.parent.mkdir(exist_ok=True)
+    header = np.lib.format.header_data_from_array_1_0(rows)
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(rows.reshape(-1).view(np.uint8))  # np.save does not say that the disk is full
