@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from protoclip import __version__
 from protoclip.common.files import printable_lines
+from protoclip.common.signals import EarlySignals
 from protoclip.settings.command_line import PROCESS_COUNTS, check_command_line
 from protoclip.settings.commands import HELP_FLAGS, PARSERS, show_help
 
@@ -48,12 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code, or 2 for an unknown command."""
     try:
         try:
-            return _run(list(sys.argv[1:] if argv is None else argv))
+            with EarlySignals():
+                return _run(list(sys.argv[1:] if argv is None else argv))
         finally:  # argparse exits after its help
             sys.stdout.flush()
-    except KeyboardInterrupt:  # while a module is imported: a command says so itself
-        print("protoclip: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader is gone, as after | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

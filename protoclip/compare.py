@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from protoclip.common.files import plural, printable_lines, sole_writer, write_atomic
 from protoclip.common.host import usable_cores
+from protoclip.common.signals import Signals
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import run_command
 from protoclip.evaluate.datasets import Layout, Part
@@ -74,8 +75,8 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 1 if a run failed, 2 for a user's mistake, 130 after
-    Ctrl-C."""
+    """Run the command; the exit code is 0, 1 if a run failed, 2 for a user's mistake, or that of a
+    signal."""
 
     def work() -> int:
         record, args = parse_record(argv)
@@ -388,7 +389,7 @@ class Runs:
         if run.process.returncode == 2 and not (folder / "config.json").exists():
             raise ValueError(f"row {run.row}: {reason}")  # refused before training
         if run.process.returncode == 0:
-            reason = "it was stopped, or too few pictures could be read to evaluate it"
+            reason = "too few pictures could be read to evaluate it"
         self.failed[run_name(run.row, run.seed)] = reason
 
     def _show(self) -> None:
@@ -415,15 +416,9 @@ class Runs:
     def stopped_with_us(self) -> Iterator[None]:
         """Have the runs save and stop, and wait for them, if this command is stopped."""
 
-        def stop(number: int, frame: Any) -> None:
-            raise KeyboardInterrupt
-
         try:
-            before = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not in the main thread
-            before = None
-        try:
-            yield
+            with Signals():
+                yield
         except BaseException:
             for run in self.running:
                 if run.process.poll() is None:
@@ -431,9 +426,6 @@ class Runs:
             for run in self.running:
                 run.process.wait()
             raise
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
 
 
 def train_command(processes: int) -> list[str]:

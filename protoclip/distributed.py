@@ -13,6 +13,7 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from protoclip.common.files import DISK_FULL, printable_lines
+from protoclip.common.signals import Signals, Stopped, name_of
 from protoclip.common.waits import speaking
 
 Result = TypeVar("Result")
@@ -137,33 +140,33 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
     """Do a command's work on this rank and return the exit code.
 
     ValueError and OSError are the user's mistakes: one sentence, printed once for all ranks, and
-    code 2. Ctrl-C gives 130, and Stopped its own code. Any other error keeps its traceback and
-    Python's code 1.
+    code 2. A signal that ended the work gives 128 and its number. Any other error keeps its
+    traceback and Python's code 1.
     """
+    signals = Signals()
     try:
-        with speaking(name, quiet=lambda: rank() > 0 or find_rank().rank > 0):
+        with signals, speaking(name, quiet=lambda: rank() > 0 or find_rank().rank > 0):
             code = work()
     except BaseException as error:
         try:
-            return _code_of(error, name)
+            return _code_of(error, signals.received, name)
         finally:
             _leave_after_error()
     stop()
     return code or 0
 
 
-def _code_of(error: BaseException, name: str) -> int:
-    """Say what went wrong and return the exit code; raises an error that is not the user's."""
-    # An interrupted torch.save raises an error of its own.
-    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-        _say_once(f"{name}: interrupted")
-        return 130
-    from protoclip.common.files import DISK_FULL, printable_lines
-    from protoclip.common.signals import Stopped
-
+def _code_of(error: BaseException, received: int, name: str) -> int:
+    """Say what went wrong and return the exit code; raises an error that is not the user's.
+    ``received``: the signal that came before the error, which may be torch's own word for it."""
     if isinstance(error, Stopped):
         _say_once(f"{name}: {printable_lines(error.message)}")
         return error.code
+    if isinstance(error, KeyboardInterrupt):
+        received = getattr(error, "number", signal.SIGINT)
+    if received:
+        _say_once(f"{name}: interrupted by {name_of(received)}")
+        return 128 + received
     if not isinstance(error, (ValueError, OSError)):
         raise error
     text = str(error)

@@ -29,6 +29,7 @@ from open_clip import loss as theirs
 from torch import nn
 
 from protoclip.common.files import torch_reason
+from protoclip.common.signals import Interrupted, Signals, name_of
 from protoclip.losses import (
     ClipLoss,
     CoCaLoss,
@@ -329,7 +330,8 @@ def _check(trainer: Any, proto: ProtoConfig | None, dedup: bool, words: list[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake in our flags prints one line and gives status 2."""
+    """Run the command; a user's mistake in our flags prints one line and gives status 2, a signal
+    128 and its number."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         proto, dedup, words = split_flags(argv)
@@ -341,8 +343,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
-    with patched(trainer, proto, dedup):
-        return 1 if trainer.main(words) else 0
+    try:
+        with patched(trainer, proto, dedup), Signals():
+            return 1 if trainer.main(words) else 0
+    except Interrupted as interrupted:
+        print(f"{PROG}: interrupted by {name_of(interrupted.number)}", file=sys.stderr)
+        return 128 + interrupted.number
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ PROG = "protoclip train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command; the exit code is 0, 2 for a user's mistake, or that of a signal."""
 
     def work() -> int:
         info = distributed.find_rank()

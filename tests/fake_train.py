@@ -5,7 +5,9 @@ take another time: "time 1.2"."""
 import json
 import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 words = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
@@ -25,6 +27,14 @@ config["run"] |= {"seed": int(words["--seed"])}
 if orders == "fail":
     print("step 3\nprotoclip train: error: training: loss was not finite", file=sys.stderr)
     sys.exit(2)
+if orders == "stop":
+    print("stopped by SIGTERM after step 3; continue with --resume logs/run", file=sys.stderr)
+    sys.exit(143)
+if orders == "stop compare":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Path("stopped").touch()))
+    os.kill(os.getppid(), signal.SIGTERM)
+    while True:
+        time.sleep(0.02)
 if orders == "kill":
     os.kill(os.getppid(), 9)
     sys.exit(1)

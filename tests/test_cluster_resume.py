@@ -87,7 +87,7 @@ def assert_same_result(out: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sent", "exit_code", "name"),
-    [(signal.SIGTERM, 0, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")],
+    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")],
 )
 def test_a_run_that_was_stopped_at_half_encodes_only_the_rest(
     photos: Path,
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_in_k_means_keeps_the_features(
     with monkeypatch.context() as patch:
         send = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 3  # noqa: E731
         patch.setattr("protoclip.cluster.groups.check_k", send)
-        assert cluster(command) == 0
+        assert cluster(command) == 143
     expected = "stopped by SIGTERM before its end; the features are kept, and the same command"
     assert expected in capsys.readouterr().err
     assert not (out / "clusters.csv").exists()
@@ -184,7 +184,7 @@ def test_features_by_another_model_are_not_mixed(
 ) -> None:
     out = tmp_path / "out"
     counted.stop_in = 3
-    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
+    assert cluster([str(photos), *flags, "--out", str(out)]) == 143
     counted.stop_in = 0
     other = tmp_path / "other.json"
     other.write_text(nano.read_text())

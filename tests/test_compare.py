@@ -257,13 +257,33 @@ def test_a_killed_command_continues_and_a_new_seed_adds_only_its_runs(
     assert re.search(r"the difference of ProtoCLIP from CLIP .* is \+0\.\d", opening())
 
 
+@pytest.mark.usefixtures("compare")
+def test_a_command_that_is_stopped_stops_its_run(tmp_path: Path) -> None:
+    flags = ["--train-data", "pairs.csv", "--val-fraction", "0.25", "--max-steps", "40"]
+    fault = partial(use_fake_runs, json.dumps({"ProtoCLIP/seed-0": "stop compare"}))
+    processes = start_command(tmp_path, flags, 1, fault=fault, command="protoclip.compare")
+    assert exit_codes(processes) == [143], logs_of(tmp_path)
+    assert (tmp_path / "stopped").exists()
+    said = logs_of(tmp_path)
+    assert "protoclip compare: interrupted by SIGTERM" in said and "Traceback" not in said
+    assert started() == ["CLIP/seed-0", "ProtoCLIP/seed-0"]
+
+
+@pytest.mark.parametrize(
+    ("orders", "reason"),
+    [("fail", "training: loss was not finite"), ("stop", "stopped by SIGTERM after step 3")],
+)
 def test_a_failed_run_leaves_its_seed_out_of_all_rows(
-    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compare: Compare,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    orders: str,
+    reason: str,
 ) -> None:
-    monkeypatch.setenv("FAKE_TRAIN", json.dumps({"ProtoCLIP/seed-1": "fail"}))
+    monkeypatch.setenv("FAKE_TRAIN", json.dumps({"ProtoCLIP/seed-1": orders}))
     assert compare("--seeds", "4") == 1
     out = capsys.readouterr().out
-    assert "ProtoCLIP, seed 1 failed: training: loss was not finite" in out
+    assert f"ProtoCLIP, seed 1 failed: {reason}" in out
     assert content()["result"]["seeds"] == [0, 2, 3]
     page = read_page(Path("logs/compare/report.html")).text
     assert "ProtoCLIP, seed 1 failed" in page

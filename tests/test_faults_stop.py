@@ -24,7 +24,7 @@ from ranks import (
 )
 
 STOPS = int(os.environ.get("PROTOCLIP_STOPS", "1"))  # make faults: 300
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
 # A learning rate that does not depend on how many steps there are.
 SCHEDULE = ["--lr-scheduler", "const", "--warmup", "4", "--epochs", "1000000"]
 

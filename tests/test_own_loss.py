@@ -116,7 +116,7 @@ def run_page_into_a_log(folder: Path, changes: dict[str, Any]) -> None:
     run_page(folder, changes)
 
 
-@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 0), ("SIGINT", 130)])
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_script_as_it_ends_the_command(
     tmp_path: Path, sent: str, code: int
 ) -> None:
@@ -154,7 +154,7 @@ def stop_on_rank(folder: Path) -> tuple[int, bool]:
 
 
 def test_ranks_that_stop_leave_their_group(tmp_path: Path) -> None:
-    assert on_ranks(2, stop_on_rank, tmp_path) == [(0, False), (0, False)]
+    assert on_ranks(2, stop_on_rank, tmp_path) == [(143, False), (143, False)]
 
 
 class Recorder(nn.Module):

@@ -25,15 +25,6 @@ def test_help_of_a_command(capsys, words):
     assert ended.value.code == 0 and "usage: protoclip report" in capsys.readouterr().out
 
 
-def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
-    def interrupted(name):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("importlib.import_module", interrupted)
-    assert main(["encode", "--out", "y"]) == 130
-    assert capsys.readouterr().err == "protoclip: interrupted\n"
-
-
 @pytest.mark.parametrize("words", ["", "train --help"])
 def test_help_ends_quietly_when_nobody_reads_on(words):
     command = f"{sys.executable} -m protoclip {words} | true"

@@ -196,7 +196,7 @@ def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
+    """Run the command; a user's mistake prints one line and gives 2, a signal 128 + its number."""
     return run_command(lambda: run(cluster_parser().parse_args(argv)), PROG)
 
 

@@ -1,4 +1,5 @@
-"""Signals that end a command between two pieces of its work: SIGTERM, SIGUSR1 and Ctrl-C."""
+"""Signals that end a command: SIGTERM, SIGUSR1 and Ctrl-C. Its exit code is then 128 and the number
+of the signal, as a shell shows it of a process that has no handler."""
 
 from __future__ import annotations
 
@@ -7,34 +8,54 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+Context = TypeVar("Context", bound="Signals")
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and has saved.
+    """The command was asked to stop and has saved.
 
-    It ends a script that does not catch it without a traceback, with ``protoclip train``'s exit
-    code; like Ctrl-C's own exception, it is not caught by ``except Exception``.
+    It ends a script that does not catch it without a traceback, with the command's exit code; like
+    Ctrl-C's own exception, it is not caught by ``except Exception``.
+
+    Args:
+        number: of the signal.
+        words: how far the command came, and what continues it.
     """
 
     code: int
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(code)
-        self.message = message
+    def __init__(self, number: int, words: str) -> None:
+        super().__init__(128 + number)
+        self.message = f"stopped by {name_of(number)} {words}"
 
 
-class StopSignals:
-    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``received`` to the
-    signal's name; a second Ctrl-C ends the process at once."""
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the command at once, SIGTERM and SIGUSR1 as Ctrl-C does.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """Inside this context SIGTERM, SIGUSR1 and Ctrl-C raise ``Interrupted``.
+
+    Attributes:
+        received: the number of the last signal; 0: none.
+    """
 
     def __init__(self) -> None:
-        self.received = ""
+        self.received = 0
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self: Context) -> Context:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._on_signal)
@@ -45,18 +66,40 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        second_ctrl_c = number == signal.SIGINT and self.received == "SIGINT"
-        self.received = signal.Signals(number).name
-        if second_ctrl_c:
-            raise KeyboardInterrupt
+        self.received = number
+        raise Interrupted(number)
+
+
+class StopSignals(Signals):
+    """Inside this context SIGTERM, SIGUSR1 and the first Ctrl-C only set ``received``; a second
+    Ctrl-C ends the command at once."""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_second_ctrl_c = number == self.received == signal.SIGINT
+        self.received = number
+        if is_second_ctrl_c:
+            raise Interrupted(number)
         if number == signal.SIGINT:
             with contextlib.suppress(OSError):  # print() may be interrupted by this very signal
                 os.write(2, FIRST_CTRL_C)
 
 
+class EarlySignals(Signals):
+    """Inside this context, in which modules are imported, the signals end the process at once: an
+    exception could end up anywhere in torch's import."""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"protoclip: interrupted by {name_of(number)}\n".encode())
+        os._exit(128 + number)
+
+
+def name_of(number: int) -> str:
+    """ "SIGTERM", "SIGUSR1" or "Ctrl-C"."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 def stop_if_asked(signals: StopSignals, words: str) -> None:
-    """Raise Stopped, with words that say how far the run came, if there was a signal."""
+    """Raise Stopped, with words that say how far the command came, if there was a signal."""
     if signals.received:
-        by_ctrl_c = signals.received == "SIGINT"
-        signal = "Ctrl-C" if by_ctrl_c else signals.received
-        raise Stopped(f"stopped by {signal} {words}", code=130 if by_ctrl_c else 0)
+        raise Stopped(signals.received, words)

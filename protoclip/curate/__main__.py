@@ -235,7 +235,7 @@ def hours(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
+    """Run the command; a user's mistake prints one line and gives 2, a signal 128 + its number."""
     return run_command(lambda: run(curate_parser().parse_args(argv)), PROG)
 
 

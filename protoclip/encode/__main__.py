@@ -80,7 +80,7 @@ def summary(folder: FeatureFolder) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake prints one line and gives status 2, Ctrl-C 130."""
+    """Run the command; a user's mistake prints one line and gives 2, a signal 128 + its number."""
 
     def work() -> int:
         info = distributed.find_rank()

@@ -40,28 +40,23 @@ class Stops(StopSignals):
         self.saved_step = -1
         self._saved_time = time.monotonic()
         self._every = parse_interval(run.config.run.save_every)
-        # What the ranks want, on its way while they take a step: to save; to stop, by any signal
-        # and by Ctrl-C.
-        self._wanted: Callable[[], Tensor] = lambda: torch.zeros(3)
+        # What the ranks want, on its way while they take a step: to save; to stop by a signal.
+        self._wanted: Callable[[], Tensor] = lambda: torch.zeros(2)
 
     def after(self, step: int) -> AfterStep:
         """What to do after ``step``. Signals and the clock count one step later, when all ranks
         know of them. A collective call."""
-        by_time, stop, by_ctrl_c = map(bool, self._wanted().tolist())
+        by_time, received = map(int, self._wanted().tolist())
         epoch = self._epoch_to_keep(step)
         is_first = self.saved_step < 0 and not self._every.never
         by_step = bool(self._every.steps) and step % self._every.steps == 0
-        save = by_time or stop or is_first or by_step or epoch is not None
-        if stop:
-            signal_name = "Ctrl-C" if by_ctrl_c else self.received or "a signal to another rank"
-            message = (
-                f"stopped by {signal_name} after step {step}; continue with --resume "
-                f"{self.run.folder.path}"
-            )
-            return AfterStep(save, epoch, Stopped(message, code=130 if by_ctrl_c else 0))
+        save = bool(by_time or received) or is_first or by_step or epoch is not None
+        if received:
+            words = f"after step {step}; continue with --resume {self.run.folder.path}"
+            return AfterStep(save, epoch, Stopped(received, words))
         seconds = time.monotonic() - self._saved_time  # by this rank's clock
         is_time = not save and 0 < self._every.seconds <= seconds
-        wanted = [is_time, bool(self.received), self.received == "SIGINT"]
+        wanted = [is_time, self.received]
         self._wanted = max_later(torch.tensor(wanted, dtype=torch.float32))
         return AfterStep(save, epoch, None)
 
