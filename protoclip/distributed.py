@@ -348,16 +348,18 @@ _compared_rows: dict[tuple[str, str], int] = {}  # (op, name of the group) -> of
 
 
 def check_equal_rows(op: str, rows: Tensor, group: Group = None) -> None:
-    """ValueError on every rank if they hold different numbers of rows: in a gather, gloo would
-    abort the process, and NCCL would wait forever. On a GPU this waits for the device, so it is
-    done when the number of this rank's rows has changed."""
+    """ValueError if the ranks hold different numbers of rows: in a gather, gloo would abort the
+    process, and NCCL would wait forever. Every call gathers the numbers, so that all ranks are in
+    the same collective call. On a CPU every rank reads them; on a GPU, where that waits for the
+    device, only a rank whose own number has changed, and the launcher ends the others."""
     if world_size(group) == 1 or torch.compiler.is_compiling():
         return
     all_processes: Any = dist.group.WORLD
     call = (op, (group or all_processes).group_name)
-    if rows.device.type != "cpu" and _compared_rows.get(call) == len(rows):
+    counts = gather_rows(torch.full((1,), len(rows), device=rows.device), group)
+    if not _reading_is_free(rows) and _compared_rows.get(call) == len(rows):
         return
-    sizes = gather_rows(torch.tensor([len(rows)], device=rows.device), group).tolist()
+    sizes = counts.tolist()
     if len(set(sizes)) > 1:
         raise ValueError(
             f"{op}: expected as many rows on every rank, got {', '.join(map(str, sizes))} on ranks "
@@ -365,6 +367,10 @@ def check_equal_rows(op: str, rows: Tensor, group: Group = None) -> None:
             "(drop_last=True)"
         )
     _compared_rows[call] = len(rows)
+
+
+def _reading_is_free(rows: Tensor) -> bool:
+    return rows.device.type == "cpu"
 
 
 def scatter_sums(rows: Tensor, group: Group = None) -> Tensor:

@@ -450,3 +450,28 @@ def of_no_pairs() -> list[float]:
 
 def test_a_batch_without_pairs_costs_nothing() -> None:
     assert in_group(2, of_no_pairs) == [[0.0] * 8] * 2
+
+
+def loss_with_a_short_last_batch(short_rank: int) -> str:
+    """By the rule of a GPU, on which only a rank whose number of rows has changed reads those of
+    the others; returns this rank's error."""
+    distributed._reading_is_free = lambda rows: False
+    for step in range(3):
+        count = 3 if step == 2 and dist.get_rank() == short_rank else 4
+        rows = F.normalize(torch.randn(count, 8), dim=1)
+        try:
+            protoclip.info_nce(rows, rows, 10.0, group=dist.group.WORLD, backend="reference")
+        except ValueError as error:
+            return str(error)
+        except RuntimeError:  # the other rank has gone
+            return "left alone"
+    return "trained"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_whose_last_batch_is_short_says_so_and_nobody_hangs(ranks: int) -> None:
+    *others, short = in_group(ranks, loss_with_a_short_last_batch, ranks - 1)
+    sizes = ", ".join(["4"] * (ranks - 1) + ["3"])
+    expected = f"info_nce: expected as many rows on every rank, got {sizes} on ranks 0 to "
+    assert short.startswith(expected), short
+    assert set(others) == {"left alone"}

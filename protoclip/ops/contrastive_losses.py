@@ -61,7 +61,8 @@ def info_nce(
             64 MiB (N = 4,096), where that is faster (``ops/stash.py``): 3 matrix products instead
             of 4, and the same bits.
         group: a process group whose ranks each pass their own pairs, as many on every rank: the
-            keys are those of all ranks. None: those of this process.
+            keys are those of all ranks. None: those of this process. On a GPU only ranks whose
+            number of pairs has changed compare it, and under ``torch.compile`` none does.
     Returns:
         float32 (float64 for float64 input), nats: [] or, for "none", [N], half the sum of the two
         directions. N = 0 gives 0. With ``group``: of this rank's pairs, and the mean over ranks of
