@@ -33,9 +33,9 @@ from protoclip.heads import Heads
 from protoclip.model import build_model
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.train import make_config
+from protoclip.training.loop import Trainer
 from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
-from protoclip.training.trainer import Trainer
 
 IMAGE_WIDTH = 768
 TEXT_WIDTH = 1024

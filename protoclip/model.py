@@ -51,6 +51,18 @@ class Encoded:
     image: Tensor  # [B, D]
     text: Tensor  # [B, D]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """The rows of several batches, one after the other."""
+        return cls(
+            image=torch.cat([part.image for part in parts]),
+            text=torch.cat([part.text for part in parts]),
+        )
+
+    def detached(self) -> Encoded:
+        """The same rows without a graph."""
+        return Encoded(self.image.detach(), self.text.detach())
+
 
 class Projection(nn.Sequential):
     """Linear, BatchNorm, ReLU, Linear: [B, width] -> [B, out]; docs/algorithm.md §1's g."""

@@ -57,12 +57,13 @@ from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import parse, with_saved_config, words_of
 from protoclip.training.checks import check_settings, uses_prototypes
+from protoclip.training.features import bytes_of_features
+from protoclip.training.loop import Trainer
 from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
 from protoclip.training.stops import Stopped
 from protoclip.training.summary import announce, conclude, concluded, first_prototype_step
 from protoclip.training.towers import tf32_products
-from protoclip.training.trainer import Trainer
 
 __all__ = ["Term", "TermInputs", "Trained", "gathered_rows", "main", "make_config", "train"]
 PROG = "protoclip train"
@@ -107,12 +108,17 @@ class Trained(NamedTuple):
     results: Results | None  # on rank 0, by evaluation set; None without evaluation data
 
 
-def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Trained:
+def train(
+    config: TrainConfig,
+    terms: Mapping[str, Term] | None = None,
+    trainer: type[Trainer] = Trainer,
+) -> Trained:
     """Do a whole run: data, model, teacher, training, evaluation, plots.
 
     Args:
         config: all settings, such as ``make_config`` gives.
         terms: losses of your own, by the name under which they are logged (docs/own-loss.md).
+        trainer: the loop, or your own subclass of it (docs/own-loss.md).
 
     Raises:
         ValueError: something in the config does not exist, or settings contradict each other.
@@ -129,7 +135,7 @@ def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Train
     exactly = tf32_products(False) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with exactly:  # except in the towers while they train
-            trained = _train(config, device, terms or {})
+            trained = _train(config, device, terms or {}, trainer)
     except Stopped:  # on every rank
         if joined:
             distributed.stop()
@@ -139,16 +145,21 @@ def train(config: TrainConfig, terms: Mapping[str, Term] | None = None) -> Train
     return trained
 
 
-def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term]) -> Trained:
+def _train(
+    config: TrainConfig,
+    device: torch.device,
+    terms: Mapping[str, Term],
+    trainer_class: type[Trainer],
+) -> Trained:
     run = open_run(config, device, terms)
     if isinstance(run, Trained):
         return run
     evaluation = run.evaluation
     assert evaluation is not None  # open_run gives it
     path = run.folder.path
-    trainer = Trainer(run, evaluation.during)
+    trainer = trainer_class(run, evaluation.during)
     notes = [*run.dataset.facts.left_out, *evaluation.remarks]
-    notes.append(free_space(path, trainer.checkpoint_bytes()))
+    notes.append(free_space(path, checkpoint_bytes(trainer)))
     if run.resume:
         notes += trainer.restore(run.resume)
         run.folder.open(run.resume.step, run.resume.file)
@@ -185,7 +196,7 @@ def _train(config: TrainConfig, device: torch.device, terms: Mapping[str, Term])
             raise full_disk(error, path) from error
         raise
     finally:
-        trainer.stepper.replicas.end()
+        trainer.replicas.end()
         run.folder.close()
     return Trained(path, after)
 
@@ -250,6 +261,13 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
         resume=resume,
         data_fingerprint=data,
     )
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """About how large a checkpoint is: weights, their two moments, and stored features."""
+    weights = sum(tensor.nbytes for tensor in trainer.run.model.state_dict().values())
+    stored = bytes_of_features(trainer.run, 1) if trainer.features.source.reuses else 0
+    return 3 * weights + stored
 
 
 def free_space(path: Path, checkpoint_bytes: int) -> str:

@@ -9,13 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from steps import trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from protoclip.data import Batch
-from protoclip.losses.objective import ProtoLoss
 from protoclip.model import build_model, put_channels_last
-from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
-from protoclip.training import step
+from protoclip.settings.config import ModelConfig, OptimConfig
+from protoclip.training import update
 
 
 class Copies(TorchDispatchMode):
@@ -53,12 +53,12 @@ def test_only_the_batch_is_copied_to_the_card(nano: Path, passes: int) -> None:
     with torch.device("meta"):
         model = build_model(ModelConfig(model=str(nano)), "meta")
     put_channels_last(model, torch.device("cuda"))
-    with mock.patch.object(step, "build_optimiser", plain_update):
-        stepper = step.Stepper(model, ProtoLoss(LossConfig()), OptimConfig())
+    with mock.patch.object(update, "build_optimiser", plain_update):
+        trainer = trainer_of(model)
     pixels = torch.zeros(pairs, 3, model.image_size, model.image_size)
     tokens = torch.zeros(pairs, model.clip.context_length, dtype=torch.int64)
     batch = Batch(torch.arange(pairs), pixels, tokens)
-    stepper.autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # meta has none
+    trainer.autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # meta has none
     with Copies() as copies:
-        stepper.step(0, [batch] * passes, None, project=False, lr=1e-3)
+        trainer.take_step(0, [batch] * passes)
     assert copies.bytes == 24 * (4 * 3 * 16**2 + 8 * 12 + 8)

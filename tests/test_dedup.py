@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import protoclip
 from protoclip import openclip as command
-from protoclip.losses.objective import ProtoLoss, caption_ids
+from protoclip.losses.objective import ProtoLoss, caption_ids, repeated
 from protoclip.model import Encoded, register_configs
 from protoclip.settings.config import LossConfig
 from protoclip.train import main
-from protoclip.training.step import repeated
 
 
 def test_captions_are_told_apart_by_their_tokens() -> None:

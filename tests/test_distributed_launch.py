@@ -67,19 +67,19 @@ def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
 
 def break_the_third_step() -> None:
     """It raises what nobody expects."""
-    from protoclip.training.step import Stepper
+    from protoclip.training.loop import Trainer
 
-    original_step = Stepper.step
+    original_step = Trainer.take_step
     calls = 0
 
-    def raising(stepper: Stepper, *arguments: Any, **options: Any) -> Any:
+    def raising(trainer: Trainer, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyError("a mistake of the program")
-        return original_step(stepper, *arguments, **options)
+        return original_step(trainer, *arguments)
 
-    Stepper.step = raising
+    Trainer.take_step = raising
 
 
 def lose_the_pictures() -> None:

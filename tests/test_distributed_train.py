@@ -26,6 +26,7 @@ from ranks import (
     start_command,
     tiny_run,
 )
+from steps import trainer_of
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,11 +34,10 @@ import protoclip
 from protoclip import distributed, train
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import Episode, PrototypeSet
-from protoclip.losses.objective import Losses
+from protoclip.losses.objective import Losses, ProtoLoss
 from protoclip.losses.prototypes import prototype_term
 from protoclip.model import Encoded, ProtoModel, build_model
-from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
-from protoclip.training.step import Stepper
+from protoclip.settings.config import LossConfig, ModelConfig
 
 STEPS = 5
 BATCH = 24
@@ -122,6 +122,7 @@ class ExactLoss:
     """InfoNCE and prototypes behind the heads, in fp64 where the features are."""
 
     config = LossConfig()
+    trains_heads = ProtoLoss.trains_heads
 
     def __init__(self, model: ProtoModel) -> None:
         self.model = model
@@ -181,12 +182,14 @@ def gradients_of_steps(model_file: Path) -> dict[Step, dict[str, np.ndarray]]:
     pixels = torch.randn(BATCH, 3, 16, 16, dtype=torch.float64)
     tokens = torch.randint(1, 49000, (BATCH, 12))
     episode = random_episode()
-    stepper = Stepper(model, ExactLoss(model), OptimConfig(grad_clip_norm=0))
+    trainer = trainer_of(model, None, "--grad-clip-norm", "0", "--lr", "0")
+    trainer.loss = ExactLoss(model)
     mine = torch.arange(BATCH)[distributed.own_slice(BATCH)]
     gradients = {}
     for step in (Step(False, 1), Step(False, 2), Step(True, 1), Step(True, 2)):
         parts = [Batch(rows, pixels[rows], tokens[rows]) for rows in mine.chunk(step.passes)]
-        stepper.step(0, parts, episode if step.prototypes else None, project=False, lr=0.0)
+        trainer.episode = episode if step.prototypes else None
+        trainer.take_step(0, parts)
         by_name = {
             name: parameter.grad
             for name, parameter in model.named_parameters()

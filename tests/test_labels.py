@@ -28,9 +28,9 @@ from protoclip.ops.checks import LEFT_OUT
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import NullRunFolder
 from protoclip.settings.config import ProtoConfig
+from protoclip.training.loop import Trainer
 from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
-from protoclip.training.trainer import Trainer
 
 SAMPLES = 48
 BATCH = 12
@@ -102,7 +102,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
     features."""
     trainer = tiny_trainer(folder, flags)
     model = trainer.run.model
-    project = trainer.stepper.towers.project
+    project = trainer.towers.project
     labels_by_step: dict[int, list[np.ndarray]] = {}
 
     with recorded_labels() as recorder:
@@ -114,7 +114,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
                 return Encoded(noise_like(projected.image), noise_like(projected.text))
             return projected
 
-        trainer.stepper.towers.project = project_or_noise
+        trainer.towers.project = project_or_noise
         trainer.train()
     return labels_by_step
 

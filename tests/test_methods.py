@@ -18,10 +18,9 @@ from protoclip.data.loader import EpochOrder
 from protoclip.model import build_model
 from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import RunFolder
+from protoclip.training.loop import Trainer
 from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
-from protoclip.training.step import Stepper
-from protoclip.training.trainer import Trainer
 
 DATASET = open_dataset("builtin:shapes:84")
 TEACHER = torch.randn(84, 8, generator=torch.Generator().manual_seed(0))
@@ -135,17 +134,17 @@ def test_the_image_towers_rate_ends_where_it_is_locked(
 ) -> None:
     """Its cosine is at nothing there, the text tower's is not: docs/algorithm.md §3.3."""
     rates: list[Rates] = []
-    original_step = Stepper.step
+    original_step = Trainer.take_step
 
-    def noted_step(stepper: Stepper, *arguments: Any, **options: Any) -> Any:
-        result = original_step(stepper, *arguments, **options)
-        groups = stepper.adamw.param_groups
+    def noted_step(trainer: Trainer, *arguments: Any) -> Any:
+        result = original_step(trainer, *arguments)
+        groups = trainer.update.adamw.param_groups
         (image,) = {group["lr"] for group in groups if group["image"]}
         (text,) = {group["lr"] for group in groups if not group["image"]}
         rates.append(Rates(image, text))
         return result
 
-    monkeypatch.setattr(Stepper, "step", noted_step)
+    monkeypatch.setattr(Trainer, "take_step", noted_step)
     train(["--lit-start", "1", "--warmup", "1", "--lr", "1"])
     half = [0.5 * (1 + math.cos(math.pi * step / 2)) for step in range(2)]
     five_sixths = [0.5 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]

@@ -31,7 +31,7 @@ from protoclip.evaluate.during import Evaluation
 from protoclip.report import page
 from protoclip.runs import checkpoint
 from protoclip.train import Term, TermInputs, make_config, train
-from protoclip.training.step import Stepper
+from protoclip.training.loop import Trainer
 
 PAGE = Path(protoclip.__file__).parents[1] / "docs" / "own-loss.md"
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -59,16 +59,16 @@ def run_page(folder: Path, changes: dict[str, Any], stops: bool = False) -> None
     """The page's program with other settings; ``stops``: it dies in a step."""
     os.chdir(folder)
     bare()
-    original = Stepper.step
+    original = Trainer.take_step
 
-    def step(self: Stepper, number: int, *arguments: Any, **options: Any) -> Any:
+    def step(self: Trainer, number: int, *arguments: Any, **options: Any) -> Any:
         if stops and number == STOPS_AT:
             raise RuntimeError("pulled the plug")
         return original(self, number, *arguments, **options)
 
     code = CODE.replace(ON_PAGE, ", ".join(f"{name}={value!r}" for name, value in changes.items()))
     assert code != CODE
-    with mock.patch.object(Stepper, "step", step):
+    with mock.patch.object(Trainer, "take_step", step):
         try:
             exec(compile(code, str(PAGE), "exec"), {"__name__": "own_loss"})
         except RuntimeError as error:
@@ -138,14 +138,14 @@ def stop_on_rank(folder: Path) -> tuple[int, bool]:
     process group then."""
     os.chdir(folder)
     bare()
-    original = Stepper.step
+    original = Trainer.take_step
 
-    def step(self: Stepper, number: int, *arguments: Any, **options: Any) -> Any:
+    def step(self: Trainer, number: int, *arguments: Any, **options: Any) -> Any:
         if number == STOPS_AT:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, number, *arguments, **options)
 
-    Stepper.step = step  # type: ignore[method-assign]
+    Trainer.take_step = step  # type: ignore[method-assign]
     try:
         train(make_config(**settings(folder, batch_size=6, max_steps=100)))
     except SystemExit as stop:

@@ -255,7 +255,7 @@ class TestCollapse:
 def restored(watch: Watch) -> Watch:
     """From the state that a checkpoint holds."""
     other = Watch()
-    other.load_state_dict(watch.state_dict(), CPU)
+    other.load_state_dict(watch.state_dict())
     return other
 
 

@@ -35,8 +35,7 @@ from protoclip.data import loader
 from protoclip.runs import checkpoint
 from protoclip.settings.flags import with_saved_config
 from protoclip.train import main
-from protoclip.training.step import Stepper
-from protoclip.training.trainer import Trainer
+from protoclip.training.loop import Trainer
 
 KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
 
@@ -157,16 +156,14 @@ def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
     tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 7 and 8 have pictures of NaN; the second one ends an episode and the run."""
-    original_step = Stepper.step
+    original_step = Trainer.take_step
 
-    def poisoned(
-        stepper: Stepper, step_number: int, batches: Any, *arguments: Any, **options: Any
-    ) -> Any:
-        if step_number in (6, 7):
+    def poisoned(trainer: Trainer, step: int, batches: Any) -> Any:
+        if step in (6, 7):
             batches[0].image[3] = float("nan")
-        return original_step(stepper, step_number, batches, *arguments, **options)
+        return original_step(trainer, step, batches)
 
-    monkeypatch.setattr(Stepper, "step", poisoned)
+    monkeypatch.setattr(Trainer, "take_step", poisoned)
     flags = [*flags, "--logs", str(tmp_path), "--val-frequency", "0"]
     assert main([*flags, "--name", "whole"]) == 0
     assert main([*flags, "--name", "cut", "--max-bad-steps", "2"]) == 2
@@ -343,7 +340,7 @@ def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
     def killed(trainer: Trainer) -> None:
         raise SystemError("killed")
 
-    save_or_stop = Trainer._save_or_stop
+    save_or_stop = Trainer.save_or_stop
 
     def killed_at_step_12(trainer: Trainer) -> None:
         if trainer.step == 12:
@@ -351,7 +348,7 @@ def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
         save_or_stop(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save_or_stop", killed_at_step_12)
+        patch.setattr(Trainer, "save_or_stop", killed_at_step_12)
         with pytest.raises(SystemError):
             main(flags)
     assert newest_checkpoint(run)["protoclip"]["step"] == 10

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from ranks import bare_run, config_of, full_disk, metrics
 
+from protoclip import train
 from protoclip.runs import checkpoint
 from protoclip.runs.resume import find_resume
 from protoclip.runs.run_folder import RunFolder, choose_folder, sum_up
 from protoclip.settings.config import RunConfig, TrainConfig
 from protoclip.train import main
-from protoclip.training.trainer import Trainer
+from protoclip.training.loop import Trainer
 
 WANDB = importlib.util.find_spec("wandb") is not None
 
@@ -92,10 +93,10 @@ def test_little_free_space_is_said_before_training(
         assert main(flags) == 0
         assert ("0.0 MiB are free at" in capsys.readouterr().err) == warned
     file = workdir / "logs" / "with-10000" / "checkpoints" / checkpoint.LATEST
-    planned = Trainer.checkpoint_bytes
+    planned = train.checkpoint_bytes
     sizes: list[int] = []
     monkeypatch.setattr(
-        Trainer, "checkpoint_bytes", lambda trainer: sizes.append(planned(trainer)) or sizes[0]
+        train, "checkpoint_bytes", lambda trainer: sizes.append(planned(trainer)) or sizes[0]
     )
     assert main(bare_run(workdir, "--max-steps", "2", "--name", "again")) == 0
     assert 0.8 < sizes[0] / file.stat().st_size < 1.25

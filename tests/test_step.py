@@ -13,21 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import bare_run, config_of, metrics
+from steps import PAIRS, trainer_of
 from torch import nn
 
 import protoclip
 from protoclip.data import Batch
 from protoclip.episodes.prototypes import EXTERNAL, Episode, PrototypeSet
-from protoclip.losses.objective import Losses, ProtoLoss
+from protoclip.losses.objective import Losses
 from protoclip.model import build_model
 from protoclip.report import page
 from protoclip.runs import checkpoint
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
-from protoclip.training import log, step
+from protoclip.training import log, update
+from protoclip.training.loop import Trainer
 from protoclip.training.optimiser import parameter_groups
 from protoclip.training.schedule import Plan
-from protoclip.training.step import Stepper
 
 
 @pytest.fixture
@@ -37,16 +38,14 @@ def flags(workdir: Path) -> list[str]:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Let the batches of some steps hold one picture of NaN."""
-    original_step = Stepper.step
+    original_step = Trainer.take_step
 
-    def poisoned(
-        stepper: Stepper, step_number: int, batches: Any, *arguments: Any, **options: Any
-    ) -> Any:
-        if step_number in steps:
+    def poisoned(trainer: Trainer, step: int, batches: Any) -> Any:
+        if step in steps:
             batches[0].image[3] = float("nan")
-        return original_step(stepper, step_number, batches, *arguments, **options)
+        return original_step(trainer, step, batches)
 
-    monkeypatch.setattr(Stepper, "step", poisoned)
+    monkeypatch.setattr(Trainer, "take_step", poisoned)
 
 
 def newest_checkpoint(run: Path) -> dict[str, Any]:
@@ -134,10 +133,12 @@ def test_gradients_are_clipped_and_scales_clamped() -> None:
         return Losses(total, {}, {})
 
     steep_loss.config = LossConfig()
-    stepper = Stepper(model, steep_loss, OptimConfig(grad_clip_norm=0.5))
+    steep_loss.trains_heads = lambda episode: False
+    trainer = trainer_of(model, None, "--grad-clip-norm", "0.5")
+    trainer.loss = steep_loss
     pixels = torch.zeros(2, 3, model.image_size, model.image_size)
     batch = Batch(torch.arange(2), pixels, model.tokenizer(["a", "b"]))
-    result = stepper.step(0, [batch], None, project=False, lr=1e-3)
+    result = trainer.take_step(0, [batch])
     assert result.finite and result.norm > 1e6
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert torch.stack(norms).norm() == pytest.approx(0.5, rel=1e-4)
@@ -149,7 +150,7 @@ def test_each_batch_of_a_step_is_counted_once_by_batch_norm() -> None:
     encode the same batches later, in one graph."""
     model = build_model(ModelConfig())
     plain = copy.deepcopy(model)
-    stepper = Stepper(model, ProtoLoss(LossConfig()), OptimConfig(wd=0.0, grad_clip_norm=0.0))
+    trainer = trainer_of(model, None, "--wd", "0", "--grad-clip-norm", "0", "--lr", "0")
     tokens = model.short_tokenizer(["a red circle", "a blue square", "a star", "a green line"])
     pixels = torch.randn(5, 2, 4, 3, model.image_size, model.image_size)
     for number, of_step in enumerate(pixels):
@@ -157,7 +158,7 @@ def test_each_batch_of_a_step_is_counted_once_by_batch_norm() -> None:
             Batch(torch.arange(4) + 4 * part, images, tokens.roll(part, 0))
             for part, images in enumerate(of_step)
         ]
-        stepper.step(number, batches, None, project=False, lr=0.0)
+        trainer.take_step(number, batches)
         parts = [plain.encode(batch.image, batch.tokens) for batch in batches]
         image = torch.cat([part.image for part in parts])
         text = torch.cat([part.text for part in parts])
@@ -173,7 +174,6 @@ def test_each_batch_of_a_step_is_counted_once_by_batch_norm() -> None:
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
 
 
-PAIRS = 6
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -187,22 +187,21 @@ def episode_on(device: str, projection_dim: int) -> Episode:
         return Episode(torch.arange(PAIRS), labels, {}, tuple(sets))
 
 
-def steps_on(device: str, nano: Path, case: str) -> tuple[Stepper, Any]:
-    """A stepper on the device and a function that takes a step."""
+def steps_on(device: str, nano: Path, case: str) -> tuple[Trainer, Any]:
+    """A trainer on the device and a function that takes a step."""
     siglip = case == "siglip"
     with torch.device(device):
         model = build_model(ModelConfig(model=str(nano), siglip=siglip), device)
     weights = LossConfig(w_proto=1.0, dedup="caption" if case == "dedup" else "off")
-    stepper = Stepper(model, ProtoLoss(weights), OptimConfig())
     episode = episode_on(device, model.projection_dim) if case == "prototypes" else None
+    trainer = trainer_of(model, episode, loss=weights)
     size = PAIRS // 2 if case == "accumulation" else PAIRS
     pixels = torch.randn(size, 3, model.image_size, model.image_size)
     tokens = model.short_tokenizer(["a red circle"] * size)
     batches = [
         Batch(torch.arange(first, first + size), pixels, tokens) for first in range(0, PAIRS, size)
     ]
-    project = episode is not None
-    return stepper, lambda: stepper.step(0, batches, episode, project=project, lr=1e-3)
+    return trainer, lambda: trainer.take_step(0, batches)
 
 
 CASES = ["clip", "prototypes", "siglip", "accumulation", "dedup"]
@@ -221,10 +220,10 @@ def test_a_step_reads_nothing(case: str, nano: Path, monkeypatch: pytest.MonkeyP
     def unfused(model: Any, config: OptimConfig, others: Any) -> torch.optim.AdamW:
         return Unfused(parameter_groups(model, config.wd, others), lr=config.lr)
 
-    monkeypatch.setattr(step, "build_optimiser", unfused)
-    stepper, take = steps_on("meta", nano, case)
+    monkeypatch.setattr(update, "build_optimiser", unfused)
+    trainer, take = steps_on("meta", nano, case)
     outcome = take()
-    scalars = log.scalars_of(outcome, stepper.model, _NoFaults())
+    scalars = log.scalars_of(outcome, trainer.run.model, _NoFaults())
     run_log = log.Log(run_on("meta", "--log-every-n-steps", "5"), _NoFaults())
     for step_number in range(1, 5):
         run_log.after(step_number, outcome)  # counts the step, and begins no line
@@ -252,12 +251,12 @@ class _NoFaults:
 @needs_card
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_a_card_does_not_wait(case: str, nano: Path) -> None:
-    stepper, take = steps_on("cuda", nano, case)
+    trainer, take = steps_on("cuda", nano, case)
     take()  # kernels are compiled and memory is reserved
     torch.cuda.set_sync_debug_mode("error")
     try:
         outcome = take()
-        scalars = log.scalars_of(outcome, stepper.model, _NoFaults())
+        scalars = log.scalars_of(outcome, trainer.run.model, _NoFaults())
         read = log.start_copy_to_host(torch.stack([x.detach().float() for x in scalars.values()]))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import bare_run, in_group, losses
+from steps import trainer_of
 from test_step import episode_on, steps_on
 from torch import Tensor, nn
 
@@ -15,11 +16,10 @@ from protoclip import distributed
 from protoclip.data import Batch
 from protoclip.losses.objective import ProtoLoss, Term, TermInputs
 from protoclip.model import ShortTokenizer, build_model
-from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
+from protoclip.settings.config import LossConfig, ModelConfig
 from protoclip.train import main
-from protoclip.training.buffers import copy_back, flat_copy, restore_unless
-from protoclip.training.step import Stepper
 from protoclip.training.towers import Towers, tf32_products
+from protoclip.training.update import Statistics
 
 
 @pytest.mark.parametrize("model", ["nano", "protoclip-icons"])
@@ -150,17 +150,18 @@ def test_only_towers_multiply_in_tf32(
 
         return call
 
-    stepper, take = steps_on("cpu", nano, case)
-    clip = stepper.model.clip
+    trainer, take = steps_on("cpu", nano, case)
+    model = trainer.run.model
+    clip = model.clip
     blocks = {
         "image tower": clip.visual.transformer.resblocks[0],
         "text tower": clip.transformer.resblocks[0],
-        "head": stepper.model.text_head[0],
+        "head": model.text_head[0],
     }
     for place, block in blocks.items():
         monkeypatch.setattr(block, "forward", spied(block.forward, place))
-    stepper.towers = Towers(stepper.model, compiled=False, tf32=True)
-    stepper.terms = stepper.terms.__class__({"own": Term(OwnTerm(seen))})
+    trainer.towers = Towers(model, compiled=False, tf32=True)
+    trainer.terms = trainer.terms.__class__({"own": Term(OwnTerm(seen))})
     inside = {(True, True)}
     exact = {(False, False)}
     with tf32_products(False):
@@ -191,8 +192,8 @@ def test_the_settings_of_before_come_back(nano: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), tf32_products(True):
         raise RuntimeError("stop")
     assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    stepper, _ = steps_on("cpu", nano, "clip")
-    assert not stepper.towers.tf32  # a CPU's products stay as they are
+    trainer, _ = steps_on("cpu", nano, "clip")
+    assert not trainer.towers.tf32  # a CPU's products stay as they are
 
 
 def buffers() -> list[Tensor]:
@@ -201,27 +202,39 @@ def buffers() -> list[Tensor]:
     return [*floats, torch.tensor(7), torch.randn(4, 6, generator=generator).t()]
 
 
+class Buffers(nn.Module):
+    """Stands for a user's losses."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        super().__init__()
+        for number, buffer in enumerate(buffers):
+            self.register_buffer(f"b{number}", buffer)
+
+
 def test_buffers_are_put_back_whole_or_not_at_all() -> None:
     state = buffers()
     expected = buffers()
-    before = flat_copy(state)
+    module = Buffers(state)
+    statistics = Statistics(nn.Module(), module)
+    before = statistics.copy()
     for buffer in state:
         buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
-    restore_unless(torch.tensor(False), state, before, flat_copy(state))
+    statistics.restore_unless(torch.tensor(False), before, statistics.copy())
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
     for buffer in state:
         buffer.add_(1)
-    after = flat_copy(state)
+    after = statistics.copy()
     for buffer in state:
         buffer.add_(1)
-    restore_unless(torch.tensor(True), state, before, after)
+    statistics.restore_unless(torch.tensor(True), before, after)
     torch.testing.assert_close(state, [buffer + 1 for buffer in expected], rtol=0, atol=0)
-    copy_back(state, before)
+    statistics.restore(before)
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
-    restore_unless(torch.tensor(True), [], flat_copy([]), flat_copy([]))
-    larger = [*state, torch.ones(3)]
+    none = Statistics(nn.Module(), nn.Module())
+    none.restore_unless(torch.tensor(True), none.copy(), none.copy())
+    module.register_buffer("new", torch.ones(3))
     with pytest.raises(ValueError, match="buffers of the model that keep their shapes, got"):
-        restore_unless(torch.tensor(True), larger, before, flat_copy(larger))
+        statistics.restore_unless(torch.tensor(True), before, statistics.copy())
 
 
 def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:
@@ -239,8 +252,9 @@ def test_the_kernels_of_a_step_do_not_grow_with_the_number_of_buffers() -> None:
     counts = []
     for number in (3, 160):
         state = [torch.randn(8) for _ in range(number)]
+        statistics = Statistics(nn.Module(), Buffers(state))
         with Count() as count:
-            restore_unless(torch.tensor(True), state, flat_copy(state), flat_copy(state))
+            statistics.restore_unless(torch.tensor(True), statistics.copy(), statistics.copy())
         counts.append(count.calls)
     assert counts[0] == counts[1] <= 5
 
@@ -249,13 +263,12 @@ def statistics_of_ranks(nano: str) -> list[Any]:
     """Buffers after a step whose batches differ by rank, with batch norm by rank in the heads."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(model=nano, use_bn_sync=False))
-    stepper = Stepper(model, ProtoLoss(LossConfig(w_proto=1.0)), OptimConfig())
+    trainer = trainer_of(model, episode_on("cpu", model.projection_dim), "--w-proto", "1")
     torch.manual_seed(distributed.rank())
     pixels = torch.randn(6, 3, model.image_size, model.image_size)
     batch = Batch(torch.arange(6), pixels, model.short_tokenizer(["a red circle"] * 6))
-    episode = episode_on("cpu", model.projection_dim)
     for number in range(2):
-        stepper.step(number, [batch], episode, project=True, lr=1e-3)
+        trainer.take_step(number, [batch])
     heads = (model.image_head, model.text_head)
     return [buffer.tolist() for head in heads for buffer in head.buffers()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from protoclip.common.files import DataError
 from protoclip.common.waits import Wait
 from protoclip.data.feature_pairs import feature_pairs
 from protoclip.data.types import Batch, PairDataset, Subset
-from protoclip.distributed import gather_objects, own_slice
+from protoclip.distributed import gather_objects, is_main, own_slice
 
 QUEUED = 4096  # pairs that are handed to the threads at once
 NAMED = 20  # bad samples reported one by one
@@ -109,3 +109,11 @@ class Faults:
                 f"--max-bad-fraction {self.max_fraction:g}{last}; fix the data (python -m "
                 "protoclip.data --check lists what is wrong), or allow more"
             )
+
+    def state(self) -> list[int]:
+        """The positions that any rank has noted, for a checkpoint; a collective call."""
+        return sorted({fault for faults in gather_objects(self.positions) for fault in faults})
+
+    def load_state(self, positions: Iterable[int]) -> None:
+        """Continue with what ``state`` gave, which rank 0 counts."""
+        self.positions = set(positions) if is_main() else set()

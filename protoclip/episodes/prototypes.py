@@ -446,6 +446,7 @@ class Watch:
     first_inertia: float = math.nan  # within the image clusters of the first episode
     first_labelled: float = 0.0  # share of its samples that were clustered
     hits: dict[str, Tensor] = field(default_factory=dict)  # source -> [2] of this rank's samples
+    device: torch.device = torch.device("cpu")  # of the hits
 
     def count(self, hits: Mapping[str, Tensor]) -> None:
         """Add a step's hits and labelled samples by source, [2] each; does not wait for the
@@ -458,6 +459,12 @@ class Watch:
         sums = {source: sum_over_ranks(counts.clone()) for source, counts in self.hits.items()}
         self.hits = {}
         return {f"{name}_proto_accuracy": float(hits / seen) for name, (hits, seen) in sums.items()}
+
+    def begin(self, episode: Episode) -> tuple[Episode, str]:
+        """The episode with the prototype accuracy of the one before among its metrics, and one
+        sentence if its image prototypes have collapsed, else ""; a collective call."""
+        episode = replace(episode, metrics={**episode.metrics, **self.accuracy()})
+        return episode, self.collapse(episode.metrics)
 
     def collapse(self, metrics: Mapping[str, float]) -> str:
         """One sentence if an episode's image prototypes have collapsed, else ""; ``metrics``: of
@@ -476,12 +483,13 @@ class Watch:
         first = {"first_inertia": self.first_inertia, "first_labelled": self.first_labelled}
         return {**first, "hits": hits}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what any number of ranks wrote; rank 0 keeps the counts of all."""
         self.first_inertia = float(state["first_inertia"])
         self.first_labelled = float(state["first_labelled"])
         self.hits = {
-            name: counts.to(device) * float(is_main()) for name, counts in state["hits"].items()
+            name: counts.to(self.device) * float(is_main())
+            for name, counts in state["hits"].items()
         }
 
 

@@ -38,6 +38,11 @@ class PeriodicEvaluation(NamedTuple):
     evaluate: Evaluate  # model -> scalars by name
     interval_epochs: float
 
+    def is_due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+        """Whether it is repeated after ``step``; it always is after the last."""
+        interval_steps = max(1, round(self.interval_epochs * steps_per_epoch))
+        return step == total_steps or step % interval_steps == 0
+
 
 class Evaluation:
     """The evaluation data of a run, and the scores of its model on it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from protoclip.losses.prototypes import hit_rate, prototype_term
 from protoclip.ops import info_nce, sigmoid_loss
 from protoclip.settings.config import LossConfig
 
-if TYPE_CHECKING:  # loads open_clip, which a loss alone does not need
+if TYPE_CHECKING:  # both load open_clip, which a loss alone does not need
+    from protoclip.data import Batch
     from protoclip.model import Encoded
 
 Measure = Callable[[str], contextlib.AbstractContextManager]
@@ -76,8 +77,33 @@ class OwnTerms(nn.Module):
         self.losses = nn.ModuleList(term.module for term in terms.values())
         self._buffers_before = {name: buffers_of(term.module) for name, term in terms.items()}
 
-    def forward(self, losses: Losses, inputs: TermInputs) -> Losses:
-        """The losses with each term, unweighted, and their weighted sum added to the total."""
+    def forward(
+        self,
+        losses: Losses,
+        encoded: Encoded,
+        projected: Encoded | None,
+        index: Tensor,
+        ids: Tensor | None,
+        step: int,
+        logit_scale: Tensor,
+    ) -> Losses:
+        """The losses with each term, unweighted, and their weighted sum added to the total.
+
+        Args: as ``TermInputs``; ``encoded`` [B, D], not normalised; ``projected``: where heads
+            train.
+        """
+        if not self.weights:
+            return losses
+        inputs = TermInputs(
+            image_features=F.normalize(encoded.image.float(), dim=-1),
+            text_features=F.normalize(encoded.text.float(), dim=-1),
+            image_projections=None if projected is None else projected.image,
+            text_projections=None if projected is None else projected.text,
+            index=index,
+            ids=ids,
+            step=step,
+            logit_scale=logit_scale,
+        )
         total = losses.total
         terms = dict(losses.terms)
         for (name, weight), module in zip(self.weights.items(), self.losses, strict=True):
@@ -164,6 +190,7 @@ class ProtoLoss(nn.Module):
         episode: Episode | None,
         ids: Tensor | None = None,
         logit_bias: Tensor | None = None,
+        weights: LossConfig | None = None,
     ) -> Losses:
         """The losses of a batch of B pairs; with several ranks, of this rank's share.
 
@@ -178,12 +205,13 @@ class ProtoLoss(nn.Module):
             ids: int64 [B]; pairs with equal ids are not negatives of each other (with SigLIP's
                 loss they are positives); None: all differ.
             logit_bias: scalar, for SigLIP's loss instead of InfoNCE; None: InfoNCE.
+            weights: of this step; None: the config's.
         """
-        config = self.config
+        config = weights or self.config
         group = all_ranks()
         terms: dict[str, Tensor] = {}
         hits: dict[str, Tensor] = {}
-        weights = {
+        weight_of = {
             "contrastive_loss": config.w_clip,
             "proto_loss": config.w_proto,
             "external_loss": config.w_proto_external,
@@ -205,7 +233,7 @@ class ProtoLoss(nn.Module):
                     "external_loss": [s for s in episode.sets if s.source == EXTERNAL],
                 }
                 for name, sets in sets_of_term.items():
-                    if weights[name] > 0 and sets:
+                    if weight_of[name] > 0 and sets:
                         term = prototype_term(
                             features, labels, sets, proto_logit_scale, group=group
                         )
@@ -215,8 +243,39 @@ class ProtoLoss(nn.Module):
             terms["distill_loss"] = similarity_distillation(
                 projected, self.teacher[index], proto_logit_scale, config.distill_temperature
             )
-        total: Any = sum(weights[name] * term for name, term in terms.items())
+        total: Any = sum(weight_of[name] * term for name, term in terms.items())
         return Losses(total, terms, hits)
+
+    def trains_heads(self, episode: Episode | None) -> bool:
+        """Whether the projection heads get a gradient."""
+        return episode is not None or self.config.w_distill > 0
+
+
+def pair_ids(dedup: str, batches: Sequence[Batch], index: Tensor) -> Tensor | None:
+    """What tells the pairs apart that are the same thing, int64 [B]; None: all differ.
+
+    Args:
+        dedup: "off", "id" or "caption".
+        batches: of the step.
+        index: int64 [B], positions in the data set.
+    """
+    if dedup == "id":
+        return index
+    if dedup == "caption":
+        return torch.cat(
+            [
+                caption_ids(batch.tokens) if batch.caption_ids is None else batch.caption_ids
+                for batch in batches
+            ]
+        )
+    return None
+
+
+def repeated(ids: Tensor) -> Tensor:
+    """How many of the ids [B] occur more than once."""
+    ordered = ids.sort().values
+    same = F.pad(ordered[1:] == ordered[:-1], (1, 1))
+    return (same[1:] | same[:-1]).sum()
 
 
 def caption_ids(tokens: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from protoclip.common.files import plural
 from protoclip.common.host import start_copy_to_host
 from protoclip.common.waits import Wait
 from protoclip.data.loader import Faults
-from protoclip.model import ProtoModel
+from protoclip.losses.objective import Losses
+from protoclip.model import Encoded, ProtoModel
 from protoclip.training.run import Run
-from protoclip.training.step import Step
 
 MOST_SKIPPED = 0.9  # of all steps; a run with more has trained nothing
 IF_NOT_FINITE = (
@@ -32,6 +32,21 @@ IF_NOT_FINITE = (
 
 class TooManySkipped(ValueError):
     """Loss or gradient was not finite in --max-bad-steps steps in a row."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The outcome of a step; tensors on the device, for which the host has not waited."""
+
+    index: Tensor  # int64 [B], positions in the data set, of all batches
+    positions: Tensor  # the same on the host
+    lr: float
+    losses: Losses
+    projected: Encoded | None  # [B, Dh] of all batches
+    norm: Tensor  # of the gradient before clipping
+    finite: Tensor  # bool: whether the step was taken
+    # Number of pairs in this rank's batch that share their caption; None without --dedup caption.
+    same_caption: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -74,15 +89,19 @@ class Log:
         self._line: Line | None = None
         self._start_clocks(0)
 
-    def load_state(self, step: int, skipped: Sequence[int], metrics: Mapping[str, float]) -> None:
-        """Continue after ``step``.
-
-        Args:
-            skipped: what ``state`` gave.
-            metrics: of the running episode; due if no line has held them.
-        """
+    def load_state(self, skipped: Sequence[int]) -> None:
+        """Continue with the skipped steps that ``state`` gave."""
         self._skipped, self._in_a_row = torch.tensor(skipped, device=self.run.device).unbind()
         self.reported_skips = skipped[0]
+
+    def begin_episode(self, step: int, metrics: Mapping[str, float], warning: str) -> None:
+        """Have the next line hold the metrics of a new episode; say what is wrong with it."""
+        self.episode_metrics = metrics
+        if warning:
+            self.run.folder.say(f"step {step}: {warning}")
+
+    def resume_episode(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Continue after ``step`` inside an episode: its metrics are due if no line has them."""
         first = step - step % self.run.plan.steps_per_episode
         if first < step and first // self.every == step // self.every:
             self.episode_metrics = metrics

@@ -9,37 +9,64 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.distributed import is_distributed
-from protoclip.losses.objective import OwnTerms
-from protoclip.model import ProtoModel
+from protoclip.losses.objective import Losses, OwnTerms
+from protoclip.model import Encoded
+from protoclip.training.towers import Towers
+from protoclip.training.update import Statistics, Update
+
+Result = tuple[Losses, Encoded | None]
 
 
 class Replicas:
-    """Calls a function that uses the model; the backward pass of its result averages the gradients
-    of what trains over the ranks.
+    """Calls a function that uses the model; the backward pass of its losses averages the gradients
+    of what trains over the ranks. In one process it only calls the function.
 
     Args:
         clip_trains: whether every step uses both towers; the heads are used where they train.
     """
 
-    def __init__(self, model: ProtoModel, terms: OwnTerms, *, clip_trains: bool) -> None:
-        self.model = model
+    def __init__(
+        self,
+        towers: Towers,
+        update: Update,
+        statistics: Statistics,
+        terms: OwnTerms,
+        *,
+        clip_trains: bool,
+    ) -> None:
+        self.towers = towers
+        self.model = update.model
+        self.update = update
+        self.statistics = statistics
         self.terms = terms
         # A term may use its weights in some steps only.
         self.find_unused = not clip_trains or any(True for _ in terms.parameters())
-        self.module: nn.Module = Replica(model, terms)
+        self.module: nn.Module = Replica(self.model, terms)
         self._wrapped: tuple[bool, bool] | None = None  # heads, image tower locked
 
-    def __call__(self, function: Callable[[], Any]) -> Any:
-        """The function's result; through DDP's forward, which arms its hooks."""
+    def __call__(self, function: Callable[[], Result], *, heads: bool) -> Result:
+        """The function's result, through DDP's forward, which arms its hooks. ``heads``: whether
+        they train."""
+        if self._follow((heads, self.model.image_locked)):
+            self._order_buckets(function)
         return self.module(function)
 
-    def follow(self, *, heads: bool) -> bool:
+    def _order_buckets(self, function: Callable[[], Result]) -> None:
+        """An extra pass, which changes nothing else: DDP orders its buckets once, after the first
+        backward pass, so a resumed run then sums in the same order as the original run."""
+        before = self.statistics.copy()
+        losses, _ = self.module(function)
+        self.towers.backward(losses.total)
+        self.update.adamw.zero_grad(set_to_none=True)
+        self.statistics.restore(before)
+
+    def _follow(self, trained: tuple[bool, bool]) -> bool:
         """Let DDP average the gradients of what trains now; returns whether that has changed since
-        the last step. ``heads``: whether they train."""
-        trained = (heads, self.model.image_locked)
+        the last step."""
         if not is_distributed() or trained == self._wrapped:
             return False
         self._wrapped = trained
+        heads, _ = trained
         self.module = DistributedDataParallel(
             Replica(self.model if heads else self.model.clip, self.terms),
             gradient_as_bucket_view=True,

@@ -1,4 +1,4 @@
-"""What a training run is made of."""
+"""What a training run is made of, and how its parts are opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from protoclip.common.phases import Phases
 from protoclip.data import PairDataset
-from protoclip.data.loader import EpochOrder
+from protoclip.data.loader import EpochOrder, Faults, Loader
+from protoclip.distributed import world_size
+from protoclip.episodes.prototypes import EpisodeBuilder
 from protoclip.evaluate.during import Evaluation
 from protoclip.losses.objective import Term
 from protoclip.model import ProtoModel
@@ -48,3 +50,37 @@ class Run:
     def active(self) -> ActiveLosses:
         """The losses that are trained besides InfoNCE."""
         return active_losses(self.config, has_teacher=self.teacher is not None)
+
+    @property
+    def passes(self) -> list[int]:
+        """How a step's batch is split: ranks, and forward passes of each."""
+        return [world_size(), self.config.optim.accum_freq]
+
+    def open_loader(self, faults: Faults) -> Loader:
+        """What loads the batches of training and of extraction."""
+        data = self.config.data
+        return Loader(
+            self.dataset,
+            self.config.optim.batch_size,
+            self.model.transform(data.augmentation),
+            self.model.short_tokenizer,
+            workers=self.workers,
+            prefetch_factor=data.prefetch_factor,
+            captions=data.captions,
+            faults=faults,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def episode_builder(self) -> EpisodeBuilder:
+        """What makes the prototypes of every episode."""
+        classes = {
+            name: labels.ids.to(self.device)
+            for name, labels in self.dataset.labels.items()
+            if bool((labels.ids >= 0).all())  # known of every sample
+        }
+        return EpisodeBuilder(
+            self.config.episode,
+            teacher=self.teacher if self.active.external else None,
+            internal=self.active.internal,
+            classes=classes,
+        )

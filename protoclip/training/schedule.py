@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from protoclip.common.seeds import generator
+from protoclip.data import Draws
+from protoclip.data.loader import Mixup
 from protoclip.distributed import own_slice, world_size
 from protoclip.settings.config import OptimConfig, TrainConfig
 
@@ -169,14 +171,24 @@ def image_learning_rate(config: TrainConfig, plan: Plan, step: int) -> float:
     return learning_rate(config.optim, plan.total_steps, step, end)
 
 
-def own_draws(plan: Plan, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's share of each step's draws, and their numbers in ``draws``: int64 [M] each.
+def own_draws(plan: Plan, config: TrainConfig, draws: Tensor, step: int) -> Draws:
+    """This rank's share of an episode's ``draws``, from ``step`` on.
 
     The ranks' shares of a step are contiguous and, by ``make_plan``, equal.
     """
     numbers_by_step = torch.arange(len(draws)).view(-1, plan.global_batch_size)
     draw_numbers = numbers_by_step[:, own_slice(plan.global_batch_size)].flatten()
-    return draws[draw_numbers], draw_numbers
+    done = step % plan.steps_per_episode  # before an interruption
+    mixup = None
+    if config.data.mixup:
+        mixup = Mixup(config.data.mixup, draws, plan.global_batch_size)
+    return Draws(
+        positions=draws[draw_numbers],
+        seed=episode_seed(config.run.seed, plan.episode_of(step), TRAINING),
+        start=done * plan.global_batch_size // world_size(),
+        numbers=draw_numbers,
+        mixup=mixup,
+    )
 
 
 def episode_seed(seed: int, episode_number: int, purpose: int) -> int:

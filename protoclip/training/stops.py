@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from protoclip.common.signals import Stopped, StopSignals
-from protoclip.distributed import max_later
+from protoclip.common.waits import Wait
+from protoclip.data import Batch
+from protoclip.distributed import is_distributed, max_later
 from protoclip.training.run import Run
 from protoclip.training.schedule import parse_interval
 
@@ -59,6 +61,18 @@ class Stops(StopSignals):
         wanted = [is_time, self.received]
         self._wanted = max_later(torch.tensor(wanted, dtype=torch.float32))
         return AfterStep(save, epoch, None)
+
+    def inside(
+        self, stream: Iterable[Batch], save_or_stop: Callable[[], None], what: str
+    ) -> Iterator[Batch]:
+        """Pass a stream of batches on. It may take minutes, so a single process can stop inside
+        it: nothing has changed since the last step."""
+        with Wait(what, unit="batches") as wait:
+            for batch in stream:
+                yield batch
+                wait.update()
+                if self.received and not is_distributed():
+                    save_or_stop()
 
     def saved(self, step: int) -> None:
         """Restart the interval: the run was saved after ``step``."""

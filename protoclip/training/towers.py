@@ -1,4 +1,5 @@
-"""Towers and heads as a training step runs them: compiled if asked for, and on a GPU with TF32.
+"""Towers and heads as a training step runs them: compiled if asked for, and on a GPU with TF32 and
+with batches that are copied while it works.
 
 TF32 rounds the factors of fp32 products to ten bits of mantissa. The towers may have it while they
 train; losses, prototypes and metrics may not.
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from protoclip.data import Batch
 from protoclip.model import Encoded, ProtoModel
 
 
@@ -71,3 +73,23 @@ class Towers:
 
     def _exactly_unless(self, tf32: bool) -> contextlib.AbstractContextManager:
         return tf32_products(tf32) if self.tf32 else contextlib.nullcontext()
+
+
+class Copies:
+    """Brings batches to a device; to a GPU while it still works on the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def of(self, batch: Batch) -> Batch:
+        """The batch on the device."""
+        if self._stream is None:
+            return batch.to(self.device, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            copied = batch.pin_memory().to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for tensor in copied.tensors:
+            tensor.record_stream(computing)  # or the next copy could get its memory too early
+        return copied
