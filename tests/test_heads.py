@@ -720,6 +720,28 @@ def test_rows_may_be_added_at_the_end(folder: Path, tmp_path: Path) -> None:
     assert not checkpoint.is_same(saved, checkpoint.fingerprint(more, saved))
 
 
+def test_results_of_other_rows_are_not_merged(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_page: None
+) -> None:
+    """The untrained model's scores belong to the rows of then, as many as there are now."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("images.npy", "texts.npy"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    val_data = ["--val-data", "features:images.npy::texts.npy", "--val-frequency", "1"]
+    assert train(flags_of(folder, *val_data, "--max-steps", "2", "--name", "run")) == 0
+    run = tmp_path / "logs" / "run"
+    before = json.loads((run / "results.json").read_text())
+    assert before["untrained"]
+    assert evaluate([str(run)]) == 0
+    assert json.loads((run / "results.json").read_text())["untrained"] == before["untrained"]
+    np.save("texts.npy", np.load("texts.npy")[::-1])
+    merged = (run / "results.json").read_bytes()
+    assert evaluate([str(run)]) == 0
+    assert (run / "results.json").read_bytes() == merged
+    (other,) = run.glob("results-*.json")
+    assert json.loads(other.read_text())["untrained"] is None
+
+
 def test_classes_of_bare_rows_are_numbers(folder: Path, spec: str, tmp_path: Path) -> None:
     planted = Planted(PAIRS)
     np.save(tmp_path / "classes.npy", planted.class_rows)

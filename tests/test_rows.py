@@ -165,6 +165,22 @@ def test_rows_of_one_key_are_of_one_picture(tmp_path: Path) -> None:
     assert len(open_features(folder, "texts").not_finite()) == 0  # captions of one picture differ
 
 
+def test_the_column_of_clip_retrieval_is_named(tmp_path: Path) -> None:
+    """Its tables call the key image_path where there is no key; a null is no key."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for number in range(2):
+        write_parts(tmp_path, f"img_emb/img_emb_{number}.npy")
+        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", np.eye(4)[2 * number :][:2])
+        (tmp_path / "metadata").mkdir(exist_ok=True)
+        table = pyarrow.table({"image_path": pyarrow.array([None, "000.jpg"])})
+        parquet.write_table(table, tmp_path / "metadata" / f"metadata_{number}.parquet")
+    rows = open_features(tmp_path)
+    assert rows.identity.picture.tolist() == [0, 1, 2, 1]
+    with pytest.raises(DataError, match="one picture for each image_path, got rows 1 and 3"):
+        rows.not_finite()
+
+
 @pytest.mark.parametrize("noise", [0, 0.001])
 def test_image_rows_may_differ_in_their_last_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: float

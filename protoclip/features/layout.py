@@ -156,7 +156,7 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
     if tables:
         _check_numbers(shown, TABLES, tables, first_files)
         table = FeatureTable(tables, counts)
-        identity = Identity(shown, sum(counts), table.column, lambda: table.called(KEY))
+        identity = Identity(shown, sum(counts), table.column, partial(table.called, KEY))
     rows = {
         side: StoredRows(str(path / side), side_parts, identity)
         for side, side_parts in parts.items()

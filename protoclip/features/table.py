@@ -34,7 +34,6 @@ class FeatureTable:
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
         self.paths = paths
         self.counts = counts
-        self._columns: dict[str, StringTable | None] = {}
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -66,11 +65,8 @@ class FeatureTable:
         Raises:
             DataError: a table cannot be read, or has another number of rows than its features.
         """
-        if name not in self._columns:
-            self._columns[name] = self._read(name) if name in self.names else None
-        return self._columns[name]
-
-    def _read(self, name: str) -> StringTable:
+        if name not in self.names:
+            return None
         is_parquet = self.paths[0].suffix == ".parquet"
         texts = []
         for path, count in zip(self.paths, self.counts, strict=True):
