@@ -72,6 +72,14 @@ def test_pictures_without_classes_are_refused_with_the_way_out(
     assert "no class folders; expected" in message and "protoclip cluster" in message
 
 
+def test_a_folder_of_npy_files_is_refused_with_the_flags_for_them(
+    tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (tmp_path / "images.npy").touch()
+    message = error_of(train_command, ["--train-data", str(tmp_path)])
+    assert "as --image-features FILE and --text-features FILE" in message
+
+
 def test_batches_of_a_folder_replace_what_does_not_decode(animals: Path) -> None:
     (animals / "cat" / "0.png").write_bytes(b"no picture")
     dataset = open_dataset(str(animals))

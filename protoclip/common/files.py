@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -174,6 +175,8 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {shown} cannot be created ({error.strerror})") from error
     lock = folder / LOCK
     with sole_writer(lock, flag):
+        for name in ("*", "*/*", "*/*/*"):  # parts of features in a folder of cluster's lie deepest
+            remove_leftovers(folder, name)
         try:
             yield
         finally:
@@ -206,7 +209,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder in ``folder``, to which its files and folders move at the end: all
     of them or, after an error, none. An OSError names the file where it would have been."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+    prefix = f".{secrets.token_hex(4)}.{os.getpid()}."
+    with tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=folder) as temporary:
         try:
             yield Path(temporary)
         except OSError as error:
@@ -215,6 +219,16 @@ def whole_files(folder: Path) -> Iterator[Path]:
             raise
         for path in Path(temporary).iterdir():
             os.replace(path, folder / path.name)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers of files of this name, a pattern, have left in a folder whose lock
+    the caller holds."""
+    for temporary in folder.glob(f"{name}.{'[0-9a-f]' * 8}.*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def short_name(name: str, most: int = 200) -> str:

@@ -4,13 +4,17 @@ of the signal, as a shell shows it of a process that has no handler."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, TypeVar
 
 Context = TypeVar("Context", bound="Signals")
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 FIRST_CTRL_C = b"\nCtrl-C: finishing this step, then saving; press it again to end at once\n"
 
 
@@ -57,7 +61,7 @@ class Signals:
 
     def __enter__(self: Context) -> Context:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in NUMBERS:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -103,3 +107,12 @@ def stop_if_asked(signals: StopSignals, words: str) -> None:
     """Raise Stopped, with words that say how far the command came, if there was a signal."""
     if signals.received:
         raise Stopped(signals.received, words)
+
+
+def become_worker(number: int = 0) -> None:
+    """In a new process: leave signals to the one that started it, which still needs its work, and
+    end with that one, even if it is killed. ``number``: of the worker, as torch passes it."""
+    for signal_number in NUMBERS:
+        signal.signal(signal_number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -61,6 +61,11 @@ def open_parts(
 def class_folders(root: Path) -> list[str]:
     """Names of the class folders, sorted: ids follow their order."""
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names and any(root.glob("*.npy")):
+        raise DataError(
+            f"{root}: no class folders, but .npy files; give stored features of pairs as "
+            "--image-features FILE and --text-features FILE"
+        )
     if not names:
         raise DataError(
             f"{root}: no class folders; expected {root}/CLASS/picture.png, or .tar or .parquet "

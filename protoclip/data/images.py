@@ -23,8 +23,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from protoclip.common.files import DataError, printable, whole_file
+from protoclip.common.files import DataError, printable, remove_leftovers, whole_file
 from protoclip.common.host import lock_free_after_fork, warn_once
+from protoclip.common.signals import become_worker
 from protoclip.common.waits import Wait
 
 # torchvision's defaults.
@@ -158,7 +159,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
-    """Draw SVG texts centred on white squares into the file ``path``, on all cores.
+    """Draw SVG texts centred on white squares into the file ``path``, of which the caller holds the
+    lock, on all cores.
 
     Lettering is left out because it depends on installed fonts.
 
@@ -166,6 +168,7 @@ def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
         uint8 [N, side, side, 3], memory-mapped and read-only; what cannot be drawn is black.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name)
     starts = range(0, len(svgs), DRAWN_AT_ONCE)
     with (
         whole_file(path) as temporary,
@@ -187,7 +190,7 @@ def _drawing_pool(parts: int) -> Executor:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, parts)
     if cores > 1 and sys.platform == "linux":
-        return ProcessPoolExecutor(cores, multiprocessing.get_context("fork"))
+        return ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), become_worker)
     return ThreadPoolExecutor(1)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from protoclip.common.files import DataError
 from protoclip.common.seeds import mix
+from protoclip.common.signals import become_worker
 from protoclip.data.faults import Faults
 from protoclip.data.feature_pairs import FeaturePairs, feature_pairs, origin
 from protoclip.data.images import Transform
@@ -432,7 +433,7 @@ class _Pool:
             prefetch_factor=prefetch_factor,
             persistent_workers=True,
             pin_memory=pin_memory,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=become_worker,
             multiprocessing_context=_context_without_locks(),
             generator=torch.Generator(),  # otherwise it uses the caller's
         )
@@ -480,12 +481,6 @@ def _context_without_locks() -> Any:
     context: Any = copy.copy(multiprocessing.get_context())
     context.Event = _Flag
     return context
-
-
-def ignore_signals(worker: int) -> None:
-    """Leave signals to the training process, which still needs the batches of its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:

@@ -31,10 +31,10 @@ from protoclip.common.files import (
     state_of_url,
     write_csv,
 )
-from protoclip.common.signals import StopSignals, stop_if_asked
+from protoclip.common.signals import StopSignals, become_worker, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.data import PairDataset
-from protoclip.data.loader import AHEAD, ignore_signals
+from protoclip.data.loader import AHEAD
 from protoclip.distributed import from_main, gather_objects, is_main, rank, world_size
 from protoclip.encode.encoders import Encoders, ImageEncoder, TextEncoder
 from protoclip.features import writer
@@ -322,7 +322,7 @@ class _Part:
             _PictureBatches(job.dataset, job.encoders.images.transform, missing),
             batch_size=None,
             num_workers=min(job.settings.workers, len(batches)),
-            worker_init_fn=ignore_signals,
+            worker_init_fn=become_worker,
             generator=torch.Generator(),  # otherwise it uses the caller's
         )
         try:
