@@ -1,7 +1,8 @@
 """Record the default run over seeds: ``python -m benchmarks.default_run logs/default_run``.
 
-The folder is that of ``protoclip compare --count-teacher --out logs/default_run`` without other
-flags. Writes ``results/default_run/seeds.json`` and prints the table of docs/evidence.md.
+The folder is that of ``protoclip compare --out logs/default_run`` without other flags, and then of
+the command that it prints. Writes ``results/default_run/seeds.json`` and prints the table of
+docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -19,15 +20,10 @@ import numpy as np
 from benchmarks.report import table
 from protoclip.evaluate.results import Outcome, read_results
 from protoclip.report.statistics import LEVEL, paired
-from protoclip.settings.comparison import read_record
+from protoclip.settings.comparison import read_record, read_settings
 
 RECORD = Path(__file__).parent / "results" / "default_run" / "seeds.json"
-# The rows of a comparison, and their names in the record.
-ROWS = {
-    "ProtoCLIP": "protoclip",
-    "CLIP": "clip",
-    "CLIP, time of ProtoCLIP": "clip at equal time",
-}
+ROWS = ("protoclip", "clip", "clip at equal time")  # in the record
 SCORES = {  # title: evaluation set, metric
     "NEW: zero-shot, 430 names": ("NEW", "concept/acc1"),
     "NEW: zero-shot, top 5": ("NEW", "concept/acc5"),
@@ -52,12 +48,13 @@ def scores_of(results: Any) -> dict[str, float]:
 def record(folder: Path, commit: str) -> dict[str, Any]:
     """What the table needs of a comparison's runs, in the form of seeds.json."""
     comparison = read_record(folder)
+    rows = dict(zip(("ProtoCLIP", "CLIP", comparison.baseline), ROWS, strict=True))
     runs: dict[str, dict[int, Outcome]] = {
         name: {
-            seed: read_results(comparison.plan.folder(row, seed) / "results.json")
+            seed: read_results(comparison.folder(row, seed) / "results.json")
             for seed in comparison.result["seeds"]
         }
-        for row, name in ROWS.items()
+        for row, name in rows.items()
     }
     every = [outcome for by_seed in runs.values() for outcome in by_seed.values()]
     floors = {name: scores_of(results) for name, results in every[0].floors.items()}
@@ -65,9 +62,7 @@ def record(folder: Path, commit: str) -> dict[str, Any]:
     floors["untrained"] = {
         title: float(np.mean([scores[title] for scores in untrained])) for title in untrained[0]
     }
-    epochs = {}
-    for row, name in ROWS.items():
-        epochs[name] = comparison.rows[row].optim.epochs
+    epochs = {name: read_settings(folder, row).optim.epochs for row, name in rows.items()}
     seeds = {
         name: {str(seed): scores_of(outcome.trained) for seed, outcome in by_seed.items()}
         for name, by_seed in runs.items()
@@ -86,7 +81,7 @@ def evidence_table(recorded: dict[str, Any]) -> str:
         }
         floors = {name: scores.get(title, 0.0) for name, scores in recorded["floors"].items()}
         best = max(floors, key=lambda name: floors[name])
-        ours, clip, equal_time = (values[name] for name in ROWS.values())
+        ours, clip, equal_time = (values[name] for name in ROWS)
         cells = [f"{floors[best]:.3f} {best}"]
         cells += [f"{side.mean():.3f}" for side in (ours, equal_time, clip)]
         for other in (equal_time, clip):

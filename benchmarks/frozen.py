@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from benchmarks.report import table
-from protoclip.compare import finished
+from protoclip.compare import outcomes_of
 from protoclip.data.images import to_rgb
 from protoclip.evaluate.datasets import open_layout
 from protoclip.evaluate.results import Outcome
@@ -262,23 +262,20 @@ def encode(drawings: Sequence[Drawing], work: Path) -> None:
 
 
 def compare(data: str, work: Path, seeds: str) -> None:
-    """Train the rows over seeds, at equal steps."""
+    """Train the rows over seeds."""
     words = ["--train-data", work / "train", "--val-data", work / "judged"]
     words += ["--class-features", work / "classes", *FLAGS.split()]
     for name in ROWS_OF[data]:
         words += ["--row", f"{name}: {ROWS[name].format(train=work / 'train')}"]
     out = work / "compare"
-    protoclip("compare", *words, "--equal-steps", "--seeds", seeds, "--out", out)
+    protoclip("compare", *words, "--seeds", seeds, "--out", out)
 
 
 def record(data: str, work: Path, drawings: Sequence[Drawing]) -> dict[str, Any]:
     """The scores of the seeds that all rows have finished, and what the table says of the data."""
-    plan = read_record(work / "compare").plan
-    runs = {
-        row: {seed: finished(plan.folder(row, seed)) for seed in plan.seeds} for row in plan.rows
-    }
+    runs = outcomes_of(read_record(work / "compare"))
     outcomes: dict[str, dict[int, Outcome]] = {
-        row: {seed: run for seed, run in by_seed.items() if all(runs[r][seed] for r in runs)}
+        row: {seed: run for seed, run in by_seed.items() if all(seed in runs[r] for r in runs)}
         for row, by_seed in runs.items()
     }
     baseline = next(iter(outcomes.values())).values()

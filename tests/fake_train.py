@@ -1,6 +1,6 @@
 """Stands in for ``protoclip train`` in the tests of protoclip compare: the same flags and files,
 without training. FAKE_TRAIN, JSON, says which runs fail, stop, are judged on other pictures, or
-take another time: "time 1.2"."""
+take another time: "time 1.2". FAKE_DATA is the digest of the data."""
 
 import json
 import os
@@ -20,7 +20,8 @@ with open("calls.txt", "a") as file:
     policy = os.environ.get("OMP_WAIT_POLICY")
     print(run, config["method"], steps, words["--resume"], policy, file=file)
 if orders == "refuse":
-    sys.exit("protoclip train: error: --model: no such model")
+    print("protoclip train: error: --model: no such model", file=sys.stderr)
+    sys.exit(2)
 folder.mkdir(parents=True, exist_ok=True)
 config["run"] |= {"seed": int(words["--seed"])}
 (folder / "config.json").write_text(json.dumps(config))
@@ -54,6 +55,8 @@ work = {"training": factor * steps * (1.5 if proto else 1.0), "teacher": 10.0 * 
 results = {
     "data": "pairs", "model": "m", "pretrained": "p", "trained": {"HO": judged},
     "floors": {}, "steps": steps, "work_seconds": work,
+    "training_data": os.environ.get("FAKE_DATA", ""),
+    "shared_machine": os.environ["PROTOCLIP_SHARED_MACHINE"] == "1",
 }  # fmt: skip
 (folder / "results.json").write_text(json.dumps(results))
 (folder / "report.html").write_text('<meta name="generator" content="protoclip report">')

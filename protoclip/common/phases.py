@@ -17,6 +17,8 @@ from protoclip.common.host import memory_in_use
 
 NOT_TRAINING = ("teacher", "evaluation", "checkpoint", "plots")
 TRAINING = "training"
+SHARED_MACHINE = "PROTOCLIP_SHARED_MACHINE"  # 1: tells a run that others train beside it
+SHARED = "shared machine"  # of the saved state
 
 
 def work_seconds(device: torch.device) -> float:
@@ -46,6 +48,7 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.shared_machine = os.environ.get(SHARED_MACHINE) == "1"  # for a part of the run, too
         self._seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}  # the most bytes in use at the end of a phase
         self._pending: deque[tuple[str, float, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -106,11 +109,15 @@ class Phases:
 
     def saved(self) -> dict[str, float]:
         """The seconds of each phase and the work of training, for ``add`` after a resume."""
-        return self.seconds() | {TRAINING: self.work()[TRAINING]}
+        work = {TRAINING: self.work()[TRAINING], SHARED: float(self.shared_machine)}
+        return self.seconds() | work
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add time by phase, such as the time that a run spent before an interruption."""
         for name, spent in seconds.items():
+            if name == SHARED:
+                self.shared_machine |= spent > 0
+                continue
             if name == TRAINING:
                 self._work[TRAINING] = self._work.get(TRAINING, 0.0) + spent
                 continue

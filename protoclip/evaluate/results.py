@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from protoclip.common.files import short_name, write_atomic
 from protoclip.common.json_text import parse_json
@@ -93,12 +93,17 @@ class Outcome:
     steps: int = 0  # of training
     skipped_steps: int = 0  # those whose loss or gradient was not finite
     first_prototype_step: int = 0  # counted from 1; 0: the method has no prototypes
+    shared_machine: bool | None = None  # whether it trained beside other runs; None: not known
 
     @property
     def beside(self) -> dict[str, Results]:
         """The results to show next to the trained model, as far as they exist."""
         columns = {**self.floors, "untrained": self.untrained}
         return {name: results for name, results in columns.items() if results}
+
+    def value(self, score: Score) -> float:
+        """The trained model's; NaN if it has none."""
+        return self.trained.get(score.key, NOTHING).metrics.get(score.metric, math.nan)
 
     @property
     def skipped(self) -> str:
@@ -156,6 +161,32 @@ def format_table(outcome: Outcome) -> str:
     if footer:
         blocks.append("\n".join(footer))
     return "\n\n".join(blocks)
+
+
+class Score(NamedTuple):
+    """What is measured: a metric on an evaluation set."""
+
+    key: str  # of the set
+    metric: str
+    title: str = ""  # of the set
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.key, self.metric
+
+    @property
+    def words(self) -> str:
+        label, _, metric = self.metric.rpartition("/")
+        return ROWS[metric].format(label)
+
+
+def scores_of(results: Results) -> list[Score]:
+    """The scores of a table's rows."""
+    return [
+        Score(key, metric, of_set.title)
+        for key, of_set in results.items()
+        for metric, _ in rows_of(of_set.metrics)
+    ]
 
 
 def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -27,14 +27,12 @@ from protoclip.evaluate import results
 from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
 from protoclip.report import figures
 from protoclip.report.comparison import (
-    EQUAL,
     Comparison,
     Listed,
     claims_of,
     compare_runs,
     format_comparison,
     interval_words,
-    notes,
     other_pictures,
     time_words,
 )
@@ -402,9 +400,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             written=time.strftime("%Y-%m-%d %H:%M"),
             comparison=comparison,
             claims=claims_of(comparison),
-            notes=notes(comparison),
             time_words=partial(time_words, comparison),
-            equal=EQUAL,
             meaning=meaning,
             differing={
                 name: [of_row.get(name) for of_row in settings]

@@ -40,11 +40,12 @@ def paired(differences: np.ndarray) -> Difference:
     return Difference(mean, half, np.where(spreads, 2 * special.stdtr(count - 1, -t), 1.0))
 
 
-def holm(p: np.ndarray) -> np.ndarray:
-    """p [..., tests], corrected for there being several (Holm 1979)."""
+def holm(p: np.ndarray, others: int = 0) -> np.ndarray:
+    """p [..., tests], corrected for there being several (Holm 1979), and for the number of further
+    tests of the family, of which nothing else is used."""
     count = p.shape[-1]
     order = np.argsort(p, axis=-1)
-    scaled = np.take_along_axis(p, order, -1) * np.arange(count, 0, -1)
+    scaled = np.take_along_axis(p, order, -1) * np.arange(count + others, others, -1)
     corrected = np.minimum(np.maximum.accumulate(scaled, axis=-1), 1.0)
     result = np.empty_like(corrected)
     np.put_along_axis(result, order, corrected, -1)

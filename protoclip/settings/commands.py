@@ -30,7 +30,7 @@ PLANNED = """
     --episode-size --external-teacher --batch-size --accum-freq --device --precision
 """
 COMPARED = """
-    --row --seeds --out --equal-steps --count-teacher --jobs --nproc-per-run --dry-run --train-data
+    --row --seeds --out --jobs --nproc-per-run --dry-run --train-data
     --val-data --val-fraction --csv-img-key --csv-caption-key --model --pretrained --k
     --external-teacher --epochs --batch-size --lr --device --precision
 """
@@ -59,8 +59,8 @@ def compare_parser() -> Parser:
         "protoclip compare",
         "Train ProtoCLIP and CLIP on several seeds and report which scores differ, as a table, a "
         "page and comparison.json. Takes the flags of protoclip train, for all rows. Where a row "
-        "takes another time than CLIP, CLIP is also trained for as long. The same command "
-        "continues an interrupted comparison.",
+        "takes another time than CLIP, it ends with the command that compares at equal time. The "
+        "same command continues an interrupted comparison.",
         COMPARED.split(),
         "protoclip compare --train-data pairs.csv --val-fraction 0.2 --model ViT-B-32 --epochs 30\n"
         "         protoclip compare --row 'CLIP: --method clip' --row 'K 100: --k 100'",
@@ -85,11 +85,7 @@ def compare_parser() -> Parser:
         help="number of training seeds, or a list of them (default: 5)",
     )
     add_flag(group, "--out", "logs/compare", "output folder; runs are in OUT/ROW/seed-N")
-    words = "compare at equal steps, not at equal time"
-    group.add_argument("--equal-steps", action="store_true", help=words)
-    words = "count the teacher's time as training time"
-    group.add_argument("--count-teacher", action="store_true", help=words)
-    words = "parallel runs after three seeds that are timed; on GPUs each run has its own"
+    words = "parallel runs, whose times are not compared; on GPUs each run has its own"
     add_flag(group, "--jobs", 1, words, low=1)
     words = "processes per run, started by torchrun; on GPUs each has its own"
     add_flag(group, "--nproc-per-run", 1, words, low=1)

@@ -1,18 +1,19 @@
-"""What ``protoclip compare`` is asked for: its rows and seeds, and what its folder has frozen."""
+"""What ``protoclip compare`` is asked for, and what its folder keeps: nothing that follows from the
+runs in it."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from protoclip.common.files import write_atomic
+from protoclip.common.files import LOCK, write_atomic
 from protoclip.common.json_text import parse_json
 from protoclip.common.paths import check_above
 from protoclip.settings.commands import compare_parser, train_parser
@@ -22,14 +23,7 @@ from protoclip.settings.flags import checked_config
 FILE = "comparison.json"
 PAGE = "report.html"
 SETTINGS = "settings.json"  # of a row, in its folder
-LOCK = ".lock"  # of the process that writes to the folder
-FORM = {  # what comparison.json holds
-    "rows": dict, "seeds": list, "equal_steps": bool, "count_teacher": bool, "nproc_per_run": int,
-    "primary": list, "timed": list, "costs": list, "ratios": dict, "shown": list,
-    "rebuilt": bool, "result": dict,
-}  # fmt: skip
-TOLERANCE = math.log1p(0.05)  # of the log ratio of training times that are called the same
-LARGEST_RATIO = 1000.0  # of the training times of two rows, for a baseline at equal time
+RESULTS = "results.json"  # of a run
 ROWS = {"CLIP": "--method clip", "ProtoCLIP": ""}  # without --row; the first is the baseline
 # The command gives each run its own.
 SET_BY_COMPARE = ("run.name", "run.logs", "run.resume", "run.seed")
@@ -40,130 +34,55 @@ SHARED = [f"data.{name}" for name in TABLE] + [
     "data.train_data", "data.val_data", "data.val_fraction", "data.val_seed",
     "data.train_num_samples", "run.device",
 ]  # fmt: skip
+FORM = {  # what comparison.json holds, with the names of the rows
+    "seeds": list, "nproc_per_run": int, "words": list, "primary": list, "shown_seeds": list,
+    "shown": list, "starred": list, "result": dict,
+}  # fmt: skip
 MATTER = ("run.device", "run.precision")  # of the settings of a run, in a comparison
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A comparison: rows, and seeds on which each is trained."""
+class Record:
+    """A comparison: what is asked for, and what its folder has shown until now."""
 
     rows: Mapping[str, TrainConfig]  # the first is the baseline
     seeds: tuple[int, ...]
     out: Path
-    equal_steps: bool = False  # without the baseline at equal time
-    count_teacher: bool = False
     nproc_per_run: int = 1
+    words: tuple[str, ...] = ()  # of the command line; none from Python
+    primary: Sequence[tuple[str, str]] = ()  # evaluation set, metric
+    shown_seeds: Sequence[int] = ()  # of the first table
+    shown: Sequence[tuple[str, str]] = ()  # row, baseline: of all tables, in this order
+    starred: Sequence[tuple[str, str, str]] = ()  # row, evaluation set, metric: of all tables
+    result: Mapping[str, Any] = field(default_factory=dict)  # for programs
 
     @property
     def baseline(self) -> str:
         return next(iter(self.rows))
 
     @property
-    def others(self) -> list[str]:
-        return list(self.rows)[1:]
-
-    @property
-    def equal_time_rows(self) -> dict[str, str]:
-        """Each other row -> the baseline that trains for as long."""
-        if self.equal_steps:
-            return {}
-        return {name: f"{self.baseline}, time of {name}" for name in self.others}
-
-    @property
-    def all_rows(self) -> list[str]:
-        return [*self.rows, *self.equal_time_rows.values()]
-
-    def folder(self, row: str, seed: int) -> Path:
-        return self.out / folder_name(row) / f"seed-{seed}"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The training time of a row over its baseline's, on seeds whose runs trained alone.
-
-    The properties work on arrays, too.
-    """
-
-    log_ratio: float = math.nan  # mean over the seeds; NaN: not known
-    half: float = math.inf  # of its 95 % interval; infinite below three seeds
-
-    @property
-    def is_known(self) -> bool:
-        return self.half <= TOLERANCE
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether the row costs what its baseline costs, as far as can be seen."""
-        return self.is_known & (abs(self.log_ratio) <= self.half)
-
-    @property
-    def is_close(self) -> bool:
-        """Whether a baseline that was to train for as long did so."""
-        return abs(self.log_ratio) <= TOLERANCE
-
-
-@dataclass
-class Record:
-    """What ``comparison.json`` holds; written after each change."""
-
-    plan: Plan
-    primary: list[tuple[str, str]] = field(default_factory=list)  # evaluation set, metric
-    timed: list[int] = field(default_factory=list)  # seeds whose runs train alone
-    costs: dict[tuple[str, str], Cost] = field(default_factory=dict)  # of (row, its baseline)
-    # Row -> by what its baseline at equal time trains longer; rows without one are not here.
-    ratios: dict[str, float] = field(default_factory=dict)
-    shown: list[int] = field(default_factory=list)  # seeds of the first result that was shown
-    rebuilt: bool = False  # from the runs, as the file was damaged
-    result: dict[str, Any] = field(default_factory=dict)
+    def runs(self) -> list[tuple[str, int]]:
+        """Every run, (row, seed), in the order in which they start."""
+        return [(row, seed) for seed in self.seeds for row in self.rows]
 
     @property
     def added(self) -> list[int]:
         """Seeds that came after a result was shown."""
-        return [seed for seed in self.plan.seeds if seed not in self.shown] if self.shown else []
+        return [seed for seed in self.seeds if self.shown_seeds and seed not in self.shown_seeds]
 
-    @property
-    def rows(self) -> dict[str, TrainConfig]:
-        """The settings of all rows: the plan's, and the baselines at equal time that it needs."""
-        plan = self.plan
-        rows = dict(plan.rows)
-        baseline = plan.rows[plan.baseline]
-        steps = baseline.optim.max_steps
-        for name, longer in plan.equal_time_rows.items():
-            if ratio := self.ratios.get(name):
-                optim = replace(
-                    baseline.optim,
-                    epochs=baseline.optim.epochs * ratio,
-                    max_steps=max(1, round(steps * ratio)) if steps else 0,
-                )
-                rows[longer] = replace(baseline, optim=optim)
-        return rows
+    def folder(self, row: str, seed: int) -> Path:
+        return self.out / folder_name(row) / f"seed-{seed}"
 
     def write(self) -> None:
-        plan = self.plan
-        content = {
-            "rows": {name: to_dict(config) for name, config in plan.rows.items()},
-            "seeds": list(plan.seeds),
-            "equal_steps": plan.equal_steps,
-            "count_teacher": plan.count_teacher,
-            "nproc_per_run": plan.nproc_per_run,
-            "primary": self.primary,
-            "timed": self.timed,
-            "costs": [
-                {"row": row, "baseline": baseline, **numbers_or_null(asdict(cost))}
-                for (row, baseline), cost in self.costs.items()
-            ],
-            "ratios": self.ratios,
-            "shown": self.shown,
-            "rebuilt": self.rebuilt,
-            "result": self.result,
-        }
-        plan.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(plan.out / FILE, json.dumps(content, indent=1) + "\n")
-
-
-def numbers_or_null(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers for JSON, which has no NaN and no infinity."""
-    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        """Write ``comparison.json`` and the settings of each row."""
+        for name, config in self.rows.items():
+            clean = replace(config, run=replace(config.run, name="", resume=""))
+            settings = json.dumps(to_dict(clean), indent=2) + "\n"
+            write_atomic(self.out / folder_name(name) / SETTINGS, settings)
+        content = {"rows": list(self.rows)} | {name: getattr(self, name) for name in FORM}
+        # NaN and infinity are not JSON.
+        strict = json.loads(json.dumps(content), parse_constant=lambda name: None)
+        write_atomic(self.out / FILE, json.dumps(strict, indent=1) + "\n")
 
 
 def folder_name(row: str) -> str:
@@ -181,55 +100,62 @@ def settings_of(config: TrainConfig | Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_rows(plan: Plan) -> None:
-    """Raise ValueError for a plan without seeds or of rows that cannot be compared."""
-    if not plan.seeds:
+def check_rows(record: Record) -> None:
+    """Raise ValueError for a comparison without seeds or of rows that cannot be compared."""
+    if not record.seeds:
         raise ValueError("--seeds: expected at least one seed, got none")
-    if len(plan.rows) < 2:
+    if len(record.rows) < 2:
         raise ValueError(
-            f"--row: expected a baseline and at least one other row, got {len(plan.rows)}; the "
+            f"--row: expected a baseline and at least one other row, got {len(record.rows)}; the "
             "first row is the baseline"
         )
     folders: dict[str, str] = {}
-    for name in plan.all_rows:
+    shared = flat(to_dict(record.rows[record.baseline]))
+    for name, config in record.rows.items():
         folder = folder_name(name).lower()
         if folder in folders:
             raise ValueError(
                 f"--row: {name!r} and {folders[folder]!r} would have the same folder; rename one"
             )
         folders[folder] = name
-    shared = flat(to_dict(plan.rows[plan.baseline]))
-    for name in plan.others:
-        settings = flat(to_dict(plan.rows[name]))
+        settings = flat(to_dict(config))
         for setting in SHARED:
             if settings[setting] != shared[setting]:
                 raise ValueError(
-                    f"--row {name}: expected the data and device of {plan.baseline}, but "
+                    f"--row {name}: expected the data and device of {record.baseline}, but "
                     f"{setting} is {settings[setting]!r} and not {shared[setting]!r}; give it "
                     "outside of the rows"
                 )
-    check_above(plan.out / FILE, "--out")
+    check_above(record.out / FILE, "--out")
 
 
-def plan_of_flags(flags: Mapping[str, Any]) -> Plan:
-    """The plan of a parsed command line.
+def parse_record(argv: Sequence[str]) -> tuple[Record, Any]:
+    """The comparison that a command line asks for, and its flags. Opens no folder and no data.
 
     Raises:
         ValueError: what is wrong, in a sentence.
     """
-    texts: Sequence[str] = flags["row"]
+    parser = compare_parser()
+    parser.raises = True
+    flags = parser.parse_args(argv)
+    for name in LAUNCHED:
+        if name in os.environ:
+            raise ValueError(
+                f"expected to be started without a launcher, found {name}; use --nproc-per-run N, "
+                "which starts torchrun for each run"
+            )
     settings = {
         name: value
-        for name, value in flags.items()
+        for name, value in vars(flags).items()
         if "." in name or name in ("method", "preset", "dataset_type") or name.startswith("--")
     }
     _refuse_own(settings)
-    if not texts and "method" in settings:
+    if not flags.row and "method" in settings:
         raise ValueError(
             "--method: the rows CLIP and ProtoCLIP set it; leave it out, or name rows with --row"
         )
     rows: dict[str, TrainConfig] = {}
-    for name, words in _row_flags(texts):
+    for name, words in _row_flags(flags.row):
         if name in rows:
             raise ValueError(f"--row: {name!r} is named twice; rename one")
         try:
@@ -243,19 +169,13 @@ def plan_of_flags(flags: Mapping[str, Any]) -> Plan:
                 of_row["dataset_type"] = settings["dataset_type"]
             rows[name] = checked_config({**settings, **of_row})[0]
         except ValueError as error:
-            if not texts:
+            if not flags.row:
                 raise
             raise ValueError(f"--row {name}: {str(error).removeprefix('--row ')}") from error
-    plan = Plan(
-        rows,
-        tuple(sorted(set(flags["seeds"]))),
-        Path(flags["out"]),
-        flags["equal_steps"],
-        flags["count_teacher"],
-        flags["nproc_per_run"],
-    )
-    check_rows(plan)
-    return plan
+    seeds = tuple(sorted(set(flags.seeds)))
+    record = Record(rows, seeds, Path(flags.out), flags.nproc_per_run, tuple(argv))
+    check_rows(record)
+    return record, flags
 
 
 def _row_flags(texts: Sequence[str]) -> list[tuple[str, str]]:
@@ -266,7 +186,7 @@ def _row_flags(texts: Sequence[str]) -> list[tuple[str, str]]:
         name, colon, words = text.partition(":")
         if not colon or not name.strip() or name.strip().startswith("-"):
             raise ValueError(f"--row: expected 'NAME: flags of protoclip train', got {text!r}")
-        rows.append((name.strip(), words))
+        rows.append((name.strip(), words.strip()))
     return rows
 
 
@@ -280,162 +200,115 @@ def _refuse_own(flags: Mapping[str, Any]) -> None:
             )
 
 
-def parse_record(argv: Sequence[str] | None) -> tuple[Record, Any]:
-    """The comparison that a command line asks for, joined with what its folder holds, and the
-    flags. Reads no data.
+class Longer(NamedTuple):
+    """A baseline that trains as long as a row does."""
 
-    Raises:
-        ValueError: what is wrong, in a sentence.
-    """
-    parser = compare_parser()
-    parser.raises = True
-    args = parser.parse_args(argv)
-    for name in LAUNCHED:
-        if name in os.environ:
-            raise ValueError(
-                f"expected to be started without a launcher, found {name}; use --nproc-per-run N, "
-                "which starts torchrun for each run"
-            )
-    return open_record(plan_of_flags(vars(args))), args
+    name: str
+    config: TrainConfig
+    command: str  # that compares the two; "" for a comparison from Python
+
+
+def longer_baseline(record: Record, row: str, ratio: float) -> Longer:
+    """The baseline of a comparison, trained ``ratio`` times as long, in place of it."""
+    config = record.rows[record.baseline]
+    epochs = float(f"{config.optim.epochs * ratio:.3g}")
+    changes: dict[str, Any] = {"epochs": epochs}
+    length = f"{epochs:g} epochs"
+    if config.optim.max_steps:
+        changes["max_steps"] = max(1, round(config.optim.max_steps * ratio))
+        length = f"{changes['max_steps']} steps"
+    if config.optim.warmup >= 1:  # a number of steps
+        changes["warmup"] = float(max(1, round(config.optim.warmup * ratio)))
+    name = re.sub(r", [\d.]+ (epochs|steps)$", "", record.baseline) + f", {length}"
+    longer = replace(config, optim=replace(config.optim, **changes))
+    if not record.words:
+        return Longer(name, longer, "")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--row", action="append", default=[])
+    own.add_argument("--seeds")
+    own.add_argument("--jobs")
+    flags, shared = own.parse_known_args(record.words)
+    words_of = dict(_row_flags(flags.row))
+    added = [f"--{flag.replace('_', '-')} {value:.10g}" for flag, value in changes.items()]
+    rows = {name: " ".join([words_of[record.baseline], *added]), row: words_of[row]}
+    command = ["protoclip", "compare"]
+    for row_name, words in rows.items():
+        command += ["--row", f"{row_name}: {words}".rstrip()]
+    command += ["--seeds", ",".join(map(str, record.seeds)), *shared]
+    return Longer(name, longer, shlex.join(command))
 
 
 def read_record(folder: Path) -> Record:
-    """The comparison in a folder; ValueError if its file is damaged."""
+    """The comparison in a folder; ValueError if its file is damaged or of an older version."""
     file = folder / FILE
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
         for name, kind in FORM.items():
             if not isinstance(content[name], kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
-        plan = Plan(
-            {name: from_dict(TrainConfig, row) for name, row in content["rows"].items()},
-            tuple(map(int, content["seeds"])),
-            folder,
-            content["equal_steps"],
-            content["count_teacher"],
-            content["nproc_per_run"],
-        )
-        for name, ratio in content["ratios"].items():
-            check_ratio(name, ratio)
-        return Record(
-            plan,
-            primary=[(key, metric) for key, metric in content["primary"]],
-            timed=[int(seed) for seed in content["timed"]],
-            costs={(cost["row"], cost["baseline"]): _read_cost(cost) for cost in content["costs"]},
-            ratios=content["ratios"],
-            shown=[int(seed) for seed in content["shown"]],
-            rebuilt=content["rebuilt"],
-            result=content["result"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        values = {name: content[name] for name in FORM}
+        for name in ("primary", "shown", "starred"):
+            values[name] = [tuple(map(str, entry)) for entry in content[name]]
+        values["seeds"] = tuple(map(int, content["seeds"]))
+        rows = {str(name): read_settings(folder, name) for name in content["rows"]}
+        return Record(rows, out=folder, **values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"--out: {file} is damaged ({reason}); `protoclip compare` with the flags of before "
-            "rebuilds it from the finished runs"
+            f"--out: {file} is damaged or of an older version ({reason}); delete it, and the same "
+            "command finds the finished runs again"
         ) from error
 
 
-def check_ratio(name: str, ratio: float) -> None:
-    """Raise ValueError if a baseline at equal time cannot train this much longer."""
-    if not 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
-        raise ValueError(
-            f"row {name}: expected a training time of at most {LARGEST_RATIO:,.0f} times the "
-            f"baseline's, or the other way round, got {ratio:.3g}; use --equal-steps in a new --out"
-        )
+def read_settings(out: Path, row: str) -> TrainConfig:
+    """The settings with which a row's runs were started."""
+    text = (out / folder_name(row) / SETTINGS).read_text(encoding="utf-8")
+    return from_dict(TrainConfig, parse_json(text))
 
 
-def _read_cost(numbers: Mapping[str, float | None]) -> Cost:
-    log_ratio = numbers["log_ratio"]
-    half = numbers["half"]
-    cost = Cost(math.nan if log_ratio is None else log_ratio, math.inf if half is None else half)
-    if not all(x is None or math.isfinite(x) for x in (log_ratio, half)) or cost.half < 0:
-        raise ValueError(f"costs: expected finite numbers, got {log_ratio} and {half}")
-    return cost
-
-
-def rebuild_record(plan: Plan) -> Record:
-    """The comparison of a folder whose file is damaged, from its runs: the plan's rows, with all
-    seeds that are there.
+def open_record(asked: Record) -> Record:
+    """A comparison with what its folder has shown, and with the seeds of before: a seed that was
+    planned once stays in the result.
 
     Raises:
-        ValueError: runs of a row that the plan does not have, or has with other settings.
+        ValueError: the folder holds something else, or runs with other settings.
     """
-    rows = {folder_name(name): name for name in plan.all_rows}
-    settings: dict[str, Mapping[str, Any]] = {}
-    seeds: set[int] = set()
-    for folder in sorted(plan.out.glob("*/seed-*")):
-        name = rows.get(folder.parent.name)
-        if name is None:
-            raise ValueError(
-                f"--out: {plan.out / FILE} is damaged, and {folder.parent} is of no row of this "
-                "command; give all flags of before, or choose another --out"
-            )
-        seeds.add(int(folder.name.removeprefix("seed-")))
-        if name not in settings:
-            settings[name] = parse_json((folder.parent / SETTINGS).read_text(encoding="utf-8"))
-    for name in plan.rows:
-        if name in settings:
-            _check_same(plan, name, settings[name])
-    baseline = plan.rows[plan.baseline]
-    ratios = {
-        name: settings[longer]["optim"]["epochs"] / baseline.optim.epochs
-        for name, longer in plan.equal_time_rows.items()
-        if longer in settings
-    }
-    shown = sorted(seeds) if (plan.out / PAGE).exists() else []
-    merged = replace(plan, seeds=tuple(sorted({*seeds, *plan.seeds})))
-    return Record(merged, ratios=ratios, shown=shown, rebuilt=bool(seeds))
-
-
-def _check_same(plan: Plan, name: str, before: TrainConfig | Mapping[str, Any]) -> None:
-    """Raise ValueError if a row has other settings than ``before``."""
-    settings = settings_of(before)
-    for setting, value in settings_of(plan.rows[name]).items():
-        if settings.get(setting) != value:
-            raise ValueError(
-                f"--out: in {plan.out} the row {name} has {setting} {settings.get(setting)!r}, "
-                f"got {value!r}; choose another --out, or give the row another name"
-            )
-
-
-def open_record(plan: Plan) -> Record:
-    """The comparison in the plan's folder, with the rows and seeds of both: a row or seed that
-    was planned once stays in the result.
-
-    Raises:
-        ValueError: the folder holds something else, or a comparison with other settings.
-    """
-    if not (plan.out / FILE).exists():
-        if plan.out.is_dir() and any(path.name != LOCK for path in plan.out.iterdir()):
-            raise ValueError(
-                f"--out: expected a new folder or that of a comparison, but {plan.out} holds other "
-                "files; choose another --out"
-            )
-        return Record(plan)
-    try:
-        record = read_record(plan.out)
-    except ValueError:
-        return rebuild_record(plan)
-    before = record.plan
-    begun = {name for name in before.all_rows if any(before.folder(name, 0).parent.glob("seed-*"))}
-    if not begun:  # the first run was refused
-        return Record(plan)
-    for name in ("equal_steps", "count_teacher", "nproc_per_run"):
-        if getattr(before, name) != getattr(plan, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: the comparison in {plan.out} has "
-                f"{getattr(before, name)}, got {getattr(plan, name)}; choose another --out"
-            )
-    if before.baseline != plan.baseline:
+    out = asked.out
+    is_ours = (out / FILE).exists() or any(out.glob(f"*/{SETTINGS}"))
+    if not is_ours and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(
-            f"--out: the baseline in {plan.out} is {before.baseline}, got {plan.baseline}; name "
-            "the rows in the same order, or choose another --out"
+            f"--out: expected a new folder or that of a comparison, but {out} holds other files; "
+            "choose another --out"
         )
-    for name in plan.rows:
-        if name not in begun:
-            continue
-        _check_same(plan, name, before.rows[name])
-    rows = {**before.rows, **plan.rows}
-    merged = replace(plan, rows=rows, seeds=tuple(sorted({*before.seeds, *plan.seeds})))
-    check_rows(merged)
-    return replace(record, plan=merged)
+    runs = list(out.glob("*/seed-*"))
+    if not is_ours or not runs:  # without runs, the first was refused
+        return asked
+    before = Record({}, (), out, asked.nproc_per_run)
+    if (out / FILE).exists():
+        before = read_record(out)
+    elif (out / PAGE).exists():
+        finished = {run.name.removeprefix("seed-") for run in runs if (run / RESULTS).exists()}
+        before = replace(before, shown_seeds=sorted(map(int, finished)))
+    if before.nproc_per_run != asked.nproc_per_run:
+        raise ValueError(
+            f"--nproc-per-run: the comparison in {out} has {before.nproc_per_run}, got "
+            f"{asked.nproc_per_run}; choose another --out"
+        )
+    for name, config in asked.rows.items():
+        if any((out / folder_name(name)).glob("seed-*")):
+            _check_same(out, name, config)
+    seeds = {*asked.seeds, *before.seeds, *before.shown_seeds}
+    return replace(
+        before, rows=asked.rows, seeds=tuple(sorted(seeds)), words=asked.words, result={}
+    )
+
+
+def _check_same(out: Path, name: str, config: TrainConfig) -> None:
+    """Raise ValueError if a row's runs have other settings."""
+    before = settings_of(read_settings(out, name))
+    for setting, value in settings_of(config).items():
+        if before[setting] != value:
+            raise ValueError(
+                f"--out: in {out} the row {name} has {setting} {before[setting]!r}, got {value!r}; "
+                "choose another --out, or give the row another name"
+            )

@@ -47,6 +47,12 @@ SYNONYMS = {
     "--num-clusters": "--k",
     **dict.fromkeys(DATA_NAMES, "--train-data"),
 }
+# Flags of protoclip compare that were removed -> what to do instead.
+REMOVED = {
+    "--equal-steps": "rows are always compared at equal steps, and where their times differ the "
+    "output ends with a command that compares at equal time; leave it out",
+    "--count-teacher": "the table has the teacher's time next to the training time; leave it out",
+}
 # What --help shows for the value of a flag, where TEXT would not say enough.
 METAVARS = {
     **dict.fromkeys(("--train-data", "--val-data", "--data"), "DATA"),
@@ -89,6 +95,8 @@ def open_clips_help() -> str:
 def refusal(flag: str, flags: Collection[str]) -> str:
     """One line: why a command, which has ``flags``, lacks this one, and what to do."""
     name = flag.partition("=")[0]
+    if name in REMOVED and "--seeds" in flags:
+        return f"{name}: {REMOVED[name]}"
     if SYNONYMS.get(name) in flags:
         return f"{name}: the flag is {SYNONYMS[name]}"
     if "--train-data" in flags and name in open_clips_help().split():

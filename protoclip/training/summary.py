@@ -134,6 +134,7 @@ def conclude(run: Run, evaluation: Evaluation, episode: Episode | None, outcome:
         floors=evaluation.floors(run.model),
         seconds=run.phases.seconds(),
         work_seconds=run.phases.work(),
+        shared_machine=run.phases.shared_machine,
         peak_memory_bytes=tasks.peak_memory_bytes(run.device),
     )
     if outcome.trained:  # before the plots, which may take more memory than there is
