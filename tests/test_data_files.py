@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from pairs import TEXTS, encoded, picture, same, spoil, write_shards, write_table
 from PIL import Image
+from room import run_in_room
 
 from protoclip.data import DataError, open_dataset
 from protoclip.data.__main__ import main as data_command
@@ -401,3 +402,22 @@ def test_an_export_overwrites_nothing(exported: Path, error_of: Callable[..., st
 
 def test_an_export_needs_a_folder(error_of: Callable[..., str]) -> None:
     assert "--out" in error_of(data_command, EXPORT)
+
+
+def test_a_picture_that_finds_no_memory_may_be_read_next_time() -> None:
+    run_in_room("""
+import io
+from PIL import Image
+from protoclip.data.images import decode
+buffer = io.BytesIO()
+Image.new("RGB", (8000, 8000)).save(buffer, "png")
+decode(buffer.getvalue(), "first")
+allow(100)
+try:
+    decode(buffer.getvalue(), "large.png")
+except ValueError as error:
+    assert type(error).__name__ == "UnavailableError", repr(error)
+    assert "large.png: the picture does not decode (MemoryError)" in str(error), str(error)
+else:
+    raise AssertionError
+""")

@@ -45,13 +45,15 @@ class DataError(ValueError):
 
 
 class UnavailableError(DataError):
-    """What the system refused: a permission, a disk, a network share. The next try may read it."""
+    """What the system refused: a permission, a disk, a network share, memory. The next try may read
+    it."""
 
 
 def kind_of(error: Exception) -> type[DataError]:
     """UnavailableError if the system raised it: errors of decoding are ValueErrors, or OSErrors
     without a number."""
-    return UnavailableError if getattr(error, "errno", None) else DataError
+    is_of_system = isinstance(error, MemoryError) or getattr(error, "errno", None)
+    return UnavailableError if is_of_system else DataError
 
 
 def is_remote(shard: str) -> bool:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from protoclip.common.files import DataError, printable, remove_leftovers, whole_file
+from protoclip.common.files import DataError, kind_of, printable, remove_leftovers, whole_file
 from protoclip.common.host import lock_free_after_fork, warn_once
 from protoclip.common.signals import become_worker
 from protoclip.common.waits import Wait
@@ -50,7 +50,8 @@ def decode(data: bytes, where: str) -> Image.Image:
     """A file's content as RGB, from any format that Pillow reads; errors begin with ``where``.
 
     Raises:
-        DataError: empty, truncated, not a picture, or larger than Pillow's safety limit.
+        DataError: empty, truncated, not a picture, or larger than Pillow's safety limit; an
+            UnavailableError where memory is short.
     """
     try:
         with _opened(data) as image:
@@ -69,9 +70,10 @@ def decode(data: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: {error}; resize it or raise Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = re.sub(r" <_io\..*>", "", str(error))  # drop the memory address
+        reason = reason or type(error).__name__
         if is_heic(data) and not can_open_heic():
             reason = NEEDS_HEIF
-        raise DataError(
+        raise kind_of(error)(
             f"{where}: the picture does not decode ({reason}); replace the file or leave it out"
         ) from error
 

@@ -162,6 +162,4 @@ def _write_npy(path: Path, rows: np.ndarray) -> None:
     header = np.lib.format.header_data_from_array_1_0(rows)
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(
-            rows.reshape(-1).view(np.uint8).data
-        )  # np.save does not say that the disk is full
+        file.write(rows.reshape(-1).view(np.uint8).data)  # np.save does not name a full disk
