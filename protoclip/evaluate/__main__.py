@@ -36,20 +36,11 @@ PROG = "protoclip evaluate"
 TIMEOUT = 3600.0  # seconds that a rank waits for the slowest slice
 OF_DATA = ("split", "templates", "csv_label_key", "labels", "class_features")
 # What else a file's name says of an evaluation, where it is not at its default.
-NAMED = {
-    "split": "",
-    "templates": "openai",
-    "csv_label_key": "",
-    "labels": "",
-    "class_features": "",
-    "csv_img_key": None,
-    "csv_caption_key": None,
-    "csv_separator": None,
-    "csv_encoding": None,
-    "class_template": None,
-    "val_seed": None,
-    "precision": "fp32",
-}
+NAMED = (
+    *OF_DATA,
+    *("csv_img_key", "csv_caption_key", "csv_separator", "csv_encoding", "class_template"),
+    *("val_seed", "precision"),
+)
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -64,18 +55,12 @@ def run(args: argparse.Namespace) -> None:
     """Run the command; rank 0 writes the files and prints the table."""
     started = time.perf_counter()
     wanted = parse_tasks(args.tasks)
-    output = output_file(args.out or _output(args), "--out")
+    output = output_file(args.out or _name_of_flags(args), "--out")
     earlier = results.read_results(output) if output.is_file() else None
     loaded = load_model(args.what, args.pretrained, args.model)
     config = loaded.config or TrainConfig()
     own_held_out = None if args.data else _own_held_out(loaded)
     data = own_held_out.test.name if own_held_out else args.data or _own_data(loaded.config)
-    weights = "" if Path(args.what).is_dir() else loaded.pretrained  # a run's are its newest
-    of_earlier = (earlier.data, earlier.model, weights and earlier.pretrained) if earlier else None
-    if not args.out and of_earlier not in (None, (data, loaded.name, weights)):
-        # The names of the two differ in signs that no file's name keeps.
-        output = beside(output, f"{data}\0{loaded.name}\0{weights}")
-        earlier = None
     columns = {name: vars(args).get(name, getattr(config.data, name)) for name in TABLE}
     columns["seed"] = config.data.val_seed if args.val_seed is None else args.val_seed
     columns |= {name: getattr(args, name) for name in OF_DATA}
@@ -112,21 +97,9 @@ def run(args: argparse.Namespace) -> None:
         steps=loaded.steps,
         peak_memory_bytes=tasks.peak_memory_bytes(encoder.device),
     )
-    if not args.tasks and earlier and earlier.data == data:
-        other = _other_data(earlier, outcome)
-        if _sizes(earlier) == _sizes(outcome) and not other:
-            if any(checkpoint.is_of_before(sets.fingerprint) for sets in earlier.trained.values()):
-                notes.append(f"{output} was made before version 0.2: its sets are compared by size")
-            # The values from training, on the same pictures, belong in the same table.
-            outcome = dataclasses.replace(
-                earlier,
-                trained=trained,
-                model=loaded.name,
-                pretrained=loaded.pretrained,
-                steps=loaded.steps or earlier.steps,
-            )
-        elif earlier.floors and not args.out:  # training's results, of other pictures: they stay
-            output = beside(output, repr([*sorted(_sizes(outcome).items()), *other]))
+    if earlier:
+        output, outcome, remarks = _beside_earlier(args, output, earlier, outcome)
+        notes += remarks
     print(results.format_table(outcome))
     output.parent.mkdir(parents=True, exist_ok=True)
     results.write_results(output, outcome)
@@ -157,6 +130,36 @@ def _check_fits(loaded: Loaded, data: str) -> None:
 def beside(file: Path, difference: str) -> Path:
     """A file's name with the checksum of what tells it from the file that is there."""
     return file.with_name(f"{file.stem}-{zlib.crc32(os.fsencode(difference)):08x}.json")
+
+
+def _beside_earlier(
+    args: argparse.Namespace, output: Path, earlier: results.Outcome, outcome: results.Outcome
+) -> tuple[Path, results.Outcome, list[str]]:
+    """Where results go whose file exists, what is written there, and remarks. Those from training,
+    on the same pictures, belong in the same table; others stay, unless --out names their file."""
+    weights = "" if Path(args.what).is_dir() else outcome.pretrained  # a run's are its newest
+    names = (outcome.data, outcome.model, weights)
+    if not args.out and names != (earlier.data, earlier.model, weights and earlier.pretrained):
+        # The names of the two differ in signs that no file's name keeps.
+        return beside(output, "\0".join(names)), outcome, []
+    if args.tasks or earlier.data != outcome.data:
+        return output, outcome, []
+    other = _other_data(earlier, outcome)
+    if other or _sizes(earlier) != _sizes(outcome):
+        if earlier.floors and not args.out:
+            output = beside(output, repr([*sorted(_sizes(outcome).items()), *other]))
+        return output, outcome, []
+    remarks = []
+    if any(checkpoint.is_of_before(sets.fingerprint) for sets in earlier.trained.values()):
+        remarks.append(f"{output} was made before version 0.2: its sets are compared by size")
+    outcome = dataclasses.replace(
+        earlier,
+        trained=outcome.trained,
+        model=outcome.model,
+        pretrained=outcome.pretrained,
+        steps=outcome.steps or earlier.steps,
+    )
+    return output, outcome, remarks
 
 
 def _sizes(outcome: results.Outcome) -> dict[str, int]:
@@ -207,15 +210,14 @@ def _own_data(config: TrainConfig | None) -> str:
     raise ValueError(f"the run was trained on all of {data.train_data}; give --data to evaluate on")
 
 
-def _output(args: argparse.Namespace) -> Path:
+def _name_of_flags(args: argparse.Namespace) -> Path:
     """results.json of the run for its own evaluation, a longer name for any other one."""
     path = Path(args.what)
     folder = path
     protocol = args.protocol.replace(PROTOCOLS[0], "")
+    defaults = vars(evaluate_parser().parse_args([args.what]))
     flags = [
-        f"{name}_{getattr(args, name)}"
-        for name, default in NAMED.items()
-        if getattr(args, name, default) != default
+        f"{name}_{value}" for name in NAMED if (value := vars(args).get(name)) != defaults.get(name)
     ]
     parts = ["results", args.data, args.tasks, protocol, *flags]
     if not path.is_dir():

@@ -139,14 +139,15 @@ def format_table(outcome: Outcome) -> str:
             size += f", {trained.number_of_captions}"
         lines = [f"{trained.title} ({key}): {size}", line("", heads)]
         beside = [results.get(key, NOTHING) for results in columns.values()]
-        for name, words in rows_of(trained.metrics):
+        for score in scores_of({key: trained}):
+            name = score.metric
             value = trained.metrics[name]
             values_beside = [results.metrics.get(name, math.nan) for results in beside]
             cells = [number(x) for x in [*values_beside, value]]
             cells.append(" .. ".join(map(number, trained.intervals.get(name, ()))))
             if columns:
                 cells.append(number(value - values_beside[-1], "+"))
-            lines.append(line(words, cells).rstrip())
+            lines.append(line(score.words, cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
     if outcome.floors:
@@ -181,22 +182,14 @@ class Score(NamedTuple):
 
 
 def scores_of(results: Results) -> list[Score]:
-    """The scores of a table's rows."""
-    return [
-        Score(key, metric, of_set.title)
-        for key, of_set in results.items()
-        for metric, _ in rows_of(of_set.metrics)
-    ]
-
-
-def rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(metric, words) of each row of a table."""
-    rows = []
-    for name in sorted(metrics, key=lambda name: not name.endswith(FIRST)):  # sorted is stable
-        label, _, metric = name.rpartition("/")
-        if metric in ROWS:
-            rows.append((name, ROWS[metric].format(label)))
-    return rows
+    """The scores of a table's rows, in their order."""
+    scores = []
+    for key, of_set in results.items():
+        names = sorted(of_set.metrics, key=lambda name: not name.endswith(FIRST))  # is stable
+        scores += [
+            Score(key, name, of_set.title) for name in names if name.rpartition("/")[2] in ROWS
+        ]
+    return scores
 
 
 def number(value: float, sign: str = "") -> str:

@@ -24,7 +24,7 @@ from protoclip.common.files import in_percent, plural, short_name, write_atomic
 from protoclip.common.paths import output_file
 from protoclip.episodes.prototypes import Watch
 from protoclip.evaluate import results
-from protoclip.evaluate.results import Outcome, SetResults, number, rows_of
+from protoclip.evaluate.results import Outcome, Score, SetResults, number, scores_of
 from protoclip.report import figures
 from protoclip.report.comparison import (
     Comparison,
@@ -258,10 +258,10 @@ def below_majority(runs: Sequence[Run], key: str, metric: str) -> bool:
     return all(score.get(metric, -math.inf) < frequent for score in scores)
 
 
-def top_rows(scores: SetResults) -> list[tuple[str, str]]:
-    """The rows of a set that the page shows unfolded: (metric, words)."""
-    rows = [row for row in rows_of(scores.metrics) if row[0].endswith(HEADLINE)]
-    return [row for row in rows if row[0].endswith(TOP)] or rows[:2]
+def top_scores(key: str, of_set: SetResults) -> list[Score]:
+    """The scores of a set that the page shows unfolded."""
+    scores = [score for score in scores_of({key: of_set}) if score.metric.endswith(HEADLINE)]
+    return [score for score in scores if score.metric.endswith(TOP)] or scores[:2]
 
 
 def meaning(words: str) -> str:
@@ -431,7 +431,6 @@ def environment() -> jinja2.Environment:
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
         pretty=lambda value: json.dumps(value, indent=2),
-        rows=lambda scores: rows_of(scores.metrics),
         interval=lambda cell: interval_words(cell).removesuffix(" *").replace("-", "−"),
     )
     return environment
@@ -458,16 +457,16 @@ def render(runs: Sequence[Run], opening: Sequence[str] = (), command: str = "rep
     sets: dict[str, SetResults] = {}
     for run in columns:
         sets = {**run.outcome.trained, **sets}
-    rows = [words for scores in sets.values() for _, words in rows_of(scores.metrics)]
-    ends = {key: top_rows(sets[key]) for key in [*list(sets)[:1], *list(sets)[-1:]]}
+    rows = [score.words for score in scores_of(sets)]
+    ends = {key: top_scores(key, sets[key]) for key in [*list(sets)[:1], *list(sets)[-1:]]}
     top = {
-        key: [row for row in rows_of_set if not below_majority(columns, key, row[0])]
-        for key, rows_of_set in ends.items()
+        key: [score for score in scores if not below_majority(columns, key, score.metric)]
+        for key, scores in ends.items()
     }
     left_out = {
-        f"{words} ({sets[key].title})" if len(ends) > 1 else words
-        for key, rows_of_set in ends.items()
-        for _, words in set(rows_of_set).difference(top[key])
+        f"{score.words} ({score.title})" if len(ends) > 1 else score.words
+        for key, scores in ends.items()
+        for score in set(scores).difference(top[key])
     }
     terms = {
         term: text
@@ -506,6 +505,7 @@ def render(runs: Sequence[Run], opening: Sequence[str] = (), command: str = "rep
             opening=opening or all_differences(runs) + warnings,
             unit=unit_of(runs[0]),
             sets=sets,
+            scores_of=scores_of,
             beside=runs[0].outcome.beside if len(runs) == 1 else floors,
             floors={**results.FLOORS, "untrained": "the model before its first step"},
             top=top,
