@@ -70,7 +70,7 @@ faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then e
 	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
 		tests/test_run_folder.py tests/test_step.py tests/test_resume*.py tests/test_stop.py tests/test_full_disk.py
 
-bench:  ## parity, then speed; minutes on two cores
+bench:  ## parity, then speed; at most five minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))
 
 bench-full:  ## the wide sweeps and sizes too; recorded under benchmarks/results unless RECORD says where

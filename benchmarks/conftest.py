@@ -14,6 +14,7 @@ if REHEARSAL:  # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks import harness, machine  # noqa: E402
+from benchmarks.report import summary  # noqa: E402
 
 SESSION = pytest.StashKey[harness.Session]()
 
@@ -132,6 +133,30 @@ def session(request: pytest.FixtureRequest) -> harness.Session:
     running.say = say
     running.start()
     return running
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The table that a newcomer reads, and how to run the rest."""
+    running = config.stash[SESSION]
+    record = getattr(running, "record", None)  # none where nothing was timed
+    if record is None:
+        return
+    newest = len(record.runs) - 1
+    table = summary(row for row in record.rows if row["run"] == newest)
+    if not table:
+        return
+    terminalreporter.section("speed")
+    terminalreporter.write_line(table)
+    terminalreporter.write_line(
+        "\n× is the peer's median time as a multiple of ours, on the same inputs, in turn."
+    )
+    if running.sizes != "full":
+        terminalreporter.write_line(
+            "More sizes: python -m pytest benchmarks/ --benchmark-only --sizes full "
+            "(make bench-full keeps a record)."
+        )
 
 
 @pytest.fixture

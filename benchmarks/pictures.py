@@ -21,10 +21,14 @@ from benchmarks.report import (
     ROOT,
     Record,
     Row,
+    case_name,
+    cases,
     digits,
     headline_cases,
+    lost_cases,
     mib,
     newest_cpu,
+    newest_per_machine,
     others,
     sizes,
 )
@@ -130,8 +134,9 @@ def machine(record: Record) -> str:
     return f"{run['machine']}, {run['date'][:10]}"
 
 
-def draw_peers(record: Record) -> str:
-    """Time and extra memory of each peer beside ours, a panel for each case."""
+def draw_peers(record: Record, which: str) -> str:
+    """Time and extra memory of each peer beside ours, a panel for each case, and the cases in which
+    a peer is faster. ``which``: which machine it is, of how many."""
     left, longest = 150, 150
     y = 12.0
     parts = [text(0, y, "Time, and extra memory. × = time relative to protoclip", "muted")]
@@ -150,12 +155,30 @@ def draw_peers(record: Record) -> str:
             )
             parts.append(text(left + length + 6, y + 14, cost(row)))
             y += 20
-    y += 20
+    lost = lost_cases(record)
+    if lost:
+        y += 28
+        parts.append(
+            text(0, y, f"A peer is faster in {len(lost)} of {compared(record)} cases", "head")
+        )
+        for row in lost:
+            y += 18
+            parts.append(text(0, y, case_name(row), "muted"))
+            y += 16
+            parts.append(text(left, y, f"{row['variant']}: {digits(row['ratio'], 2)}×"))
+    y += 26
     parts.append(text(0, y, machine(record), "muted"))
-    return picture(peers_title(record), y + 2, parts)
+    y += LINE
+    parts.append(text(0, y, which, "muted"))
+    return picture(peers_title(record, which), y + 2, parts)
 
 
-def peers_title(record: Record) -> str:
+def compared(record: Record) -> int:
+    """The cases of a record that have a peer."""
+    return sum(bool(others(group)) for group in cases(record["rows"]))
+
+
+def peers_title(record: Record, which: str) -> str:
     """The picture of peers in a sentence: its alt text."""
     panels = []
     for name, rows in shown_peers(record).items():
@@ -163,7 +186,8 @@ def peers_title(record: Record) -> str:
         panels.append(f"{name.partition(',')[0]} {' to '.join(dict.fromkeys(ratios))}×")
     return (
         f"Times of other implementations relative to protoclip's, {machine(record)}: "
-        f"{'; '.join(panels)}. All numbers: benchmarks/results/speed.md."
+        f"{'; '.join(panels)}. A peer is faster in {len(lost_cases(record))} of {compared(record)} "
+        f"cases. This is {which}; all numbers: benchmarks/results/speed.md."
     )
 
 
@@ -227,12 +251,17 @@ def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
     return page
 
 
+def which_machine(records: Sequence[Record]) -> str:
+    return f"the newest record of {len(newest_per_machine(records))} machines"
+
+
 def draw() -> dict[str, str]:
     """Every picture by its file's name."""
     drawn = {"names.svg": draw_names(json.loads(LEARNT.read_text(encoding="utf-8")))}
-    speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    speed = newest_cpu(records)
     if speed is not None:
-        drawn["peers.svg"] = draw_peers(speed)
+        drawn["peers.svg"] = draw_peers(speed, which_machine(records))
     return drawn
 
 

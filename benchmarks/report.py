@@ -43,6 +43,7 @@ HEADLINES = {  # the cases of the front page's picture: a name, and which case i
     "k-means, 20 iterations, fp32": "kmeans 20 iterations fp32 N=20000 K=1000 D=128",  # older ones
     "training step of heads, bf16": "align, linear heads step bf16 N=16384 D=512",
 }
+SCREENED = ("kmeans_assign", "kmeans")
 BASELINES = ("no loss", "share of a step")  # beside which our number is set, but no peers
 
 
@@ -71,6 +72,14 @@ def cases(rows: Iterable[Row]) -> list[list[Row]]:
 
 def is_ours(row: Row) -> bool:
     return row["variant"].startswith(OURS)
+
+
+def share_in_words(row: Row) -> str:
+    """A row's rate beside the ceiling of its run: copying, or torch's product of two matrices of
+    2,048 x 2,048 in the row's dtype. Ops that screen in 8 bits or skip have no share of it."""
+    if row["op"] in SCREENED:
+        return f"{digits(row['share'], 2)} times torch's {row['dtype']} product"
+    return f"{100 * row['share']:.0f} % of {'GEMM' if row['bound'] == 'gemm' else 'copy'}"
 
 
 def label(row: Row) -> str:
@@ -114,14 +123,55 @@ def newest_cpu(records: Iterable[Record]) -> Record | None:
     return max(of_cpus, key=lambda record: max(run["date"] for run in record["runs"]), default=None)
 
 
+def case_name(row: Row) -> str:
+    return f"{label(row)} {row['dtype']} {sizes(row)}"
+
+
 def headline_cases(record: Record) -> dict[str, list[Row]]:
     """The picture's cases by name; those that the record lacks are left out."""
-    by_case = {}
-    for group in cases(row for row in record["rows"] if not row.get("sweep")):
-        fastest = group[0]
-        if is_ours(fastest):
-            by_case[f"{label(fastest)} {fastest['dtype']} {sizes(fastest)}"] = group
+    by_case = {
+        case_name(group[0]): group
+        for group in cases(row for row in record["rows"] if not row.get("sweep"))
+        if is_ours(group[0])
+    }
     return {name: by_case[case] for name, case in HEADLINES.items() if case in by_case}
+
+
+def lost_cases(record: Record) -> list[Row]:
+    """The fastest peer of each case in which it took less time than we did, by its ratio."""
+    lost = [faster[0] for group in cases(record["rows"]) if (faster := _faster(group))]
+    return sorted(lost, key=lambda row: row["ratio"])
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """The rows of a run as a table for a terminal: ours, and the best of the others."""
+    lines = [["op", "size", "dtype", "ours, ms", "best peer", "its time", "memory, ours", "peer"]]
+    for group in cases(rows):
+        ours = group[0]
+        if not is_ours(ours) or ours["phase"] in ("forward", "backward"):
+            continue
+        peer = next(iter(others(group)), None)
+        lines.append(
+            [
+                label(ours),
+                sizes(ours),
+                ours["dtype"],
+                digits(ours["median_ms"]),
+                peer["variant"] if peer else "–",
+                f"{digits(peer['ratio'], 2)}×" if peer else "–",
+                mib(ours),
+                mib(peer) if peer else "–",
+            ]
+        )
+    if len(lines) == 1:
+        return ""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "-" * max(map(len, text)))
+    return "\n".join(text)
 
 
 def _machine(record: Record) -> str:
@@ -130,7 +180,7 @@ def _machine(record: Record) -> str:
         "shape",
         "dtype",
         "ours, median [p20, p80]",
-        "rate (share of ceiling)",
+        "rate, beside the ceiling",
         "extra memory",
         "peers: time as a multiple of ours, extra memory",
     ]
@@ -202,7 +252,7 @@ def _case(group: list[Row]) -> list[str]:
         sizes(ours),
         ours["dtype"],
         f"{middle} ms [{low}, {high}]",
-        f"{digits(ours['rate'])} {unit} ({100 * ours['share']:.0f} %)",
+        f"{digits(ours['rate'])} {unit} ({share_in_words(ours)})",
         mib(ours),
         _peers(group) or "–",
     ]

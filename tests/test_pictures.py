@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import pictures
-from benchmarks.report import RESULTS, digits, mib, newest_cpu
+from benchmarks.report import RESULTS, case_name, digits, lost_cases, mib, newest_cpu
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -66,8 +66,8 @@ def test_every_peer_is_drawn_and_the_alt_text_has_the_range_of_each_case():
     speed = newest_cpu(json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     panels = pictures.shown_peers(speed)
     assert len(panels) == len(pictures.SHOWN)
-    title = pictures.peers_title(speed)
-    svg = pictures.draw_peers(speed)
+    title = pictures.peers_title(speed, "the newest record of 4 machines")
+    svg = pictures.draw_peers(speed, "the newest record of 4 machines")
     drawn = [text for _, text in texts_of(svg)]
     assert drawn.count("protoclip") == len(panels) and "open_clip" in drawn
     for rows in panels.values():
@@ -75,3 +75,8 @@ def test_every_peer_is_drawn_and_the_alt_text_has_the_range_of_each_case():
             assert pictures.cost(row) in drawn and mib(row) in pictures.cost(row)
         ratios = sorted(row["ratio"] for row in rows[1:])
         assert f"{digits(ratios[0], 2)}" in title and f"{digits(ratios[-1], 2)}×" in title
+    lost = lost_cases(speed)
+    assert lost and all(row["ratio"] < 1 for row in lost)
+    for row in lost:  # the chart left out whatever a peer won
+        assert case_name(row) in drawn and f"{row['variant']}: {digits(row['ratio'], 2)}×" in drawn
+    assert f"A peer is faster in {len(lost)} of " in title and "of 4 machines" in title
