@@ -114,7 +114,7 @@ def test_a_whole_checkpoint_that_cannot_be_read_is_not_passed_over(
     """As written by another user, or on a network disk that is away."""
     folder = saved_folder(tmp_path / "a")
 
-    def unreadable(path: Path) -> None:
+    def unreadable(path: Path, must_be_sealed: bool) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
     with monkeypatch.context() as patch:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from html_page import read_page
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
 from protoclip.__main__ import main as protoclip
+from protoclip.common import sealed
 from protoclip.common.files import sole_writer
 from protoclip.common.seeds import evenly_spaced
 from protoclip.curate import __main__ as command
@@ -182,7 +183,7 @@ def test_rows_with_nan_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def content_of(out: Path) -> dict[str, bytes]:
-    names = ("selected.csv", "hierarchy.safetensors", "left_out.csv", "state.safetensors")
+    names = ("selected.csv", "hierarchy.safetensors", "left_out.csv", "curate.state")
     return {name: (out / name).read_bytes() for name in names}
 
 
@@ -271,12 +272,12 @@ def test_a_state_of_before_continues_with_a_warning(
     arguments = [str(features), *FLAGS, "--out", str(tmp_path / "out")]
     assert curate(arguments) == 0
     before = content_of(tmp_path / "out")
-    state = tmp_path / "out" / "state.safetensors"
-    tensors = load_file(state)
-    settings = json.loads(bytes(tensors["settings"].tolist()))
-    settings["rows"] = [ROWS, COLUMNS, 123]
-    tensors["settings"] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-    save_file(tensors, state)
+    state = tmp_path / "out" / "curate.state"
+    payload = sealed.load(state)
+    settings = json.loads(payload["call"]) | {"rows": [ROWS, COLUMNS, 123], "weights": None}
+    text = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    state.unlink()
+    save_file(payload["tensors"] | {"settings": text}, tmp_path / "out" / "state.safetensors")
     assert curate([*arguments, "--overwrite"]) == 0
     assert "was made before version 0.2; only the number of its rows is compared" in caplog.text
     after = content_of(tmp_path / "out")

@@ -158,6 +158,7 @@ class Case:
         """All iterations, also those at rest."""
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_moved", lambda *_: torch.tensor(True))
+            patch.setattr(loop, "_is_circle", lambda *_: False)
             patch.setattr(PointsAssignment, "runs_kmeans", False)
             return self.run(**options)
 

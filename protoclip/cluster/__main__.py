@@ -36,6 +36,7 @@ from protoclip.cluster.output import (
     CSV,
     LEFT_OUT,
     PROG,
+    STATE,
     check_output,
     open_output,
     write_files,
@@ -58,11 +59,13 @@ from protoclip.common.files import (
     write_atomic,
 )
 from protoclip.common.paths import check_exists
+from protoclip.common.sealed import is_sealed
 from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows
 from protoclip.lloyd import Clusters, kmeans
+from protoclip.lloyd.state import OtherCallError, place_of, remove_state
 from protoclip.model import choose_device
 from protoclip.report import page
 from protoclip.settings.commands import cluster_parser
@@ -85,13 +88,15 @@ def run(args: argparse.Namespace) -> None:
         images, _ = clip_encoders(args)
         check_k(args.k, len(points.source))  # before hours of encoding
     with open_output(out, names, args.overwrite):
+        if args.overwrite and (out / STATE).exists() and is_sealed(out / STATE):
+            remove_state(out / STATE)
         if is_encoded:
             points = encode_pictures(points, images, args, out)
         points = read_points(points, args)
         if not is_encoded:
             noun = "picture" if "images" in points.shown else "row"
             say_left_out(list(points.left_out.values()), len(points.source), noun)
-        next_step = "start it again"
+        next_step = "the same command continues"
         if is_encoded:
             next_step = "the features are kept, and the same command continues with them"
         with StopSignals() as signals:
@@ -130,7 +135,7 @@ def write_groups(
         f"{chosen.why}; k-means needs {math.ceil(kmeans_bytes / 2**20):,} MiB",
         file=sys.stderr,
     )
-    clusters = cluster_rows(rows, k, args, points.weights, check_signals)
+    clusters = cluster_rows(rows, k, args, out, points.weights, check_signals)
     centroids = clusters.centroids
     blocks = zip(blocks_of(rows), clusters.labels.split(BLOCK), strict=True)
     squared_distances = [
@@ -155,6 +160,7 @@ def write_groups(
         write_left_out(temporary / LEFT_OUT, points.source, points.left_out)
         clusters.save(temporary / CENTROIDS)
         write_atomic(temporary / page.NAME, printable_lines(html))
+    remove_state(out / STATE)
     if args.link_to or args.copy_to:
         folder = Path(args.link_to or args.copy_to)
         write_folders(folder, points.dataset, groups, copy=bool(args.copy_to))
@@ -166,23 +172,47 @@ def cluster_rows(
     rows: Tensor | FeatureRows,
     k: int,
     args: argparse.Namespace,
+    out: Path,
     weights: Tensor | None,
     check_signals: Callable[[], None],
 ) -> Clusters:
-    """k-means that signals can stop."""
+    """k-means that signals can stop, from where the same command was stopped."""
     few_groups = k <= PLUS_PLUS
-    return kmeans(
-        rows,
-        k,
-        num_iters=args.iters,
-        tol=0,
-        num_restarts=3 if few_groups else 1,
-        init="k-means++" if few_groups else "random",
-        seed=args.seed,
-        weights=weights,
-        progress=lambda iteration, inertia: check_signals(),
-        warn=False,
-    )
+    num_restarts = 3 if few_groups else 1
+    restart, begun_at = place_of(out / STATE)
+    is_told = not (restart or begun_at)
+
+    def progress(iteration: int, inertia: Tensor) -> None:
+        nonlocal is_told
+        if not is_told:
+            of_run = f" of run {restart + 1} of {num_restarts}" if num_restarts > 1 else ""
+            print(
+                f"k-means continues after iteration {begun_at} of at most {args.iters}{of_run}",
+                file=sys.stderr,
+            )
+            is_told = True
+        check_signals()
+
+    try:
+        return kmeans(
+            rows,
+            k,
+            num_iters=args.iters,
+            tol=0,
+            num_restarts=num_restarts,
+            init="k-means++" if few_groups else "random",
+            seed=args.seed,
+            weights=weights,
+            progress=progress,
+            on_rows=lambda *_: check_signals(),
+            state=out / STATE,
+            warn=False,
+        )
+    except OtherCallError as error:
+        raise ValueError(
+            f"--out: {printable(str(out))} holds a run of k-means with other "
+            f"{', '.join(error.different)}; choose another folder, or begin again with --overwrite"
+        ) from error
 
 
 def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:

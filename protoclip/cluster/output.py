@@ -15,6 +15,7 @@ PROG = "protoclip cluster"
 CSV = "clusters.csv"
 LEFT_OUT = "left_out.csv"
 CENTROIDS = "centroids.safetensors"
+STATE = "kmeans.state"  # of a run that has not ended
 
 
 @contextlib.contextmanager

@@ -19,9 +19,12 @@ class Digest:
 
     def update(self, rows: np.ndarray | Tensor) -> None:
         """Add the next rows, [n, ...]: their bytes as they are stored, not their values."""
-        if isinstance(rows, Tensor):
-            rows = rows.detach().cpu().contiguous().reshape(len(rows), -1).view(torch.uint8).numpy()
-        self._hash.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+        step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
+        for start in range(0, len(rows) if rows.nbytes else 0, step):
+            block = rows[start : start + step]
+            if isinstance(block, Tensor):
+                block = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._hash.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
 
     def hexdigest(self) -> str:
@@ -32,7 +35,5 @@ class Digest:
 def digest_of(rows: np.ndarray | Tensor) -> str:
     """The checksum of rows in memory or on a GPU, equal to a :class:`Digest` of their blocks."""
     digest = Digest()
-    step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
-    for start in range(0, len(rows), step):
-        digest.update(rows[start : start + step])
+    digest.update(rows)
     return digest.hexdigest()

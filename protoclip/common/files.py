@@ -146,15 +146,15 @@ def read_file(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def sole_writer(lock: Path, flag: str) -> Iterator[None]:
-    """Hold the lock of a folder; ValueError, for the ``flag`` that names the folder, if another
-    process has it."""
+def sole_writer(lock: Path, flag: str, path: Path | None = None) -> Iterator[None]:
+    """Hold the lock of a path, or of the lock's folder; ValueError, for the ``flag`` that names it,
+    if another process has it."""
     from filelock import FileLock, Timeout
 
     try:
         held = FileLock(lock, timeout=0).acquire()
     except Timeout as error:
-        shown = printable(str(lock.parent))
+        shown = printable(str(path or lock.parent))
         raise ValueError(f"{flag}: {shown} is in use by another process; stop it") from error
     with held:
         yield

@@ -74,7 +74,7 @@ def _digest(path: Path, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def load(path: Path, *, stays_mapped: Collection[str] = ()) -> Any:
+def load(path: Path, *, must_be_sealed: bool = False, stays_mapped: Collection[str] = ()) -> Any:
     """Read a file onto the CPU without running code from it. It must match its checksum, if it has
     one: files from torch and OpenCLIP do not.
 
@@ -86,9 +86,12 @@ def load(path: Path, *, stays_mapped: Collection[str] = ()) -> Any:
         OSError: this user may not read it, or the disk cannot.
     """
     try:
-        _check_seal(path)
-        can_map = _is_zip(path)  # torch cannot map its older formats
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+        _check_seal(path, must_be_sealed)
+        # torch cannot map its older formats, and reads what is named so as safetensors.
+        can_map = _is_zip(path) and path.suffix != ".safetensors"
+        with open(path, "rb") as file:
+            source = path if can_map else file
+            payload = torch.load(source, map_location="cpu", weights_only=True, mmap=can_map)
     except Exception as error:  # torch's readers raise nearly anything on damaged or hostile bytes
         if isinstance(error, OSError) and error.errno in UNREADABLE:
             raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from error
@@ -114,8 +117,10 @@ def _copied(value: Any, stays_mapped: Collection[str]) -> Any:
     return value
 
 
-def _check_seal(path: Path) -> None:
+def _check_seal(path: Path, must_be_sealed: bool) -> None:
     seal = _seal_of(path)
+    if must_be_sealed and not seal:
+        raise ValueError("it has no checksum")
     if seal and seal != _digest(path, path.stat().st_size - len(SEAL) - len(seal) - 2):
         raise ValueError("its checksum is wrong")
 

@@ -1,7 +1,7 @@
 """``protoclip curate FEATURES --levels 1000,100 --target 5000``: a balanced subset of features.
 
 Writes selected.csv, left_out.csv, hierarchy.safetensors (``protoclip.Hierarchy.load`` reads it) and
-report.html to a folder, and state.safetensors, from which an interrupted run continues.
+report.html to a folder, and curate.state, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from protoclip.common.waits import Wait
 from protoclip.curate.hierarchy import (
     Hierarchy,
     LevelPlan,
-    OtherCallError,
     hierarchical_kmeans,
     plan_levels,
 )
@@ -48,6 +47,7 @@ from protoclip.features import FeatureRows, open_features
 from protoclip.features.rows import UnitRows
 from protoclip.features.table import write_csv_table
 from protoclip.lloyd.points import on_disk
+from protoclip.lloyd.state import OtherCallError, remove_state
 from protoclip.ops import kmeans_assign
 from protoclip.report import page
 from protoclip.settings.commands import curate_parser
@@ -55,7 +55,8 @@ from protoclip.settings.commands import curate_parser
 PROG = "protoclip curate"
 SELECTED = "selected.csv"
 HIERARCHY = "hierarchy.safetensors"
-STATE = "state.safetensors"
+STATE = "curate.state"
+OLD_STATE = "state.safetensors"  # its name in earlier versions
 NAMES = [SELECTED, LEFT_OUT, HIERARCHY, page.NAME]
 TIMED_ROWS, TIMED_CLUSTERS = 4096, 1024  # of the assignment that --dry-run times
 
@@ -134,6 +135,8 @@ def cluster_rows(
             wait.note = f"level {level}"
             check_signals()
 
+        if (out / OLD_STATE).exists() and not (out / STATE).exists():
+            (out / OLD_STATE).rename(out / STATE)
         cluster = partial(
             hierarchical_kmeans,
             rows,
@@ -153,7 +156,8 @@ def cluster_rows(
                     f"({', '.join(error.different)}); choose another folder, or replace them with "
                     "--overwrite"
                 ) from error
-            (out / STATE).unlink()
+            for file in [out / STATE, *out.glob(f"{STATE}.*.*")]:  # also of the k-means that ran
+                remove_state(file)
             hierarchy = cluster()
     return hierarchy
 

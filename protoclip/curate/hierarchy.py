@@ -3,12 +3,14 @@ its density."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.digest import digest_of
-from protoclip.common.files import write_safetensors
+from protoclip.common.files import printable, write_safetensors
 from protoclip.common.seeds import mix
 from protoclip.curate.order import (
     check_choice,
@@ -32,6 +34,7 @@ from protoclip.curate.order import (
 from protoclip.lloyd import kmeans
 from protoclip.lloyd.clusters import Rows, assign_blocks
 from protoclip.lloyd.points import InMemory, OnDisk, Points, open_points
+from protoclip.lloyd.state import Content, OtherCallError, StateFile, identity, remove_state
 
 OP = "hierarchical_kmeans"
 KMEANS, SAMPLE = 0, 1  # purposes of random numbers
@@ -205,15 +208,16 @@ def hierarchical_kmeans(
             levels above counts as one.
         group: a process group whose ranks each hold a slice of the rows. Each rank computes the
             levels above the first, which get the same bits.
-        state: a file that is written after each k-means. If it exists, the call continues there,
-            with the result of an uninterrupted call; with a group the first rank's file is used.
+        state: a file that is written after each k-means, and beside it one of the k-means that
+            runs, as for ``kmeans``. If it exists, the call continues there, with the result of an
+            uninterrupted call; with a group the first rank's file is used.
         progress: called in each iteration with the level, from 1, the number of the k-means at
             this level, from 0, and that of the iteration.
     Returns:
         Hierarchy; ``balanced_sample`` chooses rows by it.
     Raises:
         ValueError: the levels do not fall, there are fewer rows than clusters, a number is out of
-            range, rows are not finite, or ``state`` is of another call.
+            range, rows are not finite, or ``state`` is of another call, torn or in use.
     Source:
         Vo et al. 2024, "Automatic Data Curation for Self-Supervised Learning" (arXiv 2405.15613).
 
@@ -228,41 +232,50 @@ def hierarchical_kmeans(
     plans = plan_levels(count, levels, resamplings, sample_sizes)
     if weights is not None:
         weights = torch.as_tensor(weights, dtype=torch.float64, device=points.device)
-    digests = [] if state is None else _digests(points, group)
-    settings = {
-        "rows": [count, points.columns, *digests],
+    call = {
         "levels": [vars(plan) for plan in plans],
         "choose": choose,
         "num_iters": num_iters,
         "init": init,
         "seed": seed,
-        "weights": None if weights is None else zlib.crc32(weights.cpu().numpy().tobytes()),
     }
-    kept = _State(None if state is None else Path(state), settings, group)
-    members = _Members(points, weights, None, group)
-    finished: list[Level] = []
-    for number, plan in enumerate(plans):
+    file = None
+    if state is not None:
+        digest = points.rows.digest() if isinstance(points, OnDisk) else digest_of(points.x)
+        of_weights = [] if weights is None else [weights]
+        digests = identity(digest, of_weights, group, points.device)
+        facts = {"shape": [count, points.columns], "backend": backend}
+        crc = None if weights is None else zlib.crc32(weights.cpu().numpy().tobytes())
+        old_call = call | {"rows": [count, points.columns], "weights": crc}
+        read_old = partial(_read_old, call=old_call)
+        file = StateFile(OP, Path(state), digests | facts | call, group, points.device, read_old)
+    levels_until_now: list[Level] = []
+    with contextlib.nullcontext(Content({}, {})) if file is None else file.opened() as content:
+        finished = _Finished(file, content)
+        members = _Members(points, weights, None, group)
+        for number, plan in enumerate(plans):
 
-        def cluster(chosen: _Members, step: int, number: int = number) -> Tensor:
-            return kmeans(
-                chosen.points.rows if isinstance(chosen.points, OnDisk) else chosen.points.x,
-                plans[number].clusters,
-                num_iters=num_iters,
-                tol=0,
-                init=init,
-                seed=int(mix(seed, KMEANS, number, step)) >> 1,
-                weights=chosen.weights,
-                group=chosen.group,
-                backend=backend,
-                device=device,
-                progress=progress and (lambda i, _: progress(number + 1, step, i)),
-                warn=False,
-            ).centroids
+            def cluster(chosen: _Members, step: int, number: int = number) -> Tensor:
+                return kmeans(
+                    chosen.points.rows if isinstance(chosen.points, OnDisk) else chosen.points.x,
+                    plans[number].clusters,
+                    num_iters=num_iters,
+                    tol=0,
+                    init=init,
+                    seed=int(mix(seed, KMEANS, number, step)) >> 1,
+                    weights=chosen.weights,
+                    group=chosen.group,
+                    backend=backend,
+                    device=device,
+                    progress=progress and (lambda i, _: progress(number + 1, step, i)),
+                    state=finished.running(number, step, chosen.group),
+                    warn=False,
+                ).centroids
 
-        level = _cluster_level(members, plan, number, kept, cluster, choose, seed, backend)
-        finished.append(level)
-        members = _Members(InMemory(level.centroids), None, level.sizes, None)
-    return Hierarchy(tuple(finished))
+            level = _cluster_level(members, plan, number, finished, cluster, choose, seed, backend)
+            levels_until_now.append(level)
+            members = _Members(InMemory(level.centroids), None, level.sizes, None)
+    return Hierarchy(tuple(levels_until_now))
 
 
 @dataclass(frozen=True)
@@ -283,7 +296,7 @@ def _cluster_level(
     members: _Members,
     plan: LevelPlan,
     number: int,
-    kept: _State,
+    finished: _Finished,
     cluster: Callable[[_Members, int], Tensor],
     choose: str,
     seed: int,
@@ -291,9 +304,9 @@ def _cluster_level(
 ) -> Level:
     """One level; ``cluster`` gives the centroids of some members in a step."""
     group = members.group
-    if number not in kept.finished:
-        kept.put(number, 1, cluster(members, 0))
-    steps, centroids = kept.finished[number]
+    if number not in finished.of_level:
+        finished.put(number, 1, cluster(members, 0))
+    steps, centroids = finished.of_level[number]
     centroids = centroids.to(members.points.device)
     labels, squared = assign_blocks(members.points, centroids, backend)
     positions = positions_of(members.points.count, group, labels.device)
@@ -306,7 +319,7 @@ def _cluster_level(
         if int(sum_over(group, labels.new_tensor([len(sample)]))) < plan.clusters:
             break  # so many clusters are empty, as happens with few different rows
         centroids = cluster(members.select(sample), step)
-        kept.put(number, step + 1, centroids)
+        finished.put(number, step + 1, centroids)
         labels, squared = assign_blocks(members.points, centroids, backend)
     sizes = torch.ones_like(labels) if members.sizes is None else members.sizes
     totals = torch.zeros_like(quotas).index_add_(0, labels, sizes)
@@ -322,74 +335,54 @@ def _cluster_level(
     )
 
 
-class OtherCallError(ValueError):
-    """A state is of a call with other arguments, whose names are in ``different``."""
+class _Finished:
+    """The centroids of each level's last k-means, in a file, and the file of the k-means that runs
+    beside it."""
 
-    def __init__(self, path: Path, different: Sequence[str]) -> None:
-        super().__init__(
-            f"{OP}: the state {path} is of a call with other {', '.join(different)}; use another "
-            "file, or remove it"
-        )
-        self.different = different
+    def __init__(self, file: StateFile | None, content: Content) -> None:
+        self.file = file
+        self.of_level = {  # -> number of k-means, centroids
+            level: (number, centroids)
+            for name, centroids in content.tensors.items()
+            for level, number in [map(int, name.split("."))]
+        }
+        for level, (number, _) in self.of_level.items():
+            self._remove_running(level, number - 1)
 
+    def put(self, level: int, number: int, centroids: Tensor) -> None:
+        """The first ``number`` k-means of a level have ended."""
+        self.of_level[level] = number, centroids
+        if self.file is not None:
+            tensors = {f"{level}.{number}": x for level, (number, x) in self.of_level.items()}
+            self.file.write(Content({}, tensors))
+            self._remove_running(level, number - 1)
 
-class _State:
-    """The centroids of each level's last k-means, in a file."""
+    def running(self, level: int, number: int, group: dist.ProcessGroup | None) -> Path | None:
+        """The file of a k-means. One that all ranks run alike, only the first rank keeps."""
+        if self.file is None or (group is None and not self.file.is_first):
+            return None
+        path = self.file.path
+        return path.with_name(f"{path.name}.{level + 1}.{number}")
 
-    def __init__(
-        self, path: Path | None, settings: dict[str, Any], group: dist.ProcessGroup | None
-    ) -> None:
-        self.path = path
-        self.settings = settings
-        self.is_writer = group is None or dist.get_rank(group) == 0
-        self.finished: dict[int, tuple[int, Tensor]] = {}  # level -> number of k-means, centroids
-        if path is None:
-            return
-        box: list[Any] = [self._read(path) if self.is_writer and path.exists() else {}]
-        if group is not None:
-            dist.broadcast_object_list(box, group=group, group_src=0)
-        if isinstance(box[0], ValueError):
-            raise box[0]
-        self.finished = box[0]
-
-    def _read(self, path: Path) -> dict[int, tuple[int, Tensor]] | ValueError:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-            settings = json.loads(bytes(tensors.pop("settings").tolist()))
-            places = [tuple(map(int, name.split("."))) for name in tensors]
-            values = zip(places, tensors.values(), strict=True)
-            finished = {level: (steps, centroids) for (level, steps), centroids in values}
-        except (SafetensorError, LookupError, ValueError) as error:
-            return ValueError(f"{OP}: expected a state that it wrote, got {path} ({error})")
-        if isinstance(settings["rows"][2], int):  # of a sample of the rows
-            logger.warning(
-                "%s: %s was made before version 0.2; only the number of its rows is compared",
-                OP, path,
-            )  # fmt: skip
-            settings["rows"][2:] = self.settings["rows"][2:]
-        if settings != self.settings:
-            names = [name for name, value in self.settings.items() if settings.get(name) != value]
-            return OtherCallError(path, names)
-        return finished
-
-    def put(self, level: int, steps: int, centroids: Tensor) -> None:
-        self.finished[level] = steps, centroids
-        if self.path is None or not self.is_writer:
-            return
-        tensors = {f"{level}.{steps}": x for level, (steps, x) in self.finished.items()}
-        text = json.dumps(self.settings).encode()
-        tensors["settings"] = torch.tensor(list(text), dtype=torch.uint8)
-        write_safetensors(self.path, tensors)
+    def _remove_running(self, level: int, number: int) -> None:
+        if path := self.running(level, number, None):
+            remove_state(path)
 
 
-def _digests(points: Points, group: dist.ProcessGroup | None) -> list[str]:
-    """The checksum of each rank's rows."""
-    digest = points.rows.digest() if isinstance(points, OnDisk) else digest_of(points.x)
-    if group is None:
-        return [digest]
-    digests = [""] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group=group)
-    return digests
+def _read_old(path: Path, call: dict[str, Any]) -> Content:
+    """Of a file without a checksum, as earlier versions wrote it, which knew some rows only."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        written = json.loads(bytes(tensors.pop("settings").tolist()))
+        written["rows"] = written["rows"][:2]
+    except (SafetensorError, LookupError) as error:
+        raise ValueError(str(error)) from error
+    if names := [name for name in call if written.get(name) != call[name]]:
+        raise OtherCallError(OP, printable(str(path)), names)
+    logger.warning(
+        "%s: %s was made before version 0.2; only the number of its rows is compared", OP, path
+    )
+    return Content({}, tensors)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.common.digest import Digest, digest_of
 from protoclip.common.seeds import mix
 from protoclip.common.waits import Wait
 from protoclip.lloyd.clusters import Clusters, Rows
 from protoclip.lloyd.faiss_backend import faiss_kmeans
-from protoclip.lloyd.loop import (
-    OnCentroids,
-    Outcome,
-    Progress,
-    Settings,
-    State,
-    inertia_of,
-    lloyd,
-)
+from protoclip.lloyd.loop import OnCentroids, Progress, Settings, inertia_of, lloyd
 from protoclip.lloyd.points import (
     LARGEST_INTEGER,
     Array,
@@ -37,6 +33,7 @@ from protoclip.lloyd.points import (
 )
 from protoclip.lloyd.slices import PointSlice, Summary, largest_magnitude
 from protoclip.lloyd.starts import INITS, first_centroids, held
+from protoclip.lloyd.state import Outcome, RunFile, RunState, State, StateFile, identity
 from protoclip.lloyd.sweep import OnRows, sweep
 from protoclip.ops.operators import untraced, without_autocast
 
@@ -64,6 +61,8 @@ def kmeans(
     progress: Progress | None = None,
     on_rows: OnRows | None = None,
     on_centroids: OnCentroids | None = None,
+    state: str | os.PathLike[str] | None = None,
+    state_seconds: float = 600,
     warn: bool = True,
 ) -> Clusters:
     """Cluster points by Lloyd's algorithm; the same seed gives the same clusters.
@@ -113,15 +112,23 @@ def kmeans(
             scalar tensor; faiss does not call it.
         on_rows: called after each block of rows on disk with the rows read so far in this pass, and
             N.
-        on_centroids: called in each iteration with its number and the updated centroids, [K, D];
-            given as ``init``, they continue the run.
+        on_centroids: called in each iteration with its number and the updated centroids, [K, D]. As
+            ``init`` they begin another run; ``state`` continues one.
+        state: a file of K x D numbers, up to three times. The same call with the same points
+            continues there; on as many threads of the same instruction set, with the result of an
+            uninterrupted one, bit for bit, otherwise up to rounding. It is written before the work,
+            every ``state_seconds``, when an exception stops the run, and at its end, after which
+            the call takes one pass. With a group the first rank's file is used. Not with faiss.
+        state_seconds: >= 0; 0: write in each iteration.
         warn: whether a run that has not converged warns.
     Returns:
         Clusters; ``num_iters`` says how many iterations ran, ``converged`` whether they sufficed.
     Raises:
         ValueError, TypeError: shapes or dtypes are wrong, a number is out of range, points, weights
             or given centroids are not finite, the named backend cannot run, "faiss" without faiss
-            included, or a file cannot be read or has changed since it was opened.
+            included, or a file cannot be read or has changed since it was opened; ``state`` is of
+            another call, of other points, torn, or in use by another process.
+        OSError: ``state`` cannot be written or read. A disk that is full later only warns.
 
     Example:
         >>> points = torch.cat([torch.zeros(5, 2), torch.ones(5, 2)])
@@ -146,8 +153,16 @@ def kmeans(
         )
     _check_init(rows, num_clusters, first)
     is_faiss = backend == "faiss"
+    if is_faiss and state is not None:
+        raise ValueError(
+            f"kmeans: backend 'faiss' keeps no state, got state={str(state)!r}; leave it out, or "
+            "use backend='auto'"
+        )
+    if not isinstance(state_seconds, Real) or not state_seconds >= 0:
+        raise ValueError(f"kmeans: expected state_seconds >= 0, got {state_seconds!r}")
     largest_move = tol if tol is not None else 0.0 if is_faiss else TOL
-    summary = _look_over(rows, needs_variance=largest_move > 0)
+    digest = None if state is None else Digest()
+    summary = _look_over(rows, largest_move > 0, digest)
     source = rows.points
     _check_values(rows, summary.bounds)
     _weigh(rows, weights)
@@ -161,10 +176,33 @@ def kmeans(
     if empty_clusters == "move" and not is_faiss:
         rows.move_to_centre(summary.bounds, spherical)
     passes = sweep(rows, num_clusters, "auto" if is_faiss else backend, on_rows)
-    wait = Wait("k-means", num_restarts * num_iters, "iterations", at_most=True)
+    keeper = None
+    if state is not None and digest is not None:
+        weights_of_rows = [torch.tensor([rows.weight], dtype=torch.float64)]
+        if rows.weights is not None:
+            weights_of_rows.append(rows.weights)
+        call = identity(digest.hexdigest(), weights_of_rows, group, rows.points.device) | {
+            "rows of each rank": rows.sizes,
+            "columns": rows.points.columns,
+            "dtype": str(rows.points.dtype),
+            "num_clusters": num_clusters,
+            "num_iters": int(num_iters),
+            "tol": float(largest_move),
+            "num_restarts": int(num_restarts),
+            "init": first if isinstance(first, str) else [str(first.dtype), digest_of(first)],
+            "seed": seed,
+            "spherical": bool(spherical),
+            "empty_clusters": empty_clusters,
+            "backend": backend,
+        }
+        file = StateFile("kmeans", Path(state), call, group, rows.points.device)
+        keeper = RunFile(file, rows, passes.nearest.backend, state_seconds)
 
     def count(iteration: int, inertia: Tensor) -> None:
-        wait.update(note=None if inertia.is_cuda else f"inertia {float(inertia):.6g}")
+        words = [] if inertia.is_cuda else [f"inertia {float(inertia):.6g}"]
+        if keeper is not None:
+            words.append(f"saved {keeper.age:.0f} s ago")
+        wait.update(note=", ".join(words))
         if progress is not None:
             progress(iteration, inertia)
 
@@ -175,37 +213,61 @@ def kmeans(
         splits=empty_clusters == "split",
         progress=count,
         on_centroids=on_centroids,
+        note=keeper and keeper.note,
     )
     faiss_draws = is_faiss and isinstance(first, str) and first == "random"
 
-    def start(restart: int) -> Tensor:
+    def start(begun: RunState) -> Tensor:
         # Hashed, so that the restarts of neighbouring seeds are others.
-        restart_seed = int(mix(seed, restart)) >> 1 if restart else seed
+        restart_seed = int(mix(seed, begun.restart)) >> 1 if begun.restart else seed
         with Wait("its start"), without_autocast(rows.points.device.type):
-            return first_centroids(rows, passes, num_clusters, first, restart_seed)
+            return first_centroids(
+                rows, passes, num_clusters, first, restart_seed, begun, settings.note
+            )
 
-    def run_faiss(restart: int) -> Outcome:
+    def run_faiss(begun: RunState) -> Outcome:
         assert isinstance(source, InMemory)
         centroids, history = faiss_kmeans(
             source.x,
             num_clusters,
-            None if faiss_draws else start(restart),
+            None if faiss_draws else start(begun),
             num_iters=num_iters,
             num_restarts=num_restarts if faiss_draws else 1,
             seed=seed,
             spherical=spherical,
         )
         labels, distances, _ = passes.assign(centroids, needs_sums=False)
-        inertia = inertia_of(rows, distances)
-        return Outcome(State(centroids, labels, distances, inertia), history, converged=False)
+        return Outcome(
+            State(centroids, inertia_of(rows, distances), labels), history, converged=False
+        )
 
-    def run(restart: int) -> Outcome:
-        wait.total = wait.done + (num_restarts - restart) * num_iters  # earlier ones may end early
-        return run_faiss(restart) if is_faiss else lloyd(rows, passes, start(restart), settings)
+    def run(begun: RunState) -> Outcome:
+        runs_left = num_restarts - begun.restart  # earlier ones may have ended early
+        wait.total = wait.done - begun.iterations + runs_left * num_iters
+        if is_faiss:
+            return run_faiss(begun)
+        if not begun.history:
+            begun = RunState(begun.restart, begun.earlier, start(begun))
+        return lloyd(rows, passes, begun, settings)
 
-    with wait:
-        outcomes = map(run, range(1 if faiss_draws else num_restarts))
-        best = min(outcomes, key=lambda outcome: outcome.state.inertia)
+    with (
+        contextlib.nullcontext(RunState()) if keeper is None else keeper.opened() as begun,
+        Wait("k-means", 0, "iterations", done=begun.iterations, at_most=True) as wait,
+    ):
+        best = begun.earlier
+        while begun.restart < (1 if faiss_draws else num_restarts):
+            outcome = run(begun)
+            if best is None or outcome.state.inertia < best.state.inertia:
+                best = outcome
+            begun = RunState(begun.restart + 1, best)
+            if keeper is not None:
+                keeper.note(begun, at_once=begun.restart == num_restarts)
+        assert best is not None
+        labels = best.state.labels
+        if labels is None:
+            labels, distances, _ = passes.assign(best.state.centroids, needs_sums=False)
+            assert keeper is not None
+            keeper.check(best.state.inertia, inertia_of(rows, distances))
     _warn_of_range(best.state.inertia, largest_magnitude(summary.bounds, rows.centre))
     if warn and not (best.converged or is_faiss) and num_iters and rows.rank == 0:
         warnings.warn(
@@ -213,18 +275,17 @@ def kmeans(
             "or tol",
             stacklevel=3,  # over untraced
         )
-    counts = rows.sum(torch.bincount(best.state.labels, minlength=num_clusters))
+    counts = rows.sum(torch.bincount(labels, minlength=num_clusters))
     history = (*best.history, best.state.inertia)
-    return Clusters(
-        rows.in_own_frame(best.state.centroids), best.state.labels, counts, history, best.converged
-    )
+    centroids = rows.in_own_frame(best.state.centroids)
+    return Clusters(centroids, labels, counts, history, best.converged)
 
 
-def _look_over(rows: PointSlice, needs_variance: bool) -> Summary:
+def _look_over(rows: PointSlice, needs_variance: bool, digest: Digest | None) -> Summary:
     """What one pass over the points finds. It decides the dtype of integers on disk."""
     is_integer = isinstance(rows.points, OnDisk) and rows.points.rows.dtype.kind in "iu"
     rows.points = held(rows.points)
-    summary = Summary(rows.points, needs_variance)
+    summary = Summary(rows.points, needs_variance, digest)
     if is_integer and largest_magnitude(summary.bounds, None) <= LARGEST_INTEGER:
         rows.points = rows.points.with_dtype(torch.float32)
         summary.bounds = summary.bounds.float()

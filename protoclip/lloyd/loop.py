@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from protoclip.common.digest import digest_of
 from protoclip.common.host import start_copy_to_host
 from protoclip.lloyd.slices import PointSlice
+from protoclip.lloyd.state import Outcome, RunState, State
 from protoclip.lloyd.sweep import Assigned, InMemorySweep, Sweep
 from protoclip.ops.clusters import KMeansIteration
 
@@ -20,24 +22,6 @@ MEAN_ERROR = 128  # units in the last place that the mean of equal points may be
 
 Progress = Callable[[int, Tensor], None]
 OnCentroids = Callable[[int, Tensor], None]
-
-
-class State(NamedTuple):
-    """Centroids, and what belongs to them."""
-
-    centroids: Tensor  # [K, D]
-    labels: Tensor  # int64 [N]
-    distances: Tensor  # fp32 [N], squared
-    inertia: float
-
-
-class Outcome(NamedTuple):
-    """The best state, the inertia before each update, and whether the last one moved too little to
-    go on."""
-
-    state: State
-    history: list[float]
-    converged: bool
 
 
 @dataclass(frozen=True)
@@ -50,17 +34,22 @@ class Settings:
     splits: bool  # empty clusters, instead of moving them
     progress: Progress | None
     on_centroids: OnCentroids | None
+    note: Callable[[RunState], None] | None  # of where the run is, in each iteration
 
 
-def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings) -> Outcome:
-    """Lloyd's iterations from these centroids."""
-    centroids = rows.placed(centroids, settings.spherical)
-    history: list[float] = []
-    best: State | None = None
+def lloyd(rows: PointSlice, passes: Sweep, begun: RunState, settings: Settings) -> Outcome:
+    """Lloyd's iterations from the centroids where a run has begun, or was stopped."""
+    assert begun.centroids is not None
+    centroids = begun.centroids
+    if not begun.history:
+        centroids = rows.placed(centroids, settings.spherical)
+    history = list(begun.history[:-1])  # the last is computed again
+    repeated = list(begun.repeated)
+    best = begun.best
     converged = False
     bounds = passes.bounds()
     assigned = passes.assign(centroids, settings.num_iters > 0, bounds)
-    for iteration in range(settings.num_iters):
+    for iteration in range(len(history), settings.num_iters):
         is_last = iteration + 1 == settings.num_iters
         update = _iteration(rows, passes, centroids, assigned, settings, fused=bounds is None)
         updated = update.centroids
@@ -71,9 +60,23 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
         if updated.is_cuda and isinstance(passes, InMemorySweep):
             ahead = passes.assign(updated)  # while the host reads
         on_host = _Facts._make(wait_for_facts())
+        is_repeated = settings.spherical and on_host.inertia in history
         history.append(on_host.inertia)
         if best is None or not best.inertia < on_host.inertia:
-            best = State(centroids, assigned.labels, assigned.distances, on_host.inertia)
+            best = State(centroids, on_host.inertia, assigned.labels)
+        if settings.note is not None:
+            settings.note(
+                replace(
+                    begun,
+                    centroids=centroids,
+                    history=tuple(history),
+                    best=best if best.inertia < on_host.inertia else None,
+                    repeated=tuple(repeated),
+                )
+            )
+        if is_repeated and _is_circle(rows, centroids, repeated):
+            converged = True
+            break
         moving = on_host.moving
         if on_host.empty and not settings.splits:
             updated = _without_empty(
@@ -96,13 +99,17 @@ def lloyd(rows: PointSlice, passes: Sweep, centroids: Tensor, settings: Settings
         assigned = ahead or passes.assign(centroids, bool(moving) and not is_last, bounds)
         if converged:
             break
-    last = State(
-        centroids,
-        assigned.labels,
-        assigned.distances,
-        inertia_of(rows, assigned.distances),
-    )
+    last = State(centroids, inertia_of(rows, assigned.distances), assigned.labels)
     return Outcome(best if best and best.inertia < last.inertia else last, history, converged)
+
+
+def _is_circle(rows: PointSlice, centroids: Tensor, repeated: list[str]) -> bool:
+    """Whether centroids have come back; they are noted. Rows of zeros are as far from all centroids
+    of unit length, so that rounding can send them back and forth for ever."""
+    digest = digest_of(centroids)
+    is_there = torch.tensor(float(digest in repeated), device=centroids.device)
+    repeated.append(digest)
+    return bool(rows.sum(is_there))
 
 
 def _iteration(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoclip.common.digest import Digest
 from protoclip.common.waits import Wait
 from protoclip.ops import checks
 
@@ -107,8 +108,10 @@ class InMemory:
         self.dtype = x.dtype
         self.device = x.device
 
-    def blocks(self) -> Iterator[Tensor]:
-        """All of them."""
+    def blocks(self, digest: Digest | None = None) -> Iterator[Tensor]:
+        """All of them, which are added to ``digest``."""
+        if digest is not None:
+            digest.update(self.x)
         yield self.x
 
     def take(self, index: Tensor) -> Tensor:
@@ -146,9 +149,9 @@ class OnDisk:
         self.centre = centre  # [D], what is subtracted
         self._buffers: tuple[list[Array], Tensor | None] | None = None
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self, digest: Digest | None = None) -> Iterator[Tensor]:
         """All points, [at most B, D] at a time and at least one block; a block is valid until the
-        next one is asked for. A thread reads one block ahead."""
+        next one is asked for. A thread reads one block ahead. ``digest`` is of the stored rows."""
         raw, converted = self._take_buffers()
         step = len(raw[0])
         starts = range(0, max(1, self.count), step)
@@ -164,7 +167,10 @@ class OnDisk:
             ):
                 ahead = reader.submit(read, 0)
                 for number in range(len(starts)):
-                    block = torch.from_numpy(ahead.result())
+                    stored = ahead.result()
+                    if digest is not None:
+                        digest.update(stored)
+                    block = torch.from_numpy(stored)
                     if number + 1 < len(starts):
                         ahead = reader.submit(read, number + 1)
                     if converted is not None:

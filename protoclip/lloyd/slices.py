@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoclip.common.digest import Digest
 from protoclip.lloyd.points import Points, below_power_of_two
 from protoclip.ops.clusters import segment_mean
 
@@ -181,10 +182,11 @@ class Summary:
     """What one pass over a rank's points finds before the first iteration.
 
     ``bounds``: -min and max of the columns, [2, D]; NaN where a column has one. ``spread``: the sum
-    of squared distances to the mean, fp64 [D], and the mean, if asked for.
+    of squared distances to the mean, fp64 [D], and the mean, if asked for. ``digest`` is given the
+    points as they are stored.
     """
 
-    def __init__(self, points: Points, needs_variance: bool) -> None:
+    def __init__(self, points: Points, needs_variance: bool, digest: Digest | None = None) -> None:
         self.bounds = torch.full(
             (2, points.columns), -math.inf, dtype=points.dtype, device=points.device
         )
@@ -193,7 +195,7 @@ class Summary:
         self.count = 0
         # Chunks of the same rows, in memory or on disk, give the same bits.
         rows_in_chunk = below_power_of_two(max(1, CHUNK // max(1, points.columns)))
-        for block in points.blocks():
+        for block in points.blocks(digest):
             if not len(block):
                 continue
             found = torch.stack([-block.amin(dim=0), block.amax(dim=0)])

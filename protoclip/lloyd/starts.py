@@ -4,6 +4,8 @@ points are sliced."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from protoclip.lloyd.points import InMemory, OnDisk
 from protoclip.lloyd.slices import PointSlice
+from protoclip.lloyd.state import RunState
 from protoclip.lloyd.sweep import InMemorySweep, Sweep, sweep
 
 INITS = ("random", "k-means++", "plain k-means++")
@@ -26,11 +29,20 @@ BLOCK = 1 << 22  # distances that the greedy start keeps at once
 PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
 FEW = 1 << 17  # numbers; up to so many, finding those near a point takes longer than all of them
 
+Note = Callable[[RunState], None]
+
 
 def first_centroids(
-    rows: PointSlice, passes: Sweep, num_clusters: int, init: str | Tensor, seed: int
+    rows: PointSlice,
+    passes: Sweep,
+    num_clusters: int,
+    init: str | Tensor,
+    seed: int,
+    begun: RunState,
+    note: Note | None,
 ) -> Tensor:
-    """Given centroids, random points, or k-means++: greedy, or plain where that takes too long."""
+    """Given centroids, random points, or k-means++: greedy, or plain where that takes too long,
+    from where a start was stopped."""
     generator = torch.Generator().manual_seed(seed)
     is_greedy = False
     if isinstance(init, str) and init == "k-means++":
@@ -56,7 +68,7 @@ def first_centroids(
     if is_random:
         return centroids
     if not is_greedy:
-        return _plain(rows, passes, centroids, num_clusters, generator)
+        return _plain(rows, passes, centroids, num_clusters, generator, begun, note)
     assert isinstance(passes, InMemorySweep)  # GREEDY_BYTES fit into memory
     points = passes.nearest.points
     trials = 2 + int(math.log(num_clusters))
@@ -141,16 +153,24 @@ def _plain(
     centroids: Tensor,
     num_clusters: int,
     generator: torch.Generator,
+    begun: RunState,
+    note: Note | None,
 ) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007) in few passes over the points: centroids [1, D] ->
     [K, D]."""
     squared = torch.full(
         (rows.points.count,), math.inf, dtype=torch.float64, device=rows.points.device
     )
-    fresh = centroids
+    drawn = [1]  # by each pass
+    fresh = [centroids]
+    if begun.generator is not None:
+        assert begun.centroids is not None
+        centroids = begun.centroids
+        drawn = list(begun.drawn)
+        fresh = list(centroids.split(drawn))
+        generator.set_state(begun.generator)
     while len(centroids) < num_clusters:
-        distances = passes.assign(fresh, needs_sums=False).distances
-        squared = torch.minimum(squared, distances.double())
+        squared = torch.minimum(squared, passes.distances(fresh))
         count = min(MAX_DRAWS, max(8, len(centroids)))
         candidates = _Candidates.draw(rows, squared, count, generator)
         apart = candidates.apart()
@@ -159,8 +179,12 @@ def _plain(
         while len(kept := candidates.kept(now, accepted[-1] + 1 if accepted else 0)):
             accepted.append(int(kept[0]))
             np.minimum(now, apart[kept[0]], out=now)
-        fresh = candidates.points[accepted][: num_clusters - len(centroids)]
-        centroids = torch.cat([centroids, fresh])
+        fresh = [candidates.points[accepted][: num_clusters - len(centroids)]]
+        drawn.append(len(fresh[0]))
+        centroids = torch.cat([centroids, *fresh])
+        if note is not None:
+            state = generator.get_state()
+            note(replace(begun, centroids=centroids, drawn=tuple(drawn), generator=state))
     return centroids
 
 

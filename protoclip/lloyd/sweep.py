@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,12 @@ class InMemorySweep:
         self, centroids: Tensor, needs_sums: bool = True, bounds: Bounds | None = None
     ) -> Assigned:
         return Assigned(*self.nearest(centroids, bounds))
+
+    def distances(self, drawn: Sequence[Tensor]) -> Tensor:
+        """Squared distances to the nearest of all centroids in ``drawn``, fp64 [N], with the bits
+        of an assignment to each of its tensors [K, D]."""
+        nearest = (self.nearest(centroids)[1].double() for centroids in drawn)
+        return functools.reduce(torch.minimum, nearest)
 
     def means(self, assigned: Assigned) -> tuple[Tensor, Tensor]:
         """Means [K, D] and counts [K] of all ranks' clusters."""
@@ -131,6 +138,21 @@ class OnDiskSweep:
         if bounds is not None:
             bounds.keep(centroids, labels, distances)
         return Assigned(labels, distances, sums)
+
+    def distances(self, drawn: Sequence[Tensor]) -> Tensor:
+        """As of points in memory, by one read of the rows."""
+        assignments = [self.nearest.to(centroids) for centroids in drawn]
+        count = self.points.count
+        distances = torch.empty(count, dtype=torch.float64, device=self.points.device)
+        first = 0
+        for block in self.points.blocks():
+            part = slice(first, first + len(block))
+            nearest = (assign(block, part)[1].double() for assign in assignments)
+            distances[part] = functools.reduce(torch.minimum, nearest)
+            first = part.stop
+            if self.on_rows is not None:
+                self.on_rows(first, count)
+        return distances
 
     def _no_sums(self) -> SegmentSums:
         row = self.nearest.some.new_empty(self.points.columns + (self.rows.weights is not None))
