@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -255,10 +256,11 @@ def identity(
     rows: str, weights: Sequence[Tensor], group: dist.ProcessGroup | None, device: torch.device
 ) -> dict[str, list[str]]:
     """The checksums of all ranks' rows, of which this one's is given, and of their weights."""
-    of_weights = Digest()
+    of_rows, of_weights = Digest(), Digest()
+    of_rows.update(np.frombuffer(rows.encode(), np.uint8))
     for x in weights:
         of_weights.update(x)
-    digests = [bytes.fromhex(rows), bytes.fromhex(of_weights.hexdigest())]
+    digests = [bytes.fromhex(digest.hexdigest()) for digest in (of_rows, of_weights)]
     mine = torch.tensor([list(digest) for digest in digests], device=device)
     of_ranks = mine[:, None]  # [2, ranks, bytes]
     if group is not None:
