@@ -4,6 +4,41 @@
 
 #include "cpu_ops.h"
 #include "memory_pool.h"
+#include "pairs.h"
+
+// What is said of pairs, in the order of ``Ids`` and ``Compared`` (protoclip/ops/pairs.py).
+#define IDS "int offset, Tensor? query_ids, Tensor? key_ids, bool same_positive,"
+#define COMPARED IDS " Tensor? own_key, Tensor? exclude, Tensor? key_bias,"
+
+// What Python asks beside the ops, by ctypes.
+extern "C" {
+
+int protoclip_stash_rows() { return protoclip::Stash::kRows; }
+
+int protoclip_stash_columns() { return protoclip::Stash::kColumns; }
+
+// What -march=native let the compiler use.
+const char* protoclip_cpu_features() {
+  return ""
+#ifdef __AVX2__
+         " avx2"
+#endif
+#ifdef __AVX512F__
+         " avx512f"
+#endif
+#ifdef __AVX512VNNI__
+         " avx512_vnni"
+#endif
+#ifdef __AVX512BF16__
+         " avx512_bf16"
+#endif
+#ifdef __AMX_BF16__
+         " amx_bf16"
+#endif
+      ;
+}
+
+}  // extern "C"
 
 namespace protoclip {
 namespace {
@@ -12,44 +47,39 @@ int64_t idle_memory() { return MemoryPool::instance().idle_bytes(); }
 
 void release_memory() { MemoryPool::instance().clear(); }
 
+// The op whose fourth argument is a struct, with that one spelled out.
+template <typename Result, typename... More>
+auto spelled(Result (*op)(const Tensor&, const Tensor&, const Tensor&, const PairArguments&,
+                          More...)) {
+  return [op](const Tensor& x, const Tensor& y, const Tensor& logit_scale, int64_t offset,
+              const Optional& query_ids, const Optional& key_ids, bool same_positive,
+              const Optional& own_key, const Optional& exclude, const Optional& key_bias,
+              More... more) {
+    return op(x, y, logit_scale,
+              {offset, query_ids, key_ids, same_positive, own_key, exclude, key_bias}, more...);
+  };
+}
+
 }  // namespace
 }  // namespace protoclip
 
 TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
-  const auto cpu = [](auto* op) { return torch::dispatch(c10::DispatchKey::CPU, op); };
+  const auto cpu = [](auto op) { return torch::dispatch(c10::DispatchKey::CPU, op); };
   m.def("empty_stash(int num_bytes) -> Tensor", &protoclip::empty_stash);
   m.def("idle_memory() -> int", &protoclip::idle_memory);
   m.def("release_memory() -> ()", &protoclip::release_memory);
-  m.def(
-      "info_nce_fwd(Tensor x, Tensor y, Tensor logit_scale, int offset, bool both_directions,"
-      " float pair_weight, bool summed, Tensor(a!)? stash=None)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::info_nce_fwd));
-  m.def(
-      "info_nce_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor row_reference,"
-      " Tensor row_sum, Tensor column_reference, Tensor column_sum, Tensor row_weight,"
-      " Tensor column_weight, int offset, float pair_weight, Tensor? stash=None)"
-      " -> (Tensor, Tensor, Tensor)",
-      cpu(&protoclip::info_nce_bwd));
-  m.def(
-      "contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own_key, int offset,"
-      " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
-      " bool both_directions, float pair_weight, bool summed, Tensor(a!)? stash=None)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::contrastive_fwd));
-  m.def(
-      "contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? own_key, int offset,"
-      " Tensor? exclude, Tensor? query_ids, Tensor? key_ids, Tensor? key_bias, bool same_positive,"
-      " Tensor row_statistics, Tensor column_statistics, Tensor row_gap_weight,"
-      " Tensor? row_positive_mean_weight, Tensor column_gap_weight,"
-      " Tensor? column_positive_mean_weight, float pair_weight, Tensor? stash=None)"
-      " -> (Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::contrastive_bwd));
-  m.def(
-      "sigmoid_loss(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, int offset,"
-      " bool gradients, Tensor? query_ids, Tensor? key_ids, bool same_positive)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-      cpu(&protoclip::sigmoid_loss));
+  m.def("contrastive_fwd(Tensor x, Tensor y, Tensor logit_scale, " COMPARED
+        " bool both_directions, float pair_weight, bool summed, Tensor(a!)? stash=None)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        cpu(protoclip::spelled(&protoclip::contrastive_fwd)));
+  m.def("contrastive_bwd(Tensor x, Tensor y, Tensor logit_scale, " COMPARED
+        " Tensor row_statistics, Tensor column_statistics, Tensor query_weight,"
+        " Tensor? positive_mean_weight, Tensor key_weight, float pair_weight, Tensor? stash=None)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        cpu(protoclip::spelled(&protoclip::contrastive_bwd)));
+  m.def("sigmoid_loss(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, " IDS
+        " bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        cpu(&protoclip::sigmoid_loss));
   m.def(
       "sigmoid_loss_bwd(Tensor grad, Tensor dx, Tensor dy, Tensor dlogit_scale,"
       " Tensor dlogit_bias) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -25,20 +25,8 @@ struct GradientSide {
         probability_weight(round_up(length, kLanes), 0.f),
         positive_weight(round_up(length, kLanes), 0.f) {}
 
-  // Of InfoNCE: fp32 and contiguous, [length] each, or [0].
-  GradientSide(const Tensor& references, const Tensor& sums, const Tensor& weights,
-               float pair_weight, int64_t length)
-      : GradientSide(length) {
-    for (int64_t i = 0; i < references.numel(); ++i) {
-      const float weight = weights.const_data_ptr<float>()[i] * pair_weight;
-      reference.get()[i] = references.const_data_ptr<float>()[i];
-      positive_weight.get()[i] = weight;
-      probability_weight.get()[i] = weight / sums.const_data_ptr<float>()[i];
-    }
-  }
-
-  // Of the contrastive loss: statistics [4, length], or [4, 0], and the weights of the gap and of
-  // the mean positive (none: 0).
+  // Of statistics [4, length], or [4, 0], and the weights of the gap and of the mean positive
+  // (none: 0).
   GradientSide(const Tensor& statistics, const Tensor& gap_weights, const Optional& mean_weights,
                float pair_weight, int64_t length)
       : GradientSide(length) {
@@ -61,8 +49,7 @@ struct GradientSide {
   }
 };
 
-// Of InfoNCE and the contrastive loss: turns dot products into G = row weight P_row + column weight
-// P_column - weights at positives; for the contrastive loss + their weights.
+// Turns dot products into G = row weight P_row + column weight P_column + weights at positives.
 template <typename Pairs>
 struct SoftmaxGradient {
   const GradientSide &by_row, &by_column;
@@ -153,7 +140,7 @@ struct SoftmaxGradient {
         const int64_t p = tile.row + i + pairs.offset - tile.column - j;  // the positive's lane
         if (0 <= p && p < kLanes) {
           const int64_t row = tile.row + i;
-          g[p] -= by_row.positive_weight.get()[row] +
+          g[p] += by_row.positive_weight.get()[row] +
                   by_column.positive_weight.get()[row + pairs.offset];
         }
       }
@@ -170,23 +157,16 @@ struct SoftmaxGradient {
 Stash stash_of(const char* op, const Optional& memory, const Inputs& in) {
   if (!memory.has_value()) return {};
   const int64_t num_bytes = Stash::num_bytes(in.x.size(0), in.y.size(0));
-  TORCH_CHECK(memory->is_contiguous() && static_cast<int64_t>(memory->nbytes()) == num_bytes, op,
-              ": expected a stash of ", num_bytes, " bytes, got ", memory->nbytes());
+  expect(op, "stash", *memory, {num_bytes}, at::kByte);
+  TORCH_CHECK_VALUE(memory->is_contiguous(), op, ": expected a contiguous stash");
   return {static_cast<float*>(memory->mutable_data_ptr()), in.y.size(0)};
 }
 
-// The statistics of rows and of columns, and the positives' logits where that is not null.
-template <typename Pairs>
-std::pair<SideStatistics, SideStatistics> forward(const Inputs& in, const Pairs& pairs,
-                                                  bool both_directions, Stash stash,
-                                                  float* positive = nullptr) {
-  return in.dispatch([&](auto a) {
-    const Strip<decltype(a)::value> strip(in.x, in.y);
-    Statistics<decltype(a)::value, Pairs> statistics(strip, Base2(in.logit_scale), pairs,
-                                                     both_directions, stash);
-    statistics.run(positive);
-    return std::make_pair(statistics.rows(), statistics.columns());
-  });
+// Calls f with the pairs: ids, positions and biases are compared only where there are any.
+template <typename F>
+auto with_pairs(const char* op, const Inputs& in, const PairArguments& pairs, const F& f) {
+  if (pairs.plain()) return f(DiagonalPairs{pairs.offset});
+  return f(MatchedPairs(op, in.x.size(0), in.y.size(0), pairs));
 }
 
 template <typename Pairs>
@@ -201,14 +181,20 @@ GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, 
   });
 }
 
-// LSE - mean positive, and mean positive, in nats.
-struct Gaps {
-  Tensor gap, positive_mean;
-};
-
-Gaps gaps(const SideStatistics& side) {
-  const Tensor mean = side.positive_sum / side.num_positives.clamp_min(1);
-  return {(side.sum.log2() + (side.max - mean)) * kLn2, mean * kLn2};
+// LSE - mean positive, in base 2, of each row or column of statistics [4, size]; and the mean
+// positives, where there is room for them. The loop adds up what tensor operations would.
+Tensor gaps(const Tensor& statistics, float* positive_mean = nullptr) {
+  const int64_t size = statistics.size(1);
+  const Tensor out = statistics.select(0, kSumRow).log2();
+  float* gap = out.mutable_data_ptr<float>();
+  const float* rows = statistics.const_data_ptr<float>();
+  for (int64_t i = 0; i < size; ++i) {
+    const float count = std::max(rows[kNumPositivesRow * size + i], 1.f);
+    const float mean = rows[kPositiveSumRow * size + i] / count;
+    gap[i] += rows[kMaxRow * size + i] - mean;
+    if (positive_mean != nullptr) positive_mean[i] = mean;
+  }
+  return out;
 }
 
 Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::kFloat)); }
@@ -217,94 +203,57 @@ Tensor scalar(double value) { return at::full({}, value, at::TensorOptions(at::k
 
 Tensor empty_stash(int64_t num_bytes) { return pooled_empty({num_bytes}, at::kByte); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, int64_t offset,
-    bool both_directions, double pair_weight, bool summed, const Optional& stash) {
-  const char* op = "info_nce_fwd";
-  const Inputs in(op, x, y, logit_scale, offset);
-  Tensor positive = at::empty({in.x.size(0)}, at::kFloat);
-  const auto [rows, by_column] =
-      forward(in, DiagonalPairs{offset}, both_directions, stash_of(op, stash, in),
-              positive.mutable_data_ptr<float>());
-  Tensor loss = rows.sum.log2() + (rows.max - positive);  // base 2
-  if (both_directions) {
-    const auto paired = [&](const Tensor& column) { return column.narrow(0, offset, x.size(0)); };
-    loss = loss + (paired(by_column.sum).log2() + (paired(by_column.max) - positive));
-  }
-  if (summed) loss = loss.sum();
-  loss = loss * (kLn2 * pair_weight);
-  return {loss, rows.max, rows.sum, by_column.max, by_column.sum, positive};
-}
-
-std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
-                                                const Tensor& logit_scale,
-                                                const Tensor& row_reference, const Tensor& row_sum,
-                                                const Tensor& column_reference,
-                                                const Tensor& column_sum, const Tensor& row_weight,
-                                                const Tensor& column_weight, int64_t offset,
-                                                double pair_weight, const Optional& stash) {
-  const char* op = "info_nce_bwd";
-  const Inputs in(op, x, y, logit_scale, offset);
-  const GradientSide row(row_reference.contiguous(), row_sum.contiguous(),
-                         row_weight.to(at::kFloat).contiguous(), static_cast<float>(pair_weight),
-                         in.x.size(0));
-  const GradientSide column(column_reference.contiguous(), column_sum.contiguous(),
-                            column_weight.to(at::kFloat).contiguous(),
-                            static_cast<float>(pair_weight), in.y.size(0));
-  const DiagonalPairs pairs{offset};
-  const SoftmaxGradient<DiagonalPairs> epilogue{row, column, column_reference.numel() > 0,
-                                                Base2(in.logit_scale), pairs};
-  Gradients out(in);
-  const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
-  return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
-    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, bool both_directions, double pair_weight,
-    bool summed, const Optional& stash) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
+                                                           const Tensor& logit_scale,
+                                                           const PairArguments& pairs,
+                                                           bool both_directions, double pair_weight,
+                                                           bool summed, const Optional& stash) {
   const char* op = "contrastive_fwd";
   const Inputs in(op, x, y, logit_scale);
-  const MatchedPairs pairs(op, x.size(0), y.size(0), own_key, offset, exclude, query_ids, key_ids,
-                           key_bias, same_positive);
-  const auto [by_row, by_column] = forward(in, pairs, both_directions, stash_of(op, stash, in));
-  const Tensor rows = stacked(by_row), columns = stacked(by_column);
-  const Gaps of_rows = gaps(by_row), of_columns = gaps(by_column);
-  if (!summed)
-    return {of_rows.gap, of_rows.positive_mean, of_columns.gap, of_columns.positive_mean, rows,
-            columns};
-  const Tensor total = (of_rows.gap.sum() + of_columns.gap.sum()) * pair_weight;
-  const auto none = [] { return at::empty({0}, at::kFloat); };
-  return {total, none(), none(), none(), rows, columns};
+  const Stash kept = stash_of(op, stash, in);
+  const auto [rows, columns] = with_pairs(op, in, pairs, [&](const auto& compared) {
+    return in.dispatch([&](auto a) {
+      constexpr Arithmetic kArithmetic = decltype(a)::value;
+      using Pairs = std::decay_t<decltype(compared)>;
+      const Strip<kArithmetic> strip(in.x, in.y);
+      return Statistics<kArithmetic, Pairs>(strip, Base2(in.logit_scale), compared, both_directions,
+                                            kept)
+          .run();
+    });
+  });
+  Tensor means = at::empty({summed || both_directions ? 0 : x.size(0)}, at::kFloat);
+  Tensor loss = gaps(rows, means.numel() > 0 ? means.mutable_data_ptr<float>() : nullptr);
+  if (both_directions && x.size(0) == y.size(0)) loss += gaps(columns);
+  if (summed) loss = loss.sum();
+  return {loss * (kLn2 * pair_weight), means * kLn2, rows, columns};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
-    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
-    const Tensor& column_statistics, const Tensor& row_gap_weight,
-    const Optional& row_positive_mean_weight, const Tensor& column_gap_weight,
-    const Optional& column_positive_mean_weight, double pair_weight, const Optional& stash) {
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const PairArguments& pairs,
+    const Tensor& row_statistics, const Tensor& column_statistics, const Tensor& query_weight,
+    const Optional& positive_mean_weight, const Tensor& key_weight, double pair_weight,
+    const Optional& stash) {
   const char* op = "contrastive_bwd";
   const Inputs in(op, x, y, logit_scale);
-  const MatchedPairs pairs(op, x.size(0), y.size(0), own_key, offset, exclude, query_ids, key_ids,
-                           key_bias, same_positive);
-  const GradientSide row(row_statistics.contiguous(), row_gap_weight, row_positive_mean_weight,
-                         static_cast<float>(pair_weight), x.size(0));
-  const GradientSide column(column_statistics.contiguous(), column_gap_weight,
-                            column_positive_mean_weight, static_cast<float>(pair_weight),
-                            y.size(0));
-  Tensor dkey_bias = at::zeros({pairs.has_key_bias() ? y.size(0) : 0}, at::kFloat);
-  const SoftmaxGradient<MatchedPairs> epilogue{
-      row,
-      column,
-      column_statistics.numel() > 0,
-      Base2(in.logit_scale),
-      pairs,
-      pairs.has_key_bias() ? dkey_bias.mutable_data_ptr<float>() : nullptr};
+  const bool both_directions = column_statistics.numel() > 0;
+  const int64_t n = x.size(0), m = y.size(0), num_columns = both_directions ? m : 0;
+  expect(op, "row_statistics", row_statistics, {4, n}, at::kFloat);
+  expect(op, "column_statistics", column_statistics, {4, num_columns}, at::kFloat);
+  expect(op, "query_weight", query_weight, {n}, kSums);
+  if (positive_mean_weight) expect(op, "positive_mean_weight", *positive_mean_weight, {n}, kSums);
+  expect(op, "key_weight", key_weight, {num_columns}, kSums);
+  const float weight = static_cast<float>(pair_weight);
+  const GradientSide row(row_statistics.contiguous(), query_weight, positive_mean_weight, weight,
+                         n);
+  const GradientSide column(column_statistics.contiguous(), key_weight, {}, weight, m);
+  Tensor dkey_bias = at::zeros({pairs.key_bias ? m : 0}, at::kFloat);
+  float* bias_sums = pairs.key_bias ? dkey_bias.mutable_data_ptr<float>() : nullptr;
   Gradients out(in);
-  const GradientSums sums = backward(in, epilogue, stash_of(op, stash, in), out);
+  const GradientSums sums = with_pairs(op, in, pairs, [&](const auto& compared) {
+    const SoftmaxGradient<std::decay_t<decltype(compared)>> epilogue{
+        row, column, both_directions, Base2(in.logit_scale), compared, bias_sums};
+    return backward(in, epilogue, stash_of(op, stash, in), out);
+  });
   return {out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot), dkey_bias};
 }
 
@@ -377,20 +326,15 @@ GradientSums sigmoid(const Inputs& in, float logit_bias, const Pairs& pairs, boo
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
-    int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
-    bool same_positive) {
+    int64_t offset, const Optional& query_ids, const Optional& key_ids, bool same_positive,
+    bool gradients) {
   const char* op = "sigmoid_loss";
-  // An offset past the last column: a chunk of another rank's texts, without positives.
-  const Inputs in(op, x, y, logit_scale, offset < y.size(0) ? offset : 0);
+  const Inputs in(op, x, y, logit_scale);
+  const float bias = number(op, "logit_bias", logit_bias);
   Gradients out(in);
-  GradientSums sums;
-  if (key_ids.has_value()) {
-    const MatchedPairs pairs(op, x.size(0), y.size(0), {}, offset, {}, query_ids, key_ids, {},
-                             same_positive);
-    sums = sigmoid(in, logit_bias.item<float>(), pairs, gradients, out);
-  } else {
-    sums = sigmoid(in, logit_bias.item<float>(), DiagonalPairs{offset}, gradients, out);
-  }
+  const GradientSums sums =
+      with_pairs(op, in, {offset, query_ids, key_ids, same_positive},
+                 [&](const auto& pairs) { return sigmoid(in, bias, pairs, gradients, out); });
   if (!gradients) out.dx = out.dy = at::empty({0, in.x.size(1)}, in.x.options());
   return {scalar(sums.loss), out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot),
           scalar(sums.g)};
@@ -400,6 +344,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_loss_bwd(const Tensor& grad, 
                                                             const Tensor& dy,
                                                             const Tensor& dlogit_scale,
                                                             const Tensor& dlogit_bias) {
+  const char* op = "sigmoid_loss_bwd";
+  expect(op, "grad", grad, {}, kSums);
+  expect(op, "dx", dx, {kAny, kAny}, kFloats);
+  expect(op, "dy", dy, {kAny, dx.size(1)}, dx.scalar_type());
+  expect(op, "dlogit_scale", dlogit_scale, {}, kSums);
+  expect(op, "dlogit_bias", dlogit_bias, {}, kSums);
   return {dx * grad, dy * grad, dlogit_scale * grad, dlogit_bias * grad};
 }
 

@@ -10,6 +10,8 @@
 
 namespace protoclip {
 
+struct PairArguments;  // pairs.h
+
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
@@ -24,32 +26,20 @@ void with_dtype(at::ScalarType dtype, const F& f) {
 
 // uint8 [num_bytes], uninitialised, in memory that the next step gets again (memory_pool.h).
 Tensor empty_stash(int64_t num_bytes);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, int64_t offset,
-    bool both_directions, double pair_weight, bool summed, const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor> info_nce_bwd(const Tensor& x, const Tensor& y,
-                                                const Tensor& logit_scale,
-                                                const Tensor& row_reference, const Tensor& row_sum,
-                                                const Tensor& column_reference,
-                                                const Tensor& column_sum, const Tensor& row_weight,
-                                                const Tensor& column_weight, int64_t offset,
-                                                double pair_weight, const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
-    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, bool both_directions, double pair_weight,
-    bool summed, const Optional& stash);
+std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, const Tensor& y,
+                                                           const Tensor& logit_scale,
+                                                           const PairArguments& pairs,
+                                                           bool both_directions, double pair_weight,
+                                                           bool summed, const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Optional& own_key,
-    int64_t offset, const Optional& exclude, const Optional& query_ids, const Optional& key_ids,
-    const Optional& key_bias, bool same_positive, const Tensor& row_statistics,
-    const Tensor& column_statistics, const Tensor& row_gap_weight,
-    const Optional& row_positive_mean_weight, const Tensor& column_gap_weight,
-    const Optional& column_positive_mean_weight, double pair_weight, const Optional& stash);
+    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const PairArguments& pairs,
+    const Tensor& row_statistics, const Tensor& column_statistics, const Tensor& query_weight,
+    const Optional& positive_mean_weight, const Tensor& key_weight, double pair_weight,
+    const Optional& stash);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
     const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
-    int64_t offset, bool gradients, const Optional& query_ids, const Optional& key_ids,
-    bool same_positive);
+    int64_t offset, const Optional& query_ids, const Optional& key_ids, bool same_positive,
+    bool gradients);
 std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_loss_bwd(const Tensor& grad, const Tensor& dx,
                                                             const Tensor& dy,
                                                             const Tensor& dlogit_scale,

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "launchers.h"
 
 namespace protoclip {
@@ -39,19 +40,21 @@ at::Tensor scratch_on(const at::Tensor& x, size_t bytes) {  // torch aligns to 5
   return at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
 }
 
+void expect_device(const char* op, const at::Tensor& a, const at::Tensor& b) {
+  TORCH_CHECK_VALUE(a.device() == b.device(), op, ": expected one device, got ", a.device(),
+                    " and ", b.device());
+}
+
 KmeansAssign kmeans_call(const at::Tensor& points, const at::Tensor& centroids) {
   const char* op = "kmeans_assign";
-  TORCH_CHECK(points.dim() == 2 && centroids.dim() == 2 && points.size(1) == centroids.size(1), op,
-              ": expected points [N, D] and centroids [K, D], got ", points.sizes(), " and ",
-              centroids.sizes());
-  TORCH_CHECK(
-      points.device() == centroids.device() && points.scalar_type() == centroids.scalar_type(), op,
-      ": expected one device and dtype, got ", points.options(), " and ", centroids.options());
+  expect(op, "points", points, {kAny, kAny}, kFloats);
+  expect(op, "centroids", centroids, {kAny, points.size(1)}, points.scalar_type());
+  expect_device(op, points, centroids);
   const int64_t n = points.size(0), k = centroids.size(0), d = points.size(1);
-  TORCH_CHECK(n < kIntMax && k < kIntMax - 1024 && d < kIntMax - 1024, op,
-              ": expected N, K and D below 2^31, got ", n, ", ", k, ", ", d,
-              "; assign the points in parts");
-  TORCH_CHECK(n == 0 || k > 0, op, ": expected K >= 1 centroids, got 0");
+  TORCH_CHECK_VALUE(n < kIntMax && k < kIntMax - 1024 && d < kIntMax - 1024, op,
+                    ": expected N, K and D below 2^31, got ", n, ", ", k, ", ", d,
+                    "; assign the points in parts");
+  TORCH_CHECK_VALUE(n == 0 || k > 0, op, ": expected K >= 1 centroids, got 0");
   return {matrix_of(points),   matrix_of(centroids), n,      static_cast<int>(k),
           static_cast<int>(d), dtype_of(op, points), nullptr};
 }
@@ -78,6 +81,11 @@ std::tuple<at::Tensor, at::Tensor> assigned(const at::Tensor& points, const at::
   at::Tensor distances = at::empty({call.n}, points.options().dtype(at::kFloat));
   if (call.n == 0) return {labels, distances};
 
+  const auto num_bytes = static_cast<int64_t>(kmeans_packed_bytes(call));
+  if (!codes.empty()) {
+    expect("kmeans_assign_coded", "codes[0]", codes[0], {num_bytes}, at::kByte);
+    expect_device("kmeans_assign_coded", points, codes[0]);
+  }
   const at::Tensor packed = codes.empty() ? packed_for(call, points) : codes[0];
   call.packed = packed.mutable_data_ptr();
   KmeansAssignPlan plan;
@@ -97,15 +105,12 @@ std::tuple<at::Tensor, at::Tensor> kmeans_assign_cuda(const at::Tensor& points,
 std::tuple<at::Tensor, at::Tensor> segment_mean_cuda(const at::Tensor& values,
                                                      const at::Tensor& labels, int64_t k) {
   const char* op = "segment_mean";
-  TORCH_CHECK(values.dim() == 2 && labels.dim() == 1 && values.size(0) == labels.size(0), op,
-              ": expected values [N, D] and labels [N], got ", values.sizes(), " and ",
-              labels.sizes());
-  TORCH_CHECK(values.device() == labels.device() && labels.scalar_type() == at::kLong, op,
-              ": expected int64 labels on the values' device, got ", labels.options(), " and ",
-              values.options());
+  expect(op, "values", values, {kAny, kAny}, kFloats);
+  expect(op, "labels", labels, {values.size(0)}, at::kLong);
+  expect_device(op, values, labels);
   const int64_t n = values.size(0), d = values.size(1);
-  TORCH_CHECK(n < kIntMax && d < kIntMax && k >= 0 && k < kIntMax - 1, op,
-              ": expected N, K and D in [0, 2^31), got ", n, ", ", k, ", ", d);
+  TORCH_CHECK_VALUE(n < kIntMax && d < kIntMax && k >= 0 && k < kIntMax - 1, op,
+                    ": expected N, K and D in [0, 2^31), got ", n, ", ", k, ", ", d);
   const c10::cuda::CUDAGuard guard(values.device());
   at::Tensor means = at::empty({k, d}, values.options().dtype(at::kFloat));
   at::Tensor counts = at::empty({k}, labels.options());

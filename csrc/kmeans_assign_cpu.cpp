@@ -215,6 +215,7 @@ std::tuple<Tensor, Tensor> assign_screened(const Tensor& points, const Centroids
 }  // namespace
 
 std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& centroids) {
+  expect_points("kmeans_assign", points, centroids);
   const GivenCentroids given(centroids);
   if (points.size(0) == 0 || !given.finite || given.measures_all())
     return given.assign_without_codes(points);
@@ -226,6 +227,7 @@ std::tuple<Tensor, Tensor> kmeans_assign(const Tensor& points, const Tensor& cen
 // For kmeans_assign_coded: codes [N, depth], their bounds [N, CodedRow::kSize], the frame's
 // centre, and whether it is rotated. Points: fp32.
 std::vector<Tensor> kmeans_encode(const Tensor& strided_points) {
+  expect("kmeans_encode", "points", strided_points, {kAny, kAny}, at::kFloat);
   const Tensor points = strided_points.contiguous();
   const int64_t n = points.size(0), d = points.size(1), depth = round_up(d, 4);
   const Tensor some = sample(points), centre = mean_row(some);
@@ -250,6 +252,8 @@ std::vector<Tensor> kmeans_encode(const Tensor& strided_points) {
 
 std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tensor& centroids,
                                                at::TensorList codes) {
+  expect_points("kmeans_assign_coded", points, centroids);
+  expect_codes("kmeans_assign_coded", codes, points.size(0), points.size(1));
   const GivenCentroids given(centroids);
   if (points.size(0) == 0 || !given.finite || given.measures_all())
     return given.assign_without_codes(points);
@@ -264,6 +268,9 @@ std::tuple<Tensor, Tensor> kmeans_assign_coded(const Tensor& points, const Tenso
 // would have codes. `order`: for kmeans_reassign, the centroid in each slot of their codes.
 std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, bool coded,
                                    const Optional& order) {
+  expect_points("kmeans_prepare", some, centroids);
+  expect("kmeans_prepare", "some", some, {kAny, kAny}, at::kFloat);
+  if (order) expect_order("kmeans_prepare", *order, centroids.size(0));
   const GivenCentroids given(centroids);
   if (some.size(0) == 0 || !given.finite || given.measures_all()) return {given.rows};
   const Tensor sampled = some.contiguous(), centre = coded ? mean_row(sampled) : given.mean;
@@ -276,7 +283,11 @@ std::vector<Tensor> kmeans_prepare(const Tensor& centroids, const Tensor& some, 
 }
 
 std::tuple<Tensor, Tensor> kmeans_assign_prepared(const Tensor& points, at::TensorList prepared) {
+  const char* op = "kmeans_assign_prepared";
+  TORCH_CHECK_VALUE(!prepared.empty(), op, ": expected the tensors of kmeans_prepare, got none");
+  expect_points(op, points, prepared[0]);
   if (prepared.size() == 1) return GivenCentroids(prepared[0]).assign_without_codes(points);
+  expect_prepared(op, prepared, points.size(1));
   Frame frame(prepared[1]);
   frame.rotated = prepared[2].item<bool>();
   return assign_screened(points, Centroids(prepared[0], frame, prepared.slice(3)), nullptr);

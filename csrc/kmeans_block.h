@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "kmeans_centroids.h"
 
 namespace protoclip {
@@ -71,6 +72,46 @@ struct CodedPoints {
   at::Tensor codes;        // uint8 [N, depth]
   at::Tensor code_bounds;  // fp32 [N, CodedRow::kSize]
 };
+
+// Codes as kmeans_encode gives them for points [N, D].
+inline void expect_codes(const char* op, at::TensorList codes, int64_t n, int64_t d) {
+  TORCH_CHECK_VALUE(codes.size() == 4, op, ": expected the 4 tensors of kmeans_encode, got ",
+                    codes.size());
+  expect(op, "codes[0]", codes[0], {n, round_up(d, 4)}, at::kByte);
+  expect(op, "codes[1]", codes[1], {n, CodedRow::kSize}, at::kFloat);
+  expect(op, "codes[2]", codes[2], {d}, at::kFloat);
+  expect(op, "codes[3]", codes[3], {}, at::kBool);
+  for (const at::Tensor& code : codes)
+    TORCH_CHECK_VALUE(code.is_contiguous(), op, ": expected contiguous codes");
+}
+
+inline void expect_points(const char* op, const at::Tensor& points, const at::Tensor& centroids) {
+  expect(op, "points", points, {kAny, kAny}, kFloats);
+  expect(op, "centroids", centroids, {kAny, points.size(1)}, kFloats);
+  TORCH_CHECK_VALUE(points.size(0) == 0 || centroids.size(0) > 0, op,
+                    ": expected K >= 1 centroids, got 0");
+}
+
+// `prepared` as kmeans_prepare gives it where not all distances are measured.
+inline void expect_prepared(const char* op, at::TensorList prepared, int64_t d) {
+  TORCH_CHECK_VALUE(prepared.size() == 9, op,
+                    ": expected the 1 or 9 tensors of kmeans_prepare, got ", prepared.size());
+  const int64_t slots = round_up(prepared[0].size(0), int8::kColumns);
+  const int64_t spare = Array<float>::kSpare;
+  expect(op, "prepared[1]", prepared[1], {d}, at::kFloat);
+  expect(op, "prepared[2]", prepared[2], {}, at::kBool);
+  expect(op, "prepared[3]", prepared[3], {2}, at::kFloat);
+  expect(op, "prepared[4]", prepared[4], {slots * round_up(d, 4) + spare}, at::kChar);
+  expect(op, "prepared[5]", prepared[5], {slots + spare}, at::kInt);
+  for (int i = 6; i < 9; ++i) expect(op, "prepared", prepared[i], {slots + spare}, at::kFloat);
+  for (const at::Tensor& part : prepared)
+    TORCH_CHECK_VALUE(part.is_contiguous(), op, ": expected contiguous tensors");
+}
+
+inline void expect_order(const char* op, const at::Tensor& order, int64_t k) {
+  expect_labels(op, order, k, k, 0, "order");
+  TORCH_CHECK_VALUE(order.is_contiguous(), op, ": expected a contiguous order");
+}
 
 // A block of points, their codes, and the best centroid so far of each.
 struct Block {

@@ -50,7 +50,7 @@ inline at::Tensor mean_row(const at::Tensor& rows) {
     for (int64_t j = 0; j < d; ++j) sum[j] += data[i * d + j];
   auto mean = at::empty({d}, rows.options());
   for (int64_t j = 0; j < d; ++j)
-    mean.mutable_data_ptr<float>()[j] = static_cast<float>(sum[j] / n);
+    mean.mutable_data_ptr<float>()[j] = static_cast<float>(sum[j] / std::max<int64_t>(n, 1));
   return mean;
 }
 

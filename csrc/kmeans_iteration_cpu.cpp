@@ -8,6 +8,7 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
 
+#include "checks.h"
 #include "cpu_ops.h"
 
 namespace protoclip {
@@ -56,6 +57,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> kmeans_iteration(
     const Tensor& points, const Tensor& values, const Optional& weights, double weight,
     const Optional& centre, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
     at::TensorList codes, double limit) {
+  const char* op = "kmeans_iteration";
+  expect(op, "points", points, {kAny, kAny}, kFloats);
+  const int64_t n = points.size(0), d = points.size(1);
+  expect(op, "centroids", centroids, {kAny, d}, at::kFloat);
+  const bool weighted = values.dim() == 2 && values.size(1) == d + 1;
+  expect(op, "values", values, {n, weighted ? d + 1 : d}, kFloats);
+  expect(op, "distances", distances, {n}, kSums);
+  if (weights) expect(op, "weights", *weights, {n}, kSums);
+  if (centre) expect(op, "centre", *centre, {d}, at::kFloat);
   const Update update(values, labels, centroids, centre);
   const bool moving = moved(centroids, update.centroids, limit);
   const Tensor squared = distances.to(at::kDouble);

@@ -280,6 +280,19 @@ std::tuple<Tensor, Tensor, double> kmeans_reassign(const Tensor& points, at::Ten
                                                    const Tensor& order, at::TensorList codes,
                                                    const Tensor& previous, const Tensor& labels,
                                                    const Tensor& distances, const Tensor& bounds) {
+  const char* op = "kmeans_reassign";
+  expect(op, "points", points, {kAny, kAny}, kFloats);
+  const int64_t n = points.size(0), d = points.size(1);
+  expect_prepared(op, prepared, d);
+  expect_points(op, points, prepared[0]);
+  const int64_t k = prepared[0].size(0);
+  expect_order(op, order, k);
+  if (!codes.empty()) expect_codes(op, codes, n, d);
+  expect(op, "previous", previous, {k, d}, kSums);
+  expect_labels(op, labels, n, k, 0);
+  expect(op, "distances", distances, {n}, at::kFloat);
+  expect(op, "bounds", bounds, {n, kBoundsSize * int64_t{sizeof(uint16_t)}}, at::kByte);
+  TORCH_CHECK_VALUE(bounds.is_contiguous(), op, ": expected contiguous bounds");
   Frame frame(prepared[1]);
   frame.rotated = prepared[2].item<bool>();
   const Centroids c(prepared[0], frame, prepared.slice(3));

@@ -291,9 +291,16 @@ std::vector<int64_t> Start::run(int64_t first, int64_t num_clusters, int64_t tri
 Tensor kmeans_greedy_start(const Tensor& strided_points, const Optional& weights,
                            at::TensorList codes, int64_t first, int64_t num_clusters,
                            int64_t trials, int64_t rounds, at::Generator generator) {
+  const char* op = "kmeans_greedy_start";
+  expect(op, "points", strided_points, {kAny, kAny}, at::kFloat);
+  const int64_t n = strided_points.size(0);
+  if (weights) expect(op, "weights", *weights, {n}, at::kDouble);
+  if (!codes.empty()) expect_codes(op, codes, n, strided_points.size(1));
+  TORCH_CHECK_VALUE(0 <= first && first < n && trials > 0 && num_clusters > 0, op,
+                    ": expected a first point below N, clusters and trials, got ", first, ", ",
+                    num_clusters, " and ", trials, " for N = ", n);
   const Tensor rows = strided_points.contiguous();
   const Tensor by_point = weights ? weights->contiguous() : Tensor();
-  const int64_t n = rows.size(0);
   const Points points{rows.const_data_ptr<float>(),
                       weights ? by_point.const_data_ptr<double>() : nullptr, n, rows.size(1),
                       blocks(n, kSlice)};

@@ -10,6 +10,16 @@
 
 namespace protoclip {
 
+// All that is said of N rows and M columns: the fields of ``Compared``, in order.
+struct PairArguments {
+  int64_t offset = 0;
+  std::optional<at::Tensor> query_ids, key_ids;
+  bool same_positive = false;
+  std::optional<at::Tensor> own_key, exclude, key_bias;
+
+  bool plain() const { return !query_ids && !key_ids && !own_key && !exclude && !key_bias; }
+};
+
 // Row i sees all columns; its positive is column i + offset.
 struct DiagonalPairs {
   static constexpr bool kMatched = false;
@@ -55,14 +65,10 @@ class MatchedPairs {
     }
   };
 
-  // Without `own_key` row i's own column is column i + offset.
-  MatchedPairs(const char* op, int64_t n, int64_t m, const std::optional<at::Tensor>& own_key,
-               int64_t offset, const std::optional<at::Tensor>& exclude,
-               const std::optional<at::Tensor>& query_ids, const std::optional<at::Tensor>& key_ids,
-               const std::optional<at::Tensor>& key_bias, bool same_positive)
-      : same_positive_(same_positive),
-        has_key_bias_(key_bias.has_value()),
-        ids_(key_ids.has_value() ? key_ids->size(0) : 0),
+  MatchedPairs(const char* op, int64_t n, int64_t m, const PairArguments& pairs)
+      : same_positive_(pairs.same_positive),
+        has_key_bias_(pairs.key_bias.has_value()),
+        ids_(pairs.key_ids && pairs.key_ids->dim() > 0 ? pairs.key_ids->size(0) : 0),
         stride_(round_up(m, kLanes)),
         queries_(n),
         own_key_(n),
@@ -70,12 +76,17 @@ class MatchedPairs {
         query_ids_(2 * n, -1),
         key_ids_(2 * stride_, -2),  // no query's; also past the last
         key_bias_(stride_, 0.f) {
-    TORCH_CHECK((!own_key.has_value() || own_key->numel() == n) && ids_ <= 2 &&
-                    (ids_ == 0 || (query_ids->numel() == ids_ * n && key_ids->numel() == ids_ * m)),
-                op, ": expected own_key [N] and ids [R, N] and [R, M], R <= 2");
-    if (own_key.has_value()) copy<int32_t>(*own_key, own_key_.get(), n);
-    for (int64_t i = 0; !own_key.has_value() && i < n; ++i) own_key_.get()[i] = i + offset;
-    if (exclude.has_value()) copy<int32_t>(*exclude, exclude_.get(), n);
+    const auto& [offset, query_ids, key_ids, same_positive, own_key, exclude, key_bias] = pairs;
+    if (own_key) expect(op, "own_key", *own_key, {n}, at::kInt);
+    if (exclude) expect(op, "exclude", *exclude, {n}, at::kInt);
+    if (key_bias) expect(op, "key_bias", *key_bias, {m}, at::kFloat);
+    TORCH_CHECK_VALUE(ids_ <= 2 && query_ids.has_value() == key_ids.has_value(), op,
+                      ": expected query_ids and key_ids of one or two rows, or neither");
+    if (key_ids) expect(op, "key_ids", *key_ids, {ids_, m}, at::kInt);
+    if (key_ids) expect(op, "query_ids", *query_ids, {ids_, n}, at::kInt);
+    for (int64_t i = 0; i < n; ++i) own_key_.get()[i] = i + offset;
+    if (own_key) copy<int32_t>(*own_key, own_key_.get(), n);
+    if (exclude) copy<int32_t>(*exclude, exclude_.get(), n);
     for (int64_t r = 0; r < ids_; ++r) {
       copy<int32_t>((*query_ids)[r], query_ids_.get() + r * n, n);
       copy<int32_t>((*key_ids)[r], key_ids_.get() + r * stride_, m);

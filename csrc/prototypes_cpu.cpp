@@ -88,14 +88,11 @@ struct FinishRow {
   }
 };
 
-Tensor checked_labels(const Tensor& labels, int64_t k) {
-  Tensor out = labels.contiguous();
-  const int64_t* y = out.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < out.numel(); ++i)
-    TORCH_CHECK_VALUE(y[i] == kLeftOut || (0 <= y[i] && y[i] < k), kOp,
-                      ": expected labels in [0, K) or ", kLeftOut, ", got ", y[i], " at row ", i,
-                      " for K = ", k);
-  return out;
+void expect_samples(const char* op, const Tensor& features, const Tensor& prototypes,
+                    const Tensor& labels) {
+  expect(op, "features", features, {kAny, kAny}, kFloats);
+  expect(op, "prototypes", prototypes, {kAny, features.size(1)}, kFloats);
+  expect_labels(op, labels, features.size(0), prototypes.size(0), kLeftOut);
 }
 
 template <Arithmetic A>
@@ -118,6 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cro
     const Tensor& features, const Tensor& prototypes, const Tensor& targets, const Tensor& labels,
     const Tensor& logit_scale, bool need_grad, bool need_nearest, bool need_scale_gradient,
     c10::string_view reduction) {
+  expect_samples(kOp, features, prototypes, labels);
+  const bool hard = targets.dim() > 0 && targets.size(0) == 0;
+  expect(kOp, "targets", targets, {hard ? 0 : prototypes.size(0), features.size(1)}, kFloats);
+  const float scale = number(kOp, "logit_scale", logit_scale);
   const int64_t n = features.size(0), d = features.size(1), graded = need_grad ? n : 0;
   const auto fp32 = at::TensorOptions(at::kFloat);
   const Tensor loss = at::empty({n}, fp32), gradient = at::empty({graded, d}, fp32),
@@ -134,10 +135,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_cro
                          d};
     const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
     const Tensor h = prepare(features, arithmetic), c = prepare(prototypes, arithmetic);
-    const Tensor y = checked_labels(labels, prototypes.size(0));
-    const bool hard = targets.size(0) == 0;
+    const Tensor y = labels.contiguous();
     const Tensor m = hard ? c : prepare(targets, arithmetic);
-    const float scale = logit_scale.item<float>();
     dispatch_arithmetic(arithmetic,
                         [&](auto a) { forward<decltype(a)::value>(h, c, m, y, hard, scale, out); });
   }
@@ -153,6 +152,16 @@ std::tuple<Tensor, Tensor> prototype_cross_entropy_scale(const Tensor& grad, con
                                                          const Tensor& gradient,
                                                          const Tensor& scale_gradient,
                                                          const Tensor& features) {
+  const char* op = "prototype_cross_entropy_scale";
+  expect(op, "features", features, {kAny, kAny}, kFloats);
+  const int64_t n = features.size(0), d = features.size(1);
+  const bool by_row = divisor.dim() == 1, graded = gradient.dim() > 0 && gradient.size(0) > 0;
+  by_row ? expect(op, "divisor", divisor, {0}, kSums) : expect(op, "divisor", divisor, {}, kSums);
+  by_row ? expect(op, "grad", grad, {n}, kSums) : expect(op, "grad", grad, {}, kSums);
+  expect(op, "gradient", gradient, {graded ? n : 0, d}, at::kFloat);
+  const bool scaled_too = scale_gradient.dim() > 0 && scale_gradient.size(0) > 0;
+  expect(op, "scale_gradient", scale_gradient, {scaled_too ? n : 0}, at::kFloat);
+  number(op, "logit_scale", logit_scale);
   const Tensor weight =
       (divisor.numel() == 0 ? grad : grad / divisor).to(at::kFloat).expand({features.size(0)});
   Tensor of_features = at::empty({0, features.size(1)}, features.options());
@@ -199,11 +208,16 @@ Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototy
                                    const Tensor& labels, const Tensor& logit_scale,
                                    const Tensor& row_max, const Tensor& row_sum,
                                    const Tensor& weight, bool hard) {
+  const char* op = "prototype_cross_entropy_bwd";
+  expect_samples(op, features, prototypes, labels);
+  expect(op, "row_max", row_max, {features.size(0)}, at::kFloat);
+  expect(op, "row_sum", row_sum, {features.size(0)}, at::kFloat);
+  expect(op, "weight", weight, {features.size(0)}, kSums);
+  const float s = number(op, "logit_scale", logit_scale);
   const Arithmetic arithmetic = arithmetic_of(features.scalar_type());
   const Tensor x = prepare(features, arithmetic), c = prepare(prototypes, arithmetic);
   const Tensor y = labels.contiguous(), w = weight.to(at::kFloat).contiguous();
   const Tensor max = row_max.contiguous(), sum = row_sum.contiguous();
-  const float s = logit_scale.item<float>();
   const PrototypeGradient epilogue{y.const_data_ptr<int64_t>(),
                                    max.const_data_ptr<float>(),
                                    sum.const_data_ptr<float>(),
@@ -224,6 +238,8 @@ Tensor prototype_cross_entropy_bwd(const Tensor& features, const Tensor& prototy
 // m = softmax(S S^T / tau) C in fp32: attention with query = key = source and value = prototypes;
 // never [K, K].
 Tensor soft_targets(const Tensor& source_centroids, const Tensor& prototypes, double temperature) {
+  expect("soft_targets", "source_centroids", source_centroids, {kAny, kAny}, kFloats);
+  expect("soft_targets", "prototypes", prototypes, {source_centroids.size(0), kAny}, kFloats);
   constexpr Arithmetic fp32 = Arithmetic::kFloat;
   const Tensor s = prepare(source_centroids, fp32), c = prepare(prototypes, fp32);
   Tensor out = at::empty(c.sizes(), c.options());

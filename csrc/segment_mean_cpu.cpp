@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "cpu_ops.h"
 #include "memory_pool.h"
 #include "vector_math.h"
@@ -259,12 +260,25 @@ void add_rows(const Tensor& values, const Tensor& labels, int64_t k, const OpenS
   for (int64_t i = 0; i < k; ++i) sums.counts[i] += size(i);
 }
 
+void expect_sums(const char* op, const Tensor& open, const Tensor& closed, const Tensor& counts) {
+  expect(op, "open", open, {kAny, kAny}, at::kFloat);
+  expect(op, "closed", closed, open.sizes(), at::kDouble);
+  expect(op, "counts", counts, {open.size(0)}, at::kLong);
+  TORCH_CHECK_VALUE(open.is_contiguous() && closed.is_contiguous() && counts.is_contiguous(), op,
+                    ": expected contiguous sums and counts");
+}
+
 }  // namespace
 
 // Adds fp32 rows [N, D] to the sums of their segments: open fp32 [K, D], closed fp64 [K, D], counts
 // int64 [K], zeros at first. segment_sums_mean then has the bits of segment_mean of all rows.
 void segment_add(const Tensor& values, const Tensor& labels, const Tensor& open,
                  const Tensor& closed, const Tensor& counts) {
+  const char* op = "segment_add";
+  expect(op, "values", values, {kAny, kAny}, at::kFloat);
+  expect(op, "labels", labels, {values.size(0)}, at::kLong);
+  expect_sums(op, open, closed, counts);
+  expect(op, "open", open, {kAny, values.size(1)}, at::kFloat);
   const OpenSums sums{open.mutable_data_ptr<float>(), closed.mutable_data_ptr<double>(),
                       counts.mutable_data_ptr<int64_t>(), open.size(1)};
   const bool fits = values.size(0) <= std::numeric_limits<int32_t>::max();
@@ -273,6 +287,7 @@ void segment_add(const Tensor& values, const Tensor& labels, const Tensor& open,
 }
 
 Tensor segment_sums_mean(const Tensor& open, const Tensor& closed, const Tensor& counts) {
+  expect_sums("segment_sums_mean", open, closed, counts);
   const int64_t k = open.size(0), d = open.size(1);
   const Tensor means = at::empty_like(open);
   const float* last = open.const_data_ptr<float>();
@@ -292,6 +307,8 @@ Tensor segment_sums_mean(const Tensor& open, const Tensor& closed, const Tensor&
 
 std::tuple<Tensor, Tensor> segment_mean(const Tensor& values, const Tensor& labels,
                                         int64_t num_segments) {
+  expect("segment_mean", "values", values, {kAny, kAny}, kFloats);
+  expect("segment_mean", "labels", labels, {values.size(0)}, at::kLong);
   const bool fits = values.size(0) <= std::numeric_limits<int32_t>::max();
   return fits ? sorted_means<int32_t>(values, labels, num_segments)
               : sorted_means<int64_t>(values, labels, num_segments);

@@ -6,11 +6,10 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
-#include <optional>
 #include <type_traits>
 
+#include "checks.h"
 #include "gemm_tile.h"
-#include "stash_tile.h"
 
 namespace protoclip {
 
@@ -42,22 +41,14 @@ struct Inputs {
   float logit_scale;
   Arithmetic arithmetic;
 
-  // With an offset row i belongs to column i + offset.
   Inputs(const char* op, const at::Tensor& x_in, const at::Tensor& y_in,
-         const at::Tensor& logit_scale_in, std::optional<int64_t> row_offset = {}) {
-    const int64_t offset = row_offset.value_or(0);
-    TORCH_CHECK(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1), op,
-                ": expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ", y_in.sizes());
-    TORCH_CHECK(x_in.scalar_type() == y_in.scalar_type(), op, ": expected one dtype, got ",
-                x_in.scalar_type(), " and ", y_in.scalar_type());
-    TORCH_CHECK(
-        !row_offset || offset >= 0 && (x_in.size(0) == 0 || offset + x_in.size(0) <= y_in.size(0)),
-        op, ": expected row i's positive at column i + offset, got N=", x_in.size(0),
-        ", M=", y_in.size(0), ", offset=", offset);
-    arithmetic = arithmetic_of(x_in.scalar_type());
+         const at::Tensor& logit_scale_in)
+      : logit_scale(number(op, "logit_scale", logit_scale_in)),
+        arithmetic(arithmetic_of(x_in.scalar_type())) {
+    expect(op, "x", x_in, {kAny, kAny}, kFloats);
+    expect(op, "y", y_in, {kAny, x_in.size(1)}, x_in.scalar_type());
     x = prepare(x_in, arithmetic);
     y = prepare(y_in, arithmetic);
-    logit_scale = logit_scale_in.item<float>();
   }
 
   template <typename F>
@@ -107,7 +98,7 @@ struct TileRange {
 // null where none is given. Tile after tile, each contiguous.
 class Stash {
  public:
-  static constexpr int64_t kRows = kStashRows, kColumns = kStashColumns;  // of a tile
+  static constexpr int64_t kRows = 128, kColumns = 256;  // of a tile: 128 KB of fp32
 
   Stash() = default;
   Stash(float* data, int64_t columns) : data_(data), tiles_(blocks(columns, kColumns)) {}

@@ -10,11 +10,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
+#include <utility>
 #include <vector>
 
 #include "pairs.h"
@@ -35,23 +33,9 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
   }
 }
 
-// [N] or [M] each; the positives' of MatchedPairs only.
-struct SideStatistics {
-  at::Tensor max, sum, positive_sum, num_positives;
-};
-
-// The rows of one tensor of these, as the contrastive ops return and take them: in the order of
-// PairStatistics (kernels/results.py).
+// The rows of the statistics, [4, N] or [4, M], as the contrastive ops return and take them: in the
+// order of PairStatistics (kernels/results.py).
 enum StatisticsRow : int64_t { kMaxRow, kSumRow, kPositiveSumRow, kNumPositivesRow };
-
-inline at::Tensor stacked(const SideStatistics& side) {
-  at::Tensor rows[4];
-  rows[kMaxRow] = side.max;
-  rows[kSumRow] = side.sum;
-  rows[kPositiveSumRow] = side.positive_sum;
-  rows[kNumPositivesRow] = side.num_positives;
-  return at::stack(rows);
-}
 
 template <Arithmetic A, typename Pairs>
 class Statistics {
@@ -84,12 +68,15 @@ class Statistics {
         // Of one tile of columns every task may as well have its own, in its caches.
         transposes_once_(row_chunks_ > 1 && column_chunks_ > 1 &&
                          transposed_size_ * int64_t{sizeof(Input)} <= kMostTransposed),
-        transposed_(transposes_once_ ? transposed_size_ : 0) {
+        transposed_(transposes_once_ ? transposed_size_ : 0),
+        of_rows_(at::zeros({4, strip.n}, at::TensorOptions(at::kFloat))),
+        of_columns_(at::zeros({4, both_directions ? strip.m : 0}, of_rows_.options())) {
     for (int i = 0; i < at::get_num_threads(); ++i)
       scratch_.emplace_back(transposes_once_ ? 0 : strip.d);
   }
 
-  void run(float* positive) {
+  // [4, N] of the rows and [4, M] of the columns, or [4, 0] of one direction.
+  std::pair<at::Tensor, at::Tensor> run() {
     at::parallel_for(0, transposes_once_ ? blocks(strip_.m, kColumns) : 0, 1,
                      [&](int64_t begin, int64_t end) {
                        for (int64_t tile = begin; tile < end; ++tile)
@@ -97,13 +84,13 @@ class Statistics {
                      });
     at::parallel_for(0, row_chunks_ * column_chunks_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task)
-        chunk(task / column_chunks_, task % column_chunks_, positive);
+        chunk(task / column_chunks_, task % column_chunks_);
       release_matrix_unit();
     });
+    rows_.total(of_rows_);
+    by_column_.total(of_columns_);
+    return {of_rows_, of_columns_};
   }
-
-  SideStatistics rows() const { return rows_.total(strip_.n); }
-  SideStatistics columns() const { return by_column_.total(both_directions_ ? strip_.m : 0); }
 
  private:
   struct SideBuffers {  // of rows or columns
@@ -153,29 +140,24 @@ class Statistics {
       }
     }
 
-    SideStatistics total(int64_t size) const {
-      const auto options = at::TensorOptions(at::kFloat);
-      SideStatistics out{at::full({size}, -kInfinity, options), at::zeros({size}, options)};
-      if constexpr (Pairs::kMatched) {
-        out.positive_sum = sum_of(positive_sum, size);
-        out.num_positives = sum_of(num_positives, size);
-      }
-      if (chunks == 0) return out;
+    // Into statistics [4, size], of which the positives' of DiagonalPairs are there already.
+    void total(const at::Tensor& out) const {
+      const int64_t size = out.size(1);
+      float* rows = out.mutable_data_ptr<float>();
+      if (chunks == 0) std::fill_n(rows + kMaxRow * size, size, -kInfinity);
+      if (chunks == 0) return;
       for (int64_t c = 1; c < chunks; ++c)
         merge(max.get(), sum.get(), max.get() + c * stride, sum.get() + c * stride, size);
       for (int64_t i = 0; Pairs::kMatched && i < size; ++i)
         if (max.get()[i] <= kUnseen) max.get()[i] = -kInfinity, sum.get()[i] = 0.f;
-      std::copy_n(max.get(), size, out.max.mutable_data_ptr<float>());
-      std::copy_n(sum.get(), size, out.sum.mutable_data_ptr<float>());
-      return out;
-    }
-
-    at::Tensor sum_of(const Buffer<float>& parts, int64_t size) const {
-      at::Tensor out = at::zeros({size}, at::TensorOptions(at::kFloat));
-      float* sums = out.mutable_data_ptr<float>();
-      for (int64_t c = 0; c < chunks; ++c)
-        for (int64_t i = 0; i < size; ++i) sums[i] += parts.get()[c * stride + i];
-      return out;
+      std::copy_n(max.get(), size, rows + kMaxRow * size);
+      std::copy_n(sum.get(), size, rows + kSumRow * size);
+      for (int64_t c = 0; Pairs::kMatched && c < chunks; ++c) {
+        for (int64_t i = 0; i < size; ++i) {
+          rows[kPositiveSumRow * size + i] += positive_sum.get()[c * stride + i];
+          rows[kNumPositivesRow * size + i] += num_positives.get()[c * stride + i];
+        }
+      }
     }
   };
 
@@ -189,7 +171,7 @@ class Statistics {
                           std::min(kColumns, strip_.m - column), strip_.d, out, kLdRight);
   }
 
-  void chunk(int64_t row_chunk, int64_t column_chunk, float* positive) {
+  void chunk(int64_t row_chunk, int64_t column_chunk) {
     Scratch& scratch = scratch_[at::get_thread_num()];
     const int64_t row_begin = row_chunk * row_chunk_, column_begin = column_chunk * column_chunk_;
     const int64_t row_end = std::min(row_begin + row_chunk_, strip_.n);
@@ -203,14 +185,14 @@ class Statistics {
       if (!transposes_once_) transpose(column, scratch.right.get());
       for (int64_t row = row_begin; row < row_end; row += kRows) {
         const TileRange range{row, std::min(kRows, row_end - row), column, columns};
-        tile(range, right, positive, scratch);
+        tile(range, right, scratch);
         rows_.add(rows + row, scratch.row, range.rows);
         if (both_directions_) by_column_.add(by_column + column, scratch.column, range.columns);
       }
     }
   }
 
-  void tile(const TileRange& range, const Input* right, float* positive, Scratch& scratch) {
+  void tile(const TileRange& range, const Input* right, Scratch& scratch) {
     float* s = scratch.s.get();
     float* dots = stash_ ? stash_.tile(range.row, range.column) : s;
     multiply(range.rows, range.columns, strip_.d, strip_.x + range.row * strip_.ld_x, strip_.ld_x,
@@ -220,7 +202,9 @@ class Statistics {
     if constexpr (!Pairs::kMatched) {
       for (int64_t i = 0; has_own && i < range.rows; ++i) {
         const int64_t j = range.row + i + pairs_.offset - range.column;
-        if (0 <= j && j < range.columns) positive[range.row + i] = s[i * kColumns + j];
+        if (j < 0 || j >= range.columns) continue;
+        note_positive(of_rows_, range.row + i, s[i * kColumns + j]);
+        if (both_directions_) note_positive(of_columns_, range.column + j, s[i * kColumns + j]);
       }
     }
     // One exponential a logit, where a shared reference loses nothing. Not at the positives: a loss
@@ -233,6 +217,13 @@ class Statistics {
       sums_shared(range, top, scratch);
     else
       sums_exact(range, scratch);
+  }
+
+  // The only positive of a row or a column.
+  static void note_positive(const at::Tensor& statistics, int64_t i, float logit) {
+    float* at = statistics.mutable_data_ptr<float>() + i;
+    at[kPositiveSumRow * statistics.size(1)] = logit;
+    at[kNumPositivesRow * statistics.size(1)] = 1.f;
   }
 
   // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds
@@ -344,6 +335,7 @@ class Statistics {
   bool transposes_once_;
   Buffer<Input> transposed_;
   std::vector<Scratch> scratch_;
+  at::Tensor of_rows_, of_columns_;
 };
 
 }  // namespace protoclip

@@ -6,7 +6,7 @@ by a row and a column of ids, positions and biases. For the rows of each tile, a
 by parts of the rows, the forward pass writes a reference near the largest visible logit and the sum
 of 2^(s - reference), and for both the sum and count of the positives' logits; a second, small
 kernel merges them. The backward pass is that of ``softmax_gradient.py``. Sums are fp32 in a fixed
-order.
+order. Where there is nothing to compare, the launchers take the kernels of InfoNCE.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.info_nce import (
+    add_positive,
+    info_nce_forward_kernel,
     join,
     load_pairs,
     merge_blocks,
     store_columns,
     store_sums,
 )
-from protoclip.kernels.launch import cdiv
+from protoclip.kernels.launch import Launch, cdiv
 from protoclip.kernels.results import (
     ContrastiveForward,
     ContrastiveGradients,
@@ -34,12 +36,15 @@ from protoclip.kernels.results import (
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.softmax_gradient import (
     PairPointers,
+    Side,
     chunk_operands,
     column_slice_of,
     contrastive_gradient_kernel,
     exponential,
     holds_pairs,
-    pair_side,
+    info_nce_gradient_kernel,
+    reference_extremes_kernel,
+    side_of,
 )
 from protoclip.kernels.tiles import (
     ID_STRIDES,
@@ -53,6 +58,12 @@ from protoclip.kernels.tiles import (
     tile_origin,
 )
 from protoclip.kernels.waves import rows_of
+
+# Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
+# for 1,024 would take 20 us by the model.
+ONE_PROGRAM = 256
+# Up to so many, looking for extremes of the references beforehand costs more than it saves.
+FEW = 1024
 
 
 @triton.jit
@@ -151,80 +162,118 @@ def contrastive_forward_kernel(
 
 
 @triton.jit
-def _merge_side(
-    part_ptr, blocks, length,  # [blocks * (PARTS + 1), length, 2]
-    out_ptr, stride, program,  # [4, stride]
-    gap_ptr, positive_mean_ptr,  # [length] each
-    partial_sum_ptr, pair_weight,  # [], for the weighted sum of the gaps instead, or None
-    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Merge the partials of some rows or columns; the last ones complete their losses."""
-    position = program * BLOCK + tl.arange(0, BLOCK)
-    inside = position < length
-    reference = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    positive_sum = tl.zeros((BLOCK,), tl.float32)
-    num_positives = tl.zeros((BLOCK,), tl.float32)
+def _load_statistics(ptr, length, position, mask, HAS_BEFORE: tl.constexpr):
+    """-> what earlier waves left of columns, or nothing."""
+    empty = tl.zeros(position.shape, tl.float32)
+    before = PairStatistics(empty - float("inf"), empty, empty, empty)
     if HAS_BEFORE:
-        reference = tl.load(out_ptr + position, mask=inside, other=0.0)
-        total = tl.load(out_ptr + stride + position, mask=inside, other=0.0)
-        positive_sum = tl.load(out_ptr + 2 * stride + position, mask=inside, other=0.0)
-        num_positives = tl.load(out_ptr + 3 * stride + position, mask=inside, other=0.0)
-    reference, total = merge_blocks(
-        part_ptr, position, inside, length, blocks * PARTS, reference, total, DEPTH, True
-    )
-    positive_ptr = part_ptr + 2 * tl.cast(blocks, tl.int64) * PARTS * length
-    for first in range(0, blocks, DEPTH):
-        block = first + tl.arange(0, DEPTH)
-        sums, counts, _ = load_pairs(positive_ptr, block, blocks, position, inside, length)
-        positive_sum += tl.sum(sums, 0)
-        num_positives += tl.sum(counts, 0)
-    if IS_LAST:
-        count = tl.maximum(num_positives, 1.0)
-        mean = positive_sum / count
-        mean += (positive_sum - mean * count) / count  # a GPU's quotient may be 2 ulp off
-        gap = (tl.log2(total) + (reference - mean)) * LN2
-        if partial_sum_ptr is None:
-            tl.store(gap_ptr + position, gap, mask=inside)
-            tl.store(positive_mean_ptr + position, mean * LN2, mask=inside)
-        else:
-            tl.store(partial_sum_ptr, pair_weight * tl.sum(tl.where(inside, gap, 0.0)))
-    statistics = PairStatistics(reference, total, positive_sum, num_positives)
+        before = PairStatistics(
+            tl.load(ptr + position, mask=mask, other=0.0),
+            tl.load(ptr + length + position, mask=mask, other=0.0),
+            tl.load(ptr + 2 * length + position, mask=mask, other=0.0),
+            tl.load(ptr + 3 * length + position, mask=mask, other=0.0),
+        )
+    return before
+
+
+@triton.jit
+def _store_statistics(ptr, length, position, mask, statistics):
     for i in tl.static_range(len(statistics)):
-        tl.store(out_ptr + i * stride + position, statistics[i], mask=inside)
+        tl.store(ptr + i * length + position, statistics[i], mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["blocks_m", "height", "first_row", "n", "blocks_n", "m", "first_program"]
-)
-def contrastive_merge_kernel(
-    row_part_ptr, blocks_m, height,  # [2 * blocks_m, height, 2]
-    row_ptr, gap_ptr, positive_mean_ptr, first_row, n,  # [4, N], [N], [N]
-    column_part_ptr, blocks_n,  # [blocks_n * (PARTS + 1), M, 2]
-    column_ptr, column_gap_ptr, column_positive_mean_ptr, m,  # [4, M], [M], [M]
-    partial_sum_ptr, first_program, pair_weight,  # [programs of all waves], or None: not summed
-    HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+@triton.jit
+def _merged(
+    part_ptr, position, inside, length, blocks, before,
+    PARTS: tl.constexpr, DEPTH: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of the rows of a wave, and of all columns, with those of earlier waves; and their
-    losses, or sums of losses, once they are complete."""
-    program = tl.program_id(0)
-    programs = tl.cdiv(height, BLOCK)
-    if partial_sum_ptr is not None:
-        partial_sum_ptr += first_program + program
-    if program < programs:
-        _merge_side(
-            row_part_ptr, blocks_m, height, row_ptr + first_row, n, program,
-            gap_ptr + first_row, positive_mean_ptr + first_row, partial_sum_ptr, pair_weight,
-            False, True, 1, BLOCK, DEPTH,
-        )  # fmt: skip
-    else:
-        _merge_side(
-            column_part_ptr, blocks_n, m, column_ptr, m, program - programs,
-            column_gap_ptr, column_positive_mean_ptr, partial_sum_ptr, pair_weight,
-            HAS_BEFORE, IS_LAST, PARTS, BLOCK, DEPTH,
-        )  # fmt: skip
+    """-> ``before`` and the partials of some positions: [blocks * PARTS, length, 2] and, of other
+    pairs than InfoNCE's, then [blocks, length, 2] of the positives, which those hold too."""
+    reference, total = merge_blocks(
+        part_ptr, position, inside, length, blocks * PARTS, before.reference, before.sum,
+        DEPTH, not PLAIN,
+    )  # fmt: skip
+    positive_sum = before.positive_sum
+    num_positives = before.num_positives
+    if not PLAIN:
+        part_ptr += 2 * tl.cast(blocks, tl.int64) * PARTS * length
+        for first in range(0, blocks, DEPTH):
+            block = first + tl.arange(0, DEPTH)
+            sums, counts, _ = load_pairs(part_ptr, block, blocks, position, inside, length)
+            positive_sum += tl.sum(sums, 0)
+            num_positives += tl.sum(counts, 0)
+    return PairStatistics(reference, total, positive_sum, num_positives)
+
+
+@triton.jit
+def _gap(statistics, PLAIN: tl.constexpr):
+    """-> log-sum-exp - mean positive, and mean positive, in base 2."""
+    mean = statistics.positive_sum
+    if not PLAIN:
+        count = tl.maximum(statistics.num_positives, 1.0)
+        mean = statistics.positive_sum / count
+        # A GPU's quotient may be 2 ulp off.
+        mean += (statistics.positive_sum - mean * count) / count
+    return tl.log2(statistics.sum) + (statistics.reference - mean), mean
+
+
+@triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
+def merge_kernel(
+    row_part_ptr, blocks_m, height,  # of this wave's rows, as ``_merged`` takes them
+    column_part_ptr, blocks_n, m,
+    row_ptr, column_ptr,  # [4, N], [4, M], ``PairStatistics``; InfoNCE's has the rows' positives
+    loss_ptr, positive_mean_ptr, partial_sum_ptr,  # [N], [N] or None, [programs]
+    n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
+    BOTH_DIRECTIONS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
+    PARTS: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
+
+    Rows are then done; columns are merged with what earlier waves left, and done after the last,
+    which completes the pairs' losses and sums those of each program.
+    """
+    # Positions are columns, or rows where there is one direction only.
+    shift = offset if BOTH_DIRECTIONS and PLAIN else 0
+    length = m if BOTH_DIRECTIONS else n
+    partial_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        row = column - shift
+        known = (row >= 0) & (row < first + height)
+        in_wave = known & (row >= first)
+        nothing = _load_statistics(row_ptr, n, row, in_wave, False)
+        rows = _merged(
+            row_part_ptr, row - first, in_wave, height, blocks_m, nothing, 1, DEPTH, PLAIN
+        )
+        if PLAIN:
+            positive = tl.load(row_ptr + 2 * n + row, mask=known, other=-float("inf"))
+            one = tl.where(known, 1.0, 0.0)
+            reference, total = add_positive(rows.reference, rows.sum, positive)
+            rows = PairStatistics(reference, total, positive, one)
+        _store_statistics(row_ptr, n, row, in_wave, rows)
+        gap, mean = _gap(rows, PLAIN)
+        loss = pair_weight_ln2 * gap
+        if positive_mean_ptr is not None:
+            tl.store(positive_mean_ptr + row, mean * LN2, mask=in_wave)
+        if HAS_BEFORE:
+            loss = tl.where(in_wave, loss, tl.load(loss_ptr + row, mask=known & (row < first)))
+        if BOTH_DIRECTIONS:
+            inside = column < m
+            before = _load_statistics(column_ptr, m, column, inside, HAS_BEFORE)
+            columns = _merged(
+                column_part_ptr, column, inside, m, blocks_n, before, PARTS, DEPTH, PLAIN
+            )
+            if PLAIN and IS_LAST:
+                reference, total = add_positive(columns.reference, columns.sum, positive)
+                columns = PairStatistics(reference, total, tl.where(known, positive, 0.0), one)
+            if IS_LAST:
+                gap, _mean = _gap(columns, PLAIN)
+                loss += pair_weight_ln2 * gap
+            _store_statistics(column_ptr, m, column, inside, columns)
+        tl.store(loss_ptr + row, loss, mask=known)
+        partial_sum += tl.where(known, loss, 0.0)
+    if IS_LAST:
+        tl.store(partial_sum_ptr + tl.program_id(0), tl.sum(partial_sum))
 
 
 @triton.jit
@@ -306,150 +355,182 @@ def contrastive_fwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own_key: Tensor | None,
     offset: int,
-    exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
-    key_bias: Tensor | None,
     same_positive: bool,
+    own_key: Tensor | None,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
     both_directions: bool,
     pair_weight: float,
     summed: bool,
     stash: None = None,  # no logits are kept
 ) -> ContrastiveForward:
-    """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``; own_key
-    to same_positive as in ops/pairs.py."""
+    """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``; offset to
+    key_bias are ``Compared`` of ops/pairs.py."""
     n = x.shape[0]
     m = y.shape[0]
     num_columns = m if both_directions else 0
     if not min(n, m):
         return _without_pairs(x, n, num_columns, summed)
-    kernel = "contrastive_forward" if key_bias is None else "contrastive_forward_with_biases"
-    config = launch.choose(kernel, x, y)
+    plain = is_plain(own_key, exclude, key_ids, key_bias)
+    config = launch.choose(_kernel("forward", plain, key_bias), x, y)
     parts = min(config.warps, config.block_n // config.part)
     blocks_m = cdiv(m, config.block_m)
-    bytes_of_block = 8 * (2 * blocks_m * config.block_n + (parts + 1) * num_columns)
+    row_partials = 1 if plain else 2
+    column_partials = parts if plain else parts + 1
+    # Rows per wave: as many tiles as keep the partial sums within their bound.
+    bytes_of_block = 8 * (row_partials * blocks_m * config.block_n + column_partials * num_columns)
     wave = min(n, max(1, PARTIAL_BYTES // bytes_of_block) * config.block_n)
-    row_part = x.new_empty(4 * blocks_m * wave, dtype=torch.float32)
-    num_partials = 2 * cdiv(wave, config.block_n) * (parts + 1) * num_columns
-    column_part = x.new_empty(num_partials, dtype=torch.float32)
+    row_part = x.new_empty(2 * row_partials * blocks_m * wave, dtype=torch.float32)
+    num_partials = 2 * cdiv(wave, config.block_n) * column_partials * num_columns
+    column_part = row_part.new_empty(num_partials)
+    row_statistics = row_part.new_empty((4, n))
+    column_statistics = row_part.new_empty((4, num_columns))
+    losses = row_part.new_empty(n)
+    positive_mean = row_part.new_empty(0 if summed or both_directions else n)
+    length = m if both_directions else n
+    merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
+    programs = 1 if length <= ONE_PROGRAM else cdiv(length, merge.block_n)
+    partial_sums = row_part.new_empty(programs)
     pairs = PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias)
-    row_statistics = x.new_empty((4, n), dtype=torch.float32)
-    column_statistics = x.new_empty((4, num_columns), dtype=torch.float32)
-    merge = launch.MERGE
-    gap = row_statistics.new_empty(0 if summed else n)
-    positive_mean = torch.empty_like(gap)
-    column_gap = gap.new_empty(0 if summed else num_columns)
-    column_positive_mean = torch.empty_like(column_gap)
-    heights = [min(wave, n - first_row) for first_row in range(0, n, wave)]
-    column_programs = cdiv(num_columns, merge.block_n)
-    partial_sums = None
-    if summed:
-        row_programs = sum(cdiv(height, merge.block_n) for height in heights)
-        partial_sums = gap.new_empty(row_programs + column_programs)
-    first_row = 0
-    first_program = 0
     with torch.cuda.device_of(x):
-        for height in heights:
-            part = rows_of(x, slice(first_row, first_row + height))
-            blocks_n = cdiv(height, config.block_n)
-            contrastive_forward_kernel[(blocks_n * blocks_m,)](
+        for first in range(0, n, wave):
+            rows = slice(first, min(first + wave, n))
+            part = rows_of(x, rows)
+            blocks_n = cdiv(part.shape[0], config.block_n)
+            arguments = dict(
                 **operands(part, y, config), logit_scale_ptr=logit_scale,
-                row_ptr=row_part, column_ptr=column_part, pairs=pairs, offset=offset,
-                first_row=first_row, **id_arguments(query_ids, key_ids),
-                BOTH_DIRECTIONS=both_directions, SAME_POSITIVE=same_positive,
-                PARTS=parts, PART=config.part,
+                row_ptr=row_part, column_ptr=column_part,
+                BOTH_DIRECTIONS=both_directions, PARTS=parts, PART=config.part,
             )  # fmt: skip
-            programs = cdiv(height, merge.block_n)
-            contrastive_merge_kernel[(programs + column_programs,)](
-                row_part_ptr=row_part, blocks_m=blocks_m, height=height,
-                row_ptr=row_statistics, gap_ptr=gap, positive_mean_ptr=positive_mean,
-                first_row=first_row, n=n,
-                column_part_ptr=column_part, blocks_n=blocks_n,
-                column_ptr=column_statistics, column_gap_ptr=column_gap,
-                column_positive_mean_ptr=column_positive_mean, m=m,
-                partial_sum_ptr=partial_sums, first_program=first_program, pair_weight=pair_weight,
-                HAS_BEFORE=first_row > 0, IS_LAST=first_row + height == n, PARTS=parts,
-                BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
+            if plain:
+                info_nce_forward_kernel[(blocks_n * blocks_m,)](
+                    **arguments, offset=offset + first,
+                    positive_ptr=rows_of(row_statistics[2], rows),
+                )  # fmt: skip
+            else:
+                contrastive_forward_kernel[(blocks_n * blocks_m,)](
+                    **arguments, pairs=pairs, offset=offset, first_row=first,
+                    **id_arguments(query_ids, key_ids), SAME_POSITIVE=same_positive,
+                )  # fmt: skip
+            merge_kernel[(programs,)](
+                row_part_ptr=row_part, blocks_m=blocks_m, height=part.shape[0],
+                column_part_ptr=column_part, blocks_n=blocks_n, m=m,
+                row_ptr=row_statistics, column_ptr=column_statistics,
+                loss_ptr=losses, positive_mean_ptr=positive_mean if len(positive_mean) else None,
+                partial_sum_ptr=partial_sums,
+                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2.value,
+                BOTH_DIRECTIONS=both_directions, HAS_BEFORE=first > 0, IS_LAST=rows.stop == n,
+                PARTS=parts, PLAIN=plain, BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
-            first_row += height
-            first_program += programs
-    return ContrastiveForward(
-        loss_per_query=gap if partial_sums is None else partial_sums.sum(),
-        positive_mean=positive_mean,
-        loss_per_key=column_gap,
-        column_positive_mean=column_positive_mean,
-        row_statistics=row_statistics,
-        column_statistics=column_statistics,
-    )
+    if summed:
+        losses = partial_sums.sum() if programs > 1 else partial_sums.view(())
+    return ContrastiveForward(losses, positive_mean, row_statistics, column_statistics)
 
 
 def contrastive_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    own_key: Tensor | None,
     offset: int,
-    exclude: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
-    key_bias: Tensor | None,
     same_positive: bool,
+    own_key: Tensor | None,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
     row_statistics: Tensor,
     column_statistics: Tensor,
-    row_gap_weight: Tensor,
-    row_positive_mean_weight: Tensor | None,
-    column_gap_weight: Tensor,
-    column_positive_mean_weight: Tensor | None,
+    query_weight: Tensor,
+    positive_mean_weight: Tensor | None,
+    key_weight: Tensor,
     pair_weight: float,
     stash: None = None,
 ) -> ContrastiveGradients:
-    """Gradients of a strip, as in ops/softmax.py, for the weights of gap and mean positive,
-    [N] and [M], of any stride, 0 too; they are multiplied by ``pair_weight``."""
+    """Gradients of a strip, as in ops/softmax.py, for the weights of the losses and of the mean
+    positives, [N] and [M], of any stride, 0 too; they are multiplied by ``pair_weight``."""
+    n = x.shape[0]
     num_biases = 0 if key_bias is None else y.shape[0]
-    if min(x.shape[0], y.shape[0]) == 0:
+    if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         no_bias = zero.new_zeros(num_biases)
         return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, no_bias)
-    kernel = "contrastive_gradient" if key_bias is None else "contrastive_gradient_with_biases"
-    config = launch.choose(kernel, x, y)
+    plain = positive_mean_weight is None and is_plain(own_key, exclude, key_ids, key_bias)
+    config = launch.choose(_kernel("gradient", plain, key_bias), x, y)
     lifted = x.dtype == torch.float16
     num_columns = column_statistics.shape[1]
-    row_side = pair_side(row_statistics, row_gap_weight, row_positive_mean_weight, lifted=lifted)
-    column_side = pair_side(
-        column_statistics, column_gap_weight, column_positive_mean_weight, lifted=lifted
-    )
+    row_side = side_of(row_statistics, query_weight, positive_mean_weight, lifted=lifted)
+    column_side = side_of(column_statistics, key_weight, None, lifted=lifted)
+    extremes = None
+    if plain and max(n, y.shape[0]) > FEW:
+        extremes = _extremes(row_side, n, column_side, num_columns, config)
     pairs = PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias)
     plan = waves.chunks(x, y, config)
     factor = x.new_empty((), dtype=torch.float32)
     partial_sums = factor.new_empty(sum(chunk.tiles for chunk in plan))
+    entries = factor.new_empty(n) if plain else None
     dkey_bias = factor.new_zeros(num_biases) if num_biases else factor.new_empty(0)
 
     def fill(chunk: waves.Chunk, g: Tensor) -> None:
+        arguments = dict(
+            **chunk_operands(x, y, chunk, g, config),
+            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
+            row_side=row_side, column_side=column_side, num_rows=n, num_columns=num_columns,
+            stride_row_weight=query_weight.stride(0), stride_column_weight=key_weight.stride(0),
+            partial_sum_ptr=rows_of(partial_sums, chunk.places),
+            BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
+        )  # fmt: skip
+        if entries is not None:
+            info_nce_gradient_kernel[(chunk.tiles,)](
+                **arguments, offset=offset + chunk.rows.start - chunk.cols.start,
+                extremes_ptr=extremes, first_column_block=cdiv(n, config.block_n),
+                entry_ptr=rows_of(entries, chunk.rows),
+            )  # fmt: skip
+            return
         bias_sums = None
         if num_biases:
             bias_sums = factor.new_empty(
                 (chunk.shape[0] // config.block_n, chunk.cols.stop - chunk.cols.start)
             )
         contrastive_gradient_kernel[(chunk.tiles,)](
-            **chunk_operands(x, y, chunk, g, config),
-            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
-            row_side=row_side, column_side=column_side,
-            num_rows=x.shape[0], num_columns=num_columns,
-            stride_row_weight=row_gap_weight.stride(0),
-            stride_column_weight=column_gap_weight.stride(0),
-            partial_sum_ptr=rows_of(partial_sums, chunk.places), dkey_bias_ptr=bias_sums,
-            pairs=pairs, offset=offset, **id_arguments(query_ids, key_ids),
-            BOTH_DIRECTIONS=num_columns > 0, SAME_POSITIVE=same_positive, LIFT=lifted,
+            **arguments, pairs=pairs, offset=offset, dkey_bias_ptr=bias_sums,
+            **id_arguments(query_ids, key_ids), SAME_POSITIVE=same_positive,
         )  # fmt: skip
         if bias_sums is not None:
             dkey_bias[chunk.cols] += bias_sums.sum(dim=0)
 
     dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
-        x, y, factor, offset, plan, fill, partial_sums[None], None
+        x, y, factor, offset, plan, fill, partial_sums[None], entries
     )
     return ContrastiveGradients(dx=dx, dy=dy, dlogit_scale=dlogit_scale, dkey_bias=dkey_bias)
+
+
+def _extremes(row_side: Side, n: int, column_side: Side, m: int, config: Launch) -> Tensor:
+    """The extremes of the references of each block of rows, then of columns, [blocks, 2]."""
+    blocks = cdiv(n, config.block_n) + cdiv(m, config.block_m)
+    extremes = row_side.statistics_ptr.new_empty((blocks, 2))
+    with torch.cuda.device_of(extremes):
+        reference_extremes_kernel[(blocks,)](
+            row_reference_ptr=row_side.statistics_ptr,
+            column_reference_ptr=column_side.statistics_ptr,
+            n=n, m=m, out_ptr=extremes,
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
+        )  # fmt: skip
+    return extremes
+
+
+def _kernel(of: str, plain: bool, key_bias: Tensor | None) -> str:
+    """The name of a kernel in the launch table."""
+    if plain:
+        return f"info_nce_{of}"
+    return f"contrastive_{of}" if key_bias is None else f"contrastive_{of}_with_biases"
+
+
+def is_plain(*compared: Tensor | None) -> bool:
+    """Whether there is nothing to compare: row i's own column is at the offset, and it sees all."""
+    return all(x is None for x in compared)
 
 
 def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForward:
@@ -459,11 +540,7 @@ def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForwar
     rows[0].fill_(-torch.inf)
     columns[0].fill_(-torch.inf)
     none = rows.new_empty(0)
-    return ContrastiveForward(
-        loss_per_query=none.sum() if summed else rows[0].clone(),
-        positive_mean=none if summed else torch.zeros_like(rows[0]),
-        loss_per_key=none.clone() if summed else columns[0].clone(),
-        column_positive_mean=none.clone() if summed else torch.zeros_like(columns[0]),
-        row_statistics=rows,
-        column_statistics=columns,
-    )
+    if summed:
+        return ContrastiveForward(none.sum(), none, rows, columns)
+    positive_mean = none if m else torch.zeros_like(rows[0])
+    return ContrastiveForward(rows[0].clone(), positive_mean, rows, columns)

@@ -1,4 +1,5 @@
-"""InfoNCE over tiles of the logits, which never reach memory: what ops/softmax.py calls.
+"""InfoNCE over tiles of the logits, which never reach memory: what ``contrastive.py`` launches
+where there are no ids, positions or biases to compare, and what its own kernels share.
 
 Base-2 logits s_ij = scale log2(e) x_i.y_j; row i is positive at column i + offset. The forward pass
 keeps O(N) statistics and the backward pass recomputes the logits: four matrix products in all. Up
@@ -11,10 +12,9 @@ two products, finish (with the scale's gradient); and no torch op around them. M
 losses: a loss near zero is then log2(1 + little), not a difference of large numbers. Each warp
 subtracts the maximum of eight sampled columns from all its logits: one exponential per element. A
 tile where a sum then falls outside 2^-SPREAD to 2^SPREAD takes the maximum of each row and of each
-column, and a second exponential. Columns are summed over
-the rows of one warp only: summing over warps would cost barriers in every tile, and the merge does
-it anyway. How wgmma assigns a tile's rows to warps, for BLOCK_N = 128, PARTS = 4 warps, PART = 16
-rows, REPEATS = 2:
+column, and a second exponential. Columns are summed over the rows of one warp only: summing over
+warps would cost barriers in every tile, and the merge does it anyway. How wgmma assigns a tile's
+rows to warps, for BLOCK_N = 128, PARTS = 4 warps, PART = 16 rows, REPEATS = 2:
     rows 0..15 | 16..31 | 32..47 | 48..63 | 64..79 | 80..95 | 96..111 | 112..127
     warp 0     | 1      | 2      | 3      | 0      | 1      | 2       | 3
 So a warp sums its own [REPEATS, PART] rows, and a tile writes PARTS sums of each column.
@@ -35,41 +35,20 @@ products of TF32 here; ``torch.backends.cuda.matmul`` settings hold for the back
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from protoclip.kernels import launch, waves
-from protoclip.kernels.launch import Launch, cdiv
-from protoclip.kernels.results import Gradients, InfoNceForward
-from protoclip.kernels.scratch import PARTIAL_BYTES
-from protoclip.kernels.softmax_gradient import (
-    Side,
-    chunk_operands,
-    info_nce_gradient_kernel,
-    peak_of,
-    reference_extremes_kernel,
-)
 from protoclip.kernels.tiles import (
     HIDDEN,
-    LN2,
     LOG2E,
     SPREAD,
     can_hide,
     hide,
     needs_mask,
-    operands,
     products,
     tile_origin,
 )
-from protoclip.kernels.waves import rows_of, store_entries
-
-# Up to so many rows or columns one program merges all, and its sum of the losses is the whole; one
-# for 1,024 would take 20 us by the model.
-ONE_PROGRAM = 256
-# Up to so many, looking for extremes of the references beforehand costs more than it saves.
-FEW = 1024
+from protoclip.kernels.waves import store_entries
 
 
 @triton.jit
@@ -153,7 +132,7 @@ def store_sums(
     return tl.min(least) < tl.exp2(-SPREAD)
 
 
-@triton.jit(do_not_specialize=["n", "m", "offset"])
+@triton.jit(do_not_specialize=["n", "m", "offset"], do_not_specialize_on_alignment=["positive_ptr"])
 def info_nce_forward_kernel(
     x, y, x_ptr, y_ptr, logit_scale_ptr,  # [N, D], [M, D] for tiles, the same for slices, []
     row_ptr, column_ptr, positive_ptr,  # [column blocks, N, 2], [row blocks * PARTS, M, 2], [N]
@@ -204,7 +183,7 @@ def info_nce_forward_kernel(
 
 
 @triton.jit
-def _add_positive(reference, total, positive):
+def add_positive(reference, total, positive):
     """Add the positive to a sum of negatives. The new reference is the positive where that is the
     largest term, so that it counts exactly 1; elsewhere a whole number near the log of the sum."""
     log_sum = reference + tl.log2(total)
@@ -251,209 +230,3 @@ def merge_blocks(
         t = tl.sum(t * tl.exp2(r - zero[None, :]), 0)
         reference, total = join(reference, total, top, t)
     return reference, total
-
-
-@triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
-def info_nce_merge_kernel(
-    row_part_ptr, blocks_m, height,  # [blocks_m, height, 2] of this wave's rows
-    column_part_ptr, blocks_n, m,  # [blocks_n, M, 2]
-    positive_ptr, row_reference_ptr, row_sum_ptr,  # [N]
-    column_reference_ptr, column_sum_ptr,  # [M]
-    loss_ptr, partial_sum_ptr,  # [N], [programs]
-    n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
-    BOTH_DIRECTIONS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Merge the partials of a wave, rows ``first`` to ``first + height``, pair by pair.
-
-    Rows are then done; columns are merged with what earlier waves left, and done after the last,
-    which completes the pairs' losses and sums those of each program.
-    """
-    # Positions are columns, or rows where there is one direction only.
-    shift = offset if BOTH_DIRECTIONS else 0
-    length = m if BOTH_DIRECTIONS else n
-    partial_sum = tl.zeros((BLOCK,), tl.float32)
-    empty = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        row = column - shift
-        paired = (row >= 0) & (row < n)
-        positive = tl.load(
-            positive_ptr + row, mask=paired & (row < first + height), other=-float("inf")
-        )
-        in_wave = paired & (row >= first) & (row < first + height)
-        reference, total = merge_blocks(
-            row_part_ptr, row - first, in_wave, height, blocks_m,
-            empty, tl.zeros((BLOCK,), tl.float32), DEPTH, False,
-        )  # fmt: skip
-        reference, total = _add_positive(reference, total, positive)
-        tl.store(row_reference_ptr + row, reference, mask=in_wave)
-        tl.store(row_sum_ptr + row, total, mask=in_wave)
-        loss = pair_weight_ln2 * (tl.log2(total) + (reference - positive))
-        if HAS_BEFORE:
-            loss = tl.where(in_wave, loss, tl.load(loss_ptr + row, mask=paired & (row < first)))
-        if BOTH_DIRECTIONS:
-            inside = column < m
-            reference = empty
-            total = tl.zeros((BLOCK,), tl.float32)
-            if HAS_BEFORE:
-                reference = tl.load(column_reference_ptr + column, mask=inside, other=0.0)
-                total = tl.load(column_sum_ptr + column, mask=inside, other=0.0)
-            reference, total = merge_blocks(
-                column_part_ptr, column, inside, m, blocks_n, reference, total, DEPTH, False
-            )
-            if IS_LAST:
-                reference, total = _add_positive(reference, total, positive)
-                loss += pair_weight_ln2 * (tl.log2(total) + (reference - positive))
-            tl.store(column_reference_ptr + column, reference, mask=inside)
-            tl.store(column_sum_ptr + column, total, mask=inside)
-        tl.store(loss_ptr + row, loss, mask=paired & (row < first + height))
-        partial_sum += tl.where(paired, loss, 0.0)
-    if IS_LAST:
-        tl.store(partial_sum_ptr + tl.program_id(0), tl.sum(partial_sum))
-
-
-def info_nce_fwd(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    offset: int,
-    both_directions: bool,
-    pair_weight: float,
-    summed: bool,
-    stash: None = None,  # no logits are kept
-) -> InfoNceForward:
-    """The strip x [N, D] against y [M, D], as in ops/softmax.py: the losses, times
-    ``pair_weight`` in each direction, or their sum, and statistics."""
-    n = x.shape[0]
-    m = y.shape[0]
-    num_columns = m if both_directions else 0
-    length = m if both_directions else n
-    merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
-    programs = 1 if length <= ONE_PROGRAM else cdiv(length, merge.block_n)
-    row_reference = x.new_empty(n, dtype=torch.float32)
-    row_sum = torch.empty_like(row_reference)
-    column_reference = x.new_empty(num_columns, dtype=torch.float32)
-    column_sum = torch.empty_like(column_reference)
-    positive = torch.empty_like(row_reference)
-    losses = torch.empty_like(row_reference)
-    partial_sums = x.new_empty(programs, dtype=torch.float32)
-    if n == 0:
-        column_reference.fill_(-torch.inf)
-        column_sum.zero_()
-        partial_sums.zero_()
-    config = launch.choose("info_nce_forward", x, y)
-    parts = min(config.warps, config.block_n // config.part)
-    blocks_m = cdiv(m, config.block_m)
-    # Rows per wave: as many tiles as keep the partial sums within their bound.
-    bytes_of_block = 8 * (config.block_n * blocks_m + parts * m)
-    blocks_of_wave = max(1, PARTIAL_BYTES // max(1, bytes_of_block))
-    wave = max(1, min(n, blocks_of_wave * config.block_n))
-    row_part = x.new_empty(2 * blocks_m * wave, dtype=torch.float32)
-    blocks_n = cdiv(wave, config.block_n)
-    column_part = x.new_empty(2 * blocks_n * parts * num_columns, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        for first in range(0, n, wave):
-            last = min(first + wave, n)
-            rows = slice(first, last)
-            part = rows_of(x, rows)
-            blocks_n = cdiv(part.shape[0], config.block_n)
-            info_nce_forward_kernel[(blocks_n * blocks_m,)](
-                **operands(part, y, config), logit_scale_ptr=logit_scale, offset=offset + first,
-                row_ptr=row_part, column_ptr=column_part, positive_ptr=rows_of(positive, rows),
-                BOTH_DIRECTIONS=both_directions, PARTS=parts, PART=config.part,
-            )  # fmt: skip
-            info_nce_merge_kernel[(programs,)](
-                row_part_ptr=row_part, blocks_m=blocks_m, height=part.shape[0],
-                column_part_ptr=column_part, blocks_n=blocks_n * parts, m=m,
-                positive_ptr=positive, row_reference_ptr=row_reference, row_sum_ptr=row_sum,
-                column_reference_ptr=column_reference, column_sum_ptr=column_sum,
-                loss_ptr=losses, partial_sum_ptr=partial_sums,
-                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2.value,
-                BOTH_DIRECTIONS=both_directions, HAS_BEFORE=first > 0, IS_LAST=last == n,
-                BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
-            )  # fmt: skip
-    loss = losses
-    if summed:
-        loss = partial_sums.sum() if programs > 1 else partial_sums.view(())
-    return InfoNceForward(loss, row_reference, row_sum, column_reference, column_sum, positive)
-
-
-def info_nce_bwd(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    row_reference: Tensor,
-    row_sum: Tensor,
-    column_reference: Tensor,
-    column_sum: Tensor,
-    row_weight: Tensor,
-    column_weight: Tensor,
-    offset: int,
-    pair_weight: float,
-    stash: None = None,
-) -> Gradients:
-    """Gradients of the strip, as in ops/softmax.py, from what the forward pass kept.
-
-    The weights, of any stride, 0 too, are multiplied by ``pair_weight``.
-    """
-    if min(x.numel(), y.numel()) == 0:
-        zero = x.new_zeros((), dtype=torch.float32)
-        return Gradients(torch.zeros_like(x), torch.zeros_like(y), zero)
-    n = x.shape[0]
-    m = y.shape[0]
-    num_columns = len(column_reference)
-    config = launch.choose("info_nce_gradient", x, y)
-    extremes = None
-    if max(n, m) > FEW:
-        extremes = _extremes(row_reference, column_reference, config)
-    lifted = x.dtype == torch.float16
-    row_side = Side(
-        reference_ptr=row_reference,
-        sum_ptr=row_sum,
-        weight_ptr=row_weight,
-        peak_ptr=peak_of(row_weight) if lifted else None,
-    )
-    column_side = Side(
-        reference_ptr=column_reference,
-        sum_ptr=column_sum,
-        weight_ptr=column_weight,
-        peak_ptr=peak_of(column_weight) if lifted else None,
-    )
-    plan = waves.chunks(x, y, config)
-    factor = x.new_empty((), dtype=torch.float32)
-    partial_sums = factor.new_empty(sum(chunk.tiles for chunk in plan))
-    entries = factor.new_empty(n)
-
-    def fill(chunk: waves.Chunk, g: Tensor) -> None:
-        info_nce_gradient_kernel[(chunk.tiles,)](
-            **chunk_operands(x, y, chunk, g, config),
-            logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
-            row_side=row_side, column_side=column_side,
-            stride_row_weight=row_weight.stride(0), stride_column_weight=column_weight.stride(0),
-            extremes_ptr=extremes, first_column_block=cdiv(n, config.block_n),
-            entry_ptr=rows_of(entries, chunk.rows),
-            partial_sum_ptr=rows_of(partial_sums, chunk.places),
-            offset=offset + chunk.rows.start - chunk.cols.start,
-            BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
-        )  # fmt: skip
-
-    dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
-        x, y, factor, offset, plan, fill, partial_sums[None], entries
-    )
-    return Gradients(dx, dy, dlogit_scale)
-
-
-def _extremes(row_reference: Tensor, column_reference: Tensor, config: Launch) -> Tensor:
-    """The extremes of the references of each block of rows, then of columns, [blocks, 2]."""
-    n = len(row_reference)
-    m = len(column_reference)
-    blocks = cdiv(n, config.block_n) + cdiv(m, config.block_m)
-    extremes = row_reference.new_empty((blocks, 2))
-    with torch.cuda.device_of(row_reference):
-        reference_extremes_kernel[(blocks,)](
-            row_reference_ptr=row_reference, column_reference_ptr=column_reference,
-            n=n, m=m, out_ptr=extremes,
-            BLOCK_N=config.block_n, BLOCK_M=config.block_m, **launch.EXTREMES.options,
-        )  # fmt: skip
-    return extremes

@@ -8,24 +8,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class InfoNceForward(NamedTuple):
-    """The loss of a strip, and what its gradient needs of rows and columns: references near the
-    largest base-2 logit, the sums of 2^(logit - reference), and the positives' base-2 logits."""
-
-    loss: Tensor  # [N], or the sum []
-    row_reference: Tensor  # [N]
-    row_sum: Tensor  # [N]
-    column_reference: Tensor  # [M], or [0] of one direction
-    column_sum: Tensor  # [M], or [0] of one direction
-    positive: Tensor  # [N]
-
-
-class Gradients(NamedTuple):
-    dx: Tensor  # [N, D], in x's dtype
-    dy: Tensor  # [M, D], in y's dtype
-    dlogit_scale: Tensor  # fp32 []
-
-
 class PairStatistics(NamedTuple):
     """The rows of a tensor [4, N] or [4, M] of the contrastive loss's statistics, in their order
     (C++: StatisticsRow). Logits are base-2."""
@@ -44,13 +26,12 @@ class IdCodes(NamedTuple):
 
 
 class ContrastiveForward(NamedTuple):
-    """Losses in nats, LSE - mean positive, and statistics. Summed, the first is [], the weighted
-    total of all rows' and columns', and the means and the losses per key are [0]."""
+    """Losses in nats, LSE - mean positive, and statistics."""
 
-    loss_per_query: Tensor  # of each row [N]
-    positive_mean: Tensor  # [N]
-    loss_per_key: Tensor  # of each column [M], or [0] of one direction
-    column_positive_mean: Tensor
+    # [N]: of each row, or of both directions the weighted sum of a row's and its column's (for the
+    # caller to compute where N != M); or [], the weighted sum of all.
+    loss: Tensor
+    positive_mean: Tensor  # [N], or [0] of both directions, and of a sum
     row_statistics: Tensor  # [4, N], in the rows of ``PairStatistics``
     column_statistics: Tensor  # [4, M], or [4, 0] of one direction
 

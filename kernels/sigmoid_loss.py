@@ -171,10 +171,10 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     offset: int,
-    gradients: bool,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     same_positive: bool,
+    gradients: bool,
 ) -> SigmoidLoss:
     """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ids as in ops/pairs.py."""
     config = launch.choose("sigmoid_loss", x, y)

@@ -91,29 +91,30 @@ def _with_one_exponential(s, high, row_factor, column_factor):
 
 
 class Side(NamedTuple):
-    """What the rows or the columns bring into InfoNCE's G. Tensors only: a number in a tuple
-    compiles the kernel again where its divisibility by 16 changes."""
+    """What the rows or the columns bring into G. Tensors only: a number in a tuple compiles the
+    kernel again where its divisibility by 16 changes."""
 
-    reference_ptr: Tensor  # [length]
-    sum_ptr: Tensor  # [length]
-    weight_ptr: Tensor  # [length], of any stride
+    statistics_ptr: Tensor  # [4, length], ``PairStatistics``
+    weight_ptr: Tensor  # [length] of the losses, of any stride
+    mean_weight_ptr: Tensor | None  # [length] of the mean positives; None: 0
     peak_ptr: Tensor | None  # [], the largest |weight|; None: G is not lifted
+    mean_peak_ptr: Tensor | None  # []
 
 
 @triton.jit
-def _load_side(side, position, used, stride_weight, unit):
+def _load_side(side, position, used, length, stride_weight, unit):
     """-> reference, sum and weight of a probability."""
     # Loads under a mask stay where they are: others would move behind the branch that uses them.
     weight = tl.load(side.weight_ptr + position * stride_weight, mask=used, other=0.0) * unit
-    total = tl.load(side.sum_ptr + position, mask=used, other=1.0)
-    reference = tl.load(side.reference_ptr + position, mask=used, other=0.0)
+    total = tl.load(side.statistics_ptr + length + position, mask=used, other=1.0)
+    reference = tl.load(side.statistics_ptr + position, mask=used, other=0.0)
     return reference, total, weight / total
 
 
 @triton.jit
-def _entries(s, side, position, used, stride_weight, unit):
+def _entries(s, side, position, used, length, stride_weight, unit):
     """-> one direction's part of the entries of positives, whose logits are s, in G."""
-    reference, total, weight = _load_side(side, position, used, stride_weight, unit)
+    reference, total, weight = _load_side(side, position, used, length, stride_weight, unit)
     return (exponential(s, reference, True) - total) * weight
 
 
@@ -149,7 +150,7 @@ def _load_extremes(extremes_ptr, block):
 @triton.jit
 def _info_nce_slices(
     x_ptr, y_ptr, g_ptr, base2_scale, row_reference, row_weight,
-    column_side, stride_column_weight, unit,
+    column_side, num_columns, stride_column_weight, unit,
     row0, col0, n, m, d, first_col, offset, stride_g, strides,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr,
@@ -165,7 +166,7 @@ def _info_nce_slices(
         if BOTH_DIRECTIONS:
             strip_cols = first_col + tl.minimum(cols, m - 1)
             column_reference, _total, column_weight = _load_side(
-                column_side, strip_cols, strip_cols >= 0, stride_column_weight, unit
+                column_side, strip_cols, strip_cols >= 0, num_columns, stride_column_weight, unit
             )
         acc = products(
             x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
@@ -184,14 +185,14 @@ def _info_nce_slices(
 
 
 @triton.jit(
-    do_not_specialize=[*CHANGING, "first_column_block"],
+    do_not_specialize=[*CHANGING, "num_rows", "num_columns", "first_column_block"],
     do_not_specialize_on_alignment=[*SLICED, "entry_ptr"],
 )
 def info_nce_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
     row_side, column_side,  # Side of all rows and, with BOTH_DIRECTIONS, of all columns
-    stride_row_weight, stride_column_weight,  # 0: one weight for all
+    num_rows, num_columns, stride_row_weight, stride_column_weight,  # 0: one weight for all
     extremes_ptr, first_column_block,  # [row and column blocks, 2] or None
     entry_ptr, partial_sum_ptr,  # [N], [tiles]
     n, m, d, first_row, first_col, offset, stride_g, strides,  # offset: within the chunk
@@ -215,12 +216,12 @@ def info_nce_gradient_kernel(
     strip_cols = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
     row_reference, _row_sum, row_weight = _load_side(
-        row_side, strip_rows, strip_rows >= 0, stride_row_weight, unit
+        row_side, strip_rows, strip_rows >= 0, num_rows, stride_row_weight, unit
     )
     column_reference = None
     if BOTH_DIRECTIONS:
         column_reference, _column_sum, column_weight = _load_side(
-            column_side, strip_cols, strip_cols >= 0, stride_column_weight, unit
+            column_side, strip_cols, strip_cols >= 0, num_columns, stride_column_weight, unit
         )
     if extremes_ptr is None:
         low, high = _extremes_of(row_reference, column_reference)
@@ -255,7 +256,7 @@ def info_nce_gradient_kernel(
         else:
             partial_sum, positive_product = _info_nce_slices(
                 x_ptr, y_ptr, g_ptr, base2_scale, row_reference, row_weight,
-                column_side, stride_column_weight, unit,
+                column_side, num_columns, stride_column_weight, unit,
                 row0, col0, n, m, d, first_col, offset, stride_g, strides,
                 BLOCK_M, BLOCK_D, EVEN_D, SLICE_M, BOTH_DIRECTIONS,
             )  # fmt: skip
@@ -263,11 +264,14 @@ def info_nce_gradient_kernel(
             partner = rows + offset
             has_partner = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
             s = positive_product * base2_scale
-            entry = _entries(s, row_side, strip_rows, has_partner, stride_row_weight, unit)
+            entry = _entries(
+                s, row_side, strip_rows, has_partner, num_rows, stride_row_weight, unit
+            )
             if BOTH_DIRECTIONS:
                 entry += _entries(
-                    s, column_side, first_col + partner, has_partner, stride_column_weight, unit
-                )
+                    s, column_side, first_col + partner, has_partner,
+                    num_columns, stride_column_weight, unit,
+                )  # fmt: skip
             tl.store(entry_ptr + rows, entry, mask=has_partner)
             partial_sum += tl.sum(tl.where(has_partner, entry * positive_product, 0.0))
         tl.store(partial_sum_ptr, partial_sum / lift)
@@ -351,16 +355,6 @@ def column_slice_of(
     return acc, s, seen, positive & seen
 
 
-class PairSide(NamedTuple):
-    """What the rows or the columns bring into the contrastive G; see ``Side``."""
-
-    statistics_ptr: Tensor  # [4, length], ``PairStatistics``
-    weight_ptr: Tensor  # [length] of a gap, of any stride
-    mean_weight_ptr: Tensor | None  # [length] of a mean positive; None: 0
-    peak_ptr: Tensor | None  # [], the largest |weight|; None: G is not lifted
-    mean_peak_ptr: Tensor | None  # []
-
-
 @triton.jit
 def _load_pair_side(side, position, length, stride_weight, unit):
     """-> reference, weight of a probability and weight of a positive."""
@@ -396,7 +390,7 @@ def _pair_peak(side):
 def contrastive_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
-    row_side, column_side,  # PairSide of all rows and, with BOTH_DIRECTIONS, of all columns
+    row_side, column_side,  # Side of all rows and, with BOTH_DIRECTIONS, of all columns
     num_rows, num_columns, stride_row_weight, stride_column_weight,  # 0: one weight for all
     partial_sum_ptr, dkey_bias_ptr,  # [tiles], [row blocks, M] or None
     pairs, offset,
@@ -502,13 +496,13 @@ def peak_of(weight: Tensor | None) -> Tensor | None:
     return torch.linalg.vector_norm(weight, torch.inf)
 
 
-def pair_side(
+def side_of(
     statistics: Tensor, weight: Tensor, mean_weight: Tensor | None, *, lifted: bool
-) -> PairSide:
-    """The rows or the columns of the contrastive G, with peaks where it is ``lifted``."""
+) -> Side:
+    """The rows or the columns of G, with peaks where it is ``lifted``."""
     if mean_weight is not None:
         mean_weight = mean_weight.contiguous()
-    return PairSide(
+    return Side(
         statistics_ptr=statistics.contiguous(),
         weight_ptr=weight,
         mean_weight_ptr=mean_weight,

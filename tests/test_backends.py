@@ -33,7 +33,7 @@ def test_forms_of_an_op_have_its_backends() -> None:
 
 
 CONTRACTS = {
-    "info_nce": ("info_nce_fwd", "info_nce_bwd"),
+    "info_nce": ("contrastive_fwd", "contrastive_bwd"),
     "contrastive": ("contrastive_fwd", "contrastive_bwd"),
     "sigmoid_loss": ("sigmoid_loss", "sigmoid_loss_bwd"),
     "prototype_cross_entropy": (

@@ -134,7 +134,7 @@ def test_a_card_is_asked_for_kernels_graphs_and_rows() -> None:
         text=True,
         check=True,
     ).stdout
-    assert "info_nce" in output and "protoclip::info_nce_bwd" in output
+    assert "info_nce" in output and "protoclip::contrastive_bwd" in output
     assert "expected a CUDA device, got none" in output
     assert "candidates compiled: 1" in output
     assert "INTERPRETER: of a rehearsal, not to paste\n" in output

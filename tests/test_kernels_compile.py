@@ -67,7 +67,7 @@ SPILL_NOTHING = {
 MAY_SPILL = {  # but not in a loop
     "attention",
     "weights",
-    "info_nce_merge",
+    "merge",
     "reference_extremes",
     "finish",
     "join_slices",
@@ -174,7 +174,7 @@ ANSWERS = f"""
 import json, torch
 from {REPORT}.launches import Case, call, recording, variants
 from {REPORT}.report import costs
-from protoclip.kernels import info_nce, launch, waves
+from protoclip.kernels import contrastive, launch, waves
 from protoclip.kernels import prototype_cross_entropy as prototypes
 
 forms = [('info_nce', 'large', 'bf16', 512), ('contrastive', 'ids', 'bf16', 512),
@@ -196,10 +196,13 @@ for arch in {CARDS}:
 waves.SIDE, waves.GRADIENT_BYTES = 256, 256 * 256 * 2
 n, x = 1027, torch.zeros(1031, 64, dtype=torch.bfloat16)
 w, y = torch.ones(1031), torch.zeros(1027, dtype=torch.int64)
+statistics = torch.ones(4, 1031)
 with recording(90) as recorded:
     for offset in (0, 3):
-        info_nce.info_nce_bwd(
-            x[:n], x, w[0], w[1:1028], w[:n], w, w, w[:n], w, offset, 1.0)
+        contrastive.contrastive_bwd(
+            x[:n], x, w[0], offset, None, None, False, *3 * [None],
+            row_statistics=statistics[:, :n], column_statistics=statistics,
+            query_weight=w[:n], positive_mean_weight=None, key_weight=w, pair_weight=1.0)
     for _ in range(3):
         prototypes.prototype_cross_entropy_fwd(
             x[:n], x, x, y, w[0], True, False, False, 'mean')

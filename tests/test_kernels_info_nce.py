@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import protoclip
+from protoclip.kernels.results import PairStatistics
 from protoclip.ops import sigmoid_loss
 from protoclip.ops.sums import LN2
 
@@ -157,7 +158,7 @@ def test_mean_and_sum_are_within_budget(
 ) -> None:
     """The sum of the losses from one program or several, whose gradient looks for the extremes of
     its references first; one upstream gradient for all pairs."""
-    from protoclip.kernels import info_nce as kernels
+    from protoclip.kernels import contrastive as kernels
 
     monkeypatch.setattr(kernels, "ONE_PROGRAM", few)
     monkeypatch.setattr(kernels, "FEW", few)
@@ -175,29 +176,32 @@ def computed_strip(
     row_weight: Tensor,
     column_weight: Tensor,
 ) -> Results:
-    from protoclip.kernels import info_nce as kernels
+    from protoclip.kernels import contrastive as kernels
 
     scale = torch.tensor(logit_scale, device=DEVICE)
-    strip = kernels.info_nce_fwd(
-        x, y, scale, offset=offset, both_directions=columns, pair_weight=1.0, summed=False
+    names = ("own_key", "exclude", "query_ids", "key_ids", "key_bias")
+    pairs: dict[str, Any] = dict.fromkeys(names) | {"offset": offset, "same_positive": False}
+    strip = kernels.contrastive_fwd(
+        x, y, scale, **pairs, both_directions=columns, pair_weight=1.0, summed=False
     )
-    gradients = kernels.info_nce_bwd(
+    gradients = kernels.contrastive_bwd(
         x,
         y,
         scale,
-        row_reference=strip.row_reference,
-        row_sum=strip.row_sum,
-        column_reference=strip.column_reference,
-        column_sum=strip.column_sum,
-        row_weight=row_weight,
-        column_weight=column_weight,
-        offset=offset,
+        **pairs,
+        row_statistics=strip.row_statistics,
+        column_statistics=strip.column_statistics,
+        query_weight=row_weight,
+        positive_mean_weight=None,
+        key_weight=column_weight,
         pair_weight=1.0,
     )
+    rows = PairStatistics._make(strip.row_statistics)
+    by_column = PairStatistics._make(strip.column_statistics)
     return {
-        "row level": LN2 * (strip.row_reference + strip.row_sum.log2()),
-        "column level": LN2 * (strip.column_reference + strip.column_sum.log2()),
-        "positive": LN2 * strip.positive,
+        "row level": LN2 * (rows.reference + rows.sum.log2()),
+        "column level": LN2 * (by_column.reference + by_column.sum.log2()),
+        "positive": LN2 * rows.positive_sum,
         "dx": gradients.dx,
         "dy": gradients.dy,
         "dlogit_scale": gradients.dlogit_scale,
@@ -250,7 +254,7 @@ def test_many_waves_and_chunks_are_within_budget(
 ) -> None:
     """Bounds so small that the forward takes several waves, merged by several programs, and the
     backward 3 x 2 chunks."""
-    from protoclip.kernels import info_nce as kernels
+    from protoclip.kernels import contrastive as kernels
     from protoclip.kernels import waves
 
     monkeypatch.setattr(kernels, "ONE_PROGRAM", 64)
@@ -376,7 +380,7 @@ def test_forward_and_backward_of_a_small_batch_are_six_launches(
     loss(image, text, scale)
     with Launches(monkeypatch) as launches:
         torch.autograd.grad(loss(image, text, scale), [image, text, scale], upstream)
-    forward = ["info_nce_forward_kernel", "info_nce_merge_kernel"]
+    forward = ["info_nce_forward_kernel", "merge_kernel"]
     backward = ["info_nce_gradient_kernel", "addmm", "addmm", "finish_kernel"]
     assert launches.names == forward + backward
 

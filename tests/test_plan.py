@@ -175,7 +175,7 @@ def test_scratch_of_a_cpu_is_what_its_kernels_take(
     try:
         native.release_memory()
         for _ in range(2):
-            native.sigmoid_loss(x, y, scale, scale, 0, True, None, None, False)
+            native.sigmoid_loss(x, y, scale, scale, 0, None, None, False, True)
             taken = native.idle_memory()
             tile = d * 64 * x.element_size() + (1 << 17)  # of a thread
             bf16 = dtype == torch.bfloat16 and processor_multiplies_bf16()

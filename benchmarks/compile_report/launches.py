@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from protoclip.kernels import clusters, contrastive, info_nce, launch, sigmoid_loss
+from protoclip.kernels import clusters, contrastive, launch, sigmoid_loss
 from protoclip.kernels import prototype_cross_entropy as prototypes
 
 SMS = 132
@@ -82,37 +82,16 @@ def call(case: Case, rows: int | None = None) -> None:
     CALLS[case.op](case, rows, torch.ones(()))
 
 
-def _info_nce(case: Case, n: int, logit_scale: torch.Tensor) -> None:
-    x = case.features(n)
-    y = case.features(n)
-    both_directions = case.form != "rows"
-    forward = info_nce.info_nce_fwd(
-        x, y, logit_scale, offset=0, both_directions=both_directions, pair_weight=1.0, summed=True
-    )
-    weight = torch.ones(()).expand(n)
-    info_nce.info_nce_bwd(
-        x,
-        y,
-        logit_scale,
-        forward.row_reference,
-        forward.row_sum,
-        forward.column_reference,
-        forward.column_sum,
-        row_weight=weight,
-        column_weight=weight if both_directions else weight[:0],
-        offset=0,
-        pair_weight=1.0,
-    )
-
-
-def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
-    """Of queries alone; with ids, as InfoNCE has them; with all that can be said about pairs."""
+def _softmax(case: Case, n: int, logit_scale: torch.Tensor) -> None:
+    """InfoNCE; or the contrastive loss of queries alone, with ids, as InfoNCE has them, and with
+    all that can be said about pairs."""
     form = case.form.removeprefix("few ")
     position = torch.zeros(n, dtype=torch.int32)
-    codes = contrastive.id_codes(None, torch.zeros(n, 2, dtype=torch.int64)).key
-    ids = None if form == "own" else codes
+    ids = None
+    if form in ("ids", "all"):
+        ids = contrastive.id_codes(None, torch.zeros(n, 2, dtype=torch.int64)).key
     pairs: dict[str, Any] = {
-        "own_key": None if form == "ids" else position,
+        "own_key": position if form in ("own", "all") else None,
         "offset": 0,
         "exclude": position if form == "all" else None,
         "query_ids": ids,
@@ -127,12 +106,11 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         y,
         logit_scale,
         **pairs,
-        both_directions=form != "own",
+        both_directions=form not in ("own", "rows"),
         pair_weight=1.0,
-        summed=form == "ids",
+        summed=form not in ("own", "all"),
     )
-    rows = torch.ones(n)
-    columns = torch.ones(forward.column_statistics.shape[1])
+    weight = torch.ones(()).expand(n) if case.op == "info_nce" else torch.ones(n)
     contrastive.contrastive_bwd(
         x,
         y,
@@ -140,10 +118,9 @@ def _contrastive(case: Case, n: int, logit_scale: torch.Tensor) -> None:
         **pairs,
         row_statistics=forward.row_statistics,
         column_statistics=forward.column_statistics,
-        row_gap_weight=rows,
-        row_positive_mean_weight=rows if form == "all" else None,
-        column_gap_weight=columns,
-        column_positive_mean_weight=columns if form == "all" else None,
+        query_weight=weight,
+        positive_mean_weight=weight if form == "all" else None,
+        key_weight=weight[: forward.column_statistics.shape[1]],
         pair_weight=1.0,
     )
 
@@ -216,8 +193,8 @@ def _clusters(case: Case, n: int, logit_scale: torch.Tensor) -> None:
 
 
 CALLS: dict[str, Callable[[Case, int, torch.Tensor], None]] = {
-    "info_nce": _info_nce,
-    "contrastive": _contrastive,
+    "info_nce": _softmax,
+    "contrastive": _softmax,
     "sigmoid_loss": _sigmoid_loss,
     "prototypes": _prototypes,
     "soft_targets": _soft_targets,

@@ -17,10 +17,10 @@ from protoclip.ops.columns import LOCAL, Local, columns_of
 from protoclip.ops.dispatch import resolve
 from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import reduce, reduce_weighted, without_autocast
-from protoclip.ops.pairs import SAME_ID, SameId, check_ids, pairs_of
-from protoclip.ops.softmax import contrastive_loss, info_nce_loss, query_loss, query_losses
+from protoclip.ops.pairs import SameId, check_ids, pairs_of
+from protoclip.ops.softmax import contrastive_loss, query_loss, query_losses
 from protoclip.ops.stash import keeps_stash
-from protoclip.ops.sums import plain_smoothing, positive_means
+from protoclip.ops.sums import positive_means, smoothing
 
 
 def info_nce(
@@ -55,8 +55,7 @@ def info_nce(
             a query sees, as in torch's cross-entropy; a number.
         reduction: "mean": the sum of weighted losses over the total weight; "sum"; or "none" for
             one weighted value per pair.
-        backend: "auto", or one of ``protoclip.backends("info_nce")`` (with ids, of
-            ``protoclip.backends("contrastive")``); a named one never falls back.
+        backend: "auto", or one of ``protoclip.backends("info_nce")``; a named one never falls back.
         stash: False: keep no logits for the backward pass. True or None: "cpu" keeps them, up to
             64 MiB (N = 4,096), where that is faster (``ops/stash.py``): 3 matrix products instead
             of 4, and the same bits.
@@ -85,10 +84,8 @@ def info_nce(
     op = "info_nce"
     x, y, logit_scale = checks.equal_rows(op, image_features, text_features, logit_scale)
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
-    checks.one_of(op, "same_id", same_id, SAME_ID)
     checks.label_smoothing(op, label_smoothing)
-    table_row = op if ids is None else "contrastive"
-    backend_name = resolve(table_row, backend, x.device.type, x.dtype)
+    backend_name = resolve(op, backend, x.device.type, x.dtype)
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
     if ids is not None:
@@ -100,15 +97,24 @@ def info_nce(
             f"other ranks, got {label_smoothing:g}; call contrastive(..., group=group) for each "
             "direction"
         )
-    fused = backend_name != "reference"
-    reduces = fused and weights is None and not label_smoothing  # then the op gives a mean or sum
+    pairs = pairs_of(
+        op,
+        x,
+        y.shape[0],
+        query_ids=ids,
+        key_ids=ids,
+        same_id=same_id,
+        columns=columns,
+        code_ids=coder_of(backend_name),
+    )
     keys = columns.gather(y)
-    if ids is None and fused:
-        losses = info_nce_loss(
+    if backend_name != "reference":
+        reduces = weights is None and not label_smoothing  # then the op gives a mean or sum
+        losses = contrastive_loss(
             x=x,
             y=keys,
             logit_scale=logit_scale,
-            offset=columns.first(x.shape[0]),
+            pairs=pairs,
             both_directions=True,
             reduction=reduction if reduces else "none",
             backend=backend_name,
@@ -118,53 +124,26 @@ def info_nce(
         if reduces:
             return losses
         if label_smoothing:
-            by_row = plain_smoothing(x, y, logit_scale, 0)
-            by_column = plain_smoothing(y, x, logit_scale, 0)
-            losses = losses + label_smoothing * (by_row + by_column) / 2
-    elif ids is None and columns is LOCAL:
+            by_image = smoothing(x, y, logit_scale, pairs)
+            by_text = smoothing(y, x, logit_scale, pairs)
+            losses = losses + label_smoothing * (by_image + by_text) / 2
+    elif pairs.plain and columns is LOCAL:
         with without_autocast(x.device.type):
             losses = reference.info_nce(x, y, logit_scale, label_smoothing)
     else:
-        pairs = pairs_of(
-            op,
-            x,
-            y.shape[0],
-            query_ids=ids,
-            key_ids=ids,
-            same_id=same_id,
-            columns=columns,
-            code_ids=coder_of(backend_name),
-        )
-        if reduces and reduction != "none":
-            return contrastive_loss(
-                x=x,
-                y=keys,
-                logit_scale=logit_scale,
-                **pairs.tensors(),
-                both_directions=True,
-                reduction=reduction,
+        images, texts = (
+            query_losses(
+                op,
+                queries,
+                keys,
+                logit_scale,
+                pairs,
+                label_smoothing=label_smoothing,
                 backend=backend_name,
-                keep_stash=keeps_stash(stash, x, keys, logit_scale),
-                group_name=columns.name,
             ).loss_per_query
-        by_image = query_losses(
-            op,
-            x,
-            keys,
-            logit_scale,
-            pairs,
-            label_smoothing=label_smoothing,
-            backend=backend_name,
-            stash=stash,
-            both_directions=fused or columns is LOCAL,
-            columns=columns,
+            for queries, keys in ((x, keys), (y, columns.gather(x)))
         )
-        by_text = by_image.loss_per_key
-        if by_text is None:
-            all_x = columns.gather(x)
-            texts = query_losses(op, y, all_x, logit_scale, pairs, backend=backend_name)
-            by_text = texts.loss_per_query
-        losses = (by_image.loss_per_query + by_text) / 2
+        losses = (images + texts) / 2
     if weights is None:
         return reduce(losses, reduction, x.shape[0])
     return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, columns)

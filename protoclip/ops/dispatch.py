@@ -91,7 +91,11 @@ CUDA = Backend(_of_cuda, ("cuda",), FLOATS, partial(native.why_not, "cuda"))
 # Losses call it directly instead: its autograd is torch's own.
 REFERENCE = Backend(partial(getattr, reference), None, ANY_FLOAT, lambda: None)
 
-CPU_WITH_STASH = replace(CPU, keeps_stash=True)
+SOFTMAX = {
+    "cpu": replace(CPU, keeps_stash=True),
+    "triton": replace(triton_backend("contrastive"), codes_ids=True),
+    "reference": REFERENCE,
+}
 PROTOTYPES = triton_backend("prototype_cross_entropy")
 CLUSTERS = {
     # Beyond 1,024 coding is less than 4 % of an assignment. K x D: kDirect in kmeans_direct.h.
@@ -101,16 +105,8 @@ CLUSTERS = {
     "reference": REFERENCE,
 }
 TABLE: dict[str, dict[str, Backend]] = {
-    "info_nce": {
-        "cpu": CPU_WITH_STASH,
-        "triton": triton_backend("info_nce"),
-        "reference": REFERENCE,
-    },
-    "contrastive": {
-        "cpu": CPU_WITH_STASH,
-        "triton": replace(triton_backend("contrastive"), codes_ids=True),
-        "reference": REFERENCE,
-    },
+    "info_nce": SOFTMAX,
+    "contrastive": SOFTMAX,
     "sigmoid_loss": {"cpu": CPU, "triton": triton_backend("sigmoid_loss"), "reference": REFERENCE},
     "prototype_cross_entropy": {"cpu": CPU, "triton": PROTOTYPES, "reference": REFERENCE},
     "soft_targets": {"cpu": CPU, "triton": PROTOTYPES, "reference": REFERENCE},

@@ -14,10 +14,10 @@ and TORCH_CUDA_ARCH_LIST are honoured.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib.resources
-import importlib.util
 import json
 import logging
 import os
@@ -168,23 +168,22 @@ def _warn(problem: str, device_type: str) -> None:
 
 def cpu_features() -> list[str]:
     """The processor's units that the CPU library was compiled for, such as "avx512_bf16"."""
-    return list(_host_utilities().cpu_features())
-
-
-def stash_tile() -> tuple[int, int]:
-    """Rows and columns of a tile of the CPU library's stash (stash.py)."""
-    return _host_utilities().stash_tile()
+    features = _host_utilities().protoclip_cpu_features
+    features.restype = ctypes.c_char_p
+    return features().decode().split()
 
 
 @cache
-def _host_utilities() -> Any:
-    """The Python module that csrc/module.cpp defines."""
-    path = _library("cpu")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def stash_tile() -> tuple[int, int]:
+    """Rows and columns of a tile of the CPU library's stash (stash.py)."""
+    utilities = _host_utilities()
+    return utilities.protoclip_stash_rows(), utilities.protoclip_stash_columns()
+
+
+@cache
+def _host_utilities() -> ctypes.CDLL:
+    """What csrc/bindings.cpp has beside the ops."""
+    return ctypes.CDLL(str(_library("cpu")))
 
 
 @cache

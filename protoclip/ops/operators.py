@@ -7,11 +7,13 @@ more.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -45,7 +47,8 @@ def operator(
     """Make a function the body of the op ``torch.ops.protoclip.<name>``, which it then calls.
 
     Its annotations are the op's schema: tensors, optional tensors, numbers and strings in; a tensor
-    or a tuple of tensors out. Parameters have no defaults.
+    or a tuple of tensors out. Parameters have no defaults. One may be a dataclass: the op has its
+    fields, the function takes it, or a subclass.
 
     Args:
         shapes: the results for given arguments (by name), as empty tensors. Under torch.compile
@@ -55,8 +58,9 @@ def operator(
     """
 
     def register(body: Callable[Parameters, Any]) -> Callable[Parameters, Named]:
-        _LIBRARY.define(torch.library.infer_schema(body, op_name=name, mutates_args=()))
-        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        record, flat = _flattened(body)
+        _LIBRARY.define(torch.library.infer_schema(flat, op_name=name, mutates_args=()))
+        _LIBRARY.impl(name, flat, "CompositeExplicitAutograd")
         op = getattr(torch.ops.protoclip, name).default
         arguments = _arguments_of(op)
         torch.library.register_fake(
@@ -64,7 +68,12 @@ def operator(
         )
 
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Named:
-            tensors = op(*args, **kwargs)
+            values: dict[str, Any] = kwargs
+            if record.name in values:
+                value = values.pop(record.name)
+                for field in record.fields:
+                    values[field] = getattr(value, field)
+            tensors = op(*args, **values)
             return results(*tensors) if isinstance(tensors, tuple) else results(tensors)
 
         call.__name__ = body.__name__
@@ -73,6 +82,37 @@ def operator(
         return call
 
     return register
+
+
+class _Record(NamedTuple):
+    """The parameter of a function that is a dataclass."""
+
+    name: str = ""
+    fields: tuple[str, ...] = ()
+
+
+def _flattened(body: Callable[..., Any]) -> tuple[_Record, Callable[..., Any]]:
+    """A function whose parameter is a dataclass, as one that takes the fields in its place."""
+    types = get_type_hints(body)
+    name = next((name for name, of_name in types.items() if is_dataclass(of_name)), "")
+    if not name:
+        return _Record(), body
+    cls = types[name]
+    record = _Record(name, tuple(field.name for field in fields(cls)))
+    begin = list(types).index(name)
+    end = begin + len(record.fields)
+
+    def flat(*values: Any) -> Any:
+        return body(*values[:begin], cls(*values[begin:end]), *values[end:])
+
+    types |= get_type_hints(cls)
+    names = list(inspect.signature(body).parameters)
+    names[begin : begin + 1] = record.fields
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(each, kind, annotation=types[each]) for each in names]
+    signature = inspect.Signature(parameters, return_annotation=types["return"])
+    flat.__signature__ = signature  # type: ignore[attr-defined]
+    return record, flat
 
 
 def single(tensor: Tensor) -> Tensor:

@@ -35,34 +35,37 @@ CodeIds = Callable[[Tensor | None, Tensor], IdCodes]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The backends' arguments about N queries and M keys; None: not used."""
+class Ids:
+    """What SigLIP's op takes about N queries and M keys; None: not used."""
 
-    own_key: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
     offset: int = 0  # without ``own_key``, query i's own key is key i + offset
-    exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
     query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
     key_ids: Tensor | None = None  # int32 [R, M]
-    key_bias: Tensor | None = None  # [M]
     same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
-    others: Tensor | None = None  # int64 [N, P], further own keys, for plain torch; -1: none
-    left_out: Tensor | None = None  # bool [N], queries that have no loss
-    out_of_range: Tensor | None = None  # bool [N], queries with a position out of range
+
+
+@dataclass(frozen=True)
+class Compared(Ids):
+    """What the softmax op takes."""
+
+    own_key: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
+    exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
+    key_bias: Tensor | None = None  # [M]
 
     @property
     def plain(self) -> bool:
         """Each query has its own key at the offset and sees all keys."""
-        return (
-            self.own_key is None
-            and self.exclude is None
-            and self.key_ids is None
-            and self.key_bias is None
-        )
+        compared = (self.own_key, self.exclude, self.key_ids, self.key_bias)
+        return all(each is None for each in compared)
 
-    def tensors(self) -> dict[str, Any]:
-        """The arguments about pairs of the contrastive op and its backends, by name."""
-        names = ("own_key", "offset", "exclude", "key_bias")
-        return {name: getattr(self, name) for name in names} | self.ids()
+
+@dataclass(frozen=True)
+class Pairs(Compared):
+    """All that is said of queries and keys: what no kernel takes, too."""
+
+    others: Tensor | None = None  # int64 [N, P], further own keys, for plain torch; -1: none
+    left_out: Tensor | None = None  # bool [N], queries that have no loss
+    out_of_range: Tensor | None = None  # bool [N], queries with a position out of range
 
     def own_positions(self, queries: Tensor) -> Tensor:
         """``own_key`` of the queries [N, D], whether it was given or not."""
@@ -70,11 +73,6 @@ class Pairs:
             return self.own_key
         end = self.offset + queries.shape[0]
         return torch.arange(self.offset, end, dtype=torch.int32, device=queries.device)
-
-    def ids(self) -> dict[str, Any]:
-        """The arguments about pairs of SigLIP's op and its backends, by name."""
-        names = ("query_ids", "key_ids", "same_positive")
-        return {name: getattr(self, name) for name in names}
 
 
 class QueryParts(NamedTuple):

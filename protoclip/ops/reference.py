@@ -60,20 +60,12 @@ def relations(pairs: Pairs, queries: Tensor, num_keys: int) -> tuple[Tensor, Ten
     return seen, positive & seen
 
 
-def contrastive(
-    x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, both_directions: bool
-) -> tuple[QueryParts, QueryParts | None]:
-    """[N, D], [M, D] -> the losses of the rows, [N], and with ``both_directions`` those of the
-    columns, [M]."""
+def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs) -> QueryParts:
+    """[N, D], [M, D] -> the losses of the rows, [N]."""
     logits = _acc(logit_scale).reshape(()) * (_acc(x) @ _acc(y).T)
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
     seen, positive = relations(pairs, x, y.shape[0])
-    rows = _query_parts(logits, seen, positive)
-    return rows, _query_parts(logits.T, seen.T, positive.T) if both_directions else None
-
-
-def _query_parts(logits: Tensor, seen: Tensor, positive: Tensor) -> QueryParts:
     count = positive.sum(dim=1)
     mean = logits.where(positive, 0).sum(dim=1) / count.clamp_min(1)
     visible = logits.where(seen, -torch.inf)

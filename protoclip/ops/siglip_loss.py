@@ -36,7 +36,7 @@ from protoclip.ops.operators import (
     wants_gradient,
     without_autocast,
 )
-from protoclip.ops.pairs import Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.pairs import Ids, Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.sums import signed_sums
 
 STRIP_LOGITS = 1 << 20  # logits that torch forms at once where no kernel does: 4 MiB
@@ -60,42 +60,36 @@ def _sigmoid_loss(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    offset: int,
+    pairs: Ids,
     gradients: bool,
     backend: str,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_positive: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sigmoid loss of a strip, with its gradients if they are wanted; with ``group_name`` of x
-    against the texts y of every rank in turn, where ``key_ids`` are those of all ranks."""
+    against the texts y of every rank in turn, where ``pairs`` has the ids of all ranks' texts."""
     run = function("sigmoid_loss", backend, "sigmoid_loss")
 
-    def against(texts: Tensor, key_ids: Tensor | None, offset: int) -> SigmoidLoss:
+    def against(texts: Tensor, pairs: Ids) -> SigmoidLoss:
         results = run(
             x=x,
             y=texts,
             logit_scale=logit_scale,
             logit_bias=logit_bias,
-            offset=offset,
+            **vars(pairs),
             gradients=gradients,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            same_positive=same_positive,
         )
         return SigmoidLoss._make(results)
 
     columns = columns_named(group_name)
     if not isinstance(columns, Group):
-        return against(y, key_ids, offset)
-    return _round_the_ring(against, y, key_ids, columns)
+        return against(y, pairs)
+    return _round_the_ring(against, y, pairs, columns)
 
 
 def _round_the_ring(
-    against: Callable[[Tensor, Tensor | None, int], SigmoidLoss],
+    against: Callable[[Tensor, Ids], SigmoidLoss],
     y: Tensor,
-    key_ids: Tensor | None,
+    pairs: Ids,
     columns: Group,
 ) -> SigmoidLoss:
     """The sums of what the texts of each rank give; a gradient travels with its texts and is back
@@ -105,9 +99,12 @@ def _round_the_ring(
     for hop in range(columns.size):
         receive = pass_on(texts, columns.group) if hop + 1 < columns.size else None
         owner = (columns.rank + hop) % columns.size
-        ids = None if key_ids is None else key_ids.tensor_split(columns.size, dim=1)[owner]
+        ids = pairs.key_ids
+        if ids is not None:
+            ids = ids.tensor_split(columns.size, dim=1)[owner]
         # The first chunk holds this rank's texts; the others hold negatives only.
-        part = against(texts, ids, 0 if hop == 0 else y.shape[0])
+        offset = 0 if hop == 0 else y.shape[0]
+        part = against(texts, replace(pairs, key_ids=ids, offset=offset))
         if total is None:
             total = SigmoidLoss._make(value.to(part.loss.dtype) for value in part)
         else:
@@ -184,16 +181,12 @@ def sigmoid_rows(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    own_key: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_positive: bool,
+    pairs: Ids,
 ) -> Tensor:
     """The loss of each image, [N], from ``STRIP_LOGITS`` logits at a time."""
-    pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     losses = empty(x, x.shape[0])
     with without_autocast(x.device.type):
-        for rows, strip in _strips(pairs, own_key, y.shape[0]):
+        for rows, strip in _strips(pairs, x.shape[0], y.shape[0]):
             losses[rows] = reference.sigmoid_loss(x[rows], y, logit_scale, logit_bias, strip)
     return losses
 
@@ -204,19 +197,15 @@ def sigmoid_rows_gradients(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    own_key: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    same_positive: bool,
+    pairs: Ids,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``sigmoid_rows`` for upstream gradients [N]; recomputes the logits."""
-    pairs = Pairs(query_ids=query_ids, key_ids=key_ids, same_positive=same_positive)
     dx = torch.empty_like(x)
     dy = torch.zeros_like(y, dtype=accumulator(y))
     dlogit_scale = torch.zeros((), dtype=accumulator(x), device=x.device)
     dlogit_bias = torch.zeros_like(dlogit_scale)
-    for rows, strip in _strips(pairs, own_key, y.shape[0]):
+    for rows, strip in _strips(pairs, x.shape[0], y.shape[0]):
         with without_autocast(x.device.type):
             gradients = reference.sigmoid_gradients(
                 x[rows], y, logit_scale, logit_bias, strip, grad[rows]
@@ -228,13 +217,14 @@ def sigmoid_rows_gradients(
     return SigmoidGradients(dx, dy.to(y.dtype), dlogit_scale, dlogit_bias)
 
 
-def _strips(pairs: Pairs, own_key: Tensor, m: int) -> Iterator[tuple[slice, Pairs]]:
-    """Rows whose logits against m keys are formed together, and their pairs."""
+def _strips(pairs: Ids, n: int, m: int) -> Iterator[tuple[slice, Pairs]]:
+    """Rows of n whose logits against m keys are formed together, and their pairs."""
     step = max(1, STRIP_LOGITS // max(m, 1))
-    for start in range(0, own_key.shape[0], step):
+    for start in range(0, n, step):
         rows = slice(start, start + step)
         query_ids = None if pairs.query_ids is None else pairs.query_ids[:, rows]
-        yield rows, replace(pairs, own_key=own_key[rows], query_ids=query_ids)
+        strip = replace(pairs, offset=pairs.offset + start, query_ids=query_ids)
+        yield rows, Pairs(**vars(strip))
 
 
 def _rows_backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
@@ -328,6 +318,8 @@ def sigmoid_loss(
         columns=columns,
         code_ids=coder_of(backend_name),
     )
+    # Every image has its own text, also where ids say which texts are positives.
+    pairs = replace(pairs, offset=offset + columns.first(n))
     by_row = weights is not None or reduction == "none" or backend_name == "reference"
     gathers = by_row or bool(label_smoothing)
     tensors: dict[str, Any] = {
@@ -340,14 +332,13 @@ def sigmoid_loss(
         with without_autocast(x.device.type):
             losses = reference.sigmoid_loss(**tensors, pairs=pairs)
     elif by_row:
-        losses = sigmoid_rows(**tensors, own_key=pairs.own_positions(x), **pairs.ids())
+        losses = sigmoid_rows(**tensors, pairs=pairs)
     else:
         losses = _sigmoid_loss(
             **tensors,
-            offset=offset + columns.first(n) if gathers else offset,
+            pairs=pairs,
             gradients=wants_gradient(x, y, logit_scale, logit_bias),
             backend=backend_name,
-            **pairs.ids(),
             group_name="" if gathers else columns.name,
         ).loss
     if label_smoothing:

@@ -33,6 +33,10 @@ def smoothing(
     """Mean logit of each query's positives minus that of all it sees, [N]: label smoothing adds
     it, times epsilon, to the loss. ``negative_logits`` [N, H]: of keys that only this query
     sees."""
+    if pairs.plain and negative_logits is None:  # a mean of keys is a key
+        x, y = (rows.to(accumulator(queries)) for rows in (queries, keys))
+        own_keys = y[pairs.offset : pairs.offset + x.shape[0]]
+        return logit_scale.to(x.dtype).reshape(()) * (x * (own_keys - y.mean(dim=0))).sum(dim=1)
     sums = KeySums(queries, keys, pairs)
     positive, num_positives = _logits(queries, logit_scale, sums.positive())
     seen, num_seen = _logits(queries, logit_scale, sums.seen())
@@ -66,14 +70,6 @@ def signed_sums(
     seen, num_seen = _logits(x, logit_scale, sums.seen())
     total = 2 * (positive + bias * num_positives) - (seen + bias * num_seen)
     return total.to(accumulator(x))
-
-
-def plain_smoothing(queries: Tensor, keys: Tensor, logit_scale: Tensor, offset: int) -> Tensor:
-    """``smoothing`` where query i has key i + offset and sees all keys."""
-    x = queries.to(accumulator(queries))
-    y = keys.to(accumulator(queries))
-    own_keys = y[offset : offset + x.shape[0]]
-    return logit_scale.to(x.dtype).reshape(()) * (x * (own_keys - y.mean(dim=0))).sum(dim=1)
 
 
 def add_positives(

@@ -99,7 +99,7 @@ MUTATIONS = {
 KERNELS = {
     "info_nce 150x64 bf16": (
         "info_nce_forward_kernel",
-        "info_nce_merge_kernel",
+        "merge_kernel",
         "info_nce_gradient_kernel",
         "finish_kernel",
     ),
@@ -108,7 +108,7 @@ KERNELS = {
 CI = {
     80: [  # a barrier, a guard and a wrong value
         ("info_nce_forward_kernel", "barrier dropped"),
-        ("info_nce_merge_kernel", "st.global 1 MiB further"),
+        ("merge_kernel", "st.global 1 MiB further"),
         ("info_nce_gradient_kernel", "operands of mma swapped"),
     ],
     90: [  # what only asynchronous copies and products need

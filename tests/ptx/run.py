@@ -29,7 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
-from protoclip.kernels import contrastive, info_nce, prototype_cross_entropy, waves
+from protoclip.kernels import contrastive, prototype_cross_entropy, waves
 from tests.budget import assert_within_budget
 from tests.ptx import cases, cuda_driver, triton_driver
 from tests.ptx.arithmetic import EmulatorError, options
@@ -125,7 +125,6 @@ BOUNDS = [
     (waves, "GRADIENT_BYTES", 1 << 15),
     (waves, "SIDE", 256),
     (prototype_cross_entropy, "PROTOTYPE_BYTES", 1 << 15),
-    (info_nce, "PARTIAL_BYTES", 1 << 15),
     (contrastive, "PARTIAL_BYTES", 1 << 15),
 ]
 
@@ -137,7 +136,7 @@ def bounds_of(case: Case) -> Iterator[None]:
     if case.small_chunks:
         changes += BOUNDS
     if case.small_chunks or case.extremes:
-        changes.append((info_nce, "FEW", 0))
+        changes.append((contrastive, "FEW", 0))
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
         for module, name, value in changes:
