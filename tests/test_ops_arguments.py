@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
 from protoclip.ops import native
-from protoclip.ops.clusters import BlockAssignment, SegmentSums
+from protoclip.ops.clusters import BlockAssignment, Bounds, SegmentSums
+from protoclip.ops.dispatch import TABLE
 
 torch.set_num_threads(2)
 samples = {}  # op -> calls of it, by the form of their arguments: which are given
@@ -89,7 +90,8 @@ CHANGES = {
 def tensors_of(results):
     if isinstance(results, torch.Tensor):
         return [results]
-    return [t for result in results or () for t in tensors_of(result)]
+    parts = results if isinstance(results, (list, tuple)) else ()
+    return [t for part in parts for t in tensors_of(part)]
 
 def has_nan(results):
     return any(t.is_floating_point() and t.isnan().any() for t in tensors_of(results))
@@ -147,7 +149,12 @@ with Noted():
     sums.add(x, label.clamp_min(-1))
     sums.means()
     for rows, centroids in ((points, points[:64]), (x, x[:3])):
-        BlockAssignment(rows, len(centroids), "cpu").to(centroids)(points=rows)
+        BlockAssignment(rows, len(centroids), "cpu").to(centroids)(rows, slice(None))
+    known = Bounds(TABLE["kmeans_assign"]["cpu"])
+    labels, distances = protoclip.kmeans_assign(points, points[:64])
+    known.keep(points[:64], labels, distances)
+    blocks = BlockAssignment(points, 64, "cpu")
+    blocks.to(points[1:65].contiguous(), known)(points, slice(None))
 
 registered = {
     getattr(getattr(torch.ops, namespace), name.split(".")[0]).default
