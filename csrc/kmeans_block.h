@@ -16,7 +16,7 @@ using int8::kRows;
 using int8::kVectors;
 
 constexpr int64_t kBlockRows = 128;  // points that share one pass over the centroids' codes
-constexpr int64_t kMostRows = 512;   // of a block of which few meet a panel (kmeans_moved_cpu.cpp)
+constexpr int64_t kMostRows = 512;   // of a block of few rows (kmeans_reassign_cpu.cpp)
 // Norms outside (kTooSmall, kTooLarge) have squares near fp32's ends: such a row is done in fp64.
 constexpr float kTooSmall = 1e-10f, kTooLarge = 1e15f;
 // Sums of more products of codes may leave int32: rows that are wider are done in fp64 too.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from pairs import encoded, write_tar
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from protoclip.common.waits import Wait
 from protoclip.evaluate import __main__ as command
 from protoclip.evaluate.datasets import open_layout, read_templates
 from protoclip.model import build_model
@@ -260,20 +259,31 @@ def test_no_bar_is_drawn_in_a_redirected_stderr(
     assert capsys.readouterr().err == ""
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_every_part_of_the_wait_is_counted_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[tuple[str, int, int | None]] = []
+    original_restart, original_exit = Wait.restart, Wait.__exit__
 
+    def note(wait: Wait) -> None:
+        if wait.note in ("pictures", "texts"):
+            parts.append((wait.note, wait.done, wait.total))
 
-def test_the_bar_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restart(wait: Wait, total: int, what: str) -> None:
+        note(wait)
+        original_restart(wait, total, what)
+
+    def end(wait: Wait, *error: object) -> None:
+        note(wait)
+        original_exit(wait, *error)
+
+    monkeypatch.setattr(Wait, "restart", restart)
+    monkeypatch.setattr(Wait, "__exit__", end)
     root = image_folder(tmp_path / "digits", 30)
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
     assert evaluate(tmp_path, root, "--tasks", "zeroshot,knn").code == 0
-    shown = re.findall(r"(\d+)%\|.*?(\d+)/(\d+) \[.*?, (\w+)\]", terminal.getvalue())
-    assert [what for *_, what in shown if what == "texts"], terminal.getvalue()
-    share, done, total, what = shown[-1]
-    assert share == "100" and done == total == "15" and what == "pictures"
+    assert {what for what, *_ in parts} == {"pictures", "texts"}
+    assert all(done == total for _, done, total in parts)
+    assert parts[-1] == ("pictures", 15, 15)
 
 
 def test_named_templates_are_open_clips() -> None:
