@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.estimator import KMeans
     from protoclip.features import open_features
     from protoclip.heads import load_heads
-    from protoclip.lloyd import Clusters, choose_num_clusters, kmeans
+    from protoclip.lloyd import Clusters, kmeans
+    from protoclip.lloyd.number import choose_num_clusters
     from protoclip.losses import ClipLoss, ProtoClipLoss, SigLipLoss
     from protoclip.openclip import create_loss, create_task
     from protoclip.ops import (
@@ -88,7 +89,7 @@ _MODULES = {
     "ProtoConfig": "settings.config",
     "SigLipLoss": "losses",
     "balanced_sample": "curate",
-    "choose_num_clusters": "lloyd",
+    "choose_num_clusters": "lloyd.number",
     "create_loss": "openclip",
     "create_task": "openclip",
     "grad_cache": "cached_gradients",

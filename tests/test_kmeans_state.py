@@ -557,15 +557,16 @@ def commands_that_survive(folder: Path) -> dict[str, str]:
     rows = torch.cat([torch.randn(60, 5) + 9 * torch.eye(5)[number] for number in range(3)])
     np.save(folder / "rows.npy", rows.numpy())
     cases = {
-        "cluster": (cluster.main, ["--k", "auto"], ["clusters.csv", "centroids.safetensors"]),
+        "cluster": (cluster.main, ["--k", "auto"], ["clusters.csv", "centroids.safetensors"], 4),
         "curate": (
             curate.main,
             ["--levels", "20,4", "--target", "50", "--resamplings", "2"],
             ["selected.csv", "hierarchy.safetensors"],
+            20,
         ),
     }
     problems = {}
-    for name, (main, flags, files) in cases.items():
+    for name, (main, flags, files, places) in cases.items():
         command = [str(folder / "rows.npy"), *flags, "--out"]
         whole, out = folder / f"{name}-whole", folder / name
         if code := main([*command, str(whole)]):
@@ -576,7 +577,7 @@ def commands_that_survive(folder: Path) -> dict[str, str]:
             if code := main([*command, str(out)]):
                 os._exit(code)
 
-        kills, code = kill_until_it_ends(attempt, 40, random.Random(5))
+        kills, code = kill_until_it_ends(attempt, places, random.Random(5))
         if code or kills < 3:
             problems[name] = f"exit code {code} after {kills} kills"
         elif any((whole / file).read_bytes() != (out / file).read_bytes() for file in files):

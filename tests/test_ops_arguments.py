@@ -174,7 +174,8 @@ with torch.no_grad():
     for op, forms in samples.items():
         for values in forms.values():
             right = run(op, values)
-            assert not has_nan(right), (op, values)
+            unwritten = "kmeans_prepare" in op.name()  # tensors that end in unwritten memory
+            assert unwritten or not has_nan(right), (op, values)
             for name, value in values.items():
                 places = range(len(value)) if isinstance(value, (list, tuple)) else [None]
                 if places == [None] and not isinstance(value, torch.Tensor):
@@ -196,7 +197,7 @@ with torch.no_grad():
                         as_before = what == "strides transposed" or (
                             what == "other dtype" and old.is_floating_point()
                         )
-                        if "kmeans_prepare" in op.name():  # tensors that end in unwritten memory
+                        if unwritten:
                             continue
                         if has_nan(got) or (as_before and not all(
                             p.shape == q.shape

@@ -16,7 +16,7 @@ from protoclip.common.waits import Wait
 from protoclip.data import PairDataset
 from protoclip.data.feature_pairs import FeaturePairs, origin
 from protoclip.features import FeatureRows
-from protoclip.lloyd import choose_num_clusters, numbers_to_try
+from protoclip.lloyd.number import choose_num_clusters, numbers_to_try
 
 SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
 LARGEST_K = 300  # --k auto

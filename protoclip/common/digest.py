@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 BLOCK_BYTES = 64 << 20  # of a GPU's tensor, copied to the host at a time
@@ -14,6 +13,8 @@ class Digest:
     """xxh3 (128 bits) of rows that are handed in in order, in blocks of any size."""
 
     def __init__(self) -> None:
+        import xxhash  # late: most calls of the library need none
+
         self._hash = xxhash.xxh3_128()
         self.rows = 0
 

@@ -208,7 +208,7 @@ def hierarchical_kmeans(
             levels above counts as one.
         group: a process group whose ranks each hold a slice of the rows. Each rank computes the
             levels above the first, which get the same bits.
-        state: a file that is written after each k-means, and beside it one of the k-means that
+        state: a file that is written after each k-means, and next to it one of the k-means that
             runs, as for ``kmeans``. If it exists, the call continues there, with the result of an
             uninterrupted call; with a group the first rank's file is used.
         progress: called in each iteration with the level, from 1, the number of the k-means at

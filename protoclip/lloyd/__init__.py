@@ -9,12 +9,7 @@ assignment.
 
 from protoclip.lloyd.clustering import kmeans
 from protoclip.lloyd.clusters import Clusters
-from protoclip.lloyd.faiss_backend import load_faiss
-from protoclip.lloyd.number import choose_num_clusters, numbers_to_try
 from protoclip.lloyd.points import as_points, stored_rows
 from protoclip.lloyd.starts import INITS
 
-__all__ = [
-    "INITS", "Clusters", "as_points", "choose_num_clusters", "kmeans", "load_faiss",
-    "numbers_to_try", "stored_rows",
-]  # fmt: skip
+__all__ = ["INITS", "Clusters", "as_points", "kmeans", "stored_rows"]

@@ -20,7 +20,6 @@ from protoclip.common.digest import Digest, digest_of
 from protoclip.common.seeds import mix
 from protoclip.common.waits import Wait
 from protoclip.lloyd.clusters import Clusters, Rows
-from protoclip.lloyd.faiss_backend import faiss_kmeans
 from protoclip.lloyd.loop import OnCentroids, Progress, Settings, inertia_of, lloyd
 from protoclip.lloyd.points import (
     LARGEST_INTEGER,
@@ -226,6 +225,8 @@ def kmeans(
             )
 
     def run_faiss(begun: RunState) -> Outcome:
+        from protoclip.lloyd.faiss_backend import faiss_kmeans
+
         assert isinstance(source, InMemory)
         centroids, history = faiss_kmeans(
             source.x,

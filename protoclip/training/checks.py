@@ -16,7 +16,7 @@ from torch import nn
 from protoclip.data import data_kind
 from protoclip.distributed import GlobalBatchNorm1d, is_distributed
 from protoclip.episodes.teacher import teacher_spec
-from protoclip.lloyd import load_faiss
+from protoclip.lloyd.faiss_backend import load_faiss
 from protoclip.losses.objective import Term
 from protoclip.model import check_model
 from protoclip.ops.dispatch import why_not
