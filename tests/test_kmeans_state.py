@@ -578,7 +578,7 @@ def commands_that_survive(folder: Path) -> dict[str, str]:
                 os._exit(code)
 
         kills, code = kill_until_it_ends(attempt, places, random.Random(5))
-        if code or kills < 3:
+        if code or kills < 2:
             problems[name] = f"exit code {code} after {kills} kills"
         elif any((whole / file).read_bytes() != (out / file).read_bytes() for file in files):
             problems[name] = "other files"

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protoclip.common import sealed
 from protoclip.common.digest import Digest
 from protoclip.common.files import printable, sole_writer
 from protoclip.lloyd.slices import PointSlice
@@ -139,6 +138,8 @@ class StateFile:
         except OSError as error:
             reason = f"cannot write: {error.strerror}"
             raise OSError(error.errno, reason, str(self.path)) from error
+        from protoclip.common import sealed  # late: calls without a file need none of it
+
         stack.enter_context(sole_writer(_lock_of(self.path), self.op, self.path))
         sealed.remove_leftovers(self.path)
         content = self._read() if self.path.exists() else Content({}, {})
@@ -146,6 +147,8 @@ class StateFile:
         return content
 
     def _read(self) -> Content:
+        from protoclip.common import sealed
+
         shown = printable(str(self.path))
         try:
             if not sealed.is_sealed(self.path) and self.read_old is not None:
@@ -205,6 +208,8 @@ class StateFile:
         return Content(facts, tensors), None
 
     def _save(self, content: Content) -> None:
+        from protoclip.common import sealed
+
         tensors = {name: _own_bytes(x) for name, x in content.tensors.items()}
         texts = {"call": json.dumps(self.call), "facts": json.dumps(content.facts)}
         sealed.save(self.path, {"op": self.op, "format": FORMAT, "tensors": tensors, **texts})
@@ -245,6 +250,8 @@ def _lock_of(path: Path) -> Path:
 def place_of(path: Path) -> tuple[int, int]:
     """The restart of a run of k-means and its iterations until now, from its file; 0, 0 of what is
     not such a file."""
+    from protoclip.common import sealed
+
     try:
         facts = json.loads(sealed.load(path, must_be_sealed=True)["facts"])
         return facts["restart"], max(0, len(facts["history"]) - 1)
