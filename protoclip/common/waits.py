@@ -59,7 +59,7 @@ class Wait:
         self._bar: Any = None  # a tqdm, on a terminal
 
     def __enter__(self) -> Wait:
-        # What other threads read ahead is nobody's wait.
+        # Only the main thread waits; the others read ahead.
         if threading.current_thread() is threading.main_thread():
             self._speaker = _speaker
         if self._speaker is not None:
