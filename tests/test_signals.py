@@ -28,7 +28,7 @@ while True:
 # Words of each command, about folders that are there, and a function that it then calls.
 COMMANDS = {
     "cluster": ("photos --k 2", "protoclip.cluster.__main__", "check_exists"),
-    "compare": ("--train-data builtin:shapes:64 --batch-size 8", "protoclip.compare", "prepare"),
+    "compare": ("--train-data builtin:shapes:64", "protoclip.compare", "prepared"),
     "curate": (
         "rows --levels 4,2 --target 2 --out out", "protoclip.curate.__main__", "check_exists",
     ),
@@ -81,7 +81,9 @@ def wait_in(module: str, function: str) -> None:
         while True:
             time.sleep(0.02)
 
-    setattr(importlib.import_module(module), function, wait)
+    imported = importlib.import_module(module)
+    assert hasattr(imported, function)
+    setattr(imported, function, wait)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
