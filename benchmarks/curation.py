@@ -1,8 +1,7 @@
-"""Evidence for ``protoclip curate``: uniform samples of circles, rare concepts of icons, time.
+"""Evidence for ``protoclip curate``: uniform samples of circles, rare concepts of icons.
 
     python -m benchmarks.curation rings
     python -m benchmarks.curation icons WORK  # encoded by benchmarks.frozen --until encode
-    python -m benchmarks.curation time
 
 Each writes benchmarks/results/curation/NAME.json and the table of docs/curate.md that quotes it.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import protoclip
 from benchmarks import machine
 from benchmarks.frozen import picture_name
 from protoclip import Hierarchy, balanced_sample, hierarchical_kmeans
@@ -198,49 +195,6 @@ def icon_choices(
         yield name, balanced_sample(hierarchy, target, seed=seed)
 
 
-TIMED = {"rows": 500_000, "columns": 256, "clusters": 1000, "iterations": 10, "repeats": 3}
-
-
-def kmeans_seconds() -> dict[str, Any]:
-    """Seconds of ten iterations of k-means from the same random rows."""
-    import faiss
-    from sklearn.cluster import KMeans
-
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(TIMED["rows"], TIMED["columns"], generator=generator)
-    start = points[torch.randperm(len(points), generator=generator)[: TIMED["clusters"]]]
-    array, iterations = points.numpy(), TIMED["iterations"]
-
-    def ours() -> float:
-        clusters = protoclip.kmeans(
-            points, len(start), init=start, num_iters=iterations, tol=0, warn=False
-        )
-        return clusters.inertia
-
-    def scikit_learn() -> float:
-        runner = KMeans(len(start), init=start.numpy(), n_init=1, max_iter=iterations, tol=0)
-        return float(runner.fit(array).inertia_)
-
-    def with_faiss() -> float:
-        runner = faiss.Kmeans(
-            array.shape[1], len(start), niter=iterations, max_points_per_centroid=len(array)
-        )
-        runner.train(array, init_centroids=start.numpy())
-        return float(runner.index.search(array, 1)[0].sum())
-
-    runs = {"protoclip": ours, "scikit-learn": scikit_learn, "faiss": with_faiss}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    inertia: dict[str, float] = {}
-    protoclip.kmeans(points[:2000], 10, num_iters=1, warn=False)  # compiles
-    for _ in range(TIMED["repeats"]):
-        for name, run in runs.items():
-            began_at = time.perf_counter()
-            inertia[name] = run()
-            seconds[name].append(time.perf_counter() - began_at)
-            print(name, f"{seconds[name][-1]:.1f} s, inertia {inertia[name]:.7g}", flush=True)
-    return {**TIMED, "seconds": seconds, "inertia": inertia}
-
-
 def spread(values: Sequence[float], digits: int) -> str:
     """The mean, and the smallest and largest value."""
     mean, low, high = np.mean(values), min(values), max(values)
@@ -273,21 +227,7 @@ def icons_table(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def time_table(record: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"**Time.** k-means of {record['rows']:,} x {record['columns']:,} random rows, "
-        f"K = {record['clusters']:,}, {record['iterations']} iterations from the same random rows.",
-        "",
-        f"| {record['machine']['machine']} | seconds (median) | inertia |",
-        "|---|---|---|",
-    ]
-    for name, seconds in record["seconds"].items():
-        inertia = f"{record['inertia'][name]:.6g}"
-        lines.append(f"| {name} | {np.median(seconds):.1f} | {inertia} |")
-    return lines
-
-
-TABLES = {"rings": rings_table, "icons": icons_table, "time": time_table}
+TABLES = {"rings": rings_table, "icons": icons_table}
 
 
 def block_of(page: str, name: str, lines: Sequence[str]) -> str:
@@ -312,10 +252,9 @@ def main() -> None:
     commands.add_parser("rings")
     icons_parser = commands.add_parser("icons")
     icons_parser.add_argument("work", help="folder in which benchmarks.frozen encoded the icons")
-    commands.add_parser("time")
     arguments = vars(parser.parse_args())
     name = arguments.pop("name")
-    run = {"rings": rings, "icons": icons, "time": kmeans_seconds}[name]
+    run = {"rings": rings, "icons": icons}[name]
     write(name, run(**arguments))
 
 

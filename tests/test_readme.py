@@ -59,9 +59,10 @@ SNIPPETS = [name for name, text in PAGES.items() if "```python" in text]
 
 
 @pytest.mark.parametrize("page", sorted(set(SNIPPETS) - RUN_ELSEWHERE))
-def test_python_examples_run(page):
+def test_python_examples_run(page, tmp_path, monkeypatch):
     """A page's snippets run one after the other; where one makes a loss, it has a gradient."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
     name = register_configs("protoclip-tiny")
     scope = {  # the loop that README's first snippet stands in
         "protoclip": protoclip,
@@ -113,6 +114,12 @@ def test_links_lead_somewhere(page):
             target = path.parent / file if file else path
             assert target.is_file(), link
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_front_page_and_docs_stay_short():
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in DOCS}
+    assert len(PAGES["README.md"].splitlines()) <= 130
+    assert sum(words.values()) <= 14_000 and max(words.values()) <= 1200
 
 
 def test_readme_and_the_index_lead_to_every_page():
