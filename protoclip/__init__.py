@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names below, for type checkers
     from protoclip.cached_gradients import grad_cache
-    from protoclip.curate import Hierarchy, balanced_sample, hierarchical_kmeans
+    from protoclip.curate.hierarchy import Hierarchy, hierarchical_kmeans
+    from protoclip.curate.sampling import balanced_sample
     from protoclip.data import open_dataset
     from protoclip.estimator import KMeans
     from protoclip.features import open_features
@@ -83,17 +84,17 @@ __all__ = [
 _MODULES = {
     "ClipLoss": "losses",
     "Clusters": "lloyd",
-    "Hierarchy": "curate",
+    "Hierarchy": "curate.hierarchy",
     "KMeans": "estimator",
     "ProtoClipLoss": "losses",
     "ProtoConfig": "settings.config",
     "SigLipLoss": "losses",
-    "balanced_sample": "curate",
+    "balanced_sample": "curate.sampling",
     "choose_num_clusters": "lloyd.number",
     "create_loss": "openclip",
     "create_task": "openclip",
     "grad_cache": "cached_gradients",
-    "hierarchical_kmeans": "curate",
+    "hierarchical_kmeans": "curate.hierarchy",
     "kmeans": "lloyd",
     "load_heads": "heads",
     "open_dataset": "data",

@@ -252,10 +252,8 @@ def test_rows_that_stay_on_disk_give_the_same_groups(
     np.save(tmp_path / "x.npy", rows)
     command = [str(tmp_path / "x.npy"), "--k", "3", *flags, "--device", "cpu"]
     assert cluster([*command, "--out", str(tmp_path / "a")]) == 0
-    monkeypatch.setattr("protoclip.cluster.points.IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr("protoclip.cluster.points.BLOCK", 64)
-    monkeypatch.setattr("protoclip.cluster.page.BLOCK", 64)
-    monkeypatch.setattr("protoclip.cluster.__main__.BLOCK", 64)
+    monkeypatch.setattr("protoclip.cluster.__main__.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("protoclip.lloyd.points.BLOCK_BYTES", 4096)
     assert cluster([*command, "--out", str(tmp_path / "b")]) == 0
     for name in ("clusters.csv", "left_out.csv", "centroids.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -31,7 +31,7 @@ from protoclip.common.files import sole_writer
 from protoclip.data import shards
 from protoclip.encode import encoders, folder
 from protoclip.encode.__main__ import main as encode
-from protoclip.features import open_features, open_folder, writer
+from protoclip.features import open_features, open_folder
 
 PICTURES = 40
 TORN = "0007-torn.png"
@@ -46,7 +46,7 @@ def draw(path: Path | io.BytesIO, number: int) -> None:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "PAIRS_IN_PART", PART)
+    monkeypatch.setattr(folder, "PAIRS_IN_PART", PART)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_stopped_run_continues_bit_for_bit(
 
 def kill_at_call(name: str, number: int) -> None:
     """The process ends where it calls a function of the writer for the n-th time."""
-    original = getattr(writer, name)
+    original = getattr(folder, name)
     calls = 0
 
     def killed(*arguments: Any) -> Any:
@@ -191,8 +191,8 @@ def kill_at_call(name: str, number: int) -> None:
         return original(*arguments)
 
     folder.PIECE_SECONDS = 0
-    writer.PAIRS_IN_PART = PART
-    setattr(writer, name, killed)
+    folder.PAIRS_IN_PART = PART
+    setattr(folder, name, killed)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_continues(
 ) -> None:
     out = tmp_path / "out"
     command = [str(photos), "--out", str(out), *flags]
-    write, calls = writer._write_npy, []
+    write, calls = folder._write_npy, []
 
     def full(path: Path, rows: np.ndarray) -> None:
         calls.append(path)
@@ -231,7 +231,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_continues(
         write(path, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_npy", full)
+        patch.setattr(folder, "_write_npy", full)
         assert encode(command) == 2
     assert "free some space and start again" in capsys.readouterr().err
     assert encode(command) == 0
@@ -498,7 +498,7 @@ def test_workers_give_the_same_rows(photos: Path, flags: list[str], tmp_path: Pa
 
 
 def encode_in_small_parts(command: list[str]) -> int:
-    writer.PAIRS_IN_PART = PART
+    folder.PAIRS_IN_PART = PART
     return encode(command)
 
 

@@ -126,7 +126,7 @@ def test_a_folder_has_both_sides_and_a_table(tmp_path: Path) -> None:
     np.testing.assert_array_equal(folder.texts.rows(0, 23), 2 * ROWS)
     assert list(folder.images.keys) == list(folder.texts.keys) == keys
     assert folder.images.select([22, 1]).keys[:] == [keys[22], "k1"]
-    assert folder.table.names == ("key", "file", "state", "caption", "label:group")
+    assert [*folder.table.names] == ["key", "file", "state", "caption", "label:group"]
     assert folder.table.labels == ("group",)
     assert folder.table.column("caption")[3] == 'a "k3",\nsecond line'
     assert folder.table.column("label:group")[20:] == ["x", "x", ""]

@@ -37,19 +37,16 @@ from protoclip.cluster.output import (
     LEFT_OUT,
     PROG,
     STATE,
-    check_output,
     open_output,
     write_files,
 )
 from protoclip.cluster.page import make_page
 from protoclip.cluster.points import (
-    BLOCK,
     Points,
-    blocks_of,
     encode_pictures,
-    float_dtype,
+    finite_points,
     open_source,
-    read_points,
+    squared_distances,
 )
 from protoclip.common.files import (
     plural,
@@ -64,41 +61,40 @@ from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows
-from protoclip.lloyd import Clusters, kmeans
+from protoclip.lloyd import Clusters, as_points, kmeans
+from protoclip.lloyd.points import on_disk
 from protoclip.lloyd.state import OtherCallError, place_of, remove_state
 from protoclip.model import choose_device
 from protoclip.report import page
 from protoclip.settings.commands import cluster_parser
 
 PLUS_PLUS = 1024  # largest K for which k-means++ runs three times
+IN_MEMORY_BYTES = 256 << 20  # of rows that are loaded; k-means reads more from disk
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command: features, K, k-means, and files."""
     check_exists(args.data, "DATA", "check the path")
     out = Path(args.out)
-    names = [CSV, LEFT_OUT, CENTROIDS, page.NAME]
-    check_output(out, names, args.overwrite)
     began_at = time.perf_counter()
-    points = open_source(args)
-    is_encoded = points.stored is None
-    if is_encoded:
-        from protoclip.encode.encoders import clip_encoders  # imports open_clip
+    with open_output(out, [CSV, LEFT_OUT, CENTROIDS, page.NAME], args.overwrite):
+        points = open_source(args)
+        is_encoded = points.stored is None
+        if is_encoded:
+            from protoclip.encode.encoders import clip_encoders  # imports open_clip
 
-        images, _ = clip_encoders(args)
-        check_k(args.k, len(points.source))  # before hours of encoding
-    with open_output(out, names, args.overwrite):
+            images, _ = clip_encoders(args)
+            check_k(args.k, len(points.source))  # before hours of encoding
         if args.overwrite and (out / STATE).exists() and is_sealed(out / STATE):
             remove_state(out / STATE)
+        next_step = "the same command continues"
         if is_encoded:
             points = encode_pictures(points, images, args, out)
-        points = read_points(points, args)
+            next_step = "the features are kept, and the same command continues with them"
+        points = finite_points(points)
         if not is_encoded:
             noun = "picture" if "images" in points.shown else "row"
             say_left_out(list(points.left_out.values()), len(points.source), noun)
-        next_step = "the same command continues"
-        if is_encoded:
-            next_step = "the features are kept, and the same command continues with them"
         with StopSignals() as signals:
             write_groups(
                 args,
@@ -118,13 +114,16 @@ def write_groups(
 ) -> None:
     """K, k-means, and the files; ``began_at``: on the clock of ``time.perf_counter``.
     ``check_signals`` ends it; once k-means has come to its end, so does the run."""
-    rows = points.rows
-    if isinstance(rows, Tensor):
-        rows = rows.to(choose_device(args.device))
+    rows: Tensor | FeatureRows = points.rows
+    dtype = on_disk(points.rows, torch.device("cpu")).dtype
+    if 4 * len(rows) * rows.shape[1] <= IN_MEMORY_BYTES:
+        loaded = as_points(points.rows.rows(0, len(rows)))
+        dtype = torch.promote_types(loaded.dtype, torch.float32)
+        rows = loaded.to(choose_device(args.device), dtype)
     features_done_at = time.perf_counter()
-    chosen = choose_k(args.k, rows, args.seed, check_signals)
+    chosen = choose_k(args.k, points.rows, args.seed, check_signals)
     k = chosen.k
-    row_bytes = rows.shape[1] * float_dtype(rows).itemsize
+    row_bytes = rows.shape[1] * dtype.itemsize
     kmeans_bytes = 4 * k * row_bytes + 32 * len(rows)
     if isinstance(rows, Tensor):
         kmeans_bytes += rows.nbytes
@@ -136,19 +135,18 @@ def write_groups(
         file=sys.stderr,
     )
     clusters = cluster_rows(rows, k, args, out, points.weights, check_signals)
-    centroids = clusters.centroids
-    blocks = zip(blocks_of(rows), clusters.labels.split(BLOCK), strict=True)
-    squared_distances = [
-        (block.to(centroids.device) - centroids[block_labels]).square().sum(1)
-        for block, block_labels in blocks
-    ]
+    squared = squared_distances(points.rows, clusters.labels, clusters.centroids)
     labels = clusters.labels.cpu()
-    notes = [*points.notes, *converged_or_not(clusters, args.iters)]
+    notes = [*points.notes]
+    if not clusters.converged:
+        notes.append(
+            f"k-means stopped after {plural(args.iters, 'iteration')} before it converged; --iters "
+            "sets a larger number."
+        )
+    notes += fewer_groups(labels, k)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    if empty_groups := fewer_groups(labels, k):
-        print(f"note: {empty_groups}", file=sys.stderr)
-    groups = Groups.of(labels, torch.cat(squared_distances).cpu())
+    groups = Groups.of(labels, squared)
     seconds = {
         "features": features_done_at - began_at,
         "k-means": time.perf_counter() - features_done_at,
@@ -213,16 +211,6 @@ def cluster_rows(
             f"--out: {printable(str(out))} holds a run of k-means with other "
             f"{', '.join(error.different)}; choose another folder, or begin again with --overwrite"
         ) from error
-
-
-def converged_or_not(clusters: Clusters, iterations: int) -> list[str]:
-    """A sentence if k-means was stopped by --iters; none if it converged before."""
-    if clusters.converged:
-        return []
-    return [
-        f"k-means stopped after {plural(iterations, 'iteration')} before it converged; --iters "
-        "sets a larger number."
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,6 @@ SILHOUETTE_ROWS = 3000  # --k auto: rows whose silhouettes are computed
 LARGEST_K = 300  # --k auto
 FEWEST = 6  # --k auto: rows
 CLEAR = 0.2  # --k auto: a largest mean silhouette below it says that no number of groups is clear
-BLOCK = 65_536  # rows whose distances are computed at once
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def check_k(k_text: str, n: int) -> None:
 
 
 def choose_k(
-    k_text: str, rows: Tensor | FeatureRows, seed: int, check_signals: Callable[[], None]
+    k_text: str, rows: FeatureRows, seed: int, check_signals: Callable[[], None]
 ) -> NumGroups:
     """K; "auto": that with the largest mean silhouette, if it is clear, or else √(N/2)."""
     check_k(k_text, len(rows))
@@ -162,12 +161,12 @@ def write_left_out(path: Path, dataset: PairDataset, left_out: Mapping[int, str]
     write_csv(path, list(columns), zip(*columns.values(), strict=True))
 
 
-def fewer_groups(labels: Tensor, k: int) -> str:
-    """A sentence about groups that stayed empty; "" if none did."""
+def fewer_groups(labels: Tensor, k: int) -> list[str]:
+    """A sentence about groups that stayed empty; none if none did."""
     nonempty = len(labels.unique())
     if nonempty == k:
-        return ""
-    return (
+        return []
+    return [
         f"{nonempty:,} of {plural(k, 'group')} {'has' if nonempty == 1 else 'have'} members; the "
         "others are empty, as happens if there are fewer different rows than groups"
-    )
+    ]

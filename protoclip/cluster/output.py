@@ -24,30 +24,25 @@ def open_output(out: Path, names: list[str], overwrite: bool, prog: str = PROG) 
     hold its lock.
 
     Raises:
-        ValueError: as ``check_output``, or another process writes there.
+        ValueError: files of these names would replace some of others, or, without ``overwrite``,
+            those of an earlier run, which has the first of them; or another process writes there.
     """
-    with locked_folder(out, "--out"):
-        check_output(out, names, overwrite, prog)  # another process may have written there
-        yield
-
-
-def check_output(out: Path, names: list[str], overwrite: bool, prog: str = PROG) -> None:
-    """ValueError if files of these names would replace some of others, or, without ``overwrite``,
-    those of an earlier run, which has the first of them."""
     check_above(out / names[0], "--out")
-    present = [name for name in names if (out / name).exists()]
-    shown = printable(str(out))
-    written = read_mark(out, prog)
-    if others := [name for name in present if written.get(name) != state_of(out / name)]:
-        raise ValueError(
-            f"--out: {shown} holds {', '.join(others)}, which {prog} did not write there, or which "
-            "changed since; choose a new folder"
-        )
-    if names[0] in present and not overwrite:
-        raise ValueError(
-            f"--out: {shown} holds an earlier run of {prog}; choose another folder, or replace it "
-            "with --overwrite"
-        )
+    with locked_folder(out, "--out"):
+        present = [name for name in names if (out / name).exists()]
+        shown = printable(str(out))
+        written = read_mark(out, prog)
+        if others := [name for name in present if written.get(name) != state_of(out / name)]:
+            raise ValueError(
+                f"--out: {shown} holds {', '.join(others)}, which {prog} did not write there, or "
+                "which changed since; choose a new folder"
+            )
+        if names[0] in present and not overwrite:
+            raise ValueError(
+                f"--out: {shown} holds an earlier run of {prog}; choose another folder, or replace "
+                "it with --overwrite"
+            )
+        yield
 
 
 @contextlib.contextmanager

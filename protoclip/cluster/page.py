@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.cluster.groups import BLOCK, Groups, NumGroups, fewer_groups
-from protoclip.cluster.points import Points, blocks_of, float_dtype, short
+from protoclip.cluster.groups import Groups, NumGroups
+from protoclip.cluster.points import Points, blocks_of, short
 from protoclip.common.files import in_percent, plural, printable
 from protoclip.data import Subset
 from protoclip.evaluate.results import Outcome
+from protoclip.lloyd.points import on_disk
 from protoclip.model import Encoded
 from protoclip.report import page, snapshot
 
@@ -36,13 +37,13 @@ def explained(points: Points, squared: Tensor) -> str:
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
         """The weighted mean of a function of the rows, block by block: fp64 of all is large."""
-        blocks = zip(blocks_of(points.rows), shares.split(BLOCK), strict=True)
-        sums = [(share * function(rows.cpu().double())).sum(0) for rows, share in blocks]
+        blocks = blocks_of(points.rows)
+        sums = [(shares[part] * function(rows.double())).sum(0) for part, rows in blocks]
         return torch.stack(sums).sum(0)
 
     mean = mean_of(lambda rows: rows)
     total = float(mean_of(lambda rows: (rows - mean).square()).sum())
-    rounding = ROUNDING * torch.finfo(float_dtype(points.rows)).eps
+    rounding = ROUNDING * torch.finfo(on_disk(points.rows, squared.device).dtype).eps
     assert points.stored is not None
     if points.stored.dtype.kind == "f":
         rounding = max(rounding, 2 * float(np.finfo(points.stored.dtype).eps))
@@ -72,8 +73,6 @@ def make_page(
         f"{float(counts.double().quantile(0.5)):,.10g}.",
         f"Grouped by k-means on {points.of}. {explained(points, groups.squared)}",
     ]
-    if empty_groups := fewer_groups(labels, chosen.k):
-        text.append(f"{empty_groups[0].upper()}{empty_groups[1:]}.")
     text += notes
     if chosen.scores:
         text.append(f"{chosen.scores_in_words}.")
@@ -108,11 +107,7 @@ def make_page(
             "same as another of the group."
         )
     mapped = snapshot.every(torch.arange(len(labels)), MAPPED)
-    if isinstance(points.rows, Tensor):
-        mapped_rows = points.rows[mapped]
-    else:
-        taken = points.rows.take(mapped.numpy())
-        mapped_rows = torch.from_numpy(taken).to(float_dtype(points.rows))
+    mapped_rows = on_disk(points.rows, mapped.device).take(mapped)
     encoded = Encoded(image=mapped_rows, text=mapped_rows[:0])
     samples = snapshot.Samples(
         dataset=Subset(dataset, mapped),

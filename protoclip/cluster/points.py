@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from protoclip.cluster.folders import open_group_folder
-from protoclip.cluster.groups import BLOCK
 from protoclip.common.files import (
     DataError,
     lines_of,
@@ -37,37 +36,40 @@ from protoclip.features import (
     open_features,
 )
 from protoclip.features.rows import UnitRows
+from protoclip.lloyd.points import on_disk
 from protoclip.settings.config import TABLE
 
 if TYPE_CHECKING:
     from protoclip.encode.encoders import ImageEncoder
 
-IN_MEMORY_BYTES = 256 << 20  # of rows that are loaded; k-means reads more from disk
 FEATURES = "features"  # the folder in --out that pictures are encoded into
 
 
 @dataclass(frozen=True)
 class Points:
-    """Pictures or rows, and their features as soon as these are known and read."""
+    """Pictures or rows, and their features as soon as these are known."""
 
     source: PairDataset  # all pairs of DATA
     shown: tuple[str, ...]  # what the pairs have: images, captions or names
     of: str  # what the rows are, for the page
     weights: Tensor | None  # float64, of each pair
-    stored: FeatureRows | None = None  # None: the pictures must be encoded
-    places: np.ndarray | None = None  # the stored row of each pair of DATA, int64; -1: it has none
-    left_out: Mapping[int, str] = field(default_factory=dict)  # pair of DATA -> reason
+    stored: FeatureRows | None = None  # of the chosen pairs [N, D]; None: they must be encoded
+    chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # pairs of DATA [N]
+    left_out: Mapping[int, str] = field(default_factory=dict)  # the other pairs -> reason
+    is_normalized: bool = False
     notes: Sequence[str] = ()  # sentences about the rows
-    # Of the N pairs that are clustered: their positions, int64 [N], and rows [N, D], in memory
-    # float32 or float64.
-    chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    rows: Tensor | FeatureRows = field(default_factory=lambda: torch.empty(0, 1))
 
     @functools.cached_property
     def dataset(self) -> PairDataset:
         """The pairs that are clustered."""
         is_whole = len(self.chosen) == len(self.source)
         return self.source if is_whole else Subset(self.source, self.chosen)
+
+    @functools.cached_property
+    def rows(self) -> FeatureRows:
+        """What is clustered, [N, D]."""
+        assert self.stored is not None
+        return UnitRows(self.stored) if self.is_normalized else self.stored
 
 
 def open_source(args: argparse.Namespace) -> Points:
@@ -102,8 +104,9 @@ def open_stored(args: argparse.Namespace) -> Points:
         shown=("images", "captions") if dataset.facts.has_pictures else shown,
         of=f"the rows of {short(args.data)}",
         weights=read_weights(args.weights, len(dataset)),
-        stored=rows,
-        places=identity.first_rows,
+        stored=rows.select(identity.first_rows),
+        chosen=np.arange(len(dataset)),
+        is_normalized=args.normalize,
     )
 
 
@@ -169,7 +172,9 @@ def with_rows(points: Points, rows: FeatureRows, of: str, spec: str) -> Points:
         )
     missing = np.flatnonzero(places < 0).tolist()
     left_out = {i: f"{keys[i]}: no features in {spec}" for i in missing}
-    return replace(points, stored=rows, places=places, of=of, left_out=left_out)
+    chosen = np.flatnonzero(places >= 0)
+    stored = rows.select(places[chosen])
+    return replace(points, stored=stored, chosen=chosen, of=of, left_out=left_out)
 
 
 def encode_pictures(
@@ -177,8 +182,7 @@ def encode_pictures(
 ) -> Points:
     """Encode what ``out``/features does not have yet; one row for each picture."""
     from protoclip.encode.encoders import MODEL, WEIGHTS, Encoders, batch_size_of
-    from protoclip.encode.folder import Settings, encode_folder
-    from protoclip.encode.pairs import OneText
+    from protoclip.encode.folder import OneText, Settings, encode_folder
 
     folder = out / FEATURES
     data = os.path.abspath(args.data) if os.path.exists(args.data) else args.data
@@ -203,55 +207,44 @@ def encode_pictures(
     return replace(encoded, left_out={i: reasons[key] for i, key in keys if key in reasons})
 
 
-def read_points(points: Points, args: argparse.Namespace) -> Points:
-    """Read the rows. Those with NaN or infinity are left out, as unreadable pictures are."""
-    rows, places = points.stored, points.places
-    assert rows is not None and places is not None
-    chosen = np.flatnonzero(places >= 0)
-    is_bad = np.isin(places[chosen], rows.not_finite())
+def finite_points(points: Points) -> Points:
+    """The points without rows with NaN or infinity, which are left out as unreadable pictures are.
+    Reads all rows."""
+    assert points.stored is not None
+    bad = points.stored.not_finite()
     left_out = dict(points.left_out)
-    for i in chosen[is_bad].tolist():
+    for i in points.chosen[bad].tolist():
         left_out[i] = f"{points.source.keys[i]}: its features hold NaN or infinity"
-    chosen = chosen[~is_bad]
-    if not np.array_equal(places[chosen], np.arange(len(rows))):
-        rows = rows.select(places[chosen])
+    finite = np.delete(np.arange(len(points.stored)), bad)
+    stored = points.stored.select(finite)
+    chosen = points.chosen[finite]
+    weights = None if points.weights is None else points.weights[torch.from_numpy(chosen)]
     notes = []
-    if args.normalize:
-        if zeros := sum(int((~block.any(dim=1)).sum()) for block in blocks_of(rows)):
-            have = "row of zeros has" if zeros == 1 else "rows of zeros have"
-            notes.append(f"{zeros:,} {have} no direction; --normalize does not change such rows.")
-        rows = UnitRows(rows)
+    blocks = blocks_of(stored) if points.is_normalized else ()
+    if zeros := sum(int((~block.any(dim=1)).sum()) for _, block in blocks):
+        have = "row of zeros has" if zeros == 1 else "rows of zeros have"
+        notes.append(f"{zeros:,} {have} no direction; --normalize does not change such rows.")
     return replace(
-        points,
-        chosen=chosen,
-        rows=load(rows) if 4 * rows.shape[0] * rows.shape[1] <= IN_MEMORY_BYTES else rows,
-        weights=None if points.weights is None else points.weights[torch.from_numpy(chosen)],
-        left_out=left_out,
-        notes=notes,
+        points, stored=stored, chosen=chosen, weights=weights, left_out=left_out, notes=notes
     )
 
 
-def load(rows: FeatureRows) -> Tensor:
-    """Rows as fp32, or as fp64 where fp32 may not hold all of their digits."""
-    return torch.cat([torch.empty(0, rows.shape[1], dtype=float_dtype(rows)), *blocks_of(rows)])
+def blocks_of(rows: FeatureRows) -> Iterator[tuple[slice, Tensor]]:
+    """The rows in order, as fp32 or fp64, block by block: their positions and the block, which is
+    valid until the next one."""
+    start = 0
+    for block in on_disk(rows, torch.device("cpu")).blocks():
+        yield slice(start, start + len(block)), block
+        start += len(block)
 
 
-def float_dtype(rows: Tensor | FeatureRows) -> torch.dtype:
-    """fp32, or fp64 where fp32 may not hold all digits of the rows."""
-    if isinstance(rows, Tensor):
-        return rows.dtype
-    return torch.float32 if np.can_cast(rows.dtype, np.float32) else torch.float64
-
-
-def blocks_of(rows: Tensor | FeatureRows) -> Iterator[Tensor]:
-    """The rows in order, ``BLOCK`` of them at once, as fp32 or fp64."""
-    dtype = float_dtype(rows)
-    for start in range(0, len(rows), BLOCK):
-        stop = min(len(rows), start + BLOCK)
-        if isinstance(rows, Tensor):
-            yield rows[start:stop]
-        else:
-            yield torch.from_numpy(rows.rows(start, stop)).to(dtype)
+def squared_distances(rows: FeatureRows, labels: Tensor, centroids: Tensor) -> Tensor:
+    """The squared distance of each row to the centroid of its label, [N] on the CPU."""
+    distances = [
+        (block.to(centroids.device) - centroids[labels[part]]).square().sum(1).cpu()
+        for part, block in blocks_of(rows)
+    ]
+    return torch.cat(distances)
 
 
 def read_captions(path: str, count: int, data: str) -> list[str]:

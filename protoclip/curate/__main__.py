@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.cluster.output import LEFT_OUT, check_output, open_output, write_files
+from protoclip.cluster.output import LEFT_OUT, open_output, write_files
 from protoclip.common.files import (
     mebibytes,
     plural,
@@ -33,7 +33,7 @@ from protoclip.common.files import (
 )
 from protoclip.common.paths import check_exists
 from protoclip.common.signals import StopSignals, stop_if_asked
-from protoclip.common.waits import Wait
+from protoclip.common.waits import Wait, in_words
 from protoclip.curate.hierarchy import (
     Hierarchy,
     LevelPlan,
@@ -71,7 +71,6 @@ def run(args: argparse.Namespace) -> None:
         print(forecast(rows, plans, args.iters))
         return
     out = Path(args.out)
-    check_output(out, NAMES, args.overwrite, PROG)
     began_at = time.perf_counter()
     with open_output(out, NAMES, args.overwrite, PROG):
         left_out = rows.not_finite()
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{LEFT_OUT} lists them",
                 file=sys.stderr,
             )
-            rows = rows.select(np.setdiff1d(np.arange(len(rows)), left_out, assume_unique=True))
+            rows = rows.select(np.delete(np.arange(len(rows)), left_out))
         check_target(args.target, len(rows))
         if args.normalize:
             rows = UnitRows(rows)
@@ -214,8 +213,8 @@ def forecast(rows: FeatureRows, plans: Sequence[LevelPlan], num_iters: int) -> s
         lines.append(line)
     seconds = products * seconds_of_product(rows)
     lines.append(
-        f"at most about {hours(seconds)} (from an assignment of some of the rows on this machine; "
-        "k-means stops as soon as no centroid moves)"
+        f"at most about {in_words(seconds)} (from an assignment of some of the rows on this "
+        "machine; k-means stops as soon as no centroid moves)"
     )
     return "\n".join(lines)
 
@@ -229,13 +228,6 @@ def seconds_of_product(rows: FeatureRows) -> float:
     began_at = time.perf_counter()
     kmeans_assign(points, centroids)
     return (time.perf_counter() - began_at) / (count * len(centroids))
-
-
-def hours(seconds: float) -> str:
-    """ "3 seconds", "12 minutes", "5.1 hours"."""
-    if seconds < 100:
-        return f"{max(1, seconds):.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:,.1f} hours"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from protoclip.cluster.groups import BLOCK, Groups
+from protoclip.cluster.groups import Groups
 from protoclip.cluster.page import SHEET, THUMB, render
-from protoclip.cluster.points import is_picture, short
+from protoclip.cluster.points import is_picture, short, squared_distances
 from protoclip.common.files import in_percent, plural
 from protoclip.curate.hierarchy import Hierarchy
 from protoclip.data.feature_pairs import FeaturePairs
 from protoclip.features import FeatureRows
 from protoclip.features.identity import CAPTION
-from protoclip.lloyd.points import on_disk
 from protoclip.report import snapshot
 
 
@@ -42,10 +41,8 @@ def make_page(
         f"{share_sentence(had, 'All rows')} {share_sentence(gave, 'The chosen rows')}",
         *notes,
     ]
-    points = on_disk(rows, torch.device("cpu"))
     centroids = hierarchy.levels[-1].centroids
-    blocks = zip(chosen.split(BLOCK), labels.split(BLOCK), strict=True)
-    squared = torch.cat([(points.take(i) - centroids[k]).square().sum(1) for i, k in blocks])
+    squared = squared_distances(rows.select(chosen.numpy()), labels, centroids)
     shown = torch.from_numpy(Groups.of(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
     dataset = pictures_of(rows, chosen[shown])
     kinds = ["captions" if rows.identity.knows(CAPTION) else "names"]

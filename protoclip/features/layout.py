@@ -88,21 +88,19 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
         if path.name in (IMAGES, TEXTS) and is_feature_folder(path.parent):
             return open_features(path.parent, "images" if path.name == IMAGES else "texts")
         files = parts_in(path)
-        if not files:
-            raise DataError(f"{printable(text)}: expected numbered .npy files in it, found none")
-        return StoredRows(text, [open_part(file) for file in files])
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                f"{printable(text)}: expected features in {', '.join(SUFFIXES)}; save them with "
-                "numpy.save"
-            )
-        part = open_part(path)
-        return StoredRows(text, [part], Identity(text, part.shape[0], partial(_column_of, path)))
-    files = in_order([Path(name) for name in glob.glob(text)], is_pattern=True)
+        problem = "expected numbered .npy files in it, found none"
+    elif path.is_file():
+        files = [path] if path.suffix in SUFFIXES else []
+        problem = f"expected features in {', '.join(SUFFIXES)}; save them with numpy.save"
+    else:
+        files = in_order([Path(name) for name in glob.glob(text)], is_pattern=True)
+        problem = "no such file or folder of features; check the path"
     if not files:
-        raise DataError(f"{printable(text)}: no such file or folder of features; check the path")
-    return StoredRows(text, [open_part(file) for file in files])
+        raise DataError(f"{printable(text)}: {problem}")
+    parts = [open_part(file) for file in files]
+    if not path.is_file():
+        return StoredRows(text, parts)
+    return StoredRows(text, parts, Identity(text, parts[0].shape[0], partial(_column_of, path)))
 
 
 def is_feature_folder(path: str | os.PathLike[str]) -> bool:
@@ -156,7 +154,8 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
     if tables:
         _check_numbers(shown, TABLES, tables, first_files)
         table = FeatureTable(tables, counts)
-        identity = Identity(shown, sum(counts), table.column, partial(table.called, KEY))
+        key_column = partial(table.called, KEY)
+        identity = Identity(shown, sum(counts), table.column, key_column)
     rows = {
         side: StoredRows(str(path / side), side_parts, identity)
         for side, side_parts in parts.items()

@@ -58,7 +58,10 @@ class FeatureRows(ABC):
 
     def select(self, positions: np.ndarray | Sequence[int] | Sequence[bool]) -> FeatureRows:
         """The rows at ``positions``, as of ``as_positions``, as rows on disk, in that order."""
-        return SelectedRows(self, as_positions(positions, len(self), self.name))
+        positions = as_positions(positions, len(self), self.name)
+        if np.array_equal(positions, np.arange(len(self))):
+            return self
+        return SelectedRows(self, positions)
 
     def look_over(self, count: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The first ``count`` rows in the order of the file, or all of them: the position of each
@@ -200,6 +203,9 @@ class SelectedRows(FeatureRows):
     @property
     def state(self) -> str:
         return self.source.state
+
+    def not_finite(self) -> np.ndarray:
+        return np.flatnonzero(np.isin(self.positions, self.source.not_finite()))
 
     def digest(self, count: int | None = None) -> str:
         chosen = digest_of(self.positions[:count])

@@ -39,14 +39,17 @@ class FeatureTable:
         return sum(self.counts)
 
     @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of the columns."""
+    def names(self) -> Mapping[str, str]:
+        """What the tables call each of their columns, by its name here."""
         if self.paths[0].suffix == ".parquet":
-            names = _parquet().read_schema(self.paths[0]).names
-            known = [k for k, theirs in CLIP_RETRIEVAL.items() if not set(names).isdisjoint(theirs)]
-            return tuple(dict.fromkeys([*known, *names]))
+            theirs = _parquet().read_schema(self.paths[0]).names
+            known = {
+                name: next((column for column in columns if column in theirs), "")
+                for name, columns in CLIP_RETRIEVAL.items()
+            }
+            return {name: name for name in theirs} | {n: c for n, c in known.items() if c}
         with open(self.paths[0], encoding="utf-8", errors="surrogateescape", newline="") as file:
-            return tuple(next(csv.reader(file), ()))
+            return {name: name for name in next(csv.reader(file), ())}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -55,9 +58,7 @@ class FeatureTable:
 
     def called(self, name: str) -> str:
         """What the tables call a column."""
-        if self.paths[0].suffix != ".parquet":
-            return name
-        return _called(name, _parquet().read_schema(self.paths[0]).names)
+        return self.names.get(name, name)
 
     def column(self, name: str) -> StringTable | None:
         """A column of texts, one for each row; None if the table has no such column.
@@ -67,12 +68,12 @@ class FeatureTable:
         """
         if name not in self.names:
             return None
-        is_parquet = self.paths[0].suffix == ".parquet"
+        read = read_parquet if self.paths[0].suffix == ".parquet" else read_csv
         texts = []
         for path, count in zip(self.paths, self.counts, strict=True):
             shown = printable(str(path))
             try:
-                column = read_parquet(path, name) if is_parquet else read_csv(path, name)
+                column = read(path, self.names[name])
             except DataError:
                 raise
             except Exception as error:  # pyarrow has many
@@ -137,8 +138,7 @@ def read_parquet(path: Path, name: str) -> StringTable:
     """A column of a parquet file as texts; what is missing is ""."""
     import pyarrow
 
-    column_name = _called(name, _parquet().read_schema(path).names)
-    column = _parquet().read_table(path, columns=[column_name]).column(0)
+    column = _parquet().read_table(path, columns=[name]).column(0)
     texts = column.cast(pyarrow.large_string()).fill_null("").combine_chunks()
     if isinstance(texts, pyarrow.ChunkedArray):
         texts = pyarrow.concat_arrays(texts.chunks or [pyarrow.array([], pyarrow.large_string())])
@@ -147,11 +147,6 @@ def read_parquet(path: Path, name: str) -> StringTable:
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     return StringTable.of_arrays(np.frombuffer(data or b"", np.uint8), ends)
-
-
-def _called(name: str, columns: Sequence[str]) -> str:
-    """The column of a table of clip-retrieval that is called ``name`` here."""
-    return next((n for n in CLIP_RETRIEVAL.get(name, (name,)) if n in columns), name)
 
 
 def _parquet() -> Any:
