@@ -88,11 +88,14 @@ def keys_that_begin_again(path: Path) -> Path:
 
 def test_keys_of_several_pictures_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
     data = keys_that_begin_again(tmp_path / "f")
-    flags = ["--train-data", data, "--method", "clip", "--batch-size", "8"]
+    rows = np.random.default_rng(1).standard_normal((23, 5))
+    good = write_folder(tmp_path / "good", rows, [f"{i:09}" for i in range(23)])
+    flags = ["--method", "clip", "--batch-size", "8", "--logs", tmp_path / "out", "--train-data"]
     commands = {
         "cluster": (cluster, [data, "--k", "2", "--out", tmp_path / "out"]),
         "curate": (curate, [data, "--levels", "2", "--target", "4", "--out", tmp_path / "out"]),
-        "train": (train, [*flags, "--logs", tmp_path / "out"]),
+        "train": (train, [*flags, data]),
+        "train --val-data": (train, [*flags, good, "--val-data", data]),
     }
     for command, arguments in commands.values():
         message = error_of(command, arguments, among_others=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from protoclip.common.phases import Phases
 from protoclip.common.seeds import evenly_spaced
 from protoclip.common.waits import Wait
 from protoclip.data import Subset, readable
+from protoclip.data.feature_pairs import check_finite, feature_pairs
 from protoclip.data.settings import RunData, open_arguments
-from protoclip.distributed import is_main, wait_for_main
+from protoclip.distributed import from_main, is_main, wait_for_main
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
 from protoclip.evaluate.metrics import recalls, retrieval
@@ -83,6 +85,8 @@ class Evaluation:
                 self.remarks = [_remark(run_data, len(layout.test)), *layout.left_out]
         else:
             layout = open_run_layout(self.config, self.data)
+            if feature_pairs(layout.test) is not None:  # refused now rather than after some steps
+                from_main(partial(check_finite, layout.test))
             self.remarks = list(layout.left_out)
             if layout.parts:
                 parts = layout.parts
