@@ -138,9 +138,10 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures that draw
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test draws the same numbers each time, and others than the first test of its module, for
-    which a fixture may have drawn."""
-    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+    """A test draws the same numbers each time, whichever folder it lies in, and others than the
+    first test of its module, for which a fixture may have drawn."""
+    name = item.nodeid.partition("::")[2]
+    torch.manual_seed(zlib.crc32(f"tests/{item.path.name}::{name}".encode()))
 
 
 @pytest.fixture
