@@ -343,6 +343,20 @@ MUTANTS = [
         "else pairs.query_ids[:, : len(pairs.query_ids[0, rows])]",
     ),
     Mutant(
+        "SigLIP: smooths by less",
+        "contrastive",
+        SIGLIP,
+        "label_smoothing / 2 * (signed",
+        "label_smoothing / 2.2 * (signed",
+    ),
+    Mutant(
+        "SigLIP: weights are forgotten",
+        "contrastive",
+        SIGLIP,
+        "torch.ones_like(losses), weights, reduction, columns)",
+        "torch.ones_like(losses), None, reduction, columns)",
+    ),
+    Mutant(
         "SigLIP: a mean over texts",
         "contrastive",
         SIGLIP,
@@ -366,12 +380,27 @@ MUTANTS = [
         first="ops::any_number",
     ),
     Mutant(
+        "mixed dtypes take the first",
+        "contrastive",
+        "protoclip/ops/checks.py",
+        "return functools.reduce(torch.promote_types, (x.dtype for x in tensors))",
+        "return dtype",
+        first="ops::mixed_dtypes",
+    ),
+    Mutant(
         "transforms run fused backends",
         "contrastive",
         "protoclip/ops/dispatch.py",
         'if backend != "reference" and in_transform():',
         'if backend == "none" and in_transform():',
         first="ops::transforms",
+    ),
+    Mutant(
+        "distances of the reference are those of half precision",
+        "clusters",
+        "protoclip/ops/reference.py",
+        "(x_square - 2 * x @ c.T + c_square)",
+        "(x_square - 2 * x.half().to(x) @ c.half().to(x).T + c_square)",
     ),
     Mutant(
         "segment means of the reference are those of positive labels",

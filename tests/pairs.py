@@ -136,3 +136,24 @@ def write_parquet(folder: Path, files: int = 2, rows: int = 6, per_group: int = 
         data = datasets.Dataset.from_dict(content, features=features)
         data.to_parquet(path, batch_size=per_group)
     return str(folder)
+
+
+def draw(path: Path | io.BytesIO, number: int) -> None:
+    """A picture that differs from those of other numbers."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(number)
+    pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((32, 32)).save(path, "png")
+
+
+def write_shard(path: Path, order: range, captions: int = 1) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, picture in enumerate(order):
+            buffer = io.BytesIO()
+            draw(buffer, picture)
+            texts = "\n".join(f"caption {number} {j}" for j in range(captions)).encode()
+            for ending, data in (("png", buffer.getvalue()), ("txt", texts)):
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))

@@ -369,6 +369,20 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def let_pictures_wait() -> None:
+    """No picture is read while there is a file "wait"."""
+    from PIL import Image
+
+    original_open = Image.open
+
+    def waiting(*arguments: Any, **options: Any) -> Any:
+        while Path("wait").exists():
+            time.sleep(0.01)
+        return original_open(*arguments, **options)
+
+    Image.open = waiting
+
+
 def steps_of(folder: Path, name: str) -> int:
     """Lines in a run's metrics.jsonl."""
     metrics = folder / "logs" / name / "metrics.jsonl"

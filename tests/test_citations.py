@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from mutants import MUTANTS
-from test_house import ROOMS
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("protoclip", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci", ".github")
@@ -108,12 +107,6 @@ def test_code_cites_sections_of_the_mathematics():
         for page, _, _ in SECTION.findall(prose(path, path.read_text(encoding="utf-8")))
     ]
     assert cited_pages.count("docs/algorithm.md") >= 5
-
-
-def test_the_page_on_design_has_the_modules_in_order():
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    table = page.partition("| Module |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ROOMS
 
 
 def test_what_each_mutant_changes_is_there():

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from feature_folders import write_folder
 from html_page import read_page
+from pairs import draw
 from ranks import config_of
-from test_cluster_pictures import draw
-from test_features import write_folder
 
 import protoclip
 from protoclip.cluster.__main__ import main as cluster

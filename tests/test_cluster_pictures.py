@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from html_page import Element, in_browser, needs_browser, pictures_in, read_page
-from pairs import HEIC
+from pairs import HEIC, draw
 from PIL import Image
 from sklearn.metrics import silhouette_score
 from torch import Tensor
@@ -28,14 +28,6 @@ from protoclip.cluster.__main__ import main as cluster
 from protoclip.common.files import DataError
 from protoclip.data import images
 from protoclip.data.folders import ImageFolder
-
-
-def draw(path: Path, number: int) -> None:
-    """A picture that differs from those of other numbers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(number)
-    pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((32, 32)).save(str(path), "png")
 
 
 @pytest.fixture

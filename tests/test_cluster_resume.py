@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from test_encode import write_shard
+from pairs import draw, write_shard
 from torch import Tensor
 
 from protoclip.cluster.__main__ import main as cluster
@@ -23,11 +22,6 @@ from protoclip.features import open_features
 PICTURES = 40
 TORN = "0007-torn.png"
 BATCH = 8
-
-
-def draw(path: Path, number: int) -> None:
-    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((32, 32)).save(path)
 
 
 @pytest.fixture

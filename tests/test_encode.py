@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
-import io
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from pairs import draw, write_shard
 from ranks import exit_codes, full_disk, logs_of, on_ranks, start_command
 from torch import Tensor
 
@@ -37,11 +35,6 @@ PICTURES = 40
 TORN = "0007-torn.png"
 BATCH = 4
 PART = 16  # pairs
-
-
-def draw(path: Path | io.BytesIO, number: int) -> None:
-    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((32, 32)).save(path, "png")
 
 
 @pytest.fixture(autouse=True)
@@ -268,18 +261,6 @@ def test_only_what_is_new_or_changed_is_encoded(
     (photos / TORN).write_bytes(b"torn again")
     assert encode(command) == 0
     assert not counted.images and len(open_folder(out).images) == PICTURES
-
-
-def write_shard(path: Path, order: range, captions: int = 1) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, picture in enumerate(order):
-            buffer = io.BytesIO()
-            draw(buffer, picture)
-            texts = "\n".join(f"caption {number} {j}" for j in range(captions)).encode()
-            for ending, data in (("png", buffer.getvalue()), ("txt", texts)):
-                member = tarfile.TarInfo(f"{number:04}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
 
 
 def test_a_shard_that_was_rewritten_is_encoded_again(

@@ -1,6 +1,7 @@
 """Imports point one way, in the order of docs/design.md's table, without cycles."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_arrows_point_one_way(path):
     for module in own_modules(path):
         room = module.split(".")[1]
         assert FLOOR[room] <= FLOOR[here], f"{here} imports {room}, which comes later"
+
+
+def test_the_page_on_design_has_the_modules_in_order():
+    page = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("| Module |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ROOMS
 
 
 def test_there_is_no_circle():

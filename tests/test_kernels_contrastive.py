@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import Results, leaf, loss_and_gradients
+from kernel_features import features
 from op_table import (
     FUSED_DTYPES as DTYPES,
 )
@@ -19,7 +20,6 @@ from op_table import (
     make_contrastive_parts,
     weighted,
 )
-from test_kernels_info_nce import features
 
 import protoclip
 

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import CONTEXT, bare_run, compile_first, start_command, steps_of, wait_until
-from test_stop import let_pictures_wait
+from ranks import (
+    CONTEXT,
+    bare_run,
+    compile_first,
+    let_pictures_wait,
+    start_command,
+    steps_of,
+    wait_until,
+)
 
 from protoclip.common.files import locked_folder, whole_file, whole_files
 from protoclip.data import images

@@ -11,8 +11,8 @@ import torch
 from budget import assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kmeans_cases import CASES, FAR, SCREENED, Case, mixture, set_rows_in_block, stored
 from ranks import in_group
-from test_kmeans_on_disk import CASES, FAR, SCREENED, Case, mixture, set_rows_in_block, stored
 from torch import Tensor
 
 import protoclip

@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import CONTEXT, exit_codes, free_port, full_disk, in_group, on_ranks
-from safetensors.torch import save_file
-from test_kmeans_on_disk import (
+from kmeans_cases import (
     CASES,
     SCREENED,
     WEIGHTS,
@@ -28,6 +26,8 @@ from test_kmeans_on_disk import (
     assert_same_clusters,
     stored,
 )
+from ranks import CONTEXT, exit_codes, free_port, full_disk, in_group, on_ranks
+from safetensors.torch import save_file
 
 import protoclip
 from protoclip import distributed

@@ -17,8 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import bare_run, config_of, metrics
-from steps import trainer_of
-from test_step import episode_on
+from steps import episode_on, trainer_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from budget import usable
+from graphs import SIZES, Counter, compiled_once, exported_once
 from op_table import Draw
-from test_ops import SIZES, Counter, compiled_once, exported_once
 from torch import Tensor
 
 import protoclip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_features import write_folder
+from feature_folders import write_folder
 
 from protoclip.common.digest import digest_of
 from protoclip.common.files import DataError

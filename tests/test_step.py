@@ -13,12 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import bare_run, config_of, metrics
-from steps import PAIRS, trainer_of
+from steps import steps_on, trainer_of
 from torch import nn
 
 import protoclip
 from protoclip.data import Batch
-from protoclip.episodes.prototypes import EXTERNAL, Episode, PrototypeSet
 from protoclip.losses.objective import Losses
 from protoclip.model import build_model
 from protoclip.report import page
@@ -175,33 +174,6 @@ def test_each_batch_of_a_step_is_counted_once_by_batch_norm() -> None:
 
 
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-def episode_on(device: str, projection_dim: int) -> Episode:
-    """Four prototypes of each source, internal ones with soft targets."""
-    with torch.device(device):
-        prototypes = torch.ones(4, projection_dim)
-        sets = [PrototypeSet("image", "text", prototypes, targets=prototypes)]
-        sets += [PrototypeSet(EXTERNAL, student, prototypes, None) for student in ("image", "text")]
-        labels = {source: torch.zeros(PAIRS, dtype=torch.int32) for source in ("image", EXTERNAL)}
-        return Episode(torch.arange(PAIRS), labels, {}, tuple(sets))
-
-
-def steps_on(device: str, nano: Path, case: str) -> tuple[Trainer, Any]:
-    """A trainer on the device and a function that takes a step."""
-    siglip = case == "siglip"
-    with torch.device(device):
-        model = build_model(ModelConfig(model=str(nano), siglip=siglip), device)
-    weights = LossConfig(w_proto=1.0, dedup="caption" if case == "dedup" else "off")
-    episode = episode_on(device, model.projection_dim) if case == "prototypes" else None
-    trainer = trainer_of(model, episode, loss=weights)
-    size = PAIRS // 2 if case == "accumulation" else PAIRS
-    pixels = torch.randn(size, 3, model.image_size, model.image_size)
-    tokens = model.short_tokenizer(["a red circle"] * size)
-    batches = [
-        Batch(torch.arange(first, first + size), pixels, tokens) for first in range(0, PAIRS, size)
-    ]
-    return trainer, lambda: trainer.take_step(0, batches)
 
 
 CASES = ["clip", "prototypes", "siglip", "accumulation", "dedup"]

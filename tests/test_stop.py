@@ -10,15 +10,14 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from ranks import (
     bare_run,
     exit_codes,
+    let_pictures_wait,
     logs_of,
     losses,
     output_of,
@@ -128,18 +127,6 @@ def test_a_run_whose_worker_was_killed_ends_and_resumes_bit_for_bit(folder: Path
     total = len(losses(run)) + 4
     train(folder, flags(folder, "killed", "--max-steps", str(total), "--resume", "auto"), 1)
     assert losses(run) == whole_run(folder, 1, total)[:total]
-
-
-def let_pictures_wait() -> None:
-    """No picture is read while there is a file "wait"."""
-    original_open = Image.open
-
-    def waiting(*arguments: Any, **options: Any) -> Image.Image:
-        while Path("wait").exists():
-            time.sleep(0.01)
-        return original_open(*arguments, **options)
-
-    Image.open = waiting
 
 
 def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:

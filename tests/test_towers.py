@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import bare_run, in_group, losses
-from steps import trainer_of
-from test_step import episode_on, steps_on
+from steps import episode_on, steps_on, trainer_of
 from torch import Tensor, nn
 
 from protoclip import distributed
