@@ -401,13 +401,6 @@ def max_over_ranks(values: Tensor, group: Group = None) -> Tensor:
     return values
 
 
-def min_over_ranks(values: Tensor) -> Tensor:
-    """Minimum in place; no gradient."""
-    if is_distributed():
-        dist.all_reduce(values, dist.ReduceOp.MIN)
-    return values
-
-
 def max_later(values: Tensor) -> Callable[[], Tensor]:
     """Start to take the maximum over ranks in place; call the result to wait for it."""
     if not is_distributed():

@@ -37,7 +37,7 @@ from protoclip.distributed import gathered_rows
 from protoclip.episodes import prototypes
 from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import Evaluation
-from protoclip.evaluate.results import Outcome, Results
+from protoclip.evaluate.results import Results
 from protoclip.losses.objective import Term, TermInputs
 from protoclip.model import (
     build_model,
@@ -56,13 +56,13 @@ from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig
 from protoclip.settings.flags import parse, with_saved_config, words_of
-from protoclip.training.checks import check_settings, uses_prototypes
+from protoclip.training.checks import active_losses, check_settings
 from protoclip.training.features import bytes_of_features
 from protoclip.training.loop import Trainer
 from protoclip.training.run import Run
 from protoclip.training.schedule import make_plan
 from protoclip.training.stops import Stopped
-from protoclip.training.summary import announce, conclude, concluded, first_prototype_step
+from protoclip.training.summary import announce, conclude, concluded
 from protoclip.training.towers import tf32_products
 
 __all__ = ["Term", "TermInputs", "Trained", "gathered_rows", "main", "make_config", "train"]
@@ -157,7 +157,7 @@ def _train(
     evaluation = run.evaluation
     assert evaluation is not None  # open_run gives it
     path = run.folder.path
-    trainer = trainer_class(run, evaluation.during)
+    trainer = trainer_class(run)
     notes = [*run.dataset.facts.left_out, *evaluation.remarks]
     notes.append(free_space(path, checkpoint_bytes(trainer)))
     if run.resume:
@@ -168,24 +168,13 @@ def _train(
             notes.append(f"--resume auto: no checkpoint in {path}, starting at step 0")
         run.folder.open(0 if path.exists() else None)
     try:
-        announce(run, trainer.features.source, notes)
+        announce(trainer, notes)
         resolve("info_nce", "auto", device.type, torch.float32)  # compile before the clocks start
         before = evaluation.untrained(path, run.model, resumed=run.resume is not None)
         trainer.train()
         after = evaluation.full(run.model, "evaluating the trained model")
         if distributed.is_main():
-            outcome = Outcome(
-                data=evaluation.data,
-                model=run.config.model.name,
-                pretrained=str(checkpoint.candidates(path)[0]),
-                trained=after or {},
-                untrained=before,
-                training_data=run.data_fingerprint,
-                steps=run.plan.total_steps,
-                skipped_steps=trainer.log.reported_skips,
-                first_prototype_step=first_prototype_step(run, trainer.features.source),
-            )
-            conclude(run, evaluation, trainer.episode, outcome)
+            conclude(trainer, before, after)
     except Stopped as stop:
         run.folder.say(stop.message)
         raise
@@ -223,7 +212,7 @@ def open_run(config: TrainConfig, device: torch.device, terms: Mapping[str, Term
             if distributed.is_main():
                 print(f"{path} is complete: {steps} steps and its results", file=sys.stderr)
             return Trained(path, done.trained)
-    if uses_prototypes(config):
+    if active_losses(config, has_teacher=True).prototypes:  # whether or not there is one
         prototypes.check_clusters(config.episode, plan.episode_samples(len(dataset)))
     precision = distributed.from_main(lambda: choose_precision(config.run.precision, device))
     # The config keeps "auto", so that a run can continue on another machine.

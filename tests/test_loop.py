@@ -193,7 +193,7 @@ class Remembering(Trainer):
         self.largest = saved["largest"]
 
     def stored(self) -> dict[str, Stored]:
-        mine = Stored("dict", lambda: {"largest": self.largest}, self.remember)
+        mine = Stored(lambda: {"largest": self.largest}, self.remember)
         return super().stored() | {"remembered": mine}
 
 

@@ -36,6 +36,7 @@ from protoclip.runs import checkpoint
 from protoclip.settings.flags import with_saved_config
 from protoclip.train import main
 from protoclip.training.loop import Trainer
+from protoclip.training.stops import Stops
 
 KILLS = int(os.environ.get("PROTOCLIP_KILLS", "2"))  # make faults: 20
 
@@ -340,15 +341,15 @@ def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
     def killed(trainer: Trainer) -> None:
         raise SystemError("killed")
 
-    save_or_stop = Trainer.save_or_stop
+    after = Stops.after
 
-    def killed_at_step_12(trainer: Trainer) -> None:
-        if trainer.step == 12:
-            killed(trainer)
-        save_or_stop(trainer)
+    def killed_at_step_12(stops: Stops, step: int) -> None:
+        if step == 12:
+            raise SystemError("killed")
+        after(stops, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_or_stop", killed_at_step_12)
+        patch.setattr(Stops, "after", killed_at_step_12)
         with pytest.raises(SystemError):
             main(flags)
     assert newest_checkpoint(run)["protoclip"]["step"] == 10

@@ -28,10 +28,10 @@ from protoclip.distributed import (
     gather_objects,
     is_distributed,
     is_main,
-    min_over_ranks,
     rank,
     receive,
     send,
+    sum_over_ranks,
     world_size,
 )
 from protoclip.settings.config import EpisodeConfig
@@ -110,7 +110,7 @@ def _place_for_table(needed: int, device: torch.device) -> torch.device | None:
     on_device = device.type != "cpu" and needed <= DEVICE_SHARE * free_bytes(device)
     on_host = needed * ranks_here() <= HOST_SHARE * free_bytes(torch.device("cpu"))
     fits = torch.tensor([float(on_device), float(on_host)], device=device)
-    on_device, on_host = min_over_ranks(fits).bool().tolist()
+    on_device, on_host = (sum_over_ranks(fits) == world_size()).tolist()
     if on_device:
         return device
     return torch.device("cpu") if on_host else None

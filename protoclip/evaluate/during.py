@@ -6,11 +6,10 @@ else on a sample of its training pairs, which says whether it has learnt them an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,19 +30,6 @@ from protoclip.model import ProtoModel, autocast_for
 from protoclip.settings.config import TrainConfig
 
 TRAINED = 1000  # training pairs that stand in for evaluation data
-Evaluate = Callable[[ProtoModel], Mapping[str, float]]
-
-
-class PeriodicEvaluation(NamedTuple):
-    """An evaluation that training repeats."""
-
-    evaluate: Evaluate  # model -> scalars by name
-    interval_epochs: float
-
-    def is_due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
-        """Whether it is repeated after ``step``; it always is after the last."""
-        interval_steps = max(1, round(self.interval_epochs * steps_per_epoch))
-        return step == total_steps or step % interval_steps == 0
 
 
 class Evaluation:
@@ -51,7 +37,6 @@ class Evaluation:
 
     Attributes:
         remarks: lines for the log about the data.
-        during: the evaluations between the steps of training.
         sets: the encoded sets of the last full evaluation, by name.
     """
 
@@ -97,10 +82,6 @@ class Evaluation:
                 self.quick_sets[layout.key] = replace(layout, captions=1)
             else:
                 self.quick_sets[layout.key] = layout
-        interval_epochs = config.run.val_frequency
-        self.during: list[PeriodicEvaluation] = []
-        if self.quick_sets and interval_epochs:
-            self.during.append(PeriodicEvaluation(self.quick, interval_epochs))
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """An encoder that uses the current weights, on all ranks."""
@@ -145,6 +126,13 @@ class Evaluation:
             return tasks.guesses(self.sets, self._probe_train)
         with self.phases.measure("evaluation", on_host=True):
             return tasks.floors(self.encoder(model), self._layout())
+
+    def is_due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+        """Whether training repeats ``quick`` after ``step``; if at all, then after the last too."""
+        interval_epochs = self.config.run.val_frequency
+        interval_steps = max(1, round(interval_epochs * steps_per_epoch))
+        is_due = step == total_steps or step % interval_steps == 0
+        return is_due and bool(self.quick_sets and interval_epochs)
 
     def quick(self, model: ProtoModel) -> dict[str, float]:
         """Recalls on the small sets, for the curves: those of the full evaluation."""

@@ -92,11 +92,6 @@ def active_losses(config: TrainConfig, *, has_teacher: bool) -> ActiveLosses:
     )
 
 
-def uses_prototypes(config: TrainConfig) -> bool:
-    """Whether a prototype term has a positive weight, whether or not there is a teacher."""
-    return active_losses(config, has_teacher=True).prototypes
-
-
 def check_terms(terms: Mapping[str, Term]) -> None:
     """Raise ValueError or TypeError for terms that cannot be trained or logged."""
     if not isinstance(terms, Mapping):

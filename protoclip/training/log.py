@@ -55,11 +55,10 @@ class Line:
 
     step: int
     time: float  # on the clock of ``time.perf_counter``
-    record: dict[str, float]  # what the host knows
+    record: dict[str, float]  # what the host knows; empty: only a skipped step is reported
     positions: Tensor  # of the step's samples of this rank, on the host
     names: list[str]
     read: Callable[[], list[float]]  # waits for the values of ``names``
-    due: bool  # False: only the skipped step is reported
 
 
 class Log:
@@ -82,12 +81,11 @@ class Log:
         self.every = run.config.run.log_every_n_steps or (1 if self.reads_freely else 10)
         self.episode_metrics: Mapping[str, float] = {}
         self.reported_skips = 0
-        self.wait = Wait("training")
         self._skipped = torch.zeros((), dtype=torch.int64, device=run.device)
         self._in_a_row = torch.zeros_like(self._skipped)
         self._not_finite: list[str] = []  # numbers of the last skipped step, as far as read
         self._line: Line | None = None
-        self._start_clocks(0)
+        self.start(0)
 
     def load_state(self, skipped: Sequence[int]) -> None:
         """Continue with the skipped steps that ``state`` gave."""
@@ -109,13 +107,10 @@ class Log:
     def start(self, step: int) -> Wait:
         """Start the clocks, and the wait for the steps, of a process that continues after
         ``step``."""
-        self._start_clocks(step)
-        self.wait = Wait("training", self.run.plan.total_steps, "steps", done=step)
-        return self.wait
-
-    def _start_clocks(self, step: int) -> None:
         self._began_time = self._logged_time = time.perf_counter()
         self._began_step = self._logged_step = step
+        self.wait = Wait("training", self.run.plan.total_steps, "steps", done=step)
+        return self.wait
 
     def after(self, step: int, outcome: Step) -> None:
         """Count the outcome of the run's ``step``-th step, and begin its line if one is due, after
@@ -187,7 +182,6 @@ class Log:
             positions=outcome.positions,
             names=[*scalars, *skips],
             read=start_copy_to_host(values),
-            due=due,
         )
 
     def _write_line(self) -> None:
@@ -197,7 +191,7 @@ class Log:
             return
         values = dict(zip(line.names, line.read(), strict=True))
         in_a_row = int(values.pop("in_a_row"))
-        if line.due:
+        if line.record:
             self._write(line, values)
         new = int(values["bad_steps"]) - self.reported_skips
         if new:

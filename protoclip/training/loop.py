@@ -23,15 +23,15 @@ from protoclip.data.loader import Faults
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import Features
 from protoclip.episodes.prototypes import Episode
-from protoclip.evaluate.during import PeriodicEvaluation
 from protoclip.losses.objective import Losses, OwnTerms, ProtoLoss, pair_ids, repeated
 from protoclip.model import Encoded, autocast_for
 from protoclip.runs.resume import Resume, check_resume
 from protoclip.settings.config import LossConfig
 from protoclip.training import schedule, state
 from protoclip.training.checks import loss_weights
-from protoclip.training.features import open_features
+from protoclip.training.features import EpisodeFeatures
 from protoclip.training.log import Log, Step, TooManySkipped
+from protoclip.training.optimiser import load_optimiser
 from protoclip.training.replicas import Replicas
 from protoclip.training.run import Run
 from protoclip.training.state import Stored
@@ -43,17 +43,14 @@ from protoclip.training.update import Statistics, Update
 class Trainer:
     """Trains a run's model, and holds all that changes between two steps.
 
-    Args:
-        evaluations: repeated between the steps.
     Attributes:
         step: how many are done.
         episode: the prototypes of the running episode; None: it has none.
     """
 
-    def __init__(self, run: Run, evaluations: Sequence[PeriodicEvaluation] = ()) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.plan = run.plan
-        self.evaluations = evaluations
         self.step = 0
         self.episode: Episode | None = None
         weights = loss_weights(run.config, has_teacher=run.teacher is not None)
@@ -70,10 +67,10 @@ class Trainer:
         self.copies = Copies(run.device)
         self.builder = run.episode_builder()
         self.watch = prototypes.Watch(device=run.device)
-        self.features = open_features(run, self.extract)
+        self.features = EpisodeFeatures(run, self.extract)
         self.faults = Faults(run.dataset, run.config.data.max_bad_fraction, run.folder.say)
         self.loader = run.open_loader(self.faults)
-        self.stops = Stops(run)
+        self.stops = Stops(run, self.save)
         self.log = Log(run, self.faults)
 
     def train(self) -> None:
@@ -107,7 +104,7 @@ class Trainer:
             self.step = step + 1
             self.log.after(self.step, outcome)
             self.evaluate_if_due()
-            self.save_or_stop()
+            self.stops.after(self.step)  # saves if it is time
 
     def draw(self, steps: range) -> Tensor:
         """The positions that these steps train on, over all ranks: int64 [steps * batch]."""
@@ -155,7 +152,7 @@ class Trainer:
         numbers = torch.arange(len(samples))[distributed.own_slice(len(samples))]
         seed = schedule.episode_seed(self.run.config.run.seed, number, schedule.FEATURES)
         batches = self.loader.batches(Draws(samples[numbers], seed, numbers=numbers))
-        batches = self.stops.inside(batches, self.save_or_stop, "features")
+        batches = self.stops.inside(batches, self.step, "features")
         model, device = self.run.model, self.run.device
         return prototypes.extract(model, batches, device=device, autocast=self.autocast)
 
@@ -182,9 +179,7 @@ class Trainer:
         with self.run.phases.measure("backward"):
             self.towers.backward(self.update.scaler.scale(losses.total))
             norm = self.update.clipped_norm()
-            finite = norm.isfinite()
-            if not distributed.is_distributed():  # ranks share the gradient, not the loss
-                finite = finite & losses.total.detach().isfinite()
+            finite = self.replicas.finite(losses.total, norm)
             self.update.take_if(finite)
         # Evaluation and checkpoints then hold the same statistics on all ranks.
         self.statistics.restore_unless(finite, before, counted)
@@ -226,39 +221,32 @@ class Trainer:
             return self.towers.encode(batch.image, batch.tokens)
 
     def evaluate_if_due(self) -> None:
-        """Repeat evaluations after the steps that their intervals end with, and after the last."""
-        for evaluation in self.evaluations:
-            if evaluation.is_due(self.step, self.plan.steps_per_epoch, self.plan.total_steps):
-                with self.run.phases.measure("evaluation", on_host=True):
-                    scores = evaluation.evaluate(self.run.model)
-                self.log.evaluated(self.step, scores)
-
-    def save_or_stop(self) -> None:
-        """Save if it is time; raise Stopped if a signal came. The same on all ranks."""
-        what = self.stops.after(self.step)
-        if what.save:
-            self.save(what.epoch)
-        if what.stop:
-            raise what.stop
+        """Repeat the quick evaluation after the steps that its intervals end with."""
+        evaluation, plan = self.run.evaluation, self.plan
+        if evaluation and evaluation.is_due(self.step, plan.steps_per_epoch, plan.total_steps):
+            with self.run.phases.measure("evaluation", on_host=True):
+                scores = evaluation.quick(self.run.model)
+            self.log.evaluated(self.step, scores)
 
     def stored(self) -> dict[str, Stored]:
-        """What a checkpoint holds besides the weights: name -> type, who gives it, who takes it."""
+        """What a checkpoint holds besides the weights: name -> who gives it, who takes it."""
         run, update, features, watch = self.run, self.update, self.features, self.watch
+        load_adamw = partial(load_optimiser, update.adamw)
         return {
-            "global_batch_size": Stored("int", lambda: self.plan.global_batch_size),
-            "passes": Stored("list", lambda: run.passes),
-            "precision": Stored("str", lambda: run.precision),
-            "terms": Stored("dict", lambda: vars(run.active)),
-            "data": Stored("str", lambda: run.data_fingerprint),
-            "own_terms": Stored("dict", self.terms.state, self.terms.load_state),
-            "optimizer": Stored("dict", update.adamw.state_dict, update.load),
-            "scaler": Stored("dict", update.scaler.state_dict, update.load_scaler),
-            "features": Stored("dict | None", features.state, features.load_state),
-            "episode": Stored("dict | None", self._episode_state, self._load_episode),
-            "watch": Stored("dict", watch.state_dict, watch.load_state_dict),
-            "faults": Stored("list", self.faults.state, self.faults.load_state),
-            "seconds": Stored("dict", run.phases.saved, run.phases.add),
-            "skipped": Stored("list", self.log.state, self.log.load_state),
+            "global_batch_size": Stored(lambda: self.plan.global_batch_size),
+            "passes": Stored(lambda: run.passes),
+            "precision": Stored(lambda: run.precision),
+            "terms": Stored(lambda: vars(run.active)),
+            "data": Stored(lambda: run.data_fingerprint),
+            "own_terms": Stored(self.terms.state, self.terms.load_state),
+            "optimizer": Stored(update.adamw.state_dict, load_adamw),
+            "scaler": Stored(update.scaler.state_dict, update.load_scaler),
+            "features": Stored(features.state, features.load_state),
+            "episode": Stored(self._episode_state, self._load_episode),
+            "watch": Stored(watch.state_dict, watch.load_state_dict),
+            "faults": Stored(self.faults.state, self.faults.load_state),
+            "seconds": Stored(run.phases.saved, run.phases.add),
+            "skipped": Stored(self.log.state, self.log.load_state),
         }
 
     def _episode_state(self) -> dict[str, Any] | None:
@@ -285,13 +273,9 @@ class Trainer:
         """
         run, plan = self.run, self.plan
         notes = check_resume(resume, run.config, plan.global_batch_size, run.data_fingerprint)
-        table = self.stored()
-        saved = state.read(resume, table)
         self.step = resume.step
         run.model.load_state(dict(resume.payload))
-        for name, row in table.items():
-            if row.take is not None:
-                row.take(saved[name])
+        saved = state.restore(resume, self.stored())
         if self.episode is not None:
             self.log.resume_episode(self.step, self.episode.metrics)
         notes = [f"resumed: {resume.file}, after step {self.step} of {plan.total_steps}", *notes]

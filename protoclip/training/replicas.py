@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protoclip.distributed import is_distributed
@@ -50,6 +50,11 @@ class Replicas:
         if self._follow((heads, self.model.image_locked)):
             self._order_buckets(function)
         return self.module(function)
+
+    def finite(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether to take a step, a bool scalar that is the same on all ranks: they share the
+        gradient, with its ``norm``, but not the loss."""
+        return norm.isfinite() if is_distributed() else norm.isfinite() & loss.detach().isfinite()
 
     def _order_buckets(self, function: Callable[[], Result]) -> None:
         """An extra pass, which changes nothing else: DDP orders its buckets once, after the first

@@ -56,14 +56,6 @@ class Plan:
             step == self.total_steps and self.epochs >= passes
         )
 
-    def first_step_with_prototypes(self, warmup: int, second_pass: bool) -> int:
-        """The step that trains prototypes first: after ``warmup`` episodes and, with
-        ``second_pass``, in the second pass over the data, when its samples have stored features."""
-        if not second_pass:
-            return warmup * self.steps_per_episode
-        episode = max(warmup, self.steps_per_epoch // self.steps_per_episode)
-        return max(episode * self.steps_per_episode, self.steps_per_epoch)
-
     def episode_samples(self, pairs: int) -> int:
         """Samples per episode of so many pairs, at most; the last episode may be shorter."""
         return min(pairs, self.steps_per_episode * self.global_batch_size)
@@ -202,10 +194,6 @@ class SaveInterval(NamedTuple):
 
     steps: int
     seconds: float
-
-    @property
-    def never(self) -> bool:
-        return not (self.steps or self.seconds)
 
 
 def parse_interval(text: str) -> SaveInterval:

@@ -1,4 +1,4 @@
-"""The state of training in a checkpoint: named values, checked as they are read.
+"""The state of training in a checkpoint: named values.
 
 ``Trainer.stored`` is the table of them. What a checkpoint holds besides is OpenCLIP's: weights.
 """
@@ -15,19 +15,10 @@ from protoclip.settings.config import to_dict
 from protoclip.training.checks import ActiveLosses, depends_on_split
 from protoclip.training.run import Run
 
-PAIRS = ("passes", "skipped")  # lists of two numbers
-ENTRIES = {  # of the dicts that are not empty
-    "optimizer": {"state", "param_groups"},
-    "episode": {"positions", "labels", "centroids", "sets", "metrics"},
-    "watch": {"first_inertia", "first_labelled", "hits"},
-    "features": {"index", "buffer", "table", "written"},
-}
-
 
 class Stored(NamedTuple):
     """A value in a checkpoint, the same for any number of ranks."""
 
-    kind: str  # its type; a list holds whole numbers
     give: Callable[[], Any]  # a collective call
     take: Callable[[Any], object] | None = None  # continues with it; None: it is only compared
 
@@ -55,43 +46,24 @@ def payload(values: Mapping[str, Any], step: int, run: Run) -> dict[str, Any]:
     }
 
 
-def read(resume: Resume, table: Mapping[str, Stored]) -> dict[str, Any]:
-    """The values of the table's rows in a checkpoint.
+def restore(resume: Resume, table: Mapping[str, Stored]) -> dict[str, Any]:
+    """Let the table's rows take their values from a checkpoint; returns the values.
 
     Raises:
-        ValueError: an entry is missing or has another type.
+        ValueError: a value is missing, or not what its row can take.
     """
     of_protoclip = resume.payload["protoclip"]
-    _check_type("step", of_protoclip["step"], "int")
-    values = {
-        "optimizer": resume.payload.get("optimizer"),
-        "own_terms": of_protoclip.get("own_terms", {}),
-        **of_protoclip["training"],
-    }
-    for name, row in table.items():
+    values = {"own_terms": {}, **resume.payload, **of_protoclip, **of_protoclip["training"]}
+    for name in table:
         if name not in values:
             raise _unfit(f"it lacks {name}")
-        _check(name, values[name], row.kind)
-    return {name: values[name] for name in table}
-
-
-def _check(name: str, value: Any, kind: str) -> None:
-    _check_type(name, value, kind)
-    if isinstance(value, list):
-        for number in value:
-            _check_type("a count", number, "int")
-        if name in PAIRS and len(value) != 2:
-            raise _unfit(f"{name}: expected 2 numbers, got {len(value)}")
-    if isinstance(value, dict) and value:
-        missing = sorted(ENTRIES.get(name, set()) - value.keys())
-        if missing:
-            raise _unfit(f"{name} lacks {', '.join(missing)}")
-
-
-def _check_type(name: str, value: Any, expected: str) -> None:
-    allowed = expected.split(" | ")
-    if type(value).__name__.replace("NoneType", "None") not in allowed:
-        raise _unfit(f"{name}: expected {expected}, got {type(value).__name__}")
+    for name, row in table.items():
+        try:
+            if row.take is not None:
+                row.take(values[name])
+        except (AttributeError, LookupError, TypeError) as error:
+            raise _unfit(f"{name}: {error!r}") from error
+    return values
 
 
 def _unfit(reason: str) -> ValueError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,58 +20,50 @@ from protoclip.training.run import Run
 from protoclip.training.schedule import parse_interval
 
 
-class AfterStep(NamedTuple):
-    """What all ranks do between two steps."""
-
-    save: bool
-    epoch: int | None  # keep the checkpoint under this number too
-    stop: Stopped | None  # what to raise, once the run is saved
-
-
 class Stops(StopSignals):
-    """Says after each step whether to save and whether to stop, the same on all ranks.
+    """Saves and stops a run after each step for which it is time, the same on all ranks.
 
+    Args:
+        save: writes a checkpoint, and if it gets the number of an epoch keeps it under that, too.
     Attributes:
         saved_step: after which the run was last saved; -1: not yet.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, save: Callable[[int | None], None]) -> None:
         super().__init__()
         self.run = run
+        self.save = save
         self.saved_step = -1
         self._saved_time = time.monotonic()
         self._every = parse_interval(run.config.run.save_every)
         # What the ranks want, on its way while they take a step: to save; to stop by a signal.
         self._wanted: Callable[[], Tensor] = lambda: torch.zeros(2)
 
-    def after(self, step: int) -> AfterStep:
-        """What to do after ``step``. Signals and the clock count one step later, when all ranks
-        know of them. A collective call."""
+    def after(self, step: int) -> None:
+        """Save if it is time, and raise Stopped if a signal came. Signals and the clock count one
+        step later, when all ranks know of them. A collective call."""
         by_time, received = map(int, self._wanted().tolist())
         epoch = self._epoch_to_keep(step)
-        is_first = self.saved_step < 0 and not self._every.never
+        is_first = self.saved_step < 0 and any(self._every)
         by_step = bool(self._every.steps) and step % self._every.steps == 0
-        save = bool(by_time or received) or is_first or by_step or epoch is not None
+        if by_time or received or is_first or by_step or epoch is not None:
+            self.save(epoch)
         if received:
             words = f"after step {step}; continue with --resume {self.run.folder.path}"
-            return AfterStep(save, epoch, Stopped(received, words))
+            raise Stopped(received, words)
         seconds = time.monotonic() - self._saved_time  # by this rank's clock
-        is_time = not save and 0 < self._every.seconds <= seconds
-        wanted = [is_time, self.received]
+        wanted = [0 < self._every.seconds <= seconds, self.received]
         self._wanted = max_later(torch.tensor(wanted, dtype=torch.float32))
-        return AfterStep(save, epoch, None)
 
-    def inside(
-        self, stream: Iterable[Batch], save_or_stop: Callable[[], None], what: str
-    ) -> Iterator[Batch]:
+    def inside(self, stream: Iterable[Batch], step: int, what: str) -> Iterator[Batch]:
         """Pass a stream of batches on. It may take minutes, so a single process can stop inside
-        it: nothing has changed since the last step."""
+        it: nothing has changed since ``step``."""
         with Wait(what, unit="batches") as wait:
             for batch in stream:
                 yield batch
                 wait.update()
                 if self.received and not is_distributed():
-                    save_or_stop()
+                    self.after(step)
 
     def saved(self, step: int) -> None:
         """Restart the interval: the run was saved after ``step``."""

@@ -15,21 +15,22 @@ from protoclip.common.host import busy_note
 from protoclip.data import BadSample
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import FeatureSource
-from protoclip.episodes.prototypes import Episode
 from protoclip.evaluate import results, tasks
-from protoclip.evaluate.during import Evaluation
-from protoclip.evaluate.results import Outcome
+from protoclip.evaluate.results import Outcome, Results
 from protoclip.report import page, snapshot
 from protoclip.report.capture import draw_plots
+from protoclip.runs import checkpoint
 from protoclip.runs.run_folder import sum_up
 from protoclip.settings.config import ModelConfig
+from protoclip.training.loop import Trainer
 from protoclip.training.run import Run
 
 NAMED = 5  # left-out samples that the log names
 
 
-def announce(run: Run, features: FeatureSource, notes: Sequence[str]) -> None:
+def announce(trainer: Trainer, notes: Sequence[str]) -> None:
     """Print what the run will do, in the user's units, and notes on what it was made of."""
+    run = trainer.run
     config = run.config
     plan = run.plan
     dataset = run.dataset
@@ -61,7 +62,7 @@ def announce(run: Run, features: FeatureSource, notes: Sequence[str]) -> None:
             f"note: --warmup {warmup:g} is longer than the run's {plan.total_steps} steps, so the "
             "run never reaches --lr; use a fraction such as 0.1"
         )
-    folder.say(_method(run, features))
+    folder.say(_method(run, trainer.features.source))
     for note in dict.fromkeys(notes):  # two of them may be about one folder
         if note:
             folder.say(note)
@@ -101,10 +102,13 @@ def first_prototype_step(run: Run, features: FeatureSource) -> int:
     """The step that trains prototypes first, counted from 1; 0: the method has none."""
     if not run.active.prototypes:
         return 0
+    plan = run.plan
     episode = run.config.episode
-    # Drawn with replacement, some samples come again before the second pass.
-    after_first_pass = features.reuses and run.active.internal and not episode.replacement
-    return 1 + run.plan.first_step_with_prototypes(episode.infonce_warmup, after_first_pass)
+    first = episode.infonce_warmup * plan.steps_per_episode
+    # In the first pass no sample has stored features; drawn with replacement, some come again.
+    if features.reuses and run.active.internal and not episode.replacement:
+        first = max(first, plan.steps_per_epoch)
+    return 1 + first
 
 
 def left_out(skipped: Sequence[BadSample], data: str) -> str:
@@ -119,18 +123,24 @@ def left_out(skipped: Sequence[BadSample], data: str) -> str:
     return "\n".join(lines)
 
 
-def conclude(run: Run, evaluation: Evaluation, episode: Episode | None, outcome: Outcome) -> None:
-    """Write results.json, draw the plots, print the table, and write the report.
-
-    Args:
-        evaluation: after it has evaluated the trained model.
-        episode: the last one.
-        outcome: without floors, time and memory.
-    """
+def conclude(trainer: Trainer, before: Results | None, after: Results | None) -> None:
+    """Write results.json, draw the plots, print the table, and write the report. ``before`` and
+    ``after``: the evaluations of the untrained and of the trained model."""
+    run = trainer.run
+    evaluation = run.evaluation
+    assert evaluation is not None  # it has evaluated
     config = run.config
     path = run.folder.path
-    outcome = replace(
-        outcome,
+    outcome = Outcome(
+        data=evaluation.data,
+        model=config.model.name,
+        pretrained=str(checkpoint.candidates(path)[0]),
+        trained=after or {},
+        untrained=before,
+        training_data=run.data_fingerprint,
+        steps=run.plan.total_steps,
+        skipped_steps=trainer.log.reported_skips,
+        first_prototype_step=first_prototype_step(run, trainer.features.source),
         floors=evaluation.floors(run.model),
         seconds=run.phases.seconds(),
         work_seconds=run.phases.work(),
@@ -147,7 +157,7 @@ def conclude(run: Run, evaluation: Evaluation, episode: Episode | None, outcome:
     if evaluation.sets:
         name = next(iter(evaluation.sets))
         held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
-    draw_plots(path, run.dataset, episode, encoder, held_out, run.phases.memory)
+    draw_plots(path, run.dataset, trainer.episode, encoder, held_out, run.phases.memory)
     run.folder.say("\n" + results.format_table(outcome))
     if not outcome.trained:
         run.folder.say("no evaluation: too few pictures could be read; give --val-data")

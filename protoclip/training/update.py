@@ -13,7 +13,7 @@ from protoclip.losses.objective import OwnTerms
 from protoclip.model import ProtoModel
 from protoclip.settings.config import OptimConfig, TrainConfig
 from protoclip.training import schedule
-from protoclip.training.optimiser import build_optimiser, load_optimiser
+from protoclip.training.optimiser import build_optimiser
 from protoclip.training.schedule import Plan
 
 Flat = dict[torch.dtype, Tensor]  # the values of buffers, one after the other
@@ -62,14 +62,6 @@ class Update:
         self.scaler.update()
         self.model.clamp_scales()
 
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue with the optimiser's state from a checkpoint.
-
-        Raises:
-            ValueError: it belongs to other parameters.
-        """
-        load_optimiser(self.adamw, saved)
-
     def load_scaler(self, saved: Mapping[str, Any]) -> None:
         """Continue with the scaler's state; empty unless the run scales fp16's gradients."""
         if saved:
@@ -107,20 +99,7 @@ class Statistics:
     def restore_unless(self, taken: Tensor, before: Flat, after: Flat) -> None:
         """Put back the values from before a step unless it was ``taken``, a bool scalar for which
         the host does not wait, else those from after its forward pass; then every rank gets those
-        of rank 0.
-
-        Raises:
-            ValueError: a buffer has another shape than before the step.
-        """
-        sizes_before = {dtype: len(values) for dtype, values in before.items()}
-        sizes_after = {dtype: len(values) for dtype, values in after.items()}
-        if sizes_after != sizes_before:
-            raise ValueError(
-                "training: expected buffers of the model that keep their shapes, got "
-                f"{sum(sizes_after.values())} numbers after a step and "
-                f"{sum(sizes_before.values())} before; keep what changes its shape in a plain "
-                "attribute"
-            )
+        of rank 0. Buffers keep their shapes (``OwnTerms`` checks those of a user's losses)."""
         values = {dtype: torch.where(taken, after[dtype], before[dtype]) for dtype in after}
         broadcast(*values.values())
         self.restore(values)
