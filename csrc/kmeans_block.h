@@ -113,6 +113,11 @@ inline void expect_order(const char* op, const at::Tensor& order, int64_t k) {
   TORCH_CHECK_VALUE(order.is_contiguous(), op, ": expected a contiguous order");
 }
 
+// Relative, of a squared distance of rows [D].
+inline double rounding_of_square(int64_t d) {
+  return (static_cast<double>(d) / int8::kLanes + 16) / (1 << 24);
+}
+
 // A block of points, their codes, and the best centroid so far of each.
 struct Block {
   explicit Block(const Centroids& c, int64_t rows = kBlockRows)
@@ -124,7 +129,7 @@ struct Block {
         highest(kRows * kChunkPanels * int8::kLanes),
         hits(kChunkPanels * kColumns),
         min_scale(std::max(c.largest * 1e-12f, 1e-30f)),
-        rounding((static_cast<double>(c.d) / int8::kLanes + 16) / (1 << 24)) {}
+        rounding(rounding_of_square(c.d)) {}
 
   const Centroids& c;
   Buffer<float> converted;        // [rows, D]

@@ -6,12 +6,20 @@
 // what its group moved. A group whose bound is above the distance to the own centroid is skipped;
 // tiles of points that need a group are screened in 8 bits, as in kmeans_assign_cpu.cpp, which
 // gives its new bound. A group is a run of panels, so that a skipped one is skipped work.
+//
+// The centroids that moved farthest, as those of empty clusters do, would let their whole groups
+// fall. They are treated alone: they are no nearer to a point than they are to its own centroid,
+// less the point's distance to that one.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "cpu_ops.h"
@@ -25,10 +33,72 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * int8::kLanes)));
 constexpr int64_t kMostGroups = 28;
 constexpr int64_t kBoundsSize = 32;  // uint16: kMostGroups bounds, their scale, 4 bytes
 constexpr float kMostBound = 65535;  // what a uint16 holds
+constexpr int64_t kAlone = 32;       // centroids that are treated alone
 constexpr float kAbove = 1 + 1e-6f;  // over the fp32 roundings of a few operations
 constexpr float kBelow = 1 - 1e-6f;
 constexpr float kTiny = 1e-18f;  // below, squared distances lose digits
 constexpr float kStep = 0.01f;   // over the roundings of a difference of bounds
+
+// Bounds of a distance, over the rounding of its square.
+float from_above(double rounding, float square) {
+  return std::sqrt(square) * static_cast<float>(1 + 2 * rounding) * kAbove + kTiny;
+}
+float from_below(double rounding, float square) {
+  return std::sqrt(square) * static_cast<float>(1 - 2 * rounding) * kBelow;
+}
+
+// What became of the previous centroids.
+struct Moves {
+  Moves(const Centroids& c, const float* previous, const int64_t* order)
+      : order(order),
+        span(blocks(c.panels, kMostGroups)),
+        groups(blocks(c.panels, span)),
+        slot(c.k),
+        stays(c.k),
+        together(kBoundsSize, 0.0f),
+        alone(kBoundsSize, 0.0f),
+        apart(c.k * kBoundsSize, std::numeric_limits<float>::max()) {
+    std::vector<std::pair<float, int64_t>> farthest(c.k);
+    for (int64_t i = 0; i < c.k; ++i) {
+      const int64_t centroid = order[i];
+      const float *from = previous + centroid * c.d, *to = c.rows + centroid * c.d;
+      double square = 0;
+      for (int64_t j = 0; j < c.d; ++j) {
+        const double gap = static_cast<double>(to[j]) - from[j];
+        square += gap * gap;
+      }
+      slot[centroid] = static_cast<int32_t>(i);
+      stays[centroid] = std::equal(from, from + c.d, to);
+      farthest[i] = {static_cast<float>(std::sqrt(square)) * kAbove, centroid};
+    }
+    const auto rest = farthest.begin() + std::min(kAlone, c.k);
+    std::partial_sort(farthest.begin(), rest, farthest.end(), std::greater<>());
+    for (auto it = farthest.begin(); it != farthest.end(); ++it) {
+      float& move = (it < rest ? alone : together)[group_of(it->second)];
+      move = std::max(move, it->first);
+    }
+    at::parallel_for(0, c.k, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t centroid = begin; centroid < end; ++centroid)
+        for (auto it = farthest.begin(); it != rest; ++it) {
+          if (it->second == centroid) continue;  // the own one has no bound
+          const float square =
+              squared_distance(c.rows + centroid * c.d, c.rows + it->second * c.d, c.d);
+          float& least = apart[centroid * kBoundsSize + group_of(it->second)];
+          least = std::min(least, from_below(rounding_of_square(c.d), square));
+        }
+    });
+  }
+
+  int64_t group_of(int64_t centroid) const { return slot[centroid] / (span * kColumns); }
+
+  const int64_t* order;         // [K], the centroid in each slot of the codes
+  int64_t span, groups;         // panels of a group; their number
+  std::vector<int32_t> slot;    // [K], of each centroid
+  std::vector<char> stays;      // [K], whether it did not move at all
+  std::vector<float> together;  // [kBoundsSize], move of a group's centroids, from above
+  std::vector<float> alone;     // [kBoundsSize], of those that are treated alone
+  std::vector<float> apart;     // [K, kBoundsSize], from each to those of a group, from below
+};
 
 // Of a point, one for each group: at most scale x the distance to the group's centroids without the
 // point's own. All zeros: nothing is known.
@@ -54,23 +124,28 @@ class PointBounds {
     bounds_[group] = std::min(bounds_[group], rounded(distance));
   }
 
-  // Lowers the bounds by what the groups moved, [kBoundsSize] with zeros at the end; the groups
-  // whose bounds are not above `distance`.
-  uint32_t fall(const float* moves, float distance, int64_t groups) {
+  // Lowers the bounds by what the groups moved, to those of the centroids that are treated alone;
+  // the groups whose bounds are not above `distance`, that of the point's `own` centroid.
+  uint32_t fall(const Moves& moves, int64_t own, float distance) {
     const auto limit = int8::broadcast(distance * scale_ * kAbove);
+    const float* apart = moves.apart.data() + own * kBoundsSize;
     uint32_t near = 0;
-    for (int64_t g = 0; g < groups; g += int8::kLanes) {
+    for (int64_t g = 0; g < moves.groups; g += int8::kLanes) {
       Shorts stored;
       std::memcpy(&stored, bounds_ + g, sizeof stored);
       const auto bound = int8::to_float(__builtin_convertvector(stored, int8::Int));
-      const auto move = int8::load(moves + g);
-      const auto step = move > 0 ? move * scale_ + kStep : int8::Float{};
-      const auto fallen = larger(bound - step, int8::Float{});
+      const auto fallen_by = [&](const std::vector<float>& largest) {
+        const auto move = int8::load(largest.data() + g);
+        return bound - (move > 0 ? move * scale_ + kStep : int8::Float{});
+      };
+      const auto alone = larger(fallen_by(moves.alone), int8::load(apart + g) * scale_ - limit);
+      const auto together = fallen_by(moves.together);
+      const auto fallen = larger(together < alone ? together : alone, int8::Float{});
       near |= int8::mask_ge(limit, fallen) << g;
       stored = __builtin_convertvector(__builtin_convertvector(fallen, int8::Int), Shorts);
       std::memcpy(bounds_ + g, &stored, sizeof stored);
     }
-    return near & ((1u << groups) - 1);
+    return near & ((1u << moves.groups) - 1);
   }
 
  private:
@@ -81,47 +156,6 @@ class PointBounds {
   uint16_t* bounds_;
   float scale_;
 };
-
-// What became of the previous centroids.
-struct Moves {
-  Moves(const Centroids& c, const float* previous, const int64_t* order)
-      : order(order),
-        span(blocks(c.panels, kMostGroups)),
-        groups(blocks(c.panels, span)),
-        slot(c.k),
-        stays(c.k),
-        largest(kBoundsSize, 0.0f) {
-    for (int64_t i = 0; i < c.k; ++i) {
-      const int64_t centroid = order[i];
-      const float *from = previous + centroid * c.d, *to = c.rows + centroid * c.d;
-      double square = 0;
-      for (int64_t j = 0; j < c.d; ++j) {
-        const double gap = static_cast<double>(to[j]) - from[j];
-        square += gap * gap;
-      }
-      slot[centroid] = static_cast<int32_t>(i);
-      stays[centroid] = std::equal(from, from + c.d, to);
-      float& move = largest[group_of(centroid)];
-      move = std::max(move, static_cast<float>(std::sqrt(square)) * kAbove);
-    }
-  }
-
-  int64_t group_of(int64_t centroid) const { return slot[centroid] / (span * kColumns); }
-
-  const int64_t* order;        // [K], the centroid in each slot of the codes
-  int64_t span, groups;        // panels of a group; their number
-  std::vector<int32_t> slot;   // [K], of each centroid
-  std::vector<char> stays;     // [K], whether it did not move at all
-  std::vector<float> largest;  // [kBoundsSize], move of a group's centroids, from above
-};
-
-// Bounds of a distance, over the rounding of its square.
-float from_above(const Block& block, float square) {
-  return std::sqrt(square) * static_cast<float>(1 + 2 * block.rounding) * kAbove + kTiny;
-}
-float from_below(const Block& block, float square) {
-  return std::sqrt(square) * static_cast<float>(1 - 2 * block.rounding) * kBelow;
-}
 
 // The score / s of a centroid at this squared distance, from above.
 float most_score(const Block& block, int64_t row, float distance) {
@@ -135,7 +169,7 @@ float most_score(const Block& block, int64_t row, float distance) {
 float least_distance(const Block& block, int64_t row, float score) {
   const double square = block.square[row] * (1 - block.rounding) -
                         2 * (score + std::abs(score) * 1e-6) / block.inverse[row];
-  return square > 0 ? from_below(block, static_cast<float>(square * (1 - 1e-6))) : 0.0f;
+  return square > 0 ? from_below(block.rounding, static_cast<float>(square * (1 - 1e-6))) : 0.0f;
 }
 
 // Meets the centroids of the panel that was just screened for `row`, the r-th of its tile. The
@@ -167,7 +201,7 @@ float meet_panel(Block& block, const Moves& moves, PointBounds bounds, int64_t r
       if (moves.group_of(loser) == group)
         *others = std::max(*others, most_score(block, row, lost));
       else
-        bounds.lower_to(moves.group_of(loser), from_below(block, lost));
+        bounds.lower_to(moves.group_of(loser), from_below(block.rounding, lost));
       block.hold(row, now, candidate);
     } else {
       *others = std::max(*others, std::min(top, most_score(block, row, now)));
@@ -231,8 +265,8 @@ int64_t reassign(const Tensor& points, const Centroids& c, const Moves& moves,
           block.read(r, data + i * row_stride, stride);
           distance = squared_distance(block.point[r], c.rows + own * c.d, c.d);
         }
-        const float above = from_above(block, distance);
-        needs[r] = bounds.fall(moves.largest.data(), above, moves.groups);
+        const float above = from_above(block.rounding, distance);
+        needs[r] = bounds.fall(moves, own, above);
         if (bounds.empty() || !(above <= farthest)) needs[r] = all;
         block.label[r] = own;
         block.distance[r] = distance;

@@ -137,6 +137,17 @@ def test_centroids_that_jump_anywhere_have_the_same_bits(k: int) -> None:
     shares(points, trail)
 
 
+def test_centroids_that_jump_do_not_take_their_groups_with_them() -> None:
+    """As where empty clusters move, to points far from their own."""
+    torch.manual_seed(4)
+    points = mixture(4000, 64, 400)
+    trail = lloyd_trail(points, 400, 20)
+    jumped = trail[-1].clone()
+    jumped[::45] = points[::450] * 1.01
+    before, after = shares(points, [*trail, jumped])[-2:]
+    assert before < 0.05 and after < 0.3
+
+
 def test_of_equal_distances_the_lowest_index_wins_after_a_move() -> None:
     """A centroid of another group comes exactly as near as the own one: at half the distance of the
     bound, a group is skipped only if all of it is farther."""
