@@ -13,10 +13,8 @@ from protoclip.settings.commands import show_help
 if __name__ == "__main__":  # answered before the imports below, which take seconds
     show_help("compare", sys.argv[1:])
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -28,23 +26,24 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from protoclip.common.files import locked_folder, plural, printable_lines
+from protoclip.common.files import LOCK, locked_folder, plural, printable_lines
 from protoclip.common.host import usable_cores
 from protoclip.common.phases import SHARED_MACHINE
-from protoclip.common.signals import StopSignals, stop_if_asked
+from protoclip.common.signals import StopSignals, end_with_parent, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import run_command
 from protoclip.evaluate.datasets import Layout, Part
 from protoclip.evaluate.during import evaluation_data, open_run_layout
-from protoclip.evaluate.results import Outcome, Score, read_results
+from protoclip.evaluate.results import TRAIN, Outcome, Score, read_results
 from protoclip.model import choose_device
 from protoclip.report.comparison import (
     RECALLS,
     Comparison,
+    compare_rows,
     format_comparison,
-    of_record,
     primary_of,
+    rows_of,
     with_shown,
 )
 from protoclip.report.page import NAME, write_comparison
@@ -65,7 +64,6 @@ PROG = "protoclip compare"
 TASK_OF = {"acc1": "zeroshot", "nn_acc1": "knn", "ami": "grouping"}
 POLL_SECONDS = 0.02
 STOP_SECONDS = 120.0  # for a run of an earlier command to save and stop
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({n: to_dict(c) for n, c in asked.rows.items()}, indent=2))
             return 0
         if flags.dry_run:
-            say(announcement(prepared(open_record(asked))))
+            say(announcement(opened(asked)))
             return 0
         comparison = run(asked, flags.jobs, say)
         say(f"\n{format_comparison(comparison)}\n\npage: {asked.out / NAME}")
@@ -123,41 +121,34 @@ def compare(
     return run(asked, jobs)
 
 
-def prepared(record: Record) -> Record:
-    """The record with its primary scores, after checks of what needs torch and the data.
+def opened(asked: Record) -> Record:
+    """The comparison with what its folder holds and its primary scores, after checks of what needs
+    torch and the data.
 
     Raises:
-        ValueError: settings that contradict each other, or a finished run of other data.
+        ValueError: settings that contradict each other, a folder of something else, or a finished
+            run of other data.
     """
+    record = open_record(asked)
+    outcomes = outcomes_of(record)
     for name, config in record.rows.items():
         try:
             check_settings(config, choose_device(config.run.device))
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
-        _check_data(record, name)
+        now = ""
+        for seed, outcome in outcomes[name].items():
+            if not outcome.training_data:  # of an older version
+                continue
+            now = now or fingerprint(open_run_data(config).training, outcome.training_data)
+            if not is_same(outcome.training_data, now):
+                raise ValueError(
+                    f"--out: {record.folder(name, seed)} was trained on other data than "
+                    f"{config.data.train_data} is now; restore the data, or choose another --out"
+                )
     if record.primary:
         return record
     return replace(record, primary=primary_of(expected_metrics(record.rows[record.baseline])))
-
-
-def _check_data(record: Record, row: str) -> None:
-    """Raise ValueError if a finished run of a row was trained on other data than is there now."""
-    config = record.rows[row]
-    now = ""
-    for seed, outcome in outcomes_of(record)[row].items():
-        saved = outcome.training_data
-        now = now or (saved and training_data(config, saved))
-        if saved and not is_same(saved, now):
-            raise ValueError(
-                f"--out: {record.folder(row, seed)} was trained on other data than "
-                f"{config.data.train_data} is now; restore the data, or choose another --out"
-            )
-
-
-def training_data(config: TrainConfig, saved: str = "") -> str:
-    """The digest of the data on which a run with these settings would train now, as results.json
-    has it; ``saved`` is the one to compare with."""
-    return fingerprint(open_run_data(config).training, saved)
 
 
 def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
@@ -166,25 +157,19 @@ def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
         layout = open_run_layout(config, data)
     else:
         run_data = open_run_data(config)
-        class_rows = run_data.class_rows
-        layout = Layout(run_data.training, captions=1, key="TRAIN", class_rows=class_rows)
+        layout = Layout(run_data.training, key=TRAIN, class_rows=run_data.class_rows)
         if run_data.held_out is not None:
-            layout = Layout(run_data.held_out, key="HO", class_rows=class_rows)
+            layout = replace(layout, test=run_data.held_out, key="HO")
     captions = 1 if layout.captions is None else layout.captions
-    parts = layout.parts or {layout.key: Part(layout.test, layout.title, captions)}
     metrics: dict[str, list[str]] = {}
-    for key, part in parts.items():
+    for key, part in (layout.parts or {layout.key: Part(layout.test, "", captions)}).items():
         metrics[key] = list(RECALLS) if part.captions else []
         for label, classes in part.test.labels.items():
-            skip = set(part.skip)
+            skip = {task for skipped, task in part.skip if skipped == label}
             if not layout.names_classes(label):
-                skip.add((label, "zeroshot"))
+                skip.add("zeroshot")
             if bool((classes.ids >= 0).any()):
-                metrics[key] += [
-                    f"{label}/{metric}"
-                    for metric, task in TASK_OF.items()
-                    if (label, task) not in skip
-                ]
+                metrics[key] += [f"{label}/{m}" for m, task in TASK_OF.items() if task not in skip]
     return metrics
 
 
@@ -226,13 +211,13 @@ def finished(folder: Path) -> Outcome | None:
 def run(asked: Record, jobs: int = 1, say: Callable[[str], None] = lambda text: None) -> Comparison:
     """Train what is missing, compare, and write comparison.json and the page."""
     with locked_folder(asked.out, "--out"):
-        record = prepared(open_record(asked))
+        record = opened(asked)
         say(announcement(record))
         record.write()
         runs = Runs(record, jobs)
         runs.train()
-        comparison = of_record(record, outcomes_of(record), runs.failed)
-        assert comparison is not None  # all rows are there
+        rows = rows_of(record, outcomes_of(record))
+        comparison = compare_rows(rows, record.primary, record, runs.failed)
         with_shown(record, comparison).write()
         write_comparison(comparison, asked.out / NAME)
     return comparison
@@ -292,8 +277,12 @@ class Runs:
     def _start(self, row: str, seed: int) -> None:
         record = self.record
         folder = record.folder(row, seed)
-        if folder.exists():
-            self._wait_for_other(folder)
+        if folder.exists():  # a run that an earlier, killed command has left behind saves and stops
+            try:
+                with FileLock(folder / LOCK, timeout=STOP_SECONDS):
+                    pass
+            except Timeout as error:
+                raise ValueError(f"{folder} is in use by another process; stop it") from error
         slot = min(set(range(self.jobs)) - {other.slot for other in self.running})
         command = [*train_command(record.nproc_per_run), "--preset", str(folder.parent / SETTINGS)]
         command += ["--seed", str(seed), "--logs", str(folder.parent), "--name", folder.name]
@@ -305,7 +294,7 @@ class Runs:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,
         )
         self.running.append(Started(row, seed, process, stderr, slot))
 
@@ -331,14 +320,6 @@ class Runs:
                 )
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return variables
-
-    def _wait_for_other(self, folder: Path) -> None:
-        """Wait for a run that an earlier, killed command has left behind: it saves and stops."""
-        try:
-            with FileLock(folder / ".lock", timeout=STOP_SECONDS):
-                pass
-        except Timeout as error:
-            raise ValueError(f"{folder} is in use by another process; stop it") from error
 
     def _note(self, run: Started) -> None:
         folder = self.record.folder(run.row, run.seed)
@@ -369,11 +350,6 @@ def train_command(processes: int) -> list[str]:
 
 def run_name(row: str, seed: int) -> str:
     return f"{row}, seed {seed}"
-
-
-def _end_with_parent() -> None:
-    """In a new process: have Linux send SIGTERM if the command that started it is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

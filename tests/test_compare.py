@@ -31,6 +31,7 @@ from ranks import exit_codes, logs_of, start_command
 from protoclip import compare as command
 from protoclip.common.files import LOCK, sole_writer
 from protoclip.data import open_dataset
+from protoclip.data.settings import open_run_data
 from protoclip.evaluate.results import Outcome, SetResults, read_results
 from protoclip.report.__main__ import main as report
 from protoclip.report.comparison import (
@@ -42,7 +43,8 @@ from protoclip.report.comparison import (
     primary_of,
 )
 from protoclip.report.figures import differences_svg
-from protoclip.settings.comparison import FILE, Record
+from protoclip.runs.checkpoint import fingerprint
+from protoclip.settings.comparison import FILE, Record, Shown
 from protoclip.train import make_config
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_train.py"))]
@@ -172,7 +174,8 @@ def test_the_printed_command_trains_a_longer_baseline_and_nothing_else(
     assert proposed() == [""] and stars() == [("ProtoCLIP", RECALL)]
     # Both tables are counted, also when the first is shown again.
     assert content()["result"]["tests"] == 4
-    assert content()["shown"] == [["ProtoCLIP", "CLIP"], ["ProtoCLIP", "CLIP, 60 steps"]]
+    shown = [(row, baseline) for row, baseline, _ in content()["shown"]]
+    assert shown == [("ProtoCLIP", "CLIP"), ("ProtoCLIP", "CLIP, 60 steps")]
     assert compare("--warmup", "10") == 0 and started() == []
     assert content()["result"]["tests"] == 4 and "Holm over 4 tests" in opening()
 
@@ -336,7 +339,7 @@ def test_a_finished_run_of_other_data_is_refused_before_anything_trains(
     note = "note: 2 finished runs of an older version: whether the data is still the same was not"
     assert compare("--seeds", "1") == 0 and note in capsys.readouterr().out
     config = make_config(train_data="pairs.csv", val_fraction=0.25)
-    monkeypatch.setenv("FAKE_DATA", command.training_data(config))
+    monkeypatch.setenv("FAKE_DATA", fingerprint(open_run_data(config).training))
     assert compare("--seeds", "2") == 0 and compare("--seeds", "2") == 0
     assert "note: 2 finished runs of an older" in capsys.readouterr().out
     rows = Path("pairs.csv").read_text().splitlines(keepends=True)
@@ -495,9 +498,9 @@ def test_what_is_not_claimed() -> None:
 def test_a_further_baseline_is_tested_where_the_first_was_starred() -> None:
     record = Record(
         {"CLIP": make_config(), "P": make_config()}, tuple(range(5)), Path(),
-        shown_seeds=range(5), shown=[("P", "another")],
+        shown_seeds=range(5), shown=[Shown("P", "another", [])],
     )  # fmt: skip
-    starred = replace(record, starred=[("P", "ALL", "class/acc1")])
+    starred = replace(record, shown=[Shown("P", "another", [("ALL", "class/acc1")])])
     cells = [
         list(made(5, 0.1, given).contrasts[0].cells.values())[0]
         for given in (None, record, starred)
@@ -570,6 +573,6 @@ def test_real_runs_are_compared_in_python(
     runs = [read_results(Path("both", row, "seed-3/results.json")) for row in ("CLIP", "ProtoCLIP")]
     values = [run.trained["HO"].metrics[RECALL] for run in runs]
     assert contrast.cells[recall].differences == (values[1] - values[0],)
-    assert {run.training_data for run in runs} == {command.training_data(config)}
+    assert {run.training_data for run in runs} == {fingerprint(open_run_data(config).training)}
     saved = json.loads(Path("both/CLIP/seed-3/config.json").read_text())
     assert saved["run"]["seed"] == 3 and saved["method"] == "clip"

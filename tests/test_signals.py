@@ -28,7 +28,7 @@ while True:
 # Words of each command, about folders that are there, and a function that it then calls.
 COMMANDS = {
     "cluster": ("photos --k 2", "protoclip.cluster.__main__", "check_exists"),
-    "compare": ("--train-data builtin:shapes:64", "protoclip.compare", "prepared"),
+    "compare": ("--train-data builtin:shapes:64", "protoclip.compare", "opened"),
     "curate": (
         "rows --levels 4,2 --target 2 --out out", "protoclip.curate.__main__", "check_exists",
     ),

@@ -114,5 +114,11 @@ def become_worker(number: int = 0) -> None:
     end with that one, even if it is killed. ``number``: of the worker, as torch passes it."""
     for signal_number in NUMBERS:
         signal.signal(signal_number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """In a new process: have Linux send a signal when the one that started it ends, even if that is
+    killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from protoclip.common.files import short_name, write_atomic
 from protoclip.common.json_text import parse_json
@@ -101,10 +101,6 @@ class Outcome:
         columns = {**self.floors, "untrained": self.untrained}
         return {name: results for name, results in columns.items() if results}
 
-    def value(self, score: Score) -> float:
-        """The trained model's; NaN if it has none."""
-        return self.trained.get(score.key, NOTHING).metrics.get(score.metric, math.nan)
-
     @property
     def skipped(self) -> str:
         """A sentence about skipped steps, "" without any."""
@@ -140,13 +136,11 @@ def format_table(outcome: Outcome) -> str:
         lines = [f"{trained.title} ({key}): {size}", line("", heads)]
         beside = [results.get(key, NOTHING) for results in columns.values()]
         for score in scores_of({key: trained}):
-            name = score.metric
-            value = trained.metrics[name]
-            values_beside = [results.metrics.get(name, math.nan) for results in beside]
-            cells = [number(x) for x in [*values_beside, value]]
-            cells.append(" .. ".join(map(number, trained.intervals.get(name, ()))))
+            values_beside = [results.metrics.get(score.metric, math.nan) for results in beside]
+            cells = [number(x) for x in [*values_beside, score.value]]
+            cells.append(" .. ".join(map(number, trained.intervals.get(score.metric, ()))))
             if columns:
-                cells.append(number(value - values_beside[-1], "+"))
+                cells.append(number(score.value - values_beside[-1], "+"))
             lines.append(line(score.words, cells).rstrip())
         blocks.append("\n".join(lines))
     footer = []
@@ -164,16 +158,16 @@ def format_table(outcome: Outcome) -> str:
     return "\n\n".join(blocks)
 
 
-class Score(NamedTuple):
-    """What is measured: a metric on an evaluation set."""
+@dataclass(frozen=True)
+class Score:
+    """A metric of a model on an evaluation set; equal to another of the same metric and set."""
 
     key: str  # of the set
     metric: str
-    title: str = ""  # of the set
-
-    @property
-    def place(self) -> tuple[str, str]:
-        return self.key, self.metric
+    value: float = field(default=math.nan, compare=False)
+    samples: int = field(default=0, compare=False)  # images
+    fingerprint: str = field(default="", compare=False)  # of what it was measured on
+    title: str = field(default="", compare=False)  # of the set
 
     @property
     def words(self) -> str:
@@ -187,7 +181,9 @@ def scores_of(results: Results) -> list[Score]:
     for key, of_set in results.items():
         names = sorted(of_set.metrics, key=lambda name: not name.endswith(FIRST))  # is stable
         scores += [
-            Score(key, name, of_set.title) for name in names if name.rpartition("/")[2] in ROWS
+            Score(key, name, of_set.metrics[name], of_set.samples, of_set.fingerprint, of_set.title)
+            for name in names
+            if name.rpartition("/")[2] in ROWS
         ]
     return scores
 

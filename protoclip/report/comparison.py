@@ -7,7 +7,6 @@ and comparison.json show its values.
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,14 +25,7 @@ from protoclip.report.statistics import (
     paired,
     seeds_needed,
 )
-from protoclip.settings.comparison import (
-    FILE,
-    Longer,
-    Record,
-    longer_baseline,
-    read_record,
-    settings_of,
-)
+from protoclip.settings.comparison import Longer, Record, Shown, longer_baseline, settings_of
 
 WITH_CLASSES = ("acc1", "nn_acc1", "ami")  # the primary scores; without classes R@1:
 RECALLS = ("text_retrieval_recall@1", "image_retrieval_recall@1")
@@ -97,6 +89,11 @@ class Contrast:
     other_pictures: str = ""  # a sentence if they were judged on different pictures
     longer: Longer | None = None  # the baseline that trains for as long as the row
 
+    @property
+    def starred(self) -> list[tuple[str, str]]:
+        """The scores that differ significantly: evaluation set, metric."""
+        return [(score.key, score.metric) for score, cell in self.cells.items() if cell.significant]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -106,14 +103,10 @@ class Comparison:
     primary: Sequence[Score]
     seeds: tuple[int, ...]  # those that all rows have finished
     contrasts: Sequence[Contrast]  # one for each other row
+    may_claim: bool = False  # there are seeds enough for a test, all of them planned beforehand
     tests: int = 0  # primary scores of this table and of those that were shown before
     added: Sequence[int] = ()  # seeds that came after a result was shown
     failed: Mapping[str, str] = field(default_factory=dict)  # run -> why
-
-    @property
-    def may_claim(self) -> bool:
-        """Whether there are seeds enough for a test, all of them planned beforehand."""
-        return len(self.seeds) >= LEAST_SEEDS and not self.added
 
     @property
     def scores(self) -> list[Score]:
@@ -125,22 +118,13 @@ class Comparison:
 def primary_of(metrics: Mapping[str, Collection[str]]) -> list[tuple[str, str]]:
     """The scores that are tested, from the names of each evaluation set's: zero-shot, 1-NN and
     k-means AMI of the first label that has them; without classes R@1 in both directions."""
-    labels = dict.fromkeys(
-        name.rpartition("/")[0] for names in metrics.values() for name in names if "/" in name
-    )
-    chosen = []
-    for wanted in WITH_CLASSES:
-        places = [
-            (key, f"{label}/{wanted}")
-            for label in labels
-            for key, names in metrics.items()
-            if f"{label}/{wanted}" in names
-        ]
-        chosen += places[:1]
-    recalls = [
-        [(key, name) for name in RECALLS] for key, names in metrics.items() if RECALLS[0] in names
-    ]
-    return chosen or [score for of_set in recalls[:1] for score in of_set]
+    places = [(key, *name.rpartition("/")) for key, names in metrics.items() for name in names]
+    labels = list(dict.fromkeys(label for _, label, _, _ in places))
+    first: dict[str, tuple[str, str]] = {}  # by metric
+    for key, label, slash, metric in sorted(places, key=lambda place: labels.index(place[1])):
+        first.setdefault(metric, (key, label + slash + metric))
+    of_classes = [first[metric] for metric in WITH_CLASSES if metric in first]
+    return of_classes or [first[metric] for metric in RECALLS if metric in first]
 
 
 def compare_rows(
@@ -160,104 +144,83 @@ def compare_rows(
     seeds = sorted(set.intersection(*(set(row.runs) for row in rows)))
     added = record.added if record else []
     may_claim = len(seeds) >= LEAST_SEEDS and not added
-    pairs = {row.name: _values(row, baseline, seeds) for row in others}
+    pairs = {row.name: _pair(row, baseline, seeds) for row in others}
     tests = {
         (name, score): paired(ours - theirs)
         for name, (values, _) in pairs.items()
         for score, (theirs, ours) in values.items()
     }
-    family = [test for test in tests if test[1].place in primary]
+    of_primary = [Score(*place) for place in primary]
+    family = [(name, score) for name, score in tests if score in of_primary]
     here = {(row.name, baseline.name) for row in others}
-    earlier = sum(pair not in here for pair in record.shown) * len(primary) if record else 0
+    shown = record.shown if record else []
+    earlier = sum(pair[:2] not in here for pair in shown) * len(primary)
     corrected_p = holm(np.array([tests[test].p for test in family]), earlier)
     corrected = dict(zip(family, corrected_p.tolist(), strict=True))
     count = len(family) + earlier
-
-    def cell(name: str, score: Score) -> Cell:
-        theirs, ours = pairs[name][0][score]
-        test = tests[name, score]
-        is_primary = (name, score) in corrected
-        p = corrected.get((name, score), float(test.p))
-        may_star = record is None or may_follow(record, name, score)
-        tested = is_primary and may_claim and may_star
-        return Cell(
-            baseline_mean=float(theirs.mean()),
-            mean=float(ours.mean()),
-            differences=tuple((ours - theirs).tolist()),
-            difference=float(test.mean),
-            half=float(test.half),
-            p=p,
-            tested=tested,
-            significant=tested and p < LEVEL,
-            seeds_needed=seeds_needed(ours - theirs, LEVEL / count) if is_primary else None,
-        )
-
     contrasts = []
     for row in others:
+        values, different = pairs[row.name]
+        first = next((pair for pair in shown if pair.row == row.name), None)
+        # A first table errs in 5 % of all families, so a further baseline is tested only where the
+        # first one was starred.
+        is_further = first is not None and first.baseline != baseline.name
+        starred = {Score(*place) for place in first.starred} if first else set()
+        cells = {}
+        for score, (theirs, ours) in values.items():
+            test = tests[row.name, score]
+            is_primary = score in of_primary
+            p = corrected[row.name, score] if is_primary else float(test.p)
+            tested = is_primary and may_claim and (not is_further or score in starred)
+            cells[score] = Cell(
+                baseline_mean=float(theirs.mean()),
+                mean=float(ours.mean()),
+                differences=tuple((ours - theirs).tolist()),
+                difference=float(test.mean),
+                half=float(test.half),
+                p=p,
+                tested=tested,
+                significant=tested and p < LEVEL,
+                seeds_needed=seeds_needed(ours - theirs, LEVEL / count) if is_primary else None,
+            )
         times = _times(row.runs, baseline.runs, seeds)
         longer = None
         if record and times.differ:
             longer = longer_baseline(record, row.name, math.exp(times.log_ratio))
-        values, sentence = pairs[row.name]
-        cells = {score: cell(row.name, score) for score in values}
-        contrasts.append(Contrast(row.name, baseline.name, times, cells, sentence, longer))
-    scores = {score.place: score for _, score in tests}
+        contrasts.append(Contrast(row.name, baseline.name, times, cells, different, longer))
+    in_tests = {score: score for _, score in tests}
     return Comparison(
         rows=rows,
-        primary=[scores[place] for place in primary if place in scores],
+        primary=[in_tests[score] for score in of_primary if score in in_tests],
         seeds=tuple(seeds),
         contrasts=contrasts,
+        may_claim=may_claim,
         tests=count,
         added=added,
         failed=failed or {},
     )
 
 
-def may_follow(record: Record, row: str, score: Score) -> bool:
-    """Whether a score of a row can be starred. A first table errs in 5 % of all families, so what
-    follows may only err where it did: a further baseline is tested where the first one was starred.
-    """
-    baselines = [baseline for name, baseline in record.shown if name == row]
-    is_first = not baselines or baselines[0] == record.baseline
-    return is_first or (row, *score.place) in record.starred
-
-
-def with_shown(record: Record, comparison: Comparison) -> Record:
-    """The record once a comparison is shown."""
-    if not comparison.seeds:
-        return replace(record, result=values_of(comparison))
-    stars = [
-        (contrast.row, *score.place)
-        for contrast in comparison.contrasts
-        for score, cell in contrast.cells.items()
-        if cell.significant
-    ]
-    pairs = [(contrast.row, contrast.baseline) for contrast in comparison.contrasts]
-    return replace(
-        record,
-        shown_seeds=record.shown_seeds or record.seeds,
-        shown=list(dict.fromkeys([*record.shown, *pairs])),
-        starred=list(dict.fromkeys([*record.starred, *stars])),
-        result=values_of(comparison),
-    )
-
-
-def _values(
+def _pair(
     row: Row, baseline: Row, seeds: Sequence[int]
 ) -> tuple[dict[Score, tuple[np.ndarray, np.ndarray]], str]:
     """The values of a baseline and of a row, [seeds] each, in the scores that all runs have on the
     same pictures; and a sentence if some were judged on different pictures."""
-    theirs, ours = ([side.runs[seed] for seed in seeds] for side in (baseline, row))
+    theirs, ours = (
+        [{score: score for score in scores_of(side.runs[seed].trained)} for seed in seeds]
+        for side in (baseline, row)
+    )
     values: dict[Score, tuple[np.ndarray, np.ndarray]] = {}
     sentence = ""
-    for score in scores_of(ours[0].trained) if seeds else ():
-        sides = tuple(np.array([run.value(score) for run in side]) for side in (theirs, ours))
-        if not np.isfinite(sides).all():
+    for score in ours[0] if seeds else ():
+        if not all(score in run and math.isfinite(run[score].value) for run in [*theirs, *ours]):
             continue
-        if different := other_pictures(row.name, baseline.name, ours, theirs, score.key):
+        sides = [[run[score] for run in side] for side in (theirs, ours)]
+        if different := other_pictures(row.name, baseline.name, sides[1], sides[0]):
             sentence = different
         else:
-            values[score] = (sides[0], sides[1])
+            of_baseline, of_row = (np.array([run.value for run in side]) for side in sides)
+            values[score] = (of_baseline, of_row)
     return values, sentence
 
 
@@ -276,19 +239,14 @@ def _times(row: Run, baseline: Run, seeds: Sequence[int]) -> Times:
     return Times(*map(float, (*means, ratio.mean, ratio.half)))
 
 
-def other_pictures(
-    name: str, other: str, ours: Sequence[Outcome], theirs: Sequence[Outcome], key: str
-) -> str:
-    """A sentence if runs were judged on different pictures, by the fingerprints of a set."""
-    judged = [
-        {(outcome.trained[key].fingerprint, outcome.trained[key].samples) for outcome in side}
-        for side in (ours, theirs)
-    ]
-    if len(judged[0] | judged[1]) == 1:
+def other_pictures(name: str, other: str, ours: Sequence[Score], theirs: Sequence[Score]) -> str:
+    """A sentence if a score of two sides was measured on different pictures."""
+    measured = [{(score.fingerprint, score.samples) for score in side} for side in (ours, theirs)]
+    if len(measured[0] | measured[1]) == 1:
         return ""
     counts = [
         " or ".join(f"{samples:,}" for samples in sorted({samples for _, samples in side}))
-        for side in judged
+        for side in measured
     ]
     return (
         f"{name} and {other} were judged on different pictures ({counts[0]} and {counts[1]}), so "
@@ -296,15 +254,9 @@ def other_pictures(
     )
 
 
-# Which runs belong together.
-
-
-def of_record(
-    record: Record, outcomes: Mapping[str, Run], failed: Mapping[str, str]
-) -> Comparison | None:
-    """The comparison of a folder, of the rows that ``outcomes`` has; None without the baseline or
-    without another row."""
-    rows = [
+def rows_of(record: Record, outcomes: Mapping[str, Run]) -> list[Row]:
+    """The rows of a comparison's folder that ``outcomes`` has."""
+    return [
         Row(
             name,
             outcomes[name],
@@ -314,78 +266,26 @@ def of_record(
         for name, config in record.rows.items()
         if name in outcomes
     ]
-    if len(rows) < 2 or rows[0].name != record.baseline:
-        return None
-    return compare_rows(rows, record.primary, record, failed)
 
 
-class Listed(NamedTuple):
-    """A run folder to be put with others."""
-
-    name: str
-    path: Path
-    config: Mapping[str, Any]
-    outcome: Outcome
-
-    @property
-    def row_name(self) -> str:
-        """Its name without the seed, else that of the folder in which it lies."""
-        name = re.sub(r"[-_, /]*seed[-_ ]?\d+$", "", self.name)
-        return Path(name).name or self.path.resolve().parent.name
-
-
-def group_runs(runs: Sequence[Listed]) -> list[Row]:
-    """Rows of runs that differ only in the seed; the first row of plain CLIP comes first."""
-    groups: dict[str, dict[int, Listed]] = {}
-    for run in runs:
-        seed = run.config.get("run", {}).get("seed", 0)
-        settings = repr(sorted(settings_of(run.config).items()))
-        while seed in groups.setdefault(settings, {}):
-            settings += " again"
-        groups[settings][seed] = run
-    rows: list[Row] = []
-    for by_seed in groups.values():
-        first = next(iter(by_seed.values()))
-        name = first.row_name
-        if name in {row.name for row in rows}:
-            name = f"{name} ({len(rows) + 1})"
-        outcomes = {seed: run.outcome for seed, run in by_seed.items() if run.outcome.trained}
-        folders = {seed: run.path for seed, run in by_seed.items()}
-        rows.append(Row(name, outcomes, settings_of(first.config), folders))
-    baseline = next((row for row in rows if row.settings.get("method") == "clip"), rows[0])
-    return [baseline, *(row for row in rows if row is not baseline)]
-
-
-def compare_runs(runs: Sequence[Listed]) -> Comparison | None:
-    """The comparison of some run folders: that of ``protoclip compare`` if they are all in its
-    folder, else of the groups that differ only in the seed; None without two groups."""
-    roots = {run.path.resolve().parent.parent for run in runs}
-    root = roots.pop()
-    if not roots and (root / FILE).is_file():
-        record = read_record(root)
-        finished = {run.path.resolve(): run.outcome for run in runs if run.outcome.trained}
-        outcomes: dict[str, dict[int, Outcome]] = {}
-        for name, seed in record.runs:
-            folder = record.folder(name, seed).resolve()
-            if folder in finished:
-                outcomes.setdefault(name, {})[seed] = finished[folder]
-        return of_record(record, outcomes, record.result.get("failed", {}))
-    rows = group_runs(runs)
-    if len(rows) < 2:
-        return None
-    metrics: dict[str, Collection[str]] = {}
-    for row in rows:
-        for outcome in row.runs.values():
-            for key, scores in outcome.trained.items():
-                metrics.setdefault(key, scores.metrics)
-    return compare_rows(rows, primary_of(metrics))
+def with_shown(record: Record, comparison: Comparison) -> Record:
+    """The record once a comparison is shown."""
+    result = values_of(comparison)
+    if not comparison.seeds:
+        return replace(record, result=result)
+    shown = {pair[:2]: pair for pair in record.shown}
+    for contrast in comparison.contrasts:
+        pair = Shown(contrast.row, contrast.baseline, contrast.starred)
+        shown[pair[:2]] = pair
+    shown_seeds = record.shown_seeds or record.seeds
+    return replace(record, shown_seeds=shown_seeds, shown=list(shown.values()), result=result)
 
 
 # What it says, in words.
 
 
 def claims_of(comparison: Comparison) -> list[str]:
-    """What can be claimed, to be quoted: paragraphs, one for each row."""
+    """What can be claimed, to be quoted: what cannot be said, then a paragraph for each row."""
     seeds = comparison.seeds
     limits = [f"{run} failed: {why}." for run, why in comparison.failed.items()]
     if limits:
@@ -398,17 +298,21 @@ def claims_of(comparison: Comparison) -> list[str]:
             f"With {plural(len(seeds), 'seed')} no difference is tested for significance, which "
             "needs at least three seeds."
         )
-    elif added := list(map(str, comparison.added)):
-        words = f"Seed {added[0]} was" if len(added) == 1 else f"Seeds {', '.join(added)} were"
+    elif comparison.added:
+        added = ", ".join(map(str, comparison.added))
+        words = "Seed {} was" if len(comparison.added) == 1 else "Seeds {} were"
         limits.append(
-            f"{words} added after a result was shown, so no difference is called significant."
+            f"{words.format(added)} added after a result was shown, so no difference is called "
+            "significant."
         )
     paragraphs = [" ".join(filter(None, limits))]
     for contrast in comparison.contrasts if seeds else ():
+        row = f"{contrast.row} minus {contrast.baseline}"
         sentences = [
-            _difference_words(comparison, contrast, score) for score in comparison.primary
-            if score in contrast.cells
-        ]  # fmt: skip
+            f"In {score.words}, {row} is {difference_words(cell)}{verdict_on(cell, comparison)}."
+            for score in comparison.primary
+            if (cell := contrast.cells.get(score))
+        ]
         paragraphs.append(" ".join([*sentences, time_words(comparison, contrast)]))
     if comparison.may_claim and comparison.primary:
         corrected = f", Holm over {plural(comparison.tests, 'test')}" * (comparison.tests > 1)
@@ -419,21 +323,22 @@ def claims_of(comparison: Comparison) -> list[str]:
     return list(filter(None, paragraphs))
 
 
-def _difference_words(comparison: Comparison, contrast: Contrast, score: Score) -> str:
-    cell = contrast.cells[score]
-    half = "" if math.isinf(cell.half) else f" ± {cell.half:.3f}"
-    verdict = ""
+def verdict_on(cell: Cell, comparison: Comparison) -> str:
+    """Whether the difference in a primary score is significant, in words."""
     if cell.significant:
-        verdict = ", significant"
-    elif cell.tested:
+        return ", significant"
+    if cell.tested:
         needed = cell.seeds_needed or f"more than {MOST_SEEDS}"
-        verdict = f", not significant ({needed} seeds would show it with 80 % power)"
-    elif comparison.may_claim:
-        verdict = f", not tested, as {contrast.row} was not significant when it was shown first"
-    return (
-        f"In {score.words}, {contrast.row} minus {contrast.baseline} is "
-        f"{cell.difference:+.3f}{half}{verdict}."
-    )
+        return f", not significant ({needed} seeds would show it with 80 % power)"
+    if comparison.may_claim:
+        return ", not tested, as it was not significant against the first baseline"
+    return ""
+
+
+def difference_words(cell: Cell) -> str:
+    """A difference with half of its interval."""
+    half = "" if math.isinf(cell.half) else f" ± {number(cell.half)}"
+    return number(cell.difference, "+") + half
 
 
 def time_words(comparison: Comparison, contrast: Contrast) -> str:
@@ -459,14 +364,17 @@ def format_comparison(comparison: Comparison) -> str:
     sets = {score.key for score in comparison.scores}
     for contrast in comparison.contrasts:
         times = contrast.times
+
+        def line(words: str, baseline: str, row: str, difference: str) -> str:
+            return f"  {words:<34}{baseline:>10}{row:>9}   {difference}".rstrip()
+
         lines = [
             f"{contrast.row} against {contrast.baseline}",
-            f"  {'':<34}{'baseline':>10}{'row':>9}   difference (95 %)",
-            f"  {'training time (s)':<34}{number(times.baseline):>10}{number(times.row):>9}   "
-            f"{times.words}",
+            line("", "baseline", "row", "difference (95 %)"),
+            line("training time (s)", number(times.baseline), number(times.row), times.words),
         ]
         if times.teacher > 0:
-            lines.append(f"  {'teacher, not in this time (s)':<44}{number(times.teacher):>9}")
+            lines.append(line("teacher, not in this time (s)", "", number(times.teacher), ""))
         title = ""
         for score in comparison.scores:
             if score not in contrast.cells:
@@ -479,13 +387,12 @@ def format_comparison(comparison: Comparison) -> str:
             words = f"  {score.words}"
             if is_primary and len(sets) > 1:
                 words += f" ({score.key})"
-            line = f"  {words:<34}{number(cell.baseline_mean):>10}{number(cell.mean):>9}   "
-            lines.append(line + interval_words(cell))
+            star = " *" if cell.significant else ""
+            means = number(cell.baseline_mean), number(cell.mean)
+            lines.append(line(words, *means, difference_words(cell) + star))
         blocks.append("\n".join(lines))
     footer = [line for claim in claims_of(comparison) for line in textwrap.wrap(claim, 98)]
-    if any(
-        cell.significant for contrast in comparison.contrasts for cell in contrast.cells.values()
-    ):
+    if any(contrast.starred for contrast in comparison.contrasts):
         footer.insert(0, "* significant after Holm's correction over all primary scores")
     blocks.append("\n".join(footer))
     blocks += [
@@ -494,12 +401,6 @@ def format_comparison(comparison: Comparison) -> str:
         if (longer := contrast.longer) and longer.command
     ]
     return "\n\n".join(blocks)
-
-
-def interval_words(cell: Cell) -> str:
-    """A difference with half of its interval; a star where it is significant."""
-    half = "" if math.isinf(cell.half) else f" ± {number(cell.half)}"
-    return f"{number(cell.difference, '+')}{half}{' *' if cell.significant else ''}"
 
 
 def values_of(comparison: Comparison) -> dict[str, Any]:

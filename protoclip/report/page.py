@@ -28,17 +28,19 @@ from protoclip.evaluate.results import Outcome, Score, SetResults, number, score
 from protoclip.report import figures
 from protoclip.report.comparison import (
     Comparison,
-    Listed,
+    Row,
     claims_of,
-    compare_runs,
+    compare_rows,
+    difference_words,
     format_comparison,
-    interval_words,
     other_pictures,
-    time_words,
+    primary_of,
+    rows_of,
 )
 from protoclip.report.figures import Series, read_series
 from protoclip.report.snapshot import SHOWN_AS, Snapshot, load_snapshot
 from protoclip.runs.run_folder import OWN_TERMS
+from protoclip.settings.comparison import FILE, read_record, settings_of
 from protoclip.settings.config import TrainConfig, flat, parse_json, to_dict
 
 NAME = "report.html"
@@ -332,13 +334,52 @@ def write_report(
 
 
 def over_seeds(runs: Sequence[Run]) -> Comparison | None:
-    """The comparison of runs of which some differ only in the seed; None: they are shown next to
-    each other."""
-    listed = [Listed(run.name, run.path, run.config, run.outcome) for run in runs if run.path]
-    comparison = compare_runs(listed) if len(runs) > 1 else None
-    if comparison is None or all(len(row.folders) < 2 for row in comparison.rows):
+    """The comparison of runs of which some differ only in the seed: that of ``protoclip compare``
+    if they are all in its folder; None: they are shown next to each other."""
+    by_folder = {run.path.resolve(): run for run in runs if run.path}
+    root, *others = {folder.parent.parent for folder in by_folder}
+    record = None
+    if not others and (root / FILE).is_file():
+        record = read_record(root)
+        outcomes: dict[str, dict[int, Outcome]] = {}
+        for name, seed in record.runs:
+            run = by_folder.get(record.folder(name, seed).resolve())
+            if run and run.outcome.trained:
+                outcomes.setdefault(name, {})[seed] = run.outcome
+        if record.baseline not in outcomes:
+            return None
+        rows = rows_of(record, outcomes)
+    else:
+        rows = group_runs(runs)
+    if len(rows) < 2 or all(len(row.folders) < 2 for row in rows):
         return None
-    return comparison
+    if record:
+        return compare_rows(rows, record.primary, record, record.result.get("failed"))
+    sets = [sets for row in rows for run in row.runs.values() for sets in run.trained.items()]
+    return compare_rows(rows, primary_of({key: of_set.metrics for key, of_set in sets}))
+
+
+def group_runs(runs: Sequence[Run]) -> list[Row]:
+    """Rows of runs that differ only in the seed; those of plain CLIP come first."""
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        seed = run.config.get("run", {}).get("seed", 0)
+        settings = repr(sorted(settings_of(run.config).items()))
+        while seed in groups.setdefault(settings, {}):
+            settings += " again"
+        groups[settings][seed] = run
+    rows: list[Row] = []
+    for by_seed in groups.values():
+        first = next(iter(by_seed.values()))
+        name = Path(re.sub(r"[-_, /]*seed[-_ ]?\d+$", "", first.name)).name
+        if not name and first.path:
+            name = first.path.resolve().parent.name
+        if name in {row.name for row in rows}:
+            name = f"{name} ({len(rows) + 1})"
+        outcomes = {seed: run.outcome for seed, run in by_seed.items() if run.outcome.trained}
+        folders = {seed: run.path for seed, run in by_seed.items() if run.path}
+        rows.append(Row(name, outcomes, settings_of(first.config), folders))
+    return sorted(rows, key=lambda row: row.settings.get("method") != "clip")
 
 
 def default_name(folders: Sequence[str | os.PathLike[str]]) -> str:
@@ -379,12 +420,13 @@ def all_differences(runs: Sequence[Run]) -> list[str]:
         return []
     others = [run for run in runs if run is not baseline]
     sentences = [differences(run, baseline) for run in others]
-    sentences += [
-        other_pictures(run.name, baseline.name, [run.outcome], [baseline.outcome], key)
-        for run in others
-        for key in run.outcome.trained.keys() & baseline.outcome.trained.keys()
-    ]
-    return [sentence for sentence in sentences if sentence]
+    of_baseline = scores_of(baseline.outcome.trained)
+    for run in others:
+        for score in scores_of(run.outcome.trained):
+            same = [theirs for theirs in of_baseline if theirs == score]
+            if same:
+                sentences.append(other_pictures(run.name, baseline.name, [score], same))
+    return list(dict.fromkeys(filter(None, sentences)))
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -400,7 +442,6 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
             written=time.strftime("%Y-%m-%d %H:%M"),
             comparison=comparison,
             claims=claims_of(comparison),
-            time_words=partial(time_words, comparison),
             meaning=meaning,
             differing={
                 name: [of_row.get(name) for of_row in settings]
@@ -431,7 +472,7 @@ def environment() -> jinja2.Environment:
         histogram=figures.histogram_svg,
         colour=lambda i: f"var(--c{i % len(figures.CYCLE)})",
         pretty=lambda value: json.dumps(value, indent=2),
-        interval=lambda cell: interval_words(cell).removesuffix(" *").replace("-", "−"),
+        interval=lambda cell: difference_words(cell).replace("-", "−"),
     )
     return environment
 

@@ -34,11 +34,15 @@ SHARED = [f"data.{name}" for name in TABLE] + [
     "data.train_data", "data.val_data", "data.val_fraction", "data.val_seed",
     "data.train_num_samples", "run.device",
 ]  # fmt: skip
-FORM = {  # what comparison.json holds, with the names of the rows
-    "seeds": list, "nproc_per_run": int, "words": list, "primary": list, "shown_seeds": list,
-    "shown": list, "starred": list, "result": dict,
-}  # fmt: skip
 MATTER = ("run.device", "run.precision")  # of the settings of a run, in a comparison
+
+
+class Shown(NamedTuple):
+    """A pair that a table has shown."""
+
+    row: str
+    baseline: str
+    starred: Sequence[tuple[str, str]]  # evaluation set, metric
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ class Record:
     words: tuple[str, ...] = ()  # of the command line; none from Python
     primary: Sequence[tuple[str, str]] = ()  # evaluation set, metric
     shown_seeds: Sequence[int] = ()  # of the first table
-    shown: Sequence[tuple[str, str]] = ()  # row, baseline: of all tables, in this order
-    starred: Sequence[tuple[str, str, str]] = ()  # row, evaluation set, metric: of all tables
+    shown: Sequence[Shown] = ()  # of all tables, in this order
     result: Mapping[str, Any] = field(default_factory=dict)  # for programs
 
     @property
@@ -79,7 +82,8 @@ class Record:
             clean = replace(config, run=replace(config.run, name="", resume=""))
             settings = json.dumps(to_dict(clean), indent=2) + "\n"
             write_atomic(self.out / folder_name(name) / SETTINGS, settings)
-        content = {"rows": list(self.rows)} | {name: getattr(self, name) for name in FORM}
+        content = {**vars(self), "rows": list(self.rows)}
+        del content["out"]
         # NaN and infinity are not JSON.
         strict = json.loads(json.dumps(content), parse_constant=lambda name: None)
         write_atomic(self.out / FILE, json.dumps(strict, indent=1) + "\n")
@@ -155,19 +159,15 @@ def parse_record(argv: Sequence[str]) -> tuple[Record, Any]:
             "--method: the rows CLIP and ProtoCLIP set it; leave it out, or name rows with --row"
         )
     rows: dict[str, TrainConfig] = {}
+    row_parser = train_parser()
+    row_parser.raises = True
     for name, words in _row_flags(flags.row):
         if name in rows:
             raise ValueError(f"--row: {name!r} is named twice; rename one")
         try:
-            parser = train_parser()
-            parser.raises = True
-            of_row = vars(parser.parse_args(shlex.split(words)))
-            _refuse_own(of_row)
-            if of_row["preset"] == "default":
-                of_row["preset"] = settings["preset"]
-            if of_row["dataset_type"] == "auto":
-                of_row["dataset_type"] = settings["dataset_type"]
-            rows[name] = checked_config({**settings, **of_row})[0]
+            of_row = row_parser.parse_args(shlex.split(words), argparse.Namespace(**settings))
+            _refuse_own(vars(of_row))
+            rows[name] = checked_config(vars(of_row))[0]
         except ValueError as error:
             if not flags.row:
                 raise
@@ -243,19 +243,13 @@ def read_record(folder: Path) -> Record:
     file = folder / FILE
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
-        for name, kind in FORM.items():
-            if not isinstance(content[name], kind):
-                raise TypeError(f"{name} is no {kind.__name__}")
-        values = {name: content[name] for name in FORM}
-        for name in ("primary", "shown", "starred"):
-            values[name] = [tuple(map(str, entry)) for entry in content[name]]
-        values["seeds"] = tuple(map(int, content["seeds"]))
-        rows = {str(name): read_settings(folder, name) for name in content["rows"]}
-        return Record(rows, out=folder, **values)
+        rows = {name: read_settings(folder, name) for name in content.pop("rows")}
+        content["seeds"] = tuple(content["seeds"])
+        content["shown"] = [Shown(*pair) for pair in content["shown"]]
+        return Record(rows, out=folder, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"--out: {file} is damaged or of an older version ({reason}); delete it, and the same "
+            f"--out: {file} is damaged or of an older version ({error}); delete it, and the same "
             "command finds the finished runs again"
         ) from error
 
@@ -281,7 +275,7 @@ def open_record(asked: Record) -> Record:
             "choose another --out"
         )
     runs = list(out.glob("*/seed-*"))
-    if not is_ours or not runs:  # without runs, the first was refused
+    if not runs:  # or the first one was refused
         return asked
     before = Record({}, (), out, asked.nproc_per_run)
     if (out / FILE).exists():
@@ -294,21 +288,18 @@ def open_record(asked: Record) -> Record:
             f"--nproc-per-run: the comparison in {out} has {before.nproc_per_run}, got "
             f"{asked.nproc_per_run}; choose another --out"
         )
+    started = {run.parent.name for run in runs}
     for name, config in asked.rows.items():
-        if any((out / folder_name(name)).glob("seed-*")):
-            _check_same(out, name, config)
+        if folder_name(name) not in started:
+            continue
+        settings = settings_of(read_settings(out, name))
+        for setting, value in settings_of(config).items():
+            if settings[setting] != value:
+                raise ValueError(
+                    f"--out: in {out} the row {name} has {setting} {settings[setting]!r}, got "
+                    f"{value!r}; choose another --out, or give the row another name"
+                )
     seeds = {*asked.seeds, *before.seeds, *before.shown_seeds}
     return replace(
         before, rows=asked.rows, seeds=tuple(sorted(seeds)), words=asked.words, result={}
     )
-
-
-def _check_same(out: Path, name: str, config: TrainConfig) -> None:
-    """Raise ValueError if a row's runs have other settings."""
-    before = settings_of(read_settings(out, name))
-    for setting, value in settings_of(config).items():
-        if before[setting] != value:
-            raise ValueError(
-                f"--out: in {out} the row {name} has {setting} {before[setting]!r}, got {value!r}; "
-                "choose another --out, or give the row another name"
-            )
