@@ -143,6 +143,20 @@ def test_rows_are_compared_on_every_seed(
     assert re.match(sentence, opening())
     took = "ProtoCLIP (40 steps) took 1.50 times (± 0 %) the training time of CLIP (40 steps)."
     assert took in opening()
+    page = read_page(OUT / "report.html")
+    assert page.sections == ["primary", "table", "time", "settings", "runs"]
+    assert len(page.section("primary").all("svg")) == 2
+    links = [link.attributes["href"] for link in page.section("runs").all("a")]
+    assert len(links) == 6 and all((OUT / link).exists() for link in links)
+    assert "method" in page.section("settings").text
+    assert len(page.section("table").all("b")) == 1
+    for region in page.all(class_="scroll"):
+        assert region.attributes["tabindex"] == "0" and region.attributes["aria-label"]
+    folders = sorted(map(str, OUT.glob("*/seed-*")))
+    assert report([*folders, "--out", "report.html"]) == 0
+    table = out.partition("\n\n")[2].partition("\n\npage: ")[0]
+    assert table in capsys.readouterr().err
+    assert read_page(Path("report.html")).section("table").text == page.section("table").text
 
 
 def test_the_printed_command_trains_a_longer_baseline_and_nothing_else(
@@ -184,12 +198,8 @@ def test_the_printed_command_trains_a_longer_baseline_and_nothing_else(
     ("factors", "jobs", "says"),
     [
         ([0.5, 0.7, 0.9, 0.6], 1, "took 0.99 times (± 49 %)"),
-        (
-            [0.699, 0.699, 0.699, 0.699],
-            1,
-            "took 1.05 times (± 0 %)",
-        ),  # 5 % or less is not worth a command
-        ([1.0, 1.0, 1.0, 1.0], 2, "is not known, as their runs shared the machine"),
+        ([0.699] * 4, 1, "took 1.05 times (± 0 %)"),  # 5 % or less is not worth a command
+        ([1.0] * 4, 2, "is not known, as their runs shared the machine"),
     ],
 )
 def test_where_no_other_time_is_proved_no_command_is_proposed(
@@ -307,7 +317,7 @@ def test_a_dry_run_says_what_would_be_done(
 
 
 def test_what_is_not_of_this_comparison_is_refused(
-    compare: Compare, capsys: pytest.CaptureFixture[str]
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("other").mkdir()
     Path("other/file").touch()
@@ -324,11 +334,13 @@ def test_what_is_not_of_this_comparison_is_refused(
         assert compare(*flags) == 2
         message = capsys.readouterr().err
         assert words in message and message.count("error:") == 1 and message.count("\n") == 1
-    assert started() == []
     with sole_writer(OUT / LOCK, "--out"):
         assert compare("--seeds", "2") == 2
     message = capsys.readouterr().err
     assert "error: --out: logs/compare is in use by another process; stop it" in message
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert compare() == 2
+    assert "use --nproc-per-run N, which starts torchrun" in capsys.readouterr().err
     assert started() == [] and content()["seeds"] == [0]
 
 
@@ -378,14 +390,6 @@ def test_a_damaged_file_is_an_error_and_without_it_the_runs_are_found_again(
     assert compare("--seeds", "4") == 0 and stars() == [("ProtoCLIP", RECALL)]
 
 
-def test_it_is_not_started_by_torchrun(
-    compare: Compare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert compare() == 2
-    assert "use --nproc-per-run N, which starts torchrun" in capsys.readouterr().err
-
-
 def test_a_run_of_several_processes_is_started_by_torchrun() -> None:
     """Which leaves the flags of the run to the run."""
     start = command.train_command(2)
@@ -409,17 +413,6 @@ def test_jobs_share_the_visible_gpus(compare: Compare, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="expected 4 GPUs, found 3"):
         runs._share(1, "cuda")
     assert "CUDA_VISIBLE_DEVICES" not in command.Runs(record, jobs=1)._share(0, "cuda")
-
-
-def test_report_shows_the_same_table(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare() == 0
-    table = capsys.readouterr().out.partition("\n\n")[2].partition("\n\npage: ")[0]
-    runs = sorted(map(str, OUT.glob("*/seed-*")))
-    assert report([*runs, "--out", "report.html"]) == 0
-    assert table in capsys.readouterr().err
-    pages = [read_page(path) for path in (Path("report.html"), OUT / "report.html")]
-    tables = [page.section("table").text for page in pages]
-    assert tables[0] == tables[1]
 
 
 def test_report_groups_runs_that_differ_only_in_the_seed(
@@ -473,26 +466,28 @@ def text_of(comparison: Comparison) -> str:
     return " ".join(claims_of(comparison))
 
 
-def test_the_text_says_what_can_be_claimed() -> None:
-    assert re.match(
-        r"In zero-shot class, P minus CLIP is \+0\.\d{3} ± 0\.\d{3}, significant\. In k-means AMI "
-        r"class, P minus CLIP is .0\.\d{3} ± 0\.\d{3}, not significant \((\d+|more than 50) seeds "
-        r"would show it with 80 % power\)\. How the training times of P and CLIP compare is not",
-        text_of(made(5, 0.1)),
-    )
-    assert "(t, 5 seeds, paired, Holm over 2 tests) cover" in text_of(made(5, 0.1))
-    assert re.search(r"is -0\.\d{3} ± 0\.\d{3}, significant", text_of(made(5, -0.1)))
-
-
-def test_what_is_not_claimed() -> None:
-    two = made(2, 0.1)
-    assert "With 2 seeds no difference is tested for significance" in text_of(two)
-    assert "significant." not in text_of(two) and "±" not in format_comparison(two)
+@pytest.mark.parametrize(
+    ("seeds", "gain", "shown_seeds", "says"),
+    [
+        (
+            5, 0.1, [],
+            r"In zero-shot class, P minus CLIP is \+0\.\d{3} ± 0\.\d{3}, significant\. "
+            r"In k-means AMI class, P minus CLIP is .0\.\d{3} ± 0\.\d{3}, not significant "
+            r"\((\d+|more than 50) seeds would show it with 80 % power\)\. How the training times "
+            r"of P and CLIP compare is not .* \(t, 5 seeds, paired, Holm over 2 tests\) cover",
+        ),
+        (5, -0.1, [], r"In zero-shot class, P minus CLIP is -0\.\d{3} ± 0\.\d{3}, significant"),
+        (2, 0.1, [], "With 2 seeds no difference is tested for significance"),
+        (5, 0.1, [0, 1, 2], "Seeds 3, 4 were added after a result was shown, so no"),
+        (0, 0.1, [], "No seed has finished in all rows"),
+    ],
+)  # fmt: skip
+def test_what_is_claimed(seeds: int, gain: float, shown_seeds: list[int], says: str) -> None:
     record = Record({"CLIP": make_config(), "P": make_config()}, tuple(range(5)), Path())
-    added = made(5, 0.1, replace(record, shown_seeds=[0, 1, 2]))
-    assert not any(cell.significant for cell in added.contrasts[0].cells.values())
-    assert text_of(added).startswith("Seeds 3, 4 were added after a result was shown, so no")
-    assert "No seed has finished in all rows" in text_of(made(0, 0.1))
+    comparison = made(seeds, gain, replace(record, shown_seeds=shown_seeds))
+    assert re.match(says, text_of(comparison))
+    assert bool(comparison.contrasts[0].starred) == (seeds == 5 and not shown_seeds)
+    assert ("±" in format_comparison(comparison)) == (seeds == 5)
 
 
 def test_a_further_baseline_is_tested_where_the_first_was_starred() -> None:
@@ -520,19 +515,6 @@ def test_the_primary_scores_follow_from_the_data() -> None:
         ("NEW", "concept/nn_acc1"),
         ("HO", "concept/ami"),
     ]
-
-
-def test_the_page_is_whole(compare: Compare) -> None:
-    assert compare() == 0
-    page = read_page(OUT / "report.html")
-    assert page.sections == ["primary", "table", "time", "settings", "runs"]
-    assert len(page.section("primary").all("svg")) == 2
-    links = [link.attributes["href"] for link in page.section("runs").all("a")]
-    assert len(links) == 6 and all((OUT / link).exists() for link in links)
-    assert "method" in page.section("settings").text
-    assert len(page.section("table").all("b")) == 1
-    for region in page.all(class_="scroll"):
-        assert region.attributes["tabindex"] == "0" and region.attributes["aria-label"]
 
 
 def test_seeds_at_one_place_are_counted() -> None:

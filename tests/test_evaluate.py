@@ -22,7 +22,7 @@ from torch import Tensor
 
 from protoclip.data import Labels, Subset, open_dataset
 from protoclip.data.images import hog
-from protoclip.evaluate import metrics
+from protoclip.evaluate import metrics, tasks
 from protoclip.evaluate.__main__ import main
 from protoclip.evaluate.datasets import Layout, class_prompts, open_layout
 from protoclip.evaluate.during import Evaluation
@@ -229,14 +229,22 @@ class FewCaptions:
         return tuple(f"{number} of {i}" for number in range(i % 4 + 1))
 
 
-@pytest.mark.parametrize("pictures", [30, 31])
-def test_scores_from_before_a_run_are_of_the_same_pictures(tmp_path: Path, pictures: int) -> None:
-    sets = {"ALL": SetResults("All", 30, 30, {"text_retrieval_recall@5": 0.25})}
+@pytest.mark.parametrize("before", ["same", "other captions", "fewer", "no fingerprint"])
+def test_scores_from_before_a_run_are_of_the_same_pictures(tmp_path: Path, before: str) -> None:
+    data: Any = FewCaptions(open_dataset("builtin:shapes:30"))
+    fingerprints = {
+        "same": tasks.fingerprint(data, None),
+        "other captions": tasks.fingerprint(data, 1),
+        "fewer": tasks.fingerprint(data, None),
+        "no fingerprint": "",
+    }
+    count = 29 if before == "fewer" else 30
+    metrics = {"text_retrieval_recall@5": 0.25}
+    sets = {"ALL": SetResults("All", count, 75, metrics, fingerprint=fingerprints[before])}
     write_results(tmp_path / "untrained.json", Outcome("val.csv", "untrained", "", sets))
-    data: Any = open_dataset(f"builtin:shapes:{pictures}")
-    run: Any = SimpleNamespace(data="val.csv", quick_sets={"ALL": Layout(data)})
-    before = Evaluation.untrained(run, tmp_path, None, True)  # type: ignore[arg-type]
-    assert before == (sets if pictures == 30 else None)
+    run: Any = SimpleNamespace(data="val.csv", _layout=lambda: Layout(data))
+    read = Evaluation.untrained(run, tmp_path, None, True)  # type: ignore[arg-type]
+    assert read == (sets if before in ("same", "no fingerprint") else None)
 
 
 def test_intervals_of_captions_draw_pictures() -> None:

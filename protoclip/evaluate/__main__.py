@@ -144,10 +144,15 @@ def _beside_earlier(
         return beside(output, "\0".join(names)), outcome, []
     if args.tasks or earlier.data != outcome.data:
         return output, outcome, []
-    other = _other_data(earlier, outcome)
-    if other or _sizes(earlier) != _sizes(outcome):
+    other = [
+        scores.fingerprint
+        for key, scores in outcome.trained.items()
+        if not tasks.is_same_set(earlier.trained.get(key), scores.samples, scores.fingerprint)
+    ]
+    if other or earlier.trained.keys() != outcome.trained.keys():
         if earlier.floors and not args.out:
-            output = beside(output, repr([*sorted(_sizes(outcome).items()), *other]))
+            sizes = sorted((key, scores.samples) for key, scores in outcome.trained.items())
+            output = beside(output, repr([*sizes, *other]))
         return output, outcome, []
     remarks = []
     if any(checkpoint.is_of_before(sets.fingerprint) for sets in earlier.trained.values()):
@@ -160,24 +165,6 @@ def _beside_earlier(
         steps=outcome.steps or earlier.steps,
     )
     return output, outcome, remarks
-
-
-def _sizes(outcome: results.Outcome) -> dict[str, int]:
-    """The pictures of each set."""
-    return {key: scores.samples for key, scores in outcome.trained.items()}
-
-
-def _other_data(earlier: results.Outcome, outcome: results.Outcome) -> list[str]:
-    """The fingerprints of sets whose pictures, captions or rows were others earlier; those that
-    were made before version 0.2 cannot be compared."""
-    before = {key: scores.fingerprint for key, scores in earlier.trained.items()}
-    return [
-        scores.fingerprint
-        for key, scores in outcome.trained.items()
-        if scores.fingerprint != before.get(key)
-        and before.get(key)
-        and not checkpoint.is_of_before(before[key])
-    ]
 
 
 def _own_held_out(loaded: Loaded) -> Layout | None:

@@ -95,9 +95,15 @@ class Evaluation:
             if not is_main() or not path.exists():
                 return None
             saved = results.read_results(path)
-            sizes = {key: scores.samples for key, scores in saved.trained.items()}
-            same = all(sizes.get(key) == len(of.test) for key, of in self.quick_sets.items())
-            return saved.trained if same and saved.data == self.data else None
+            if saved.data != self.data:
+                return None
+            layout = self._layout()
+            sets = {key: layout.of_part(part) for key, part in layout.parts.items()}
+            for key, of_set in (sets or {layout.key: layout}).items():
+                now = tasks.fingerprint(of_set.test, of_set.captions)
+                if not tasks.is_same_set(saved.trained.get(key), len(of_set.test), now):
+                    return None
+            return saved.trained
         before = self.full(model, "evaluating the untrained model")
         wait_for_main()  # which alone has the probes to fit
         if before is not None and is_main():

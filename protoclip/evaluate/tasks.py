@@ -73,7 +73,6 @@ class Captions(NamedTuple):
     rows: Tensor | None  # u, [M, D]; None: there are none
     owner: Tensor  # picture of each, int64 [M]
     ids: Tensor | None  # int64 [M], from 0, the same for equal captions; None: not known
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,6 @@ class Encoder:
             rows=self.texts(texts) if texts else None,
             owner=torch.tensor(owner, dtype=torch.int64, device=self.device),
             ids=labels_of(texts).ids.to(self.device),
-            fingerprint=fingerprint(dataset.keys, captions),
         )
 
     def _stored_captions(self, dataset: PairDataset, most: int | None) -> Captions:
@@ -156,7 +154,6 @@ class Encoder:
             rows=self._shared(len(owner), "texts", encode) if len(owner) else None,
             owner=torch.from_numpy(owner).to(self.device),
             ids=ids,
-            fingerprint=from_main(partial(checkpoint.fingerprint, dataset)).rpartition(":")[0],
         )
 
     @torch.no_grad()
@@ -389,16 +386,29 @@ def encode_set(
         class_vectors=vectors,
         choices=choices,
         title=layout.title or dataset.name,
-        fingerprint=captions.fingerprint,
+        fingerprint=from_main(partial(fingerprint, dataset, layout.captions)),
     )
 
 
-def fingerprint(keys: Sequence[str], captions: Sequence[Sequence[str]]) -> str:
-    """A digest of an evaluation set: the same for the same pictures with the same captions."""
+def fingerprint(dataset: PairDataset, most: int | None) -> str:
+    """A digest of an evaluation set: the same for the same stored rows, or for the same pictures
+    with the same captions, of which the first ``most`` count."""
+    if feature_pairs(dataset) is not None:
+        return checkpoint.fingerprint(dataset).rpartition(":")[0]
     digest = hashlib.sha256()
-    for key, of_image in zip(keys, captions, strict=True):
-        digest.update("\0".join([key, *of_image, ""]).encode("utf-8", "surrogateescape") + b"\n")
+    for i, key in enumerate(dataset.keys):
+        words = "\0".join([key, *dataset.captions(i)[:most], ""])
+        digest.update(words.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()[:16]
+
+
+def is_same_set(before: SetResults | None, samples: int, fingerprint: str) -> bool:
+    """Whether earlier results are of a set with this fingerprint; where theirs is missing, or from
+    before version 0.2, of one with as many pictures."""
+    if before is None or before.samples != samples:
+        return False
+    is_known = before.fingerprint and not checkpoint.is_of_before(before.fingerprint)
+    return not is_known or before.fingerprint == fingerprint
 
 
 def class_features(encoder: Encoder, prompts: Sequence[Sequence[str]]) -> Tensor:

@@ -74,8 +74,11 @@ class Times(NamedTuple):
         """The ratio with its interval."""
         if math.isnan(self.log_ratio):
             return "not known"
-        half = "" if math.isinf(self.half) else f" (± {100 * math.expm1(self.half):.2g} %)"
-        return f"{math.exp(self.log_ratio):.2f} times{half}"
+        ratio = f"{math.exp(self.log_ratio):.2f} times"
+        if math.isinf(self.half):
+            return ratio
+        percent = 100 * math.expm1(self.half)
+        return f"{ratio} (± {round(percent, 0 if percent >= 10 else 1):g} %)"
 
 
 @dataclass(frozen=True)
