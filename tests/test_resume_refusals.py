@@ -184,6 +184,17 @@ def test_a_checkpoint_without_an_entry_is_refused(run: Run, part: str) -> None:
         entries[name] = value
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("watch", {}), ("skipped", "ten"), ("episode", 3), ("faults", 3)]
+)
+def test_a_checkpoint_with_an_entry_of_another_kind_is_refused(
+    run: Run, name: str, value: Any
+) -> None:
+    run.payload["protoclip"]["training"][name] = value
+    checkpoint.save(run.checkpoint, run.payload)
+    run.assert_refused("--lr", "0.5", words=("does not hold the state of this run", name))
+
+
 @pytest.mark.parametrize("missing", ["state_dict", "config", "all"])
 @pytest.mark.parametrize(
     ("module", "flags"),
