@@ -10,6 +10,7 @@ from ranks import config_of
 
 from protoclip.episodes.prototypes import check_clusters
 from protoclip.settings.config import OptimConfig
+from protoclip.training.checks import loss_weights
 from protoclip.training.schedule import draw, learning_rate, make_plan, parse_interval
 
 
@@ -66,3 +67,15 @@ def test_intervals_of_steps_or_time() -> None:
 def test_a_tenth_of_the_episode_is_the_default_number_of_clusters() -> None:
     assert check_clusters(config_of().episode, 1722) == 172
     assert check_clusters(config_of().episode, 5) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "has_teacher", "distils"),
+    [("protoclip", True, True), ("protoclip", False, False), ("clip", True, False)],
+)
+def test_nothing_is_distilled_without_a_teacher(
+    method: str, has_teacher: bool, distils: bool
+) -> None:
+    """Else DDP waits for gradients of heads that no loss uses."""
+    config = config_of("--method", method, "--w-distill", "1")
+    assert (loss_weights(config, has_teacher=has_teacher).w_distill > 0) == distils

@@ -72,9 +72,12 @@ class ActiveLosses:
 
 
 def loss_weights(config: TrainConfig, *, has_teacher: bool) -> LossConfig:
-    """The weights that a run trains with: ``w_proto`` as given, or if it is below 0 (automatic)
-    0 where prototypes of a teacher are trained and 1 where not."""
+    """The weights that a run trains with: ``w_distill`` is 0 where there is nothing to distil;
+    ``w_proto`` is as given, or if it is below 0 (automatic) 0 where prototypes of a teacher are
+    trained and 1 where not."""
     weights = config.loss
+    if config.method == "clip" or not has_teacher:
+        weights = replace(weights, w_distill=0.0)
     if weights.w_proto >= 0:
         return weights
     external = has_teacher and weights.w_proto_external > 0
@@ -88,7 +91,7 @@ def active_losses(config: TrainConfig, *, has_teacher: bool) -> ActiveLosses:
     return ActiveLosses(
         internal=proto and weights.w_proto > 0,
         external=proto and has_teacher and weights.w_proto_external > 0,
-        distillation=proto and has_teacher and weights.w_distill > 0,
+        distillation=weights.w_distill > 0,
     )
 
 
