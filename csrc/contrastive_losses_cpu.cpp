@@ -32,9 +32,9 @@ struct GradientSide {
       : GradientSide(length) {
     const Tensor gap = gap_weights.to(at::kFloat).contiguous();
     const Tensor mean = mean_weights.has_value() ? mean_weights->to(at::kFloat).contiguous() : gap;
-    const float* rows = statistics.const_data_ptr<float>();
-    const float *max = rows + kMaxRow * length, *sum = rows + kSumRow * length,
-                *num_positives = rows + kNumPositivesRow * length;
+    const Tensor rows = statistics.stride(1) == 1 ? statistics : statistics.contiguous();
+    const float *max = row_of(rows, kMaxRow), *sum = row_of(rows, kSumRow),
+                *num_positives = row_of(rows, kNumPositivesRow);
     const float *gap_weight = gap.const_data_ptr<float>(),
                 *mean_weight = mean.const_data_ptr<float>();
     for (int64_t i = 0; i < statistics.size(1); ++i) {
@@ -187,11 +187,11 @@ Tensor gaps(const Tensor& statistics, float* positive_mean = nullptr) {
   const int64_t size = statistics.size(1);
   const Tensor out = statistics.select(0, kSumRow).log2();
   float* gap = out.mutable_data_ptr<float>();
-  const float* rows = statistics.const_data_ptr<float>();
+  const float *max = row_of(statistics, kMaxRow), *sums = row_of(statistics, kPositiveSumRow),
+              *counts = row_of(statistics, kNumPositivesRow);
   for (int64_t i = 0; i < size; ++i) {
-    const float count = std::max(rows[kNumPositivesRow * size + i], 1.f);
-    const float mean = rows[kPositiveSumRow * size + i] / count;
-    gap[i] += rows[kMaxRow * size + i] - mean;
+    const float mean = sums[i] / std::max(counts[i], 1.f);
+    gap[i] += max[i] - mean;
     if (positive_mean != nullptr) positive_mean[i] = mean;
   }
   return out;
@@ -243,9 +243,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
   if (positive_mean_weight) expect(op, "positive_mean_weight", *positive_mean_weight, {n}, kSums);
   expect(op, "key_weight", key_weight, {num_columns}, kSums);
   const float weight = static_cast<float>(pair_weight);
-  const GradientSide row(row_statistics.contiguous(), query_weight, positive_mean_weight, weight,
-                         n);
-  const GradientSide column(column_statistics.contiguous(), key_weight, {}, weight, m);
+  const GradientSide row(row_statistics, query_weight, positive_mean_weight, weight, n);
+  const GradientSide column(column_statistics, key_weight, {}, weight, m);
   Tensor dkey_bias = at::zeros({pairs.key_bias ? m : 0}, at::kFloat);
   float* bias_sums = pairs.key_bias ? dkey_bias.mutable_data_ptr<float>() : nullptr;
   Gradients out(in);

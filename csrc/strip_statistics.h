@@ -10,7 +10,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <utility>
 #include <vector>
@@ -36,6 +36,20 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
 // The rows of the statistics, [4, N] or [4, M], as the contrastive ops return and take them: in the
 // order of PairStatistics (kernels/results.py).
 enum StatisticsRow : int64_t { kMaxRow, kSumRow, kPositiveSumRow, kNumPositivesRow };
+
+// Statistics of zeros, with the strides of `empty_statistics` there.
+inline at::Tensor zero_statistics(int64_t length) {
+  const int64_t stride = round_up(length, 8);
+  const auto options = at::TensorOptions(at::kFloat);
+  const at::Tensor out = at::empty_strided({4, length}, {stride, 1}, options);
+  if (length > 0) std::fill_n(out.mutable_data_ptr<float>(), 3 * stride + length, 0.f);
+  return out;
+}
+
+// A row of statistics whose columns are next to each other.
+inline float* row_of(const at::Tensor& statistics, StatisticsRow row) {
+  return static_cast<float*>(statistics.data_ptr()) + row * statistics.stride(0);
+}
 
 template <Arithmetic A, typename Pairs>
 class Statistics {
@@ -69,8 +83,8 @@ class Statistics {
         transposes_once_(row_chunks_ > 1 && column_chunks_ > 1 &&
                          transposed_size_ * int64_t{sizeof(Input)} <= kMostTransposed),
         transposed_(transposes_once_ ? transposed_size_ : 0),
-        of_rows_(at::zeros({4, strip.n}, at::TensorOptions(at::kFloat))),
-        of_columns_(at::zeros({4, both_directions ? strip.m : 0}, of_rows_.options())) {
+        of_rows_(zero_statistics(strip.n)),
+        of_columns_(zero_statistics(both_directions ? strip.m : 0)) {
     for (int i = 0; i < at::get_num_threads(); ++i)
       scratch_.emplace_back(transposes_once_ ? 0 : strip.d);
   }
@@ -143,19 +157,19 @@ class Statistics {
     // Into statistics [4, size], of which the positives' of DiagonalPairs are there already.
     void total(const at::Tensor& out) const {
       const int64_t size = out.size(1);
-      float* rows = out.mutable_data_ptr<float>();
-      if (chunks == 0) std::fill_n(rows + kMaxRow * size, size, -kInfinity);
+      if (chunks == 0) std::fill_n(row_of(out, kMaxRow), size, -kInfinity);
       if (chunks == 0) return;
       for (int64_t c = 1; c < chunks; ++c)
         merge(max.get(), sum.get(), max.get() + c * stride, sum.get() + c * stride, size);
       for (int64_t i = 0; Pairs::kMatched && i < size; ++i)
         if (max.get()[i] <= kUnseen) max.get()[i] = -kInfinity, sum.get()[i] = 0.f;
-      std::copy_n(max.get(), size, rows + kMaxRow * size);
-      std::copy_n(sum.get(), size, rows + kSumRow * size);
+      std::copy_n(max.get(), size, row_of(out, kMaxRow));
+      std::copy_n(sum.get(), size, row_of(out, kSumRow));
+      float *sums = row_of(out, kPositiveSumRow), *counts = row_of(out, kNumPositivesRow);
       for (int64_t c = 0; Pairs::kMatched && c < chunks; ++c) {
         for (int64_t i = 0; i < size; ++i) {
-          rows[kPositiveSumRow * size + i] += positive_sum.get()[c * stride + i];
-          rows[kNumPositivesRow * size + i] += num_positives.get()[c * stride + i];
+          sums[i] += positive_sum.get()[c * stride + i];
+          counts[i] += num_positives.get()[c * stride + i];
         }
       }
     }
@@ -221,9 +235,8 @@ class Statistics {
 
   // The only positive of a row or a column.
   static void note_positive(const at::Tensor& statistics, int64_t i, float logit) {
-    float* at = statistics.mutable_data_ptr<float>() + i;
-    at[kPositiveSumRow * statistics.size(1)] = logit;
-    at[kNumPositivesRow * statistics.size(1)] = 1.f;
+    row_of(statistics, kPositiveSumRow)[i] = logit;
+    row_of(statistics, kNumPositivesRow)[i] = 1.f;
   }
 
   // Scales the tile to base-2 logits, fills the lanes past the last column with -inf, and finds

@@ -32,6 +32,7 @@ from protoclip.kernels.results import (
     ContrastiveGradients,
     IdCodes,
     PairStatistics,
+    empty_statistics,
 )
 from protoclip.kernels.scratch import PARTIAL_BYTES
 from protoclip.kernels.softmax_gradient import (
@@ -162,24 +163,24 @@ def contrastive_forward_kernel(
 
 
 @triton.jit
-def _load_statistics(ptr, length, position, mask, HAS_BEFORE: tl.constexpr):
+def _load_statistics(ptr, stride, position, mask, HAS_BEFORE: tl.constexpr):
     """-> what earlier waves left of columns, or nothing."""
     empty = tl.zeros(position.shape, tl.float32)
     before = PairStatistics(empty - float("inf"), empty, empty, empty)
     if HAS_BEFORE:
         before = PairStatistics(
             tl.load(ptr + position, mask=mask, other=0.0),
-            tl.load(ptr + length + position, mask=mask, other=0.0),
-            tl.load(ptr + 2 * length + position, mask=mask, other=0.0),
-            tl.load(ptr + 3 * length + position, mask=mask, other=0.0),
+            tl.load(ptr + stride + position, mask=mask, other=0.0),
+            tl.load(ptr + 2 * stride + position, mask=mask, other=0.0),
+            tl.load(ptr + 3 * stride + position, mask=mask, other=0.0),
         )
     return before
 
 
 @triton.jit
-def _store_statistics(ptr, length, position, mask, statistics):
+def _store_statistics(ptr, stride, position, mask, statistics):
     for i in tl.static_range(len(statistics)):
-        tl.store(ptr + i * length + position, statistics[i], mask=mask)
+        tl.store(ptr + i * stride + position, statistics[i], mask=mask)
 
 
 @triton.jit
@@ -217,11 +218,17 @@ def _gap(statistics, PLAIN: tl.constexpr):
     return tl.log2(statistics.sum) + (statistics.reference - mean), mean
 
 
-@triton.jit(do_not_specialize=["blocks_m", "n", "blocks_n", "m", "first", "height", "offset"])
+@triton.jit(
+    do_not_specialize=[
+        "blocks_m", "n", "blocks_n", "m", "first", "height", "offset",
+        "stride_row", "stride_column",
+    ]
+)  # fmt: skip
 def merge_kernel(
     row_part_ptr, blocks_m, height,  # of this wave's rows, as ``_merged`` takes them
     column_part_ptr, blocks_n, m,
-    row_ptr, column_ptr,  # [4, N], [4, M], ``PairStatistics``; InfoNCE's has the rows' positives
+    row_ptr, stride_row,  # [4, N], of ``empty_statistics``; InfoNCE's has the rows' positives
+    column_ptr, stride_column,  # [4, M]
     loss_ptr, positive_mean_ptr, partial_sum_ptr,  # [N], [N] or None, [programs]
     n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
     BOTH_DIRECTIONS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
@@ -241,16 +248,16 @@ def merge_kernel(
         row = column - shift
         known = (row >= 0) & (row < first + height)
         in_wave = known & (row >= first)
-        nothing = _load_statistics(row_ptr, n, row, in_wave, False)
+        nothing = _load_statistics(row_ptr, stride_row, row, in_wave, False)
         rows = _merged(
             row_part_ptr, row - first, in_wave, height, blocks_m, nothing, 1, DEPTH, PLAIN
         )
         if PLAIN:
-            positive = tl.load(row_ptr + 2 * n + row, mask=known, other=-float("inf"))
+            positive = tl.load(row_ptr + 2 * stride_row + row, mask=known, other=-float("inf"))
             one = tl.where(known, 1.0, 0.0)
             reference, total = add_positive(rows.reference, rows.sum, positive)
             rows = PairStatistics(reference, total, positive, one)
-        _store_statistics(row_ptr, n, row, in_wave, rows)
+        _store_statistics(row_ptr, stride_row, row, in_wave, rows)
         gap, mean = _gap(rows, PLAIN)
         loss = pair_weight_ln2 * gap
         if positive_mean_ptr is not None:
@@ -259,7 +266,7 @@ def merge_kernel(
             loss = tl.where(in_wave, loss, tl.load(loss_ptr + row, mask=known & (row < first)))
         if BOTH_DIRECTIONS:
             inside = column < m
-            before = _load_statistics(column_ptr, m, column, inside, HAS_BEFORE)
+            before = _load_statistics(column_ptr, stride_column, column, inside, HAS_BEFORE)
             columns = _merged(
                 column_part_ptr, column, inside, m, blocks_n, before, PARTS, DEPTH, PLAIN
             )
@@ -269,7 +276,7 @@ def merge_kernel(
             if IS_LAST:
                 gap, _mean = _gap(columns, PLAIN)
                 loss += pair_weight_ln2 * gap
-            _store_statistics(column_ptr, m, column, inside, columns)
+            _store_statistics(column_ptr, stride_column, column, inside, columns)
         tl.store(loss_ptr + row, loss, mask=known)
         partial_sum += tl.where(known, loss, 0.0)
     if IS_LAST:
@@ -386,8 +393,8 @@ def contrastive_fwd(
     row_part = x.new_empty(2 * row_partials * blocks_m * wave, dtype=torch.float32)
     num_partials = 2 * cdiv(wave, config.block_n) * column_partials * num_columns
     column_part = row_part.new_empty(num_partials)
-    row_statistics = row_part.new_empty((4, n))
-    column_statistics = row_part.new_empty((4, num_columns))
+    row_statistics = empty_statistics(row_part, n)
+    column_statistics = empty_statistics(row_part, num_columns)
     losses = row_part.new_empty(n)
     positive_mean = row_part.new_empty(0 if summed or both_directions else n)
     length = m if both_directions else n
@@ -418,7 +425,8 @@ def contrastive_fwd(
             merge_kernel[(programs,)](
                 row_part_ptr=row_part, blocks_m=blocks_m, height=part.shape[0],
                 column_part_ptr=column_part, blocks_n=blocks_n, m=m,
-                row_ptr=row_statistics, column_ptr=column_statistics,
+                row_ptr=row_statistics, stride_row=row_statistics.stride(0),
+                column_ptr=column_statistics, stride_column=column_statistics.stride(0),
                 loss_ptr=losses, positive_mean_ptr=positive_mean if len(positive_mean) else None,
                 partial_sum_ptr=partial_sums,
                 n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2.value,
@@ -477,7 +485,8 @@ def contrastive_bwd(
         arguments = dict(
             **chunk_operands(x, y, chunk, g, config),
             logit_scale_ptr=logit_scale, pair_weight=pair_weight, factor_ptr=factor,
-            row_side=row_side, column_side=column_side, num_rows=n, num_columns=num_columns,
+            row_side=row_side, column_side=column_side,
+            stride_rows=row_statistics.stride(0), stride_columns=column_statistics.stride(0),
             stride_row_weight=query_weight.stride(0), stride_column_weight=key_weight.stride(0),
             partial_sum_ptr=rows_of(partial_sums, chunk.places),
             BOTH_DIRECTIONS=num_columns > 0, LIFT=lifted,
@@ -535,8 +544,8 @@ def is_plain(*compared: Tensor | None) -> bool:
 
 def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForward:
     """Rows that see no columns, or columns that no row sees; one of both is empty."""
-    rows = x.new_zeros((4, n), dtype=torch.float32)
-    columns = x.new_zeros((4, m), dtype=torch.float32)
+    rows = empty_statistics(x, n).zero_()
+    columns = empty_statistics(x, m).zero_()
     rows[0].fill_(-torch.inf)
     columns[0].fill_(-torch.inf)
     none = rows.new_empty(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,13 @@ class PairStatistics(NamedTuple):
     sum: Tensor  # of 2^(logit - reference) over the logits seen
     positive_sum: Tensor  # of the positives' logits
     num_positives: Tensor
+
+
+def empty_statistics(x: Tensor, length: int) -> Tensor:
+    """Room for ``PairStatistics`` about rows or columns of x, fp32 [4, length]. Each row begins at
+    a sector of a GPU's memory: kernels would otherwise read more sectors. (C++: the same.)"""
+    stride = (length + 7) // 8 * 8
+    return x.new_empty_strided((4, length), (stride, 1), dtype=torch.float32)
 
 
 class IdCodes(NamedTuple):

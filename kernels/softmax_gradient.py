@@ -94,7 +94,7 @@ class Side(NamedTuple):
     """What the rows or the columns bring into G. Tensors only: a number in a tuple compiles the
     kernel again where its divisibility by 16 changes."""
 
-    statistics_ptr: Tensor  # [4, length], ``PairStatistics``
+    statistics_ptr: Tensor  # [4, length], of ``empty_statistics``
     weight_ptr: Tensor  # [length] of the losses, of any stride
     mean_weight_ptr: Tensor | None  # [length] of the mean positives; None: 0
     peak_ptr: Tensor | None  # [], the largest |weight|; None: G is not lifted
@@ -102,19 +102,19 @@ class Side(NamedTuple):
 
 
 @triton.jit
-def _load_side(side, position, used, length, stride_weight, unit):
+def _load_side(side, position, used, stride, stride_weight, unit):
     """-> reference, sum and weight of a probability."""
     # Loads under a mask stay where they are: others would move behind the branch that uses them.
     weight = tl.load(side.weight_ptr + position * stride_weight, mask=used, other=0.0) * unit
-    total = tl.load(side.statistics_ptr + length + position, mask=used, other=1.0)
+    total = tl.load(side.statistics_ptr + stride + position, mask=used, other=1.0)
     reference = tl.load(side.statistics_ptr + position, mask=used, other=0.0)
     return reference, total, weight / total
 
 
 @triton.jit
-def _entries(s, side, position, used, length, stride_weight, unit):
+def _entries(s, side, position, used, stride, stride_weight, unit):
     """-> one direction's part of the entries of positives, whose logits are s, in G."""
-    reference, total, weight = _load_side(side, position, used, length, stride_weight, unit)
+    reference, total, weight = _load_side(side, position, used, stride, stride_weight, unit)
     return (exponential(s, reference, True) - total) * weight
 
 
@@ -150,7 +150,7 @@ def _load_extremes(extremes_ptr, block):
 @triton.jit
 def _info_nce_slices(
     x_ptr, y_ptr, g_ptr, base2_scale, row_reference, row_weight,
-    column_side, num_columns, stride_column_weight, unit,
+    column_side, stride_columns, stride_column_weight, unit,
     row0, col0, n, m, d, first_col, offset, stride_g, strides,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     SLICE_M: tl.constexpr, BOTH_DIRECTIONS: tl.constexpr,
@@ -166,7 +166,7 @@ def _info_nce_slices(
         if BOTH_DIRECTIONS:
             strip_cols = first_col + tl.minimum(cols, m - 1)
             column_reference, _total, column_weight = _load_side(
-                column_side, strip_cols, strip_cols >= 0, num_columns, stride_column_weight, unit
+                column_side, strip_cols, strip_cols >= 0, stride_columns, stride_column_weight, unit
             )
         acc = products(
             x_ptr, y_ptr, row0, first, n, m, d, strides, BLOCK_N, SLICE_M, BLOCK_D, EVEN_D
@@ -185,14 +185,15 @@ def _info_nce_slices(
 
 
 @triton.jit(
-    do_not_specialize=[*CHANGING, "num_rows", "num_columns", "first_column_block"],
+    do_not_specialize=[*CHANGING, "stride_rows", "stride_columns", "first_column_block"],
     do_not_specialize_on_alignment=[*SLICED, "entry_ptr"],
 )
 def info_nce_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
     row_side, column_side,  # Side of all rows and, with BOTH_DIRECTIONS, of all columns
-    num_rows, num_columns, stride_row_weight, stride_column_weight,  # 0: one weight for all
+    stride_rows, stride_columns,  # of the sides' statistics
+    stride_row_weight, stride_column_weight,  # 0: one weight for all
     extremes_ptr, first_column_block,  # [row and column blocks, 2] or None
     entry_ptr, partial_sum_ptr,  # [N], [tiles]
     n, m, d, first_row, first_col, offset, stride_g, strides,  # offset: within the chunk
@@ -216,12 +217,12 @@ def info_nce_gradient_kernel(
     strip_cols = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
     row_reference, _row_sum, row_weight = _load_side(
-        row_side, strip_rows, strip_rows >= 0, num_rows, stride_row_weight, unit
+        row_side, strip_rows, strip_rows >= 0, stride_rows, stride_row_weight, unit
     )
     column_reference = None
     if BOTH_DIRECTIONS:
         column_reference, _column_sum, column_weight = _load_side(
-            column_side, strip_cols, strip_cols >= 0, num_columns, stride_column_weight, unit
+            column_side, strip_cols, strip_cols >= 0, stride_columns, stride_column_weight, unit
         )
     if extremes_ptr is None:
         low, high = _extremes_of(row_reference, column_reference)
@@ -256,7 +257,7 @@ def info_nce_gradient_kernel(
         else:
             partial_sum, positive_product = _info_nce_slices(
                 x_ptr, y_ptr, g_ptr, base2_scale, row_reference, row_weight,
-                column_side, num_columns, stride_column_weight, unit,
+                column_side, stride_columns, stride_column_weight, unit,
                 row0, col0, n, m, d, first_col, offset, stride_g, strides,
                 BLOCK_M, BLOCK_D, EVEN_D, SLICE_M, BOTH_DIRECTIONS,
             )  # fmt: skip
@@ -265,12 +266,12 @@ def info_nce_gradient_kernel(
             has_partner = (rows < n) & (partner >= col0) & (partner < tl.minimum(col0 + BLOCK_M, m))
             s = positive_product * base2_scale
             entry = _entries(
-                s, row_side, strip_rows, has_partner, num_rows, stride_row_weight, unit
+                s, row_side, strip_rows, has_partner, stride_rows, stride_row_weight, unit
             )
             if BOTH_DIRECTIONS:
                 entry += _entries(
                     s, column_side, first_col + partner, has_partner,
-                    num_columns, stride_column_weight, unit,
+                    stride_columns, stride_column_weight, unit,
                 )  # fmt: skip
             tl.store(entry_ptr + rows, entry, mask=has_partner)
             partial_sum += tl.sum(tl.where(has_partner, entry * positive_product, 0.0))
@@ -356,13 +357,13 @@ def column_slice_of(
 
 
 @triton.jit
-def _load_pair_side(side, position, length, stride_weight, unit):
+def _load_pair_side(side, position, stride, stride_weight, unit):
     """-> reference, weight of a probability and weight of a positive."""
     used = position >= 0  # as in _load_side
     weight = tl.load(side.weight_ptr + position * stride_weight, mask=used, other=0.0) * unit
     reference = tl.load(side.statistics_ptr + position, mask=used, other=0.0)
-    total = tl.load(side.statistics_ptr + length + position, mask=used, other=1.0)
-    num_positives = tl.load(side.statistics_ptr + 3 * length + position, mask=used, other=1.0)
+    total = tl.load(side.statistics_ptr + stride + position, mask=used, other=1.0)
+    num_positives = tl.load(side.statistics_ptr + 3 * stride + position, mask=used, other=1.0)
     positive_weight = -weight  # a gap is LSE - mean
     if side.mean_weight_ptr is not None:
         mean_weight = tl.load(side.mean_weight_ptr + position, mask=used, other=0.0)
@@ -384,14 +385,15 @@ def _pair_peak(side):
 
 
 @triton.jit(
-    do_not_specialize=[*CHANGING, "num_rows", "num_columns", *ID_STRIDES],
+    do_not_specialize=[*CHANGING, "stride_rows", "stride_columns", *ID_STRIDES],
     do_not_specialize_on_alignment=[*SLICED, "dkey_bias_ptr", *IDS],
 )
 def contrastive_gradient_kernel(
     x, y, x_ptr, y_ptr, g, g_ptr,  # [N, D], [M, D], [N, M] for tiles, the same for slices
     logit_scale_ptr, pair_weight, factor_ptr,  # [], number, [] for the finish: scale / lift
     row_side, column_side,  # Side of all rows and, with BOTH_DIRECTIONS, of all columns
-    num_rows, num_columns, stride_row_weight, stride_column_weight,  # 0: one weight for all
+    stride_rows, stride_columns,  # of the sides' statistics
+    stride_row_weight, stride_column_weight,  # 0: one weight for all
     partial_sum_ptr, dkey_bias_ptr,  # [tiles], [row blocks, M] or None
     pairs, offset,
     query_ids_ptr, key_ids_ptr, stride_query_ids, stride_key_ids,  # [R, N], [R, M] or None
@@ -418,12 +420,12 @@ def contrastive_gradient_kernel(
     strip_cols = first_col + tl.minimum(col0 + tl.arange(0, BLOCK_M), m - 1)
     # All loads come before any use of one: their latencies pass together.
     row_reference, row_weight, row_positive_weight = _load_pair_side(
-        row_side, strip_rows, num_rows, stride_row_weight, unit
+        row_side, strip_rows, stride_rows, stride_row_weight, unit
     )
     column_reference = None
     if BOTH_DIRECTIONS:
         column_reference, column_weight, _column_positive = _load_pair_side(
-            column_side, strip_cols, num_columns, stride_column_weight, unit
+            column_side, strip_cols, stride_columns, stride_column_weight, unit
         )
     low, high = _extremes_of(row_reference, column_reference)
     in_slices = holds_pairs(
@@ -456,7 +458,7 @@ def contrastive_gradient_kernel(
             if BOTH_DIRECTIONS:
                 slice_cols = first_col + tl.minimum(first + tl.arange(0, SLICE_M), m - 1)
                 reference, weight, positive_weight = _load_pair_side(
-                    column_side, slice_cols, num_columns, stride_column_weight, unit
+                    column_side, slice_cols, stride_columns, stride_column_weight, unit
                 )
             acc, s, seen, positive = column_slice_of(
                 x_ptr, y_ptr, base2_scale, pairs, offset, ids, row0, first, n, m, d,
@@ -503,7 +505,7 @@ def side_of(
     if mean_weight is not None:
         mean_weight = mean_weight.contiguous()
     return Side(
-        statistics_ptr=statistics.contiguous(),
+        statistics_ptr=statistics,
         weight_ptr=weight,
         mean_weight_ptr=mean_weight,
         peak_ptr=peak_of(weight) if lifted else None,

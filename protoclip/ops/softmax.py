@@ -24,6 +24,7 @@ from torch import Tensor
 from protoclip.kernels.results import (
     ContrastiveGradients,
     PairStatistics,
+    empty_statistics,
 )
 from protoclip.ops import pairs as pairs_file
 from protoclip.ops import reference
@@ -72,8 +73,8 @@ def _contrastive_shapes(arguments: Any) -> ContrastiveLoss:
     return ContrastiveLoss(
         loss=empty(x, n) if by_row else empty(x),
         positive_mean=empty(x, n if by_row and not arguments.both_directions else 0),
-        row_statistics=empty(x, 4, n),
-        column_statistics=empty(x, 4, y.shape[0] if arguments.both_directions else 0),
+        row_statistics=empty_statistics(x, n),
+        column_statistics=empty_statistics(x, y.shape[0] if arguments.both_directions else 0),
         stash=fake_stash("contrastive", arguments.backend, x, y, arguments.keep_stash),
     )
 
