@@ -301,8 +301,8 @@ MUTANTS = [
         "info_nce: the reference under autocast",
         "contrastive",
         CONTRASTIVE,
-        "with without_autocast(x.device.type):\n            losses = reference.info_nce(",
-        "if True:\n            losses = reference.info_nce(",
+        "with without_autocast(x.device.type):\n            losses = reference.contrastive(",
+        "if True:\n            losses = reference.contrastive(",
         first="ops::autocast",
     ),
     Mutant(

@@ -289,7 +289,7 @@ def computed_sigmoid(
 
 
 # No launch. A scale is read on a CPU only, see test_backends.
-ROOM = ("empty", "empty_strided", "new_empty", "empty_like", "promote_types")
+ROOM = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "promote_types")
 ROOM += ("_local_scalar_dense",) if DEVICE == "cpu" else ()
 
 

@@ -64,7 +64,8 @@ def strip(
     matrix(op, names[0], x, "[N, D]")
     matrix(op, names[1], y, "[M, D]")
     like(op, names[0], x, names[1], y)
-    x, y = promoted(x, y)
+    if x.dtype != y.dtype:
+        x, y = promoted(x, y)
     return x, y, scale(op, logit_scale, x.device, accumulator(x))
 
 

@@ -88,8 +88,6 @@ def info_nce(
     backend_name = resolve(op, backend, x.device.type, x.dtype)
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
-    if ids is not None:
-        ids = check_ids(op, "ids", ids, x.shape[0], x.device)
     columns = columns_of(op, group, x)
     if label_smoothing and columns is not LOCAL:
         raise ValueError(
@@ -101,8 +99,7 @@ def info_nce(
         op,
         x,
         y.shape[0],
-        query_ids=ids,
-        key_ids=ids,
+        ids=ids,
         same_id=same_id,
         columns=columns,
         code_ids=coder_of(backend_name),
@@ -123,27 +120,19 @@ def info_nce(
         ).loss
         if reduces:
             return losses
-        if label_smoothing:
-            by_image = smoothing(x, y, logit_scale, pairs)
-            by_text = smoothing(y, x, logit_scale, pairs)
-            losses = losses + label_smoothing * (by_image + by_text) / 2
-    elif pairs.plain and columns is LOCAL:
+    elif columns is LOCAL:
         with without_autocast(x.device.type):
-            losses = reference.info_nce(x, y, logit_scale, label_smoothing)
-    else:
-        images, texts = (
-            query_losses(
-                op,
-                queries,
-                keys,
-                logit_scale,
-                pairs,
-                label_smoothing=label_smoothing,
-                backend=backend_name,
+            losses = reference.contrastive(
+                x, y, logit_scale, pairs, both_directions=True
             ).loss_per_query
-            for queries, keys in ((x, keys), (y, columns.gather(x)))
-        )
-        losses = (images + texts) / 2
+    else:
+        images = query_losses(op, x, keys, logit_scale, pairs, backend=backend_name)
+        texts = query_losses(op, y, columns.gather(x), logit_scale, pairs, backend=backend_name)
+        losses = (images.loss_per_query + texts.loss_per_query) / 2
+    if label_smoothing:
+        by_image = smoothing(x, y, logit_scale, pairs)
+        by_text = smoothing(y, x, logit_scale, pairs)
+        losses = losses + label_smoothing * (by_image + by_text) / 2
     if weights is None:
         return reduce(losses, reduction, x.shape[0])
     return reduce_weighted(losses, torch.ones_like(losses), weights, reduction, columns)
@@ -471,8 +460,7 @@ def self_contrastive(
         x,
         x.shape[0],
         positives=positives,
-        query_ids=ids,
-        key_ids=ids,
+        ids=ids,
         same_id=same_id,
         exclude=itself,
         columns=columns,

@@ -65,12 +65,10 @@ def _no_triton() -> str | None:
     return "the interpreter of triton < 3.7 needs numpy < 2.4 (a GPU does not)" if old else None
 
 
-@cache
 def _of_cpu(name: str) -> Function:
     return getattr(native.cpu_ops(), name).default
 
 
-@cache
 def _of_cuda(name: str) -> Function:
     return getattr(native.cuda_ops(), f"{name}_cuda").default
 
@@ -78,7 +76,6 @@ def _of_cuda(name: str) -> Function:
 def triton_backend(file: str) -> Backend:
     """Triton's launchers in a file of kernels/. CPU tensors are for its interpreter only."""
 
-    @cache
     def launcher(name: str) -> Function:
         return getattr(importlib.import_module(f"protoclip.kernels.{file}"), name)
 
@@ -127,6 +124,7 @@ ROW_OF = {  # public name -> row of TABLE, where they differ
 AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # then the reference
 
 
+@cache
 def function(op: str, backend: str, name: str) -> Function:
     """A function of an op's contract as a backend has it."""
     return TABLE[op][backend].function(name)

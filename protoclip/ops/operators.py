@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 
 class _Registered(NamedTuple):
     op: Any  # torch.ops.protoclip.<name>.default
+    arguments: Any  # a named tuple of them
     results: Callable[..., Any]  # names them
 
 
@@ -78,7 +79,7 @@ def operator(
 
         call.__name__ = body.__name__
         call.__doc__ = body.__doc__
-        _REGISTERED[call] = _Registered(op, results)
+        _REGISTERED[call] = _Registered(op, arguments, results)
         return call
 
     return register
@@ -103,7 +104,9 @@ def _flattened(body: Callable[..., Any]) -> tuple[_Record, Callable[..., Any]]:
     end = begin + len(record.fields)
 
     def flat(*values: Any) -> Any:
-        return body(*values[:begin], cls(*values[begin:end]), *values[end:])
+        value = object.__new__(cls)  # the constructor of a frozen class sets each field by a call
+        vars(value).update(zip(record.fields, values[begin:end], strict=True))
+        return body(*values[:begin], value, *values[end:])
 
     types |= get_type_hints(cls)
     names = list(inspect.signature(body).parameters)
@@ -134,7 +137,7 @@ def define_gradient(
             argument without an entry has none. ``wanted_gradients`` says which are wanted.
     """
     registered = _REGISTERED[function]
-    arguments = _arguments_of(registered.op)
+    arguments = registered.arguments
 
     def keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.set_materialize_grads(False)  # results without a gradient have None
@@ -190,10 +193,14 @@ def _register_autograd(
 
 def save(ctx: Any, **values: Any) -> None:
     """Keep values for the backward pass, which ``saved_values`` finds by name."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in values.items():
+        kept = tensors if isinstance(value, Tensor) else others
+        kept[name] = value
     ctx.names_of_tensors = tuple(tensors)
     ctx.save_for_backward(*tensors.values())
-    ctx.other_values = {name: value for name, value in values.items() if name not in tensors}
+    ctx.other_values = others
 
 
 def saving(results: Sequence[str], without: Sequence[str] = ()) -> Callable[[Any, Any, Any], None]:
@@ -220,8 +227,10 @@ def saved_values(ctx: Any) -> Any:
 def call_saved(function: Callable[..., Named], saved: Any, **given: Any) -> Named:
     """Call an op with the arguments ``given``; the others are saved values of the same names."""
     values = vars(saved) | given
-    names = _arguments_of(_REGISTERED[function].op)._fields
-    return function(**{name: values[name] for name in names})
+    arguments: dict[str, Any] = {}
+    for name in _REGISTERED[function].arguments._fields:
+        arguments[name] = values[name]
+    return function(**arguments)
 
 
 def refuse_gradient(function: Callable[..., Any], public: str) -> None:
@@ -238,11 +247,10 @@ def refuse_gradient(function: Callable[..., Any], public: str) -> None:
 
 def wanted_gradients(ctx: Any, function: Callable[..., Any]) -> Any:
     """Whether each argument of the function wants a gradient from the running backward pass."""
-    arguments = _arguments_of(_REGISTERED[function].op)
+    arguments = _REGISTERED[function].arguments
     return arguments._make(ctx.needs_input_grad[: len(arguments._fields)])
 
 
-@functools.cache
 def _arguments_of(op: Any) -> Any:
     """A named tuple of the op's arguments."""
     return namedtuple("Arguments", [argument.name for argument in op._schema.arguments])

@@ -89,6 +89,7 @@ def pairs_of(
     m: int,
     *,
     positives: Tensor | None = None,
+    ids: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     same_id: str = "exclude",
@@ -101,8 +102,8 @@ def pairs_of(
     """Check the arguments of ``contrastive`` about queries [N, D] and M keys, gather those about
     keys from the ranks of ``columns``, and convert all for the backends.
 
-    Without positives query i's own key is key i + ``offset`` of this rank. ``code_ids`` takes the
-    place of ``sorted_ids``."""
+    ``ids`` are those of query i and key i. Without positives query i's own key is key i +
+    ``offset`` of this rank. ``code_ids`` takes the place of ``sorted_ids``."""
     n = queries.shape[0]
     device = queries.device
     checks.one_of(op, "same_id", same_id, SAME_ID)
@@ -115,10 +116,11 @@ def pairs_of(
         key_bias = columns.gather(key_bias.contiguous())
     if exclude is not None:
         exclude = _integers(op, "exclude", exclude, [(n,)], device)
-    same_ids = query_ids is key_ids
-    if key_ids is not None:
+    if ids is not None:
+        query_ids = key_ids = check_ids(op, "ids", ids, m, device)
+    elif key_ids is not None:
         key_ids = check_ids(op, "key_ids", key_ids, m, device)
-        query_ids = key_ids if same_ids else query_ids
+    if key_ids is not None:
         key_ids = columns.gather(key_ids)
     offset = offset + columns.first(m)
     m = m * columns.size
@@ -142,7 +144,7 @@ def pairs_of(
         )
     codes: IdCodes | None = None
     if key_ids is not None:
-        if query_ids is not None and not same_ids:
+        if query_ids is not None and ids is None:
             shapes: list[tuple[int, ...]] = [(n, 2)] if key_ids.shape == (m, 2) else [(n,), (n, 1)]
             query_ids = _integers(op, "query_ids", query_ids, shapes, device)
         codes = _codes(query_ids, key_ids, own_keys.position, offset, n, code_ids or sorted_ids)

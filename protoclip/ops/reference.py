@@ -5,6 +5,8 @@ Inputs below fp64 are computed in fp32 (k-means and segment means in fp64); auto
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,25 +22,6 @@ _CHUNK_ELEMENTS = 1 << 22  # 32 MB of fp64 scores, or rows, at a time
 
 def _acc(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def info_nce(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    label_smoothing: float = 0,
-) -> Tensor:
-    """[N, D], [N, D], scalar -> [N]: half the sum of both directions' cross-entropies."""
-    scale = _acc(logit_scale).reshape(())
-    logits = scale * _acc(image_features) @ _acc(text_features).T  # [N, N]
-    labels = torch.arange(logits.shape[0], device=logits.device)
-    image_to_text = F.cross_entropy(
-        logits, labels, reduction="none", label_smoothing=label_smoothing
-    )
-    text_to_image = F.cross_entropy(
-        logits.T, labels, reduction="none", label_smoothing=label_smoothing
-    )
-    return (image_to_text + text_to_image) / 2
 
 
 def relations(pairs: Pairs, queries: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -60,12 +43,32 @@ def relations(pairs: Pairs, queries: Tensor, num_keys: int) -> tuple[Tensor, Ten
     return seen, positive & seen
 
 
-def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs) -> QueryParts:
-    """[N, D], [M, D] -> the losses of the rows, [N]."""
-    logits = _acc(logit_scale).reshape(()) * (_acc(x) @ _acc(y).T)
+def contrastive(
+    x: Tensor, y: Tensor, logit_scale: Tensor, pairs: Pairs, both_directions: bool = False
+) -> QueryParts:
+    """[N, D], [M, D] -> the losses of the rows, [N]; with ``both_directions`` (N = M, row i and
+    column i of one id) half the sum of a row's and its column's."""
+    logits = _acc(logit_scale).reshape(()) * _acc(x) @ _acc(y).T  # [N, M]
     if pairs.key_bias is not None:
         logits = logits + pairs.key_bias
-    seen, positive = relations(pairs, x, y.shape[0])
+    if pairs.plain:
+        parts = partial(_parts_of_own_keys, own_key=pairs.own_positions(x).long())
+    else:
+        seen, positive = relations(pairs, x, y.shape[0])
+        parts = partial(_parts_of_sets, seen=seen, positive=positive)
+    rows = parts(logits)
+    if not both_directions:
+        return rows
+    return rows._replace(loss_per_query=(rows.loss_per_query + parts(logits.T).loss_per_query) / 2)
+
+
+def _parts_of_own_keys(logits: Tensor, own_key: Tensor) -> QueryParts:
+    losses = F.cross_entropy(logits, own_key, reduction="none")
+    means = logits.gather(1, own_key[:, None])[:, 0]
+    return QueryParts(losses, means, torch.ones_like(own_key))
+
+
+def _parts_of_sets(logits: Tensor, seen: Tensor, positive: Tensor) -> QueryParts:
     count = positive.sum(dim=1)
     mean = logits.where(positive, 0).sum(dim=1) / count.clamp_min(1)
     visible = logits.where(seen, -torch.inf)
