@@ -60,6 +60,13 @@ auto spelled(Result (*op)(const Tensor&, const Tensor&, const Tensor&, const Pai
   };
 }
 
+auto spelled_sigmoid_loss(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+                          const Tensor& logit_bias, int64_t offset, const Optional& query_ids,
+                          const Optional& key_ids, bool same_positive, bool gradients) {
+  return sigmoid_loss(x, y, logit_scale, logit_bias, {offset, query_ids, key_ids, same_positive},
+                      gradients);
+}
+
 }  // namespace
 }  // namespace protoclip
 
@@ -79,7 +86,7 @@ TORCH_LIBRARY_FRAGMENT(protoclip_native, m) {
         cpu(protoclip::spelled(&protoclip::contrastive_bwd)));
   m.def("sigmoid_loss(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, " IDS
         " bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        cpu(&protoclip::sigmoid_loss));
+        cpu(&protoclip::spelled_sigmoid_loss));
   m.def(
       "sigmoid_loss_bwd(Tensor grad, Tensor dx, Tensor dy, Tensor dlogit_scale,"
       " Tensor dlogit_bias) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -20,16 +20,14 @@ constexpr double kLn2 = 0.6931471805599453;
 // the weights of their positives. One without a loss brings zeros.
 struct GradientSide {
   Buffer<float> reference, probability_weight, positive_weight;
-  explicit GradientSide(int64_t length)
-      : reference(round_up(length, kLanes), 0.f),
-        probability_weight(round_up(length, kLanes), 0.f),
-        positive_weight(round_up(length, kLanes), 0.f) {}
 
   // Of statistics [4, length], or [4, 0], and the weights of the gap and of the mean positive
   // (none: 0).
   GradientSide(const Tensor& statistics, const Tensor& gap_weights, const Optional& mean_weights,
                float pair_weight, int64_t length)
-      : GradientSide(length) {
+      : reference(round_up(length, kLanes), 0.f),
+        probability_weight(round_up(length, kLanes), 0.f),
+        positive_weight(round_up(length, kLanes), 0.f) {
     const Tensor gap = gap_weights.to(at::kFloat).contiguous();
     const Tensor mean = mean_weights.has_value() ? mean_weights->to(at::kFloat).contiguous() : gap;
     const Tensor rows = statistics.stride(1) == 1 ? statistics : statistics.contiguous();
@@ -323,17 +321,17 @@ GradientSums sigmoid(const Inputs& in, float logit_bias, const Pairs& pairs, boo
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
-    int64_t offset, const Optional& query_ids, const Optional& key_ids, bool same_positive,
-    bool gradients) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x, const Tensor& y,
+                                                                const Tensor& logit_scale,
+                                                                const Tensor& logit_bias,
+                                                                const PairArguments& ids,
+                                                                bool gradients) {
   const char* op = "sigmoid_loss";
   const Inputs in(op, x, y, logit_scale);
   const float bias = number(op, "logit_bias", logit_bias);
   Gradients out(in);
-  const GradientSums sums =
-      with_pairs(op, in, {offset, query_ids, key_ids, same_positive},
-                 [&](const auto& pairs) { return sigmoid(in, bias, pairs, gradients, out); });
+  const GradientSums sums = with_pairs(
+      op, in, ids, [&](const auto& pairs) { return sigmoid(in, bias, pairs, gradients, out); });
   if (!gradients) out.dx = out.dy = at::empty({0, in.x.size(1)}, in.x.options());
   return {scalar(sums.loss), out.finish(out.dx, x), out.finish(out.dy, y), scalar(sums.g_dot),
           scalar(sums.g)};

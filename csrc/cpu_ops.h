@@ -36,10 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& row_statistics, const Tensor& column_statistics, const Tensor& query_weight,
     const Optional& positive_mean_weight, const Tensor& key_weight, double pair_weight,
     const Optional& stash);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(
-    const Tensor& x, const Tensor& y, const Tensor& logit_scale, const Tensor& logit_bias,
-    int64_t offset, const Optional& query_ids, const Optional& key_ids, bool same_positive,
-    bool gradients);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& x, const Tensor& y,
+                                                                const Tensor& logit_scale,
+                                                                const Tensor& logit_bias,
+                                                                const PairArguments& ids,
+                                                                bool gradients);
 std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_loss_bwd(const Tensor& grad, const Tensor& dx,
                                                             const Tensor& dy,
                                                             const Tensor& dlogit_scale,

@@ -1,12 +1,38 @@
-"""What the kernels' launchers return, by name. The C++ backend returns the same values in the same
-order, so ``protoclip.ops`` wraps every backend's results in these classes. No Triton here."""
+"""What the kernels' launchers take about pairs, and what they return, by name. The C++ backend has
+the same values in the same order. No Triton here."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ids:
+    """What SigLIP's op takes about N queries and M keys (ops/pairs.py); None: not used."""
+
+    offset: int = 0  # without ``own_key``, query i's own key is key i + offset
+    query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
+    key_ids: Tensor | None = None  # int32 [R, M]
+    same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
+
+
+@dataclass(frozen=True)
+class Compared(Ids):
+    """What the softmax op takes. C++: PairArguments."""
+
+    own_key: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
+    exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
+    key_bias: Tensor | None = None  # [M]
+
+    @property
+    def plain(self) -> bool:
+        """Each query has its own key at the offset and sees all keys."""
+        compared = (self.own_key, self.exclude, self.key_ids, self.key_bias)
+        return all(each is None for each in compared)
 
 
 class PairStatistics(NamedTuple):

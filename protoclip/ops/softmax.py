@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from protoclip.kernels.results import (
+    Compared,
     ContrastiveGradients,
     PairStatistics,
     empty_statistics,
@@ -43,7 +44,7 @@ from protoclip.ops.operators import (
     saving,
     without_autocast,
 )
-from protoclip.ops.pairs import Compared, Pairs, QueryParts
+from protoclip.ops.pairs import Pairs, QueryParts
 from protoclip.ops.stash import empty_stash, fake_stash, filled, keeps_stash
 from protoclip.ops.sums import (
     LN2,
