@@ -21,7 +21,7 @@ constexpr double kLn2 = 0.6931471805599453;
 struct GradientSide {
   Buffer<float> reference, probability_weight, positive_weight;
 
-  // Of statistics [4, length], or [4, 0], and the weights of the gap and of the mean positive
+  // Of statistics of `length`, or [4, 0], and the weights of the gap and of the mean positive
   // (none: 0).
   GradientSide(const Tensor& statistics, const Tensor& gap_weights, const Optional& mean_weights,
                float pair_weight, int64_t length)
@@ -30,12 +30,12 @@ struct GradientSide {
         positive_weight(round_up(length, kLanes), 0.f) {
     const Tensor gap = gap_weights.to(at::kFloat).contiguous();
     const Tensor mean = mean_weights.has_value() ? mean_weights->to(at::kFloat).contiguous() : gap;
-    const Tensor rows = statistics.stride(1) == 1 ? statistics : statistics.contiguous();
+    const Tensor rows = statistics.contiguous();
     const float *max = row_of(rows, kMaxRow), *sum = row_of(rows, kSumRow),
                 *num_positives = row_of(rows, kNumPositivesRow);
     const float *gap_weight = gap.const_data_ptr<float>(),
                 *mean_weight = mean.const_data_ptr<float>();
-    for (int64_t i = 0; i < statistics.size(1); ++i) {
+    for (int64_t i = 0; i < gap.size(0); ++i) {
       const float lse_weight = gap_weight[i] * pair_weight;  // gap = LSE - mean
       const float of_mean = mean_weights.has_value() ? mean_weight[i] * pair_weight : 0.f;
       if (sum[i] != 0.f) {
@@ -179,11 +179,10 @@ GradientSums backward(const Inputs& in, const SoftmaxGradient<Pairs>& epilogue, 
   });
 }
 
-// LSE - mean positive, in base 2, of each row or column of statistics [4, size]; and the mean
-// positives, where there is room for them. The loop adds up what tensor operations would.
-Tensor gaps(const Tensor& statistics, float* positive_mean = nullptr) {
-  const int64_t size = statistics.size(1);
-  const Tensor out = statistics.select(0, kSumRow).log2();
+// LSE - mean positive, in base 2, of each of `size` rows or columns; and the mean positives, where
+// there is room for them. The loop adds up what tensor operations would.
+Tensor gaps(const Tensor& statistics, int64_t size, float* positive_mean = nullptr) {
+  const Tensor out = statistics.select(0, kSumRow).narrow(0, 0, size).log2();
   float* gap = out.mutable_data_ptr<float>();
   const float *max = row_of(statistics, kMaxRow), *sums = row_of(statistics, kPositiveSumRow),
               *counts = row_of(statistics, kNumPositivesRow);
@@ -220,8 +219,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& x, cons
     });
   });
   Tensor means = at::empty({summed || both_directions ? 0 : x.size(0)}, at::kFloat);
-  Tensor loss = gaps(rows, means.numel() > 0 ? means.mutable_data_ptr<float>() : nullptr);
-  if (both_directions && x.size(0) == y.size(0)) loss += gaps(columns);
+  Tensor loss =
+      gaps(rows, x.size(0), means.numel() > 0 ? means.mutable_data_ptr<float>() : nullptr);
+  if (both_directions && x.size(0) == y.size(0)) loss += gaps(columns, y.size(0));
   if (summed) loss = loss.sum();
   return {loss * (kLn2 * pair_weight), means * kLn2, rows, columns};
 }
@@ -235,8 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
   const Inputs in(op, x, y, logit_scale);
   const bool both_directions = column_statistics.numel() > 0;
   const int64_t n = x.size(0), m = y.size(0), num_columns = both_directions ? m : 0;
-  expect(op, "row_statistics", row_statistics, {4, n}, at::kFloat);
-  expect(op, "column_statistics", column_statistics, {4, num_columns}, at::kFloat);
+  expect(op, "row_statistics", row_statistics, {4, statistics_length(n)}, at::kFloat);
+  expect(op, "column_statistics", column_statistics, {4, statistics_length(num_columns)},
+         at::kFloat);
   expect(op, "query_weight", query_weight, {n}, kSums);
   if (positive_mean_weight) expect(op, "positive_mean_weight", *positive_mean_weight, {n}, kSums);
   expect(op, "key_weight", key_weight, {num_columns}, kSums);

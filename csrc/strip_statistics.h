@@ -10,7 +10,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 
 #include <utility>
 #include <vector>
@@ -33,22 +33,15 @@ inline void merge(float* max, float* sum, const float* other_max, const float* o
   }
 }
 
-// The rows of the statistics, [4, N] or [4, M], as the contrastive ops return and take them: in the
-// order of PairStatistics (kernels/results.py).
+// The rows of the statistics, as the contrastive ops return and take them: PairStatistics
+// (kernels/results.py).
 enum StatisticsRow : int64_t { kMaxRow, kSumRow, kPositiveSumRow, kNumPositivesRow };
 
-// Statistics of zeros, with the strides of `empty_statistics` there.
-inline at::Tensor zero_statistics(int64_t length) {
-  const int64_t stride = round_up(length, 8);
-  const auto options = at::TensorOptions(at::kFloat);
-  const at::Tensor out = at::empty_strided({4, length}, {stride, 1}, options);
-  if (length > 0) std::fill_n(out.mutable_data_ptr<float>(), 3 * stride + length, 0.f);
-  return out;
-}
+// The length of such a row: a GPU reads whole sectors then.
+inline int64_t statistics_length(int64_t length) { return round_up(length, 8); }
 
-// A row of statistics whose columns are next to each other.
 inline float* row_of(const at::Tensor& statistics, StatisticsRow row) {
-  return static_cast<float*>(statistics.data_ptr()) + row * statistics.stride(0);
+  return static_cast<float*>(statistics.data_ptr()) + row * statistics.size(1);
 }
 
 template <Arithmetic A, typename Pairs>
@@ -83,13 +76,13 @@ class Statistics {
         transposes_once_(row_chunks_ > 1 && column_chunks_ > 1 &&
                          transposed_size_ * int64_t{sizeof(Input)} <= kMostTransposed),
         transposed_(transposes_once_ ? transposed_size_ : 0),
-        of_rows_(zero_statistics(strip.n)),
-        of_columns_(zero_statistics(both_directions ? strip.m : 0)) {
+        of_rows_(at::zeros({4, statistics_length(strip.n)}, at::kFloat)),
+        of_columns_(at::zeros({4, both_directions ? statistics_length(strip.m) : 0}, at::kFloat)) {
     for (int i = 0; i < at::get_num_threads(); ++i)
       scratch_.emplace_back(transposes_once_ ? 0 : strip.d);
   }
 
-  // [4, N] of the rows and [4, M] of the columns, or [4, 0] of one direction.
+  // The statistics of the rows, and of the columns, or [4, 0] of one direction.
   std::pair<at::Tensor, at::Tensor> run() {
     at::parallel_for(0, transposes_once_ ? blocks(strip_.m, kColumns) : 0, 1,
                      [&](int64_t begin, int64_t end) {
@@ -101,8 +94,8 @@ class Statistics {
         chunk(task / column_chunks_, task % column_chunks_);
       release_matrix_unit();
     });
-    rows_.total(of_rows_);
-    by_column_.total(of_columns_);
+    rows_.total(of_rows_, strip_.n);
+    by_column_.total(of_columns_, both_directions_ ? strip_.m : 0);
     return {of_rows_, of_columns_};
   }
 
@@ -154,9 +147,8 @@ class Statistics {
       }
     }
 
-    // Into statistics [4, size], of which the positives' of DiagonalPairs are there already.
-    void total(const at::Tensor& out) const {
-      const int64_t size = out.size(1);
+    // Into the statistics of `size`, of which the positives' of DiagonalPairs are there already.
+    void total(const at::Tensor& out, int64_t size) const {
       if (chunks == 0) std::fill_n(row_of(out, kMaxRow), size, -kInfinity);
       if (chunks == 0) return;
       for (int64_t c = 1; c < chunks; ++c)

@@ -30,10 +30,10 @@ from protoclip.kernels.info_nce import (
 )
 from protoclip.kernels.launch import Launch, cdiv
 from protoclip.kernels.results import (
-    Compared,
     ContrastiveForward,
     ContrastiveGradients,
     IdCodes,
+    PairArguments,
     PairStatistics,
     empty_statistics,
 )
@@ -230,8 +230,8 @@ def _gap(statistics, PLAIN: tl.constexpr):
 def merge_kernel(
     row_part_ptr, blocks_m, height,  # of this wave's rows, as ``_merged`` takes them
     column_part_ptr, blocks_n, m,
-    row_ptr, stride_row,  # [4, N], of ``empty_statistics``; InfoNCE's has the rows' positives
-    column_ptr, stride_column,  # [4, M]
+    row_ptr, stride_row,  # ``PairStatistics``; InfoNCE's has the rows' positives
+    column_ptr, stride_column,
     loss_ptr, positive_mean_ptr, partial_sum_ptr,  # [N], [N] or None, [programs]
     n, first, offset, pair_weight_ln2,  # pair_weight times ln 2: base-2 logits to nats
     BOTH_DIRECTIONS: tl.constexpr, HAS_BEFORE: tl.constexpr, IS_LAST: tl.constexpr,
@@ -373,8 +373,8 @@ def contrastive_fwd(
     **compared: Any,
 ) -> ContrastiveForward:
     """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``;
-    ``compared`` are the fields of ``Compared``."""
-    pairs = Compared(**compared)
+    ``compared`` are ``PairArguments``."""
+    pairs = PairArguments(**compared)
     n = x.shape[0]
     m = y.shape[0]
     num_columns = m if both_directions else 0
@@ -451,7 +451,7 @@ def contrastive_bwd(
 ) -> ContrastiveGradients:
     """Gradients of a strip, as in ops/softmax.py, for the weights of the losses and of the mean
     positives, [N] and [M], of any stride, 0 too; they are multiplied by ``pair_weight``."""
-    pairs = Compared(**compared)
+    pairs = PairArguments(**compared)
     n = x.shape[0]
     num_biases = 0 if pairs.key_bias is None else y.shape[0]
     if min(x.numel(), y.numel()) == 0:
@@ -461,7 +461,7 @@ def contrastive_bwd(
     plain = positive_mean_weight is None and pairs.plain
     config = launch.choose(_kernel("gradient", plain, pairs.key_bias), x, y)
     lifted = x.dtype == torch.float16
-    num_columns = column_statistics.shape[1]
+    num_columns = y.shape[0] if column_statistics.shape[1] else 0
     row_side = side_of(row_statistics, query_weight, positive_mean_weight, lifted=lifted)
     column_side = side_of(column_statistics, key_weight, None, lifted=lifted)
     extremes = None
@@ -528,7 +528,7 @@ def _kernel(of: str, plain: bool, key_bias: Tensor | None) -> str:
     return f"contrastive_{of}" if key_bias is None else f"contrastive_{of}_with_biases"
 
 
-def _pair_arguments(pairs: Compared) -> dict[str, Any]:
+def _pair_arguments(pairs: PairArguments) -> dict[str, Any]:
     """Arguments of the kernels that compare ids, positions and biases."""
     pointers = PairPointers(
         own_key_ptr=pairs.own_key, exclude_ptr=pairs.exclude, key_bias_ptr=pairs.key_bias
@@ -546,5 +546,5 @@ def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForwar
     none = rows.new_empty(0)
     if summed:
         return ContrastiveForward(none.sum(), none, rows, columns)
-    positive_mean = none if m else torch.zeros_like(rows[0])
-    return ContrastiveForward(rows[0].clone(), positive_mean, rows, columns)
+    positive_mean = none if m else rows.new_zeros(n)
+    return ContrastiveForward(rows[0, :n].clone(), positive_mean, rows, columns)

@@ -3,41 +3,33 @@ the same values in the same order. No Triton here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Ids:
-    """What SigLIP's op takes about N queries and M keys (ops/pairs.py); None: not used."""
+class PairArguments(NamedTuple):
+    """What launchers take about pairs: the fields of ``Compared``, or of ``Ids`` (ops/pairs.py)."""
 
-    offset: int = 0  # without ``own_key``, query i's own key is key i + offset
-    query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
-    key_ids: Tensor | None = None  # int32 [R, M]
-    same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
-
-
-@dataclass(frozen=True)
-class Compared(Ids):
-    """What the softmax op takes. C++: PairArguments."""
-
-    own_key: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
-    exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
-    key_bias: Tensor | None = None  # [M]
+    offset: int = 0
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    same_positive: bool = False
+    own_key: Tensor | None = None
+    exclude: Tensor | None = None
+    key_bias: Tensor | None = None
 
     @property
     def plain(self) -> bool:
-        """Each query has its own key at the offset and sees all keys."""
         compared = (self.own_key, self.exclude, self.key_ids, self.key_bias)
         return all(each is None for each in compared)
 
 
 class PairStatistics(NamedTuple):
-    """The rows of a tensor [4, N] or [4, M] of the contrastive loss's statistics, in their order
-    (C++: StatisticsRow). Logits are base-2."""
+    """The rows of a tensor of the contrastive loss's statistics, in their order (C++:
+    StatisticsRow), [4, N] or [4, M] with N and M rounded up to a multiple of 8. Logits are base-2.
+    """
 
     reference: Tensor  # near the largest of the logits seen
     sum: Tensor  # of 2^(logit - reference) over the logits seen
@@ -46,10 +38,9 @@ class PairStatistics(NamedTuple):
 
 
 def empty_statistics(x: Tensor, length: int) -> Tensor:
-    """Room for ``PairStatistics`` about rows or columns of x, fp32 [4, length]. Each row begins at
-    a sector of a GPU's memory: kernels would otherwise read more sectors. (C++: the same.)"""
-    stride = (length + 7) // 8 * 8
-    return x.new_empty_strided((4, length), (stride, 1), dtype=torch.float32)
+    """Room for ``PairStatistics`` of so many rows or columns, fp32. Each of the four begins at a
+    sector of a GPU's memory; kernels would otherwise read more sectors."""
+    return x.new_empty((4, (length + 7) // 8 * 8), dtype=torch.float32)
 
 
 class IdCodes(NamedTuple):
@@ -66,8 +57,8 @@ class ContrastiveForward(NamedTuple):
     # caller to compute where N != M); or [], the weighted sum of all.
     loss: Tensor
     positive_mean: Tensor  # [N], or [0] of both directions, and of a sum
-    row_statistics: Tensor  # [4, N], in the rows of ``PairStatistics``
-    column_statistics: Tensor  # [4, M], or [4, 0] of one direction
+    row_statistics: Tensor  # [4, N rounded up], ``PairStatistics``
+    column_statistics: Tensor  # [4, M rounded up], or [4, 0] of one direction
 
 
 class ContrastiveGradients(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.launch import cdiv
-from protoclip.kernels.results import Ids, SigmoidGradients, SigmoidLoss
+from protoclip.kernels.results import PairArguments, SigmoidGradients, SigmoidLoss
 from protoclip.kernels.tiles import (
     ID_STRIDES,
     IDS,
@@ -176,9 +176,9 @@ def sigmoid_loss(
     gradients: bool,
     **ids: Any,
 ) -> SigmoidLoss:
-    """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ``ids`` are the fields of
-    ``Ids``."""
-    pairs = Ids(**ids)
+    """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ``ids`` are the first of
+    ``PairArguments``."""
+    pairs = PairArguments(**ids)
     config = launch.choose("sigmoid_loss", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk

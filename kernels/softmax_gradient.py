@@ -94,7 +94,7 @@ class Side(NamedTuple):
     """What the rows or the columns bring into G. Tensors only: a number in a tuple compiles the
     kernel again where its divisibility by 16 changes."""
 
-    statistics_ptr: Tensor  # [4, length], of ``empty_statistics``
+    statistics_ptr: Tensor  # ``PairStatistics``
     weight_ptr: Tensor  # [length] of the losses, of any stride
     mean_weight_ptr: Tensor | None  # [length] of the mean positives; None: 0
     peak_ptr: Tensor | None  # [], the largest |weight|; None: G is not lifted

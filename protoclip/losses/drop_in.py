@@ -18,7 +18,7 @@ from protoclip.ops.dispatch import resolve
 from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import without_autocast
 from protoclip.ops.pairs import SameId, check_ids, pairs_of
-from protoclip.ops.softmax import query_loss
+from protoclip.ops.softmax import Strip, query_loss
 
 if TYPE_CHECKING:
     from protoclip.settings.config import ProtoConfig
@@ -177,8 +177,9 @@ class ClipLoss(_OverRanks):
             return info_nce(all_x, all_y, logit_scale, ids=ids)
         backend = resolve("contrastive", "auto", x.device.type, x.dtype)
         pairs = pairs_of(op, x, len(x), key_ids=ids, columns=columns, code_ids=coder_of(backend))
-        images = query_loss(op, x, all_y, logit_scale, pairs, LOCAL, backend=backend)
-        texts = query_loss(op, y, all_x, logit_scale, pairs, LOCAL, backend=backend)
+        strip = Strip(x, all_y, logit_scale, pairs, LOCAL, backend)
+        images = query_loss(op, strip)
+        texts = query_loss(op, strip._replace(x=y, y=all_x))
         return (images + texts) / 2
 
     def _loss_of_own_logits(

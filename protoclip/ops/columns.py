@@ -36,7 +36,7 @@ class Local:
 
     def merged(self, statistics: Tensor) -> Tensor:
         """Statistics of all columns, from those over this rank's rows: a reference of base-2 logits
-        and sums, the first of 2^(logit - reference); in place."""
+        and sums, the first of 2^(logit - reference)."""
         return statistics
 
     def own(self, by_column: Tensor) -> Tensor:
@@ -64,9 +64,7 @@ class Group(Local):
         reference, exponentials, others = statistics.tensor_split([1, 2])
         top = distributed.max_over_ranks(reference.clone(), self.group)
         sums = torch.cat([exponentials * torch.exp2(reference - top), others])
-        reference.copy_(top)
-        statistics[1:] = distributed.sum_over_ranks(sums, self.group)
-        return statistics
+        return torch.cat([top, distributed.sum_over_ranks(sums, self.group)])
 
     def own(self, by_column: Tensor) -> Tensor:
         return by_column.tensor_split(self.size, dim=-1)[self.rank]

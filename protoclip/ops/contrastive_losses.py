@@ -15,11 +15,9 @@ from torch import Tensor
 from protoclip.ops import checks, reference
 from protoclip.ops.columns import LOCAL, Local, columns_of
 from protoclip.ops.dispatch import resolve
-from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import reduce, reduce_weighted, without_autocast
-from protoclip.ops.pairs import SameId, check_ids, pairs_of
-from protoclip.ops.softmax import contrastive_loss, query_loss, query_losses
-from protoclip.ops.stash import keeps_stash
+from protoclip.ops.pairs import SameId, check_ids
+from protoclip.ops.softmax import fused_loss, query_loss, query_losses, strip_of
 from protoclip.ops.sums import positive_means, smoothing
 
 
@@ -95,28 +93,12 @@ def info_nce(
             f"other ranks, got {label_smoothing:g}; call contrastive(..., group=group) for each "
             "direction"
         )
-    pairs = pairs_of(
-        op,
-        x,
-        y.shape[0],
-        ids=ids,
-        same_id=same_id,
-        columns=columns,
-        code_ids=coder_of(backend_name),
-    )
-    keys = columns.gather(y)
+    strip = strip_of(op, x, y, logit_scale, columns, backend_name, ids=ids, same_id=same_id)
+    pairs = strip.pairs
     if backend_name != "reference":
         reduces = weights is None and not label_smoothing  # then the op gives a mean or sum
-        losses = contrastive_loss(
-            x=x,
-            y=keys,
-            logit_scale=logit_scale,
-            pairs=pairs,
-            both_directions=True,
-            reduction=reduction if reduces else "none",
-            backend=backend_name,
-            keep_stash=keeps_stash(stash, x, keys, logit_scale),
-            group_name=columns.name,
+        losses = fused_loss(
+            strip, both_directions=True, reduction=reduction if reduces else "none", stash=stash
         ).loss
         if reduces:
             return losses
@@ -126,8 +108,8 @@ def info_nce(
                 x, y, logit_scale, pairs, both_directions=True
             ).loss_per_query
     else:
-        images = query_losses(op, x, keys, logit_scale, pairs, backend=backend_name)
-        texts = query_losses(op, y, columns.gather(x), logit_scale, pairs, backend=backend_name)
+        images = query_losses(op, strip)
+        texts = query_losses(op, strip._replace(x=y, y=columns.gather(x)))
         losses = (images.loss_per_query + texts.loss_per_query) / 2
     if label_smoothing:
         by_image = smoothing(x, y, logit_scale, pairs)
@@ -216,31 +198,27 @@ def contrastive(
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
     columns = columns_of(op, group, y)
-    pairs = pairs_of(
+    strip = strip_of(
         op,
         x,
-        y.shape[0],
+        y,
+        logit_scale,
+        columns,
+        backend_name,
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
         same_id=same_id,
         exclude=exclude,
         key_bias=key_bias,
-        columns=columns,
-        code_ids=coder_of(backend_name),
     )
     return query_loss(
         op,
-        x,
-        columns.gather(y),
-        logit_scale,
-        pairs,
-        columns,
+        strip,
         negatives=negatives,
         weights=weights,
         label_smoothing=label_smoothing,
         reduction=reduction,
-        backend=backend_name,
         stash=stash,
     )
 
@@ -284,21 +262,21 @@ def contrastive_parts(
     x, y, logit_scale = checks.strip(op, ("queries", "keys"), queries, keys, logit_scale)
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
     columns = columns_of(op, group, y)
-    pairs = pairs_of(
+    strip = strip_of(
         op,
         x,
-        y.shape[0],
+        y,
+        logit_scale,
+        columns,
+        backend_name,
         positives=positives,
         query_ids=query_ids,
         key_ids=key_ids,
         same_id=same_id,
         exclude=exclude,
         key_bias=key_bias,
-        columns=columns,
-        code_ids=coder_of(backend_name),
     )
-    keys = columns.gather(y)
-    losses = query_losses(op, x, keys, logit_scale, pairs, backend=backend_name, stash=stash)
+    losses = query_losses(op, strip, stash=stash)
     return losses.loss_per_query + losses.positive_mean, losses.positive_mean
 
 
@@ -455,44 +433,27 @@ def self_contrastive(
     backend_name = resolve("contrastive", backend, x.device.type, x.dtype)
     if weights is not None:
         checks.weights(op, weights, x, backend_name)
-    pairs = pairs_of(
+    strip = strip_of(
         op,
         x,
-        x.shape[0],
+        x,
+        logit_scale,
+        columns,
+        backend_name,
         positives=positives,
         ids=ids,
         same_id=same_id,
         exclude=itself,
-        columns=columns,
-        code_ids=coder_of(backend_name),
     )
-    keys = columns.gather(x)
     if not decoupled:
         return query_loss(
-            op,
-            x,
-            keys,
-            logit_scale,
-            pairs,
-            columns,
-            weights=weights,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            backend=backend_name,
+            op, strip, weights=weights, label_smoothing=label_smoothing, reduction=reduction
         )
-    positive = positive_means(x, keys, logit_scale, pairs)
+    positive = positive_means(x, strip.y, logit_scale, strip.pairs)
     # Without positives, whose ids hide them, a query's loss is the log-sum-exp.
     no_key = torch.full((x.shape[0],), -1, dtype=torch.int32, device=x.device)
-    negatives = replace(pairs, own_key=no_key, same_positive=False)
-    log_sum_exp = query_losses(
-        op,
-        x,
-        keys,
-        logit_scale,
-        negatives,
-        label_smoothing=label_smoothing,
-        backend=backend_name,
-    ).loss_per_query
+    negatives = strip._replace(pairs=replace(strip.pairs, own_key=no_key, same_positive=False))
+    log_sum_exp = query_losses(op, negatives, label_smoothing=label_smoothing).loss_per_query
     counted = (positive.number > 0) & (log_sum_exp != -torch.inf)
     losses = (log_sum_exp - (1 - label_smoothing) * positive.mean).where(counted, 0)
     return reduce_weighted(losses, counted.to(losses.dtype), weights, reduction, columns)

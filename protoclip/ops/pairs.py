@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip.kernels.results import Compared, IdCodes
+from protoclip.kernels.results import IdCodes
 from protoclip.ops import checks
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.ops.columns import LOCAL, Local
@@ -32,6 +32,31 @@ SAME_ID = ("exclude", "positive")
 LEAST_BIAS = -5e29  # that is added to a key; only one of -inf removes it
 SameId = Literal["exclude", "positive"]
 CodeIds = Callable[[Tensor | None, Tensor], IdCodes]
+
+
+@dataclass(frozen=True)
+class Ids:
+    """What SigLIP's op takes about N queries and M keys; None: not used."""
+
+    offset: int = 0  # without ``own_key``, query i's own key is key i + offset
+    query_ids: Tensor | None = None  # int32 [R, N]; equal and >= 0 in any row: the same thing
+    key_ids: Tensor | None = None  # int32 [R, M]
+    same_positive: bool = False  # whether keys of the same id are positives; else they are not seen
+
+
+@dataclass(frozen=True)
+class Compared(Ids):
+    """What the softmax op takes."""
+
+    own_key: Tensor | None = None  # int32 [N], position of each query's own key; negative: none
+    exclude: Tensor | None = None  # int32 [N], the key that a query never sees; -1: none
+    key_bias: Tensor | None = None  # [M]
+
+    @property
+    def plain(self) -> bool:
+        """Each query has its own key at the offset and sees all keys."""
+        compared = (self.own_key, self.exclude, self.key_ids, self.key_bias)
+        return all(each is None for each in compared)
 
 
 @dataclass(frozen=True)

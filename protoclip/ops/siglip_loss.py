@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.distributed import pass_on
-from protoclip.kernels.results import Ids, SigmoidGradients, SigmoidLoss
+from protoclip.kernels.results import SigmoidGradients, SigmoidLoss
 from protoclip.ops import checks, reference
 from protoclip.ops.columns import LOCAL, Group, columns_named, columns_of
 from protoclip.ops.dispatch import function, resolve
@@ -36,7 +36,7 @@ from protoclip.ops.operators import (
     wants_gradient,
     without_autocast,
 )
-from protoclip.ops.pairs import Pairs, SameId, check_ids, pairs_of
+from protoclip.ops.pairs import Ids, Pairs, SameId, check_ids, pairs_of
 from protoclip.ops.sums import signed_sums
 
 STRIP_LOGITS = 1 << 20  # logits that torch forms at once where no kernel does: 4 MiB

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from protoclip.kernels.results import (
-    Compared,
     ContrastiveGradients,
     PairStatistics,
     empty_statistics,
@@ -31,6 +30,7 @@ from protoclip.ops import pairs as pairs_file
 from protoclip.ops import reference
 from protoclip.ops.columns import LOCAL, Local, columns_named
 from protoclip.ops.dispatch import function
+from protoclip.ops.id_codes import coder_of
 from protoclip.ops.operators import (
     call_saved,
     define_gradient,
@@ -44,7 +44,7 @@ from protoclip.ops.operators import (
     saving,
     without_autocast,
 )
-from protoclip.ops.pairs import Pairs, QueryParts
+from protoclip.ops.pairs import Compared, Pairs, QueryParts, pairs_of
 from protoclip.ops.stash import empty_stash, fake_stash, filled, keeps_stash
 from protoclip.ops.sums import (
     LN2,
@@ -62,8 +62,8 @@ class ContrastiveLoss(NamedTuple):
 
     loss: Tensor  # [N], or [] for "mean" and "sum"
     positive_mean: Tensor  # [N], or [0] of pairs, and for "mean" and "sum"
-    row_statistics: Tensor  # [4, N], in the rows of ``PairStatistics``
-    column_statistics: Tensor  # [4, M], or [4, 0] of one direction
+    row_statistics: Tensor  # [4, N rounded up], ``PairStatistics``
+    column_statistics: Tensor  # [4, M rounded up], or [4, 0] of one direction
     stash: Tensor
 
 
@@ -112,14 +112,15 @@ def contrastive_loss(
     rows = results[2]
     columns = columns_named(group_name)
     merged = columns.merged(results[3])
-    losses = weight * LN2 * (gaps_of(rows) + gaps_of(columns.own(merged)))
+    by_column = columns.own(gaps_of(merged, y.shape[0]))
+    losses = weight * LN2 * (gaps_of(rows, x.shape[0]) + by_column)
     loss = losses if reduction == "none" else losses.sum()
     return ContrastiveLoss(loss, losses.new_empty(0), rows, merged, stash)
 
 
-def gaps_of(statistics: Tensor) -> Tensor:
-    """[4, N] -> log-sum-exp - mean positive, in base 2, [N]."""
-    rows = PairStatistics._make(statistics.unbind())
+def gaps_of(statistics: Tensor, length: int) -> Tensor:
+    """Log-sum-exp - mean positive of so many rows or columns, in base 2, [length]."""
+    rows = PairStatistics._make(statistics[:, :length].unbind())
     mean = rows.positive_sum / rows.num_positives.clamp_min(1)
     return rows.sum.log2() + (rows.reference - mean)
 
@@ -154,6 +155,8 @@ def contrastive_gradients(
     """The gradients for upstream gradients of the losses of rows, [N], and of columns, [M] (of one
     direction [0]), of any stride, even 0, which are multiplied by ``direction_weight``; and of the
     positive means (None: 0)."""
+    if group_name:
+        key_weight = columns_named(group_name).gather(key_weight)
     run = function("contrastive", backend, "contrastive_bwd")
     return run(
         x=x,
@@ -164,7 +167,7 @@ def contrastive_gradients(
         column_statistics=column_statistics,
         query_weight=query_weight,
         positive_mean_weight=positive_mean_weight,
-        key_weight=columns_named(group_name).gather(key_weight),
+        key_weight=key_weight,
         # Not the caller's to compute: traced with symbolic sizes 1 / N would be a constant.
         pair_weight=direction_weight(both_directions, reduction, x.shape[0]),
         stash=filled(stash),
@@ -203,6 +206,48 @@ define_gradient(
 refuse_gradient(contrastive_gradients, "contrastive")
 
 
+class Strip(NamedTuple):
+    """Queries against keys, as a public function has checked them."""
+
+    x: Tensor  # [N, D], the queries
+    y: Tensor  # [M, D], the keys of all ranks
+    logit_scale: Tensor
+    pairs: Pairs
+    columns: Local  # of whose keys y are
+    backend: str
+
+
+def strip_of(
+    op: str, x: Tensor, y: Tensor, logit_scale: Tensor, columns: Local, backend: str, **said: Any
+) -> Strip:
+    """Queries x against the keys y of each rank of ``columns``; what is ``said`` of them are
+    arguments of ``pairs_of``."""
+    pairs = pairs_of(op, x, y.shape[0], columns=columns, code_ids=coder_of(backend), **said)
+    return Strip(x, columns.gather(y), logit_scale, pairs, columns, backend)
+
+
+def fused_loss(
+    strip: Strip,
+    *,
+    both_directions: bool = False,
+    reduction: str = "none",
+    stash: bool | None = None,
+) -> ContrastiveLoss:
+    """The op on a strip."""
+    biases = () if strip.pairs.key_bias is None else (strip.pairs.key_bias,)
+    return contrastive_loss(
+        x=strip.x,
+        y=strip.y,
+        logit_scale=strip.logit_scale,
+        pairs=strip.pairs,
+        both_directions=both_directions,
+        reduction=reduction,
+        backend=strip.backend,
+        keep_stash=keeps_stash(stash, strip.x, strip.y, strip.logit_scale, *biases),
+        group_name=strip.columns.name if both_directions else "",
+    )
+
+
 class QueryLosses(NamedTuple):
     """The loss of each query, in nats."""
 
@@ -213,36 +258,22 @@ class QueryLosses(NamedTuple):
 
 def query_losses(
     op: str,
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    pairs: Pairs,
+    strip: Strip,
     *,
     negatives: Tensor | None = None,
     label_smoothing: float = 0,
-    backend: str,
     stash: bool | None = None,
 ) -> QueryLosses:
-    """Queries x against keys y, of all ranks; ``pairs`` says which are positives and negatives."""
+    """The losses of the queries of a strip; ``negatives`` [N, H, D] are keys that only one sees."""
+    x, y, logit_scale, pairs, _, backend = strip
     if backend == "reference" or x.device.type == "cpu":
         pairs_file.refuse_out_of_range(op, pairs, y.shape[0])
     if backend == "reference":
         with without_autocast(x.device.type):
             rows = reference.contrastive(x, y, logit_scale, pairs)
     else:
-        biases = () if pairs.key_bias is None else (pairs.key_bias,)
-        forward = contrastive_loss(
-            x=x,
-            y=y,
-            logit_scale=logit_scale,
-            pairs=pairs,
-            both_directions=False,
-            reduction="none",
-            backend=backend,
-            keep_stash=keeps_stash(stash, x, y, logit_scale, *biases),
-            group_name="",
-        )
-        num_positives = forward.row_statistics[NUM_POSITIVES]
+        forward = fused_loss(strip, stash=stash)
+        num_positives = forward.row_statistics[NUM_POSITIVES, : x.shape[0]]
         rows = QueryParts(forward.loss, forward.positive_mean, num_positives)
     loss = rows.loss_per_query
     positive_mean = rows.positive_mean
@@ -266,45 +297,23 @@ def query_losses(
 
 def query_loss(
     op: str,
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    pairs: Pairs,
-    columns: Local,
+    strip: Strip,
     *,
     negatives: Tensor | None = None,
     weights: Tensor | None = None,
     label_smoothing: float = 0,
     reduction: str = "mean",
-    backend: str,
     stash: bool | None = None,
 ) -> Tensor:
-    """``contrastive`` of queries x against the keys y of all ranks of ``columns``."""
-    all_count = pairs.plain and negatives is None and columns is LOCAL
+    """``contrastive`` of a strip."""
+    pairs = strip.pairs
+    all_count = pairs.plain and negatives is None and strip.columns is LOCAL
     weighs = weights is not None or label_smoothing or reduction == "none"
-    if all_count and not weighs and backend != "reference":
-        return contrastive_loss(
-            x=x,
-            y=y,
-            logit_scale=logit_scale,
-            pairs=pairs,
-            both_directions=False,
-            reduction=reduction,
-            backend=backend,
-            keep_stash=keeps_stash(stash, x, y, logit_scale),
-            group_name="",
-        ).loss
+    if all_count and not weighs and strip.backend != "reference":
+        return fused_loss(strip, reduction=reduction, stash=stash).loss
     by_query = query_losses(
-        op,
-        x,
-        y,
-        logit_scale,
-        pairs,
-        negatives=negatives,
-        label_smoothing=label_smoothing,
-        backend=backend,
-        stash=stash,
+        op, strip, negatives=negatives, label_smoothing=label_smoothing, stash=stash
     )
     losses = by_query.loss_per_query.where(by_query.counted, 0)
     counted = by_query.counted.to(losses.dtype)
-    return reduce_weighted(losses, counted, weights, reduction, columns)
+    return reduce_weighted(losses, counted, weights, reduction, strip.columns)
