@@ -421,7 +421,7 @@ MUTANTS = [
         "over ranks: a mean divides by this rank's weight",
         "ranks",
         SOFTMAX,
-        "return reduce_weighted(losses, counted, weights, reduction, columns)",
+        "return reduce_weighted(losses, counted, weights, reduction, strip.columns)",
         "return reduce_weighted(losses, counted, weights, reduction)",
     ),
     Mutant(
