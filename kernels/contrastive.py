@@ -11,8 +11,6 @@ order. Where there is nothing to compare, the launchers take the kernels of Info
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +31,6 @@ from protoclip.kernels.results import (
     ContrastiveForward,
     ContrastiveGradients,
     IdCodes,
-    PairArguments,
     PairStatistics,
     empty_statistics,
 )
@@ -365,23 +362,27 @@ def contrastive_fwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    *,
+    offset: int,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
+    own_key: Tensor | None,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
     both_directions: bool,
     pair_weight: float,
     summed: bool,
     stash: None = None,  # no logits are kept
-    **compared: Any,
 ) -> ContrastiveForward:
-    """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``;
-    ``compared`` are ``PairArguments``."""
-    pairs = PairArguments(**compared)
+    """Losses and statistics of a strip, or the sum of all losses times ``pair_weight``; offset to
+    key_bias are ``Compared`` of ops/pairs.py."""
     n = x.shape[0]
     m = y.shape[0]
     num_columns = m if both_directions else 0
     if not min(n, m):
         return _without_pairs(x, n, num_columns, summed)
-    plain = pairs.plain
-    config = launch.choose(_kernel("forward", plain, pairs.key_bias), x, y)
+    plain = is_plain(own_key, exclude, key_ids, key_bias)
+    config = launch.choose(_kernel("forward", plain, key_bias), x, y)
     parts = min(config.warps, config.block_n // config.part)
     blocks_m = cdiv(m, config.block_m)
     row_partials = 1 if plain else 2
@@ -400,6 +401,7 @@ def contrastive_fwd(
     merge = launch.MERGE_ALL if length <= ONE_PROGRAM else launch.MERGE
     programs = 1 if length <= ONE_PROGRAM else cdiv(length, merge.block_n)
     partial_sums = row_part.new_empty(programs)
+    pairs = PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias)
     with torch.cuda.device_of(x):
         for first in range(0, n, wave):
             rows = slice(first, min(first + wave, n))
@@ -412,12 +414,13 @@ def contrastive_fwd(
             )  # fmt: skip
             if plain:
                 info_nce_forward_kernel[(blocks_n * blocks_m,)](
-                    **arguments, offset=pairs.offset + first,
+                    **arguments, offset=offset + first,
                     positive_ptr=rows_of(row_statistics[2], rows),
                 )  # fmt: skip
             else:
                 contrastive_forward_kernel[(blocks_n * blocks_m,)](
-                    **arguments, **_pair_arguments(pairs), offset=pairs.offset, first_row=first,
+                    **arguments, pairs=pairs, offset=offset, first_row=first,
+                    **id_arguments(query_ids, key_ids), SAME_POSITIVE=same_positive,
                 )  # fmt: skip
             merge_kernel[(programs,)](
                 row_part_ptr=row_part, blocks_m=blocks_m, height=part.shape[0],
@@ -426,7 +429,7 @@ def contrastive_fwd(
                 column_ptr=column_statistics, stride_column=column_statistics.stride(0),
                 loss_ptr=losses, positive_mean_ptr=positive_mean if len(positive_mean) else None,
                 partial_sum_ptr=partial_sums,
-                n=n, first=first, offset=pairs.offset, pair_weight_ln2=pair_weight * LN2.value,
+                n=n, first=first, offset=offset, pair_weight_ln2=pair_weight * LN2.value,
                 BOTH_DIRECTIONS=both_directions, HAS_BEFORE=first > 0, IS_LAST=rows.stop == n,
                 PARTS=parts, PLAIN=plain, BLOCK=merge.block_n, DEPTH=merge.block_m, **merge.options,
             )  # fmt: skip
@@ -439,7 +442,13 @@ def contrastive_bwd(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    *,
+    offset: int,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
+    own_key: Tensor | None,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
     row_statistics: Tensor,
     column_statistics: Tensor,
     query_weight: Tensor,
@@ -447,19 +456,17 @@ def contrastive_bwd(
     key_weight: Tensor,
     pair_weight: float,
     stash: None = None,
-    **compared: Any,
 ) -> ContrastiveGradients:
     """Gradients of a strip, as in ops/softmax.py, for the weights of the losses and of the mean
     positives, [N] and [M], of any stride, 0 too; they are multiplied by ``pair_weight``."""
-    pairs = PairArguments(**compared)
     n = x.shape[0]
-    num_biases = 0 if pairs.key_bias is None else y.shape[0]
+    num_biases = 0 if key_bias is None else y.shape[0]
     if min(x.numel(), y.numel()) == 0:
         zero = x.new_zeros((), dtype=torch.float32)
         no_bias = zero.new_zeros(num_biases)
         return ContrastiveGradients(torch.zeros_like(x), torch.zeros_like(y), zero, no_bias)
-    plain = positive_mean_weight is None and pairs.plain
-    config = launch.choose(_kernel("gradient", plain, pairs.key_bias), x, y)
+    plain = positive_mean_weight is None and is_plain(own_key, exclude, key_ids, key_bias)
+    config = launch.choose(_kernel("gradient", plain, key_bias), x, y)
     lifted = x.dtype == torch.float16
     num_columns = y.shape[0] if column_statistics.shape[1] else 0
     row_side = side_of(row_statistics, query_weight, positive_mean_weight, lifted=lifted)
@@ -467,6 +474,7 @@ def contrastive_bwd(
     extremes = None
     if plain and max(n, y.shape[0]) > FEW:
         extremes = _extremes(row_side, n, column_side, num_columns, config)
+    pairs = PairPointers(own_key_ptr=own_key, exclude_ptr=exclude, key_bias_ptr=key_bias)
     plan = waves.chunks(x, y, config)
     factor = x.new_empty((), dtype=torch.float32)
     partial_sums = factor.new_empty(sum(chunk.tiles for chunk in plan))
@@ -485,7 +493,7 @@ def contrastive_bwd(
         )  # fmt: skip
         if entries is not None:
             info_nce_gradient_kernel[(chunk.tiles,)](
-                **arguments, offset=pairs.offset + chunk.rows.start - chunk.cols.start,
+                **arguments, offset=offset + chunk.rows.start - chunk.cols.start,
                 extremes_ptr=extremes, first_column_block=cdiv(n, config.block_n),
                 entry_ptr=rows_of(entries, chunk.rows),
             )  # fmt: skip
@@ -496,13 +504,14 @@ def contrastive_bwd(
                 (chunk.shape[0] // config.block_n, chunk.cols.stop - chunk.cols.start)
             )
         contrastive_gradient_kernel[(chunk.tiles,)](
-            **arguments, **_pair_arguments(pairs), offset=pairs.offset, dkey_bias_ptr=bias_sums,
+            **arguments, pairs=pairs, offset=offset, dkey_bias_ptr=bias_sums,
+            **id_arguments(query_ids, key_ids), SAME_POSITIVE=same_positive,
         )  # fmt: skip
         if bias_sums is not None:
             dkey_bias[chunk.cols] += bias_sums.sum(dim=0)
 
     dx, dy, (dlogit_scale,) = waves.gradients_by_chunks(
-        x, y, factor, pairs.offset, plan, fill, partial_sums[None], entries
+        x, y, factor, offset, plan, fill, partial_sums[None], entries
     )
     return ContrastiveGradients(dx=dx, dy=dy, dlogit_scale=dlogit_scale, dkey_bias=dkey_bias)
 
@@ -528,13 +537,9 @@ def _kernel(of: str, plain: bool, key_bias: Tensor | None) -> str:
     return f"contrastive_{of}" if key_bias is None else f"contrastive_{of}_with_biases"
 
 
-def _pair_arguments(pairs: PairArguments) -> dict[str, Any]:
-    """Arguments of the kernels that compare ids, positions and biases."""
-    pointers = PairPointers(
-        own_key_ptr=pairs.own_key, exclude_ptr=pairs.exclude, key_bias_ptr=pairs.key_bias
-    )
-    ids = id_arguments(pairs.query_ids, pairs.key_ids)
-    return ids | {"pairs": pointers, "SAME_POSITIVE": pairs.same_positive}
+def is_plain(*compared: Tensor | None) -> bool:
+    """Whether there is nothing to compare: row i's own column is at the offset, and it sees all."""
+    return all(x is None for x in compared)
 
 
 def _without_pairs(x: Tensor, n: int, m: int, summed: bool) -> ContrastiveForward:

@@ -1,5 +1,5 @@
-"""What the kernels' launchers take about pairs, and what they return, by name. The C++ backend has
-the same values in the same order. No Triton here."""
+"""What the kernels' launchers return, by name. The C++ backend returns the same values in the same
+order, so ``protoclip.ops`` wraps every backend's results in these classes. No Triton here."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class PairArguments(NamedTuple):
-    """What launchers take about pairs: the fields of ``Compared``, or of ``Ids`` (ops/pairs.py)."""
-
-    offset: int = 0
-    query_ids: Tensor | None = None
-    key_ids: Tensor | None = None
-    same_positive: bool = False
-    own_key: Tensor | None = None
-    exclude: Tensor | None = None
-    key_bias: Tensor | None = None
-
-    @property
-    def plain(self) -> bool:
-        compared = (self.own_key, self.exclude, self.key_ids, self.key_bias)
-        return all(each is None for each in compared)
 
 
 class PairStatistics(NamedTuple):

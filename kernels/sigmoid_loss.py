@@ -14,8 +14,6 @@ short series, because the card's logarithm has an absolute error of 2^-22 and so
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from protoclip.kernels import launch, waves
 from protoclip.kernels.launch import cdiv
-from protoclip.kernels.results import PairArguments, SigmoidGradients, SigmoidLoss
+from protoclip.kernels.results import SigmoidGradients, SigmoidLoss
 from protoclip.kernels.tiles import (
     ID_STRIDES,
     IDS,
@@ -172,13 +170,13 @@ def sigmoid_loss(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    *,
+    offset: int,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same_positive: bool,
     gradients: bool,
-    **ids: Any,
 ) -> SigmoidLoss:
-    """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ``ids`` are the first of
-    ``PairArguments``."""
-    pairs = PairArguments(**ids)
+    """The strip x [N, D] against y [M, D], as in ops/siglip_loss.py; ids as in ops/pairs.py."""
     config = launch.choose("sigmoid_loss", x, y)
     writes_g = gradients and min(x.numel(), y.numel()) > 0
     plan = waves.chunks(x, y, config, bounded=writes_g)  # without G: one chunk
@@ -191,17 +189,16 @@ def sigmoid_loss(
     def fill(chunk: waves.Chunk, g: Tensor | None) -> None:
         part_x = rows_of(x, chunk.rows)
         part_y = rows_of(y, chunk.cols)
-        query_ids = key_ids = None
-        if pairs.query_ids is not None and pairs.key_ids is not None:
-            query_ids = pairs.query_ids[:, chunk.rows]
-            key_ids = pairs.key_ids[:, chunk.cols]
+        ids = id_arguments(None, None)
+        if query_ids is not None and key_ids is not None:
+            ids = id_arguments(query_ids[:, chunk.rows], key_ids[:, chunk.cols])
         sigmoid_loss_kernel[(chunk.tiles,)](
             **operands(part_x, part_y, config), **gradient_chunk(g, config),
             logit_scale_ptr=logit_scale, logit_bias_ptr=logit_bias,
-            offset=pairs.offset + chunk.rows.start - chunk.cols.start,
+            offset=offset + chunk.rows.start - chunk.cols.start,
             entry_ptr=rows_of(entries, chunk.rows), partial_sum_ptr=partial_sums, tiles=tiles,
-            first_tile=chunk.first_tile, **id_arguments(query_ids, key_ids),
-            GRADIENTS=writes_g, LIFTED=lift, SAME_POSITIVE=pairs.same_positive,
+            first_tile=chunk.first_tile, **ids,
+            GRADIENTS=writes_g, LIFTED=lift, SAME_POSITIVE=same_positive,
         )  # fmt: skip
 
     if writes_g:
@@ -209,7 +206,7 @@ def sigmoid_loss(
         if lift != 1.0:
             factor = factor.float() / lift
         dx, dy, totals = waves.gradients_by_chunks(
-            x, y, factor, pairs.offset, plan, fill, partial_sums, entries
+            x, y, factor, offset, plan, fill, partial_sums, entries
         )
     else:
         dx = x.new_zeros(x.shape if gradients else (0, x.shape[1]))

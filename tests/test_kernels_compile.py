@@ -200,7 +200,7 @@ statistics = torch.ones(4, 1031)
 with recording(90) as recorded:
     for offset in (0, 3):
         contrastive.contrastive_bwd(
-            x[:n], x, w[0], offset=offset,
+            x[:n], x, w[0], offset, None, None, False, *3 * [None],
             row_statistics=statistics[:, :n], column_statistics=statistics,
             query_weight=w[:n], positive_mean_weight=None, key_weight=w, pair_weight=1.0)
     for _ in range(3):

@@ -157,14 +157,16 @@ def computed_strip(
     from protoclip.kernels import contrastive as kernels
 
     scale = torch.tensor(logit_scale, device=DEVICE)
+    names = ("own_key", "exclude", "query_ids", "key_ids", "key_bias")
+    pairs: dict[str, Any] = dict.fromkeys(names) | {"offset": offset, "same_positive": False}
     strip = kernels.contrastive_fwd(
-        x, y, scale, offset=offset, both_directions=columns, pair_weight=1.0, summed=False
+        x, y, scale, **pairs, both_directions=columns, pair_weight=1.0, summed=False
     )
     gradients = kernels.contrastive_bwd(
         x,
         y,
         scale,
-        offset=offset,
+        **pairs,
         row_statistics=strip.row_statistics,
         column_statistics=strip.column_statistics,
         query_weight=row_weight,
