@@ -236,6 +236,90 @@ def test_lloyd(bench: Bench, name: str, problem: Problem) -> None:
     bench.time(case, name, run, rival=rival)
 
 
+# -- whole runs until they have converged: (points, starting centroids, iterations of ours) ->
+# centroids. A run computes only the distances that may have changed, as Elkan's does.
+
+
+def zipf_mixture(n: int, k: int, d: int) -> Tensor:
+    """Twice as many clusters as are asked for, most of them small."""
+    torch.manual_seed(0)
+    weights = 1 / torch.arange(1, 2 * k + 1).float()
+    centres = torch.randn(2 * k, d)[torch.multinomial(weights, n, replacement=True)]
+    return (centres + 1.2 * torch.randn(n, d)).to(DEVICE)
+
+
+def normal(n: int, k: int, d: int) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(n, d).to(DEVICE)
+
+
+ROWS = {"mixture": zipf_mixture, "normal rows": normal}
+CONVERGED_SIZES = {
+    "tiny": Shape(500, 10, 16),
+    "quick": Shape(10_000, 300, 128),
+    "full": Shape(100_000, 1000, 256),
+}
+TOL = 1e-4
+
+
+def _ours_converged(points: Tensor, start: Tensor, iterations: int) -> Tensor:
+    return protoclip.kmeans(points, len(start), tol=TOL, init=start).centroids
+
+
+def _sklearn_converged(
+    points: Tensor, start: Tensor, iterations: int, algorithm: str = "lloyd"
+) -> Tensor:
+    cluster = peers.optional("sklearn.cluster")
+    run = cluster.KMeans(
+        len(start), init=start.numpy(), n_init=1, max_iter=300, tol=TOL, algorithm=algorithm
+    )
+    return torch.from_numpy(run.fit(points.numpy()).cluster_centers_)
+
+
+def _faiss_converged(points: Tensor, start: Tensor, iterations: int) -> Tensor:
+    peers.optional("faiss")
+    return protoclip.kmeans(
+        points, len(start), num_iters=iterations, init=start, backend="faiss"
+    ).centroids
+
+
+CONVERGED: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "protoclip-auto": _ours_converged,
+    "sklearn, Elkan": partial(_sklearn_converged, algorithm="elkan"),
+    "sklearn, Lloyd": _sklearn_converged,
+    "faiss.Kmeans": _faiss_converged,
+}
+
+
+@pytest.mark.parametrize("name", CONVERGED)
+@pytest.mark.parametrize("rows", ROWS)
+def test_converged(bench: Bench, name: str, rows: str) -> None:
+    """faiss, which knows no tolerance, makes as many iterations as ours."""
+    if DEVICE != "cpu" and not peers.is_ours(name):
+        pytest.skip("it takes arrays on the host")
+    if bench.sizes == "quick" and (name, rows) == ("sklearn, Elkan", "normal rows"):
+        pytest.skip("its bounds skip little there: --sizes full")
+    shape = CONVERGED_SIZES[bench.sizes]
+    points = ROWS[rows](*shape)
+    start = points[torch.randperm(shape.n)[: shape.k]]
+    ours = protoclip.kmeans(points, shape.k, tol=TOL, init=start)
+    assert ours.converged
+    arguments = (points, start, ours.num_iters)
+    centroids = CONVERGED[name](*arguments)
+    inertia = protoclip.kmeans_assign(points, centroids)[1].double().sum().item()
+    assert abs(inertia / ours.inertia - 1) < 1e-3, "same start and tolerance: same objective"
+    bench.time(
+        Case(
+            "kmeans", shape.sizes, "fp32", roofline.kmeans(*shape, ours.num_iters),
+            f"until it has converged, {rows}",
+        ),
+        name,
+        partial(CONVERGED[name], *arguments),
+        rival=None if peers.is_ours(name) else partial(_ours_converged, *arguments),
+        note=f"{ours.num_iters} iterations",
+    )  # fmt: skip
+
+
 # -- how good the clusters are: (points, K, phase, seed) -> centroids. A whole run is a call with
 # each one's defaults: 20 iterations at most, 300 (scikit-learn), 25 (faiss)
 

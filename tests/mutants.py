@@ -51,6 +51,7 @@ TESTS = {
         *("kmeans", "kmeans_quality", "estimator", "kmeans_on_disk", "kmeans_sklearn"),
         "distributed_losses",
     ),
+    "bounds": ("kmeans_bounds",),
     "ranks": ("distributed_losses", "clip_loss", "openclip_proto_loss"),
 }
 
@@ -61,6 +62,7 @@ OPS = {
     "prototypes": ("prototype", "soft_targets"),
     "clusters": ("kmeans", "segment_mean"),
     "kmeans": (),
+    "bounds": (),
     "ranks": (),
 }
 
@@ -119,6 +121,7 @@ CLUSTERING = "protoclip/lloyd/clustering.py"
 LLOYD = "protoclip/lloyd/loop.py"
 SLICES = "protoclip/lloyd/slices.py"
 STARTS = "protoclip/lloyd/starts.py"
+REASSIGN = "csrc/kmeans_reassign_cpu.cpp"
 MUTANTS = [
     # ---- the ops
     Mutant(
@@ -480,6 +483,56 @@ MUTANTS = [
         STARTS,
         "is_kept = (now >= self.luck[first:] * start) & ((now > 0) | (start == 0))",
         "is_kept = (now > 0) | (start == 0)",
+    ),
+    # ---- k-means that computes what may have changed
+    Mutant(
+        "bounds: rounded down too little",
+        "bounds",
+        REASSIGN,
+        "std::min(distance * scale_ * kBelow, kMostBound)",
+        "std::min(distance * scale_ * kBelow + 1, kMostBound)",
+    ),
+    Mutant(
+        "bounds: a centroid's move lowers those of another group",
+        "bounds",
+        REASSIGN,
+        "(it < rest ? alone : together)[group_of(it->second)]",
+        "(it < rest ? alone : together)[it->second / (span * kColumns)]",
+    ),
+    Mutant(
+        "bounds: of equal distances that of the lowest slot",
+        "bounds",
+        REASSIGN,
+        "if (block.is_nearer(row, now, candidate)) {",
+        "if (block.is_nearer(row, now, first + i)) {",
+    ),
+    Mutant(
+        "bounds: that of a group stays after a jump",
+        "bounds",
+        REASSIGN,
+        "larger(fallen_by(moves.alone), int8::load(apart + g) * scale_ - limit)",
+        "bound",
+    ),
+    Mutant(
+        "bounds: the point's distance to its own centroid is forgotten after a jump",
+        "bounds",
+        REASSIGN,
+        "int8::load(apart + g) * scale_ - limit)",
+        "int8::load(apart + g) * scale_)",
+    ),
+    Mutant(
+        "bounds: that of an own centroid's group is lost with it",
+        "bounds",
+        REASSIGN,
+        "        bounds.lower_to(moves.group_of(loser), from_below(block.rounding, lost));",
+        "        (void)lost;",
+    ),
+    Mutant(
+        "bounds: of centroids whose distances are all measured",
+        "bounds",
+        "protoclip/ops/clusters.py",
+        "row.runs_kmeans and num_clusters * columns > row.most_measured",
+        "row.runs_kmeans",
     ),
     # ---- C++
     Mutant(

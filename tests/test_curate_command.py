@@ -22,6 +22,7 @@ from protoclip.__main__ import main as protoclip
 from protoclip.common import sealed
 from protoclip.common.files import sole_writer
 from protoclip.common.seeds import evenly_spaced
+from protoclip.common.signals import Stopped
 from protoclip.curate import __main__ as command
 from protoclip.curate.__main__ import main as curate
 from protoclip.features.table import read_csv, write_csv_table
@@ -220,6 +221,36 @@ def test_a_stopped_run_continues(
     assert curate([*arguments, str(out)]) == 0
     assert places[1] == (1, 1, 0)  # the first k-means of the level was kept
     assert content_of(out) == content_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", [[], ["--seed", "5"]], ids=["same settings", "others"])
+def test_overwrite_after_a_k_means_that_was_not_noted(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """The first k-means has ended in a file of its own, but curate.state does not know it: the same
+    settings take its result, others remove it."""
+    arguments = [str(features), *FLAGS, *flags, "--out"]
+    assert curate([*arguments, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise Stopped(signal.SIGTERM, "before the note")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("protoclip.curate.hierarchy._Finished.put", stop)
+        assert curate([str(features), *FLAGS, "--out", str(out)]) == 143
+    assert [file.name for file in out.glob("curate.state.1*")] == ["curate.state.1.0"]
+    places: list[tuple[int, int, int]] = []
+    hierarchical = command.hierarchical_kmeans
+
+    def with_places(*rows: Any, progress: Any, **options: Any) -> Hierarchy:
+        return hierarchical(*rows, progress=lambda *place: places.append(place), **options)
+
+    monkeypatch.setattr(command, "hierarchical_kmeans", with_places)
+    assert curate([*arguments, str(out), "--overwrite"]) == 0
+    assert ((1, 0, 0) in places) == bool(flags)
+    assert content_of(out) == content_of(tmp_path / "whole")
+    assert not list(out.glob("*curate.state.1*"))
 
 
 def test_another_target_uses_the_clusters_again(

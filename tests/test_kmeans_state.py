@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import warnings
 from collections.abc import Callable
@@ -31,11 +32,11 @@ from safetensors.torch import save_file
 
 import protoclip
 from protoclip import distributed
-from protoclip.common import digest, sealed
+from protoclip.common import digest, sealed, waits
 from protoclip.lloyd import points as points_module
 from protoclip.lloyd import slices, starts
-from protoclip.lloyd.state import OtherCallError
-from protoclip.ops import reference
+from protoclip.lloyd.state import OtherCallError, place_of
+from protoclip.ops import clusters, reference
 
 RUNS = {
     name: CASES[name]
@@ -526,6 +527,42 @@ def test_a_resumed_run_makes_two_passes_more(
         assert reads_of(rows, state, progress=stop_at(0)) == 2  # it has ended
 
 
+# ---- what a line says ----
+
+
+@pytest.mark.skipif(
+    protoclip.backends("kmeans_assign")["cpu"] is not None, reason="bounds are the C++ backend's"
+)
+def test_a_line_says_the_inertia_the_share_of_products_and_the_age_of_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clusters, "BOUNDED_CLUSTERS", 1)
+    monkeypatch.setattr(clusters, "BOUNDED_PRODUCTS", 0)
+    speaker = waits.Speaker("a command", clock=lambda: 0.0)
+    monkeypatch.setattr(waits, "_speaker", speaker)
+    lines: list[str] = []
+
+    def progress(number: int, inertia: torch.Tensor) -> None:
+        assert f"inertia {float(inertia):.6g}" in speaker._waits[0].note
+        lines.append(speaker._waits[0].words(0.0))
+
+    run = functools.partial(protoclip.kmeans, SCREENED, 60, num_iters=8, warn=False)
+    run(state=tmp_path / "k.state", progress=progress)
+    first, *_, last = lines
+    number = r"[0-9.e+]+"
+    assert re.fullmatch(
+        rf"k-means: 1 of at most 8 iterations, inertia {number}, saved \d+ s ago, .*", first
+    )
+    assert re.fullmatch(
+        rf"k-means: 8 of at most 8 iterations, inertia {number}, {number} % of the products, "
+        r"saved \d+ s ago, .*",
+        last,
+    )
+    lines.clear()
+    run(progress=progress)
+    assert len(lines) == 8 and not any("saved" in line for line in lines)
+
+
 # ---- spherical ----
 
 
@@ -601,23 +638,44 @@ def cluster_rows_of(folder: Path, *flags: str) -> int:
     return main([rows, "--k", "20", "--iters", "9", *flags, "--out", out])
 
 
-@pytest.fixture
-def half_clustered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The output folder of a command that was stopped by SIGTERM."""
+def stop_cluster(folder: Path, number: int) -> int:
+    """The exit code of a command that has a signal in its fourth iteration."""
     from protoclip.cluster import __main__ as command
 
     def kmeans(*arguments: Any, progress: Callable[..., None], **options: Any) -> Any:
         def send(iteration: int, inertia: Any) -> None:
             if iteration == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             progress(iteration, inertia)
 
         return protoclip.kmeans(*arguments, progress=send, **options)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "kmeans", kmeans)
-        cluster_rows_of(tmp_path)
+        return cluster_rows_of(folder)
+
+
+@pytest.fixture
+def half_clustered(tmp_path: Path) -> Path:
+    """The output folder of a command that was stopped by SIGTERM."""
+    stop_cluster(tmp_path, signal.SIGTERM)
     return tmp_path / "out"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_cluster_that_is_stopped_saves_and_exits_with_the_signals_code(
+    number: int, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stop_cluster(tmp_path, number) == code
+    assert "before its end; the same command continues" in capsys.readouterr().err
+    assert place_of(tmp_path / "out" / "kmeans.state") == (0, 3)
+    assert not (tmp_path / "out" / "clusters.csv").exists()
+    assert cluster_rows_of(tmp_path) == 0
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert cluster_rows_of(whole) == 0
+    for file in ("clusters.csv", "centroids.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (whole / "out" / file).read_bytes()
 
 
 def test_cluster_says_where_it_continues(

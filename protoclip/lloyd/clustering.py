@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.digest import Digest, digest_of
+from protoclip.common.files import in_percent
 from protoclip.common.seeds import mix
 from protoclip.common.waits import Wait
 from protoclip.lloyd.clusters import Clusters, Rows
@@ -197,8 +198,10 @@ def kmeans(
         file = StateFile("kmeans", Path(state), call, group, rows.points.device)
         keeper = RunFile(file, rows, passes.nearest.backend, state_seconds)
 
-    def count(iteration: int, inertia: Tensor) -> None:
+    def count(iteration: int, inertia: Tensor, share: float) -> None:
         words = [] if inertia.is_cuda else [f"inertia {float(inertia):.6g}"]
+        if share < 1:
+            words.append(f"{in_percent(share, 1)} of the products")
         if keeper is not None:
             words.append(f"saved {keeper.age:.0f} s ago")
         wait.update(note=", ".join(words))
@@ -210,7 +213,7 @@ def kmeans(
         limit=largest_move * summary.mean_variance(rows) if largest_move else 0.0,
         spherical=spherical,
         splits=empty_clusters == "split",
-        progress=count,
+        count=count,
         on_centroids=on_centroids,
         note=keeper and keeper.note,
     )

@@ -21,6 +21,7 @@ CANDIDATES = 1024  # points that empty clusters may move to in one iteration
 MEAN_ERROR = 128  # units in the last place that the mean of equal points may be off
 
 Progress = Callable[[int, Tensor], None]
+Count = Callable[[int, Tensor, float], None]
 OnCentroids = Callable[[int, Tensor], None]
 
 
@@ -32,7 +33,7 @@ class Settings:
     limit: float  # they end when the centroids move by at most this squared distance in total
     spherical: bool
     splits: bool  # empty clusters, instead of moving them
-    progress: Progress | None
+    count: Count  # called with an iteration, its inertia, and its share of all products
     on_centroids: OnCentroids | None
     note: Callable[[RunState], None] | None  # of where the run is, in each iteration
 
@@ -53,8 +54,8 @@ def lloyd(rows: PointSlice, passes: Sweep, begun: RunState, settings: Settings) 
         is_last = iteration + 1 == settings.num_iters
         update = _iteration(rows, passes, centroids, assigned, settings, fused=bounds is None)
         updated = update.centroids
-        if settings.progress is not None:
-            settings.progress(iteration, _Facts._make(update.facts).inertia)
+        share = 1.0 if bounds is None else bounds.share
+        settings.count(iteration, _Facts._make(update.facts).inertia, share)
         wait_for_facts = start_copy_to_host(update.facts)
         ahead = Assigned(update.labels, update.distances) if len(update.labels) else None
         if updated.is_cuda and isinstance(passes, InMemorySweep):
