@@ -127,11 +127,6 @@ def _check_fits(loaded: Loaded, data: str) -> None:
         )
 
 
-def beside(file: Path, difference: str) -> Path:
-    """A file's name with the checksum of what tells it from the file that is there."""
-    return file.with_name(f"{file.stem}-{zlib.crc32(os.fsencode(difference)):08x}.json")
-
-
 def _beside_earlier(
     args: argparse.Namespace, output: Path, earlier: results.Outcome, outcome: results.Outcome
 ) -> tuple[Path, results.Outcome, list[str]]:
@@ -139,32 +134,35 @@ def _beside_earlier(
     on the same pictures, belong in the same table; others stay, unless --out names their file."""
     weights = "" if Path(args.what).is_dir() else outcome.pretrained  # a run's are its newest
     names = (outcome.data, outcome.model, weights)
+    difference = ""  # what the name has to tell from the file that is there
     if not args.out and names != (earlier.data, earlier.model, weights and earlier.pretrained):
-        # The names of the two differ in signs that no file's name keeps.
-        return beside(output, "\0".join(names)), outcome, []
-    if args.tasks or earlier.data != outcome.data:
-        return output, outcome, []
-    other = [
-        scores.fingerprint
-        for key, scores in outcome.trained.items()
-        if not tasks.is_same_set(earlier.trained.get(key), scores.samples, scores.fingerprint)
-    ]
-    if other or earlier.trained.keys() != outcome.trained.keys():
+        difference = "\0".join(names)  # which differ in signs that no file's name keeps
+    elif not args.tasks and earlier.data == outcome.data:
+        other = [
+            scores.fingerprint
+            for key, scores in outcome.trained.items()
+            if not tasks.is_same_set(earlier.trained.get(key), scores.samples, scores.fingerprint)
+        ]
+        if not other and earlier.trained.keys() == outcome.trained.keys():
+            remarks = []
+            if any(checkpoint.is_of_before(sets.fingerprint) for sets in earlier.trained.values()):
+                remark = "was made before version 0.2: its sets are compared by size"
+                remarks.append(f"{output} {remark}")
+            outcome = dataclasses.replace(
+                earlier,
+                trained=outcome.trained,
+                model=outcome.model,
+                pretrained=outcome.pretrained,
+                steps=outcome.steps or earlier.steps,
+            )
+            return output, outcome, remarks
         if earlier.floors and not args.out:
             sizes = sorted((key, scores.samples) for key, scores in outcome.trained.items())
-            output = beside(output, repr([*sizes, *other]))
-        return output, outcome, []
-    remarks = []
-    if any(checkpoint.is_of_before(sets.fingerprint) for sets in earlier.trained.values()):
-        remarks.append(f"{output} was made before version 0.2: its sets are compared by size")
-    outcome = dataclasses.replace(
-        earlier,
-        trained=outcome.trained,
-        model=outcome.model,
-        pretrained=outcome.pretrained,
-        steps=outcome.steps or earlier.steps,
-    )
-    return output, outcome, remarks
+            difference = repr([*sizes, *other])
+    if difference:
+        checksum = zlib.crc32(os.fsencode(difference))
+        output = output.with_name(f"{output.stem}-{checksum:08x}.json")
+    return output, outcome, []
 
 
 def _own_held_out(loaded: Loaded) -> Layout | None:

@@ -75,6 +75,11 @@ NOTHING = SetResults("", 0, 0, {})
 Results = Mapping[str, SetResults]  # one model on all evaluation sets, by short name
 
 
+def value_of(results: Results, key: str, metric: str) -> float:
+    """A metric on an evaluation set; NaN if the results have none."""
+    return results.get(key, NOTHING).metrics.get(metric, math.nan)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What ``results.json`` holds."""
@@ -134,9 +139,8 @@ def format_table(outcome: Outcome) -> str:
         if trained.captions:
             size += f", {trained.number_of_captions}"
         lines = [f"{trained.title} ({key}): {size}", line("", heads)]
-        beside = [results.get(key, NOTHING) for results in columns.values()]
         for score in scores_of({key: trained}):
-            values_beside = [results.metrics.get(score.metric, math.nan) for results in beside]
+            values_beside = [value_of(beside, key, score.metric) for beside in columns.values()]
             cells = [number(x) for x in [*values_beside, score.value]]
             cells.append(" .. ".join(map(number, trained.intervals.get(score.metric, ()))))
             if columns:

@@ -202,8 +202,7 @@ def answer(run: Run) -> str:
             continue
         chance = math.nan
         if "chance" in run.outcome.floors:
-            guess = run.outcome.floors["chance"].get(key, results.NOTHING)
-            chance = guess.metrics.get(metric, math.nan)
+            chance = results.value_of(run.outcome.floors["chance"], key, metric)
         elif metric == RETRIEVAL:
             chance = 1 / min(scores.samples, scores.different_captions or scores.captions)
         guessing = "" if math.isnan(chance) else f" (guessing: {percent(chance)})"
@@ -240,7 +239,7 @@ def best_floor(runs: Sequence[Run], key: str, metric: str) -> Floor | None:
     floors: dict[str, float] = {}
     for run in reversed(runs):  # the baseline, which may have fewer, is the first
         for name, sets in run.outcome.beside.items():
-            value = sets.get(key, results.NOTHING).metrics.get(metric, math.nan)
+            value = results.value_of(sets, key, metric)
             if not math.isnan(value):
                 floors.setdefault(name, value)
     if not floors:
