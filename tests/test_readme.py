@@ -8,12 +8,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 
 import protoclip
+from benchmarks.report import digits, newest_cpu
 from protoclip import plan
 from protoclip.__main__ import main
 from protoclip.model import register_configs
@@ -118,7 +120,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_front_page_and_docs_stay_short():
     words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in DOCS}
-    assert len(PAGES["README.md"].splitlines()) <= 130
+    assert len(PAGES["README.md"].splitlines()) <= 120
     assert sum(words.values()) <= 14_000 and max(words.values()) <= 1200
 
 
@@ -274,44 +276,64 @@ def kept_mib(criterion, n: int) -> float:
     return sum(kept.values()) / 2**20
 
 
-def test_readme_says_what_a_loss_keeps():
+FIRST_SCREEN = " ".join(" ".join(PAGES["README.md"].splitlines()[:25]).split())
+NEWEST = newest_cpu(RECORDS)
+
+
+def recorded(op: str, phase: str, shape: dict[str, int], dtype: str) -> dict[str, Any]:
+    """Rows of a case in the newest record of a CPU, by variant."""
+    return {
+        row["variant"]: row
+        for row in NEWEST["rows"]
+        if (row["op"], row["phase"], row["dtype"]) == (op, phase, dtype) and row["shape"] == shape
+    }
+
+
+def test_readme_begins_with_what_a_loss_keeps():
     """By default, as users have it."""
     if reason := protoclip.backends("info_nce")["cpu"]:
         pytest.skip(reason)
+    assert "`criterion = protoclip.ClipLoss() # was: open_clip.loss.ClipLoss()`" in FIRST_SCREEN
     pattern = (
-        r"For ([\d,]+) pairs of 512 fp32 features it keeps (\d+) MiB for the backward pass,\s+"
-        r"OpenCLIP (\d+)\. .*?, ([\d,]+) pairs keep (\d+) MiB, OpenCLIP's (\d+)\."
+        r"keeps (\d+) MiB for the backward pass of ([\d,]+) pairs of 512 fp32 features, OpenCLIP's "
+        r"(\d+), at the same values.*? At ([\d,]+) pairs a CPU.*? keeps (\d+) MiB, OpenCLIP (\d+) "
     )
-    told = re.search(pattern, PAGES["README.md"], re.DOTALL).groups()
-    for n, ours, theirs in (told[:3], told[3:]):
-        size = int(n.replace(",", ""))
-        assert round(kept_mib(protoclip.ClipLoss(), size)) == int(ours)
-        assert round(kept_mib(open_clip.loss.ClipLoss(), size)) == int(theirs)
+    ours, n, theirs, *half = re.search(pattern, FIRST_SCREEN).groups()
+    for size, us, them in ((n, ours, theirs), half):
+        pairs = int(size.replace(",", ""))
+        assert round(kept_mib(protoclip.ClipLoss(), pairs)) == int(us)
+        assert round(kept_mib(open_clip.loss.ClipLoss(), pairs)) == int(them)
+
+
+def test_readme_begins_with_k_means_of_rows_on_disk():
+    """The newest record, which names the machine."""
+    shape = {"N": 2_000_000, "K": 1000, "D": 256}
+    rows = recorded("kmeans", "5 iterations, fp16 rows on disk", shape, "fp32")
+    ours = rows["protoclip-auto"]
+    mib = {name: f"{row['peak_mib']:,.0f}" for name, row in rows.items()}
+    assert '`protoclip.kmeans("features/", 1000)`' in FIRST_SCREEN
+    assert (
+        f"2,000,000 rows of 256 numbers take {mib['protoclip-auto']} MiB of memory (in memory: "
+        f"{mib['protoclip-auto, in memory']}; faiss: {mib['faiss.Kmeans, in memory']}), and five "
+        f"iterations {ours['median_ms'] / 1000:.1f} s (`init=`, `num_iters=5, tol=0`;"
+    ) in FIRST_SCREEN
+    maker = NEWEST["runs"][ours["run"]]["machine"].partition(" (")[0]
+    assert f"`num_iters=5, tol=0`; {maker}, 2 cores)" in FIRST_SCREEN
+
+
+def test_readme_begins_with_how_to_install_and_what_is_missing():
+    assert "pip install -e ." in FIRST_SCREEN and "No GPU has been timed yet" in FIRST_SCREEN
 
 
 def test_readme_says_at_which_size_torch_compile_is_slower():
-    """A range over the records of Zen 4 and Zen 5, to a decimal."""
-    rows = [
-        row
-        for record in RECORDS
-        if "avx512_bf16" in record["runs"][-1]["machine"]
-        for row in record["rows"]
-        if row["op"] == "info_nce" and row["phase"] == "both" and row["dtype"] == "bf16"
-    ]
-    ratios = {
-        n: sorted(
-            round(row["ratio"], 1)
-            for row in rows
-            if row["shape"] == {"N": n, "D": 512} and row["variant"] == "torch.compile"
-        )
-        for n in (256, 1024, 4096)
-    }
-    low, high = ratios[4096][0], ratios[4096][-1]
-    text = " ".join(PAGES["README.md"].split())
-    assert f"For 4,096 pairs in bf16, InfoNCE with its gradient is {low} to {high} times" in text
-    low, high = ratios[1024][0], ratios[1024][-1]
-    assert f"at 1,024 pairs {low} to {high}" in text and "at 256 as fast" in text
-    assert all(abs(ratio - 1) < 0.1 for ratio in ratios[256])
+    """On the machine of the chart, as the tables of the records round it."""
+    large, small = (recorded("info_nce", "both", {"N": n, "D": 512}, "bf16") for n in (4096, 256))
+    compiled = digits(large["torch.compile"]["ratio"], 2)
+    assert (
+        f"On this machine, 4,096 pairs of bf16 features take `torch.compile` {compiled} times as "
+        f"long (InfoNCE and gradient), OpenCLIP {digits(large['open_clip']['ratio'], 2)} times; "
+        f"256 pairs take `torch.compile` {digits(small['torch.compile']['ratio'], 2)} times."
+    ) in " ".join(PAGES["README.md"].split())
 
 
 def test_the_page_of_many_gpus_says_what_plan_says(capsys):
