@@ -42,7 +42,7 @@ DOCS = ["sphinx==9.0.4", "myst-parser==5.2.0", "furo==2025.12.19", "sphinx-argpa
 
 setup(
     name="protoclip",
-    version="0.1.0",
+    version="0.2.0",
     description="Contrastive losses without stored logits, exact k-means, and a ProtoCLIP trainer",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # the names below, for type checkers
     )
     from protoclip.settings.config import ProtoConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Bank",
