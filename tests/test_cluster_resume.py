@@ -7,6 +7,7 @@ import csv
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from protoclip.cluster.__main__ import main as cluster
 from protoclip.common.files import sole_writer
 from protoclip.encode import encoders
 from protoclip.features import open_features
+from protoclip.features.layout import IMAGES
 
 PICTURES = 40
 TORN = "0007-torn.png"
@@ -49,8 +51,8 @@ class Counted:
         self.stop_in = 0  # number of the batch
         self.signal = signal.SIGTERM
 
-    def clip_encoders(self, args: object) -> tuple[encoders.ImageEncoder, None]:
-        images, _ = clip_encoders(args)  # type: ignore[arg-type]
+    def clip_encoders(self, args: object) -> dict[str, encoders.Encoder]:
+        images = clip_encoders(args)[IMAGES]  # type: ignore[arg-type]
 
         def encode(pictures: Tensor) -> Tensor:
             self.sizes.append(len(pictures))
@@ -58,7 +60,7 @@ class Counted:
                 os.kill(os.getpid(), self.signal)
             return images.encode(pictures)
 
-        return encoders.ImageEncoder(images.name, images.transform, encode), None
+        return {IMAGES: replace(images, encode=encode)}
 
 
 clip_encoders = encoders.clip_encoders

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from protoclip.data import shards
 from protoclip.encode import encoders, folder
 from protoclip.encode.__main__ import main as encode
 from protoclip.features import open_features, open_folder
+from protoclip.features.layout import IMAGES, TEXTS
 
 PICTURES = 40
 TORN = "0007-torn.png"
@@ -70,24 +72,19 @@ class Counted:
 
     def open_encoders(self, *arguments: object) -> encoders.Encoders:
         opened = encoders.open_encoders(*arguments)  # type: ignore[arg-type]
-        images, texts = opened.images, opened.texts
 
         def encode_images(pictures: Tensor) -> Tensor:
-            assert images
             self.images.append(len(pictures))
             if len(self.images) == self.stop_in:
                 os.kill(os.getpid(), self.signal)
-            return images.encode(pictures)
+            return opened[IMAGES].encode(pictures)
 
         def encode_texts(captions: list[str]) -> Tensor:
-            assert texts
             self.texts.append(len(captions))
-            return texts.encode(captions)
+            return opened[TEXTS].encode(captions)
 
-        return encoders.Encoders(
-            images and encoders.ImageEncoder(images.name, images.transform, encode_images),
-            texts and encoders.TextEncoder(texts.name, encode_texts),
-        )
+        counted = {IMAGES: encode_images, TEXTS: encode_texts}
+        return {side: replace(own, encode=counted[side]) for side, own in opened.items()}
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.distributed import run_command
 from protoclip.features import FeatureRows
+from protoclip.features.layout import IMAGES
 from protoclip.lloyd import Clusters, as_points, kmeans
 from protoclip.lloyd.points import on_disk
 from protoclip.lloyd.state import OtherCallError, place_of, remove_state
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         if is_encoded:
             from protoclip.encode.encoders import clip_encoders  # imports open_clip
 
-            images, _ = clip_encoders(args)
+            images = clip_encoders(args)[IMAGES]
             check_k(args.k, len(points.source))  # before hours of encoding
         if args.overwrite and (out / STATE).exists() and is_sealed(out / STATE):
             remove_state(out / STATE)

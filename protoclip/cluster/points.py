@@ -35,12 +35,13 @@ from protoclip.features import (
     is_feature_folder,
     open_features,
 )
+from protoclip.features.layout import IMAGES
 from protoclip.features.rows import UnitRows
 from protoclip.lloyd.points import on_disk
 from protoclip.settings.config import TABLE
 
 if TYPE_CHECKING:
-    from protoclip.encode.encoders import ImageEncoder
+    from protoclip.encode.encoders import Encoder
 
 FEATURES = "features"  # the folder in --out that pictures are encoded into
 
@@ -177,11 +178,9 @@ def with_rows(points: Points, rows: FeatureRows, of: str, spec: str) -> Points:
     return replace(points, stored=stored, chosen=chosen, of=of, left_out=left_out)
 
 
-def encode_pictures(
-    points: Points, images: ImageEncoder, args: argparse.Namespace, out: Path
-) -> Points:
+def encode_pictures(points: Points, images: Encoder, args: argparse.Namespace, out: Path) -> Points:
     """Encode what ``out``/features does not have yet; one row for each picture."""
-    from protoclip.encode.encoders import MODEL, WEIGHTS, Encoders, batch_size_of
+    from protoclip.encode.encoders import MODEL, WEIGHTS, batch_size_of
     from protoclip.encode.folder import OneText, Settings, encode_folder
 
     folder = out / FEATURES
@@ -196,7 +195,7 @@ def encode_pictures(
         overwrite=args.overwrite,
     )
     with locked_folder(folder, "--out"):
-        reasons = encode_folder(OneText(points.source), Encoders(images, None), settings)
+        reasons = encode_folder(OneText(points.source), {IMAGES: images}, settings)
     if len(points.source) - len(reasons) < 2:
         raise DataError(next(iter(reasons.values()), "DATA: expected at least 2 pictures, got 1"))
     weights = short(args.pretrained or args.model or WEIGHTS)

@@ -14,7 +14,7 @@ from protoclip.common.files import in_percent, plural
 from protoclip.curate.hierarchy import Hierarchy
 from protoclip.data.feature_pairs import FeaturePairs
 from protoclip.features import FeatureRows
-from protoclip.features.identity import CAPTION
+from protoclip.features.identity import CAPTION, FILE
 from protoclip.report import snapshot
 
 
@@ -44,15 +44,16 @@ def make_page(
     centroids = hierarchy.levels[-1].centroids
     squared = squared_distances(rows.select(chosen.numpy()), labels, centroids)
     shown = torch.from_numpy(Groups.of(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
-    dataset = pictures_of(rows, chosen[shown])
     kinds = ["captions" if rows.identity.knows(CAPTION) else "names"]
-    if with_picture := [i for i in range(len(dataset)) if is_picture(dataset.path(i))]:
+    files = rows.identity.column(FILE, chosen[shown].numpy())
+    if with_picture := [i for i, file in enumerate(files) if is_picture(file)]:
         kinds.append("images")
         shown = shown[with_picture]
-        dataset = pictures_of(rows, chosen[shown])
+    rows_shown = rows.select(chosen[shown].numpy())
+    each_row = rows_shown.identity.separate()
     thumbs = snapshot.Thumbnails(THUMB)
     block = snapshot.cluster_block(
-        dataset,
+        FeaturePairs(rows.name, rows_shown, identity=each_row),
         labels[shown],
         dict.fromkeys(kinds, -squared[shown]),
         thumbs,
@@ -64,12 +65,6 @@ def make_page(
         card["class"] = f"{int(gave[card['cluster']]):,} chosen"
     of = f"the rows of {name}"
     return render("curate", data, of, text, block, thumbs, seconds)
-
-
-def pictures_of(rows: FeatureRows, chosen: Tensor) -> FeaturePairs:
-    """Some of the rows as a data set, each as a picture of its own."""
-    some = rows.select(chosen.numpy())
-    return FeaturePairs(rows.name, some, identity=some.identity.separate())
 
 
 def share_sentence(counts: Tensor, subject: str) -> str:

@@ -140,22 +140,15 @@ class FeaturePairs(PairDataset):
         """The texts of pair ``i``'s captions; in place of those that are not known the first that
         is, or else the pair's name."""
         rows, starts = self.identity.rows_by_picture
-        texts = [self._captions[row] for row in rows[starts[i] : starts[i + 1]].tolist()]
+        column = self.identity.column(CAPTION)
+        texts = [column[row] for row in rows[starts[i] : starts[i + 1]].tolist()]
         known = next(filter(None, texts), self.keys[i])
         if len(self.texts) > 1:
             return (known,) * len(texts) * len(self.texts)
         return tuple(text or known for text in texts)
 
-    @functools.cached_property
-    def _captions(self) -> StringTable:
-        return self.identity.column(CAPTION)
-
-    @functools.cached_property
-    def _files(self) -> StringTable:
-        return self.identity.column(FILE, self.identity.first_rows)
-
     def path(self, i: int) -> str:
-        return self._files[i]
+        return self.identity.column(FILE)[int(self.identity.first_rows[i])]
 
     def image(self, i: int) -> Image.Image:
         """The picture that row ``i`` was made of, for a page; of pairs grey if its file is not
@@ -236,11 +229,9 @@ def _table_labels(table: FeatureTable | None) -> dict[str, Labels]:
 def labels_of_texts(texts: StringTable) -> Labels:
     """The classification that gives row i the class ``texts[i]``; "": not known."""
     numbers = texts.numbers()
-    first = np.unique(numbers, return_index=True)[1]  # of each class
-    names = list(texts.take(first))
-    number_of_name = np.array([-1 if name == "" else 0 for name in names])
-    number_of_name[number_of_name == 0] = np.arange(int((number_of_name == 0).sum()))
-    return Labels(torch.from_numpy(number_of_name[numbers]), tuple(n for n in names if n))
+    names = texts.take(np.unique(numbers, return_index=True)[1])
+    class_of_number = np.where(names.has_text, names.has_text.cumsum() - 1, -1)
+    return Labels(torch.from_numpy(class_of_number[numbers]), tuple(filter(None, names)))
 
 
 def read_labels(path: str, count: int) -> Labels:

@@ -100,9 +100,7 @@ def run(args: argparse.Namespace, command: str) -> FeatureFolder:
     only = "texts" if args.classes else args.only
     source = args.data or args.classes
     dtype = args.dtype or ("fp32" if args.one_text else "fp16")
-    with contextlib.ExitStack() as stack:
-        if distributed.is_main():
-            stack.enter_context(locked_folder(out, "--out"))
+    with locked_folder(out, "--out") if distributed.is_main() else contextlib.nullcontext():
         encoders = open_encoders(args, only)
         if args.heads:
             encoders = with_heads(encoders, args.heads, choose_device(args.device))

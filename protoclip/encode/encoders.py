@@ -6,9 +6,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from protoclip.common.files import state_of
 from protoclip.episodes.teacher import SentenceEncoder, minilm
+from protoclip.features.layout import IMAGES, SIDES, TEXTS
 from protoclip.heads import WEIGHTS_FILE, load_heads
 from protoclip.model import autocast_for, choose_device, choose_precision, put_channels_last
 from protoclip.settings.commands import MINILM
@@ -29,35 +30,21 @@ GPU_BATCH = 256
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
+class Encoder:
+    """Of pictures, or of texts."""
+
     name: str  # equal names give equal rows
-    transform: Callable[[Image.Image], Tensor]  # a picture in RGB -> [3, H, W]
-    encode: Callable[[Tensor], Tensor]  # [B, 3, H, W] -> float32 [B, D] on the CPU
+    encode: Callable[[Any], Tensor]  # [B, 3, H, W], or B texts -> float32 [B, D] on the CPU
+    transform: Callable[[Image.Image], Tensor] | None = None  # of a picture in RGB -> [3, H, W]
 
     def no_rows(self) -> Tensor:
-        """Of no pictures, [0, D]."""
+        """Of no pictures or texts, [0, D]."""
+        if self.transform is None:
+            return self.encode(["a"])[:0]
         return self.encode(self.transform(Image.new("RGB", (64, 64)))[None])[:0]
 
 
-@dataclass(frozen=True)
-class TextEncoder:
-    name: str
-    encode: Callable[[Sequence[str]], Tensor]  # B texts -> float32 [B, D] on the CPU
-
-    def no_rows(self) -> Tensor:
-        """Of no texts, [0, D]."""
-        return self.encode(["a"])[:0]
-
-
-Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder)
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The sides to encode."""
-
-    images: ImageEncoder | None
-    texts: TextEncoder | None
+Encoders = Mapping[str, Encoder]  # of the sides to encode: IMAGES, TEXTS or both
 
 
 def open_encoders(args: argparse.Namespace, only: str = "") -> Encoders:
@@ -66,20 +53,20 @@ def open_encoders(args: argparse.Namespace, only: str = "") -> Encoders:
     A model of OpenCLIP or a run encodes both sides; ``--image-model`` and ``--text-model`` replace
     one, and alone encode only that one.
     """
-    names_clip = bool(args.run or args.model or args.pretrained)
-    has_clip = names_clip or not (args.image_model or args.text_model)
-    wants_images = only != "texts" and bool(args.image_model or has_clip)
-    wants_texts = only != "images" and bool(args.text_model or has_clip)
-    if not (wants_images or wants_texts):
+    own = {}
+    if args.image_model:
+        own[IMAGES] = _own_image_encoder
+    if args.text_model:
+        own[TEXTS] = _own_text_encoder
+    has_clip = bool(args.run or args.model or args.pretrained or not own)
+    wanted = [side for side in SIDES if only in ("", SIDES[side]) and (has_clip or side in own)]
+    if not wanted:
         side = "text" if only == "texts" else "image"
         raise ValueError(f"--only {only}: expected --{side}-model or --model, got neither; add one")
-    images = _own_image_encoder(args) if wants_images and args.image_model else None
-    texts = _own_text_encoder(args) if wants_texts and args.text_model else None
-    if (wants_images and images is None) or (wants_texts and texts is None):
-        clip_images, clip_texts = clip_encoders(args)
-        images = images or (clip_images if wants_images else None)
-        texts = texts or (clip_texts if wants_texts else None)
-    return Encoders(images, texts)
+    encoders = {side: own[side](args) for side in wanted if side in own}
+    if len(encoders) < len(wanted):
+        encoders = clip_encoders(args) | encoders
+    return {side: encoders[side] for side in wanted}
 
 
 def with_heads(encoders: Encoders, folder: str, device: torch.device) -> Encoders:
@@ -87,24 +74,18 @@ def with_heads(encoders: Encoders, folder: str, device: torch.device) -> Encoder
     heads = load_heads(folder).to(device)
     name = f"{folder} {state_of(os.path.join(folder, WEIGHTS_FILE))}"
 
-    def followed_by(head: Callable[..., Tensor], encoder: Encoder | None) -> Encoder | None:
-        if encoder is None:
-            return None
-        first = encoder.encode
-
+    def followed_by(head: Callable[..., Tensor], encoder: Encoder) -> Encoder:
         def encode(inputs: Any) -> Tensor:
             with torch.no_grad():
-                return head(first(inputs).to(device), normalize=True).cpu()
+                return head(encoder.encode(inputs).to(device), normalize=True).cpu()
 
         return replace(encoder, name=f"{encoder.name} {name}", encode=encode)
 
-    return Encoders(
-        followed_by(heads.encode_image, encoders.images),
-        followed_by(heads.encode_text, encoders.texts),
-    )
+    head_of = {IMAGES: heads.encode_image, TEXTS: heads.encode_text}
+    return {side: followed_by(head_of[side], encoder) for side, encoder in encoders.items()}
 
 
-def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:
+def clip_encoders(args: argparse.Namespace) -> dict[str, Encoder]:
     """Both sides of the model of --run, or of --model and --pretrained; unit rows."""
     from protoclip.evaluate.load import load_model
     from protoclip.evaluate.tasks import eval_transform
@@ -147,20 +128,17 @@ def clip_encoders(args: argparse.Namespace) -> tuple[ImageEncoder, TextEncoder]:
             rows = encode(batch.to(device, non_blocking=True)).float()
         return F.normalize(rows, dim=1).cpu()
 
-    return (
-        ImageEncoder(
-            " ".join(made_by),
-            transform,
-            lambda pictures: rows_of(model.clip.encode_image, pictures),
-        ),
-        TextEncoder(
-            " ".join(made_by),
-            lambda texts: rows_of(model.encode_text, tokenizer(list(texts))),
-        ),
-    )
+    def encode_images(pictures: Tensor) -> Tensor:
+        return rows_of(model.clip.encode_image, pictures)
+
+    def encode_texts(texts: Sequence[str]) -> Tensor:
+        return rows_of(model.encode_text, tokenizer(list(texts)))
+
+    name = " ".join(made_by)
+    return {IMAGES: Encoder(name, encode_images, transform), TEXTS: Encoder(name, encode_texts)}
 
 
-def _own_image_encoder(args: argparse.Namespace) -> ImageEncoder:
+def _own_image_encoder(args: argparse.Namespace) -> Encoder:
     """The module and the transform that the function of --image-model returns."""
     made = call_by_name(args.image_model, "--image-model")
     if not (isinstance(made, tuple) and len(made) == 2 and all(map(callable, made))):
@@ -179,10 +157,10 @@ def _own_image_encoder(args: argparse.Namespace) -> ImageEncoder:
             rows = module(pictures.to(device, non_blocking=True))
         return _checked(rows, len(pictures), f"--image-model {args.image_model}")
 
-    return ImageEncoder(f"{args.image_model} {args.precision}", transform, encode)
+    return Encoder(f"{args.image_model} {args.precision}", encode, transform)
 
 
-def _own_text_encoder(args: argparse.Namespace) -> TextEncoder:
+def _own_text_encoder(args: argparse.Namespace) -> Encoder:
     """--text-model: the built-in sentence encoder, a function's callable, or Hugging Face's."""
     name = args.text_model
     device = choose_device(args.device)
@@ -204,9 +182,9 @@ def _own_text_encoder(args: argparse.Namespace) -> TextEncoder:
                 rows = made(list(texts))
             return _checked(rows, len(texts), f"--text-model {name}")
 
-        return TextEncoder(name, encode)
+        return Encoder(name, encode)
     sentences = minilm(device) if name == MINILM else SentenceEncoder(name, device, args.paper)
-    return TextEncoder(f"{name}{' paper' * args.paper}", sentences.encode)
+    return Encoder(f"{name}{' paper' * args.paper}", sentences.encode)
 
 
 def call_by_name(name: str, flag: str) -> Any:

@@ -45,9 +45,9 @@ from protoclip.common.waits import Wait
 from protoclip.data import PairDataset, Subset
 from protoclip.data.loader import AHEAD
 from protoclip.distributed import from_main, gather_objects, is_main, rank, world_size
-from protoclip.encode.encoders import Encoders, ImageEncoder, TextEncoder
+from protoclip.encode.encoders import Encoders
 from protoclip.episodes.teacher import teacher_text
-from protoclip.features.layout import IMAGES, RECORD, TABLES, TEXTS, read_record
+from protoclip.features.layout import IMAGES, RECORD, SIDES, TABLES, TEXTS, read_record
 from protoclip.features.parts import open_part
 from protoclip.features.table import CAPTION, FILE, KEY, LABEL, STATE, read_csv, write_csv_table
 
@@ -131,20 +131,14 @@ class _Job:
 
     def __init__(self, dataset: PairDataset, encoders: Encoders, settings: Settings) -> None:
         self.dataset = dataset
-        self.encoders = encoders
+        self.sides = encoders
         self.settings = settings
         self.made_by = {  # what the rows depend on, next to the pictures and captions
             "data": settings.data,
             "rows": settings.rows,
-            "images": encoders.images.name if encoders.images else "",
-            "texts": encoders.texts.name if encoders.texts else "",
+            **{name: encoders[s].name if s in encoders else "" for s, name in SIDES.items()},
             "dtype": settings.dtype,
         }
-        self.sides: dict[str, ImageEncoder | TextEncoder] = {}
-        if encoders.images:
-            self.sides[IMAGES] = encoders.images
-        if encoders.texts:
-            self.sides[TEXTS] = encoders.texts
         self.pictures: list[State] = list(zip(dataset.keys, states_of(dataset), strict=True))
         self.folder = PartFolder(settings.out, -(-len(dataset) // PAIRS_IN_PART))
         self.class_names = {
@@ -339,12 +333,14 @@ class _Part:
     def _pictures(self, batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Tensor | LeftOut]]:
         """For each batch its pictures, transformed, or why they cannot be read."""
         job = self.job
-        if job.encoders.images is None:
+        if IMAGES not in job.sides:
             yield from ({} for _ in batches)
             return
+        transform = job.sides[IMAGES].transform
+        assert transform is not None
         missing = [[i for i in batch if self._lacks(IMAGES, i)] for batch in batches]
         loader = torch.utils.data.DataLoader(
-            _PictureBatches(job.dataset, job.encoders.images.transform, missing),
+            _PictureBatches(job.dataset, transform, missing),
             batch_size=None,
             num_workers=min(job.settings.workers, len(batches)),
             worker_init_fn=become_worker,
@@ -361,24 +357,24 @@ class _Part:
             ) from error
 
     def _encode_batch(self, batch: Sequence[int], pictures: Mapping[int, Tensor | LeftOut]) -> None:
-        job, encoders = self.job, self.job.encoders
+        job = self.job
         tensors = {i: picture for i, picture in pictures.items() if isinstance(picture, Tensor)}
         self.left_out |= {i: why for i, why in pictures.items() if isinstance(why, LeftOut)}
-        if encoders.images and tensors:
+        if tensors:
             shapes = {tuple(tensor.shape) for tensor in tensors.values()}
             if len(shapes) > 1:
                 raise ValueError(
                     "--image-model: expected tensors of one shape of its transform, got "
                     f"{sorted(shapes)}; let it resize and crop"
                 )
-            rows = job.stored(encoders.images.encode(torch.stack(list(tensors.values()))))
+            rows = job.stored(job.sides[IMAGES].encode(torch.stack(list(tensors.values()))))
             names = [job.pictures[i] for i in tensors]
             self.known[IMAGES] |= zip(names, rows, strict=True)
         readable = [i for i in batch if i not in self.left_out]
-        if encoders.texts:
+        if TEXTS in job.sides:
             texts = dict.fromkeys(text for i in readable for text in self.captions[i])
             if new := [text for text in texts if text not in self.known[TEXTS]]:
-                rows = job.stored(encoders.texts.encode(new))
+                rows = job.stored(job.sides[TEXTS].encode(new))
                 self.known[TEXTS] |= zip(new, rows, strict=True)
         for i in readable:
             rows_of_pair = (
@@ -457,7 +453,7 @@ def _words(made_by: Any) -> str:
     """What a folder's rows depend on, in a few words."""
     if not isinstance(made_by, dict):
         return "features of another program"
-    sides = [f"{s} by {printable(made_by[s])}" for s in ("images", "texts") if made_by.get(s)]
+    sides = [f"{s} by {printable(made_by[s])}" for s in SIDES.values() if made_by.get(s)]
     return (
         f"features of {printable(str(made_by.get('data')))} ({', '.join(sides)}, "
         f"{made_by.get('dtype')})"

@@ -68,7 +68,8 @@ class Identity:
         self.name = name
         self.count = count
         self.key_column = key_column
-        self._read = functools.cache(read)
+        self._read = read
+        self._column = functools.cache(self._whole_column)
         self._numbers: np.ndarray | None = None  # of the rows in DATA; None: 0 to N - 1
 
     def __len__(self) -> int:
@@ -83,11 +84,7 @@ class Identity:
     def select(self, positions: np.ndarray) -> Identity:
         """What the rows at ``positions``, int64 [M], are of."""
 
-        def read(name: str) -> StringTable | None:
-            column = self._read(name)
-            return None if column is None else column.take(positions)
-
-        return self._like(read, self.row_numbers(positions))
+        return self._like(lambda name: self.column(name, positions), self.row_numbers(positions))
 
     def _like(self, read: Callable[[str], StringTable | None], numbers: np.ndarray) -> Identity:
         changed = Identity(self.name, len(numbers), read, self.key_column)
@@ -97,30 +94,33 @@ class Identity:
     def with_captions(self, captions: StringTable) -> Identity:
         """The same rows with other captions, [N]."""
 
-        def read(name: str) -> StringTable | None:
-            return captions if name == CAPTION else self._read(name)
+        def read(name: str) -> StringTable:
+            return captions if name == CAPTION else self.column(name)
 
         return self._like(read, self.row_numbers())
 
     def separate(self) -> Identity:
         """The same rows, each as a picture of its own."""
-        changed = self._like(self._read, self.row_numbers())
+        changed = self._like(self.column, self.row_numbers())
         changed.picture = np.arange(self.count)
         return changed
 
     def column(self, name: str, positions: np.ndarray | None = None) -> StringTable:
         """The texts of a column, of all rows or of those at ``positions``, int64 [M]; "" where the
         text is not known."""
+        column = self._column(name)
+        return column if positions is None else column.take(positions)
+
+    def _whole_column(self, name: str) -> StringTable:
         column = self._read(name)
-        count = self.count if positions is None else len(positions)
         if column is None:
-            return StringTable.of_arrays(np.zeros(0, np.uint8), np.zeros(count + 1, np.int64))
+            return StringTable.of_arrays(np.zeros(0, np.uint8), np.zeros(self.count + 1, np.int64))
         if len(column) != self.count:
             raise DataError(
                 f"{printable(self.name)}: expected a {name} for each of the {self.count:,} rows, "
                 f"got {len(column):,}; write keys and features again"
             )
-        return column if positions is None else column.take(positions)
+        return column
 
     def knows(self, name: str) -> bool:
         """Whether any row has a text in a column."""

@@ -27,6 +27,7 @@ from protoclip.features.table import FeatureTable
 
 IMAGES = "img_emb"
 TEXTS = "text_emb"
+SIDES = {IMAGES: "images", TEXTS: "texts"}  # what flags, functions and the record call them
 TABLES = "metadata"
 RECORD = "encode.json"  # of protoclip encode: what the folder holds, and whether it is finished
 
@@ -86,7 +87,7 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
         )
     if path.is_dir():
         if path.name in (IMAGES, TEXTS) and is_feature_folder(path.parent):
-            return open_features(path.parent, "images" if path.name == IMAGES else "texts")
+            return open_features(path.parent, SIDES[path.name])
         files = parts_in(path)
         problem = "expected numbered .npy files in it, found none"
     elif path.is_file():

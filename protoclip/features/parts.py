@@ -209,14 +209,19 @@ def _part_of_array(path: Path, file: BinaryIO, end: int, member: str) -> Part:
     offset = file.tell()
     if offset + rows * columns * dtype.itemsize > end:
         raise _cut_off(path)
-    state = state_of(path)
     if not is_fortran or rows == 1 or columns == 1:
-        return Part(path, state, offset, (rows, columns), dtype)
+        return Part(path, state_of(path), offset, (rows, columns), dtype)
+    return _loaded(path, member)
+
+
+def _loaded(path: Path, member: str) -> Part:
+    state = state_of(path)
     content = np.load(path, allow_pickle=False)
     if member:
         with content:
             content = content[member]
-    return Part(path, state, 0, (rows, columns), dtype, content)
+    check_numbers(path, content.shape, content.dtype)
+    return Part(path, state, 0, content.shape, content.dtype, content)
 
 
 def _open_npz(path: Path) -> Part:
@@ -225,10 +230,7 @@ def _open_npz(path: Path) -> Part:
         name = choose_array(list(members))
         info = members[name]
         if info.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as arrays:
-                content = arrays[name]
-            check_numbers(path, content.shape, content.dtype)
-            return Part(path, state_of(path), 0, content.shape, content.dtype, content)
+            return _loaded(path, name)
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         local_header = file.read(30)  # its last four bytes: lengths of the name and of extras
