@@ -256,7 +256,7 @@ def normal(n: int, k: int, d: int) -> Tensor:
 ROWS = {"mixture": zipf_mixture, "normal rows": normal}
 CONVERGED_SIZES = {
     "tiny": Shape(500, 10, 16),
-    "quick": Shape(10_000, 300, 128),
+    "quick": Shape(20_000, 300, 128),
     "full": Shape(100_000, 1000, 256),
 }
 TOL = 1e-4

@@ -7,7 +7,6 @@ usual, and ``load`` detects a torn or altered one.
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import os
 from collections.abc import Collection, Mapping
@@ -136,9 +135,3 @@ def _seal_of(path: Path) -> bytes:
 def is_sealed(path: Path) -> bool:
     """Whether ``save`` wrote the end of a file."""
     return bool(_seal_of(path))
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of killed writers of ``path``; the caller holds its lock."""
-    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*.tmp"):
-        temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import platform
 import tempfile
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from protoclip.common.digest import Digest
-from protoclip.common.files import printable, sole_writer
+from protoclip.common.files import printable, remove_leftovers, sole_writer
 from protoclip.lloyd.slices import PointSlice
 
 FORMAT = 1
@@ -138,16 +139,14 @@ class StateFile:
         except OSError as error:
             reason = f"cannot write: {error.strerror}"
             raise OSError(error.errno, reason, str(self.path)) from error
-        from protoclip.common import sealed  # late: calls without a file need none of it
-
         stack.enter_context(sole_writer(_lock_of(self.path), self.op, self.path))
-        sealed.remove_leftovers(self.path)
+        remove_leftovers(self.path.parent, glob.escape(self.path.name))
         content = self._read() if self.path.exists() else Content({}, {})
         self._save(content)
         return content
 
     def _read(self) -> Content:
-        from protoclip.common import sealed
+        from protoclip.common import sealed  # late: calls without a file need none of it
 
         shown = printable(str(self.path))
         try:
