@@ -3,7 +3,7 @@ SOURCES = protoclip kernels benchmarks tests setup.py
 NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
-.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize mutants versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-mutants gpu gpu-sanitize
+.PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize mutants versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-record ptx-mutants gpu gpu-sanitize
 
 check: lint test parity  ## everything CI checks
 
@@ -92,6 +92,9 @@ ptx:  ## every kernel, executed in an emulator of PTX; ARCH="80 90": five to ten
 	for arch in $(or $(ARCH),80 90); do \
 		env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.run $$arch $(PTX) || failed=1; \
 	done; exit $${failed:-0}
+
+ptx-record:  ## executes what tests/test_ptx.py skips while sources are what they were, and records what passed: ten minutes
+	env -u TRITON_INTERPRET $(PYTHON) -c 'import sys; from tests.ptx import known; sys.exit(known.main())'
 
 ptx-mutants:  ## breaks one PTX instruction at a time and prints what notices it; ARCH=80
 	for arch in $(or $(ARCH),80); do env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.mutants $$arch || exit 1; done

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from importlib.util import source_from_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +22,14 @@ pytest.importorskip("triton")
 
 import triton
 
+from tests.ptx import known
 from tests.ptx.arithmetic import EmulatorError, accumulate, float_max, options
 from tests.ptx.program import Kernel
 
 # In fresh processes: kernels of the interpreter do not compile.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 OLD_TRITON = TorchVersion(triton.__version__) < "3.7"
-RECORD = Path(__file__).parent / "ptx" / "record.json"
+EVERYTHING = bool(os.environ.get("PROTOCLIP_PTX"))
 
 
 def started(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,31 +59,40 @@ class Run(NamedTuple):
     printed: str
     compilers: dict[str, str]
     kernels: list[Counted]
+    modules: list[str]  # of protoclip, loaded
 
 
-def skip_unfenced(capability: str) -> None:
-    if capability != "80" and OLD_TRITON:
+def skip_known(architecture: str) -> None:
+    """Nothing is executed that passed with the same sources, or cannot pass."""
+    if architecture != "sm_80" and OLD_TRITON:
         pytest.skip("Triton 3.4 and 3.6 set no fence.proxy.async between a store and an mma")
+    if not EVERYTHING and known.has_passed(architecture):
+        pytest.skip(f"{architecture} passed with these sources; PROTOCLIP_PTX=1 executes it again")
 
 
-@pytest.fixture(scope="module", params=["80", "90"])
-def run(request: pytest.FixtureRequest) -> Run:
-    """CI's cases on an architecture."""
-    capability = request.param
-    skip_unfenced(capability)
+def run_of(architecture: str, *arguments: str) -> Run:
+    """Cases executed on an architecture."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "facts.json")
-        arguments = ["tests.ptx.run", capability, "--ci", "--facts", str(path)]
-        done = started(*arguments)
+        number = architecture.removeprefix("sm_")
+        done = started("tests.ptx.run", number, *arguments, "--facts", str(path))
         assert path.exists(), done.stdout + done.stderr
         record = json.loads(path.read_text())
+    known.loaded[architecture] = record["modules"]
     kernels = [
         Counted(case, kernel, facts)
-        for case, by_kernel in record[f"sm_{capability}"].items()
+        for case, by_kernel in record[architecture].items()
         for kernel, facts in by_kernel.items()
     ]
     failed = done.returncode != 0
-    return Run(f"sm_{capability}", failed, done.stdout, record["compilers"], kernels)
+    return Run(architecture, failed, done.stdout, record["compilers"], kernels, record["modules"])
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """CI's cases on an architecture."""
+    skip_known(request.param)
+    return run_of(request.param, "--ci")
 
 
 @pytest.mark.slow
@@ -98,17 +111,18 @@ def test_cuda_kernels_are_executed_too(run: Run) -> None:
 @pytest.mark.slow
 def test_cases_execute_each_source_line(run: Run) -> None:
     """Of all kernels; compilers other than the recorded ones may place instructions elsewhere."""
-    if not run.compilers.items() <= json.loads(RECORD.read_text())["compilers"].items():
+    if not run.compilers.items() <= known.read_record()["compilers"].items():
         pytest.skip(f"not for {run.compilers}")
     _, heading, unseen = run.printed.partition("instruction was executed\n")
     assert heading and unseen == ""
 
 
 @pytest.mark.slow
-def test_lanes_of_tcgen05_add_the_same_column_sums() -> None:
+@pytest.mark.parametrize("architecture", ["sm_100"])
+def test_lanes_of_tcgen05_add_the_same_column_sums(architecture: str) -> None:
     """Each has one row: a product fused into a sum of two lanes would differ in both."""
-    skip_unfenced("100")
-    assert " 1 passed" in command("tests.ptx.run", "100", "bias, all seen")
+    skip_known(architecture)
+    assert " 1 passed" in run_of(architecture, "bias, all seen").printed
 
 
 @pytest.mark.slow
@@ -147,7 +161,7 @@ def test_16_bit_kernels_read_and_write_whole_sectors(run: Run) -> None:
 @pytest.mark.parametrize("compiler", ["triton", "nvcc"])
 def test_kernels_execute_as_many_instructions_as_recorded(run: Run, compiler: str) -> None:
     """By the compilers that the record names; ``python -m tests.ptx.run 80 --record`` renews it."""
-    record = json.loads(RECORD.read_text())
+    record = known.read_record()
     is_cuda = compiler == "nvcc"
     recorded = {k: r for k, r in record[run.architecture].items() if ("CUDA" in k) == is_cuda}
     executed = {
@@ -166,12 +180,85 @@ def test_kernels_execute_as_many_instructions_as_recorded(run: Run, compiler: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_broken_kernels_are_noticed(capability: str) -> None:
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_broken_kernels_are_noticed(architecture: str) -> None:
     """A barrier, a store out of bounds, a wrong value; on sm_90 what asynchronous copies need."""
-    skip_unfenced(capability)
-    printed = command("tests.ptx.mutants", capability, "--ci")
+    skip_known(architecture)
+    printed = command("tests.ptx.mutants", architecture.removeprefix("sm_"), "--ci")
     assert printed.count(": caught: ") + printed.count(": wrong result ") == 3
+
+
+# ---- what has passed is not executed again ----
+
+OPENED = """
+import importlib.util, json, sys
+opened = set()
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        opened.add(arguments[0])
+sys.addaudithook(note)
+from tests.ptx import known, run
+assert run.main(["80", "segment_mean 1000x3x1"]) == 0
+print(json.dumps([known.modules_loaded(), sorted(opened)]))
+"""
+
+
+def test_the_digest_has_every_source_that_an_execution_opens() -> None:
+    """Compiled before or not."""
+    words = [sys.executable, "-c", OPENED]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=known.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    modules, opened = json.loads(done.stdout.splitlines()[-1])
+    files = {Path(source_from_cache(name) if name.endswith(".pyc") else name) for name in opened}
+    paths = {file.resolve() for file in files if file.suffix in known.SUFFIXES}
+    own = {str(path.relative_to(known.ROOT)) for path in paths if known.ROOT in path.parents}
+    assert len(own) > 20 and own <= {*known.sources(modules)}
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A copy of the sources whose executions have passed."""
+    for name in known.sources(["protoclip/ops/reference.py"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(known.ROOT / name, tmp_path / name)
+    shutil.copy2(known.ROOT / known.RECORD, tmp_path / known.RECORD)
+    known.write({"sm_80": ["protoclip/ops/reference.py"]}, tmp_path)
+    assert known.has_passed("sm_80", tmp_path) and not known.has_passed("sm_90", tmp_path)
+    return tmp_path
+
+
+def append(line: str, path: Path) -> None:
+    with path.open("a") as file:
+        file.write(line)
+
+
+CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
+    "a comment in a kernel": lambda root, _: append("# a comment\n", root / "kernels/waves.py"),
+    "a module of the ops": lambda root, _: append("\n", root / "protoclip/ops/reference.py"),
+    "a new file": lambda root, _: (root / "csrc/new.cuh").touch(),
+    "a renamed file": lambda root, _: (root / "csrc/launchers.h").rename(root / "csrc/launch.h"),
+    "another Triton": lambda _, patch: patch.setattr(triton, "__version__", "3.9.0.post1"),
+    "another option of Triton": lambda _, patch: patch.setenv("TRITON_DEFAULT_FP_FUSION", "0"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_an_execution_has_it_run_again(
+    change: str, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CHANGES[change](recorded, monkeypatch)
+    assert not known.has_passed("sm_80", recorded)
+
+
+def test_a_cache_of_its_own_executes_nothing_again(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(recorded / "cache"))
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(recorded / "cache"))
+    assert known.has_passed("sm_80", recorded)
+
+
+# ---- the emulator ----
 
 
 def executed(body: str, lanes: int = 64, size: int = 256) -> np.ndarray:

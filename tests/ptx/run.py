@@ -31,7 +31,7 @@ from torch import Tensor
 
 from protoclip.kernels import contrastive, prototype_cross_entropy, waves
 from tests.budget import assert_within_budget
-from tests.ptx import cases, cuda_driver, triton_driver
+from tests.ptx import cases, cuda_driver, known, triton_driver
 from tests.ptx.arithmetic import EmulatorError, options
 from tests.ptx.cases import Case
 from tests.ptx.launch import Access
@@ -256,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, by_kernel in facts.items()
         }
         recorded = {"compilers": compilers(), f"sm_{asked.capability}": cases_facts}
+        recorded["modules"] = known.modules_loaded()
         asked.facts.write_text(json.dumps(recorded, indent=1) + "\n")
     return int(counts["failed"] > 0 or not chosen)
 
