@@ -96,11 +96,6 @@ def first_of_each_peer_test(items: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from smoke import is_smoke
-
-    for item in items:
-        if is_smoke(item.path.name, item.name.partition("[")[0]):
-            item.add_marker(pytest.mark.smoke)
     if not config.getoption("--all-peer-tests"):
         items[:] = first_of_each_peer_test(items)
     items.sort(key=lambda item: item.path.name not in LONG_FILES)

@@ -14,6 +14,7 @@ from protoclip.common import sealed
 from protoclip.runs import checkpoint
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("damage", ["cut", "bit", "comment", "empty", "text"])
 def test_a_torn_checkpoint_is_told_from_a_whole_one(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "c.pt"

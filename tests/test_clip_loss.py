@@ -66,6 +66,7 @@ def assert_same(got: Results, expected: Results, tolerance: float = 2e-5) -> Non
         assert (gradient - other).abs().max() <= tolerance * size, name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("logit_bias", [None, torch.tensor(-10.0)])
 @pytest.mark.parametrize("logit_scale", [torch.tensor(14.3), torch.tensor([100.0])])
 def test_clip_loss_is_open_clips(logit_scale: Tensor, logit_bias: Tensor | None) -> None:
@@ -272,6 +273,7 @@ def test_siglip_refuses_unpaired_features_as_open_clips_does(
         )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("n", [1, 48, 300])
 def test_siglip_loss_is_open_clips(n: int) -> None:
     image, text = features(n)

@@ -187,6 +187,7 @@ def test_auto_gives_the_groups_of_the_number_that_it_found(features: FeatureFile
     assert (by_auto / "clusters.csv").read_bytes() == (by_number / "clusters.csv").read_bytes()
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("quick_map")
 def test_the_table_says_group_distance_and_rank_of_every_row(features: FeatureFile) -> None:
     out = cluster_features(features, "a", "--k", "12")

@@ -68,6 +68,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.smoke
 def test_mistakes_are_answered_before_torch_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def opening() -> str:
     return " ".join(answer.text for answer in answers)
 
 
+@pytest.mark.smoke
 def test_rows_are_compared_on_every_seed(
     compare: Compare, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,8 @@ from protoclip.settings.config import (
     to_dict,
 )
 
+pytestmark = pytest.mark.smoke
+
 
 def test_default_is_what_no_flag_does_and_paper_is_a_preset() -> None:
     assert config_of("--preset", "default") == TrainConfig() == config_of()

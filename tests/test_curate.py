@@ -52,6 +52,7 @@ def equal(a: Hierarchy, b: Hierarchy) -> bool:
     )
 
 
+@pytest.mark.smoke
 def test_levels_cluster_the_centroids_below() -> None:
     points = blobs()
     hierarchy = hierarchical_kmeans(points, [100, 20, 4], resamplings=2)

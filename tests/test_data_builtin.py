@@ -148,6 +148,7 @@ def test_a_missing_family_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
         open_dataset("builtin:icons")
 
 
+@pytest.mark.smoke
 def test_a_pair_of_shapes_does_not_depend_on_how_many_there_are() -> None:
     large = open_dataset("builtin:shapes:100000")
     small = open_dataset("builtin:shapes:10")

@@ -32,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.smoke
 def test_a_table_has_unicode_and_paths_beside_it(folder: Path) -> None:
     texts = [text.replace('"', "") for text in TEXTS]
     path = write_table(folder, [(f"images/{i}.png", text) for i, text in enumerate(texts)])

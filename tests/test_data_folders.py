@@ -32,6 +32,7 @@ def animals(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.smoke
 def test_class_folders_are_pairs(animals: Path) -> None:
     dataset = open_dataset(str(animals))
     assert len(dataset) == 3 * PICTURES

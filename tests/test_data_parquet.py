@@ -57,6 +57,7 @@ def group_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
     return reads
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "spec",
     [

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 Serve = Callable[..., str]
 
 
+@pytest.mark.smoke
 def test_shards_round_trip_and_the_cached_index_follows_the_file(tmp_path: Path) -> None:
     spec = write_shards(tmp_path / "data")
     before = sorted(path.name for path in (tmp_path / "data").iterdir())

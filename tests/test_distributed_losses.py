@@ -410,6 +410,7 @@ def rows_in_fortrans_order(shape: list[int]) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float32).view(shape[::-1]).T
 
 
+@pytest.mark.smoke
 def test_rows_of_rank_0_reach_every_rank() -> None:
     expected = [["rows", rows_in_fortrans_order(shape).tolist()] for shape in SHAPES if shape]
     expected += [["no rows", None], ["no such file", None]]

@@ -309,6 +309,7 @@ def test_rows_of_a_table_that_name_one_file_are_one_picture(
     assert opened.table.column("caption")[:3] == ["c0a", "c0b", "c1a"]
 
 
+@pytest.mark.smoke
 def test_classes_of_folders_are_labels(photos: Path, flags: list[str], tmp_path: Path) -> None:
     classes = tmp_path / "classes"
     for number in range(6):

@@ -31,6 +31,7 @@ def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", [np.ndarray, torch.Tensor])
 def test_it_is_kmeans(kind: type) -> None:
     """And what comes out is of the kind that went in."""

@@ -82,6 +82,7 @@ def reversed_rows(pairs: EvalSet) -> EvalSet:
     return take(pairs, range(len(pairs.image) - 1, -1, -1))
 
 
+@pytest.mark.smoke
 def test_scores_are_those_of_the_metrics(groups: Groups) -> None:
     image = groups.pairs.image
     text = groups.pairs.text

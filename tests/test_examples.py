@@ -7,6 +7,8 @@ import torch
 
 import protoclip
 
+pytestmark = pytest.mark.smoke
+
 # Values that other examples show, and what OpenCLIP's trainer calls.
 WITHOUT = {"Bank", "PrototypeLosses", "ProtoConfig", "create_loss", "create_task"}
 

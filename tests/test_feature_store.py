@@ -70,6 +70,7 @@ def test_nothing_is_stored_before_the_end_of_the_episode() -> None:
     assert len(filled_store().of_episode(4).index) == 0
 
 
+@pytest.mark.smoke
 def test_the_newest_row_of_a_sample_counts() -> None:
     store = filled_store()
     store.end_episode(4)

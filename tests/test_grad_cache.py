@@ -83,6 +83,7 @@ def features_of(outputs: Any, form: str) -> Tensor:
 FORMS = ["tensor", "tuple", "dict"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_the_chunks_in_one_graph(tower: Tower, form: str) -> None:
     """A shared encoder, dropout, chunks that do not divide the batch, a hook on a parameter."""

@@ -9,6 +9,8 @@ import pytest
 import protoclip
 from protoclip import losses, ops
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(protoclip.__file__).parent
 
 # A module imports from itself and from those before it. The order is the data flow.

@@ -80,6 +80,7 @@ def blobs(k: int, points_each: int) -> Blobs:
     return Blobs(points, labels)
 
 
+@pytest.mark.smoke
 def test_well_separated_blobs_are_found() -> None:
     points, truth = blobs(6, points_each=40)
     clusters = protoclip.kmeans(points, 6, init="k-means++", num_restarts=3)

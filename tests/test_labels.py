@@ -292,6 +292,7 @@ def test_a_wrong_index_is_refused(index: Any, error: type[Exception], words: str
         ProtoClipLoss()(image, text, SCALE, index=index)
 
 
+@pytest.mark.smoke
 def test_a_sample_that_left_the_capacity_has_no_label() -> None:
     loss = ProtoClipLoss(proto=ProtoConfig(queue=20, k=4, capacity=20))
     for step in range(3):

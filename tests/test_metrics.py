@@ -54,6 +54,7 @@ def recalls(
     return {name: float(hits.mean()) for name, hits in metrics.recalls(places, ks).items()}
 
 
+@pytest.mark.smoke
 def test_retrieval_by_hand() -> None:
     image = torch.eye(3)
     # Caption 0 and 1 belong to image 0; 2 belongs to image 1 but looks like 2; 3 belongs to 2.

@@ -64,6 +64,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.smoke
 def test_the_exported_folder_gives_the_same_bits(trained: Path, nano: Path, exported: Path) -> None:
     config = ModelConfig(model=str(nano), projection_hidden_dim=512)
     assert_same(loaded_by_open_clip(exported), loaded_by_us(trained, config))

@@ -135,6 +135,7 @@ def test_without_output_dict_the_loss_is_one_number() -> None:
     assert total.shape == () and total.dtype == torch.float32
 
 
+@pytest.mark.smoke
 def test_it_is_clip_loss_until_the_stated_step() -> None:
     loss = ProtoClipLoss(proto=ProtoConfig(queue=64, k=4))
     assert loss.steps_to_prototypes(20) == 4

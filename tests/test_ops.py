@@ -72,7 +72,11 @@ OP_AND_FUSED = [
     pytest.param(op, backend, id=f"{op.name}-{backend}") for op in OPS for backend in fused_of(op)
 ]
 OP_BACKEND_DTYPE = [
-    pytest.param(op, backend, dtype, id=f"{op.name}-{backend}-{str(dtype)[6:]}")
+    pytest.param(
+        *(op, backend, dtype),
+        id=f"{op.name}-{backend}-{str(dtype)[6:]}",
+        marks=[pytest.mark.smoke] if backend != "triton" or dtype == FP32 else [],
+    )
     for op in OPS
     for backend in backends_of(op)
     for dtype in ((FP64, FP32, BF16) if backend == "reference" else FUSED_DTYPES)

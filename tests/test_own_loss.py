@@ -355,6 +355,7 @@ def test_a_slip_in_a_notebook_is_an_error_that_names_the_remedy(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.smoke
 def test_keywords_are_flags() -> None:
     config = make_config(PBT=False, w_clip=0.5, train_data="a b.csv", workers="auto", lr=1e-4)
     assert config == config_of(

@@ -200,6 +200,7 @@ def test_scratch_of_a_gpu_is_bounded_for_each_loss() -> None:
     assert info_nce > 128 << 20 and prototypes == 256 << 20
 
 
+@pytest.mark.smoke
 def test_the_command_takes_trains_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "paper-cc3m-8gpu", "--ranks", "8", "--samples", "2500000"]) == 0
     text = capsys.readouterr().out

@@ -277,6 +277,7 @@ def test_features_do_not_depend_on_the_training_mode() -> None:
     torch.testing.assert_close(in_training.text_h.norm(dim=1), torch.ones(20))
 
 
+@pytest.mark.smoke
 def test_the_loss_is_the_weighted_sum_of_its_terms(features: Features) -> None:
     episode = episode_of(features, teacher=random_teacher())
     embeddings = Encoded(unit(N, 16), unit(N, 16))

@@ -340,6 +340,7 @@ done:
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("error", WRONG)
 def test_what_a_kernel_must_not_do_is_an_error(error: str) -> None:
     with pytest.raises(EmulatorError, match=error):

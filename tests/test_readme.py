@@ -81,6 +81,7 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
     assert page != "README.md" or scope["total"].isfinite()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(PARSERS))
 def test_flags_exist(name):
     printed = io.StringIO()
@@ -107,6 +108,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     path = ROOT / page
@@ -218,6 +220,7 @@ WORDS |= {"messages": messages(), "API": public_docstrings()}
 WORDS |= {name: (ROOT / name).read_text() for name in ("Makefile", "CHANGELOG.md")}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("text", sorted(WORDS))
 def test_no_dialect(text):
     prose = MODEL_CARD.sub("", FENCED.sub("", WORDS[text]))

@@ -112,6 +112,7 @@ def read_json(path: Path) -> Any:
 # ---- the command ----
 
 
+@pytest.mark.smoke
 def test_the_command_writes_the_page_and_says_the_answer(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -290,6 +290,7 @@ def test_auto_needs_a_name(tmp_path: Path, flags: list[str], error_of: Callable[
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.smoke
 def test_auto_starts_a_named_run_and_goes_on_with_it(tmp_path: Path, flags: list[str]) -> None:
     flags = [*flags, "--logs", str(tmp_path), "--resume", "auto", "--name", "run"]
     assert main([*flags, "--max-steps", "2"]) == 0

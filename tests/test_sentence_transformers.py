@@ -294,6 +294,7 @@ def test_what_is_not_fused_runs_theirs_with_one_warning(
     assert torch.equal(got, theirs)
 
 
+@pytest.mark.smoke
 def test_a_text_is_its_tokens_wherever_the_padding_is() -> None:
     right = torch.tensor([[5, 6, 0], [7, 8, 9]])
     left = torch.tensor([[0, 5, 6], [7, 8, 9]])

@@ -52,6 +52,7 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"expected one array next to keys.*got \[\]"):
             load_teacher(str(tmp_path / "a.npz"), DATASET)
 
+    @pytest.mark.smoke
     def test_rows_are_found_by_key_whatever_their_order(self, tmp_path: Path) -> None:
         order = np.random.default_rng(1).permutation(40)
         path = write(tmp_path / "a.npz", self.rows[order], [DATASET.keys[i] for i in order])
