@@ -148,12 +148,14 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "ranks", "settings"),
+    ("sent", "ranks", "forked", "settings"),
     [
-        ("SIGTERM", 2, []),
+        ("SIGTERM", 1, False, []),
+        ("SIGTERM", 2, True, []),
         pytest.param(
             "SIGUSR1",
             1,
+            False,
             ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"],
             marks=pytest.mark.skipif(
                 "--signals-to-handle" not in get_args_parser().format_help(),
@@ -163,12 +165,13 @@ def test_the_second_ctrl_c_ends_at_once(folder: Path) -> None:
     ],
 )
 def test_torchrun_hands_a_signal_on_and_the_ranks_save(
-    folder: Path, sent: str, ranks: int, settings: list[str]
+    folder: Path, sent: str, ranks: int, forked: bool, settings: list[str]
 ) -> None:
-    name = f"torchrun-{sent}"
+    name = f"torchrun-{sent}-{ranks}"
     remove_logs(folder)
     argv = flags(folder, name, "--workers", "1")
-    (agent,) = torchrun(folder, argv, "--nproc-per-node", str(ranks), *settings)
+    settings = ["--nproc-per-node", str(ranks), *settings]
+    (agent,) = torchrun(folder, argv, *settings, forked=forked)
     wait_until(lambda: steps_of(folder, name) >= 2, [agent], folder)
     os.kill(agent.pid, signal.Signals[sent])
     assert exit_codes([agent]) == [1], logs_of(folder)
