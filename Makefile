@@ -57,8 +57,8 @@ sanitize:  ## the ops' tests with csrc under the address and undefined-behaviour
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		$(PYTHON) -m pytest -x $(OP_TESTS:%=tests/test_%.py) -k "not memory"  # a limit of addresses leaves asan no memory
 
-mutants:  ## changes one thing in the ops at a time and lists what no test notices; an hour of one core, resumable
-	$(PYTHON) -m tests.mutants
+mutants:  ## changes one thing at a time and lists what no test notices; an hour of one core, resumable; of one module: ONLY=training
+	$(PYTHON) -m tests.mutants $(if $(ONLY),--only "$(ONLY)")
 
 versions:  ## tests and kernels with other releases of PyTorch, 3 GB each: make versions VERSIONS="2.8 2.11 newest"
 	.ci/versions $(or $(VERSIONS),2.8 2.11 newest)

@@ -1,4 +1,4 @@
-"""torchrun whose ranks are forked from its agent, and import nothing again; else it is PyTorch's."""
+"""PyTorch's torchrun, except that ranks are forked from the agent and import nothing again."""
 
 from torch.distributed import run
 from torch.distributed.launcher.api import elastic_launch

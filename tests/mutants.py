@@ -1,9 +1,9 @@
-"""Changes one thing in the ops at a time: does a test notice it?
+"""Changes one thing at a time: does a test notice it?
 
-    python -m tests.mutants [--out FILE] [--only "part of a name"]
+    python -m tests.mutants [--out FILE] [--only "a family, or part of a name"]
 
 A mutant is planted in a copy of the working tree with a cache of compiled code of its own, and the
-tests of the ops run until the first one fails, once they have all passed in a copy that nothing is
+tests of its family run until the first one fails, once they have all passed in a copy that nothing is
 changed in. Each row of the table is written when it is known, and a later call does those that are
 missing. A survivor is a missing test, an equivalent change or code that nobody needs.
 """
@@ -53,6 +53,19 @@ TESTS = {
     ),
     "bounds": ("kmeans_bounds",),
     "ranks": ("distributed_losses", "clip_loss", "openclip_proto_loss"),
+    "training": ("train_plan", "step", "checkpoint", "loop"),
+    "runs": ("checkpoint", "run_folder", "resume"),
+    "model": ("model", "step"),
+    "heads": ("heads",),
+    "data": ("selection", "data_files", "data_folders", "data_batches"),
+    "encode": ("encode",),
+    "cluster": ("cluster", "cluster_pictures"),
+    "curate": ("curate", "curate_command"),
+    "evaluate": ("metrics", "evaluate_data", "evaluate"),
+    "report": ("compare_statistics", "compare"),
+    "compare": ("compare",),
+    "export": ("openclip_export",),
+    "settings": ("config", "command_line", "train_command"),
 }
 
 
@@ -61,9 +74,6 @@ OPS = {
     "contrastive": ("info_nce", "contrastive", "nt_xent", "sup_con", "sigmoid_loss"),
     "prototypes": ("prototype", "soft_targets"),
     "clusters": ("kmeans", "segment_mean"),
-    "kmeans": (),
-    "bounds": (),
-    "ranks": (),
 }
 
 # Once, before the process forks.
@@ -96,12 +106,13 @@ class Mutant(NamedTuple):
             names.insert(0, first)
         if self.path.startswith("csrc/"):  # which Triton does not call
             names = [name for name in names if not name.startswith("kernels_")]
-        return [f"tests/test_{name}.py" for name in names]
+        paths = [next((ROOT / "tests").rglob(f"test_{name}.py")) for name in names]
+        return [str(path.relative_to(ROOT)) for path in paths]
 
     def words(self) -> tuple[str, ...]:
         """Words in the names of the tests that come first in their file."""
         word = self.first.partition("::")[2]
-        return (word,) if word else OPS[self.family]
+        return (word,) if word else OPS.get(self.family, ())
 
     def fits(self, tree: Path) -> bool:
         """Whether what it changes is in the tree."""
@@ -623,6 +634,290 @@ MUTANTS = [
         "acc[e] = acc[e] * factors.mine + other[e] * factors.other;",
         "acc[e] = acc[e] * factors.mine + other[e] * factors.mine;",
     ),
+    # ---- outside the ops: what a maintainer might do in a hurry
+    Mutant(
+        "every epoch has the same order",
+        "training",
+        "protoclip/training/schedule.py",
+        "generator(seed, DRAWS, epoch)",
+        "generator(seed, DRAWS, 0)",
+        first="train_plan::order",
+    ),
+    Mutant(
+        "with replacement no sample comes twice",
+        "training",
+        "protoclip/training/schedule.py",
+        "        if replacement:\n",
+        "        if not replacement:\n",
+        first="train_plan::replacement",
+    ),
+    Mutant(
+        "the episode of a line in the log is one high",
+        "training",
+        "protoclip/training/log.py",
+        "(step - 1) // plan.steps_per_episode",
+        "step // plan.steps_per_episode",
+        first="step::bad_step",
+    ),
+    Mutant(
+        "a skipped step moves the weights",
+        "training",
+        "protoclip/training/update.py",
+        "        elif finite:\n",
+        "        else:\n",
+        first="step::bad_step",
+    ),
+    Mutant(
+        "fp16: gradients are clipped while they are scaled",
+        "training",
+        "protoclip/training/update.py",
+        "        self.scaler.unscale_(self.adamw)\n",
+        "",
+        first="step::clipped",
+    ),
+    Mutant(
+        "a resumed run takes rate and decay of the saved one",
+        "training",
+        "protoclip/training/optimiser.py",
+        '"param_groups": groups}',
+        '"param_groups": saved["param_groups"]}',
+        first="step::own_rate",
+    ),
+    Mutant(
+        "a power cut after the rename loses the checkpoint",
+        "runs",
+        "protoclip/common/sealed.py",
+        "        os.fsync(file.fileno())\n",
+        "",
+        first="run_folder::power_cut",
+    ),
+    Mutant(
+        "a power cut loses lines of steps that a checkpoint has",
+        "runs",
+        "protoclip/runs/run_folder.py",
+        "os.fsync(self._metrics.fileno())",
+        "self._metrics.flush()",
+        first="run_folder::power_cut",
+    ),
+    Mutant(
+        "a reader sees half of a new file",
+        "runs",
+        "protoclip/common/files.py",
+        "        yield temporary\n        os.replace(temporary, path)",
+        "        yield temporary\n        path.write_bytes(temporary.read_bytes())",
+        first="checkpoint::reads",
+    ),
+    Mutant(
+        "epoch 9 is newer than epoch 10",
+        "runs",
+        "protoclip/runs/checkpoint.py",
+        "key=lambda path: int(path.stem[6:])",
+        "key=lambda path: path.stem",
+        first="checkpoint::tenth",
+    ),
+    Mutant(
+        "the newest checkpoint is lost when a run continues from another",
+        "runs",
+        "protoclip/runs/checkpoint.py",
+        "            os.replace(latest, folder / PREVIOUS)",
+        "            pass",
+        first="checkpoint::older",
+    ),
+    Mutant(
+        "a multiplier falls below 1",
+        "model",
+        "protoclip/model.py",
+        "self.clip.logit_scale.clamp_(0, MAX_LOG_SCALE)",
+        "self.clip.logit_scale.clamp_(max=MAX_LOG_SCALE)",
+        first="model::multipliers",
+    ),
+    Mutant(
+        "the multiplier of the prototypes falls below 1",
+        "model",
+        "protoclip/model.py",
+        "self.proto_log_scale.clamp_(0, MAX_LOG_SCALE)",
+        "self.proto_log_scale.clamp_(max=MAX_LOG_SCALE)",
+        first="model::multipliers",
+    ),
+    Mutant(
+        "heads do not centre rows",
+        "heads",
+        "protoclip/heads.py",
+        "rows.float() - self.mean",
+        "rows.float()",
+    ),
+    Mutant(
+        "blocks of heads forget their input",
+        "heads",
+        "protoclip/heads.py",
+        "return x + self.narrow(",
+        "return self.narrow(",
+    ),
+    Mutant(
+        "a selection of one row too many is an IndexError",
+        "data",
+        "protoclip/data/selection.py",
+        ">= len(dataset):",
+        "> len(dataset):",
+        first="selection::other_data",
+    ),
+    Mutant(
+        "part 10 is sorted before part 2",
+        "encode",
+        "protoclip/encode/folder.py",
+        'f"{number:0{digits}}"',
+        'f"{number}"',
+        first="encode::sort_names",
+    ),
+    Mutant(
+        "a text teacher reads the first caption only",
+        "encode",
+        "protoclip/encode/folder.py",
+        "teacher_text(super().captions(i))",
+        "super().captions(i)[0]",
+        first="encode::one_text",
+    ),
+    Mutant(
+        "without a clear number there are half as many groups",
+        "cluster",
+        "protoclip/cluster/groups.py",
+        "math.sqrt(len(rows) / 2)",
+        "math.sqrt(len(rows)) / 2",
+        first="cluster::root",
+    ),
+    Mutant(
+        "the nearest row has rank 0",
+        "cluster",
+        "protoclip/cluster/groups.py",
+        "- starts + 1",
+        "- starts",
+        first="cluster::rank",
+    ),
+    Mutant(
+        "members of a group are in the order of the data",
+        "cluster",
+        "protoclip/cluster/groups.py",
+        "np.lexsort((squared.numpy(), labels.numpy()))",
+        'np.argsort(labels.numpy(), kind="stable")',
+        first="cluster::rank",
+    ),
+    Mutant(
+        "closest chooses at random",
+        "curate",
+        "protoclip/curate/sampling.py",
+        'if choose == "closest":',
+        'if choose == "nearest":',
+        first="curate::closest",
+    ),
+    Mutant(
+        "clusters that have more give nothing for those that have less",
+        "curate",
+        "protoclip/curate/sampling.py",
+        "return torch.minimum(sizes, cut[parents])",
+        "return cut[parents]",
+        first="curate::shares",
+    ),
+    Mutant(
+        "pairs of a row with itself count in uniformity",
+        "evaluate",
+        "protoclip/evaluate/metrics.py",
+        "squared[:, start : start + step].fill_diagonal_",
+        "squared[:, :step].fill_diagonal_",
+        first="metrics::itself",
+    ),
+    Mutant(
+        "classes that no sample has lower the mean recall",
+        "evaluate",
+        "protoclip/evaluate/metrics.py",
+        "(size > 0).sum()",
+        "len(size)",
+        first="metrics::no_sample",
+    ),
+    Mutant(
+        "a probe is chosen on what it was fitted to",
+        "evaluate",
+        "protoclip/evaluate/metrics.py",
+        "    judge, train = order",
+        "    train, judge = order",
+        first="metrics::judged",
+    ),
+    Mutant(
+        "five of three classes are right",
+        "evaluate",
+        "protoclip/evaluate/metrics.py",
+        "if num_classes >= 5 else",
+        "if num_classes >= 3 else",
+        first="metrics::nothing",
+    ),
+    Mutant(
+        "a probe is trained on the pictures of its test",
+        "evaluate",
+        "protoclip/evaluate/datasets.py",
+        "chosen not in (root, train) and",
+        "chosen != root and",
+        first="evaluate_data::probe_is",
+    ),
+    Mutant(
+        "scores from before a run are those of other data",
+        "evaluate",
+        "protoclip/evaluate/during.py",
+        "if saved.data != self.data:",
+        "if saved.data != saved.data:",
+        first="evaluate::before_a_run",
+    ),
+    Mutant(
+        "the spread of seeds is that of all of them",
+        "report",
+        "protoclip/report/statistics.py",
+        "differences.std(-1, ddof=1)",
+        "differences.std(-1, ddof=0)",
+    ),
+    Mutant(
+        "a corrected p may be below that of a smaller one",
+        "report",
+        "protoclip/report/statistics.py",
+        "np.maximum.accumulate(scaled, axis=-1)",
+        "scaled",
+    ),
+    Mutant(
+        "runs on different pictures are compared",
+        "report",
+        "protoclip/report/comparison.py",
+        "            sentence = different\n",
+        "            values[score] = (sides[0], sides[1])\n",
+        first="compare::different_pictures",
+    ),
+    Mutant(
+        "a run that has no scores has finished",
+        "compare",
+        "protoclip/compare.py",
+        "return outcome if outcome.trained else None",
+        "return outcome",
+        first="compare::without_scores",
+    ),
+    Mutant(
+        "the length of the context is that of the preset",
+        "export",
+        "protoclip/export.py",
+        'model_cfg["text_cfg"]["context_length"] = config.force_context_length',
+        "pass",
+        first="openclip_export::context",
+    ),
+    Mutant(
+        "the bias of SigLIP is not in the exported config",
+        "export",
+        "protoclip/export.py",
+        'model_cfg["init_logit_bias"] = 0.0',
+        "pass",
+        first="openclip_export::siglip",
+    ),
+    Mutant(
+        "a mistake in flags ends with code 1",
+        "settings",
+        "protoclip/settings/flags.py",
+        'self.exit(2, f"{self.prog}',
+        'self.exit(1, f"{self.prog}',
+    ),
 ]
 
 
@@ -766,12 +1061,12 @@ def write_row(table: Path, name: str, outcome: Outcome, started: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.md")
-    parser.add_argument("--only", default="", help="part of a mutant's name")
+    parser.add_argument("--only", default="", help="a family, or part of a mutant's name")
     asked = parser.parse_args(argv)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     if not asked.out.exists():
         asked.out.write_text("| Mutant | Verdict | Noticed by | Seconds |\n|---|---|---|---|\n")
-    wanted = [mutant for mutant in MUTANTS if asked.only in mutant.name]
+    wanted = [m for m in MUTANTS if asked.only == m.family or asked.only in m.name]
     os.environ.setdefault("TRITON_INTERPRET", "1")
     for module in IMPORTED:
         with contextlib.suppress(ImportError):

@@ -54,6 +54,21 @@ def test_torch_and_open_clip_read_a_sealed_file(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load(tmp_path / "plain.pt")["w"], torch.ones(2))
 
 
+def test_the_tenth_epoch_is_newer_than_the_ninth(tmp_path: Path) -> None:
+    for epoch in (9, 10):
+        checkpoint.save(tmp_path / f"epoch_{epoch}.pt", {"epoch": epoch})
+    assert checkpoint.load_newest(tmp_path)[1] == {"epoch": 10}
+
+
+def test_who_reads_the_old_file_reads_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"a": 1})
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        checkpoint.save(path, {"a": torch.arange(1000)})
+        assert reader.read() == before
+
+
 def test_another_format_is_refused_in_words(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c.pt", {"epoch": 1, "protoclip": {"format": 1}})
     with pytest.raises(ValueError, match="expected format 3 in .*, got 1"):

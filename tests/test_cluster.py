@@ -24,6 +24,7 @@ from torch import Tensor
 import protoclip
 from protoclip.__main__ import main
 from protoclip.cluster.__main__ import main as cluster
+from protoclip.cluster.groups import choose_k
 from protoclip.data import open_dataset
 from protoclip.episodes.prototypes import purity
 from protoclip.model import build_model
@@ -178,6 +179,13 @@ def test_auto_finds_the_number_of_groups(
     error = capsys.readouterr().err
     assert "900 rows of 16 numbers into 12 groups" in error
     assert "mean silhouette" in error
+
+
+def test_auto_takes_the_root_of_half_the_rows_where_no_number_is_clear(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 40)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", rows)
+    features = protoclip.open_features(tmp_path / "noise.npy")
+    assert choose_k("auto", features, 0, lambda: None).k == 10
 
 
 @pytest.mark.usefixtures("quick_map")

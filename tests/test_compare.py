@@ -32,7 +32,7 @@ from protoclip import compare as command
 from protoclip.common.files import LOCK, sole_writer
 from protoclip.data import open_dataset
 from protoclip.data.settings import open_run_data
-from protoclip.evaluate.results import Outcome, SetResults, read_results
+from protoclip.evaluate.results import Outcome, SetResults, read_results, write_results
 from protoclip.report.__main__ import main as report
 from protoclip.report.comparison import (
     Comparison,
@@ -389,6 +389,13 @@ def test_a_damaged_file_is_an_error_and_without_it_the_runs_are_found_again(
     file.unlink()
     (OUT / "report.html").unlink()  # nothing was shown
     assert compare("--seeds", "4") == 0 and stars() == [("ProtoCLIP", RECALL)]
+
+
+def test_a_run_without_scores_has_not_finished(tmp_path: Path) -> None:
+    scores = {"ALL": SetResults("All", 30, 30, {"text_retrieval_recall@5": 0.25})}
+    for trained in ({}, scores):
+        write_results(tmp_path / "results.json", Outcome("val.csv", "run", "", trained))
+        assert (command.finished(tmp_path) is None) == (not trained)
 
 
 def test_a_run_of_several_processes_is_started_by_torchrun() -> None:

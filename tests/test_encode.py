@@ -689,6 +689,12 @@ def test_rows_without_a_table_do_not_stay_when_the_data_shrink(
     assert len(open_features(out)) == 2 * PART - 1
 
 
+def test_programs_that_sort_names_read_parts_in_order(tmp_path: Path) -> None:
+    parts = folder.PartFolder(tmp_path, 12)
+    files = [parts.file("img_emb", part).name for part in parts.parts]
+    assert len(files) == 12 and files == sorted(files)
+
+
 def test_one_long_caption_does_not_make_pieces_large(
     photos: Path, flags: list[str], tmp_path: Path, counted: Counted
 ) -> None:

@@ -230,7 +230,9 @@ class FewCaptions:
         return tuple(f"{number} of {i}" for number in range(i % 4 + 1))
 
 
-@pytest.mark.parametrize("before", ["same", "other captions", "fewer", "no fingerprint"])
+@pytest.mark.parametrize(
+    "before", ["same", "other captions", "fewer", "no fingerprint", "other data"]
+)
 def test_scores_from_before_a_run_are_of_the_same_pictures(tmp_path: Path, before: str) -> None:
     data: Any = FewCaptions(open_dataset("builtin:shapes:30"))
     fingerprints = {
@@ -238,12 +240,14 @@ def test_scores_from_before_a_run_are_of_the_same_pictures(tmp_path: Path, befor
         "other captions": tasks.fingerprint(data, 1),
         "fewer": tasks.fingerprint(data, None),
         "no fingerprint": "",
+        "other data": "",
     }
     count = 29 if before == "fewer" else 30
     metrics = {"text_retrieval_recall@5": 0.25}
     sets = {"ALL": SetResults("All", count, 75, metrics, fingerprint=fingerprints[before])}
     write_results(tmp_path / "untrained.json", Outcome("val.csv", "untrained", "", sets))
-    run: Any = SimpleNamespace(data="val.csv", _layout=lambda: Layout(data))
+    now = "b.csv" if before == "other data" else "val.csv"
+    run: Any = SimpleNamespace(data=now, _layout=lambda: Layout(data))
     read = Evaluation.untrained(run, tmp_path, None, True)  # type: ignore[arg-type]
     assert read == (sets if before in ("same", "no fingerprint") else None)
 

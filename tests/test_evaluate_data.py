@@ -306,6 +306,12 @@ def test_a_thousand_folders_of_imagenet_have_their_names(tmp_path: Path) -> None
     assert names[:2] == ("tench", "goldfish")
 
 
+def test_a_probe_is_not_trained_on_the_pictures_that_it_is_tested_on(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "digits", 40)
+    assert len(open_layout(str(root), split="test").train) == 20
+    assert open_layout(str(root), split="train").train is None
+
+
 # What is refused
 
 

@@ -252,6 +252,37 @@ def test_linear_probe_is_sklearns_minimum(
     assert (got.argmax(1).numpy() == theirs.predict(scaled)).mean() > 0.995
 
 
+def test_linear_probe_is_judged_on_a_fifth_that_it_is_not_fitted_to() -> None:
+    features, labels = blobs(n=100, d=24, spread=2.0)
+    penalties = (10.0, 1.0, 0.1, 0.01)
+    order = torch.randperm(100, generator=generator())
+    judge, train = order[:20], order[20:]
+    scaled = ((features - features.mean(0)) / features.std(0, correction=0)).double().numpy()
+    losses = {}
+    for penalty in penalties:
+        theirs = linear_model.LogisticRegression(C=1 / (penalty * 80), tol=1e-8, max_iter=5000)
+        theirs.fit(scaled[train], labels[train].numpy())
+        known = torch.from_numpy(theirs.predict_log_proba(scaled[judge]))
+        losses[penalty] = float(F.nll_loss(known, labels[judge]))
+    expected = min(losses, key=losses.__getitem__)
+    assert metrics.fit_linear_probe(features, labels, 6, penalties=penalties)[1] == expected
+
+
+def test_classes_that_no_sample_has_do_not_lower_the_mean_recall() -> None:
+    features = torch.eye(4)[[0, 0, 1, 3]]  # the second sample of class 0 and that of 3 are right
+    of_classes = accuracy(features, torch.tensor([0, 0, 3, 3]))
+    assert of_classes[metrics.MEAN_PER_CLASS] == pytest.approx((1 + 0.5) / 2)
+
+
+@pytest.mark.parametrize("block", [7, 1 << 24])
+def test_no_row_is_a_pair_with_itself(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", block)
+    rows = torch.randn(6, 3, generator=generator())
+    squared = torch.pdist(F.normalize(rows)).double().square()
+    expected = math.log(float(torch.exp(-2 * squared).mean()))
+    assert metrics.uniformity(rows) == pytest.approx(expected, abs=1e-5)
+
+
 def test_linear_probe_chooses_a_penalty_that_generalises() -> None:
     features, labels = blobs(n=300, d=64, spread=4.0)  # nearly noise: a weak penalty overfits
     train = Blobs(features[:200], labels[:200])

@@ -260,6 +260,19 @@ def test_a_checkpoint_continues_in_the_other_layout(convolutions: ProtoModel) ->
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-7)
 
 
+def test_multipliers_stay_between_1_and_100(model: ProtoModel) -> None:
+    scales = {"contrastive": model.clip.logit_scale, "prototypes": model.proto_log_scale}
+    before = {name: scale.detach().clone() for name, scale in scales.items()}
+    for log_scale, expected in ((-1.0, 1.0), (9.0, 100.0)):
+        for scale in scales.values():
+            scale.data.fill_(log_scale)
+        model.clamp_scales()
+        got = {name: scale.exp().item() for name, scale in scales.items()}
+        assert got == pytest.approx(dict.fromkeys(scales, expected))
+    for name, scale in scales.items():
+        scale.data.copy_(before[name])
+
+
 def test_the_heads_start_equal() -> None:
     model = build_model(ModelConfig())
     for of_image, of_text in zip(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from ranks import metrics
+from ranks import bare_run, metrics
 from torch import Tensor
 
 from protoclip import export
@@ -76,6 +76,14 @@ def test_the_exported_folder_holds_what_open_clip_reads(exported: Path) -> None:
     ]  # fmt: skip
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
     assert "Resize(size=16" in str(preprocess)
+
+
+def test_a_context_of_another_length_is_exported(
+    workdir: Path,
+) -> None:
+    flags = bare_run(workdir, "--force-context-length", "9", "--max-steps", "1")
+    assert train(flags) == 0 and export.main(["logs/run", "--out", "exported"]) == 0
+    assert open_clip.get_tokenizer("local-dir:exported")(["a"]).shape == (1, 9)
 
 
 def test_the_model_card_has_the_results(exported: Path) -> None:

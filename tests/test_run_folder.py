@@ -57,6 +57,31 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_resume_goes_on(
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
 
 
+def test_a_power_cut_leaves_metrics_and_a_checkpoint_of_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not synced may be lost: the metrics first, then the checkpoint, which then takes the
+    place of the one before."""
+    folder = open_folder(tmp_path / "run", config_of())
+    events: list[str] = []
+    original_sync, original_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        events.append(f"synced {name.partition('.')[0]}")
+        original_sync(descriptor)
+
+    def replace(old: Any, new: Any) -> None:
+        events.append(f"renamed to {Path(new).name}")
+        original_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder.checkpoint({"epoch": 1}, None)
+    folder.close()
+    assert events == ["synced metrics", "synced epoch_latest", "renamed to epoch_latest.pt"]
+
+
 def saved_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[int]:
     """The steps after which a run of nine steps saves."""
     steps: list[int] = []

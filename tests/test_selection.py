@@ -90,6 +90,8 @@ def test_a_selection_of_other_data_is_refused(
         open_with(["none.png"], [0])
     with pytest.raises(ValueError, match="expected positions below 24, the size of .*got 99 in"):
         open_with([""], [99])
+    with pytest.raises(ValueError, match="expected positions below 24, the size of .*got 24 in"):
+        open_with([""], [24])
     with pytest.raises(ValueError, match="expected a selected.csv of protoclip curate, got"):
         open_run_data(config_of("--train-data", str(table), "--rows", str(table)))
 

@@ -26,7 +26,7 @@ from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
 from protoclip.training import log, update
 from protoclip.training.loop import Trainer
-from protoclip.training.optimiser import parameter_groups
+from protoclip.training.optimiser import load_optimiser, parameter_groups
 from protoclip.training.schedule import Plan
 
 
@@ -71,6 +71,7 @@ def test_a_bad_step_is_skipped_and_counted(
     records = {line["step"]: line for line in metrics(run)}
     assert sorted(records) == list(range(1, 13))
     assert [step for step in records if "loss" not in records[step]] == [3, 7]
+    assert [records[step]["episode"] for step in (1, 4, 5, 8, 9, 12)] == [0, 0, 1, 1, 2, 2]
     assert records[12]["bad_steps"] == 2 and "bad_steps" not in records[2]
     payload = newest_checkpoint(run)
     tensors = [*payload["state_dict"].values(), *payload["protoclip"]["heads"].values()]
@@ -124,7 +125,25 @@ def test_vectors_scalars_and_heads_do_not_decay() -> None:
     assert len(decaying) + len(constant) == len(list(model.parameters()))
 
 
-def test_gradients_are_clipped_and_scales_clamped() -> None:
+def test_a_resumed_run_keeps_its_own_rate_and_decay() -> None:
+    """Whatever the saved optimiser had."""
+    weight = nn.Parameter(torch.ones(2, 2))
+
+    def adamw(lr: float, weight_decay: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW([weight], lr=lr, weight_decay=weight_decay)
+
+    saved, resumed = adamw(1.0, 0.5), adamw(0.1, 0.2)
+    weight.grad = torch.ones(2, 2)
+    saved.step()
+    load_optimiser(resumed, saved.state_dict())
+    group = resumed.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.2)
+    assert resumed.state[weight]["step"] == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_clipped_and_scales_clamped(scaled: bool) -> None:
+    """Also those of a loss that is scaled for fp16."""
     model = build_model(ModelConfig())
 
     def steep_loss(*_: Any, **options: Any) -> Losses:
@@ -135,10 +154,12 @@ def test_gradients_are_clipped_and_scales_clamped() -> None:
     steep_loss.trains_heads = lambda episode: False
     trainer = trainer_of(model, None, "--grad-clip-norm", "0.5")
     trainer.loss = steep_loss
+    if scaled:
+        trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     pixels = torch.zeros(2, 3, model.image_size, model.image_size)
     batch = Batch(torch.arange(2), pixels, model.tokenizer(["a", "b"]))
     result = trainer.take_step(0, [batch])
-    assert result.finite and result.norm > 1e6
+    assert result.finite and 1e6 < result.norm < 1e8
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert torch.stack(norms).norm() == pytest.approx(0.5, rel=1e-4)
     assert 1 <= model.proto_logit_scale <= 100.0001

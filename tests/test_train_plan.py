@@ -24,6 +24,10 @@ class TestDraws:
             assert len(draws) == 128 and torch.equal(draws.unique(), torch.arange(100))
             assert all(len(batch.unique()) == 32 for batch in draws.split(32))
 
+    def test_each_epoch_has_an_order_of_its_own(self) -> None:
+        first, second = (draw(self.plan, 0, range(4 * i, 4 * i + 4)) for i in range(2))
+        assert not torch.equal(first, second)
+
     def test_a_pass_ends_with_the_run_that_has_seen_as_many_samples(self) -> None:
         assert [step for step in range(1, 11) if self.plan.ends_pass(step)] == [4, 8, 10]
         shorter = make_plan(config_of("--batch-size", "32", "--max-steps", "6"), 100)
