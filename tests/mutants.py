@@ -3,8 +3,8 @@
     python -m tests.mutants [--out FILE] [--only "a family, or part of a name"]
 
 A mutant is planted in a copy of the working tree with a cache of compiled code of its own, and the
-tests of its family run until the first one fails, once they have all passed in a copy that nothing is
-changed in. Each row of the table is written when it is known, and a later call does those that are
+tests of its family run until the first one fails, once they have all passed in a copy in which nothing
+is changed. Each row of the table is written when it is known, and a later call does those that are
 missing. A survivor is a missing test, an equivalent change or code that nobody needs.
 """
 
@@ -757,8 +757,8 @@ MUTANTS = [
         "a selection of one row too many is an IndexError",
         "data",
         "protoclip/data/selection.py",
-        ">= len(dataset):",
-        "> len(dataset):",
+        "default=0) >= len(dataset)",
+        "default=0) > len(dataset)",
         first="selection::other_data",
     ),
     Mutant(
