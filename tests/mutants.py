@@ -3,9 +3,9 @@
     python -m tests.mutants [--out FILE] [--only "a family, or part of a name"]
 
 A mutant is planted in a copy of the working tree with a cache of compiled code of its own, and the
-tests of its family run until the first one fails, once they have all passed in a copy in which nothing
-is changed. Each row of the table is written when it is known, and a later call does those that are
-missing. A survivor is a missing test, an equivalent change or code that nobody needs.
+tests of its family run until the first one fails, once they have all passed in a copy without it.
+Each row of the table is written when it is known, and a later call does those that are missing. A
+survivor is a missing test, an equivalent change or code that nobody needs.
 """
 
 from __future__ import annotations
@@ -757,8 +757,8 @@ MUTANTS = [
         "a selection of one row too many is an IndexError",
         "data",
         "protoclip/data/selection.py",
-        "default=0) >= len(dataset)",
-        "default=0) > len(dataset)",
+        "positions.max(initial=0) >= count:",
+        "positions.max(initial=0) > count:",
         first="selection::other_data",
     ),
     Mutant(
