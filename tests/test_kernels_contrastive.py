@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from budget import Results, leaf, loss_and_gradients
 from kernel_features import features
 from op_table import (
-    FUSED_DTYPES as DTYPES,
-)
-from op_table import (
     Draw,
     Relation,
     Size,
