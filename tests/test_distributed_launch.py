@@ -228,7 +228,7 @@ def test_other_launchers_variables_are_enough(tmp_path: Path, launcher: str) -> 
 def test_torchrun_trains_evaluates_and_writes_one_folder(tmp_path: Path) -> None:
     """Two agents of one rank each, as on two machines."""
     argv = tiny_run(tmp_path, "both", "--max-steps", "4")
-    agents = torchrun(tmp_path, argv, "--nproc-per-node", "1", machines=2, forked=True)
+    agents = torchrun(tmp_path, argv, "--nproc-per-node", "1", machines=2)
     assert exit_codes(agents) == [0, 0], logs_of(tmp_path)
     printed = output_of(tmp_path)
     run = tmp_path / "logs" / "both"
