@@ -1,6 +1,6 @@
 PYTHON ?= python
 SOURCES = protoclip kernels benchmarks tests setup.py
-NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*.h tests/*.cpp tests/ptx/*.cpp tests/ptx/*.cu)
+NATIVE = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/*/*.cpp tests/*/*.cu)
 
 # `make` is `make check`; the words after ## are what `make help` says.
 .PHONY: check help lint fix test check-peers check-sizes parity check-arm sanitize mutants versions dist-check faults bench bench-full peers docs pictures kernels ptx ptx-record ptx-mutants gpu gpu-sanitize
@@ -25,10 +25,10 @@ test:  ## the tests, on all cores
 	$(PYTHON) -m pytest tests -n auto --dist loadfile
 
 check-peers:  ## all cases of scikit-learn's own tests of k-means; `make test` runs one of each
-	$(PYTHON) -m pytest tests/test_kmeans_sklearn.py --all-peer-tests
+	$(PYTHON) -m pytest tests/lloyd/test_kmeans_sklearn.py --all-peer-tests
 
 check-sizes:  ## more than 2^31 logits in C++, which `make test` leaves out: half a minute
-	$(PYTHON) -m pytest tests/test_info_nce.py -k two_to_the_31 --all-sizes
+	$(PYTHON) -m pytest tests/ops/test_info_nce.py -k two_to_the_31 --all-sizes
 
 parity:  ## every benchmark of `make bench` once: checked against fp64, not timed
 	$(PYTHON) -m pytest benchmarks -n auto --benchmark-disable $(if $(SIZES),--sizes $(SIZES))
@@ -42,7 +42,7 @@ check-arm:  ## csrc on ARM: all of it compiles, its plain kernels run (g++-aarch
 	for source in $(filter-out csrc/cuda_%,$(wildcard csrc/*.cpp)); do \
 		echo $$source && $(ARM_CXX) $$flags -c $$source -o build/arm.o || exit 1; \
 	done; \
-	$(ARM_CXX) $$flags tests/arm_check.cpp -o build/arm_check && \
+	$(ARM_CXX) $$flags tests/ops/arm_check.cpp -o build/arm_check && \
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm_check
 
 SANITIZED = build/sanitized
@@ -55,7 +55,7 @@ sanitize:  ## the ops' tests with csrc under the address and undefined-behaviour
 	libraries=$$(for name in asan ubsan stdc++; do printf '%s ' $$(g++ -print-file-name=lib$$name.so); done); \
 	env CXX=$(CURDIR)/$(SANITIZED)/g++ PROTOCLIP_CACHE=$(CURDIR)/$(SANITIZED) LD_PRELOAD="$$libraries" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(PYTHON) -m pytest -x $(OP_TESTS:%=tests/test_%.py) -k "not memory"  # a limit of addresses leaves asan no memory
+		$(PYTHON) -m pytest -x $(foreach name,$(OP_TESTS),$(wildcard tests/*/test_$(name).py)) -k "not memory"  # a limit of addresses leaves asan no memory
 
 mutants:  ## changes one thing at a time and lists what no test notices; an hour of one core, resumable; of one module: ONLY=training
 	$(PYTHON) -m tests.mutants $(if $(ONLY),--only "$(ONLY)")
@@ -67,8 +67,8 @@ dist-check:  ## wheel and sdist of the last commit, each installed in an empty e
 	.ci/dist-check
 
 faults:  ## kill a run twenty times, stop two ranks 300 times (STOPS=20); then every other fault: about an hour
-	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/test_faults_*.py tests/test_checkpoint.py \
-		tests/test_run_folder.py tests/test_step.py tests/test_resume*.py tests/test_stop.py tests/test_full_disk.py
+	PROTOCLIP_KILLS=20 PROTOCLIP_STOPS=$(or $(STOPS),300) $(PYTHON) -m pytest tests/*/test_faults_*.py tests/runs/test_checkpoint.py \
+		tests/runs/test_run_folder.py tests/training/test_step.py tests/runs/test_resume*.py tests/training/test_stop.py tests/runs/test_full_disk.py
 
 bench:  ## parity, then speed; at most five minutes on two cores
 	$(PYTHON) -m pytest benchmarks --benchmark-only $(if $(RECORD),--record $(RECORD))
@@ -93,7 +93,7 @@ ptx:  ## every kernel, executed in an emulator of PTX; ARCH="80 90": five to ten
 		env -u TRITON_INTERPRET $(PYTHON) -m tests.ptx.run $$arch $(PTX) || failed=1; \
 	done; exit $${failed:-0}
 
-ptx-record:  ## executes what tests/test_ptx.py skips while sources are what they were, and records what passed: ten minutes
+ptx-record:  ## executes what tests/kernels/test_ptx.py skips while sources are what they were, and records what passed: ten minutes
 	env -u TRITON_INTERPRET $(PYTHON) -c 'import sys; from tests.ptx import known; sys.exit(known.main())'
 
 ptx-mutants:  ## breaks one PTX instruction at a time and prints what notices it; ARCH=80
@@ -109,6 +109,6 @@ gpu-sanitize:  ## on a GPU: the kernels under compute-sanitizer, fresh memory fi
 		$(SANITIZER) --tool $$tool $(PYTHON) -m benchmarks.gpu canary --seconds 300 || exit 1; \
 	done
 	$(SANITIZER) --tool memcheck \
-		$(PYTHON) -m pytest --bare --nan-empties -x tests/test_cuda_gpu.py \
-		tests/test_kernels_info_nce.py tests/test_kernels_contrastive.py \
-		tests/test_kernels_prototype.py tests/test_kernels_hot_paths.py
+		$(PYTHON) -m pytest --bare --nan-empties -x tests/kernels/test_cuda_gpu.py \
+		tests/kernels/test_kernels_info_nce.py tests/kernels/test_kernels_contrastive.py \
+		tests/kernels/test_kernels_prototype.py tests/kernels/test_kernels_hot_paths.py

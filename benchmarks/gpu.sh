@@ -39,10 +39,10 @@ wanted() { [[ $steps == *" $1 "* ]]; }
 # protoclip.kernels and protoclip.csrc are mapped by the install; no network is needed for it.
 "$python" -c 'import protoclip.kernels' 2>/dev/null ||
   step install 30 "$python" -m pip install --quiet --no-deps --no-build-isolation --no-index -e .
-tests=(tests/test_package.py tests/test_backends.py
-  tests/test_kernels_hot_paths.py tests/test_kernels_info_nce.py tests/test_kernels_contrastive.py
-  tests/test_kernels_prototype.py tests/test_prototype_cross_entropy.py)
-last_tests=(tests/test_segment_mean.py tests/test_kmeans_assign.py tests/test_cuda_gpu.py tests/test_ops.py)
+tests=(tests/house/test_package.py tests/ops/test_backends.py
+  tests/kernels/test_kernels_hot_paths.py tests/kernels/test_kernels_info_nce.py tests/kernels/test_kernels_contrastive.py
+  tests/kernels/test_kernels_prototype.py tests/ops/test_prototype_cross_entropy.py)
+last_tests=(tests/ops/test_segment_mean.py tests/ops/test_kmeans_assign.py tests/kernels/test_cuda_gpu.py tests/ops/test_ops.py)
 # The library's halves are built by two processes, before any test waits for them.
 build='import sys, torch; from protoclip.ops import native as n; why = n.why_not(sys.argv[1])
 print(sys.argv[1], why); sys.exit(why is not None and torch.cuda.is_available())'
@@ -50,7 +50,7 @@ pool=$(nproc)
 [ "$pool" -le 16 ] || pool=16 # each holds a CUDA context
 slower=$((16 / pool))         # than what the build's limit is made for
 if [ "$sizes" = tiny ]; then
-  pool=1 tests=(${PROTOCLIP_REHEARSE_TEST:-}) last_tests=(tests/test_prototype_cross_entropy.py)
+  pool=1 tests=(${PROTOCLIP_REHEARSE_TEST:-}) last_tests=(tests/ops/test_prototype_cross_entropy.py)
   echo "a rehearsal: Triton's interpreter at tiny sizes; its times say nothing of a GPU. Of the tests it" \
     "runs" "${tests[@]}" "${last_tests[@]}" "only, the others are in make test" | tee -a "$out/gpu-summary.log"
 fi

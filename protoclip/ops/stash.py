@@ -20,7 +20,7 @@ STASH_BYTES = 64 << 20  # the most: N = 4,096
 CACHED_BYTES = 8 << 20  # stays in the caches, and so always pays
 
 # A stash saves one product of four, whose time grows with D, and costs writing and reading 4
-# bytes a logit. In the table of tests/test_stash.py (two Zen 4 cores) it wins 11 D - 430
+# bytes a logit. In the table of tests/ops/test_stash.py (two Zen 4 cores) it wins 11 D - 430
 # picoseconds a logit in fp32 and 5.5 D - 480 in bf16, by least squares over N = 4,096. AMX
 # multiplies bf16 at 2.17 TFLOP/s, and 2 / 2.17 = 0.92. So it pays beyond D = 43, 87 and 521
 # (there, D = 512 takes 0.96 and 1.18 times as long with a stash, on one and two threads).

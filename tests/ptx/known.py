@@ -3,7 +3,7 @@
     make ptx-record     # executes everything; if all of it passed, record.json says so
 
 The result of an execution follows from sources, compilers and settings. Their digest is in the
-record, one for each architecture, and tests/test_ptx.py skips what has passed with it.
+record, one for each architecture, and tests/kernels/test_ptx.py skips what has passed with it.
 ``PROTOCLIP_PTX=1`` executes it all the same.
 """
 
@@ -28,7 +28,7 @@ import triton
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent.relative_to(ROOT)
 RECORD = HERE / "record.json"
-TEST = "tests/test_ptx.py"
+TEST = "tests/kernels/test_ptx.py"
 FOLDERS = ("kernels", "csrc", str(HERE))
 SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h"}
 OTHERS = (TEST, "tests/conftest.py", "tests/budget.py")

@@ -229,7 +229,7 @@ def test_make_gpu_goes_on_after_a_crash(crashing_kernel: Path, tmp_path: Path) -
     summary = (tmp_path / "out" / "gpu-summary.log").read_text()
     assert "tests-test_that_crashes: exit 134" in summary
     assert "tests-test_prototype_cross_entropy: exit 0" in summary
-    assert f"runs {crashing_kernel} tests/test_prototype_cross_entropy.py only" in summary
+    assert f"runs {crashing_kernel} tests/ops/test_prototype_cross_entropy.py only" in summary
     assert f"all logs are in {tmp_path / 'out'}" in run.stdout
 
 

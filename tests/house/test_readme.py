@@ -22,7 +22,7 @@ from protoclip.model import register_configs
 from protoclip.ops.dispatch import TABLE
 from protoclip.settings.commands import PARSERS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mutants import MUTANTS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("protoclip", "kernels", "csrc", "benchmarks", "tests", "docs", ".ci", ".github")
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 TEXT = {".md", ".sh", ".yml", ".yaml", ".toml", ""}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 

@@ -31,7 +31,7 @@ from protoclip.report.statistics import (
 from protoclip.settings.comparison import Record
 from protoclip.settings.config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 EVIDENCE = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
 DRAWS = 5000
