@@ -48,6 +48,7 @@ def test_a_mask_selects(file: Path, method: str) -> None:
     assert len(rows.select(mask).take(np.array([True, False]))) == 1
 
 
+@pytest.mark.smoke
 def test_positions_are_of_any_integers() -> None:
     assert as_positions(np.array([2, 0], np.uint8), 3).dtype == np.int64
     assert as_positions(range(2), 3).tolist() == [0, 1]
