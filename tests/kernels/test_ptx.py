@@ -143,7 +143,6 @@ MORE_SECTORS = {
     "weights_kernel": "stores rows of 77 weights, which begin anywhere",
     "assign_kernel (CUDA)": "partial results of slices",
     "runs_kernel (CUDA)": "labels before and after a piece",
-    "info_nce_gradient_kernel": "sums, a row of [4, N] statistics; 1.0 where 8 divides N",
 }
 
 
