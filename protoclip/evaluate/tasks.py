@@ -22,7 +22,7 @@ from protoclip.data import Batch, Draws, Faults, Labels, PairDataset, batches
 from protoclip.data.feature_pairs import ClassRows, FeaturePairs, feature_pairs, origin
 from protoclip.data.images import hog
 from protoclip.data.types import heldout_mask, labels_of
-from protoclip.distributed import from_main, gather_objects, is_main, own_slice
+from protoclip.distributed import gather_objects, is_main, own_slice
 from protoclip.evaluate import metrics
 from protoclip.evaluate.datasets import Layout, class_prompts
 from protoclip.evaluate.results import Results, SetResults
@@ -386,7 +386,8 @@ def encode_set(
         class_vectors=vectors,
         choices=choices,
         title=layout.title or dataset.name,
-        fingerprint=from_main(partial(fingerprint, dataset, layout.captions)),
+        # Not by a collective call: rank 0 alone encodes for ``floors``, and alone has results.
+        fingerprint=fingerprint(dataset, layout.captions) if is_main() else "",
     )
 
 
