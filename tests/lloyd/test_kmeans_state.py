@@ -4,6 +4,7 @@ file of another call, torn, or of other rows is refused."""
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import random
@@ -525,6 +526,29 @@ def test_a_resumed_run_makes_two_passes_more(
         left = 8 - (iteration - 1)
         assert reads_of(rows, state) == left + 2
         assert reads_of(rows, state, progress=stop_at(0)) == 2  # it has ended
+
+
+@pytest.mark.parametrize("num_restarts", [1, 3])
+def test_a_state_keeps_no_centroids_in_memory_that_the_run_does_not_keep(
+    num_restarts: int, tmp_path: Path
+) -> None:
+    """They are counted, whatever refers to them; the file holds some of those of the run."""
+
+    def most(state: Path | None) -> int:
+        counts = []
+
+        def progress(*_: object) -> None:
+            tensors = (x for x in gc.get_objects() if isinstance(x, torch.Tensor))
+            counts.append(len({x.data_ptr() for x in tensors if x.shape == (13, 40)}))
+
+        options = {"num_restarts": num_restarts, "num_iters": 30, "weights": None}
+        clusters = protoclip.kmeans(
+            SMALL, 13, state=state, progress=progress, warn=False, **options
+        )
+        assert clusters.centroids.shape == (13, 40)
+        return max(counts)
+
+    assert most(tmp_path / "k.state") == most(None)
 
 
 # ---- what a line says ----
