@@ -752,6 +752,7 @@ MUTANTS = [
         "protoclip/heads.py",
         "return x + self.narrow(",
         "return self.narrow(",
+        first="heads::adds_nothing",
     ),
     Mutant(
         "a selection of one row too many is an IndexError",
@@ -917,6 +918,7 @@ MUTANTS = [
         "protoclip/settings/flags.py",
         'self.exit(2, f"{self.prog}',
         'self.exit(1, f"{self.prog}',
+        first="command_line::mistakes",
     ),
 ]
 

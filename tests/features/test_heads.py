@@ -25,7 +25,7 @@ from ranks import (
     steps_of,
     wait_until,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import protoclip
 from protoclip.common.seeds import generator
@@ -38,7 +38,7 @@ from protoclip.encode.__main__ import main as encode
 from protoclip.episodes import prototypes
 from protoclip.evaluate.__main__ import main as evaluate
 from protoclip.export import main as export
-from protoclip.heads import Heads
+from protoclip.heads import Heads, ResidualBlock
 from protoclip.losses.objective import caption_ids
 from protoclip.plan import main as plan
 from protoclip.runs import checkpoint
@@ -110,6 +110,14 @@ def write_layout(path: Path, columns: dict[str, list[str]], image: Any, text: An
 
 
 # The model
+
+
+def test_a_block_that_adds_nothing_passes_its_input_on() -> None:
+    block = ResidualBlock(4)
+    nn.init.zeros_(block.narrow.weight)
+    nn.init.zeros_(block.narrow.bias)
+    rows = torch.randn(3, 4)
+    assert torch.equal(block(rows), rows)
 
 
 def test_a_linear_head_is_its_formula() -> None:
