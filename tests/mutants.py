@@ -65,7 +65,6 @@ TESTS = {
     "report": ("compare_statistics", "compare"),
     "compare": ("compare",),
     "export": ("openclip_export",),
-    "settings": ("config", "command_line", "train_command"),
 }
 
 
@@ -911,14 +910,6 @@ MUTANTS = [
         'model_cfg["init_logit_bias"] = 0.0',
         "pass",
         first="openclip_export::siglip",
-    ),
-    Mutant(
-        "a mistake in flags ends with code 1",
-        "settings",
-        "protoclip/settings/flags.py",
-        'self.exit(2, f"{self.prog}',
-        'self.exit(1, f"{self.prog}',
-        first="command_line::mistakes",
     ),
 ]
 
