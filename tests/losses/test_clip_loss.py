@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from budget import Results, leaf, loss_and_gradients
+from budget import PlainResults, Results, assert_results_within_budget, leaf, loss_and_gradients
 from open_clip import loss as open_clip_loss
 from ranks import in_group
 from torch import Tensor, nn
@@ -284,6 +284,40 @@ def test_siglip_loss_is_open_clips(n: int) -> None:
     assert list(ours(image, text, **scalars, output_dict=True)) == ["contrastive_loss"]
     with torch.no_grad():
         assert torch.allclose(ours(image, text, **scalars), theirs(image, text, **scalars))
+
+
+@needs_cpu
+@pytest.mark.parametrize("n, d", [(1, 1), (2, 17), (252, 123), (300, 64), (1101, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("logit_scale, logit_bias", [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
+def test_the_sigmoid_loss_is_within_budget(
+    logit_scale: float, logit_bias: float, dtype: torch.dtype, n: int, d: int
+) -> None:
+    image, text = features(n, d, dtype)
+
+    def run(wide: torch.dtype, backend: str) -> Results:
+        at_least_fp32 = torch.promote_types(wide, torch.float32)
+        leaves = {
+            "image_features": leaf(image, wide),
+            "text_features": leaf(text, wide),
+            "logit_scale": leaf(logit_scale, at_least_fp32),
+            "logit_bias": leaf(logit_bias, at_least_fp32),
+        }
+        loss = protoclip.ops.sigmoid_loss(**leaves, reduction="sum", backend=backend)
+        return loss_and_gradients(loss, torch.tensor(-3.0), **leaves)
+
+    truth = run(torch.float64, "reference")
+    # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus
+    # is some four roundings.
+    terms = 3 * n * (logit_scale + abs(logit_bias) + 1)
+    size = max(terms, 4 * truth["loss"].abs().item())
+    assert_results_within_budget(
+        run(dtype, "cpu"),
+        truth=PlainResults(truth, dlogit_scale_terms=size),
+        base=PlainResults(run(dtype, "reference"), dlogit_scale_terms=size),
+        logit_scale=0.0,
+        magnitudes={"loss": size, "dlogit_bias": size},
+    )
 
 
 @pytest.mark.parametrize("loss", [protoclip.SigLipLoss(), protoclip.ClipLoss()])
