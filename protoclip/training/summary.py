@@ -12,6 +12,7 @@ import torch
 from protoclip import distributed
 from protoclip.common.files import plural
 from protoclip.common.host import busy_note
+from protoclip.common.waits import Wait
 from protoclip.data import BadSample
 from protoclip.episodes import prototypes
 from protoclip.episodes.feature_store import FeatureSource
@@ -157,7 +158,8 @@ def conclude(trainer: Trainer, before: Results | None, after: Results | None) ->
     if evaluation.sets:
         name = next(iter(evaluation.sets))
         held_out = (evaluation.quick_sets[name].test, evaluation.sets[name])
-    draw_plots(path, run.dataset, trainer.episode, encoder, held_out, run.phases.memory)
+    with Wait("drawing the page"):
+        draw_plots(path, run.dataset, trainer.episode, encoder, held_out, run.phases.memory)
     run.folder.say("\n" + results.format_table(outcome))
     if not outcome.trained:
         run.folder.say("no evaluation: too few pictures could be read; give --val-data")
