@@ -23,7 +23,8 @@ class PairStatistics(NamedTuple):
 def empty_statistics(x: Tensor, length: int) -> Tensor:
     """Room for ``PairStatistics`` of so many rows or columns, fp32. Each of the four begins at a
     sector of a GPU's memory; kernels would otherwise read more sectors."""
-    return x.new_empty((4, (length + 7) // 8 * 8), dtype=torch.float32)
+    # In this form torch.export sees without a guard that it is not shorter.
+    return x.new_empty((4, length + -length % 8), dtype=torch.float32)
 
 
 class IdCodes(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -115,6 +116,10 @@ def become_worker(number: int = 0) -> None:
     for signal_number in NUMBERS:
         signal.signal(signal_number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
+    this, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+    is_forked = type(this).__name__ == "ForkProcess"  # a server's children have another parent
+    if is_forked and parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # killed before the line above
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <random>
 
-#include "../csrc/gemm_tile.h"
-#include "../csrc/kmeans_screen.h"
+#include "../../csrc/gemm_tile.h"
+#include "../../csrc/kmeans_screen.h"
 
 using namespace protoclip;
 

@@ -1,5 +1,5 @@
 // csrc/int8_tile.h in whatever vector width this file is compiled for, to be called by ctypes.
-#include "../csrc/kmeans_screen.h"
+#include "../../csrc/kmeans_screen.h"
 
 using namespace protoclip;
 
