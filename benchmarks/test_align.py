@@ -52,14 +52,14 @@ class Shape:
 
 CASES = {
     "tiny": [Shape(64, 16), Shape(64, 16, "mlp")],
-    "quick": [Shape(1024, 512), Shape(8192, 512)],
+    "quick": [Shape(1024, 512), Shape(4096, 512)],
     "full": [
         Shape(1024, 512), Shape(8192, 512), Shape(16_384, 512), Shape(32_768, 512),
         Shape(32_768, 1024), Shape(8192, 512, "mlp"), Shape(16_384, 512, "mlp"),
     ],
 }  # fmt: skip
 PAIRS = {"tiny": 256, "quick": 65_536, "full": 262_144}  # on disk, of which batches are gathered
-TRAINED = {"tiny": 64, "quick": 8192, "full": 16_384}  # batch of the trainer's steps
+TRAINED = {"tiny": 64, "quick": 4096, "full": 16_384}  # batch of the trainer's steps
 
 
 def _step_of(variant: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -19,7 +19,7 @@ from benchmarks.harness import OURS, Bench, Case
 from benchmarks.machine import DEVICE
 from benchmarks.roofline import Work
 
-SIZES = {"tiny": (16, 4), "quick": (1024, 64), "full": (4096, 64)}  # rows, rows of a chunk
+SIZES = {"tiny": (16, 4), "quick": (256, 32), "full": (4096, 64)}  # rows, rows of a chunk
 WORDS = 1000
 TOKENS = 16
 WIDTH = 128
