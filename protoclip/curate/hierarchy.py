@@ -34,7 +34,7 @@ from protoclip.curate.order import (
 from protoclip.lloyd import kmeans
 from protoclip.lloyd.clusters import Rows, assign_blocks
 from protoclip.lloyd.points import InMemory, OnDisk, Points, open_points
-from protoclip.lloyd.state import Content, OtherCallError, StateFile, identity, remove_state
+from protoclip.lloyd.state import OtherCallError, StateFile, identity, remove_state
 
 OP = "hierarchical_kmeans"
 KMEANS, SAMPLE = 0, 1  # purposes of random numbers
@@ -250,8 +250,8 @@ def hierarchical_kmeans(
         read_old = partial(_read_old, call=old_call)
         file = StateFile(OP, Path(state), digests | facts | call, group, points.device, read_old)
     levels_until_now: list[Level] = []
-    with contextlib.nullcontext(Content({}, {})) if file is None else file.opened() as content:
-        finished = _Finished(file, content)
+    with contextlib.nullcontext() if file is None else file.opened() as content:
+        finished = _Finished(file, content or {})
         members = _Members(points, weights, None, group)
         for number, plan in enumerate(plans):
 
@@ -339,11 +339,11 @@ class _Finished:
     """The centroids of each level's last k-means, in a file, and the file of the k-means that runs
     beside it."""
 
-    def __init__(self, file: StateFile | None, content: Content) -> None:
+    def __init__(self, file: StateFile | None, content: dict[str, Tensor]) -> None:
         self.file = file
         self.of_level = {  # -> number of k-means, centroids
             level: (number, centroids)
-            for name, centroids in content.tensors.items()
+            for name, centroids in content.items()
             for level, number in [map(int, name.split("."))]
         }
         for level, (number, _) in self.of_level.items():
@@ -354,7 +354,7 @@ class _Finished:
         self.of_level[level] = number, centroids
         if self.file is not None:
             tensors = {f"{level}.{number}": x for level, (number, x) in self.of_level.items()}
-            self.file.write(Content({}, tensors))
+            self.file.write(tensors)
             self._remove_running(level, number - 1)
 
     def running(self, level: int, number: int, group: dist.ProcessGroup | None) -> Path | None:
@@ -369,7 +369,7 @@ class _Finished:
             remove_state(path)
 
 
-def _read_old(path: Path, call: dict[str, Any]) -> Content:
+def _read_old(path: Path, call: dict[str, Any]) -> dict[str, Tensor]:
     """Of a file without a checksum, as earlier versions wrote it, which knew some rows only."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -385,4 +385,4 @@ def _read_old(path: Path, call: dict[str, Any]) -> Content:
     logger.warning(
         "%s: %s was made before version 0.2; only the number of its rows is compared", OP, path
     )
-    return Content({}, tensors)
+    return tensors

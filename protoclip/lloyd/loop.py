@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +67,7 @@ def lloyd(rows: PointSlice, passes: Sweep, begun: RunState, settings: Settings) 
             best = State(centroids, on_host.inertia, assigned.labels)
         if settings.note is not None:
             settings.note(
-                replace(
-                    begun,
+                begun._replace(
                     centroids=centroids,
                     history=tuple(history),
                     best=best if best.inertia < on_host.inertia else None,

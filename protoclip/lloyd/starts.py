@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +167,7 @@ def _plain(
         centroids = begun.centroids
         drawn = list(begun.drawn)
         fresh = list(centroids.split(drawn))
-        generator.set_state(begun.generator)
+        generator.set_state(begun.generator.cpu())
     while len(centroids) < num_clusters:
         squared = torch.minimum(squared, passes.distances(fresh))
         count = min(MAX_DRAWS, max(8, len(centroids)))
@@ -184,7 +183,7 @@ def _plain(
         centroids = torch.cat([centroids, *fresh])
         if note is not None:
             state = generator.get_state()
-            note(replace(begun, centroids=centroids, drawn=tuple(drawn), generator=state))
+            note(begun._replace(centroids=centroids, drawn=tuple(drawn), generator=state))
     return centroids
 
 

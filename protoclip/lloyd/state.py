@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,18 +45,17 @@ class Outcome(NamedTuple):
     converged: bool
 
 
-@dataclass(frozen=True)
-class RunState:
+class RunState(NamedTuple):
     """Where a run of k-means is: what the rest of it takes, besides its arguments. K x D numbers,
     up to three times; labels and distances follow from centroids."""
 
     restart: int = 0  # the number of restarts, once all have ended
     earlier: Outcome | None = None  # the best of the restarts before
     centroids: Tensor | None = None  # [K, D], before an update; in a start, those drawn until now
-    history: tuple[float, ...] = ()  # the inertia of each iteration; the last is of ``centroids``
+    history: Sequence[float] = ()  # the inertia of each iteration; the last is of ``centroids``
     best: State | None = None  # of this restart, if it is better than ``centroids``
-    repeated: tuple[str, ...] = ()  # digests of centroids whose inertia was there before
-    drawn: tuple[int, ...] = ()  # in a start: the centroids that each pass has drawn
+    repeated: Sequence[str] = ()  # digests of centroids whose inertia was there before
+    drawn: Sequence[int] = ()  # in a start: the centroids that each pass has drawn
     generator: Tensor | None = None  # in a start: of its next draws
 
     @property
@@ -65,63 +64,68 @@ class RunState:
         return max(0, len(self.history) - 1)
 
 
-class Content(NamedTuple):
-    """Of a file."""
-
-    facts: dict[str, Any]  # as JSON holds them
-    tensors: dict[str, Tensor]
-
-
 class OtherCallError(ValueError):
     """A state is of a call with other arguments, whose names are in ``different``."""
 
     def __init__(self, op: str, path: str, different: Sequence[str]) -> None:
-        super().__init__(
+        super().__init__(op, path, different)
+        self.different = different
+
+    def __str__(self) -> str:
+        op, path, different = self.args
+        return (
             f"{op}: the state {path} is of a call with other {', '.join(different)}; use another "
             "file, or remove it"
         )
-        self.op, self.path, self.different = op, path, different
 
 
+ERRORS = {kind.__name__: kind for kind in (OtherCallError, OSError, ValueError)}
+
+
+def _packed(value: Any) -> tuple[str, list[Tensor]]:
+    """A value as JSON, in which a tensor is its place in a list."""
+    tensors: list[Tensor] = []
+
+    def place(x: Tensor) -> dict[str, int]:
+        tensors.append(x)
+        return {"tensor": len(tensors) - 1}
+
+    return json.dumps(value, default=place), tensors
+
+
+def _unpacked(text: str, tensors: Sequence[Tensor]) -> Any:
+    return json.loads(text, object_hook=lambda x: tensors[x["tensor"]] if "tensor" in x else x)
+
+
+@dataclass
 class StateFile:
-    """The file of one call. The first rank of a group reads and writes it; the others hear what it
-    holds, or what is wrong with it.
+    """The file of one call, which holds numbers, texts and tensors in lists and dicts. The first
+    rank of a group reads and writes it; the others hear what it holds, or what is wrong with it."""
 
-    Args:
-        op: the function, named in errors.
-        call: its arguments, as JSON holds them, which a file must have.
-        read_old: reads what earlier versions wrote, or raises ValueError.
-    """
+    op: str  # the function, named in errors
+    path: Path
+    call: Mapping[str, Any]  # its arguments, as JSON holds them, which a file must have
+    group: dist.ProcessGroup | None
+    device: torch.device
+    read_old: Callable[[Path], Any] | None = None  # reads earlier versions' files, or ValueError
+    _has_warned: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        op: str,
-        path: Path,
-        call: Mapping[str, Any],
-        group: dist.ProcessGroup | None,
-        device: torch.device,
-        read_old: Callable[[Path], Content] | None = None,
-    ) -> None:
-        self.op = op
-        self.path = path
-        self.call: dict[str, Any] = json.loads(json.dumps(call))
-        self.group = group
-        self.device = device
-        self.read_old = read_old
-        self.is_first = group is None or dist.get_rank(group) == 0
-        self._has_warned = False
+    @property
+    def is_first(self) -> bool:
+        return self.group is None or dist.get_rank(self.group) == 0
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Content]:
+    def opened(self) -> Iterator[Any]:
         """Hold the file, which is written at once, so that a full disk is noticed now; its content
-        until now, on all ranks.
+        until now, on all ranks; None of a new one.
 
         Raises:
             ValueError: another process has it, or it is not a state of this call.
             OSError: it cannot be read or written.
         """
         with contextlib.ExitStack() as stack:
-            content, error = Content({}, {}), None
+            content: Any = None
+            error: Exception | None = None
             if self.is_first:
                 try:
                     content = self._open(stack)
@@ -133,7 +137,7 @@ class StateFile:
                 raise error
             yield content
 
-    def _open(self, stack: contextlib.ExitStack) -> Content:
+    def _open(self, stack: contextlib.ExitStack) -> Any:
         try:
             tempfile.TemporaryFile(dir=self.path.parent).close()
         except OSError as error:
@@ -141,11 +145,11 @@ class StateFile:
             raise OSError(error.errno, reason, str(self.path)) from error
         stack.enter_context(sole_writer(_lock_of(self.path), self.op, self.path))
         remove_leftovers(self.path.parent, glob.escape(self.path.name))
-        content = self._read() if self.path.exists() else Content({}, {})
+        content = self._read() if self.path.exists() else None
         self._save(content)
         return content
 
-    def _read(self) -> Content:
+    def _read(self) -> Any:
         from protoclip.common import sealed  # late: calls without a file need none of it
 
         shown = printable(str(self.path))
@@ -153,7 +157,7 @@ class StateFile:
             if not sealed.is_sealed(self.path) and self.read_old is not None:
                 return self.read_old(self.path)
             payload = sealed.load(self.path, must_be_sealed=True)
-            op, written, call, facts = (payload[name] for name in ("op", "format", "call", "facts"))
+            op, written, text = payload["op"], payload["format"], payload["text"]
         except OtherCallError:
             raise
         except (ValueError, LookupError, TypeError) as error:
@@ -166,54 +170,49 @@ class StateFile:
                 f"{self.op}: expected a state of {self.op} in format {FORMAT}, got one of {op} in "
                 f"format {written} at {shown}; use another path, or the version that wrote it"
             )
-        call = json.loads(call)
-        if names := [name for name in self.call if call.get(name) != self.call[name]]:
+        tensors = [x.to(self.device) for x in payload["tensors"]]
+        call, content = _unpacked(text, tensors)
+        asked = json.loads(json.dumps(self.call))
+        if names := [name for name in asked if call.get(name) != asked[name]]:
             raise OtherCallError(self.op, shown, names)
-        return Content(json.loads(facts), payload["tensors"])
+        return content
 
-    def _of_first_rank(
-        self, content: Content, error: ValueError | OSError | None
-    ) -> tuple[Content, ValueError | OSError | None]:
-        """Tensors and JSON, not pickles."""
+    def _of_first_rank(self, content: Any, error: Exception | None) -> tuple[Any, Exception | None]:
+        """JSON and tensors, not pickles."""
         failure: list[Any] = []
-        if isinstance(error, OtherCallError):
-            failure = ["OtherCallError", error.op, error.path, error.different]
-        elif isinstance(error, OSError):
+        if isinstance(error, OSError):
             failure = ["OSError", error.errno, error.strerror, error.filename]
         elif error is not None:
-            failure = ["ValueError", str(error)]
-        shapes = {
-            name: (str(x.dtype).removeprefix("torch."), x.shape)
-            for name, x in content.tensors.items()
-        }
-        text = json.dumps([failure, content.facts, shapes])
-        size = torch.tensor([len(text)], device=self.device)
+            failure = [type(error).__name__, *error.args]
+        text, tensors = _packed([failure, content])
+        tensors = [x.to(self.device).contiguous() for x in tensors]
+        kinds = [[str(x.dtype).removeprefix("torch."), x.shape] for x in tensors]
+        header = list(json.dumps([text, kinds]).encode())
+        letters = torch.tensor(header, dtype=torch.uint8, device=self.device)
+        size = torch.tensor([len(letters)], device=self.device)
         dist.broadcast(size, group=self.group, group_src=0)
-        letters = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        if self.is_first:
-            letters = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        if not self.is_first:
+            letters = letters.new_empty(int(size))
         dist.broadcast(letters, group=self.group, group_src=0)
-        failure, facts, shapes = json.loads(bytes(letters.tolist()))
-        if failure:
-            kinds = {kind.__name__: kind for kind in (OtherCallError, OSError, ValueError)}
-            return content, error or kinds[failure[0]](*failure[1:])
-        tensors = {}
-        for name, (dtype, shape) in shapes.items():
-            x = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            if self.is_first:
-                x.copy_(content.tensors[name])
+        if not self.is_first:
+            text, kinds = json.loads(bytes(letters.tolist()))
+            tensors = [
+                torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                for dtype, shape in kinds
+            ]
+        for x in tensors:
             dist.broadcast(x, group=self.group, group_src=0)
-            tensors[name] = x
-        return Content(facts, tensors), None
+        failure, content = _unpacked(text, tensors)
+        return content, ERRORS[failure[0]](*failure[1:]) if failure else None
 
-    def _save(self, content: Content) -> None:
+    def _save(self, content: Any) -> None:
         from protoclip.common import sealed
 
-        tensors = {name: _own_bytes(x) for name, x in content.tensors.items()}
-        texts = {"call": json.dumps(self.call), "facts": json.dumps(content.facts)}
-        sealed.save(self.path, {"op": self.op, "format": FORMAT, "tensors": tensors, **texts})
+        text, tensors = _packed([self.call, content])
+        payload = {"op": self.op, "format": FORMAT, "text": text}
+        sealed.save(self.path, payload | {"tensors": [_own_bytes(x) for x in tensors]})
 
-    def write(self, content: Content) -> None:
+    def write(self, content: Any) -> None:
         """Replace the file. A disk that has become full ends no run: the first time, it warns."""
         if not self.is_first:
             return
@@ -252,8 +251,9 @@ def place_of(path: Path) -> tuple[int, int]:
     from protoclip.common import sealed
 
     try:
-        facts = json.loads(sealed.load(path, must_be_sealed=True)["facts"])
-        return facts["restart"], max(0, len(facts["history"]) - 1)
+        _, (_, run) = json.loads(sealed.load(path, must_be_sealed=True)["text"])
+        run = RunState(*run)
+        return run.restart, run.iterations
     except (OSError, ValueError, LookupError, TypeError):
         return 0, 0
 
@@ -304,18 +304,15 @@ class RunFile:
         """Hold the file; where the run is. Whatever stops it, what it has come to is written."""
         with self.file.opened() as content:
             self._written_at = time.monotonic()
-            begun = self._run_state(content)
+            begun = RunState() if content is None else self._run_state(*content)
             try:
                 yield begun
             except BaseException:
                 self._write()
                 raise
 
-    def _run_state(self, content: Content) -> RunState:
-        facts, tensors = content
-        if not facts:
-            return RunState()
-        is_other = float(facts["machine"] != self.machine)
+    def _run_state(self, machine: list[Any], values: Any) -> RunState:
+        is_other = float(machine != self.machine)
         if self.rows.sum(torch.tensor(is_other, device=self.rows.points.device)):
             self._tolerance = OTHER_MACHINE
             self.machine = ["several"]
@@ -326,26 +323,14 @@ class RunFile:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        tensors = {name: x.to(self.rows.points.device) for name, x in tensors.items()}
-        earlier = best = None
-        if "earlier" in tensors:
-            *history, inertia = facts["earlier"]
-            state = State(tensors["earlier"], inertia, None)
-            earlier = Outcome(state, history, facts["converged"])
-        if "best" in tensors:
-            best = State(tensors["best"], facts["best"], None)
-        history = facts["history"]
-        self._expected = history[-1] if history else None
-        return RunState(
-            restart=facts["restart"],
-            earlier=earlier,
-            centroids=tensors.get("centroids"),
-            history=tuple(history),
-            best=best,
-            repeated=tuple(facts["repeated"]),
-            drawn=tuple(facts["drawn"]),
-            generator=tensors["generator"].cpu() if "generator" in tensors else None,
-        )
+        run = RunState(*values)
+        self._expected = run.history[-1] if run.history else None
+        if run.earlier is not None:
+            state, history, converged = run.earlier
+            run = run._replace(earlier=Outcome(State(*state), history, converged))
+        if run.best is not None:
+            run = run._replace(best=State(*run.best))
+        return run
 
     @property
     def age(self) -> float:
@@ -378,21 +363,10 @@ class RunFile:
         run, self._newest = self._newest, None
         if run is None:
             return
-        facts = {
-            "machine": self.machine,
-            "restart": run.restart,
-            "earlier": run.earlier and [*run.earlier.history, run.earlier.state.inertia],
-            "converged": run.earlier and run.earlier.converged,
-            "history": run.history,
-            "best": run.best and run.best.inertia,
-            "repeated": run.repeated,
-            "drawn": run.drawn,
-        }
-        tensors = {
-            "centroids": run.centroids,
-            "generator": run.generator,
-            "best": run.best and run.best.centroids,
-            "earlier": run.earlier and run.earlier.state.centroids,
-        }
-        self.file.write(Content(facts, {k: x for k, x in tensors.items() if x is not None}))
+        earlier, best = run.earlier, run.best
+        if earlier is not None:
+            earlier = earlier._replace(state=earlier.state._replace(labels=None))
+        if best is not None:
+            best = best._replace(labels=None)
+        self.file.write([self.machine, run._replace(earlier=earlier, best=best)])
         self._written_at = time.monotonic()

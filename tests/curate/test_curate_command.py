@@ -305,10 +305,12 @@ def test_a_state_of_before_continues_with_a_warning(
     before = content_of(tmp_path / "out")
     state = tmp_path / "out" / "curate.state"
     payload = sealed.load(state)
-    settings = json.loads(payload["call"]) | {"rows": [ROWS, COLUMNS, 123], "weights": None}
+    call, places = json.loads(payload["text"])
+    tensors = {name: payload["tensors"][place["tensor"]] for name, place in places.items()}
+    settings = call | {"rows": [ROWS, COLUMNS, 123], "weights": None}
     text = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
     state.unlink()
-    save_file(payload["tensors"] | {"settings": text}, tmp_path / "out" / "state.safetensors")
+    save_file(tensors | {"settings": text}, tmp_path / "out" / "state.safetensors")
     assert curate([*arguments, "--overwrite"]) == 0
     assert "was made before version 0.2; only the number of its rows is compared" in caplog.text
     after = content_of(tmp_path / "out")
