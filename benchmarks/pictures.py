@@ -252,7 +252,8 @@ def with_alt_texts(page: str, drawn: Mapping[str, str]) -> str:
 
 
 def which_machine(records: Sequence[Record]) -> str:
-    return f"the newest record of {len(newest_per_machine(records))} machines"
+    count = len(newest_per_machine(records))
+    return f"the newest record of {count} machines" if count > 1 else "the record of one machine"
 
 
 def draw() -> dict[str, str]:

@@ -33,7 +33,10 @@ SCALE = 14.3
 SIZES = {
     "tiny": [Shape(48, 300, 16)],
     "quick": [Shape(4096, 20_000, 128)],
-    "full": [Shape(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)],
+    "full": [
+        Shape(256, 1000, 128),
+        *(Shape(n, 20_000, d) for n in (512, 4096, 16384) for d in (64, 128, 256)),
+    ],
 }
 LARGE = Shape(256 if DEVICE == "cpu" else 4096, 1_000_000, 128)  # no peer holds its logits
 STORED = "matmul+cross_entropy"
