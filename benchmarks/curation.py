@@ -214,7 +214,7 @@ def icons_table(record: Mapping[str, Any]) -> list[str]:
         "rank j repeated",
         '⌈200 / j⌉ times with noise of a tenth of its length. "k-means" takes equal shares of '
         f"{low:,} clusters,",
-        f'"hierarchical" has levels of {low:,} and {high:,}. The ranges are those of the seeds.',
+        f'"hierarchical" has levels of {low:,} and {high:,}. Ranges of the seeds; `num_iters=10`.',
         "",
         f"| {record['target']:,} of {record['rows']:,} rows | concepts of {record['concepts']:,} | "
         "seeds | entropy (nats) | seeds |",
