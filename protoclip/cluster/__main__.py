@@ -130,7 +130,7 @@ def write_groups(
     notes += fewer_groups(labels, k)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    groups = Groups.of(labels, squared)
+    groups = Groups(labels, squared)
     seconds = {
         "features": features_done_at - began_at,
         "k-means": time.perf_counter() - features_done_at,

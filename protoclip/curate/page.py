@@ -45,7 +45,7 @@ def make_page(
     ]
     centroids = hierarchy.levels[-1].centroids
     squared = squared_distances(rows.select(chosen.numpy()), labels, centroids)
-    shown = torch.from_numpy(Groups.of(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
+    shown = torch.from_numpy(Groups(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
     kinds = ["captions" if rows.identity.knows(CAPTION) else "names"]
     files = rows.identity.column(FILE, chosen[shown].numpy())
     is_picture = torch.tensor([os.path.isfile(f) and not no_picture(f) for f in files])

@@ -173,8 +173,8 @@ class Identity:
 
     def find(self, keys: Iterable[str]) -> np.ndarray:
         """The first row with each of these keys, int64 [M]; -1 where there is none."""
-        own = [] if self.keys is None else self.keys.take(self.first_rows)
-        row_of = dict(zip(own, self.first_rows.tolist(), strict=False))
+        own = self.column(KEY, self.first_rows)
+        row_of = dict(zip(own, self.first_rows.tolist(), strict=True))
         row_of.pop("", None)
         return np.array([row_of.get(key, -1) for key in keys], np.int64)
 

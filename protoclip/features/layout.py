@@ -74,9 +74,8 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
         raise ValueError(f"side: expected images or texts, got {side!r}")
     if is_feature_folder(path):
         folder = open_folder(path)
-        rows = (
-            folder.texts if side == "texts" or not side and folder.images is None else folder.images
-        )
+        sides = {"images": folder.images, "texts": folder.texts}
+        rows = sides[side or ("texts" if folder.images is None else "images")]
         if rows is None:
             raise DataError(f"{printable(text)}: the folder has no features of {side}")
         return rows
