@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +48,12 @@ def write_table(
     lines = [separator.join(row) for row in (header, *rows)]
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder / name)
+
+
+def table(folder: Path, name: str = "clusters.csv") -> list[dict[str, str]]:
+    """The rows of a table that a command wrote, read as docs/cluster.md says."""
+    with open(folder / name, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_shards(folder: Path, shards: int = 2, per_shard: int = 3) -> str:

@@ -17,6 +17,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,36 +32,23 @@ from protoclip.cluster.groups import (
     write_left_out,
     write_table,
 )
-from protoclip.cluster.output import (
-    CENTROIDS,
-    CSV,
-    LEFT_OUT,
-    PROG,
-    STATE,
-    open_output,
-    write_files,
-)
+from protoclip.cluster.output import CENTROIDS, CSV, LEFT_OUT, PROG, STATE, open_output, write_files
 from protoclip.cluster.page import make_page
 from protoclip.cluster.points import (
     Points,
     encode_pictures,
     finite_points,
-    open_source,
+    open_pictures,
+    open_stored,
     squared_distances,
 )
-from protoclip.common.files import (
-    plural,
-    printable,
-    printable_lines,
-    say_left_out,
-    write_atomic,
-)
+from protoclip.common.files import plural, printable, printable_lines, say_left_out, write_atomic
 from protoclip.common.paths import check_exists
 from protoclip.common.sealed import is_sealed
 from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.distributed import run_command
-from protoclip.features import FeatureRows
+from protoclip.features import FeatureRows, holds_features
 from protoclip.features.layout import IMAGES
 from protoclip.lloyd import Clusters, as_points, kmeans
 from protoclip.lloyd.points import on_disk
@@ -79,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     began_at = time.perf_counter()
     with open_output(out, [CSV, LEFT_OUT, CENTROIDS, page.NAME], args.overwrite):
-        points = open_source(args)
+        points = open_stored(args) if holds_features(args.data) else open_pictures(args)
         is_encoded = points.stored is None
         if is_encoded:
             from protoclip.encode.encoders import clip_encoders  # imports open_clip
@@ -97,13 +85,8 @@ def run(args: argparse.Namespace) -> None:
             noun = "picture" if "images" in points.shown else "row"
             say_left_out(list(points.left_out.values()), len(points.source), noun)
         with StopSignals() as signals:
-            write_groups(
-                args,
-                out,
-                points,
-                began_at,
-                lambda: stop_if_asked(signals, f"before its end; {next_step}"),
-            )
+            check_signals = partial(stop_if_asked, signals, f"before its end; {next_step}")
+            write_groups(args, out, points, began_at, check_signals)
 
 
 def write_groups(
@@ -147,7 +130,7 @@ def write_groups(
     notes += fewer_groups(labels, k)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    groups = Groups.of(labels, squared)
+    groups = Groups(labels, squared)
     seconds = {
         "features": features_done_at - began_at,
         "k-means": time.perf_counter() - features_done_at,

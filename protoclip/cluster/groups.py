@@ -88,20 +88,14 @@ def choose_k(
     return NumGroups(k, f" ({why})", silhouettes)
 
 
-@dataclass(frozen=True)
 class Groups:
-    """The groups, with their members sorted by distance."""
+    """The groups of rows with these labels, on the CPU, with their members sorted by distance."""
 
-    labels: Tensor  # int64 [N]
-    squared: Tensor  # [N], squared distance to the own centroid
-    order: np.ndarray  # int64 [N], rows by group, then distance
-    ends: np.ndarray  # int64 [K], where each group ends in the order
-
-    @classmethod
-    def of(cls, labels: Tensor, squared: Tensor) -> Groups:
-        """The groups of rows with these labels and distances, on the CPU."""
-        order = np.lexsort((squared.numpy(), labels.numpy()))
-        return cls(labels, squared, order, np.bincount(labels.numpy()).cumsum())
+    def __init__(self, labels: Tensor, squared: Tensor) -> None:
+        self.labels = labels  # int64 [N]
+        self.squared = squared  # [N], squared distance to the own centroid
+        self.order = np.lexsort((squared.numpy(), labels.numpy()))  # int64 [N], by group first
+        self.ends = np.bincount(labels.numpy()).cumsum()  # int64 [K], of each group in the order
 
     def members(self, group: int) -> list[int]:
         """The rows of a group, from the nearest to the farthest."""

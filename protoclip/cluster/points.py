@@ -17,17 +17,11 @@ import torch
 from torch import Tensor
 
 from protoclip.cluster.folders import open_group_folder
-from protoclip.common.files import (
-    DataError,
-    lines_of,
-    locked_folder,
-    printable,
-)
+from protoclip.common.files import DataError, lines_of, locked_folder, printable
 from protoclip.common.strings import StringTable
 from protoclip.data import PairDataset, Subset, data_kind, each_picture_once, open_dataset
 from protoclip.data.feature_pairs import FeaturePairs
 from protoclip.data.folders import ImageFolder
-from protoclip.data.images import no_picture
 from protoclip.features import (
     SUFFIXES,
     FeatureRows,
@@ -73,11 +67,6 @@ class Points:
         return UnitRows(self.stored) if self.is_normalized else self.stored
 
 
-def open_source(args: argparse.Namespace) -> Points:
-    """What the command line names; writes nothing but an empty --link-to."""
-    return open_stored(args) if holds_features(args.data) else open_pictures(args)
-
-
 def open_stored(args: argparse.Namespace) -> Points:
     """Stored features; those of pictures that a table names are read once for each key."""
     if args.run or args.model or args.pretrained or args.features:
@@ -109,11 +98,6 @@ def open_stored(args: argparse.Namespace) -> Points:
         chosen=np.arange(len(dataset)),
         is_normalized=args.normalize,
     )
-
-
-def is_picture(path: str) -> bool:
-    """Whether a file is there and holds one picture."""
-    return os.path.isfile(path) and not no_picture(path)
 
 
 def open_pictures(args: argparse.Namespace) -> Points:

@@ -24,22 +24,11 @@ import torch
 from torch import Tensor
 
 from protoclip.cluster.output import LEFT_OUT, open_output, write_files
-from protoclip.common.files import (
-    mebibytes,
-    plural,
-    printable,
-    printable_lines,
-    write_atomic,
-)
+from protoclip.common.files import mebibytes, plural, printable, printable_lines, write_atomic
 from protoclip.common.paths import check_exists
 from protoclip.common.signals import StopSignals, stop_if_asked
 from protoclip.common.waits import Wait, in_words
-from protoclip.curate.hierarchy import (
-    Hierarchy,
-    LevelPlan,
-    hierarchical_kmeans,
-    plan_levels,
-)
+from protoclip.curate.hierarchy import Hierarchy, LevelPlan, hierarchical_kmeans, plan_levels
 from protoclip.curate.page import make_page
 from protoclip.curate.sampling import balanced_sample, sample_without_duplicates
 from protoclip.distributed import run_command
@@ -86,12 +75,8 @@ def run(args: argparse.Namespace) -> None:
         if args.normalize:
             rows = UnitRows(rows)
         with StopSignals() as signals:
-            hierarchy = cluster_rows(
-                rows,
-                args,
-                out,
-                lambda: stop_if_asked(signals, "before its end; the same command continues"),
-            )
+            next_step = "before its end; the same command continues"
+            hierarchy = cluster_rows(rows, args, out, partial(stop_if_asked, signals, next_step))
         clustered_at = time.perf_counter()
         chosen, notes = choose_rows(rows, hierarchy, args)
         seconds = {

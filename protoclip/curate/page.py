@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from protoclip.cluster.groups import Groups
 from protoclip.cluster.page import SHEET, THUMB, render
-from protoclip.cluster.points import is_picture, short, squared_distances
+from protoclip.cluster.points import short, squared_distances
 from protoclip.common.files import in_percent, plural
 from protoclip.curate.hierarchy import Hierarchy
 from protoclip.data.feature_pairs import FeaturePairs
+from protoclip.data.images import no_picture
 from protoclip.features import FeatureRows
 from protoclip.features.identity import CAPTION, FILE
 from protoclip.report import snapshot
@@ -43,12 +45,13 @@ def make_page(
     ]
     centroids = hierarchy.levels[-1].centroids
     squared = squared_distances(rows.select(chosen.numpy()), labels, centroids)
-    shown = torch.from_numpy(Groups.of(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
+    shown = torch.from_numpy(Groups(labels, squared).ranks() <= SHEET).nonzero()[:, 0]
     kinds = ["captions" if rows.identity.knows(CAPTION) else "names"]
     files = rows.identity.column(FILE, chosen[shown].numpy())
-    if with_picture := [i for i, file in enumerate(files) if is_picture(file)]:
+    is_picture = torch.tensor([os.path.isfile(f) and not no_picture(f) for f in files])
+    if is_picture.any():
         kinds.append("images")
-        shown = shown[with_picture]
+        shown = shown[is_picture]
     rows_shown = rows.select(chosen[shown].numpy())
     each_row = rows_shown.identity.separate()
     thumbs = snapshot.Thumbnails(THUMB)

@@ -21,7 +21,7 @@ from protoclip.common.strings import StringTable
 from protoclip.data.images import decode
 from protoclip.data.types import Facts, Labels, PairDataset, Subset
 from protoclip.features import FeatureRows, Identity, open_features, open_folder
-from protoclip.features.identity import CAPTION, FILE
+from protoclip.features.identity import CAPTION, FILE, alike
 from protoclip.features.layout import is_feature_folder
 from protoclip.features.table import LABEL as LABEL_COLUMN
 from protoclip.features.table import FeatureTable
@@ -88,11 +88,11 @@ class FeaturePairs(PairDataset):
 
     @functools.cached_property
     def facts(self) -> Facts:  # type: ignore[override]
-        return Facts(has_captions=self.identity.knows(CAPTION), has_pictures=self._has_pictures())
-
-    def _has_pictures(self) -> bool:
         tried = evenly_spaced(len(self), TRIED).tolist()
-        return all(_picture(self.path(i)) is not NONE for i in tried)
+        return Facts(
+            has_captions=self.identity.knows(CAPTION),
+            has_pictures=all(_picture(self.path(i)) is not NONE for i in tried),
+        )
 
     def _row_of(self, positions: np.ndarray, caption: np.ndarray | int = 0) -> np.ndarray:
         """The row of a caption of each pair, int64 [M]; that of the first is the picture's."""
@@ -134,7 +134,7 @@ class FeaturePairs(PairDataset):
     def _caption_numbers(self) -> np.ndarray | None:
         if len(self.texts) > 1 or not self.identity.knows(CAPTION):
             return None
-        return self.identity.alike(CAPTION)
+        return alike(self.identity.column(CAPTION))
 
     def captions(self, i: int) -> tuple[str, ...]:
         """The texts of pair ``i``'s captions; in place of those that are not known the first that
@@ -228,10 +228,12 @@ def _table_labels(table: FeatureTable | None) -> dict[str, Labels]:
 
 def labels_of_texts(texts: StringTable) -> Labels:
     """The classification that gives row i the class ``texts[i]``; "": not known."""
-    numbers = texts.numbers()
-    names = texts.take(np.unique(numbers, return_index=True)[1])
-    class_of_number = np.where(names.has_text, names.has_text.cumsum() - 1, -1)
-    return Labels(torch.from_numpy(class_of_number[numbers]), tuple(filter(None, names)))
+    numbers = alike(texts)
+    first_rows = np.unique(numbers, return_index=True)[1]
+    is_class = texts.has_text[first_rows]
+    class_of_number = np.where(is_class, is_class.cumsum() - 1, -1)
+    names = texts.take(first_rows[is_class])
+    return Labels(torch.from_numpy(class_of_number[numbers]), tuple(names))
 
 
 def read_labels(path: str, count: int) -> Labels:

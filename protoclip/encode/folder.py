@@ -11,6 +11,7 @@ part that is not whole, or of one that is no longer valid, lies in pieces, DIR/.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import shutil
@@ -139,11 +140,10 @@ class _Job:
             **{name: encoders[s].name if s in encoders else "" for s, name in SIDES.items()},
             "dtype": settings.dtype,
         }
-        self.pictures: list[State] = list(zip(dataset.keys, states_of(dataset), strict=True))
+        containers = map(dataset.container, range(len(dataset)))
+        states = map(functools.cache(_state_of_container), containers)
+        self.pictures: list[State] = list(zip(dataset.keys, states, strict=True))
         self.folder = PartFolder(settings.out, -(-len(dataset) // PAIRS_IN_PART))
-        self.class_names = {
-            f"{LABEL}{name}": [*labels.names, ""] for name, labels in dataset.labels.items()
-        }
         self.left_out: dict[int, LeftOut] = {}  # position -> why, of what this rank has looked at
 
     def prepare(self) -> list[str]:
@@ -228,9 +228,9 @@ class _Job:
             STATE: [self.pictures[i][1] for i, _ in rows],
             CAPTION: [text for _, text in rows],
         }
-        for column, names in self.class_names.items():
-            ids = self.dataset.labels[column.removeprefix(LABEL)].ids
-            columns[column] = [names[int(ids[i])] for i, _ in rows]
+        for name, labels in self.dataset.labels.items():
+            classes = [*labels.names, ""]
+            columns[f"{LABEL}{name}"] = [classes[int(labels.ids[i])] for i, _ in rows]
         return columns
 
     def lasting(self, left_out: Mapping[int, LeftOut]) -> list[tuple[str, str, str]]:
@@ -425,17 +425,10 @@ class _PictureBatches(torch.utils.data.Dataset):
         return pictures
 
 
-def states_of(dataset: PairDataset) -> list[str]:
-    """For each pair the state of the file that holds its picture; "": unknown, so that the picture
-    is encoded again."""
-    known: dict[str, str] = {"": "built in"}
-    for container in map(dataset.container, range(len(dataset))):
-        if container not in known:
-            known[container] = _state_of_container(container)
-    return [known[container] for container in map(dataset.container, range(len(dataset)))]
-
-
 def _state_of_container(container: str) -> str:
+    """The state of a file that holds pictures; "": unknown, so that they are encoded again."""
+    if not container:
+        return "built in"
     if is_remote(container):
         return state_of_url(container)
     try:
@@ -572,19 +565,13 @@ def write_parquet(path: Path, columns: Columns) -> None:
         import pyarrow.parquet
     except ImportError:
         return
-    names = {FILE: "image_path"}
-    table = {
-        names.get(name, name): pyarrow.array([_utf8(text) for text in texts], pyarrow.string())
-        for name, texts in columns.items()
-        if name != STATE
-    }
+    table = {}
+    for name, texts in columns.items():
+        if name != STATE:  # parquet cannot hold the bytes of names that are not UTF-8
+            cells = [text.encode("utf-8", "replace").decode() for text in texts]
+            table["image_path" if name == FILE else name] = pyarrow.array(cells, pyarrow.string())
     with whole_file(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(table), temporary)
-
-
-def _utf8(text: str) -> str:
-    """A text without the bytes of names that are not UTF-8, which parquet cannot hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _write_npy(path: Path, rows: np.ndarray) -> None:

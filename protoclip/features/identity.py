@@ -45,6 +45,15 @@ def as_positions(positions: Any, count: int, name: str = "rows") -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
+def alike(texts: StringTable) -> np.ndarray:
+    """A number for each row, int64 [N], the same for rows of equal texts; rows without a text
+    differ. Numbers count from 0 in the order in which they first occur."""
+    numbers = texts.numbers()
+    first = np.unique(numbers, return_index=True)[1][numbers]  # the first row of equal texts
+    first = np.where(texts.has_text, first, np.arange(len(texts)))
+    return np.unique(first, return_inverse=True)[1].astype(np.int64)
+
+
 class Identity:
     """What each of N stored rows is of.
 
@@ -71,9 +80,6 @@ class Identity:
         self._read = read
         self._column = functools.cache(self._whole_column)
         self._numbers: np.ndarray | None = None  # of the rows in DATA; None: 0 to N - 1
-
-    def __len__(self) -> int:
-        return self.count
 
     def row_numbers(self, positions: np.ndarray | slice = slice(None)) -> np.ndarray:
         """The numbers of rows in DATA, int64 [M]; those of a selection keep theirs."""
@@ -155,19 +161,10 @@ class Identity:
                 digest.update(part)
         return digest.hexdigest()
 
-    def alike(self, name: str) -> np.ndarray:
-        """A number for each row, int64 [N], the same for equal texts of a column; rows without a
-        text differ. Numbers count from 0 in the order in which they first occur."""
-        texts = self.column(name)
-        numbers = texts.numbers()
-        first = np.unique(numbers, return_index=True)[1][numbers]  # the first row of equal texts
-        first = np.where(texts.has_text, first, np.arange(self.count))
-        return np.unique(first, return_inverse=True)[1].astype(np.int64)
-
     @functools.cached_property
     def picture(self) -> np.ndarray:
         """The picture of each row, int64 [N], counted from 0 in the order of their first rows."""
-        return np.arange(self.count) if self.keys is None else self.alike(KEY)
+        return np.arange(self.count) if self.keys is None else alike(self.keys)
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:
@@ -176,8 +173,8 @@ class Identity:
 
     def find(self, keys: Iterable[str]) -> np.ndarray:
         """The first row with each of these keys, int64 [M]; -1 where there is none."""
-        own = [] if self.keys is None else self.keys.take(self.first_rows)
-        row_of = dict(zip(own, self.first_rows.tolist(), strict=False))
+        own = self.column(KEY, self.first_rows)
+        row_of = dict(zip(own, self.first_rows.tolist(), strict=True))
         row_of.pop("", None)
         return np.array([row_of.get(key, -1) for key in keys], np.int64)
 

@@ -74,9 +74,8 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
         raise ValueError(f"side: expected images or texts, got {side!r}")
     if is_feature_folder(path):
         folder = open_folder(path)
-        rows = (
-            folder.texts if side == "texts" or not side and folder.images is None else folder.images
-        )
+        sides = {"images": folder.images, "texts": folder.texts}
+        rows = sides[side or ("texts" if folder.images is None else "images")]
         if rows is None:
             raise DataError(f"{printable(text)}: the folder has no features of {side}")
         return rows
@@ -98,10 +97,10 @@ def open_features(spec: str | os.PathLike[str], side: str = "") -> FeatureRows:
         problem = "no such file or folder of features; check the path"
     if not files:
         raise DataError(f"{printable(text)}: {problem}")
-    parts = [open_part(file) for file in files]
-    if not path.is_file():
-        return StoredRows(text, parts)
-    return StoredRows(text, parts, Identity(text, parts[0].shape[0], partial(_column_of, path)))
+    rows = StoredRows(text, [open_part(file) for file in files])
+    if path.is_file() and path.suffix == ".npz":
+        rows.identity = Identity(text, len(rows), partial(_column_of, path))
+    return rows
 
 
 def is_feature_folder(path: str | os.PathLike[str]) -> bool:
@@ -132,15 +131,14 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
             f"{shown}: the features are unfinished; this continues them: "
             f"{printable(str(record['command']))}"
         )
-    files = {side: parts_in(path / side) for side in (IMAGES, TEXTS)}
-    sides = {side: found for side, found in files.items() if found}
+    sides = {side: files for side in SIDES if (files := parts_in(path / side))}
     if not sides:
         raise DataError(f"{shown}: expected .npy files in {IMAGES} or {TEXTS}, found none")
     tables = parts_in(path / TABLES, "*.csv") or parts_in(path / TABLES, "*.parquet")
-    parts = {side: [open_part(file) for file in found] for side, found in sides.items()}
+    parts = {side: [open_part(file) for file in files] for side, files in sides.items()}
     first_files = next(iter(sides.values()))
-    for side, found in sides.items():
-        _check_numbers(shown, side, found, first_files)
+    for side, files in sides.items():
+        _check_numbers(shown, side, files, first_files)
     if len(parts) == 2:
         for image_part, text_part in zip(parts[IMAGES], parts[TEXTS], strict=True):
             if image_part.shape[0] != text_part.shape[0]:
@@ -155,8 +153,7 @@ def open_folder(path: str | os.PathLike[str]) -> FeatureFolder:
     if tables:
         _check_numbers(shown, TABLES, tables, first_files)
         table = FeatureTable(tables, counts)
-        key_column = partial(table.called, KEY)
-        identity = Identity(shown, sum(counts), table.column, key_column)
+        identity = Identity(shown, sum(counts), table.column, partial(table.called, KEY))
     rows = {
         side: StoredRows(str(path / side), side_parts, identity)
         for side, side_parts in parts.items()
@@ -198,7 +195,7 @@ def _check_numbers(shown: str, name: str, files: Sequence[Path], expected: Seque
 
 def _column_of(path: Path, name: str) -> StringTable | None:
     """The array ``keys`` of a .npz; None if there is none."""
-    if name != KEY or path.suffix != ".npz":
+    if name != KEY:
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -26,6 +26,7 @@ class FeatureRows(ABC):
     shape: tuple[int, int]
     dtype: np.dtype  # in native byte order
     are_images: bool = False  # whether rows with one key are of one picture, so nearly equal
+    state: str = ""  # changes with the size or time of a file that holds rows
     _bad: np.ndarray | None = None
     _digests: Mapping[int, str] = {}
 
@@ -36,11 +37,6 @@ class FeatureRows(ABC):
     def identity(self) -> Identity:
         """What each row is of."""
         return Identity(self.name, len(self))
-
-    @property
-    def state(self) -> str:
-        """A text that changes with the size or time of a file that holds rows."""
-        return ""
 
     @property
     def keys(self) -> StringTable | None:
@@ -148,13 +144,10 @@ class StoredRows(FeatureRows):
         self._ends = np.cumsum([part.shape[0] for part in parts])  # where each part's rows end
         self.shape = (int(self._ends[-1]), first.shape[1])
         self.dtype = first.dtype
+        states = [part.state for part in parts]
+        self.state = hashlib.sha256(repr(states).encode()).hexdigest()[:16]
         if identity is not None:
             self.identity = identity
-
-    @property
-    def state(self) -> str:
-        states = [part.state for part in self.parts]
-        return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         self._check_range(start, stop)
@@ -195,14 +188,11 @@ class SelectedRows(FeatureRows):
         self.name = source.name
         self.shape = (len(positions), source.shape[1])
         self.dtype = source.dtype
+        self.state = source.state
 
     @functools.cached_property
     def identity(self) -> Identity:
         return self.source.identity.select(self.positions)
-
-    @property
-    def state(self) -> str:
-        return self.source.state
 
     def not_finite(self) -> np.ndarray:
         return np.flatnonzero(np.isin(self.positions, self.source.not_finite()))
@@ -241,14 +231,8 @@ class UnitRows(FeatureRows):
         self.name = source.name
         self.shape = source.shape
         self.dtype = np.dtype(np.float32 if np.can_cast(source.dtype, np.float32) else np.float64)
-
-    @functools.cached_property
-    def identity(self) -> Identity:
-        return self.source.identity
-
-    @property
-    def state(self) -> str:
-        return self.source.state
+        self.identity = source.identity
+        self.state = source.state
 
     def digest(self, count: int | None = None) -> str:
         return f"unit {self.source.digest(count)}"

@@ -35,9 +35,6 @@ class FeatureTable:
         self.paths = paths
         self.counts = counts
 
-    def __len__(self) -> int:
-        return sum(self.counts)
-
     @functools.cached_property
     def names(self) -> Mapping[str, str]:
         """What the tables call each of their columns, by its name here."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from html_page import read_page
+from pairs import table
 from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,12 +31,6 @@ from protoclip.model import build_model
 from protoclip.settings.commands import EVERYDAY, PARSERS
 from protoclip.settings.config import ModelConfig
 from protoclip.train import main as train
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "clusters.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
 
 # ---- the command ----
 
@@ -136,14 +130,8 @@ class FeatureFile(NamedTuple):
     folder: Path
     rows: Tensor  # [900, 16]
     kinds: Tensor  # int64 [900], around which of 12 centres
-
-    @property
-    def rows_path(self) -> str:
-        return str(self.folder / "x.npy")
-
-    @property
-    def captions_path(self) -> str:
-        return str(self.folder / "x.txt")
+    rows_path: str
+    captions_path: str
 
 
 @pytest.fixture
@@ -152,7 +140,7 @@ def features(tmp_path: Path) -> FeatureFile:
     torch.manual_seed(0)
     kinds = torch.arange(900) % 12
     rows = 3 * torch.randn(12, 16)[kinds] + 0.5 * torch.randn(900, 16)
-    features = FeatureFile(tmp_path, rows, kinds)
+    features = FeatureFile(tmp_path, rows, kinds, f"{tmp_path}/x.npy", f"{tmp_path}/x.txt")
     np.save(features.rows_path, rows.numpy())
     texts = [f"the {ANIMALS[kind]}, number {kind}" for kind in kinds]
     Path(features.captions_path).write_text("\n".join(texts))
@@ -162,23 +150,21 @@ def features(tmp_path: Path) -> FeatureFile:
 def cluster_features(features: FeatureFile, name: str, *flags: str) -> Path:
     """Run the command on the file; the folder of its results."""
     out = features.folder / name
-    assert (
-        cluster(
-            [features.rows_path, "--captions", features.captions_path, "--out", str(out), *flags]
-        )
-        == 0
-    )
+    command = [features.rows_path, "--captions", features.captions_path, "--out", str(out)]
+    assert cluster([*command, *flags]) == 0
     return out
 
 
 @pytest.mark.usefixtures("quick_map")
-def test_auto_finds_the_number_of_groups(
+def test_auto_finds_the_number_of_groups_and_gives_them(
     features: FeatureFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster_features(features, "a")
+    by_auto = cluster_features(features, "a")
     error = capsys.readouterr().err
     assert "900 rows of 16 numbers into 12 groups" in error
     assert "mean silhouette" in error
+    by_number = cluster_features(features, "b", "--k", "12")
+    assert (by_auto / "clusters.csv").read_bytes() == (by_number / "clusters.csv").read_bytes()
 
 
 def test_auto_takes_the_root_of_half_the_rows_where_no_number_is_clear(tmp_path: Path) -> None:
@@ -186,13 +172,6 @@ def test_auto_takes_the_root_of_half_the_rows_where_no_number_is_clear(tmp_path:
     np.save(tmp_path / "noise.npy", rows)
     features = protoclip.open_features(tmp_path / "noise.npy")
     assert choose_k("auto", features, 0, lambda: None).k == 10
-
-
-@pytest.mark.usefixtures("quick_map")
-def test_auto_gives_the_groups_of_the_number_that_it_found(features: FeatureFile) -> None:
-    by_auto = cluster_features(features, "a")
-    by_number = cluster_features(features, "b", "--k", "12")
-    assert (by_auto / "clusters.csv").read_bytes() == (by_number / "clusters.csv").read_bytes()
 
 
 @pytest.mark.smoke
@@ -308,6 +287,9 @@ def test_an_earlier_run_is_replaced_if_that_is_asked_for(
     assert cluster([*command, "--overwrite"]) == 0
     assert {line["cluster"] for line in table(out)} == {"0", "1"}
     assert (out / "features.npz").read_text() == "of an earlier encoding"
+    (out / "report.html").write_text("mine")  # it has changed since
+    assert "holds report.html, which" in error_of(cluster, [*command, "--overwrite"])
+    assert (out / "report.html").read_text() == "mine"
 
 
 def test_a_run_that_failed_leaves_no_folder_and_no_claim_to_one(
@@ -333,17 +315,6 @@ def test_a_k_that_is_too_large_is_refused_before_encoding(
     assert not out.exists()
 
 
-@pytest.mark.usefixtures("quick_map")
-def test_a_page_that_changed_since_is_not_replaced(
-    features: FeatureFile, error_of: Callable[..., str]
-) -> None:
-    out = cluster_features(features, "o", "--k", "3")
-    (out / "report.html").write_text("mine")
-    error = error_of(cluster, [features.rows_path, "--k", "2", "--out", out, "--overwrite"])
-    assert "holds report.html, which" in error
-    assert (out / "report.html").read_text() == "mine"
-
-
 def test_names_that_look_like_formulas_stay_paths(features: FeatureFile) -> None:
     """A spreadsheet that opens the table would run them."""
     names = ["=1+2.png", "+a.png", "-b.png", "@c.png", "d=1.png", "e.png"]
@@ -367,7 +338,17 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
     (folder / "below.txt").write_text("-1\n" + "1\n" * 899)
     np.save(folder / "same.npy", np.zeros((9, 2)))
     np.save(folder / "five.npy", np.eye(5))
-    np.save(folder / "words.npy", np.array([["a", "b"]] * 9))
+    for name, rows in {
+        "words": np.array([["a", "b"]] * 9),
+        "flat": np.zeros(5),
+        "one": np.zeros((1, 5)),
+        "bools": np.zeros((5, 5), bool),
+        "ragged": np.array([[1], "a"], object),
+    }.items():
+        np.save(folder / f"{name}.npy", rows)
+    (folder / "half").mkdir()
+    record = '{"finished": false, "command": "protoclip encode photos --out half"}'
+    (folder / "half" / "encode.json").write_text(record)
     (folder / "nano.json").write_text(nano.read_text())
     for name in ("empty", "pictures"):
         (folder / name).mkdir()
@@ -389,6 +370,11 @@ def folder_of_mistakes(features: FeatureFile, nano: Path, monkeypatch: pytest.Mo
         (["same.npy"], "--k auto: expected rows that differ"),
         (["five.npy"], "--k auto: expected at least 6 pictures or rows, got 5; give --k"),
         (["words.npy", "--k", "2"], "words.npy: expected numbers [N, D] with D >= 1"),
+        (["flat.npy", "--k", "2"], "save array.reshape(1, -1) if it is one row"),
+        (["one.npy", "--k", "2"], "DATA: expected at least 2 pictures or rows, got 1"),
+        (["bools.npy", "--k", "2"], "save array.astype(np.uint8)"),
+        (["ragged.npy", "--k", "2"], "save np.stack(rows)"),
+        (["half", "--k", "2"], "unfinished; this continues them: protoclip encode photos --out"),
         (["no.npy"], "DATA: the file no.npy does not exist"),
         (["nope/"], "DATA: the folder nope/ does not exist"),
         (["pictures/a.png"], ".safetensors), got pictures/a.png"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
 import errno
 import io
 import json
 import math
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from html_page import Element, in_browser, needs_browser, pictures_in, read_page
-from pairs import HEIC, draw
+from pairs import HEIC, draw, table
 from PIL import Image
 from sklearn.metrics import silhouette_score
 from torch import Tensor
@@ -54,16 +53,39 @@ def known_features(folder: Path, rows: np.ndarray | None = None) -> list[str]:
     return ["--features", str(path)]
 
 
-def rows_of(table: Path) -> list[dict[str, str]]:
-    """The rows of a clusters.csv, read as docs/cluster.md says."""
-    with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
+def draw_pictures(folder: Path, count: int, name: str = "{}.png") -> None:
+    """Pictures of the numbers below ``count``, which their names have."""
+    for number in range(count):
+        draw(folder / name.format(number), number)
 
 
-def groups_of(table: Path) -> dict[int, set[str]]:
+def group(photos: Path, out: Path, k: int = 2, rows: np.ndarray | None = None) -> Element:
+    """Run the command on pictures with known features; the page that it writes."""
+    flags = [*known_features(photos, rows), "--k", str(k), "--out", str(out)]
+    assert cluster([str(photos), *flags]) == 0
+    return read_page(out / "report.html")
+
+
+def group_by_a_model(photos: Path, out: Path, nano: Path) -> None:
+    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2", "--out", str(out)]
+    assert cluster([str(photos), *flags]) == 0
+
+
+def group_cards(page: Element) -> list[dict[str, Any]]:
+    script = page.section("prototypes").one("script", type="application/json")
+    cards: list[dict[str, Any]] = json.loads(script.source)
+    return cards
+
+
+def names_on_the_map(page: Element) -> list[str]:
+    script = page.section("map").one("script", type="application/json")
+    return list(json.loads(script.source)["by"]["cluster (k-means)"]["names"])
+
+
+def groups_of(out: Path) -> dict[int, set[str]]:
     """The files of each group, by its number."""
     groups: dict[int, set[str]] = {}
-    for row in rows_of(table):
+    for row in table(out):
         groups.setdefault(int(row["cluster"]), set()).add(row["file"])
     return groups
 
@@ -78,9 +100,8 @@ def test_a_name_that_is_not_utf8_is_written_so_that_it_can_be_read(
     names = [latin_1, "a.png", "b.png"]
     for number, name in enumerate(names):
         draw(photos / name, number)
-    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
-    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
-    files = [row["file"] for row in rows_of(out / "clusters.csv")]
+    group_by_a_model(photos, out, nano)
+    files = [row["file"] for row in table(out)]
     assert sorted(files) == sorted(names)
     assert all((photos / file).is_file() for file in files)
     assert b"caf\xe9.png" in (out / "clusters.csv").read_bytes()
@@ -106,8 +127,7 @@ def test_each_real_file_is_read_once(
     dataset = ImageFolder(photos)
     assert list(dataset.keys) == ["a/1.png", "a/2.png", "linked/4.png", "z/3.png"]
     assert dataset.odd == {"repeated path": 4, "broken link": 1}
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    group(photos, out)
     assert "left out 4 repeated paths, 1 broken link" in capsys.readouterr().err
 
 
@@ -119,9 +139,8 @@ def test_a_picture_is_known_by_its_content_where_its_ending_says_nothing(
     for name in ("words", "notes.txt", "table.2024", "empty", ".hid", ".DS_Store", ".old.txt"):
         (photos / name).write_text("" if name == "empty" else "no picture\n" * 99)
     (photos / "paper.pdf").write_bytes(b"%PDF-1.4")
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    assert len(rows_of(out / "clusters.csv")) == 6
+    group(photos, out)
+    assert len(table(out)) == 6
     said = capsys.readouterr().err
     counts = "4 without an ending, 2 .txt, 1 .2024, 1 .pdf"
     assert sorted(said.partition("cannot open: ")[2].partition("\n")[0].split(", ")) == sorted(
@@ -156,31 +175,28 @@ def test_names_do_nothing_to_the_terminal(
     for number, name in enumerate(["a.png", "b.png", "c.png", "d\x1b[31m\a.png"]):
         draw(photos / name, number)
     (photos / "torn\x1b]0;title\a\nprotoclip: all is well.png").write_bytes(b"no picture")
-    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
-    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
+    group_by_a_model(photos, out, nano)
     shown = "".join(capfd.readouterr())
     assert r"torn\x1b]0;title\x07\nprotoclip: all is well.png: the picture" in shown
     assert not {"\x1b", "\a"} & set(shown + (out / "report.html").read_text())
-    assert len(rows_of(out / "clusters.csv")) == 4
+    assert len(table(out)) == 4
     (photos.parent / "bad\x1b\a").mkdir()
-    assert cluster([str(photos.parent / "bad\x1b\a"), *flags, "--out", f"{out}2"]) == 2
+    assert cluster([str(photos.parent / "bad\x1b\a"), "--k", "2", "--out", f"{out}2"]) == 2
     assert r"bad\x1b\x07: expected pictures" in capfd.readouterr().err
 
 
 def test_pipes_and_sockets_are_counted_not_opened(
     photos: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(3):
-        draw(photos / f"{number}.png", number)
+    draw_pictures(photos, 3)
     os.mkfifo(photos / "x.jpg")
     os.mkfifo(photos / "y.jpg")
     monkeypatch.chdir(photos)  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("z.png")
-        flags = known_features(photos)
-        assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+        group(photos, out)
     assert "left out 3 special files: regular files are read" in capsys.readouterr().err
-    assert len(rows_of(out / "clusters.csv")) == 3
+    assert len(table(out)) == 3
 
 
 def test_a_person_with_a_folder_never_reads_of_pairs(
@@ -206,19 +222,17 @@ def test_torn_pictures_are_left_out(
     photos: Path, out: Path, nano: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Twelve are more than the terminal names."""
-    for number in range(4):
-        draw(photos / f"{number}.png", number)
+    draw_pictures(photos, 4)
     torn = [f"torn-{number:03}.jpg" for number in range(12)]
     for name in torn:
         (photos / name).write_bytes(b"no picture")
-    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
-    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
+    group_by_a_model(photos, out, nano)
     error = capsys.readouterr().err
     assert "left out 12 of 16 pictures" in error and error.count("does not decode") == 10
     assert "and 2 more; left_out.csv lists them all" in error
-    names = {line["file"] for line in rows_of(out / "clusters.csv")}
+    names = {line["file"] for line in table(out)}
     assert names == {f"{number}.png" for number in range(4)}
-    left_out = rows_of(out / "left_out.csv")
+    left_out = table(out, "left_out.csv")
     assert [line["file"] for line in left_out] == torn
     assert all("does not decode" in line["reason"] for line in left_out)
 
@@ -233,9 +247,7 @@ def test_torn_pictures_are_left_out(
 def test_only_pictures_that_are_shown_are_decoded(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, pictures: int, decoded: int
 ) -> None:
-    for number in range(pictures):
-        draw(photos / f"{number}.png", number)
-    flags = known_features(photos)
+    draw_pictures(photos, pictures)
     opened: list[int] = []
     image = ImageFolder.image
 
@@ -244,7 +256,7 @@ def test_only_pictures_that_are_shown_are_decoded(
         return image(self, i)
 
     monkeypatch.setattr(ImageFolder, "image", counted)
-    assert cluster([str(photos), *flags, "--k", "3", "--out", str(out)]) == 0
+    group(photos, out, 3)
     assert len(opened) == len(set(opened)) == decoded
 
 
@@ -256,13 +268,12 @@ def test_a_very_large_picture_is_named_in_one_sentence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    paths = [photos / f"{number}.png" for number in range(20)]
-    for number, path in enumerate(paths):
-        draw(path, number)
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
+    draw_pictures(photos, 20)
+    group(photos, out)
     messages = [record.getMessage() for record in caplog.records]
-    assert sorted(message.partition(": ")[0] for message in messages) == sorted(map(str, paths))
+    assert sorted(message.partition(": ")[0] for message in messages) == sorted(
+        str(path) for path in photos.iterdir()
+    )
     assert all("32 x 32 pixels" in message for message in messages)
     bombs = [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
     assert bombs == []
@@ -276,8 +287,7 @@ def test_equal_pictures_are_said_to_be_equal(
 ) -> None:
     for number in range(20):
         draw(photos / f"{number}.png", 0)
-    flags = ["--model", str(nano), "--pretrained", "random", "--k", "2"]
-    assert cluster([str(photos), *flags, "--out", str(out)]) == 0
+    group_by_a_model(photos, out, nano)
     error = capsys.readouterr().err
     assert "note: 1 of 2 groups has members; the others are empty" in error
     page = read_page(out / "report.html")
@@ -313,54 +323,34 @@ def test_the_share_of_the_variance(tmp_path: Path, out: Path, weighted: bool) ->
 
 
 def test_the_page_lists_every_member_from_the_nearest_on(photos: Path, out: Path) -> None:
-    for number in range(50):
-        draw(photos / f"number {number}.png", number)
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "3", "--out", str(out)]) == 0
-    gallery = read_page(out / "report.html").section("prototypes")
-    cards = json.loads(gallery.one("script", type="application/json").source)
+    draw_pictures(photos, 50, "number {}.png")
+    cards = group_cards(group(photos, out, 3))
     members = {card["cluster"]: set(card["members"]) for card in cards}
-    assert members == groups_of(out / "clusters.csv")
-    rank = {row["file"]: int(row["rank"]) for row in rows_of(out / "clusters.csv")}
+    assert members == groups_of(out)
+    rank = {row["file"]: int(row["rank"]) for row in table(out)}
     for card in cards:
         assert [rank[name] for name in card["members"]] == list(range(1, card["samples"] + 1))
         names = [image["caption"] for image in card["images"]]
         assert names == card["members"]  # all as pictures
 
 
-def group_cards(page: Element) -> list[dict[str, Any]]:
-    script = page.section("prototypes").one("script", type="application/json")
-    cards: list[dict[str, Any]] = json.loads(script.source)
-    return cards
-
-
-def nearest_files(table: Path) -> dict[int, str]:
+def nearest_files(out: Path) -> dict[int, str]:
     """The file nearest to each group's centroid, without folders, by the group's number."""
-    rows = [row for row in rows_of(table) if row["rank"] == "1"]
+    rows = [row for row in table(out) if row["rank"] == "1"]
     return {int(row["cluster"]): Path(row["file"]).name for row in rows}
-
-
-def two_kinds(names: Sequence[str]) -> np.ndarray:
-    """Features of pictures by whether "Beach" is in their path."""
-    rng = np.random.default_rng(0)
-    centre = np.array([["Beach" in name] * 8 for name in names]) * 10.0
-    return centre + rng.standard_normal(centre.shape)
 
 
 def test_groups_have_the_words_of_their_files_as_names(photos: Path, out: Path) -> None:
     for number in range(20):
         draw(photos / f"all/trips/IMG_BeachDay_{number:03}.png", number)
         draw(photos / f"all/scans/{number:03} copy.png", 100 + number)
-    flags = known_features(photos, two_kinds(ImageFolder(photos).keys))
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    page = read_page(out / "report.html")
+    rows = np.random.default_rng(0).standard_normal((40, 8))
+    rows += [[10 * ("Beach" in key)] for key in ImageFolder(photos).keys]
+    page = group(photos, out, rows=rows)
     words = {tuple(sorted(card["words"].split(", "))) for card in group_cards(page)}
     assert words == {("beach", "day", "trips"), ("scans",)}  # not: all, IMG, copy
     assert "from file names" in page.section("prototypes").text
-    map_data = json.loads(page.section("map").one("script", type="application/json").source)
-    assert sorted(map_data["by"]["cluster (k-means)"]["names"]) == sorted(
-        card["words"] for card in group_cards(page)
-    )
+    assert sorted(names_on_the_map(page)) == sorted(card["words"] for card in group_cards(page))
 
 
 @pytest.mark.parametrize(
@@ -388,13 +378,10 @@ def test_the_name_of_a_group_tells_it_from_the_others(
         draw(photos / folders[number % len(folders)] / f"{number:03}.png", number)
     keys = ImageFolder(photos).keys
     kinds = [int(Path(key).stem) % len(folders) for key in keys]
-    flags = known_features(photos, 10 * np.eye(len(folders), 8)[kinds])
-    assert cluster([str(photos), *flags, "--k", str(len(folders)), "--out", str(out)]) == 0
-    page = read_page(out / "report.html")
-    map_data = json.loads(page.section("map").one("script", type="application/json").source)
-    names = map_data["by"]["cluster (k-means)"]["names"]
-    group_of = {row["file"]: int(row["cluster"]) for row in rows_of(out / "clusters.csv")}
-    nearest = nearest_files(out / "clusters.csv")
+    page = group(photos, out, len(folders), 10 * np.eye(len(folders), 8)[kinds])
+    names = names_on_the_map(page)
+    group_of = {row["file"]: int(row["cluster"]) for row in table(out)}
+    nearest = nearest_files(out)
     found = {kind: group_of[key] for key, kind in zip(keys, kinds, strict=True)}
     for kind, name in enumerate(expected):
         # A number in a name is the group's, whichever it became.
@@ -408,13 +395,10 @@ def test_the_name_of_a_group_tells_it_from_the_others(
 def test_groups_without_words_are_called_after_their_most_typical_file(
     photos: Path, out: Path
 ) -> None:
-    for number in range(20):
-        draw(photos / f"DSC_{number:04}.png", number)
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    page = read_page(out / "report.html")
+    draw_pictures(photos, 20, "DSC_{:04}.png")
+    page = group(photos, out)
     assert [card["words"] for card in group_cards(page)] == ["", ""]
-    nearest = nearest_files(out / "clusters.csv")
+    nearest = nearest_files(out)
     for card in group_cards(page):
         assert card["like"] == f"like {nearest[card['cluster']]}"
     text = page.section("prototypes").text
@@ -427,27 +411,23 @@ def test_groups_of_rows_without_keys_are_called_after_their_most_typical_row(
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((2000, 3)))
     assert cluster([str(tmp_path / "x.npy"), "--k", "2", "--out", str(out)]) == 0
     page = read_page(out / "report.html")
-    lines = rows_of(out / "clusters.csv")
+    lines = table(out)
     rows = {f"like row {int(row['position']):,}" for row in lines if row["rank"] == "1"}
     assert {card["like"] for card in group_cards(page)} == rows
 
 
 def test_near_duplicates_are_marked_and_others_are_not(photos: Path, out: Path) -> None:
-    for number in range(12):
-        draw(photos / f"{number}.png", number)
+    draw_pictures(photos, 12)
     original = Image.open(photos / "3.png")
     original.resize((80, 80)).save(photos / "larger.jpg", quality=85)
     original.point(lambda value: min(255, value + 8)).save(photos / "lighter.png")
     original.rotate(90).save(photos / "turned.png")
-    rows = np.random.default_rng(0).standard_normal((15, 8))
-    flags = known_features(photos, rows)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    page = read_page(out / "report.html")
+    page = group(photos, out)
     marked = {}
     for card in group_cards(page):
         for place, first in card["duplicates"].items():
             marked[card["members"][int(place)]] = card["members"][first]
-    in_table = {row["file"]: row["duplicate_of"] for row in rows_of(out / "clusters.csv")}
+    in_table = {row["file"]: row["duplicate_of"] for row in table(out)}
     assert {file: first for file, first in in_table.items() if first} == marked
     alike = {"3.png", "larger.jpg", "lighter.png"}
     together = [alike & set(card["members"]) for card in group_cards(page)]
@@ -458,11 +438,8 @@ def test_near_duplicates_are_marked_and_others_are_not(photos: Path, out: Path) 
 
 
 def test_the_page_names_paths_in_its_command_only(photos: Path, out: Path) -> None:
-    for number in range(20):
-        draw(photos / f"{number}.png", number)
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    page = read_page(out / "report.html")
+    draw_pictures(photos, 20)
+    page = group(photos, out)
     assert "20 pictures of photos in 2 groups" in page.text
     assert "the rows of x.npz" in page.section("summary").text
     for section in ("summary", "prototypes", "map"):
@@ -480,9 +457,7 @@ def test_pictures_of_any_shape_fill_their_frame(
         size = [(300, 100), (100, 250), (40, 30)][number % 3]
         draw(photos / f"{number}.png", number)
         Image.open(photos / f"{number}.png").resize(size).save(photos / f"{number}.png")
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    pictures = pictures_in(read_page(out / "report.html"))
+    pictures = pictures_in(group(photos, out))
     sizes = {Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures}
     assert sizes == {(side, side), (30, 30)}
 
@@ -511,9 +486,7 @@ addEventListener("load", () => setTimeout(() => {
 def test_a_group_opens_and_closes_by_its_button(photos: Path, out: Path, tmp_path: Path) -> None:
     for number in range(30):
         draw(photos / f"holiday {number}.png", number % 6)  # copies, more than one in a group
-    flags = known_features(photos)
-    assert cluster([str(photos), *flags, "--k", "2", "--out", str(out)]) == 0
-    largest = group_cards(read_page(out / "report.html"))[0]
+    largest = group_cards(group(photos, out))[0]
     state = in_browser(out / "report.html", OPEN_ALL, tmp_path)
     assert state["states"] == [[8, "false"], [largest["samples"], "true"], [8, "false"]]
     assert state["focus"] and state["square"] and state["wide"] <= 0 and state["marks"] > 0
@@ -537,7 +510,7 @@ def test_groups_as_folders(
     folder = photos.parent / "new" / "folders"
     monkeypatch.chdir(photos.parent)  # a relative DATA: links must still lead there
     assert cluster(["photos", *flags, "--k", "2", "--out", str(out), flag, str(folder)]) == 0
-    groups = groups_of(out / "clusters.csv")
+    groups = groups_of(out)
     assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
     for number, files in groups.items():
         inside = list((folder / str(number)).iterdir())
@@ -557,8 +530,7 @@ def test_groups_as_folders(
 def six_pictures(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder: photos, with features in x.npz and x.npy, and a folder in use."""
     folder = photos.parent
-    for number in range(6):
-        draw(photos / f"{number}.png", number)
+    draw_pictures(photos, 6)
     known_features(photos)
     np.save(folder / "x.npy", np.eye(6))
     (folder / "full").mkdir()
@@ -579,8 +551,7 @@ def test_the_rows_of_a_picture_in_a_table_are_one_picture(photos: Path, out: Pat
     folder = out.parent / "linked"
     flags = ["--features", str(photos / "x.npz"), "--k", "2", "--out", str(out)]
     assert cluster([str(photos / "pairs.csv"), *flags, "--link-to", str(folder)]) == 0
-    with (out / "clusters.csv").open() as file:
-        names = [row["file"] for row in csv.DictReader(file)]
+    names = [row["file"] for row in table(out)]
     assert names == [f"{i}.png" for i in range(8)]
     assert sorted(path.name for path in folder.glob("*/*")) == names
 
@@ -682,24 +653,20 @@ def test_two_different_points_are_two_groups() -> None:
     assert num_clusters == 2
 
 
+WITH_NAN = torch.randn(50, 2).index_fill_(0, torch.tensor(3), math.nan)
+
+
 @pytest.mark.parametrize(
-    "points, words",
+    "points, most, words",
     [
-        (torch.randn(5, 2), "expected at least 6 points, got 5"),
-        (torch.ones(50, 2), "expected points that differ"),
-        (torch.randn(50), "points"),
-        (
-            torch.randn(50, 2).index_fill_(0, torch.tensor(3), math.nan),
-            "1 rows with NaN or inf in a sample of 50; the first is row 3",
-        ),
+        (torch.randn(5, 2), 9, "expected at least 6 points, got 5"),
+        (torch.ones(50, 2), 9, "expected points that differ"),
+        (torch.randn(50), 9, "points"),
+        (WITH_NAN, 9, "1 rows with NaN or inf in a sample of 50; the first is row 3"),
+        (torch.randn(50, 2), 1, "max_clusters >= 2"),
     ],
-    ids=["too few", "all equal", "no matrix", "NaN"],
+    ids=["too few", "all equal", "no matrix", "NaN", "one group"],
 )
-def test_points_without_groups_are_refused(points: Tensor, words: str) -> None:
+def test_points_without_groups_are_refused(points: Tensor, most: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        protoclip.choose_num_clusters(points)
-
-
-def test_one_group_is_no_choice(seven_groups: Tensor) -> None:
-    with pytest.raises(ValueError, match="max_clusters >= 2"):
-        protoclip.choose_num_clusters(seven_groups, max_clusters=1)
+        protoclip.choose_num_clusters(points, max_clusters=most)

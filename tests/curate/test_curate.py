@@ -134,12 +134,6 @@ def test_closest_takes_the_nearest_rows_and_random_others() -> None:
     assert all(len(set(positions)) == 10 for positions in random)
 
 
-def test_all_rows_can_be_chosen() -> None:
-    points = blobs(500)
-    hierarchy = hierarchical_kmeans(points, [20, 3], resamplings=1)
-    assert balanced_sample(hierarchy, 500).tolist() == list(range(500))
-
-
 def test_first_of_each_is_a_sort_by_cluster() -> None:
     generator = torch.Generator().manual_seed(0)
     squared = torch.randint(0, 9, (1000,), generator=generator).float()  # many are equal
@@ -183,8 +177,9 @@ def test_rows_on_disk_give_the_bits_of_those_in_memory(
     assert equal(on_disk, hierarchical_kmeans(points.numpy(), [60, 6], resamplings=2))
 
 
-def test_a_saved_hierarchy_is_the_same(tmp_path: Path) -> None:
+def test_all_rows_can_be_chosen_and_a_saved_hierarchy_is_the_same(tmp_path: Path) -> None:
     hierarchy = hierarchical_kmeans(blobs(500), [20, 3], resamplings=1)
+    assert balanced_sample(hierarchy, 500).tolist() == list(range(500))
     hierarchy.save(tmp_path / "h.safetensors")
     assert equal(hierarchy, Hierarchy.load(tmp_path / "h.safetensors"))
     protoclip.kmeans(blobs(500), 3).save(tmp_path / "clusters.safetensors")

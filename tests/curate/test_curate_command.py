@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feature_folders import write_layout
 from html_page import read_page
+from pairs import table
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,7 +26,7 @@ from protoclip.common.seeds import evenly_spaced
 from protoclip.common.signals import Stopped
 from protoclip.curate import __main__ as command
 from protoclip.curate.__main__ import main as curate
-from protoclip.features.table import read_csv, write_csv_table
+from protoclip.features.table import read_csv
 
 ROWS, COLUMNS = 600, 5
 SIZES = [300, 150, 90, 60]  # of four blobs
@@ -46,36 +47,8 @@ def features(tmp_path: Path) -> Path:
     return tmp_path / "rows.npy"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder in clip-retrieval's layout, in two parts, with a picture for each even row."""
-    parts = np.split(np.arange(ROWS), [400])
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number, part in enumerate(parts):
-        for name in ("img_emb", "metadata"):
-            (tmp_path / "features" / name).mkdir(parents=True, exist_ok=True)
-        np.save(tmp_path / "features" / "img_emb" / f"img_emb_{number}.npy", blobs()[part])
-        files = [str(pictures / f"{i}.png") if i % 2 == 0 else "" for i in part.tolist()]
-        for i, file in zip(part.tolist(), files, strict=True):
-            if file:
-                Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(file)
-        columns = {
-            "key": [f"=key {i}" for i in part.tolist()],
-            "file": files,
-            "caption": [f"drawing, number {i}" for i in part.tolist()],
-        }
-        write_csv_table(tmp_path / "features" / "metadata" / f"metadata_{number}.csv", columns)
-    return tmp_path / "features"
-
-
-def table(out: Path, name: str = "selected.csv") -> list[dict[str, str]]:
-    with open(out / name, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def positions(out: Path) -> list[int]:
-    return [int(row["position"]) for row in table(out)]
+    return [int(row["position"]) for row in table(out, "selected.csv")]
 
 
 def test_selected_rows_are_those_of_the_functions(features: Path, tmp_path: Path) -> None:
@@ -84,7 +57,7 @@ def test_selected_rows_are_those_of_the_functions(features: Path, tmp_path: Path
     hierarchy = hierarchical_kmeans(blobs(), [40, 4], resamplings=1)
     chosen = balanced_sample(hierarchy, 80)
     assert positions(out) == chosen.tolist()
-    rows = table(out)
+    rows = table(out, "selected.csv")
     assert list(rows[0]) == ["position", "key", "file", "cluster_1", "cluster_2"]
     assert [int(row["cluster_1"]) for row in rows] == hierarchy.labels(1)[chosen].tolist()
     assert [int(row["cluster_2"]) for row in rows] == hierarchy.labels(2)[chosen].tolist()
@@ -94,14 +67,28 @@ def test_selected_rows_are_those_of_the_functions(features: Path, tmp_path: Path
     assert table(out, "left_out.csv") == []
     blob_of_row = np.repeat(np.arange(4), SIZES)[positions(out)]
     assert np.bincount(blob_of_row).tolist() == [20, 20, 20, 20]
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert "80 of 600 rows of rows.npy, with equal shares of 4 clusters." in text
+    assert "All rows are spread like equal shares of 3." in text
+    assert "The chosen rows are spread like equal shares of 4.0 clusters" in text
 
 
-def test_keys_files_and_pictures_of_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_keys_files_and_pictures_of_a_folder(tmp_path: Path) -> None:
+    """In clip-retrieval's layout, in two parts, with a picture for each even row."""
+    files = [str(tmp_path / f"{i}.png") if i % 2 == 0 else "" for i in range(ROWS)]
+    for i in range(0, ROWS, 2):
+        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(files[i])
+    columns = {
+        "key": [f"=key {i}" for i in range(ROWS)],
+        "file": files,
+        "caption": [f"drawing, number {i}" for i in range(ROWS)],
+    }
+    folder = write_layout(tmp_path / "features", {"img_emb": blobs()}, columns, [400, 200])
     out = tmp_path / "out"
     assert curate([str(folder), *FLAGS, "--out", str(out)]) == 0
     keys = read_csv(out / "selected.csv", "key")
     assert list(keys) == [f"=key {i}" for i in positions(out)]
-    files = [row["file"] for row in table(out)]
+    files = [row["file"] for row in table(out, "selected.csv")]
     assert [bool(file) for file in files] == [i % 2 == 0 for i in positions(out)]
     page = read_page(out / "report.html")
     assert page.one("meta", name="generator").attributes["content"] == "protoclip curate"
@@ -110,14 +97,6 @@ def test_keys_files_and_pictures_of_a_folder(folder: Path, tmp_path: Path) -> No
     assert sorted(card["samples"] for card in cards) == sorted(SIZES)
     assert {card["class"] for card in cards} == {"20 chosen"}
     assert all(card["images"] and card["captions"] for card in cards)
-
-
-def test_without_tables_the_page_names_rows(features: Path, tmp_path: Path) -> None:
-    assert curate([str(features), *FLAGS, "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "80 of 600 rows of rows.npy, with equal shares of 4 clusters." in text
-    assert "All rows are spread like equal shares of 3." in text
-    assert "The chosen rows are spread like equal shares of 4.0 clusters" in text
 
 
 def test_choose_and_seed_and_normalize(features: Path, tmp_path: Path) -> None:
@@ -188,6 +167,27 @@ def content_of(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in names}
 
 
+def noted_places(
+    monkeypatch: pytest.MonkeyPatch, sent: signal.Signals | None = None
+) -> list[tuple[int, ...]]:
+    """The places that hierarchical k-means comes to; when it first begins the second k-means of
+    the first level, it is sent a signal."""
+    places: list[tuple[int, ...]] = []
+    hierarchical = command.hierarchical_kmeans
+
+    def noting(*rows: Any, progress: Any, **options: Any) -> Hierarchy:
+        def note(*place: int) -> None:
+            places.append(place)
+            if sent is not None and place == (1, 1, 0) and places.count(place) == 1:
+                os.kill(os.getpid(), sent)
+            progress(*place)
+
+        return hierarchical(*rows, progress=note, **options)
+
+    monkeypatch.setattr(command, "hierarchical_kmeans", noting)
+    return places
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_continues(
     features: Path,
@@ -199,19 +199,7 @@ def test_a_stopped_run_continues(
 ) -> None:
     arguments = [str(features), *FLAGS, "--out"]
     assert curate([*arguments, str(tmp_path / "whole")]) == 0
-    places: list[tuple[int, int, int]] = []
-    hierarchical = command.hierarchical_kmeans
-
-    def with_signal(*rows: Any, progress: Any, **options: Any) -> Hierarchy:
-        def count(*place: int) -> None:
-            places.append(place)
-            if place == (1, 1, 0) and places.count(place) == 1:
-                os.kill(os.getpid(), sent)
-            progress(*place)
-
-        return hierarchical(*rows, progress=count, **options)
-
-    monkeypatch.setattr(command, "hierarchical_kmeans", with_signal)
+    places = noted_places(monkeypatch, sent)
     out = tmp_path / "stopped"
     assert curate([*arguments, str(out)]) == code
     assert "stopped by" in capsys.readouterr().err
@@ -240,13 +228,7 @@ def test_overwrite_after_a_k_means_that_was_not_noted(
         patch.setattr("protoclip.curate.hierarchy._Finished.put", stop)
         assert curate([str(features), *FLAGS, "--out", str(out)]) == 143
     assert [file.name for file in out.glob("curate.state.1*")] == ["curate.state.1.0"]
-    places: list[tuple[int, int, int]] = []
-    hierarchical = command.hierarchical_kmeans
-
-    def with_places(*rows: Any, progress: Any, **options: Any) -> Hierarchy:
-        return hierarchical(*rows, progress=lambda *place: places.append(place), **options)
-
-    monkeypatch.setattr(command, "hierarchical_kmeans", with_places)
+    places = noted_places(monkeypatch)
     assert curate([*arguments, str(out), "--overwrite"]) == 0
     assert ((1, 0, 0) in places) == bool(flags)
     assert content_of(out) == content_of(tmp_path / "whole")

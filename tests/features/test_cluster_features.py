@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_folders import write_folder
+from feature_folders import write_folder, write_layout
 from html_page import read_page
-from pairs import draw
+from pairs import draw, table
 from ranks import config_of
 
 import protoclip
@@ -27,11 +26,6 @@ from protoclip.encode.__main__ import main as encode
 from protoclip.train import main as train
 
 CLIP_RETRIEVAL = Path(__file__).parent / "clip_retrieval"  # its NumpyWriter, version 2.45, wrote it
-
-
-def table(out: Path, name: str = "clusters.csv") -> list[dict[str, str]]:
-    with open(out / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def groups(out: Path) -> dict[str, str]:
@@ -127,19 +121,12 @@ def test_rows_without_a_key_are_pictures_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("captions", ["null", "empty", "missing"])
 def test_missing_captions_mean_the_same(tmp_path: Path, captions: str) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    data = tmp_path / "f"
-    for side in ("img_emb", "text_emb", "metadata"):
-        (data / side).mkdir(parents=True)
     rows = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
-    for side in ("img_emb", "text_emb"):
-        np.save(data / side / f"{side}_0.npy", rows)
-    columns = {"key": pyarrow.array([f"k{i}" for i in range(12)])}
+    columns: dict[str, list[str | None]] = {"key": [f"k{i}" for i in range(12)]}
     if captions != "missing":
-        texts = [None if captions == "null" else ""] * 12
-        columns["caption"] = pyarrow.array(texts, pyarrow.string())
-    parquet.write_table(pyarrow.table(columns), data / "metadata" / "metadata_0.parquet")
+        columns["caption"] = [None if captions == "null" else ""] * 12
+    sides = {"img_emb": rows, "text_emb": rows}
+    data = write_layout(tmp_path / "f", sides, columns, ending="parquet")
     pairs = open_dataset(str(data))
     assert isinstance(pairs, FeaturePairs) and not pairs.facts.has_captions
     assert pairs.captions(3) == ("k3",)
@@ -190,31 +177,6 @@ def test_a_run_that_did_not_converge_says_so(tmp_path: Path, capsys) -> None:
     assert words in read_page(tmp_path / "a" / "report.html").text
     assert cluster([*command, "--out", str(tmp_path / "b")]) == 0  # the default converges
     assert "converged" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (np.zeros(5), "save array.reshape(1, -1) if it is one row"),
-        (np.zeros((1, 5)), "DATA: expected at least 2 pictures or rows, got 1"),
-        (np.zeros((5, 5), bool), "save array.astype(np.uint8)"),
-        (np.array([[1], "a"], object), "save np.stack(rows)"),
-    ],
-)
-def test_arrays_that_are_no_rows_have_a_remedy(
-    tmp_path: Path, error_of: Callable[..., str], rows: np.ndarray, words: str
-) -> None:
-    np.save(tmp_path / "one.npy", rows)
-    command = [tmp_path / "one.npy", "--k", "2", "--out", tmp_path / "out"]
-    assert words in error_of(cluster, command)
-
-
-def test_unfinished_features_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
-    (tmp_path / "f").mkdir()
-    record = '{"finished": false, "command": "protoclip encode photos --out f"}'
-    (tmp_path / "f" / "encode.json").write_text(record)
-    error = error_of(cluster, [tmp_path / "f", "--k", "2", "--out", tmp_path / "out"])
-    assert "unfinished; this continues them: protoclip encode photos --out f" in error
 
 
 def test_a_name_that_the_locale_does_not_have_is_named(nano: Path, tmp_path: Path) -> None:

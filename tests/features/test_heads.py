@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from feature_folders import write_layout
 from PIL import Image
 from ranks import (
     config_of,
@@ -96,17 +97,6 @@ def flags_of(folder: Path, *more: str) -> list[str]:
         "--method", "clip", "--embed-dim", "16", "--batch-size", "64", "--lr", "0.01",
         "--report-to", "none", "--val-frequency", "0", *more,
     ]  # fmt: skip
-
-
-def write_layout(path: Path, columns: dict[str, list[str]], image: Any, text: Any) -> str:
-    """A folder as protoclip encode writes it, in one part."""
-    for side, rows in (("img_emb", image), ("text_emb", text)):
-        (path / side).mkdir(parents=True)
-        np.save(path / side / f"{side}_0.npy", rows)
-    (path / "metadata").mkdir()
-    lines = [",".join(columns), *map(",".join, zip(*columns.values(), strict=True))]
-    (path / "metadata" / "metadata_0.csv").write_text("".join(f"{line}\n" for line in lines))
-    return str(path)
 
 
 # The model
@@ -195,7 +185,8 @@ def test_captions_are_chosen_as_those_of_pictures(tmp_path: Path, several: str) 
         order = order[np.argsort(texts[order, 1], kind="stable")]  # captions of a key in order
         images = texts[order, :1]
         keys = {"key": [f"p{int(i)}" for i in images[:, 0]]}
-        pairs = open_dataset(write_layout(tmp_path / "f", keys, images, texts[order]))
+        sides = {"img_emb": images, "text_emb": texts[order]}
+        pairs = open_dataset(str(write_layout(tmp_path / "f", sides, keys)))
     assert len(pairs) == 50
 
     def chosen(captions: str, seed: int) -> Tensor:
@@ -220,22 +211,16 @@ def test_the_table_knows_labels_captions_and_files(tmp_path: Path) -> None:
         "key": ["a", "b", "c"], "file": [str(picture)] * 3, "caption": ["one", "two", "one"],
         "label:kind": ["x", "", "y"],
     }  # fmt: skip
-    data = write_layout(tmp_path / "f", columns, np.eye(3, 4), np.eye(3, 2))
-    pairs = open_dataset(data)
+    sides = {"img_emb": np.eye(3, 4), "text_emb": np.eye(3, 2)}
+    pairs = open_dataset(str(write_layout(tmp_path / "f", sides, columns)))
     assert list(pairs.keys) == ["a", "b", "c"] and pairs.captions(1) == ("two",)
     assert pairs.labels["kind"].names == ("x", "y")
     assert pairs.labels["kind"].ids.tolist() == [0, -1, 1]
-    assert pairs.facts.has_pictures and pairs.image(2).size == open_size(picture)
+    assert pairs.facts.has_pictures and pairs.image(2).size == Image.open(picture).size
     (batch,) = batches(pairs, Draws(torch.arange(3), 0), 3, None, None)
     assert batch.caption_ids is not None
     first, second, third = batch.caption_ids.tolist()
     assert first == third != second
-
-
-def open_size(path: Path) -> tuple[int, int]:
-    from PIL import Image
-
-    return Image.open(path).size
 
 
 def test_equal_rows_are_equal_captions_where_there_is_no_table() -> None:
@@ -540,15 +525,12 @@ def test_a_folder_without_heads_is_refused(tmp_path: Path) -> None:
         protoclip.load_heads(tmp_path)
 
 
-@pytest.mark.parametrize("data", ["pictures for heads", "features for a model of pictures"])
 def test_a_model_is_evaluated_on_what_it_takes(
-    run: Path, trained: Path, spec: str, error_of: Callable[..., str], data: str
+    run: Path, trained: Path, spec: str, error_of: Callable[..., str]
 ) -> None:
-    if data == "pictures for heads":
-        message = error_of(evaluate, [run, "--data", "builtin:shapes:20"])
-        assert "expected stored features for linear heads" in message
-    else:
-        assert "expected pictures" in error_of(evaluate, [trained, "--data", spec])
+    message = error_of(evaluate, [run, "--data", "builtin:shapes:20"])
+    assert "expected stored features for linear heads" in message
+    assert "expected pictures" in error_of(evaluate, [trained, "--data", spec])
 
 
 def test_from_pictures_to_aligned_embeddings(trained: Path, workdir: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feature_folders import write_folder
+import torch
+from feature_folders import write_folder, write_layout
 
+from protoclip.common import digest
 from protoclip.common.digest import digest_of
 from protoclip.common.files import DataError
 from protoclip.features import as_positions, open_features, open_folder
@@ -95,6 +97,7 @@ ORDERED = [
     "x2_0.npy x2_1.npy x10_0.npy x10_1.npy",
     "part-00000-of-00002.npy part-00001-of-00002.npy",
     "a_2.npy a_3.npy a_4.npy",
+    " ".join(f"x{number}.npy" for number in range(12)),
 ]
 
 
@@ -168,15 +171,9 @@ def test_rows_of_one_key_are_of_one_picture(tmp_path: Path) -> None:
 
 def test_the_column_of_clip_retrieval_is_named(tmp_path: Path) -> None:
     """Its tables call the key image_path where there is no key; a null is no key."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    for number in range(2):
-        write_parts(tmp_path, f"img_emb/img_emb_{number}.npy")
-        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", np.eye(4)[2 * number :][:2])
-        (tmp_path / "metadata").mkdir(exist_ok=True)
-        table = pyarrow.table({"image_path": pyarrow.array([None, "000.jpg"])})
-        parquet.write_table(table, tmp_path / "metadata" / f"metadata_{number}.parquet")
-    rows = open_features(tmp_path)
+    columns = {"image_path": [None, "000.jpg"] * 2}
+    folder = write_layout(tmp_path / "f", {"img_emb": np.eye(4)}, columns, [2, 2], "parquet")
+    rows = open_features(folder)
     assert rows.identity.picture.tolist() == [0, 1, 2, 1]
     with pytest.raises(DataError, match="one picture for each image_path, got rows 1 and 3"):
         rows.not_finite()
@@ -195,6 +192,31 @@ def test_image_rows_may_differ_in_their_last_bits(
 
 
 # The same rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_blocks_and_strides_do_not_matter(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.arange(35).reshape(7, 5).to(dtype)
+    whole = digest_of(rows)
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 2 * rows[:1].nbytes)
+    assert digest_of(rows) == whole
+    assert digest_of(rows.repeat(1, 2)[:, :5]) == whole  # strided
+    changed = rows.clone()
+    changed[3, 2] += 1
+    assert digest_of(changed) != whole
+    assert digest_of(rows.flip(0)) != whole
+
+
+def test_digests_of_arrays_and_tensors_agree() -> None:
+    assert digest_of(ROWS) == digest_of(torch.from_numpy(ROWS))
+    one_by_one = digest.Digest()
+    for row in ROWS:
+        one_by_one.update(row[None])
+    assert one_by_one.hexdigest() == digest_of(ROWS)
+    assert one_by_one.rows == 23
+    assert digest_of(torch.empty(0, 4)) == digest_of(np.empty((0, 9)))
 
 
 def test_the_digest_is_of_all_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
