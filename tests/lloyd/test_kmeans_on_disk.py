@@ -56,7 +56,7 @@ def test_how_rows_are_split_into_files_changes_no_bit(split: str, tmp_path: Path
     assert_same_clusters(CASES["weights"].run(rows), CASES["weights"].run())
 
 
-@pytest.mark.parametrize("rows_in_block", [32, 128, 1024])
+@pytest.mark.parametrize("rows_in_block", [32, 1024])
 @pytest.mark.parametrize("case", ["weights", "fp64", "tol", "empty clusters"])
 def test_the_size_of_blocks_changes_no_bit(
     case: str, rows_in_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

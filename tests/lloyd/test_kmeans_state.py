@@ -438,22 +438,6 @@ def test_temporary_files_of_a_killed_run_are_removed(stopped: Path) -> None:
     assert not leftover.exists() and other.exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backend": "faiss", "weights": None}, "backend 'faiss' keeps no state"),
-        ({"state_seconds": -1}, "expected state_seconds >= 0, got -1"),
-        ({"state_seconds": "often"}, "expected state_seconds >= 0, got 'often'"),
-    ],
-)
-def test_wrong_arguments_are_explained(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        small_run(tmp_path / "k.state", **options)
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- passes ----
 
 
