@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 import protoclip
 from protoclip.features import FeatureRows
 from protoclip.lloyd import points as points_module
+from protoclip.lloyd import slices, starts
+from protoclip.ops import clusters, reference
 
 
 def mixture(n: int, d: int, k: int = 30) -> Tensor:
@@ -28,7 +30,7 @@ def mixture(n: int, d: int, k: int = 30) -> Tensor:
 class Case:
     """A call of ``kmeans`` with rows that are stored as an array."""
 
-    array: np.ndarray
+    array: Any  # or a tensor
     num_clusters: int
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -36,6 +38,13 @@ class Case:
         points = self.array if points is None else points
         options = {"num_iters": 6} | self.options | options
         return protoclip.kmeans(points, self.num_clusters, **options)
+
+    def part(self, rows: slice) -> Case:
+        """The same call with some of the rows."""
+        options = dict(self.options)
+        if options.get("weights") is not None:
+            options["weights"] = options["weights"][rows]
+        return replace(self, array=self.array[rows], options=options)
 
 
 SCREENED = mixture(3000, 40)
@@ -70,6 +79,21 @@ CASES = {
 
 def set_rows_in_block(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(points_module, "BLOCK_BYTES", rows * 40 * 4)
+
+
+def keep_rows_on_disk(patch: pytest.MonkeyPatch) -> None:
+    """Small rows too, in blocks of at most 256 x 40 numbers; sums and products are by 32 rows."""
+    patch.setattr(starts, "GREEDY_BYTES", 3000)
+    patch.setattr(starts, "FEWEST_ROWS", 0)
+    set_rows_in_block(256, patch)
+    patch.setattr(slices, "CHUNK", 32 * 40)
+    patch.setattr(reference, "_CHUNK_ELEMENTS", 32 * 60)
+
+
+def bound_few_points(patch: pytest.MonkeyPatch) -> None:
+    """Small runs have bounds too."""
+    patch.setattr(clusters, "BOUNDED_CLUSTERS", 1)
+    patch.setattr(clusters, "BOUNDED_PRODUCTS", 0)
 
 
 def stored(array: np.ndarray, folder: Path, sizes: Sequence[int] = (1000, 1)) -> FeatureRows:

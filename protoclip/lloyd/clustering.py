@@ -223,9 +223,7 @@ def kmeans(
         # Hashed, so that the restarts of neighbouring seeds are others.
         restart_seed = int(mix(seed, begun.restart)) >> 1 if begun.restart else seed
         with Wait("its start"), without_autocast(rows.points.device.type):
-            return first_centroids(
-                rows, passes, num_clusters, first, restart_seed, begun, settings.note
-            )
+            return first_centroids(passes, num_clusters, first, restart_seed, begun, settings.note)
 
     def run_faiss(begun: RunState) -> Outcome:
         from protoclip.lloyd.faiss_backend import faiss_kmeans
@@ -245,22 +243,20 @@ def kmeans(
             State(centroids, inertia_of(rows, distances), labels), history, converged=False
         )
 
-    def run(begun: RunState) -> Outcome:
-        runs_left = num_restarts - begun.restart  # earlier ones may have ended early
-        wait.total = wait.done - begun.iterations + runs_left * num_iters
-        if is_faiss:
-            return run_faiss(begun)
-        if not begun.history:
-            begun = RunState(begun.restart, begun.earlier, start(begun))
-        return lloyd(rows, passes, begun, settings)
-
     with (
         contextlib.nullcontext(RunState()) if keeper is None else keeper.opened() as begun,
         Wait("k-means", 0, "iterations", done=begun.iterations, at_most=True) as wait,
     ):
         best = begun.earlier
         while begun.restart < (1 if faiss_draws else num_restarts):
-            outcome = run(begun)
+            runs_left = num_restarts - begun.restart  # earlier ones may have ended early
+            wait.total = wait.done - begun.iterations + runs_left * num_iters
+            if is_faiss:
+                outcome = run_faiss(begun)
+            else:
+                if not begun.history:
+                    begun = RunState(begun.restart, begun.earlier, start(begun))
+                outcome = lloyd(passes, begun, settings)
             if best is None or outcome.state.inertia < best.state.inertia:
                 best = outcome
             begun = RunState(begun.restart + 1, best)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from protoclip.common.host import start_copy_to_host
 from protoclip.lloyd.slices import PointSlice
 from protoclip.lloyd.state import Outcome, RunState, State
 from protoclip.lloyd.sweep import Assigned, InMemorySweep, Sweep
-from protoclip.ops.clusters import KMeansIteration
+from protoclip.ops.clusters import KMeansIteration, bounds_for
 
 SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
 CANDIDATES = 1024  # points that empty clusters may move to in one iteration
@@ -38,9 +37,10 @@ class Settings:
     note: Callable[[RunState], None] | None  # of where the run is, in each iteration
 
 
-def lloyd(rows: PointSlice, passes: Sweep, begun: RunState, settings: Settings) -> Outcome:
+def lloyd(passes: Sweep, begun: RunState, settings: Settings) -> Outcome:
     """Lloyd's iterations from the centroids where a run has begun, or was stopped."""
     assert begun.centroids is not None
+    rows = passes.rows
     centroids = begun.centroids
     if not begun.history:
         centroids = rows.placed(centroids, settings.spherical)
@@ -48,46 +48,38 @@ def lloyd(rows: PointSlice, passes: Sweep, begun: RunState, settings: Settings) 
     repeated = list(begun.repeated)
     best = begun.best
     converged = False
-    bounds = passes.bounds()
+    count, columns = rows.points.count, rows.points.columns
+    bounds = bounds_for(count, len(centroids), columns, passes.nearest.backend)
     assigned = passes.assign(centroids, settings.num_iters > 0, bounds)
     for iteration in range(len(history), settings.num_iters):
         is_last = iteration + 1 == settings.num_iters
-        update = _iteration(rows, passes, centroids, assigned, settings, fused=bounds is None)
+        update = _iteration(passes, centroids, assigned, settings, fused=bounds is None)
         updated = update.centroids
         share = 1.0 if bounds is None else bounds.share
-        settings.count(iteration, _Facts._make(update.facts).inertia, share)
+        settings.count(iteration, update.facts[0], share)
         wait_for_facts = start_copy_to_host(update.facts)
         ahead = Assigned(update.labels, update.distances) if len(update.labels) else None
         if updated.is_cuda and isinstance(passes, InMemorySweep):
             ahead = passes.assign(updated)  # while the host reads
-        on_host = _Facts._make(wait_for_facts())
-        is_repeated = settings.spherical and on_host.inertia in history
-        history.append(on_host.inertia)
-        if best is None or not best.inertia < on_host.inertia:
-            best = State(centroids, on_host.inertia, assigned.labels)
+        inertia, moving, empty = wait_for_facts()
+        is_repeated = settings.spherical and inertia in history
+        history.append(inertia)
+        if best is None or not best.inertia < inertia:
+            best = State(centroids, inertia, assigned.labels)
         if settings.note is not None:
             settings.note(
                 begun._replace(
                     centroids=centroids,
                     history=tuple(history),
-                    best=best if best.inertia < on_host.inertia else None,
+                    best=best if best.inertia < inertia else None,
                     repeated=tuple(repeated),
                 )
             )
         if is_repeated and _is_circle(rows, centroids, repeated):
             converged = True
             break
-        moving = on_host.moving
-        if on_host.empty and not settings.splits:
-            updated = _without_empty(
-                rows,
-                passes,
-                centroids,
-                updated,
-                update.counts,
-                assigned,
-                settings.spherical,
-            )
+        if empty and not settings.splits:
+            updated = _without_empty(passes, centroids, update, assigned, settings.spherical)
             moving = float(rows.sum(_moved(centroids, updated, settings.limit).double()))
             ahead = None
         if settings.on_centroids is not None:
@@ -113,7 +105,6 @@ def _is_circle(rows: PointSlice, centroids: Tensor, repeated: list[str]) -> bool
 
 
 def _iteration(
-    rows: PointSlice,
     passes: Sweep,
     centroids: Tensor,
     assigned: Assigned,
@@ -122,6 +113,7 @@ def _iteration(
 ) -> KMeansIteration:
     """An update of the centroids; if ``fused`` with the labels of the new ones where the backend
     computes both in one op."""
+    rows = passes.rows
     if (
         fused
         and isinstance(passes, InMemorySweep)
@@ -129,7 +121,20 @@ def _iteration(
         and rows.group is None
         and not (settings.spherical or settings.splits)
     ):
-        return passes.iteration(centroids, assigned, settings.limit)
+        run = passes.nearest.function("kmeans_iteration")
+        results = run(
+            points=passes.nearest.points,
+            values=passes.values,
+            weights=rows.weights,
+            weight=rows.weight,
+            centre=rows.centre,
+            centroids=centroids,
+            labels=assigned.labels,
+            distances=assigned.distances,
+            codes=passes.nearest.codes,
+            limit=settings.limit,
+        )
+        return KMeansIteration._make(results)
     means, counts = passes.means(assigned)
     updated = means.where(counts[:, None] > 0, centroids)
     if settings.splits:
@@ -141,33 +146,21 @@ def _iteration(
 
 
 def _without_empty(
-    rows: PointSlice,
-    passes: Sweep,
-    centroids: Tensor,
-    updated: Tensor,
-    counts: Tensor,
-    assigned: Assigned,
-    spherical: bool,
+    passes: Sweep, centroids: Tensor, update: KMeansIteration, assigned: Assigned, spherical: bool
 ) -> Tensor:
     """The updated centroids [K, D] after empty clusters have moved to points."""
-    labels = _moved_to_points(rows, updated, counts, assigned.labels, assigned.distances, spherical)
+    rows = passes.rows
+    labels = _moved_to_points(rows, update, assigned, spherical)
     if labels is None:
-        inexact = _inexact(rows, centroids, assigned.labels, assigned.distances)
-        return torch.where(inexact, updated, centroids)
+        return torch.where(_inexact(rows, centroids, assigned), update.centroids, centroids)
     means, counts = passes.means(passes.relabelled(assigned, labels))
     return rows.placed(means.where(counts[:, None] > 0, centroids), spherical)
 
 
-class _Facts(NamedTuple):
-    """Of an iteration, over all ranks: numbers, or scalars that are still on the device."""
-
-    inertia: Any  # the weighted sum of squared distances
-    moving: Any  # ranks whose centroids moved, so that ranks that round differently stop together
-    empty: Any  # ranks that saw clusters without points
-
-
 def _facts(rows: PointSlice, distances: Tensor, moved: Tensor, empty: Tensor) -> Tensor:
-    """``_Facts`` as fp64 [3]. ``distances``: squared, [N]; ``moved``, ``empty``: bool []."""
+    """The inertia, and the numbers of ranks whose centroids moved, so that ranks that round
+    differently stop together, and that saw clusters without points: fp64 [3]. ``distances``:
+    squared, [N]; ``moved``, ``empty``: bool []."""
     inertia = _weighted_sum(rows, distances)
     return rows.sum(torch.stack([inertia, moved.to(inertia), empty.to(inertia)]))
 
@@ -194,23 +187,18 @@ def _mean_error(points: Tensor, dtype: torch.dtype) -> Tensor:
     return error**2 * points.double().square().sum(1)
 
 
-def _inexact(rows: PointSlice, centroids: Tensor, labels: Tensor, distances: Tensor) -> Tensor:
+def _inexact(rows: PointSlice, centroids: Tensor, assigned: Assigned) -> Tensor:
     """Which centroids differ from some of their points, bool [K, 1]. The others may stay where they
     are: the mean of copies of a point is a bit off, and an empty cluster would take them over."""
-    errors = torch.zeros(2, len(centroids), dtype=torch.float64, device=labels.device)
-    errors[0].index_add_(0, labels, distances.double())
-    errors[1] = torch.bincount(labels, minlength=len(centroids))
+    errors = torch.zeros(2, len(centroids), dtype=torch.float64, device=centroids.device)
+    errors[0].index_add_(0, assigned.labels, assigned.distances.double())
+    errors[1] = torch.bincount(assigned.labels, minlength=len(centroids))
     total, counts = rows.sum(errors)
     return (total > counts * _mean_error(centroids, centroids.dtype))[:, None]
 
 
 def _moved_to_points(
-    rows: PointSlice,
-    centroids: Tensor,
-    counts: Tensor,
-    labels: Tensor,
-    distances: Tensor,
-    spherical: bool,
+    rows: PointSlice, update: KMeansIteration, assigned: Assigned, spherical: bool
 ) -> Tensor | None:
     """Labels [N] that give each empty cluster one of the points that contribute most to the
     inertia, ties by index; None if no such point differs from its centroid.
@@ -218,14 +206,14 @@ def _moved_to_points(
     The points are taken one by one, each the farthest from the updated centroids and from those
     taken before, so that clusters do not move to copies of one point.
     """
-    index = rows.largest(rows.by_weight(distances), CANDIDATES)
+    index = rows.largest(rows.by_weight(assigned.distances), CANDIDATES)
     points = rows.pick_points(index).double()  # [M, D]
-    own = rows.pick(labels, index)
-    nearest = centroids.double()[own]
+    own = rows.pick(assigned.labels, index)
+    nearest = update.centroids.double()[own]
     weights = points.new_ones(len(points))
     if rows.weights is not None:
         weights = rows.pick(rows.weights, index)
-    floor = _mean_error(points, centroids.dtype)
+    floor = _mean_error(points, update.centroids.dtype)
     if rows.centre is not None:
         points, nearest = points + rows.centre, nearest + rows.centre
     if spherical:  # |x - c|^2 falls by |x| |x / |x| - c|^2
@@ -233,8 +221,8 @@ def _moved_to_points(
         points = torch.nn.functional.normalize(points, dim=1)
         weights = weights * lengths
     squared = (points - nearest).square().sum(1)
-    empty = (counts == 0).nonzero()[:, 0].tolist()
-    labels = labels.clone()
+    empty = (update.counts == 0).nonzero()[:, 0].tolist()
+    labels = assigned.labels.clone()
     for number, cluster in enumerate(empty):
         gain = torch.where(squared > floor, weights * squared, 0.0).cpu().numpy()
         taken = int(gain.argmax())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +10,7 @@ import torch
 from protoclip.common.seeds import evenly_spaced
 from protoclip.lloyd.clustering import kmeans
 from protoclip.lloyd.clusters import Rows
-from protoclip.lloyd.points import as_points, on_disk, stored_rows
-from protoclip.ops import checks
+from protoclip.lloyd.points import open_points
 
 
 def numbers_to_try(num_points: int, max_clusters: int) -> list[int]:
@@ -57,26 +55,18 @@ def choose_num_clusters(
         3
     """
     op = "choose_num_clusters"
-    stored = stored_rows(points)
-    x: Any = stored
-    if stored is None:
-        x = as_points(points)
-        checks.matrix(op, "points", x, "[N, D]")
+    rows = open_points(op, "points", points, None)
     if max_clusters < 2 or max_points < 6:
         raise ValueError(
             f"{op}: expected max_clusters >= 2 and max_points >= 6, got {max_clusters} and "
             f"{max_points}"
         )
-    if len(x) < 6:
-        raise ValueError(f"{op}: expected at least 6 points, got {len(x)}; give a number")
+    if rows.count < 6:
+        raise ValueError(f"{op}: expected at least 6 points, got {rows.count}; give a number")
     from sklearn.metrics import silhouette_score
 
-    positions = evenly_spaced(len(x), max_points)
-    if stored is None:
-        sample = x.detach()[positions.to(x.device)]
-        sample = sample if sample.dtype == torch.float64 else sample.float()
-    else:
-        sample = on_disk(stored, torch.device("cpu")).take(positions)
+    positions = evenly_spaced(rows.count, max_points)
+    sample = rows.take(positions)
     bad = ~torch.isfinite(sample).all(dim=1)
     if bad.any():
         first = int(positions[int(bad.int().argmax())])

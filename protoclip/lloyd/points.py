@@ -187,11 +187,8 @@ class OnDisk:
         if buffers is not None:
             return buffers
         row_bytes = max(1, self.columns * self.dtype.itemsize)
-        shape = (below_power_of_two(max(1, BLOCK_BYTES // row_bytes)), self.columns)
-        shape = (
-            min(shape[0], below_power_of_two(max(1, 2 * self.count - 1))),
-            self.columns,
-        )
+        most = min(BLOCK_BYTES // row_bytes, 2 * self.count - 1)
+        shape = (below_power_of_two(most), self.columns)
         raw = [np.empty(shape, self.rows.dtype) for _ in range(2)]
         is_converted = torch.from_numpy(raw[0]).dtype != self.dtype
         return raw, torch.empty(shape, dtype=self.dtype, device="cpu") if is_converted else None

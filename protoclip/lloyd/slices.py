@@ -194,7 +194,7 @@ class Summary:
         self.spread = torch.zeros_like(self.mean)
         self.count = 0
         # Chunks of the same rows, in memory or on disk, give the same bits.
-        rows_in_chunk = below_power_of_two(max(1, CHUNK // max(1, points.columns)))
+        rows_in_chunk = below_power_of_two(CHUNK // max(1, points.columns))
         for block in points.blocks(digest):
             if not len(block):
                 continue

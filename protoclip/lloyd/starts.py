@@ -26,13 +26,13 @@ FEWEST_ROWS = 16_384
 MAX_DRAWS = 1024  # candidates per pass over the points
 BLOCK = 1 << 22  # distances that the greedy start keeps at once
 PRODUCT_ERROR = 2.0**-20  # of a squared distance from fp32 products, as a part of |x|^2 + |c|^2
+MEASURED_COLUMNS = 16  # up to so many, C++ measures all distances, without codes
 FEW = 1 << 17  # numbers; up to so many, finding those near a point takes longer than all of them
 
 Note = Callable[[RunState], None]
 
 
 def first_centroids(
-    rows: PointSlice,
     passes: Sweep,
     num_clusters: int,
     init: str | Tensor,
@@ -43,41 +43,42 @@ def first_centroids(
     """Given centroids, random points, or k-means++: greedy, or plain where that takes too long,
     from where a start was stopped."""
     generator = torch.Generator().manual_seed(seed)
-    is_greedy = False
-    if isinstance(init, str) and init == "k-means++":
-        row_bytes = rows.points.columns * rows.points.dtype.itemsize
-        count = rows.count
-        if not _fits(count, num_clusters, row_bytes):
-            count = min(count, max(FEWEST_ROWS, ROWS_PER_CLUSTER * num_clusters))
+    rows = passes.rows
+    if isinstance(init, Tensor):
+        given = init.detach().to(rows.points.device, rows.points.dtype)
+        given = given if rows.centre is None else given - rows.centre
+        if missing := num_clusters - len(given):
+            drawn = _random_points(rows, missing, generator)
+            given = torch.cat([given, rows.pick_points(drawn)])
+        return given
+    if init == "random":
+        return rows.pick_points(_random_points(rows, num_clusters, generator))
+    if init == "k-means++" and not _fits(rows, num_clusters):
+        count = max(FEWEST_ROWS, ROWS_PER_CLUSTER * num_clusters)
         if count < rows.count:
             rows = rows.sample(count, generator)
             rows.points = held(rows.points)
             passes = sweep(rows, num_clusters, passes.nearest.backend)
-        is_greedy = _fits(rows.count, num_clusters, row_bytes)
-    num_warm = len(init) if isinstance(init, Tensor) else 0
-    is_random = isinstance(init, Tensor) or init == "random"
-    num_random = num_clusters - num_warm if is_random else 1
-    drawn = _random_points(rows, num_random, generator) if num_random else None
-    centroids = rows.pick_points(drawn) if drawn is not None else None
-    if isinstance(init, Tensor):
-        given = init.detach().to(rows.points.device, rows.points.dtype)
-        given = given if rows.centre is None else given - rows.centre
-        return given if centroids is None else torch.cat([given, centroids])
-    assert drawn is not None and centroids is not None
-    if is_random:
-        return centroids
-    if not is_greedy:
-        return _plain(rows, passes, centroids, num_clusters, generator, begun, note)
+    drawn = _random_points(rows, 1, generator)
+    centroids = rows.pick_points(drawn)
+    if init == "plain k-means++" or not _fits(rows, num_clusters):
+        return _plain(passes, centroids, num_clusters, generator, begun, note)
     assert isinstance(passes, InMemorySweep)  # GREEDY_BYTES fit into memory
-    points = passes.nearest.points
+    nearest = passes.nearest
+    points = nearest.points
     trials = 2 + int(math.log(num_clusters))
     rounds = max(1, BLOCK // (trials * rows.count))
-    if rows.group is not None or not passes.nearest.runs_kmeans:
+    if rows.group is not None or not nearest.runs_kmeans:
         return _greedy(rows, points, centroids, num_clusters, trials, rounds, generator)
-    chosen = passes.nearest.greedy_start(
-        int(drawn[0]),
-        rows.weights,
-        num_clusters,
+    codes = nearest.codes
+    if not codes and rows.points.columns > MEASURED_COLUMNS:
+        codes = nearest.function("kmeans_encode")(points)
+    chosen = nearest.function("kmeans_greedy_start")(  # the steps of ``_greedy`` as one op
+        points=points,
+        weights=rows.weights,
+        codes=codes,
+        first=int(drawn[0]),
+        num_clusters=num_clusters,
         trials=trials,
         rounds=rounds,
         generator=generator,
@@ -105,8 +106,9 @@ def _random_points(rows: PointSlice, count: int, generator: torch.Generator) -> 
     return rows.sum(keys).topk(count).indices
 
 
-def _fits(count: int, num_clusters: int, row_bytes: int) -> bool:
-    return count * num_clusters <= GREEDY and count * row_bytes <= GREEDY_BYTES
+def _fits(rows: PointSlice, num_clusters: int) -> bool:
+    row_bytes = rows.points.columns * rows.points.dtype.itemsize
+    return rows.count * num_clusters <= GREEDY and rows.count * row_bytes <= GREEDY_BYTES
 
 
 class _Candidates(NamedTuple):
@@ -147,7 +149,6 @@ class _Candidates(NamedTuple):
 
 
 def _plain(
-    rows: PointSlice,
     passes: Sweep,
     centroids: Tensor,
     num_clusters: int,
@@ -157,6 +158,7 @@ def _plain(
 ) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007) in few passes over the points: centroids [1, D] ->
     [K, D]."""
+    rows = passes.rows
     squared = torch.full(
         (rows.points.count,), math.inf, dtype=torch.float64, device=rows.points.device
     )

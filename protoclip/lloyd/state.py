@@ -178,31 +178,26 @@ class StateFile:
         return content
 
     def _of_first_rank(self, content: Any, error: Exception | None) -> tuple[Any, Exception | None]:
-        """JSON and tensors, not pickles."""
+        """JSON and tensors as a .safetensors file, not pickles."""
+        from safetensors.torch import load, save
+
         failure: list[Any] = []
         if isinstance(error, OSError):
             failure = ["OSError", error.errno, error.strerror, error.filename]
         elif error is not None:
             failure = [type(error).__name__, *error.args]
         text, tensors = _packed([failure, content])
-        tensors = [x.to(self.device).contiguous() for x in tensors]
-        kinds = [[str(x.dtype).removeprefix("torch."), x.shape] for x in tensors]
-        header = list(json.dumps([text, kinds]).encode())
-        letters = torch.tensor(header, dtype=torch.uint8, device=self.device)
-        size = torch.tensor([len(letters)], device=self.device)
+        letters = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        named = {str(i): x.cpu().contiguous() for i, x in enumerate([letters, *tensors])}
+        written = torch.frombuffer(bytearray(save(named)), dtype=torch.uint8).to(self.device)
+        size = torch.tensor([len(written)], device=self.device)
         dist.broadcast(size, group=self.group, group_src=0)
         if not self.is_first:
-            letters = letters.new_empty(int(size))
-        dist.broadcast(letters, group=self.group, group_src=0)
-        if not self.is_first:
-            text, kinds = json.loads(bytes(letters.tolist()))
-            tensors = [
-                torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                for dtype, shape in kinds
-            ]
-        for x in tensors:
-            dist.broadcast(x, group=self.group, group_src=0)
-        failure, content = _unpacked(text, tensors)
+            written = written.new_empty(int(size))
+        dist.broadcast(written, group=self.group, group_src=0)
+        named = load(written.cpu().numpy().tobytes())
+        letters, *tensors = [named[str(i)].to(self.device) for i in range(len(named))]
+        failure, content = _unpacked(bytes(letters.tolist()).decode(), tensors)
         return content, ERRORS[failure[0]](*failure[1:]) if failure else None
 
     def _save(self, content: Any) -> None:

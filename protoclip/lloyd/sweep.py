@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,8 @@ from protoclip.lloyd.slices import PointSlice
 from protoclip.ops.clusters import (
     BlockAssignment,
     Bounds,
-    KMeansIteration,
     SegmentSums,
     assignment,
-    bounds_for,
     sampled_step,
     segment_mean,
 )
@@ -41,19 +39,11 @@ class InMemorySweep:
         self.rows = rows
         self.num_clusters = num_clusters
         self.nearest = assignment(points.x, num_clusters, backend)
-        self._values: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def values(self) -> Tensor:
         """What is averaged."""
-        if self._values is None:
-            self._values = self.rows.weighted(self.nearest.points, slice(None))
-        return self._values
-
-    def bounds(self) -> Bounds | None:
-        """Empty bounds for a run of iterations, where they pay."""
-        count, columns = self.nearest.points.shape
-        return bounds_for(count, self.num_clusters, columns, self.nearest.backend)
+        return self.rows.weighted(self.nearest.points, slice(None))
 
     def assign(
         self, centroids: Tensor, needs_sums: bool = True, bounds: Bounds | None = None
@@ -68,28 +58,14 @@ class InMemorySweep:
 
     def means(self, assigned: Assigned) -> tuple[Tensor, Tensor]:
         """Means [K, D] and counts [K] of all ranks' clusters."""
-        means, counts = segment_mean(
+        means = segment_mean(
             self.values, assigned.labels, self.num_clusters, backend=self.rows.backend
         )
-        return self.rows.over_ranks(means, counts)
+        return self.rows.over_ranks(*means)
 
     def relabelled(self, assigned: Assigned, labels: Tensor) -> Assigned:
         """As ``assigned``, with other labels for a few points."""
         return assigned._replace(labels=labels)
-
-    def iteration(self, centroids: Tensor, assigned: Assigned, limit: float) -> KMeansIteration:
-        """``means``, the update of the centroids and ``assign`` as one op, with the same bits."""
-        rows = self.rows
-        return self.nearest.iteration(
-            self.values,
-            centroids,
-            assigned.labels,
-            assigned.distances,
-            weights=rows.weights,
-            weight=rows.weight,
-            centre=rows.centre,
-            limit=limit,
-        )
 
 
 class OnDiskSweep:
@@ -113,10 +89,15 @@ class OnDiskSweep:
         some = points.take(torch.arange(0, points.count, step, device="cpu"))
         self.nearest = BlockAssignment(some, num_clusters, backend_name)
 
-    def bounds(self) -> Bounds | None:
-        """Empty bounds for a run of iterations, where they pay."""
-        points = self.points
-        return bounds_for(points.count, self.num_clusters, points.columns, self.nearest.backend)
+    def _blocks(self) -> Iterator[tuple[Tensor, slice]]:
+        """Points [B, D] and the part of all that they are; ``on_rows`` hears of each block."""
+        first = 0
+        for block in self.points.blocks():
+            part = slice(first, first + len(block))
+            yield block, part
+            first = part.stop
+            if self.on_rows is not None:
+                self.on_rows(first, self.points.count)
 
     def assign(
         self, centroids: Tensor, needs_sums: bool = True, bounds: Bounds | None = None
@@ -126,15 +107,10 @@ class OnDiskSweep:
         distances = torch.empty(points.count, dtype=torch.float32, device=points.device)
         sums = self._no_sums() if needs_sums else None
         nearest = self.nearest.to(centroids, bounds)
-        first = 0
-        for block in points.blocks():
-            part = slice(first, first + len(block))
+        for block, part in self._blocks():
             labels[part], distances[part] = nearest(block, part)
             if sums is not None:
                 sums.add(self.rows.weighted(block, part), labels[part])
-            first = part.stop
-            if self.on_rows is not None:
-                self.on_rows(first, points.count)
         if bounds is not None:
             bounds.keep(centroids, labels, distances)
         return Assigned(labels, distances, sums)
@@ -142,16 +118,10 @@ class OnDiskSweep:
     def distances(self, drawn: Sequence[Tensor]) -> Tensor:
         """As of points in memory, by one read of the rows."""
         assignments = [self.nearest.to(centroids) for centroids in drawn]
-        count = self.points.count
-        distances = torch.empty(count, dtype=torch.float64, device=self.points.device)
-        first = 0
-        for block in self.points.blocks():
-            part = slice(first, first + len(block))
+        distances = torch.empty(self.points.count, dtype=torch.float64, device=self.points.device)
+        for block, part in self._blocks():
             nearest = (assign(block, part)[1].double() for assign in assignments)
             distances[part] = functools.reduce(torch.minimum, nearest)
-            first = part.stop
-            if self.on_rows is not None:
-                self.on_rows(first, count)
         return distances
 
     def _no_sums(self) -> SegmentSums:

@@ -15,7 +15,6 @@ from protoclip.ops.dispatch import TABLE, Backend, function, resolve
 from protoclip.ops.operators import empty, in_transform, operator, without_autocast
 
 SAMPLED = 256  # points that the C++ looks at before it codes them: kSample in kmeans_centroids.h
-MEASURED_COLUMNS = 16  # up to so many, a start measures all distances in C++, without codes
 
 
 class Assignment(NamedTuple):
@@ -79,7 +78,15 @@ def kmeans_assign(
 
 
 class KMeansIteration(NamedTuple):
-    """What an iteration of Lloyd's algorithm does."""
+    """What an iteration of Lloyd's algorithm does; in C++ it is one op, ``kmeans_iteration``, with
+    the bits of the steps that ``lloyd.loop`` makes it of.
+
+    It takes points [N, D] and their ``codes``, the centroids with their labels and distances, and
+    ``values``: what is averaged, the points, or weight x point and weight, [N, D + 1]; ``weights``
+    are fp64 [N] in units of ``weight``, None if all are equal; ``centre`` [D] was subtracted from
+    the points, if anything. Centroids have moved if their squared distances add up to more than
+    ``limit``.
+    """
 
     centroids: Tensor  # [K, D], updated; a cluster without points keeps its own
     counts: Tensor  # int64 [K], the points of the clusters before the update
@@ -215,84 +222,17 @@ class PointsAssignment:
 
     def _assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         if not self.codes:
-            return self._function("kmeans_assign")(points=self.points, centroids=centroids)
-        run = self._function("kmeans_assign_coded")
+            return self.function("kmeans_assign")(points=self.points, centroids=centroids)
+        run = self.function("kmeans_assign_coded")
         return run(points=self.points, centroids=centroids, codes=self.codes)
 
     @property
     def runs_kmeans(self) -> bool:
-        """Whether the backend has ``greedy_start`` and ``iteration``."""
+        """Whether the backend has ``kmeans_greedy_start`` and ``kmeans_iteration``."""
         return TABLE["kmeans_assign"][self.backend].runs_kmeans
 
-    def greedy_start(
-        self,
-        first: int,
-        weights: Tensor | None,
-        num_clusters: int,
-        *,
-        trials: int,
-        rounds: int,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """The points where greedy k-means++ starts, int64 [K], the first one given; all of it is
-        one op. ``lloyd.starts`` says how, step by step.
-
-        Args:
-            weights: fp64 [N]; None: all equal.
-            trials: candidates for each centroid.
-            rounds: centroids whose candidates are drawn together, at most.
-        """
-        codes = self.codes
-        if not codes and self.points.shape[1] > MEASURED_COLUMNS:
-            codes = self._function("kmeans_encode")(self.points)
-        return self._function("kmeans_greedy_start")(
-            points=self.points,
-            weights=weights,
-            codes=codes,
-            first=first,
-            num_clusters=num_clusters,
-            trials=trials,
-            rounds=rounds,
-            generator=generator,
-        )
-
-    def iteration(
-        self,
-        values: Tensor,
-        centroids: Tensor,
-        labels: Tensor,
-        distances: Tensor,
-        *,
-        weights: Tensor | None,
-        weight: float,
-        centre: Tensor | None,
-        limit: float,
-    ) -> KMeansIteration:
-        """An iteration as one op, with the bits of the steps that ``lloyd`` makes it of.
-
-        Args:
-            values: what is averaged: the points, or weight x point and weight, [N, D + 1].
-            labels, distances: those of the centroids.
-            weights: fp64 [N] in units of ``weight``; None: all equal.
-            centre: [D], what was subtracted from the points, if anything.
-            limit: centroids have moved if the squared distances add up to more.
-        """
-        run = self._function("kmeans_iteration")
-        results = run(
-            points=self.points,
-            values=values,
-            weights=weights,
-            weight=weight,
-            centre=centre,
-            centroids=centroids,
-            labels=labels,
-            distances=distances,
-            codes=self.codes,
-            limit=limit,
-        )
-        return KMeansIteration._make(results)
-
-    def _function(self, name: str) -> Callable[..., Any]:
+    def function(self, name: str) -> Callable[..., Any]:
+        """Another function of the same backend."""
         return function("kmeans_assign", self.backend, name)
 
 

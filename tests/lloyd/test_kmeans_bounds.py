@@ -11,8 +11,15 @@ import torch
 from budget import assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kmeans_cases import CASES, FAR, SCREENED, Case, mixture, set_rows_in_block, stored
-from ranks import in_group
+from kmeans_cases import (
+    CASES,
+    Case,
+    bound_few_points,
+    keep_rows_on_disk,
+    mixture,
+    set_rows_in_block,
+    stored,
+)
 from torch import Tensor
 
 import protoclip
@@ -27,8 +34,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def few_points_have_bounds() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # not the function's: hypothesis runs many in one
-        patch.setattr(ops, "BOUNDED_CLUSTERS", 1)
-        patch.setattr(ops, "BOUNDED_PRODUCTS", 0)
+        bound_few_points(patch)
         yield
 
 
@@ -160,13 +166,10 @@ def test_of_equal_distances_the_lowest_index_wins_after_a_move() -> None:
     after = before.clone()
     after[3] = 0
     after[3, 7] = 8
-    labels = shares_and_labels(points, [before, before, before, after, after])
-    assert [set(each.tolist()) for each in labels] == [{100}, {100}, {100}, {3}, {3}]
-
-
-def shares_and_labels(points: Tensor, trail: list[Tensor]) -> list[Tensor]:
-    shares(points, trail)
-    return [protoclip.kmeans_assign(points, centroids, backend="cpu")[0] for centroids in trail]
+    shares(points, [before, before, before, after, after])
+    for centroids, nearest in ((before, 100), (after, 3)):
+        labels, _ = protoclip.kmeans_assign(points, centroids, backend="cpu")
+        assert set(labels.tolist()) == {nearest}
 
 
 def test_most_products_of_separate_clusters_are_skipped() -> None:
@@ -204,36 +207,10 @@ def test_a_run_has_the_same_bits(case: str) -> None:
 def test_a_run_on_disk_has_the_same_bits(
     case: str, rows_in_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from protoclip.lloyd import starts
-
-    monkeypatch.setattr(starts, "GREEDY_BYTES", 3000)  # rows stay on disk
-    monkeypatch.setattr(starts, "FEWEST_ROWS", 0)
+    keep_rows_on_disk(monkeypatch)
     set_rows_in_block(rows_in_block, monkeypatch)
     rows = stored(CASES[case].array, tmp_path)
     assert_same_bits(result(CASES[case], True, rows), result(CASES[case], False, rows))
-
-
-def of_one_rank() -> tuple[Any, ...]:
-    import torch.distributed as dist
-
-    mine = [slice(0, 1300), slice(1300, 1300), slice(1300, 3000)][dist.get_rank()]
-    found = []
-    for most in (ops.MOST_BOUND_BYTES, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "BOUNDED_CLUSTERS", 1)
-            patch.setattr(ops, "BOUNDED_PRODUCTS", 0)
-            patch.setattr(ops, "MOST_BOUND_BYTES", most)
-            clusters = protoclip.kmeans(
-                SCREENED[mine], 60, group=dist.group.WORLD, init=FAR, num_iters=8, warn=False
-            )
-        found.append((clusters.centroids.numpy(), clusters.labels.numpy(), clusters.history))
-    return tuple(found)
-
-
-def test_each_rank_has_bounds_of_its_own_points() -> None:
-    for bounded, plain in in_group(3, of_one_rank):
-        assert (bounded[0] == plain[0]).all() and (bounded[1] == plain[1]).all()
-        assert bounded[2] == plain[2]
 
 
 @pytest.mark.parametrize(

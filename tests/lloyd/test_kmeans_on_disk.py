@@ -11,25 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from kmeans_cases import (
     CASES,
-    FAR,
     SCREENED,
     WEIGHTS,
     CountedRows,
     assert_same_clusters,
+    keep_rows_on_disk,
     set_rows_in_block,
     stored,
 )
-from ranks import in_group
 from torch import Tensor
 
 import protoclip
 from protoclip.features import FeatureRows
 from protoclip.lloyd import points as points_module
-from protoclip.lloyd import slices, starts
-from protoclip.ops import reference
+from protoclip.lloyd import starts
 from protoclip.ops.clusters import BlockAssignment
 
 SPLITS: dict[str, Sequence[int]] = {
@@ -45,12 +42,7 @@ SPLITS: dict[str, Sequence[int]] = {
 
 @pytest.fixture(autouse=True)
 def rows_stay_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small rows too, in blocks of at most 256 x 40 numbers; sums and products are by 32 rows."""
-    monkeypatch.setattr(starts, "GREEDY_BYTES", 3000)
-    monkeypatch.setattr(starts, "FEWEST_ROWS", 0)
-    set_rows_in_block(256, monkeypatch)
-    monkeypatch.setattr(slices, "CHUNK", 32 * 40)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 32 * 60)
+    keep_rows_on_disk(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,7 +56,7 @@ def test_how_rows_are_split_into_files_changes_no_bit(split: str, tmp_path: Path
     assert_same_clusters(CASES["weights"].run(rows), CASES["weights"].run())
 
 
-@pytest.mark.parametrize("rows_in_block", [32, 128, 1024])
+@pytest.mark.parametrize("rows_in_block", [32, 1024])
 @pytest.mark.parametrize("case", ["weights", "fp64", "tol", "empty clusters"])
 def test_the_size_of_blocks_changes_no_bit(
     case: str, rows_in_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -196,12 +188,6 @@ def test_numbers_are_checked_before_a_row_is_read() -> None:
     assert rows.num_read == 0
 
 
-def test_faiss_wants_points_in_memory(path: Path) -> None:
-    pytest.importorskip("faiss")
-    with pytest.raises(ValueError, match="'faiss' takes points in memory"):
-        protoclip.kmeans(path, 60, backend="faiss")
-
-
 @pytest.mark.parametrize("damage", ["removed", "written again", "cut off"])
 def test_a_file_that_changes_in_a_run_is_one_sentence(damage: str, path: Path) -> None:
     def harm(done: int, total: int) -> None:
@@ -263,50 +249,3 @@ def test_a_run_continues_from_the_centroids_that_it_told(kind: str, path: Path) 
     continued = protoclip.kmeans(points, 60, num_iters=3, init=told[2])
     assert torch.equal(continued.centroids, whole.centroids)
     assert continued.history == whole.history[3:]
-
-
-# ---- over ranks ----
-
-RANKS: dict[str, dict[str, Any]] = {
-    "given": {"init": SCREENED[:60]},
-    "empty": {"init": FAR},
-    "sample": {},
-    "sample, weights": {"weights": WEIGHTS},
-    "tol": {"init": "plain k-means++", "tol": 1e-2, "num_iters": 100},
-}
-
-
-def of_one_rank() -> dict[str, tuple[Any, ...]]:
-    """Each rank reads its slice; one has no rows."""
-    mine = [slice(0, 1300), slice(1300, 1300), slice(1300, 3000)][dist.get_rank()]
-    results = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(starts, "GREEDY_BYTES", 1000)
-        patch.setattr(starts, "FEWEST_ROWS", 0)
-        set_rows_in_block(256, patch)
-        for case, options in RANKS.items():
-            options = {"num_iters": 4} | options
-            if "weights" in options:
-                options["weights"] = options["weights"][mine]
-            rows = CountedRows(SCREENED[mine].numpy())
-            clusters = protoclip.kmeans(rows, 60, group=dist.group.WORLD, **options)
-            results[case] = clusters.labels.numpy(), clusters.history, clusters.counts.numpy()
-    return results
-
-
-@pytest.fixture(scope="module")
-def three_ranks() -> list[dict[str, tuple[Any, ...]]]:
-    return in_group(3, of_one_rank)
-
-
-@pytest.mark.parametrize("case", RANKS)
-def test_each_rank_reads_its_slice(
-    three_ranks: list[dict[str, tuple[Any, ...]]], case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(starts, "GREEDY_BYTES", 1000)
-    whole = protoclip.kmeans(SCREENED, 60, **({"num_iters": 4} | RANKS[case]))
-    labels = np.concatenate([of_rank[case][0] for of_rank in three_ranks])
-    assert (labels == whole.labels.numpy()).mean() > 0.999
-    for of_rank in three_ranks:
-        assert of_rank[case][1] == pytest.approx(whole.history, rel=1e-6)
-        assert (of_rank[case][2] == three_ranks[0][case][2]).all()
