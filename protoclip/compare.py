@@ -33,7 +33,7 @@ from protoclip.common.signals import StopSignals, end_with_parent, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import run_command
-from protoclip.evaluate.datasets import Layout, Part
+from protoclip.evaluate.datasets import Layout
 from protoclip.evaluate.during import evaluation_data, open_run_layout
 from protoclip.evaluate.results import TRAIN, Outcome, Score, read_results
 from protoclip.model import choose_device
@@ -160,13 +160,12 @@ def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
         layout = Layout(run_data.training, key=TRAIN, class_rows=run_data.class_rows)
         if run_data.held_out is not None:
             layout = replace(layout, test=run_data.held_out, key="HO")
-    captions = 1 if layout.captions is None else layout.captions
     metrics: dict[str, list[str]] = {}
-    for key, part in (layout.parts or {layout.key: Part(layout.test, "", captions)}).items():
-        metrics[key] = list(RECALLS) if part.captions else []
-        for label, classes in part.test.labels.items():
-            skip = {task for skipped, task in part.skip if skipped == label}
-            if not layout.names_classes(label):
+    for key, of_set in layout.sets.items():
+        metrics[key] = [] if of_set.captions == 0 else list(RECALLS)
+        for label, classes in of_set.test.labels.items():
+            skip = {task for skipped, task in of_set.skip if skipped == label}
+            if not of_set.names_classes(label):
                 skip.add("zeroshot")
             if bool((classes.ids >= 0).any()):
                 metrics[key] += [f"{label}/{m}" for m, task in TASK_OF.items() if task not in skip]

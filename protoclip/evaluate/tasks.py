@@ -316,21 +316,17 @@ def encode_sets(
     files ALL. Probes train on the train split, or on 80 % of the set if there is none.
     """
     prompts = "zeroshot" in tasks
-    probed = bool(PROBES & set(tasks))
-    if layout.parts:
-        sets = {
-            key: dataclasses.replace(
-                encode_set(encoder, layout.of_part(part), prompts=prompts, only_present=True),
-                skip=part.skip,
-            )
-            for key, part in layout.parts.items()
-        }
-        return sets, _probe_train(encoder, layout.train) if probed and layout.train else None
-    eval_set = encode_set(encoder, layout, prompts=prompts)
-    if not eval_set.labels or not probed:
-        return {layout.key: eval_set}, None
+    of_parts = bool(layout.parts)
+    sets = {
+        key: encode_set(encoder, of_set, prompts=prompts, only_present=of_parts)
+        for key, of_set in layout.sets.items()
+    }
+    eval_set = next(iter(sets.values()))
+    if not eval_set.labels or PROBES.isdisjoint(tasks):
+        return sets, None
     if layout.train is not None:
-        return {layout.key: eval_set}, _probe_train(encoder, layout.train)
+        image = encoder.images(layout.train)
+        return sets, EvalSet(image, image[:0], labels=layout.train.labels)
     # A fifth of each class tests the probes; they train on the rest.
     classes = next(iter(eval_set.labels.values())).ids.cpu().numpy()
     mask = torch.from_numpy(heldout_mask(len(classes), classes, seed=0, percent=HELDOUT_PERCENT))
@@ -338,11 +334,6 @@ def encode_sets(
     train_rows = (~mask).nonzero()[:, 0].to(eval_set.image.device)
     tested = dataclasses.replace(eval_set, probe_rows=test_rows)
     return {layout.key: tested}, take(eval_set, train_rows)
-
-
-def _probe_train(encoder: Encoder, train: PairDataset) -> EvalSet:
-    image = encoder.images(train)
-    return EvalSet(image, image[:0], labels=train.labels)
 
 
 def encode_set(
@@ -385,6 +376,7 @@ def encode_set(
         labels=labels,
         class_vectors=vectors,
         choices=choices,
+        skip=layout.skip,
         title=layout.title or dataset.name,
         # Not by a collective call: rank 0 alone encodes for ``floors``, and alone has results.
         fingerprint=fingerprint(dataset, layout.captions) if is_main() else "",
