@@ -93,19 +93,19 @@ class Encoder:
         DataError."""
 
         def encode(rows: slice) -> Tensor:
-            return torch.cat([features for _, features in self.image_batches(dataset, rows)])
+            pictures = self.batches(dataset, torch.arange(len(dataset))[rows])
+            return self._rows(self.model.clip.encode_image, (batch.image for batch in pictures))
 
         return self._shared(len(dataset), "pictures", encode)
 
-    @torch.no_grad()
-    def image_batches(
-        self, dataset: PairDataset, rows: slice = slice(None), faults: Faults | None = None
-    ) -> Iterator[tuple[Batch, Tensor]]:
-        """The pictures of some rows, batch by batch, each with its u, float32 [B, D]. ``faults``
-        notes those that cannot be read, whose rows are another picture's."""
-        stream = batches(
+    def batches(
+        self, dataset: PairDataset, positions: Tensor, faults: Faults | None = None
+    ) -> Iterator[Batch]:
+        """The samples at some positions. ``faults`` notes those that cannot be read, in whose
+        place another comes."""
+        return batches(
             dataset,
-            Draws(torch.arange(len(dataset))[rows], seed=0),
+            Draws(positions, seed=0),
             self.batch_size,
             eval_transform(self.model),
             self.model.short_tokenizer,
@@ -113,9 +113,6 @@ class Encoder:
             captions="first",
             faults=faults,
         )
-        with self._evaluating():
-            for batch in stream:
-                yield batch, self._encode(self.model.clip.encode_image, batch.image)
 
     @torch.no_grad()
     def captions(self, dataset: PairDataset, most: int | None) -> Captions:

@@ -111,32 +111,23 @@ class Snapshot:
 
 
 def take_snapshot(
-    samples: Samples,
+    samples: Samples | None,
     evaluated: tuple[PairDataset, EvalSet] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """The content of a page about training samples, an evaluation set with its features
-    (``evaluated``), and ``facts`` that JSON can hold."""
+    """The content of a page about training samples (None: stored features, without pictures to
+    show), an evaluation set with its features (``evaluated``), and ``facts`` that JSON can hold."""
     thumbs = Thumbnails()
     captioned = evaluated if evaluated and len(evaluated[1].text) > 1 else None
     return Snapshot(
         pictures=thumbs.made,  # the calls below fill it
-        clusters=gallery(samples, thumbs),
-        map_data=map_data(samples, thumbs),
+        clusters=gallery(samples, thumbs) if samples else (),
+        map_data=map_data(samples, thumbs) if samples else {},
         geometry=geometry(captioned[1]) if captioned else {},
         confusions=confusions(evaluated[1]) if evaluated else (),
-        retrieval=retrieval(*captioned, thumbs) if captioned else (),
-        named=named(*evaluated, thumbs) if evaluated else {},
+        retrieval=retrieval(*captioned, thumbs) if captioned and samples else (),
+        named=named(*evaluated, thumbs) if evaluated and samples else {},
         facts={**environment(), **(facts or {})},
-    )
-
-
-def without_pictures(eval_set: EvalSet | None, facts: Mapping[str, Any]) -> Snapshot:
-    """The content of a page about stored features without files to show."""
-    return Snapshot(
-        geometry=geometry(eval_set) if eval_set and len(eval_set.text) > 1 else {},
-        confusions=confusions(eval_set) if eval_set else (),
-        facts={**environment(), **facts},
     )
 
 
