@@ -309,8 +309,11 @@ def cluster_block(
         if not card["words"] and counts[cluster]:
             rows = ranked.get("captions", next(iter(ranked.values())))
             nearest = int(rows[members][0])
-            caption = caption_of(dataset, nearest) if "captions" in near else ""
-            card["like"] = f"like {caption or name_of_key(dataset.keys[nearest])}"
+            # A file without its folders, or "row 1,234".
+            name = printable(os.path.basename(dataset.keys[nearest]))
+            if "captions" in near:
+                name = caption_of(dataset, nearest) or name
+            card["like"] = f"like {name}"
         cards.append(card)
     purity_by_label: dict[str, float] = {}
     for name, labels_of_name in all_labels.items():
@@ -360,11 +363,6 @@ def words_of_path(path: str) -> str:
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", os.path.splitext(path)[0])
     words = re.findall(r"[^\W\d_]{2,}", apart)
     return " ".join(word for word in words if word.lower() not in CAMERA)
-
-
-def name_of_key(key: str) -> str:
-    """What a sample is called: its file without folders, or "row 1,234"."""
-    return printable(os.path.basename(key))
 
 
 def words_of_clusters(
