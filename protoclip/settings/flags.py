@@ -60,7 +60,7 @@ METAVARS = {
     **dict.fromkeys(
         ("--features", "--captions", "--weights", "--rows", "--external-teacher"), "FILE"
     ),
-    "--labels": "FILE",
+    **dict.fromkeys(("--labels", "--image-features", "--text-features"), "FILE"),
     "--class-features": "DIR|FILE",
     **dict.fromkeys(("--csv-img-key", "--csv-caption-key", "--csv-label-key"), "COLUMN"),
     "--out --output": "FILE",
@@ -259,14 +259,7 @@ def add_feature_flags(group: Any) -> None:
     words = "in place of --train-data: rows of the pictures [N, d], a .npy or a folder of parts"
     other = "and rows of their captions, in the same order; repeat the flag for more captions"
     for flag, help_text in (("--image-features", words), ("--text-features", other)):
-        group.add_argument(
-            flag,
-            dest="data.train_data",
-            action=_TrainData,
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help=help_text,
-        )
+        add_flag(group, flag, "", help_text, setting="data.train_data")
 
 
 def build_parser(

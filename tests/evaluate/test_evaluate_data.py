@@ -211,28 +211,6 @@ def test_weights_of_a_config_are_told_apart(
     assert sorted(results["pretrained"] for results in written) == ["w1.pt", "w2.pt"]
 
 
-@pytest.mark.parametrize(
-    ("data", "flags", "words"),
-    [
-        ("builtin:shapes:64", ["--split", "train"], "--split: expected a folder of pictures"),
-        ("pairs.csv", ["--split", "val"], "--split: expected a folder of pictures"),
-        ("digits", ["--csv-label-key", "class"], "--csv-label-key: expected a table, got digits"),
-    ],
-)
-def test_a_flag_that_the_data_cannot_follow_is_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error_of: Callable[..., str],
-    data: str,
-    flags: list[str],
-    words: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    image_folder(Path("digits"), 12, parts=())
-    Path("pairs.csv").write_text("filepath,title\n")
-    assert words in error_of(command.main, [*MODEL, "--data", data, *flags])
-
-
 def test_data_without_a_letter_leaves_the_runs_own_results(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +285,8 @@ def test_a_probe_is_not_trained_on_the_pictures_that_it_is_tested_on(tmp_path: P
     [
         (["--templates", "nowhere.txt"], "--templates: expected openai, simple or a file"),
         (["--split", "holdout"], "--split holdout: no folder"),
+        (["--data", "builtin:shapes:64", "--split", "val"], "--split: expected a folder of pict"),
+        (["--csv-label-key", "class"], "--csv-label-key: expected a table, got"),
         (["--tasks", "zeroshot,cooking"], "got 'cooking'"),
         (["--tasks", "retrieval"], "no captions"),
         (["--device", "cuda:9"], "got cuda:9; use --device auto"),
