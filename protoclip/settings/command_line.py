@@ -46,13 +46,9 @@ def check_command_line(command: str, argv: Sequence[str]) -> None:
         if importlib.util.find_spec("open_clip_train"):  # else the command says what to install
             check_openclips_flags(words)
         return
-    if command == "compare":
-        _, flags = parse_record(argv)
-        _check_paths(parser, flags)
-        return
     if command in ("train", "plan"):
         argv = with_saved_config(argv)
-    flags = parser.parse_args(argv)
+    flags = parse_record(argv)[1] if command == "compare" else parser.parse_args(argv)
     _check_paths(parser, flags)
     if command in ("train", "plan"):
         checked_config(vars(flags))
