@@ -33,7 +33,7 @@ from protoclip.common.signals import StopSignals, end_with_parent, stop_if_asked
 from protoclip.common.waits import Wait
 from protoclip.data.settings import open_run_data
 from protoclip.distributed import run_command
-from protoclip.evaluate.datasets import Layout, Part
+from protoclip.evaluate.datasets import Layout
 from protoclip.evaluate.during import evaluation_data, open_run_layout
 from protoclip.evaluate.results import TRAIN, Outcome, Score, read_results
 from protoclip.model import choose_device
@@ -64,6 +64,7 @@ PROG = "protoclip compare"
 TASK_OF = {"acc1": "zeroshot", "nn_acc1": "knn", "ami": "grouping"}
 POLL_SECONDS = 0.02
 STOP_SECONDS = 120.0  # for a run of an earlier command to save and stop
+Outcomes = dict[str, dict[int, Outcome]]  # of the finished runs, by row and seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({n: to_dict(c) for n, c in asked.rows.items()}, indent=2))
             return 0
         if flags.dry_run:
-            say(announcement(opened(asked)))
+            say(announcement(*opened(asked)))
             return 0
         comparison = run(asked, flags.jobs, say)
         say(f"\n{format_comparison(comparison)}\n\npage: {asked.out / NAME}")
@@ -121,9 +122,9 @@ def compare(
     return run(asked, jobs)
 
 
-def opened(asked: Record) -> Record:
-    """The comparison with what its folder holds and its primary scores, after checks of what needs
-    torch and the data.
+def opened(asked: Record) -> tuple[Record, Outcomes]:
+    """The comparison with what its folder holds and its primary scores, and the finished runs.
+    Checks what needs torch and the data.
 
     Raises:
         ValueError: settings that contradict each other, a folder of something else, or a finished
@@ -146,9 +147,10 @@ def opened(asked: Record) -> Record:
                     f"--out: {record.folder(name, seed)} was trained on other data than "
                     f"{config.data.train_data} is now; restore the data, or choose another --out"
                 )
-    if record.primary:
-        return record
-    return replace(record, primary=primary_of(expected_metrics(record.rows[record.baseline])))
+    if not record.primary:
+        metrics = expected_metrics(record.rows[record.baseline])
+        record = replace(record, primary=primary_of(metrics))
+    return record, outcomes
 
 
 def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
@@ -160,23 +162,22 @@ def expected_metrics(config: TrainConfig) -> dict[str, list[str]]:
         layout = Layout(run_data.training, key=TRAIN, class_rows=run_data.class_rows)
         if run_data.held_out is not None:
             layout = replace(layout, test=run_data.held_out, key="HO")
-    captions = 1 if layout.captions is None else layout.captions
     metrics: dict[str, list[str]] = {}
-    for key, part in (layout.parts or {layout.key: Part(layout.test, "", captions)}).items():
-        metrics[key] = list(RECALLS) if part.captions else []
-        for label, classes in part.test.labels.items():
-            skip = {task for skipped, task in part.skip if skipped == label}
-            if not layout.names_classes(label):
+    for key, of_set in layout.sets.items():
+        metrics[key] = [] if of_set.captions == 0 else list(RECALLS)
+        for label, classes in of_set.test.labels.items():
+            skip = {task for skipped, task in of_set.skip if skipped == label}
+            if not of_set.names_classes(label):
                 skip.add("zeroshot")
             if bool((classes.ids >= 0).any()):
                 metrics[key] += [f"{label}/{m}" for m, task in TASK_OF.items() if task not in skip]
     return metrics
 
 
-def announcement(record: Record) -> str:
+def announcement(record: Record, outcomes: Outcomes) -> str:
     """The rows, the primary scores and the number of runs."""
     scores = [Score(*place) for place in record.primary]
-    done = [run for of_row in outcomes_of(record).values() for run in of_row.values()]
+    done = [run for of_row in outcomes.values() for run in of_row.values()]
     text = (
         f"rows: {'; '.join(record.rows)} (the baseline is {record.baseline})\n"
         f"primary scores: {', '.join(f'{score.words} ({score.key})' for score in scores)}\n"
@@ -191,9 +192,9 @@ def announcement(record: Record) -> str:
     return text
 
 
-def outcomes_of(record: Record) -> dict[str, dict[int, Outcome]]:
-    """The results of the finished runs, by row and seed."""
-    outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in record.rows}
+def outcomes_of(record: Record) -> Outcomes:
+    """The results of the finished runs."""
+    outcomes: Outcomes = {name: {} for name in record.rows}
     for name, seed in record.runs:
         if outcome := finished(record.folder(name, seed)):
             outcomes[name][seed] = outcome
@@ -211,10 +212,11 @@ def finished(folder: Path) -> Outcome | None:
 def run(asked: Record, jobs: int = 1, say: Callable[[str], None] = lambda text: None) -> Comparison:
     """Train what is missing, compare, and write comparison.json and the page."""
     with locked_folder(asked.out, "--out"):
-        record = opened(asked)
-        say(announcement(record))
+        record, done = opened(asked)
+        say(announcement(record, done))
         record.write()
-        runs = Runs(record, jobs)
+        missing = [(row, seed) for row, seed in record.runs if seed not in done[row]]
+        runs = Runs(record, min(jobs, max(1, len(missing))), missing)
         runs.train()
         rows = rows_of(record, outcomes_of(record))
         comparison = compare_rows(rows, record.primary, record, runs.failed)
@@ -239,14 +241,9 @@ class Runs:
 
     record: Record
     jobs: int
+    missing: list[tuple[str, int]] = field(default_factory=list)  # row, seed
     failed: dict[str, str] = field(default_factory=dict)  # run -> why
     running: list[Started] = field(default_factory=list)
-    missing: list[tuple[str, int]] = field(init=False)  # row, seed
-
-    def __post_init__(self) -> None:
-        done = outcomes_of(self.record)
-        self.missing = [(row, seed) for row, seed in self.record.runs if seed not in done[row]]
-        self.jobs = min(self.jobs, max(1, len(self.missing)))
 
     def train(self) -> None:
         """Train them, ``jobs`` at once.

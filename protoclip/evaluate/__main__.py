@@ -25,7 +25,7 @@ from protoclip.data import data_kind
 from protoclip.data.settings import open_run_data
 from protoclip.evaluate import results, tasks
 from protoclip.evaluate.datasets import Layout, open_layout
-from protoclip.evaluate.during import own_layout
+from protoclip.evaluate.during import evaluation_data, own_layout
 from protoclip.evaluate.load import Loaded, load_model, open_encoder
 from protoclip.model import choose_device
 from protoclip.runs import checkpoint
@@ -189,10 +189,11 @@ def _own_data(config: TrainConfig | None) -> str:
     """The evaluation data of the run's training."""
     if config is None:
         raise ValueError("--data: expected data to evaluate the model on, got none; see --help")
-    data = config.data
-    if data.val_data or data.train_data.startswith("builtin:"):
-        return data.val_data or data.train_data
-    raise ValueError(f"the run was trained on all of {data.train_data}; give --data to evaluate on")
+    if data := evaluation_data(config):
+        return data
+    raise ValueError(
+        f"the run was trained on all of {config.data.train_data}; give --data to evaluate on"
+    )
 
 
 def _name_of_flags(args: argparse.Namespace) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class Layout:
     captions: int | None = None  # most captions per picture; None: all
     key: str = "ALL"  # the set's name in the results
     title: str = ""
-    parts: Mapping[str, Part] = field(default_factory=dict)  # by key; {}: ``test`` is one set
+    parts: Mapping[str, Layout] = field(default_factory=dict)  # by key; {}: ``test`` is one set
+    skip: frozenset[tuple[str, str]] = frozenset()  # (label, task) without meaning in this set
     left_out: Sequence[str] = ()  # what is not in the data and why, lines for the log
     class_rows: ClassRows | None = None  # of stored features, in place of prompts
 
@@ -53,19 +54,10 @@ class Layout:
         named = [number for number, name in enumerate(classes.names) if name in rows]
         return bool(torch.isin(classes.ids, torch.tensor(named, dtype=torch.int64)).any())
 
-    def of_part(self, part: Part) -> Layout:
-        """One of the parts as a set of its own."""
-        return replace(self, test=part.test, title=part.title, captions=part.captions)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of several evaluation sets."""
-
-    test: PairDataset
-    title: str
-    captions: int = 1  # of each picture; 0: no retrieval
-    skip: frozenset[tuple[str, str]] = frozenset()  # (label, task) without meaning in this set
+    @property
+    def sets(self) -> Mapping[str, Layout]:
+        """The evaluation sets, by key: the parts, or this one."""
+        return self.parts or {self.key: self}
 
 
 def open_layout(
@@ -140,7 +132,7 @@ def open_layout(
     return Layout(dataset, templates=words, captions=captions)
 
 
-def _icon_parts() -> dict[str, Part]:
+def _icon_parts() -> dict[str, Layout]:
     """The sets on which icons are judged; together they are a part of the held-out icons.
 
     NEW has the drawings of the family that is never trained on, of concepts that other families
@@ -157,14 +149,17 @@ def _icon_parts() -> dict[str, Part]:
     several = (drawn_by[concepts] > 1).numpy()
     probes = {("concept", "linear_probe"), ("category", "linear_probe")}
     return {
-        "NEW": Part(
+        "NEW": Layout(
             Subset(icons, np.flatnonzero(new_family & ~new_concept & trained)),
-            "Known concepts, drawn by an unseen family",
+            templates=NAMES,
+            captions=1,
+            title="Known concepts, drawn by an unseen family",
             skip=frozenset({*probes, ("concept", "grouping")}),  # one drawing of each
         ),
-        "HO": Part(
+        "HO": Layout(
             Subset(icons, np.flatnonzero(new_concept & several)),
-            "New concepts, drawn by several families",
+            templates=NAMES,
+            title="New concepts, drawn by several families",
             captions=0,  # drawings share them, so that no caption has one right picture
             skip=frozenset({*probes, ("concept", "knn")}),  # none of them was trained on
         ),

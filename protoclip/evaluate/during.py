@@ -6,7 +6,6 @@ else on a sample of its training pairs, which says whether it has learnt them an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from protoclip.common.files import plural
 from protoclip.common.phases import Phases
 from protoclip.common.seeds import evenly_spaced
 from protoclip.common.waits import Wait
-from protoclip.data import Subset, readable
+from protoclip.data import PairDataset, Subset, readable
 from protoclip.data.feature_pairs import check_finite, feature_pairs
 from protoclip.data.settings import RunData, open_arguments
 from protoclip.distributed import from_main, is_main, wait_for_main
@@ -73,15 +72,11 @@ class Evaluation:
             if feature_pairs(layout.test) is not None:  # refused now rather than after some steps
                 from_main(partial(check_finite, layout.test))
             self.remarks = list(layout.left_out)
-            if layout.parts:
-                parts = layout.parts
-                self.quick_sets = {
-                    key: layout.of_part(part) for key, part in parts.items() if part.captions
-                }
-            elif layout.captions == 0:  # captions are made from the class: one of its names
-                self.quick_sets[layout.key] = replace(layout, captions=1)
-            else:
-                self.quick_sets[layout.key] = layout
+            if layout.captions == 0:  # captions are made from the class: one of its names
+                layout = replace(layout, captions=1)
+            self.quick_sets = {
+                key: of_set for key, of_set in layout.sets.items() if of_set.captions != 0
+            }
 
     def encoder(self, model: ProtoModel) -> tasks.Encoder:
         """An encoder that uses the current weights, on all ranks."""
@@ -97,9 +92,7 @@ class Evaluation:
             saved = results.read_results(path)
             if saved.data != self.data:
                 return None
-            layout = self._layout()
-            sets = {key: layout.of_part(part) for key, part in layout.parts.items()}
-            for key, of_set in (sets or {layout.key: layout}).items():
+            for key, of_set in self._layout().sets.items():
                 now = tasks.fingerprint(of_set.test, of_set.captions)
                 if not tasks.is_same_set(saved.trained.get(key), len(of_set.test), now):
                     return None
@@ -168,45 +161,31 @@ def open_run_layout(config: TrainConfig, data: str) -> Layout:
 def own_layout(run_data: RunData) -> Layout | None:
     """The held-out pairs of --val-fraction, or a sample of the training pairs; None if fewer than
     two of them can be read. A collective call."""
-    if run_data.held_out is not None:
-        pairs, faults = readable(run_data.held_out)
-        if len(pairs) < 2:
-            return None
-        return Layout(
-            pairs,
-            key="HO",
-            title="Held-out pairs",
-            left_out=_left_out(faults),
-            class_rows=run_data.class_rows,
-        )
     training = run_data.training
+    held_out = run_data.held_out
+    pairs, faults = readable(_training_sample(training) if held_out is None else held_out)
+    if len(pairs) < 2:
+        return None
+    left_out = []
+    if faults:
+        count = plural(len(faults), "unreadable pair")
+        left_out = [f"evaluation: left out {count}, first {next(iter(faults.values()))}"]
+    layout = Layout(pairs, left_out=left_out, class_rows=run_data.class_rows)
+    if held_out is not None:
+        return replace(layout, key="HO", title="Held-out pairs")
+    few = f"{len(pairs):,} of the" if len(pairs) < len(training) else f"All {len(pairs):,}"
+    title = f"{few} pairs that it was trained on"
+    return replace(layout, captions=1, key=results.TRAIN, title=title)
+
+
+def _training_sample(training: PairDataset) -> Subset:
     # A picture with several captions is asked for once, so that no caption has two right answers.
     rows = torch.from_numpy(np.sort(np.unique(training.picture_numbers(), return_index=True)[1]))
     count = min(TRAINED, len(rows))
     chosen = torch.arange(count)
     if not training.facts.remote:  # the first rows need the fewest shards
         chosen = evenly_spaced(len(rows), count)
-    rows = rows[chosen]
-    sample, faults = readable(Subset(training, rows, training.name))
-    if len(sample) < 2:
-        return None
-    few = f"{len(sample):,} of the" if len(sample) < len(training) else f"All {len(sample):,}"
-    title = f"{few} pairs that it was trained on"
-    return Layout(
-        sample,
-        captions=1,
-        key=results.TRAIN,
-        title=title,
-        left_out=_left_out(faults),
-        class_rows=run_data.class_rows,
-    )
-
-
-def _left_out(faults: Mapping[int, str]) -> list[str]:
-    if not faults:
-        return []
-    count = plural(len(faults), "unreadable pair")
-    return [f"evaluation: left out {count}, first {next(iter(faults.values()))}"]
+    return Subset(training, rows[chosen], training.name)
 
 
 def _remark(run_data: RunData, count: int) -> str:

@@ -93,19 +93,19 @@ class Encoder:
         DataError."""
 
         def encode(rows: slice) -> Tensor:
-            return torch.cat([features for _, features in self.image_batches(dataset, rows)])
+            pictures = self.batches(dataset, torch.arange(len(dataset))[rows])
+            return self._rows(self.model.clip.encode_image, (batch.image for batch in pictures))
 
         return self._shared(len(dataset), "pictures", encode)
 
-    @torch.no_grad()
-    def image_batches(
-        self, dataset: PairDataset, rows: slice = slice(None), faults: Faults | None = None
-    ) -> Iterator[tuple[Batch, Tensor]]:
-        """The pictures of some rows, batch by batch, each with its u, float32 [B, D]. ``faults``
-        notes those that cannot be read, whose rows are another picture's."""
-        stream = batches(
+    def batches(
+        self, dataset: PairDataset, positions: Tensor, faults: Faults | None = None
+    ) -> Iterator[Batch]:
+        """The samples at some positions. ``faults`` notes those that cannot be read, in whose
+        place another comes."""
+        return batches(
             dataset,
-            Draws(torch.arange(len(dataset))[rows], seed=0),
+            Draws(positions, seed=0),
             self.batch_size,
             eval_transform(self.model),
             self.model.short_tokenizer,
@@ -113,9 +113,6 @@ class Encoder:
             captions="first",
             faults=faults,
         )
-        with self._evaluating():
-            for batch in stream:
-                yield batch, self._encode(self.model.clip.encode_image, batch.image)
 
     @torch.no_grad()
     def captions(self, dataset: PairDataset, most: int | None) -> Captions:
@@ -316,21 +313,17 @@ def encode_sets(
     files ALL. Probes train on the train split, or on 80 % of the set if there is none.
     """
     prompts = "zeroshot" in tasks
-    probed = bool(PROBES & set(tasks))
-    if layout.parts:
-        sets = {
-            key: dataclasses.replace(
-                encode_set(encoder, layout.of_part(part), prompts=prompts, only_present=True),
-                skip=part.skip,
-            )
-            for key, part in layout.parts.items()
-        }
-        return sets, _probe_train(encoder, layout.train) if probed and layout.train else None
-    eval_set = encode_set(encoder, layout, prompts=prompts)
-    if not eval_set.labels or not probed:
-        return {layout.key: eval_set}, None
+    of_parts = bool(layout.parts)
+    sets = {
+        key: encode_set(encoder, of_set, prompts=prompts, only_present=of_parts)
+        for key, of_set in layout.sets.items()
+    }
+    eval_set = next(iter(sets.values()))
+    if not eval_set.labels or PROBES.isdisjoint(tasks):
+        return sets, None
     if layout.train is not None:
-        return {layout.key: eval_set}, _probe_train(encoder, layout.train)
+        image = encoder.images(layout.train)
+        return sets, EvalSet(image, image[:0], labels=layout.train.labels)
     # A fifth of each class tests the probes; they train on the rest.
     classes = next(iter(eval_set.labels.values())).ids.cpu().numpy()
     mask = torch.from_numpy(heldout_mask(len(classes), classes, seed=0, percent=HELDOUT_PERCENT))
@@ -338,11 +331,6 @@ def encode_sets(
     train_rows = (~mask).nonzero()[:, 0].to(eval_set.image.device)
     tested = dataclasses.replace(eval_set, probe_rows=test_rows)
     return {layout.key: tested}, take(eval_set, train_rows)
-
-
-def _probe_train(encoder: Encoder, train: PairDataset) -> EvalSet:
-    image = encoder.images(train)
-    return EvalSet(image, image[:0], labels=train.labels)
 
 
 def encode_set(
@@ -385,6 +373,7 @@ def encode_set(
         labels=labels,
         class_vectors=vectors,
         choices=choices,
+        skip=layout.skip,
         title=layout.title or dataset.name,
         # Not by a collective call: rank 0 alone encodes for ``floors``, and alone has results.
         fingerprint=fingerprint(dataset, layout.captions) if is_main() else "",

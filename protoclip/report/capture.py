@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from protoclip.common.files import write_csv
-from protoclip.data import Draws, PairDataset, Subset, batches
+from protoclip.data import PairDataset, Subset
 from protoclip.data.loader import Faults
 from protoclip.episodes.prototypes import Episode
-from protoclip.evaluate.tasks import Encoder, EvalSet, eval_transform
+from protoclip.evaluate.tasks import Encoder, EvalSet
 from protoclip.model import Encoded
 from protoclip.report import snapshot
 
@@ -36,27 +36,21 @@ def draw_plots(
         memory_bytes: the most bytes in use at the end of each phase.
     """
     clusters = {} if episode is None else episode.labels_by_position(len(dataset))
-    if not dataset.facts.has_pictures:
-        if clusters:
-            _write_clusters(folder / "clusters.csv", dataset, clusters)
-        shown = snapshot.without_pictures(held_out and held_out[1], {"memory_bytes": memory_bytes})
-        snapshot.save_snapshot(folder, shown)
-        return
     pictured = torch.arange(len(dataset))
     if clusters:
-        _write_clusters(folder / "clusters.csv", dataset, clusters)
+        columns = [
+            ["" if label < 0 else label for label in labels.tolist()]
+            for labels in clusters.values()
+        ]
+        rows = zip(dataset.keys, *columns, strict=True)
+        write_csv(folder / "clusters.csv", ("key", *clusters), rows)
         last = list(clusters.values())[-1]  # the teacher's, if there is one
         pictured = (last >= 0).nonzero().flatten()
-    samples = _encode_samples(dataset, snapshot.every(pictured, PICTURED), clusters, encoder)
+    samples = None
+    if dataset.facts.has_pictures:
+        samples = _encode_samples(dataset, snapshot.every(pictured, PICTURED), clusters, encoder)
     facts = {"memory_bytes": memory_bytes}
     snapshot.save_snapshot(folder, snapshot.take_snapshot(samples, held_out, facts=facts))
-
-
-def _write_clusters(path: Path, dataset: PairDataset, clusters: dict[str, Tensor]) -> None:
-    columns = []
-    for labels in clusters.values():
-        columns.append(["" if label < 0 else label for label in labels.tolist()])
-    write_csv(path, ("key", *clusters), zip(dataset.keys, *columns, strict=True))
 
 
 def _encode_samples(
@@ -68,20 +62,10 @@ def _encode_samples(
     """The samples at these positions as they are evaluated; a bad one is replaced."""
     model = encoder.model.eval()
     device = encoder.device
-    stream = batches(
-        dataset,
-        Draws(positions, seed=0),
-        encoder.batch_size,
-        eval_transform(model),
-        model.short_tokenizer,
-        workers=encoder.workers,
-        captions="first",
-        faults=Faults(dataset, 1.0, lambda _: None),
-    )
     indices: list[Tensor] = []
     encoded: list[Encoded] = []
     projected: list[Encoded] = []
-    for batch in stream:
+    for batch in encoder.batches(dataset, positions, Faults(dataset, 1.0, lambda _: None)):
         with encoder.autocast():
             u, h = model(batch.image.to(device), batch.tokens.to(device))
         indices.append(batch.index)

@@ -204,16 +204,14 @@ def compare_rows(
     )
 
 
-def _pair(
-    row: Row, baseline: Row, seeds: Sequence[int]
-) -> tuple[dict[Score, tuple[np.ndarray, np.ndarray]], str]:
-    """The values of a baseline and of a row, [seeds] each, in the scores that all runs have on the
+def _pair(row: Row, baseline: Row, seeds: Sequence[int]) -> tuple[dict[Score, np.ndarray], str]:
+    """The values of a baseline and of a row, [2, seeds], in the scores that all runs have on the
     same pictures; and a sentence if some were judged on different pictures."""
     theirs, ours = (
         [{score: score for score in scores_of(side.runs[seed].trained)} for seed in seeds]
         for side in (baseline, row)
     )
-    values: dict[Score, tuple[np.ndarray, np.ndarray]] = {}
+    values: dict[Score, np.ndarray] = {}
     sentence = ""
     for score in ours[0] if seeds else ():
         if not all(score in run and math.isfinite(run[score].value) for run in [*theirs, *ours]):
@@ -222,8 +220,7 @@ def _pair(
         if different := other_pictures(row.name, baseline.name, sides[1], sides[0]):
             sentence = different
         else:
-            of_baseline, of_row = (np.array([run.value for run in side]) for side in sides)
-            values[score] = (of_baseline, of_row)
+            values[score] = np.array([[run.value for run in side] for side in sides])
     return values, sentence
 
 

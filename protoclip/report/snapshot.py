@@ -111,32 +111,23 @@ class Snapshot:
 
 
 def take_snapshot(
-    samples: Samples,
+    samples: Samples | None,
     evaluated: tuple[PairDataset, EvalSet] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """The content of a page about training samples, an evaluation set with its features
-    (``evaluated``), and ``facts`` that JSON can hold."""
+    """The content of a page about training samples (None: stored features, without pictures to
+    show), an evaluation set with its features (``evaluated``), and ``facts`` that JSON can hold."""
     thumbs = Thumbnails()
     captioned = evaluated if evaluated and len(evaluated[1].text) > 1 else None
     return Snapshot(
         pictures=thumbs.made,  # the calls below fill it
-        clusters=gallery(samples, thumbs),
-        map_data=map_data(samples, thumbs),
+        clusters=gallery(samples, thumbs) if samples else (),
+        map_data=map_data(samples, thumbs) if samples else {},
         geometry=geometry(captioned[1]) if captioned else {},
         confusions=confusions(evaluated[1]) if evaluated else (),
-        retrieval=retrieval(*captioned, thumbs) if captioned else (),
-        named=named(*evaluated, thumbs) if evaluated else {},
+        retrieval=retrieval(*captioned, thumbs) if captioned and samples else (),
+        named=named(*evaluated, thumbs) if evaluated and samples else {},
         facts={**environment(), **(facts or {})},
-    )
-
-
-def without_pictures(eval_set: EvalSet | None, facts: Mapping[str, Any]) -> Snapshot:
-    """The content of a page about stored features without files to show."""
-    return Snapshot(
-        geometry=geometry(eval_set) if eval_set and len(eval_set.text) > 1 else {},
-        confusions=confusions(eval_set) if eval_set else (),
-        facts={**environment(), **facts},
     )
 
 
@@ -318,8 +309,11 @@ def cluster_block(
         if not card["words"] and counts[cluster]:
             rows = ranked.get("captions", next(iter(ranked.values())))
             nearest = int(rows[members][0])
-            caption = caption_of(dataset, nearest) if "captions" in near else ""
-            card["like"] = f"like {caption or name_of_key(dataset.keys[nearest])}"
+            # A file without its folders, or "row 1,234".
+            name = printable(os.path.basename(dataset.keys[nearest]))
+            if "captions" in near:
+                name = caption_of(dataset, nearest) or name
+            card["like"] = f"like {name}"
         cards.append(card)
     purity_by_label: dict[str, float] = {}
     for name, labels_of_name in all_labels.items():
@@ -369,11 +363,6 @@ def words_of_path(path: str) -> str:
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", os.path.splitext(path)[0])
     words = re.findall(r"[^\W\d_]{2,}", apart)
     return " ".join(word for word in words if word.lower() not in CAMERA)
-
-
-def name_of_key(key: str) -> str:
-    """What a sample is called: its file without folders, or "row 1,234"."""
-    return printable(os.path.basename(key))
 
 
 def words_of_clusters(

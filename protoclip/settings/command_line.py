@@ -14,27 +14,17 @@ from protoclip.settings.comparison import parse_record
 from protoclip.settings.config import ProtoConfig
 from protoclip.settings.flags import Parser, checked_config, refusal, with_saved_config
 
-CHECK = "check the path"
-# Flags and arguments that name data or files, and what to do where these do not exist.
-PATHS = {
+# Flags and arguments that name data or files.
+PATHS = (
+    *("--train-data", "--val-data", "--resume", "--data", "--check", "--export", "--run"),
+    *("--features", "--captions", "--classes", "--weights", "--rows"),
+    *("DATA", "RUN", "RUN_OR_CHECKPOINT"),
+)
+PATHS_OR_NAMES = ("MODEL", "--external-teacher")  # a name contains no slash
+REMEDIES = {  # what to do where they do not exist, for most: check the path
     "--train-data": "check the path, or use builtin:icons",
-    "--val-data": CHECK,
     "--resume": "check the path, or use --resume auto, which starts where there is no checkpoint",
-    "--data": CHECK,
-    "--check": CHECK,
-    "--export": CHECK,
-    "--run": CHECK,
-    "--features": CHECK,
-    "--captions": CHECK,
-    "--classes": CHECK,
-    "--weights": CHECK,
-    "--rows": CHECK,
-    "DATA": CHECK,
-    "RUN": CHECK,
-    "RUN_OR_CHECKPOINT": CHECK,
 }
-# These may also be names, which contain no slash.
-PATHS_OR_NAMES = {"MODEL": CHECK, "--external-teacher": CHECK}
 # The variables in which launchers say how many processes there are; see protoclip.distributed.
 PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 NO_PATHS = ("auto", "latest")  # values of --resume
@@ -56,13 +46,9 @@ def check_command_line(command: str, argv: Sequence[str]) -> None:
         if importlib.util.find_spec("open_clip_train"):  # else the command says what to install
             check_openclips_flags(words)
         return
-    if command == "compare":
-        _, flags = parse_record(argv)
-        _check_paths(parser, flags)
-        return
     if command in ("train", "plan"):
         argv = with_saved_config(argv)
-    flags = parser.parse_args(argv)
+    flags = parse_record(argv)[1] if command == "compare" else parser.parse_args(argv)
     _check_paths(parser, flags)
     if command in ("train", "plan"):
         checked_config(vars(flags))
@@ -84,7 +70,5 @@ def _check_paths(parser: Parser, flags: Any) -> None:
         for name in value if isinstance(value, list) else [value]:
             if not name or name in NO_PATHS:
                 continue
-            if flag in PATHS:
-                check_exists(name, flag, PATHS[flag])
-            elif flag in PATHS_OR_NAMES and os.sep in name:
-                check_exists(name, flag, PATHS_OR_NAMES[flag])
+            if flag in PATHS or (flag in PATHS_OR_NAMES and os.sep in name):
+                check_exists(name, flag, REMEDIES.get(flag, "check the path"))

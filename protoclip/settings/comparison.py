@@ -288,9 +288,8 @@ def open_record(asked: Record) -> Record:
             f"--nproc-per-run: the comparison in {out} has {before.nproc_per_run}, got "
             f"{asked.nproc_per_run}; choose another --out"
         )
-    started = {run.parent.name for run in runs}
     for name, config in asked.rows.items():
-        if folder_name(name) not in started:
+        if not any((out / folder_name(name)).glob("seed-*")):
             continue
         settings = settings_of(read_settings(out, name))
         for setting, value in settings_of(config).items():

@@ -517,13 +517,12 @@ def in_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flag = name.removeprefix("--").replace("_", "-")
         if name in vars(TrainConfig()) and isinstance(value, dict):
-            sections[name] = {**sections.get(name, {}), **value}
-            continue
-        if flag not in places:  # --method, or a mistake
+            sections.setdefault(name, {}).update(value)
+        elif flag in places:
+            section, setting = places[flag]
+            sections.setdefault(section, {})[setting] = value
+        else:  # --method, or a mistake
             sections[name.removeprefix("--")] = value
-            continue
-        section, setting = places[flag]
-        sections[section] = {**sections.get(section, {}), setting: value}
     return sections
 
 

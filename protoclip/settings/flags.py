@@ -60,7 +60,7 @@ METAVARS = {
     **dict.fromkeys(
         ("--features", "--captions", "--weights", "--rows", "--external-teacher"), "FILE"
     ),
-    "--labels": "FILE",
+    **dict.fromkeys(("--labels", "--image-features", "--text-features"), "FILE"),
     "--class-features": "DIR|FILE",
     **dict.fromkeys(("--csv-img-key", "--csv-caption-key", "--csv-label-key"), "COLUMN"),
     "--out --output": "FILE",
@@ -232,37 +232,26 @@ def add_options(group: Any, settings: Any, prefix: str = "", only: Iterable[str]
 
 
 class _TrainData(argparse.Action):
-    """--train-data, which the flags of feature files write too."""
+    """--train-data, or the flags of feature files, two or more of which name the training data."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
-        if getattr(namespace, self.dest, "").startswith(FEATURES):
-            parser.error(
-                f"{option_string}: expected no other data, got --image-features or --text-features"
-                "; leave them or it out"
-            )
+        before = getattr(namespace, self.dest, None)
+        is_file = option_string != "--train-data"
+        if before is not None and before.startswith(FEATURES) != is_file:
+            other = "--image-features or --text-features; leave them or it out"
+            if is_file:
+                other = f"--train-data {before}; leave one of them out"
+            parser.error(f"{option_string}: expected no other data, got {other}")
+        if is_file:
+            images, *texts = (before or FEATURES).removeprefix(FEATURES).split("::")
+            if option_string == "--image-features":
+                images = values
+            else:
+                texts.append(values)
+            values = FEATURES + "::".join([images, *texts])
         setattr(namespace, self.dest, values)
-
-
-class _FeatureFiles(argparse.Action):
-    """Two or more flags that together name the training data."""
-
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        before = getattr(namespace, self.dest, FEATURES)
-        if not before.startswith(FEATURES):
-            parser.error(
-                f"{option_string}: expected no other data, got --train-data {before}; leave one "
-                "of them out"
-            )
-        images, *texts = before.removeprefix(FEATURES).split("::")
-        if option_string == "--image-features":
-            images = values
-        else:
-            texts.append(values)
-        setattr(namespace, self.dest, FEATURES + "::".join([images, *texts]))
 
 
 def add_feature_flags(group: Any) -> None:
@@ -270,14 +259,7 @@ def add_feature_flags(group: Any) -> None:
     words = "in place of --train-data: rows of the pictures [N, d], a .npy or a folder of parts"
     other = "and rows of their captions, in the same order; repeat the flag for more captions"
     for flag, help_text in (("--image-features", words), ("--text-features", other)):
-        group.add_argument(
-            flag,
-            dest="data.train_data",
-            action=_FeatureFiles,
-            default=argparse.SUPPRESS,
-            metavar="FILE",
-            help=help_text,
-        )
+        add_flag(group, flag, "", help_text, setting="data.train_data")
 
 
 def build_parser(

@@ -542,18 +542,15 @@ def test_gradients_of_an_edge_fall_into_its_direction() -> None:
     assert turned[..., 4].max() > 0.5 and not np.delete(turned, 4, axis=-1).any()
 
 
-@pytest.fixture
-def every_part() -> Outcome:
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """In JSON, which has no NaN."""
     untrained = outcome_of(0.01).trained
-    return outcome_of(
+    every_part = outcome_of(
         untrained=untrained,
         seconds={"training": 1.5},
         peak_memory_bytes=7,
         floors={"pixels": untrained},
     )
-
-
-def test_results_are_read_as_they_were_written(tmp_path: Path, every_part: Outcome) -> None:
     path = tmp_path / "results.json"
     write_results(path, every_part)
     assert [path] == list(tmp_path.iterdir())
@@ -563,11 +560,6 @@ def test_results_are_read_as_they_were_written(tmp_path: Path, every_part: Outco
         assert sets["HO"].metrics["text_retrieval_recall@5"] == 0.01
     assert math.isnan(content.trained["HO"].metrics["group/acc5"])
     assert format_table(content) == format_table(every_part)
-
-
-def test_results_are_json_without_nan(tmp_path: Path, every_part: Outcome) -> None:
-    path = tmp_path / "results.json"
-    write_results(path, every_part)
     raw = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
     assert raw["trained"]["HO"]["metrics"]["group/acc5"] is None
 
