@@ -270,6 +270,11 @@ def cross_entropies(
     return (level - target).where(masks.counted, 0)
 
 
+def wide(value: float, dtype: torch.dtype) -> Tensor:
+    """A scalar argument, fp32 beside half features."""
+    return torch.tensor(value, dtype=torch.promote_types(dtype, FP32))
+
+
 def reduced(
     losses: Tensor, counted: Tensor, weights: Tensor | None, reduction: str
 ) -> list[Tensor]:
@@ -308,7 +313,7 @@ def info_nce(
     leaves = {
         "image_features": image,
         "text_features": text,
-        "logit_scale": torch.tensor(logit_scale, dtype=torch.promote_types(image.dtype, FP32)),
+        "logit_scale": wide(logit_scale, image.dtype),
     }
     constants = {"reduction": reduction, **options}
     return Call(protoclip.info_nce, leaves, constants, formula, logit_scale)
@@ -365,15 +370,11 @@ def arguments_of(
     queries: Tensor, keys: Tensor, logit_scale: float, relation: Relation
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Leaves and constants of ``contrastive`` and ``contrastive_parts``."""
-    wide = torch.promote_types(queries.dtype, FP32)
-    leaves = {
-        "queries": queries,
-        "keys": keys,
-        "logit_scale": torch.tensor(logit_scale, dtype=wide),
-    }
+    scale = wide(logit_scale, queries.dtype)
+    leaves = {"queries": queries, "keys": keys, "logit_scale": scale}
     constants = dict(vars(relation))
     if (key_bias := constants.pop("key_bias")) is not None:
-        leaves["key_bias"] = key_bias.to(wide)
+        leaves["key_bias"] = key_bias.to(scale.dtype)
     return leaves, constants
 
 
@@ -426,95 +427,9 @@ def self_contrastive(
     def observe(losses: Tensor, **leaves: Tensor) -> Sequence[Tensor]:
         return [losses.flatten() if reduction == "none" else losses]
 
-    dtype = torch.promote_types(next(iter(views.values())).dtype, FP32)
-    leaves = views | {"logit_scale": torch.tensor(logit_scale, dtype=dtype)}
+    dtype = next(iter(views.values())).dtype
+    leaves = views | {"logit_scale": wide(logit_scale, dtype)}
     return Call(function, leaves, constants, formula, logit_scale, observe=observe)
-
-
-def nt_xent(
-    views_a: Tensor, views_b: Tensor, logit_scale: float, reduction: str = "none", **options: Any
-) -> Call:
-    n = len(views_a)
-    rows = torch.arange(2 * n)
-    ids = options.get("ids")
-    ids = None if ids is None else torch.cat([ids, ids])
-    relation = Relation(rows.roll(n), ids, ids, options.get("same_id", "exclude"), exclude=rows)
-    masks = relation.masks(2 * n, 2 * n)
-    weights = options.get("weights")
-    if options.get("decoupled"):
-        negatives = masks.seen & ~masks.positive
-        has_negatives = negatives.any(dim=1)
-        masks = Masks(masks.positive, negatives, ~has_negatives)
-    return self_contrastive(
-        protoclip.nt_xent,
-        {"views_a": views_a, "views_b": views_b},
-        lambda views_a, views_b: torch.cat([views_a, views_b]),
-        masks,
-        logit_scale,
-        row_weights=None if weights is None else torch.cat([weights, weights]),
-        constants={"reduction": reduction, **options},
-    )
-
-
-def sup_con(
-    features: Tensor, labels: Tensor, logit_scale: float, reduction: str = "none", **options: Any
-) -> Call:
-    views = features.shape[1] if features.ndim == 3 else 1
-    rows = torch.arange(len(labels) * views)
-    row_labels = labels.repeat_interleave(views)
-    row_labels = row_labels.where(row_labels != LEFT_OUT, -1000 - rows)
-    relation = Relation(query_ids=row_labels, key_ids=row_labels, same_id="positive", exclude=rows)
-    weights = options.get("weights")
-    return self_contrastive(
-        protoclip.sup_con,
-        {"features": features},
-        lambda features: features.reshape(-1, features.shape[-1]),
-        relation.masks(len(rows), len(rows)),
-        logit_scale,
-        row_weights=None if weights is None else weights.repeat_interleave(views),
-        constants={"labels": labels, "reduction": reduction, **options},
-    )
-
-
-def sigmoid_loss(
-    image: Tensor, text: Tensor, logit_scale: float, logit_bias: float, **options: Any
-) -> Call:
-    options.setdefault("reduction", "sum")
-    n, m = len(image), len(text)
-    ids = options.get("ids")
-    offset = options.get("offset", 0)
-    same_id = options.get("same_id", "positive")
-    label_smoothing = options.get("label_smoothing", 0)
-    own = torch.arange(m) == torch.arange(n)[:, None] + offset
-    same = own
-    if ids is not None:
-        columns = columns_of(ids)
-        same = (columns[offset : offset + n, None] == columns).any(dim=2)
-    positive = own | same if same_id == "positive" else own
-    seen = own | ~same if same_id == "exclude" else torch.ones_like(own)
-    target = (1 - label_smoothing) * positive.double() + label_smoothing / 2
-
-    def formula(
-        image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
-    ) -> Plain:
-        logits = scaled_products(logit_scale, image_features, text_features)
-        biased = logits + logit_bias.to(image_features.dtype).to(logits.dtype)
-        terms = F.binary_cross_entropy_with_logits(
-            biased, target.to(biased.dtype), reduction="none"
-        )
-        losses = terms.where(seen, 0).sum(dim=1)
-        counted = torch.ones(n, dtype=torch.bool)
-        reduction = options["reduction"]
-        return Plain(reduced(losses, counted, options.get("weights"), reduction), [logits])
-
-    wide = torch.promote_types(image.dtype, FP32)
-    leaves = {
-        "image_features": image,
-        "text_features": text,
-        "logit_scale": torch.tensor(logit_scale, dtype=wide),
-        "logit_bias": torch.tensor(logit_bias, dtype=wide),
-    }
-    return Call(sigmoid_loss_op, leaves, options, formula, logit_scale)
 
 
 def prototype_cross_entropy(
@@ -540,8 +455,7 @@ def prototype_cross_entropy(
         used = labels != LEFT_OUT
         return Plain(reduced(losses, used, options.get("weights"), reduction), logits)
 
-    wide = torch.promote_types(features.dtype, FP32)
-    leaves = {"features": features, "logit_scale": torch.tensor(logit_scale, dtype=wide)}
+    leaves = {"features": features, "logit_scale": wide(logit_scale, features.dtype)}
     constants = {"labels": labels, "reduction": reduction, **options}
     constants |= some(targets=targets)
     (leaves if trained else constants)["prototypes"] = prototypes
@@ -573,104 +487,6 @@ def prototype_losses_of(
     mean = scaled_products(logit_scale, features, prototypes.detach()).mean(dim=1)
     target = (1 - label_smoothing) * soft + label_smoothing * mean
     return (level - target).where(used, 0), [logits, soft, mean]
-
-
-def prototype_losses(
-    features: Tensor, banks: Sequence[protoclip.Bank], logit_scale: float, reduction: str = "none"
-) -> Call:
-    def formula(features: Tensor, logit_scale: Tensor) -> Plain:
-        by_bank = []
-        all_logits = []
-        for bank in banks:
-            prototypes = bank.prototypes.to(features.dtype)
-            losses, logits = prototype_losses_of(
-                features, prototypes, bank.labels, logit_scale, bank.targets
-            )
-            by_bank += reduced(losses, bank.labels != LEFT_OUT, None, reduction)
-            all_logits += logits
-        return Plain([torch.stack(by_bank)], all_logits)
-
-    def observe(results: protoclip.PrototypeLosses, **leaves: Tensor) -> Sequence[Tensor]:
-        """``nearest`` is compared by what it reaches."""
-        scale = torch.sign(leaves["logit_scale"].detach()).double()
-        for bank, nearest in zip(banks, results.nearest, strict=True):
-            points = leaves["features"].detach().double()
-            logits = scale * points @ bank.prototypes.to(points.device).double().T
-            reached = logits.gather(1, nearest[:, None])[:, 0]
-            assert (logits.amax(dim=1) - reached <= 1e-6).all()
-        return [results.loss]
-
-    wide = torch.promote_types(features.dtype, FP32)
-    leaves = {"features": features, "logit_scale": torch.tensor(logit_scale, dtype=wide)}
-    constants = {"banks": list(banks), "reduction": reduction}
-    return Call(
-        protoclip.prototype_losses, leaves, constants, formula, logit_scale, observe=observe
-    )
-
-
-def soft_targets(source: Tensor, prototypes: Tensor, temperature: float) -> Call:
-    def formula(source_centroids: Tensor, prototypes: Tensor) -> Plain:
-        if temperature <= 0:
-            return Plain([prototypes.to(torch.promote_types(prototypes.dtype, FP32))])
-        shares = torch.softmax(source_centroids @ source_centroids.T / temperature, dim=1)
-        targets = shares.to(prototypes.dtype) @ prototypes
-        return Plain([targets.to(torch.promote_types(targets.dtype, FP32))])
-
-    leaves = {"source_centroids": source, "prototypes": prototypes}
-    return Call(
-        protoclip.soft_targets,
-        leaves,
-        {"temperature": temperature},
-        formula,
-        scale=1 / temperature if temperature > 0 else 0,
-        least=0,
-        has_gradient=False,
-    )
-
-
-def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    return (points[:, None] - centroids).square().sum(dim=2)
-
-
-def kmeans_assign(points: Tensor, centroids: Tensor) -> Call:
-    """The distance that is returned, and the one to the centroid that a label names."""
-
-    def formula(points: Tensor, centroids: Tensor) -> Plain:
-        wide = torch.promote_types(points.dtype, FP32)
-        distances = squared_distances(points.to(wide), centroids.to(wide)).float()
-        nearest = distances.amin(dim=1) if len(centroids) else distances.sum(dim=1)
-        return Plain([nearest, nearest])
-
-    def observe(
-        results: tuple[Tensor, Tensor], points: Tensor, centroids: Tensor
-    ) -> Sequence[Tensor]:
-        labels, distances = results
-        apart = points.double() - centroids.double()[labels]
-        return [distances, apart.square().sum(dim=1).float()]
-
-    leaves = {"points": points, "centroids": centroids}
-    return Call(
-        protoclip.kmeans_assign, leaves, {}, formula, least=0, has_gradient=False, observe=observe
-    )
-
-
-def segment_mean(values: Tensor, labels: Tensor, num_segments: int) -> Call:
-    def formula(values: Tensor) -> Plain:
-        rows = values.to(torch.promote_types(values.dtype, FP32))[labels >= 0]
-        used = labels[labels >= 0]
-        sums = rows.new_zeros(num_segments, rows.shape[1]).index_add(0, used, rows)
-        counts = torch.bincount(used, minlength=num_segments)
-        return Plain([sums / counts.clamp_min(1)[:, None], counts.to(sums)])
-
-    return Call(
-        protoclip.segment_mean,
-        {"values": values},
-        {"labels": labels, "num_segments": num_segments},
-        formula,
-        least=0,
-        has_gradient=False,
-        observe=lambda results, values: [results.means, results.counts.to(results.means)],
-    )
 
 
 # ---- rows ----
@@ -835,61 +651,6 @@ def make_contrastive_parts(
     return contrastive_parts(x.to(dtype), y.to(dtype), logit_scale, kind)
 
 
-def make_nt_xent(
-    size: Size,
-    dtype: torch.dtype,
-    *,
-    features: str = "cone",
-    logit_scale: float = 14.3,
-    id_columns: int = 0,
-    weighted: bool = False,
-    **options: Any,
-) -> Call:
-    draw = Draw(size.n)
-    x, y = draw.pairs(Size(size.n, size.n, size.d), features)
-    more = some(ids=draw.ids(size.n, id_columns), weights=draw.weights(size.n, weighted))
-    return nt_xent(x.to(dtype), y.to(dtype), logit_scale, **more, **options)
-
-
-def make_sup_con(
-    size: Size,
-    dtype: torch.dtype,
-    *,
-    logit_scale: float = 14.3,
-    views: int | None = None,
-    weighted: bool = False,
-    **options: Any,
-) -> Call:
-    draw = Draw(size.n)
-    shape = (size.n, size.d) if views is None else (size.n, views, size.d)
-    labels = draw.integers(0, size.n // 6, size.n)
-    labels[::7] = LEFT_OUT
-    more = some(weights=draw.weights(size.n, weighted))
-    return sup_con(draw.unit(*shape).to(dtype), labels, logit_scale, **more, **options)
-
-
-def make_sigmoid_loss(
-    size: Size,
-    dtype: torch.dtype,
-    *,
-    features: str = "cone",
-    logit_scale: float = 14.3,
-    logit_bias: float = -8.0,
-    id_columns: int = 0,
-    from_the_end: bool = False,
-    weighted: bool = False,
-    **options: Any,
-) -> Call:
-    draw = Draw(size.n)
-    x, y = draw.pairs(size, features)
-    more = some(
-        ids=draw.ids(size.m, id_columns),
-        weights=draw.weights(size.n, weighted),
-        offset=size.m - size.n if from_the_end else None,
-    )
-    return sigmoid_loss(x.to(dtype), y.to(dtype), logit_scale, logit_bias, **more, **options)
-
-
 def make_prototype_cross_entropy(
     size: Size,
     dtype: torch.dtype,
@@ -914,6 +675,126 @@ def make_prototype_cross_entropy(
     return prototype_cross_entropy(features, prototypes, labels, logit_scale, **more, **options)
 
 
+def make_nt_xent(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    features: str = "cone",
+    logit_scale: float = 14.3,
+    id_columns: int = 0,
+    weighted: bool = False,
+    **options: Any,
+) -> Call:
+    n = size.n
+    draw = Draw(n)
+    x, y = draw.pairs(Size(n, n, size.d), features)
+    more = some(ids=draw.ids(n, id_columns), weights=draw.weights(n, weighted))
+    of_views = {name: torch.cat([values, values]) for name, values in more.items()}
+    rows = torch.arange(2 * n)
+    ids = of_views.get("ids")
+    relation = Relation(rows.roll(n), ids, ids, options.get("same_id", "exclude"), exclude=rows)
+    masks = relation.masks(2 * n, 2 * n)
+    if options.get("decoupled"):
+        negatives = masks.seen & ~masks.positive
+        has_negatives = negatives.any(dim=1)
+        masks = Masks(masks.positive, negatives, ~has_negatives)
+    return self_contrastive(
+        protoclip.nt_xent,
+        {"views_a": x.to(dtype), "views_b": y.to(dtype)},
+        lambda views_a, views_b: torch.cat([views_a, views_b]),
+        masks,
+        logit_scale,
+        row_weights=of_views.get("weights"),
+        constants={"reduction": "none", **more, **options},
+    )
+
+
+def make_sup_con(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    logit_scale: float = 14.3,
+    views: int | None = None,
+    weighted: bool = False,
+    **options: Any,
+) -> Call:
+    draw = Draw(size.n)
+    shape = (size.n, size.d) if views is None else (size.n, views, size.d)
+    labels = draw.integers(0, size.n // 6, size.n)
+    labels[::7] = LEFT_OUT
+    weights = draw.weights(size.n, weighted)
+    repeats = views or 1
+    rows = torch.arange(size.n * repeats)
+    row_labels = labels.repeat_interleave(repeats)
+    row_labels = row_labels.where(row_labels != LEFT_OUT, -1000 - rows)
+    relation = Relation(query_ids=row_labels, key_ids=row_labels, same_id="positive", exclude=rows)
+    return self_contrastive(
+        protoclip.sup_con,
+        {"features": draw.unit(*shape).to(dtype)},
+        lambda features: features.reshape(-1, features.shape[-1]),
+        relation.masks(len(rows), len(rows)),
+        logit_scale,
+        row_weights=None if weights is None else weights.repeat_interleave(repeats),
+        constants={"labels": labels, "reduction": "none", **some(weights=weights), **options},
+    )
+
+
+def make_sigmoid_loss(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    features: str = "cone",
+    logit_scale: float = 14.3,
+    logit_bias: float = -8.0,
+    id_columns: int = 0,
+    from_the_end: bool = False,
+    weighted: bool = False,
+    **options: Any,
+) -> Call:
+    n, m, _ = size
+    draw = Draw(n)
+    x, y = draw.pairs(size, features)
+    ids = draw.ids(m, id_columns)
+    offset = m - n if from_the_end else 0
+    options |= some(
+        ids=ids,
+        weights=draw.weights(n, weighted),
+        offset=offset if from_the_end else None,
+    )
+    options.setdefault("reduction", "sum")
+    same_id = options.get("same_id", "positive")
+    label_smoothing = options.get("label_smoothing", 0)
+    own = torch.arange(m) == torch.arange(n)[:, None] + offset
+    same = own
+    if ids is not None:
+        columns = columns_of(ids)
+        same = (columns[offset : offset + n, None] == columns).any(dim=2)
+    positive = own | same if same_id == "positive" else own
+    seen = own | ~same if same_id == "exclude" else torch.ones_like(own)
+    target = (1 - label_smoothing) * positive.double() + label_smoothing / 2
+
+    def formula(
+        image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> Plain:
+        logits = scaled_products(logit_scale, image_features, text_features)
+        biased = logits + logit_bias.to(image_features.dtype).to(logits.dtype)
+        terms = F.binary_cross_entropy_with_logits(
+            biased, target.to(biased.dtype), reduction="none"
+        )
+        losses = terms.where(seen, 0).sum(dim=1)
+        counted = torch.ones(n, dtype=torch.bool)
+        reduction = options["reduction"]
+        return Plain(reduced(losses, counted, options.get("weights"), reduction), [logits])
+
+    leaves = {
+        "image_features": x.to(dtype),
+        "text_features": y.to(dtype),
+        "logit_scale": wide(logit_scale, dtype),
+        "logit_bias": wide(logit_bias, dtype),
+    }
+    return Call(sigmoid_loss_op, leaves, options, formula, logit_scale)
+
+
 def make_prototype_losses(
     size: Size, dtype: torch.dtype, *, logit_scale: float = 14.3, reduction: str = "none"
 ) -> Call:
@@ -925,20 +806,84 @@ def make_prototype_losses(
         labels[::5] = LEFT_OUT
         targets = 0.9 * prototypes.flip(0) if k == 7 else None
         banks.append(protoclip.Bank(prototypes, labels, targets))
-    return prototype_losses(draw.unit(size.n, size.d).to(dtype), banks, logit_scale, reduction)
+
+    def formula(features: Tensor, logit_scale: Tensor) -> Plain:
+        by_bank = []
+        all_logits = []
+        for bank in banks:
+            prototypes = bank.prototypes.to(features.dtype)
+            losses, logits = prototype_losses_of(
+                features, prototypes, bank.labels, logit_scale, bank.targets
+            )
+            by_bank += reduced(losses, bank.labels != LEFT_OUT, None, reduction)
+            all_logits += logits
+        return Plain([torch.stack(by_bank)], all_logits)
+
+    def observe(results: protoclip.PrototypeLosses, **leaves: Tensor) -> Sequence[Tensor]:
+        """``nearest`` is compared by what it reaches."""
+        scale = torch.sign(leaves["logit_scale"].detach()).double()
+        for bank, nearest in zip(banks, results.nearest, strict=True):
+            points = leaves["features"].detach().double()
+            logits = scale * points @ bank.prototypes.to(points.device).double().T
+            reached = logits.gather(1, nearest[:, None])[:, 0]
+            assert (logits.amax(dim=1) - reached <= 1e-6).all()
+        return [results.loss]
+
+    features = draw.unit(size.n, size.d).to(dtype)
+    leaves = {"features": features, "logit_scale": wide(logit_scale, dtype)}
+    constants = {"banks": banks, "reduction": reduction}
+    return Call(
+        protoclip.prototype_losses, leaves, constants, formula, logit_scale, observe=observe
+    )
 
 
 def make_soft_targets(size: Size, dtype: torch.dtype, *, temperature: float = 0.1) -> Call:
     draw = Draw(size.n)
     source = 0.9 * draw.unit(size.m, size.n).to(dtype)  # N: features of the source
-    return soft_targets(source, draw.unit(size.m, size.d).to(dtype), temperature)
+
+    def formula(source_centroids: Tensor, prototypes: Tensor) -> Plain:
+        if temperature <= 0:
+            return Plain([prototypes.to(torch.promote_types(prototypes.dtype, FP32))])
+        shares = torch.softmax(source_centroids @ source_centroids.T / temperature, dim=1)
+        targets = shares.to(prototypes.dtype) @ prototypes
+        return Plain([targets.to(torch.promote_types(targets.dtype, FP32))])
+
+    return Call(
+        protoclip.soft_targets,
+        {"source_centroids": source, "prototypes": draw.unit(size.m, size.d).to(dtype)},
+        {"temperature": temperature},
+        formula,
+        scale=1 / temperature if temperature > 0 else 0,
+        least=0,
+        has_gradient=False,
+    )
 
 
 def make_kmeans_assign(size: Size, dtype: torch.dtype, *, features: str = "random") -> Call:
+    """The distance that is returned, and the one to the centroid that a label names."""
     draw = Draw(size.n)
     middle = 30.0 if features == "far from zero" else 0.0
-    points = middle + draw.normal(size.n, size.d)
-    return kmeans_assign(points.to(dtype), (middle + draw.normal(size.m, size.d)).to(dtype))
+
+    def formula(points: Tensor, centroids: Tensor) -> Plain:
+        points = points.to(torch.promote_types(points.dtype, FP32))
+        distances = (points[:, None] - centroids.to(points)).square().sum(dim=2).float()
+        nearest = distances.amin(dim=1) if len(centroids) else distances.sum(dim=1)
+        return Plain([nearest, nearest])
+
+    def observe(
+        results: tuple[Tensor, Tensor], points: Tensor, centroids: Tensor
+    ) -> Sequence[Tensor]:
+        labels, distances = results
+        apart = points.double() - centroids.double()[labels]
+        return [distances, apart.square().sum(dim=1).float()]
+
+    leaves = {
+        "points": (middle + draw.normal(size.n, size.d)).to(dtype),
+        "centroids": (middle + draw.normal(size.m, size.d)).to(dtype),
+    }
+    return Call(
+        protoclip.kmeans_assign, leaves, {}, formula, least=0, has_gradient=False, observe=observe
+    )
 
 
 def make_segment_mean(size: Size, dtype: torch.dtype, *, features: str = "random") -> Call:
@@ -946,7 +891,23 @@ def make_segment_mean(size: Size, dtype: torch.dtype, *, features: str = "random
     values = draw.normal(size.n, size.d) + (30.0 if features == "far from zero" else 0.0)
     labels = draw.integers(-1 if size.m > 1 else 0, size.m, size.n)
     labels[: size.n // 2] = size.m - 1  # in pieces, where there are many
-    return segment_mean(values.to(dtype), labels, size.m)
+
+    def formula(values: Tensor) -> Plain:
+        rows = values.to(torch.promote_types(values.dtype, FP32))[labels >= 0]
+        used = labels[labels >= 0]
+        sums = rows.new_zeros(size.m, rows.shape[1]).index_add(0, used, rows)
+        counts = torch.bincount(used, minlength=size.m)
+        return Plain([sums / counts.clamp_min(1)[:, None], counts.to(sums)])
+
+    return Call(
+        protoclip.segment_mean,
+        {"values": values.to(dtype)},
+        {"labels": labels, "num_segments": size.m},
+        formula,
+        least=0,
+        has_gradient=False,
+        observe=lambda results, values: [results.means, results.counts.to(results.means)],
+    )
 
 
 @dataclass(frozen=True)

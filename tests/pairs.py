@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data import Batch, Draws, batches, build_transform
+from protoclip.data import Batch, Draws, batches, build_transform, open_dataset
 
 TEXTS = ("ein Mädchen läuft", "女の子が走る", "drapeau\u202f: Chine 🇨🇳", 'says "hi", twice')
 MEAN = (0.48, 0.46, 0.41)
@@ -54,6 +54,18 @@ def table(folder: Path, name: str = "clusters.csv") -> list[dict[str, str]]:
     """The rows of a table that a command wrote, read as docs/cluster.md says."""
     with open(folder / name, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_drawings(folder: Path, count: int, name: str = "{}.png") -> Path:
+    """A table of pictures with captions; every fifth picture has a second row at the end."""
+    shapes = open_dataset(f"builtin:shapes:{count}")
+    rows = [(name.format(i), shapes.captions(i)[0]) for i in range(count)]
+    for i, (file, _) in enumerate(rows):
+        shapes.image(i).save(folder / file)
+    rows += [(file, f"also {text}") for file, text in rows[::5]]
+    with open(folder / "pairs.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows])
+    return folder / "pairs.csv"
 
 
 def write_shards(folder: Path, shards: int = 2, per_shard: int = 3) -> str:
@@ -155,12 +167,10 @@ def draw(path: Path | io.BytesIO, number: int) -> None:
 
 
 def write_shard(path: Path, order: range, captions: int = 1) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, picture in enumerate(order):
-            buffer = io.BytesIO()
-            draw(buffer, picture)
-            texts = "\n".join(f"caption {number} {j}" for j in range(captions)).encode()
-            for ending, data in (("png", buffer.getvalue()), ("txt", texts)):
-                member = tarfile.TarInfo(f"{number:04}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    members = []
+    for number, picture in enumerate(order):
+        buffer = io.BytesIO()
+        draw(buffer, picture)
+        texts = "\n".join(f"caption {number} {j}" for j in range(captions))
+        members += [(f"{number:04}.png", buffer.getvalue()), (f"{number:04}.txt", texts.encode())]
+    write_tar(path, members)

@@ -373,6 +373,14 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextlib.contextmanager
+def without_page() -> Iterator[None]:
+    """As the fixture ``no_page``, for fixtures that tests share."""
+    plots = mock.patch("protoclip.training.summary.draw_plots")
+    with plots, mock.patch("protoclip.training.summary.page.write_report", lambda runs: runs[0]):
+        yield
+
+
 def let_pictures_wait() -> None:
     """No picture is read while there is a file "wait"."""
     from PIL import Image

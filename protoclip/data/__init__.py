@@ -3,9 +3,8 @@
 The names are imported when they are used, so that the command's --help needs no torch.
 """
 
-from typing import TYPE_CHECKING
-
-from protoclip.common.lazy import lazily
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from protoclip.common.files import DataError
@@ -31,21 +30,18 @@ __all__ = [
     "PairDataset", "Pictures", "Subset", "Transform", "batches", "build_transform", "data_kind",
     "each_picture_once", "heldout_pictures", "index_together", "open_dataset", "readable",
 ]  # fmt: skip
-__getattr__ = lazily(
-    __name__,
-    {
-        "DataError": "protoclip.common.files",
-        **dict.fromkeys(("Faults", "readable"), "protoclip.data.faults"),
-        **dict.fromkeys(("Transform", "build_transform"), "protoclip.data.images"),
-        **dict.fromkeys(("Draws", "EpochOrder", "batches"), "protoclip.data.loader"),
-        "open_dataset": "protoclip.data.opening",
-        **dict.fromkeys(("data_kind", "index_together"), "protoclip.data.shards"),
-        **dict.fromkeys(
-            (
-                "BadSample", "Batch", "Facts", "Labels", "PairDataset", "Pictures", "Subset",
-                "each_picture_once", "heldout_pictures",
-            ),
-            "protoclip.data.types",
-        ),
-    },
-)  # fmt: skip
+# The modules of the names that are not in protoclip.data.types.
+_MODULES = {
+    "DataError": "protoclip.common.files",
+    **dict.fromkeys(("Faults", "readable"), "protoclip.data.faults"),
+    **dict.fromkeys(("Transform", "build_transform"), "protoclip.data.images"),
+    **dict.fromkeys(("Draws", "EpochOrder", "batches"), "protoclip.data.loader"),
+    "open_dataset": "protoclip.data.opening",
+    **dict.fromkeys(("data_kind", "index_together"), "protoclip.data.shards"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "protoclip.data.types")), name)

@@ -89,16 +89,13 @@ class Faults:
     def noted(self, batch: Batch) -> Batch:
         """Note the bad samples of a batch, each once, and return the batch."""
         for position, reason in batch.bad:
-            self.note(position, reason)
+            if position not in self.positions:
+                self.positions.add(position)
+                if len(self.positions) <= NAMED:
+                    self.reasons.append(reason)
+                    self.report(f"skipped sample {len(self.positions)}: {reason}")
+                self.check(len(self.positions), f"; the last one: {reason}")
         return batch
-
-    def note(self, position: int, reason: str) -> None:
-        if position not in self.positions:
-            self.positions.add(position)
-            if len(self.positions) <= NAMED:
-                self.reasons.append(reason)
-                self.report(f"skipped sample {len(self.positions)}: {reason}")
-            self.check(len(self.positions), f"; the last one: {reason}")
 
     def check(self, found: int, last: str = "") -> None:
         """Raise a DataError if so many bad samples, beyond those known before, are too many."""

@@ -167,13 +167,12 @@ class ImageFolder(PairDataset):
         return os.path.join(self.root, self.keys[i])
 
     def image(self, i: int) -> Image.Image:
+        shown = printable(self.path(i))
         try:
-            return decode(Path(self.path(i)).read_bytes(), printable(self.path(i)))
+            return decode(Path(self.path(i)).read_bytes(), shown)
         except OSError as error:
-            shown = printable(self.path(i))
             raise UnavailableError(f"{shown}: {error.strerror}; fix the file") from error
         except UnicodeEncodeError as error:
-            shown = printable(self.path(i))
             raise DataError(
                 f"{shown}: a name that this locale ({error.encoding}) does not have; set "
                 "PYTHONUTF8=1, or a locale with UTF-8"

@@ -188,7 +188,7 @@ def _describe(icons: Sequence[Icon], pictures: np.ndarray) -> dict[str, object]:
     concept_labels = labels_of(chosen_concepts)
     return {
         "rows": chosen,
-        "keys": ["/".join(filter(None, _key(icons[i]))) for i in chosen],
+        "keys": [_key(icons[i]) for i in chosen],
         "captions": [
             captions_of(concept, tags[concept], category[concept]) for concept in chosen_concepts
         ],
@@ -201,8 +201,8 @@ def _describe(icons: Sequence[Icon], pictures: np.ndarray) -> dict[str, object]:
     }
 
 
-def _key(icon: Icon) -> tuple[str, str, str]:
-    return icon.family, icon.style, icon.name
+def _key(icon: Icon) -> str:
+    return "/".join(filter(None, (icon.family, icon.style, icon.name)))
 
 
 def captions_of(concept: str, tags: Sequence[str] | Mapping[str, None], category: str) -> list[str]:
@@ -263,18 +263,6 @@ def _folder(package: str) -> Path:
     raise DataError(f"builtin:icons needs {package}; pip install {PACKAGES[package]}")
 
 
-def _zipped(package: str, archive: str, styles: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Style, name and SVG text of the drawings in a package's archive, style by style."""
-    with zipfile.ZipFile(_folder(package) / archive) as opened:
-        names = sorted(opened.namelist())
-        for style in styles:
-            for path in names:
-                folder, _, file = path.rpartition("/")
-                if folder == style and file.endswith(".svg"):
-                    svg = opened.read(path).decode("utf-8")
-                    yield style, file.removesuffix(".svg").replace("_", "-").lower(), svg
-
-
 def _phosphor() -> Iterator[Icon]:
     folder = _folder("py_phosphor_icons")
     facts = json.loads((folder / "search" / "metadata.json").read_text(encoding="utf-8"))
@@ -295,9 +283,17 @@ def _phosphor() -> Iterator[Icon]:
 def _family(
     family: str, package: str, archive: str, styles: Sequence[str]
 ) -> Callable[[], Iterator[Icon]]:
+    """Reads the drawings in a package's archive, style by style."""
+
     def read() -> Iterator[Icon]:
-        for style, name, svg in _zipped(package, archive, styles):
-            yield Icon(family, style, name, svg)
+        with zipfile.ZipFile(_folder(package) / archive) as opened:
+            names = sorted(opened.namelist())
+            for style in styles:
+                for path in names:
+                    folder, _, file = path.rpartition("/")
+                    if folder == style and file.endswith(".svg"):
+                        name = file.removesuffix(".svg").replace("_", "-").lower()
+                        yield Icon(family, style, name, opened.read(path).decode("utf-8"))
 
     return read
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from protoclip.common.files import DataError, kind_of, printable, remove_leftovers, whole_file
-from protoclip.common.host import lock_free_after_fork, warn_once
+from protoclip.common.host import lock_free_after_fork, usable_cores, warn_once
 from protoclip.common.signals import become_worker
 from protoclip.common.waits import Wait
 
@@ -189,8 +189,7 @@ def draw_svgs(svgs: Sequence[str], path: Path, side: int) -> np.ndarray:
 
 def _drawing_pool(parts: int) -> Executor:
     """Processes, as resvg holds Python's lock; forked ones share the pictures."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = min(len(affinity(0)) if affinity else os.cpu_count() or 1, parts)
+    cores = min(usable_cores(), parts)
     if cores > 1 and sys.platform == "linux":
         return ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), become_worker)
     return ThreadPoolExecutor(1)

@@ -106,6 +106,12 @@ class Draws:
     numbers: Tensor | None = None
     mixup: Mixup | None = None  # of stored features, whose batches are consecutive draws of a step
 
+    def numbers_of(self, draws: range) -> np.ndarray:
+        """Their numbers among the draws of all ranks, int64 [B]."""
+        if self.numbers is None:
+            return np.arange(draws.start, draws.stop)
+        return self.numbers[draws.start : draws.stop].numpy()
+
 
 def batches(
     dataset: PairDataset,
@@ -249,32 +255,29 @@ class _Source:
         positions = draws.positions.numpy()
         index = positions[first : first + self.batch_size].copy()
         self.dataset.prefetch(positions[first : first + AHEAD * self.batch_size])
-        if draws.numbers is None:
-            draw_numbers = np.arange(first, first + len(index))
-        else:
-            draw_numbers = draws.numbers[first : first + len(index)].numpy()
-        texts: list[str] = []
+        draw_seeds = mix(draws.seed, draws.numbers_of(range(first, first + len(index))))
+        captions: list[Sequence[str]] = []
         images: list[Any] = []
         bad: list[tuple[int, str]] = []
         transform = self.transform
         # The larger part of a Transform takes the whole batch at once, below.
         transform_one = transform.pixels if isinstance(transform, Transform) else transform
         with torch.random.fork_rng(devices=[]):
-            draw_seeds = mix(draws.seed, draw_numbers)
-            caption_seeds = mix(0, draw_seeds).tolist()
-            seeds = zip(draw_seeds.tolist(), caption_seeds, strict=True)
-            for row, (draw_seed, caption_seed) in enumerate(seeds):
+            for row, draw_seed in enumerate(draw_seeds.tolist()):
                 while len(images) == row:
                     try:
-                        captions = self.dataset.captions(int(index[row]))
+                        of_pair = self.dataset.captions(int(index[row]))
                         torch.default_generator.manual_seed(draw_seed)
                         images.append(transform_one(self.dataset.image(int(index[row]))))
-                        texts.append(self._choose(captions, caption_seed))
+                        captions.append(of_pair)
                     except DataError as error:
                         if not self.replace_bad or len(bad) == ATTEMPTS + self.batch_size:
                             raise
                         bad.append((int(index[row]), str(error)))
                         index[row] = self._another(positions, draw_seed, len(bad), index)
+        counts = np.array(list(map(len, captions)))
+        chosen = choose_captions(self.captions, counts, draw_seeds).tolist()
+        texts = [of_pair[number] for of_pair, number in zip(captions, chosen, strict=True)]
         if isinstance(transform, Transform):
             stacked = transform.batch(images)
         else:
@@ -285,13 +288,6 @@ class _Source:
             tokens=self.tokenizer(texts),
             bad=tuple(bad),
         )
-
-    def _choose(self, captions: Sequence[str], caption_seed: int) -> str:
-        """Choose one of the captions with a random number below 2**64."""
-        coin = caption_seed >> 40 & 1
-        if self.captions == "first" or (self.captions == "canonical" and coin):
-            return captions[0]
-        return captions[caption_seed % len(captions)]
 
     def _another(
         self, positions: np.ndarray, draw_seed: int, attempt: int, batch: np.ndarray
@@ -313,10 +309,7 @@ class _RowSource:
 
     def load(self, draws: Draws, first: int) -> Batch:
         index = draws.positions[first : first + self.batch_size].clone()
-        if draws.numbers is None:
-            draw_numbers = np.arange(first, first + len(index))
-        else:
-            draw_numbers = draws.numbers[first : first + len(index)].numpy()
+        draw_numbers = draws.numbers_of(range(first, first + len(index)))
         if draws.mixup is None:
             return self._rows(index, draw_numbers, draws.seed)
         last = int(draw_numbers[-1])
@@ -332,8 +325,8 @@ class _RowSource:
         """The rows of the pairs ``index``, int64 [B], of the draws with these numbers."""
         pairs, positions = origin(self.dataset, index.numpy())
         assert isinstance(pairs, FeaturePairs)
-        caption_seeds = mix(0, mix(seed, draw_numbers))
-        captions = self._choose(pairs.num_captions(positions), caption_seeds)
+        counts = pairs.num_captions(positions)
+        captions = choose_captions(self.captions, counts, mix(seed, draw_numbers))
         return Batch(
             index,
             pairs.image_rows(positions),
@@ -341,14 +334,16 @@ class _RowSource:
             caption_ids=pairs.caption_ids(positions, captions),
         )
 
-    def _choose(self, counts: np.ndarray, caption_seeds: np.ndarray) -> np.ndarray:
-        """Choose a caption of each pair, as ``_Source`` does: its number, int64 [B]."""
-        chosen = (caption_seeds % counts.astype(np.uint64)).astype(np.int64)
-        if self.captions == "first":
-            chosen[:] = 0
-        elif self.captions == "canonical":
-            chosen[(caption_seeds >> np.uint64(40) & np.uint64(1)).astype(bool)] = 0
-        return chosen
+
+def choose_captions(which: str, counts: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
+    """Choose a caption of each pair, which has so many: its number, int64 [B]."""
+    seeds = mix(0, draw_seeds)
+    chosen = (seeds % counts.astype(np.uint64)).astype(np.int64)
+    if which == "first":
+        chosen[:] = 0
+    elif which == "canonical":
+        chosen[(seeds >> np.uint64(40) & np.uint64(1)).astype(bool)] = 0
+    return chosen
 
 
 def _mixed(batch: Batch, share: float) -> Batch:

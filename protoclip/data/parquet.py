@@ -90,8 +90,8 @@ class ParquetDataset(PairDataset):
         classes: list[int] = []
         for file, prefix in zip(self.files, key_prefixes(self.files), strict=True):
             path = local_copy(file) if is_remote(file) else file
-            footer = _read_footer(file, path)
-            columns = choose_columns(footer.schema, csv_img_key, csv_caption_key, file)
+            schema, metadata = _read_footer(file, path)
+            columns = choose_columns(schema, csv_img_key, csv_caption_key, file)
             if self._groups and columns != self._columns:
                 raise DataError(
                     f"{self.name}: expected the same columns in all files, got {columns} in "
@@ -99,7 +99,7 @@ class ParquetDataset(PairDataset):
                 )
             self._columns = columns
             first = 0
-            for group in _row_groups(footer.metadata, columns.image, file, path):
+            for group in _row_groups(metadata, columns.image, file, path):
                 for row, label, fault in self._scan(group):
                     if fault:
                         skipped.append(BadSample(file, f"row {first + row}", fault))
@@ -229,18 +229,12 @@ class RowGroup(NamedTuple):
     lacks_pictures: bool  # or may lack some
 
 
-class Footer(NamedTuple):
-    """What the end of a file says, in pyarrow's types."""
-
-    schema: Any
-    metadata: Any
-
-
-def _read_footer(file: str, path: str) -> Footer:
+def _read_footer(file: str, path: str) -> tuple[Any, Any]:
+    """The schema and the metadata of a file, in pyarrow's types."""
     parquet = _pyarrow_parquet()
     try:
         with parquet.ParquetFile(path) as reader:
-            return Footer(reader.schema_arrow, reader.metadata)
+            return reader.schema_arrow, reader.metadata
     except _damage() as error:
         raise DataError(f"{file}: not a parquet file ({error}); copy it again") from error
 

@@ -52,17 +52,20 @@ MAX_CAPTION_BYTES = 1 << 22  # a larger file is not a caption; img2dataset's JSO
 # How files of a data set's splits are called.
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
 NAMED = 5  # skipped samples named in the warning; the rest are counted
-# Where a pair's files are in their tar, in bytes; a row of the cached index.
-PAIR_PLACES = np.dtype(
-    [
-        ("image_offset", np.int64),
-        ("image_size", np.int64),
-        ("captions_offset", np.int64),
-        ("captions_size", np.int64),
-        ("captions_are_json", np.int64),  # 1: JSON, 0: plain lines
-    ]
-)
 logger = logging.getLogger(__name__)
+
+
+class PairPlaces(NamedTuple):
+    """Where a pair's files are in their tar, in bytes; a row of the cached index."""
+
+    image_offset: int
+    image_size: int
+    captions_offset: int
+    captions_size: int
+    captions_are_json: int  # 1: JSON, 0: plain lines
+
+
+PAIR_PLACES = np.dtype([(field, np.int64) for field in PairPlaces._fields])
 
 
 class Place(NamedTuple):
@@ -282,8 +285,7 @@ def shard_index(shard: str) -> ShardIndex:
     """
     with contextlib.suppress(OSError, ValueError, TypeError):  # never written, or damaged
         size, keys, places, skipped = json.loads(_cached(shard).read_text(encoding="utf-8"))
-        columns = len(PAIR_PLACES.fields or ())
-        table = np.array(places, dtype=np.int64).reshape(len(keys), columns)
+        table = np.array(places, dtype=np.int64).reshape(len(keys), len(PairPlaces._fields))
         return ShardIndex(size, keys, table.view(PAIR_PLACES).reshape(len(keys)), skipped)
     path = local_copy(shard) if is_remote(shard) else shard
     before = _cached(shard)
@@ -330,23 +332,12 @@ def _scan(path: str, name: str) -> ShardIndex:
             last_key = key
     if reader.damage:
         skipped.append((f"everything after {last_key}", reader.damage))
-    rows = [
-        (*places.image, *places.captions, int(places.captions_are_json))
-        for places in pairs.values()
-    ]
-    return ShardIndex(os.path.getsize(path), list(pairs), np.array(rows, PAIR_PLACES), skipped)
+    places_of_pairs = np.array(list(pairs.values()), PAIR_PLACES)
+    return ShardIndex(os.path.getsize(path), list(pairs), places_of_pairs, skipped)
 
 
 class NotAPair(Exception):
     """Why a sample is not a usable pair."""
-
-
-class PairPlaces(NamedTuple):
-    """Where a pair's files are."""
-
-    image: Place
-    captions: Place
-    captions_are_json: bool  # rather than plain lines
 
 
 def _find_pair(file: io.BufferedReader, places: Mapping[str, Place]) -> PairPlaces:
@@ -375,7 +366,7 @@ def _find_pair(file: io.BufferedReader, places: Mapping[str, Place]) -> PairPlac
             reason = reason or f"its {extension}: {error}"
     if not chosen:
         raise NotAPair(reason)
-    return PairPlaces(image, usable[chosen], captions_are_json=chosen == "json")
+    return PairPlaces(*image, *usable[chosen], captions_are_json=int(chosen == "json"))
 
 
 def parse_captions(data: bytes, is_json: bool) -> tuple[str, ...]:

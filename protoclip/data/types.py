@@ -154,8 +154,8 @@ class SelectedKeys(Sequence[str]):
         return self._keys[int(self._indices[i])]
 
 
-class Subset(PairDataset):
-    """The pairs of a data set at ``indices``, int64 [M], in that order, with keys and labels."""
+class _View(PairDataset):
+    """The pictures of a data set at ``indices``, int64 [M], in that order, with their labels."""
 
     def __init__(
         self, dataset: PairDataset, indices: Tensor | Sequence[int] | np.ndarray, name: str = ""
@@ -163,30 +163,13 @@ class Subset(PairDataset):
         self.dataset = dataset
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = name or dataset.name
-        self.keys: Sequence[str] = SelectedKeys(dataset.keys, self.indices)
         self.labels: Mapping[str, Labels] = {
             label: Labels(full.ids[torch.from_numpy(self.indices)], full.names)
             for label, full in dataset.labels.items()
         }
-        facts = dataset.facts
-        share = len(self.indices) / max(1, len(dataset))
-        self.facts = replace(
-            facts,
-            skipped_share=share * facts.skipped_share,
-            shard_of=None if facts.shard_of is None else facts.shard_of[self.indices],
-        )
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def prefetch(self, positions: np.ndarray) -> None:
-        self.dataset.prefetch(self.indices[positions])
-
-    def picture_numbers(self) -> np.ndarray:
-        return self.dataset.picture_numbers()[self.indices]
-
-    def marks(self, positions: np.ndarray) -> Iterator[bytes]:
-        return self.dataset.marks(self.indices[positions])
 
     def path(self, i: int) -> str:
         return self.dataset.path(int(self.indices[i]))
@@ -197,11 +180,37 @@ class Subset(PairDataset):
     def image(self, i: int) -> Image.Image:
         return self.dataset.image(int(self.indices[i]))
 
+
+class Subset(_View):
+    """The pairs of a data set at ``indices``, int64 [M], in that order, with keys and labels."""
+
+    def __init__(
+        self, dataset: PairDataset, indices: Tensor | Sequence[int] | np.ndarray, name: str = ""
+    ) -> None:
+        super().__init__(dataset, indices, name)
+        self.keys: Sequence[str] = SelectedKeys(dataset.keys, self.indices)
+        facts = dataset.facts
+        share = len(self.indices) / max(1, len(dataset))
+        self.facts = replace(
+            facts,
+            skipped_share=share * facts.skipped_share,
+            shard_of=None if facts.shard_of is None else facts.shard_of[self.indices],
+        )
+
+    def prefetch(self, positions: np.ndarray) -> None:
+        self.dataset.prefetch(self.indices[positions])
+
+    def picture_numbers(self) -> np.ndarray:
+        return self.dataset.picture_numbers()[self.indices]
+
+    def marks(self, positions: np.ndarray) -> Iterator[bytes]:
+        return self.dataset.marks(self.indices[positions])
+
     def captions(self, i: int) -> tuple[str, ...]:
         return self.dataset.captions(int(self.indices[i]))
 
 
-class Pictures(PairDataset):
+class Pictures(_View):
     """The pictures of some pairs, each once, with the captions of all of its pairs and the labels
     of the first."""
 
@@ -210,31 +219,14 @@ class Pictures(PairDataset):
         rows_of: dict[int, list[int]] = {}
         for row, number in enumerate(numbers.tolist()):
             rows_of.setdefault(number, []).append(row)
-        self.dataset = dataset
         self.rows = list(rows_of.values())
-        self.name = dataset.name
-        self.keys: Sequence[str] = StringTable(dataset.keys[rows[0]] for rows in self.rows)
-        first_rows = torch.tensor([rows[0] for rows in self.rows])
-        self.labels: Mapping[str, Labels] = {
-            label: Labels(full.ids[first_rows], full.names)
-            for label, full in dataset.labels.items()
-        }
+        first_rows = [rows[0] for rows in self.rows]
+        super().__init__(dataset, first_rows)
+        self.keys: Sequence[str] = StringTable(dataset.keys[row] for row in first_rows)
         self.facts = Facts(left_out=dataset.facts.left_out)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def image(self, i: int) -> Image.Image:
-        return self.dataset.image(self.rows[i][0])
 
     def captions(self, i: int) -> tuple[str, ...]:
         return tuple(text for row in self.rows[i] for text in self.dataset.captions(row))
-
-    def path(self, i: int) -> str:
-        return self.dataset.path(self.rows[i][0])
-
-    def container(self, i: int) -> str:
-        return self.dataset.container(self.rows[i][0])
 
 
 def each_picture_once(dataset: PairDataset) -> PairDataset:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from pairs import TEXTS, encoded, picture, same, spoil, write_shards, write_table
 from PIL import Image
-from room import run_in_room
+from room import ALLOW, run_in_fork
 
 from protoclip.data import DataError, open_dataset
 from protoclip.data.__main__ import main as data_command
@@ -405,8 +405,7 @@ def test_an_export_needs_a_folder(error_of: Callable[..., str]) -> None:
     assert "--out" in error_of(data_command, EXPORT)
 
 
-def test_a_picture_that_finds_no_memory_may_be_read_next_time() -> None:
-    run_in_room("""
+NO_MEMORY = """
 import io
 from PIL import Image
 from protoclip.data.images import decode
@@ -421,4 +420,8 @@ except ValueError as error:
     assert "large.png: the picture does not decode (MemoryError)" in str(error), str(error)
 else:
     raise AssertionError
-""")
+"""
+
+
+def test_a_picture_that_finds_no_memory_may_be_read_next_time() -> None:
+    run_in_fork(ALLOW + NO_MEMORY)

@@ -131,8 +131,10 @@ def test_what_is_no_picture_is_counted_by_every_command(
     captured = capsys.readouterr()
     assert line in captured.err and "91 of 91 samples are good" in captured.out
     random = ["--model", str(nano), "--pretrained", "random"]
-    assert cluster_command([str(animals), *random, "--k", "3", "--out", str(tmp_path / "g")]) == 0
+    groups = tmp_path / "groups"
+    assert cluster_command([str(animals), *random, "--k", "3", "--out", str(groups)]) == 0
     assert line in capsys.readouterr().err
+    assert (groups / "clusters.csv").read_text().count("\n") == 1 + 91
     flags = ["--data", str(animals), "--output", str(tmp_path / "results.json")]
     assert evaluate_command([str(nano), "--pretrained", "random", *flags]) == 0
     assert line in capsys.readouterr().err
@@ -214,10 +216,3 @@ def test_training_on_a_folder_and_evaluation_on_its_other_split(
     assert train_command(["--train-data", str(root), *flags, *name]) == 0
     results = (tmp_path / "run" / "results.json").read_text()
     assert '"class/acc1"' in results
-
-
-def test_the_same_folder_trains_and_clusters(animals: Path, tmp_path: Path, nano: Path) -> None:
-    out = tmp_path / "groups"
-    flags = ["--model", str(nano), "--pretrained", "random", "--k", "3", "--out", str(out)]
-    assert cluster_command([str(animals), *flags]) == 0
-    assert len((out / "clusters.csv").read_text().splitlines()) == 3 * PICTURES + 1

@@ -14,15 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pairs import TEXTS, assert_equal, encoded, load, picture, same, write_parquet
-from ranks import (
-    bare_run,
-    exit_codes,
-    losses,
-    output_of,
-    start_command,
-    steps_of,
-    wait_until,
-)
+from ranks import bare_run, exit_codes, losses, output_of, start_command, steps_of, wait_until
 
 from protoclip.cluster.__main__ import main as cluster_command
 from protoclip.data import DataError, EpochOrder, Subset, open_dataset, parquet
@@ -303,7 +295,7 @@ def test_clusters_of_a_parquet_folder(tmp_path: Path, nano: Path) -> None:
 def test_a_stopped_run_on_parquet_goes_on_exactly(tmp_path: Path) -> None:
     spec = write_parquet(tmp_path / "data", files=3, rows=50, per_group=5)
     flags = bare_run(
-        tmp_path, "--train-data", spec, "--shuffle-buffer", "20", "--workers", "2",
+        tmp_path, "--train-data", spec, "--shuffle-buffer", "20", "--workers", "1",
         "--max-bad-fraction", "0.2",
     )  # fmt: skip
     path = sorted(Path(spec).iterdir())[1]  # some pictures of one file do not decode

@@ -299,7 +299,7 @@ class TestUrls:
             open_dataset(url)
 
     def test_a_run_on_remote_shards_resumes_from_its_folder_alone(
-        self, tmp_path: Path, serve: Serve, nano: Path
+        self, tmp_path: Path, serve: Serve, nano: Path, no_page: None
     ) -> None:
         write_shards(tmp_path / "data")
         url = f"{serve(tmp_path / 'data')}/{{000..001}}.tar"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pairs import write_drawings
 from ranks import config_of
 
 from protoclip.__main__ import main as protoclip
@@ -21,15 +22,7 @@ PICTURES = 20
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """Pairs of picture and caption; every fifth picture has a second row at the end."""
-    shapes = open_dataset(f"builtin:shapes:{PICTURES}")
-    rows = [(f"={i}.png", shapes.captions(i)[0]) for i in range(PICTURES)]
-    for i, (file, _) in enumerate(rows):
-        shapes.image(i).save(tmp_path / file)
-    rows += [(file, f"also {text}") for file, text in rows[::5]]
-    with open(tmp_path / "pairs.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("filepath", "title"), *rows])
-    return tmp_path / "pairs.csv"
+    return write_drawings(tmp_path, PICTURES, "={}.png")
 
 
 @pytest.fixture

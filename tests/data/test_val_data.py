@@ -4,10 +4,12 @@ import csv
 import json
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
-from ranks import config_of, in_group, losses
+from pairs import write_drawings
+from ranks import config_of, in_group, losses, without_page
 
 from protoclip.data import Facts, Subset, heldout_pictures, open_dataset
 from protoclip.data.settings import RunData, open_run_data
@@ -23,30 +25,29 @@ PAIRS = 80
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Pairs of picture and caption; every fifth picture has a second row at the end."""
-    folder = tmp_path_factory.mktemp("table")
-    shapes = open_dataset(f"builtin:shapes:{PAIRS}")
-    rows = [(f"{i}.png", shapes.captions(i)[0]) for i in range(PAIRS)]
-    for i, (file, _) in enumerate(rows):
-        shapes.image(i).save(folder / file)
-    rows += [(file, f"also {text}") for file, text in rows[::5]]
-    with open(folder / "pairs.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("filepath", "title"), *rows])
-    return folder / "pairs.csv"
+    return write_drawings(tmp_path_factory.mktemp("table"), PAIRS)
+
+
+def train_on(table, nano, logs, name, *flags, code=0):
+    """The folder of a run of eight steps on the table."""
+    argv = ["--train-data", str(table), "--model", str(nano), "--batch-size", "16"]
+    argv += ["--infonce-warmup-epoch", "1", "--k", "4", "--report-to", "none"]
+    argv += ["--logs", str(logs), "--name", name, "--max-steps", "8", *flags]
+    assert train(argv) == code
+    return logs / name
 
 
 @pytest.fixture
 def run(table, nano, tmp_path):
-    """``run(name, *flags)``: the folder of a short run on the table."""
+    """``run(name, *flags)``: the folder of such a run."""
+    return partial(train_on, table, nano, tmp_path)
 
-    def start(name, *flags, code=0):
-        argv = ["--train-data", str(table), "--model", str(nano), "--batch-size", "16"]
-        argv += ["--infonce-warmup-epoch", "1", "--k", "4", "--report-to", "none"]
-        argv += ["--logs", str(tmp_path), "--name", name, "--max-steps", "8", *flags]
-        assert train(argv) == code
-        return tmp_path / name
 
-    return start
+@pytest.fixture(scope="module")
+def part(table, nano, tmp_path_factory):
+    """A run on three quarters of the table."""
+    logs = tmp_path_factory.mktemp("part")
+    return train_on(table, nano, logs, "part", "--val-fraction", "0.25")
 
 
 def test_who_is_held_out_depends_on_seed_and_number_only():
@@ -116,23 +117,22 @@ def test_a_run_on_a_table_answers_with_pairs_it_was_trained_on(run, capsys, erro
     assert "was trained on all of" in error_of(evaluate, [folder])
 
 
-def test_held_out_pairs_are_never_trained_on(run, table, capsys):
-    folder = run("part", "--val-fraction", "0.25")
+def test_held_out_pairs_are_never_trained_on(part, table, capsys):
     data = open_run_data(config_of("--train-data", str(table), "--val-fraction", "0.25"))
-    with open(folder / "clusters.csv") as file:
+    with open(part / "clusters.csv") as file:
         trained = {row["key"] for row in csv.DictReader(file)}
     assert trained == set(data.training.keys) and not trained & set(data.held_out.keys)
-    saved = checkpoint.load(checkpoint.candidates(folder)[0])["protoclip"]["training"]
+    saved = checkpoint.load(checkpoint.candidates(part)[0])["protoclip"]["training"]
     assert saved["data"] == checkpoint.fingerprint(data.training)
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((part / "results.json").read_text())
     assert list(results["trained"]) == ["HO"] and results["data"].endswith("[held out]")
     assert results["trained"]["HO"]["samples"] == len(data.held_out)
-    page = (folder / "report.html").read_text()
+    page = (part / "report.html").read_text()
     assert "pictures it has never seen" in page and "trained on" not in page
     capsys.readouterr()
-    assert evaluate([str(folder), "--output", str(folder / "again.json")]) == 0
+    assert evaluate([str(part), "--output", str(part / "again.json")]) == 0
     assert "Held-out pairs (HO)" in capsys.readouterr().out
-    again = json.loads((folder / "again.json").read_text())["trained"]["HO"]["metrics"]
+    again = json.loads((part / "again.json").read_text())["trained"]["HO"]["metrics"]
     first = results["trained"]["HO"]["metrics"]
     assert again["text_retrieval_recall@1"] == first["text_retrieval_recall@1"]
 
@@ -162,7 +162,9 @@ def test_evaluate_leaves_out_what_training_left_out(run, own_table, capsys):
     assert again["metrics"][recall] == first["metrics"][recall]
 
 
-def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_table, error_of):
+def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(
+    run, own_table, error_of, no_page
+):
     flags = ["--train-data", str(own_table), "--val-fraction", "0.25", "--max-steps", "1"]
     folder = run("part", *flags, "--val-frequency", "0")
     of_training = (folder / "results.json").read_bytes()
@@ -180,10 +182,9 @@ def test_evaluate_refuses_held_out_pairs_that_may_have_been_trained_on(run, own_
     assert "has changed since the run was trained" in error_of(evaluate, [folder])
 
 
-def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):
-    flags = ["--val-fraction", "0.25", "--save-every", "1steps"]
-    whole = run("whole", *flags)
-    half = run("half", *flags, "--max-steps", "5")
+def test_a_resumed_run_holds_out_the_same_pairs(part, run, capsys):
+    with without_page():
+        half = run("half", "--val-fraction", "0.25", "--max-steps", "5")
     capsys.readouterr()
     run("half", "--resume", str(half), "--val-fraction", "0.3", code=2)
     assert "data.val_fraction was 0.25 and is 0.3" in capsys.readouterr().err
@@ -191,7 +192,7 @@ def test_a_resumed_run_holds_out_the_same_pairs(run, capsys):
     assert "data.val_seed was 0 and is 1" in capsys.readouterr().err
     run("half", "--resume", str(half))
     # The schedule of the first five steps was a shorter run's; the samples were the same.
-    trained = [(folder / "clusters.csv").read_text().splitlines() for folder in (whole, half)]
+    trained = [(folder / "clusters.csv").read_text().splitlines() for folder in (part, half)]
     keys = [[line.split(",")[0] for line in lines] for lines in trained]
     assert keys[0] == keys[1] and [step for step, _ in losses(half)] == list(range(1, 9))
 

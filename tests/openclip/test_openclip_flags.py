@@ -49,9 +49,7 @@ def test_a_config_with_an_audio_tower_is_open_clip_4s(tmp_path: Path) -> None:
         register_configs(str(path))
 
 
-def test_create_loss_gives_ours(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_create_loss_gives_ours(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     plain = protoclip.create_loss(args())
     assert type(plain) is protoclip.ClipLoss and plain.local_loss and plain.gather_with_grad

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import open_clip
 import pytest
 import torch
-from ranks import losses
+from ranks import losses, without_page
 
 from protoclip.__main__ import main
 from protoclip.runs import checkpoint
@@ -88,7 +88,7 @@ def run(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     flags = [*HABITS, "--model", str(nano), "--logs", str(logs), "--name", "habits"]
 
     def stderr_of_training(epochs: str) -> str:
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr, without_page():
             assert main(["train", *flags, "--epochs", epochs]) == 0, stderr.getvalue()
         return stderr.getvalue()
 

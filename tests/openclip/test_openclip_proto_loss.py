@@ -335,10 +335,7 @@ def of_rank(folder: str) -> None:
     dist.init_process_group("gloo")
     losses = {ALL_FLAGS[0]: early}
     mine = slice(10 * rank, 10 * rank + 10)
-    results = {
-        tuple(flags): tuple(four_steps(mine, losses.get(flags), **options[flags]))
-        for flags in ALL_FLAGS
-    }
+    results = {flags: four_steps(mine, losses.get(flags), **options[flags]) for flags in ALL_FLAGS}
     copied = copy.deepcopy(early)  # although a process group cannot be
     assert torch.equal(copied.online.centroids["image"], early.online.centroids["image"])
     torch.save(results, f"{folder}/{rank}.pt")
@@ -349,10 +346,7 @@ def of_rank(folder: str) -> None:
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Flags, FourSteps]]:
     folder = tmp_path_factory.mktemp("ranks")
     on_ranks(4, of_rank, str(folder))
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
-    return [
-        {Flags(*flags): FourSteps(*steps) for flags, steps in results.items()} for results in ranks
-    ]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -441,9 +435,7 @@ def test_autocast_and_the_default_device_change_nothing() -> None:
     assert terms == plain
 
 
-def test_with_index_the_queue_holds_at_most_the_capacity(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_with_index_the_queue_holds_at_most_the_capacity(caplog: pytest.LogCaptureFixture) -> None:
     """Each of 512 samples is stored once, and prototypes come after one pass over them."""
     proto = ProtoConfig(capacity=512, k=16, every=4)
     assert proto.queue == ProtoConfig().queue and proto.effective_queue == 512
