@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,21 +71,23 @@ class Statistics:
         self._of_norms = [buffer for norm in norms for buffer in norm.buffers()]
         self._terms = terms
 
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All of them; a user's loss may have replaced its own."""
-        return [*self._of_norms, *self._terms.buffers()]
+    def _by_dtype(self) -> dict[torch.dtype, list[Tensor]]:
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        # A user's loss may have replaced its own.
+        for buffer in (*self._of_norms, *self._terms.buffers()):
+            groups.setdefault(buffer.dtype, []).append(buffer)
+        return groups
 
     def copy(self) -> Flat:
         """Their values."""
         return {
             dtype: torch.cat([buffer.flatten() for buffer in of_dtype])
-            for dtype, of_dtype in _by_dtype(self.buffers).items()
+            for dtype, of_dtype in self._by_dtype().items()
         }
 
     def restore(self, values: Flat) -> None:
         """Write values back into the buffers that they were copied from."""
-        for dtype, of_dtype in _by_dtype(self.buffers).items():
+        for dtype, of_dtype in self._by_dtype().items():
             parts = values[dtype].split([buffer.numel() for buffer in of_dtype])
             shaped = [part.view_as(buffer) for part, buffer in zip(parts, of_dtype, strict=True)]
             torch._foreach_copy_(of_dtype, shaped)
@@ -97,10 +99,3 @@ class Statistics:
         values = {dtype: torch.where(taken, after[dtype], before[dtype]) for dtype in after}
         broadcast(*values.values())
         self.restore(values)
-
-
-def _by_dtype(buffers: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in buffers:
-        groups.setdefault(buffer.dtype, []).append(buffer)
-    return groups
