@@ -39,19 +39,10 @@ from protoclip.episodes.teacher import open_teacher
 from protoclip.evaluate.during import Evaluation
 from protoclip.evaluate.results import Results
 from protoclip.losses.objective import Term, TermInputs
-from protoclip.model import (
-    build_model,
-    choose_device,
-    choose_precision,
-    put_channels_last,
-)
+from protoclip.model import build_model, choose_device, choose_precision, put_channels_last
 from protoclip.ops.dispatch import resolve
 from protoclip.runs import checkpoint
-from protoclip.runs.resume import (
-    open_resume,
-    refuse_changes,
-    refuse_other_terms,
-)
+from protoclip.runs.resume import open_resume, refuse_changes, refuse_other_terms
 from protoclip.runs.run_folder import NullRunFolder, RunFolder, choose_folder
 from protoclip.settings.commands import train_parser
 from protoclip.settings.config import TrainConfig

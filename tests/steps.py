@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ranks import config_of
 
@@ -88,3 +89,15 @@ def steps_on(device: str, nano: Path, case: str) -> tuple[Trainer, Any]:
         Batch(torch.arange(first, first + size), pixels, tokens) for first in range(0, PAIRS, size)
     ]
     return trainer, lambda: trainer.take_step(0, batches)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Let the batches of some steps hold one picture of NaN."""
+    original_step = Trainer.take_step
+
+    def poisoned(trainer: Trainer, step: int, batches: Any) -> Any:
+        if step in steps:
+            batches[0].image[3] = float("nan")
+        return original_step(trainer, step, batches)
+
+    monkeypatch.setattr(Trainer, "take_step", poisoned)

@@ -81,7 +81,7 @@ class Wait:
         self.total, self.note = total, note
         self.done = self._done_before = 0
         if self._speaker is not None:
-            self._began = self._speaker.now()
+            self._began = self._speaker.clock()
 
     def words(self, now: float) -> str:
         """A line without its end, at a time on the speaker's clock."""
@@ -123,10 +123,6 @@ class Wait:
         self._bar.set_postfix_str(self.note, refresh=False)
         self._bar.refresh()
 
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
 
 def each(items: Sequence[Item], what: str, unit: str = "") -> Iterator[Item]:
     """The items one by one, as a wait."""
@@ -155,43 +151,26 @@ class Speaker:
         quiet: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
-        self._clock = clock
+        self.clock = clock
         self._quiet = quiet
         self._waits: list[Wait] = []
         self._lock = threading.RLock()
         self._began = self._last_line = self._since = clock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="waits", daemon=True)
-
-    def now(self) -> float:
-        """The time on its clock."""
-        return self._clock()
-
-    def start(self) -> None:
-        """Show the waits from now on."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Show nothing any more."""
-        self._ended.set()
-        self._thread.join()
 
     def look(self) -> None:
         """Show bars, or say a line if one is due."""
         with self._lock:
             if self._quiet():
                 return
-            now = self._clock()
+            now = self.clock()
             if sys.stderr.isatty():
                 for wait in self._waits:
                     wait._show_bar(now)
             elif now >= self._next_line():
                 self._last_line = now
                 words = "; ".join(wait.words(now) for wait in self._waits)
-                print(words or self._working(now), file=sys.stderr, flush=True)
-
-    def _working(self, now: float) -> str:
-        return f"{self.name}: working, {in_words(now - self._began)} so far"
+                working = f"{self.name}: working, {in_words(now - self._began)} so far"
+                print(words or working, file=sys.stderr, flush=True)
 
     def _next_line(self) -> float:
         """When a line is due: by the age of the outermost wait, and a minute after the last one."""
@@ -201,7 +180,7 @@ class Speaker:
 
     def _open(self, wait: Wait) -> None:
         with self._lock:
-            wait._began = self._clock()
+            wait._began = self.clock()
             if not self._waits:
                 self._since = wait._began
             self._waits.append(wait)
@@ -209,14 +188,10 @@ class Speaker:
     def _close(self, wait: Wait) -> None:
         with self._lock:
             self._waits.remove(wait)
-            wait._close_bar()
+            if wait._bar is not None:
+                wait._bar.close()
             if not self._waits:
-                self._since = self._clock()
-
-    def _run(self) -> None:
-        while not self._ended.wait(LOOK_EVERY):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
-                self.look()
+                self._since = self.clock()
 
 
 _speaker: Speaker | None = None
@@ -229,13 +204,22 @@ def speaking(name: str, quiet: Callable[[], bool] = lambda: False) -> Iterator[N
         yield
         return
     speaker = Speaker(name, quiet=quiet)
+    ended = threading.Event()
+
+    def look_again() -> None:
+        while not ended.wait(LOOK_EVERY):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+                speaker.look()
+
+    thread = threading.Thread(target=look_again, name="waits", daemon=True)
     _use(speaker)
-    speaker.start()
+    thread.start()
     try:
         yield
     finally:
         _use(None)
-        speaker.stop()
+        ended.set()
+        thread.join()
 
 
 def _use(speaker: Speaker | None) -> None:

@@ -117,9 +117,6 @@ def load_newest(run: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     )
 
 
-BEFORE = "made before version 0.2: of stored features only a sample of rows is compared"
-
-
 def fingerprint(dataset: PairDataset, saved: str = "", count: int | None = None) -> str:
     """A short identifier of a data set, or of its first ``count`` pairs.
 

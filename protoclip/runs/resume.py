@@ -86,14 +86,6 @@ def open_resume(config: TrainConfig) -> Resume | None:
     return resume
 
 
-@dataclass(frozen=True)
-class Changes:
-    """Settings that differ from the resumed run's, a sentence each."""
-
-    forbidden: list[str]
-    noted: list[str]
-
-
 def fixed_settings(config: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
     """The dotted names of the settings that a resumed run must keep."""
     defaults = config()
@@ -105,22 +97,24 @@ def fixed_settings(config: Any = TrainConfig, prefix: str = "") -> Iterator[str]
             yield prefix + item.name
 
 
-def changes_since(resume: Resume, config: TrainConfig) -> Changes:
-    """Settings that differ from the resumed run's: those that must not, and others that matter."""
+def changes_since(resume: Resume, config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Settings that differ from the resumed run's, a sentence each: those that must not, and others
+    that matter."""
     # A setting that the run did not have yet was at its default.
     before = flat(to_dict(TrainConfig())) | flat(resume.payload["protoclip"]["config"])
     now = flat(to_dict(config))
     fixed = set(fixed_settings())
-    changes = Changes([], [])
+    forbidden: list[str] = []
+    noted: list[str] = []
     for name in sorted({*before, *now}):
         if before.get(name) == now.get(name):
             continue
         change = f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         if name in fixed:
-            changes.forbidden.append(change)
+            forbidden.append(change)
         elif name.startswith(NOTED) and name not in GLOBAL_BATCH:
-            changes.noted.append(change)
-    return changes
+            noted.append(change)
+    return forbidden, noted
 
 
 def refuse_other_terms(resume: Resume, weights: Mapping[str, float]) -> None:
@@ -145,13 +139,12 @@ def refuse_other_terms(resume: Resume, weights: Mapping[str, float]) -> None:
 
 def refuse_changes(resume: Resume, config: TrainConfig) -> None:
     """ValueError for other settings of training where no step is left that would use them."""
-    changes = changes_since(resume, config)
-    if changes.forbidden or changes.noted:
+    forbidden, noted = changes_since(resume, config)
+    if forbidden or noted:
         raise ValueError(
             f"--resume: {resume.folder} has done all of its steps, so nothing would be trained "
-            f"with other settings: {'; '.join(changes.forbidden + changes.noted)}; leave them out, "
-            "add --epochs or --max-steps for more steps, or start a new run with --pretrained "
-            f"{resume.file}"
+            f"with other settings: {'; '.join(forbidden + noted)}; leave them out, add --epochs or "
+            f"--max-steps for more steps, or start a new run with --pretrained {resume.file}"
         )
 
 
@@ -162,23 +155,21 @@ def check_resume(
 
     ``data``: the fingerprint of the training data.
     """
-    changes = changes_since(resume, config)
-    wrong = list(changes.forbidden)
-    for what, name, value in (
-        ("the global batch_size (all ranks and passes)", "global_batch_size", global_batch_size),
-        ("the training data", "data", data),
-    ):
-        before = resume.training.get(name)
-        if before != value and not (name == "data" and checkpoint.is_same(str(before), data)):
-            wrong.append(f"{what} was {before} and is {value}")
+    wrong, noted = changes_since(resume, config)
+    size_before = resume.training.get("global_batch_size")
+    if size_before != global_batch_size:
+        size = "the global batch_size (all ranks and passes)"
+        wrong.append(f"{size} was {size_before} and is {global_batch_size}")
+    data_before = resume.training.get("data")
+    if not checkpoint.is_same(str(data_before), data):
+        wrong.append(f"the training data was {data_before} and is {data}")
     if wrong:
         raise ValueError(
             f"--resume: {resume.file} cannot be resumed with other settings: "
             f"{'; '.join(wrong)}; use the run's own settings, or start a new run with --pretrained"
         )
-    notes = [
-        f"since the checkpoint, {note}: this is no longer the same run" for note in changes.noted
-    ]
+    notes = [f"since the checkpoint, {note}: this is no longer the same run" for note in noted]
     if config.model.image_width and checkpoint.is_of_before(data):
-        notes.append(f"{resume.file} was {checkpoint.BEFORE}")
+        before = "made before version 0.2: of stored features only a sample of rows is compared"
+        notes.append(f"{resume.file} was {before}")
     return notes

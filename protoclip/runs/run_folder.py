@@ -96,7 +96,6 @@ class RunFolder(NullRunFolder):
         self._config = config
         self._own_terms = own_terms
         self._checkpoints = path / "checkpoints"
-        self._keeps_one = config.run.delete_previous_checkpoint
         self._open = contextlib.ExitStack()
 
     def open(self, resume_step: int | None = None, resume_file: Path | None = None) -> None:
@@ -187,9 +186,10 @@ class RunFolder(NullRunFolder):
             return
         file = self._checkpoints / f"epoch_{epoch}.pt"
         checkpoint.link(latest, file)
-        for other in checkpoint.numbered(self._checkpoints) if self._keeps_one else ():
-            if other != file:
-                other.unlink()
+        if self._config.run.delete_previous_checkpoint:
+            for other in checkpoint.numbered(self._checkpoints):
+                if other != file:
+                    other.unlink()
 
     def close(self) -> None:
         """Flush and close every file."""

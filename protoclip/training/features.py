@@ -35,9 +35,7 @@ class EpisodeFeatures:
     def __init__(self, run: Run, extract: Extract) -> None:
         self.source = _choose(run)
         self.extract = extract
-        self.plan = run.plan
-        self.has_teacher = run.active.external
-        self.files = run.folder.path / "checkpoints"  # for temporary ones
+        self.run = run
         self.store: FeatureStore | None = None
         if self.source.reuses:
             self.store = FeatureStore(
@@ -53,15 +51,15 @@ class EpisodeFeatures:
         for a teacher also those that the episode before has left."""
         if self.store is None:
             return self.extract(number, samples), None
-        recent = self.store.of_episode(number - 1) if self.has_teacher else None
+        recent = self.store.of_episode(number - 1) if self.run.active.external else None
         return self.store.of_positions(samples), recent
 
     def keep(self, step: int, outcome: Step) -> None:
         """Take a step's projections; those of a skipped step belong to no sample."""
         if self.store is None or outcome.projected is None:
             return
-        number = self.plan.episode_of(step)
-        steps = self.plan.steps_of(number)
+        number = self.run.plan.episode_of(step)
+        steps = self.run.plan.steps_of(number)
         positions = outcome.index.where(outcome.finite, -1)
         rows = outcome.projected
         self.store.put(step - steps.start, positions, rows.image, rows.text)
@@ -70,7 +68,8 @@ class EpisodeFeatures:
 
     def state(self) -> dict[str, Any] | None:
         """What is stored."""
-        return None if self.store is None else self.store.state_dict(self.files)
+        temporary = self.run.folder.path / "checkpoints"
+        return None if self.store is None else self.store.state_dict(temporary)
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """Continue from what was stored."""
@@ -85,9 +84,8 @@ def _choose(run: Run) -> FeatureSource:
     if run.resume is not None:  # as before, whatever "auto" would choose now
         stores = run.resume.training.get("features") is not None
         config = replace(config, features="reuse" if stores else "extract")
-    return choose_features(
-        config, run.plan.epochs, bytes_of_features(run, world_size()), run.device
-    )
+    size = bytes_of_features(run, world_size())
+    return choose_features(config, run.plan.epochs, size, run.device)
 
 
 def bytes_of_features(run: Run, ranks: int) -> int:

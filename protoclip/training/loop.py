@@ -59,11 +59,9 @@ class Trainer:
         self.autocast = autocast_for(run.precision, run.device)
         on_gpu = run.device.type == "cuda"
         self.towers = Towers(run.model, compiled=run.config.model.torchcompile, tf32=on_gpu)
-        self.update = Update(run.model, self.terms, run.config.optim, run.precision)
+        self.update = Update(run, self.terms)
         self.statistics = Statistics(run.model, self.terms)
-        self.replicas = Replicas(
-            self.towers, self.update, self.statistics, self.terms, clip_trains=weights.w_clip > 0
-        )
+        self.replicas = Replicas(run, self.terms, self.towers, self.update, self.statistics)
         self.copies = Copies(run.device)
         self.builder = run.episode_builder()
         self.watch = prototypes.Watch(device=run.device)
@@ -164,7 +162,7 @@ class Trainer:
         """One update from this rank's batches, of equal size and on the host. It depends on the
         global batch alone: the towers encode each batch separately, heads and losses see all of
         them at once (OpenCLIP's accumulation forms one loss per batch)."""
-        lr = self.update.begin(self.run.config, self.plan, step)
+        lr = self.update.begin(step)
         positions = torch.cat([batch.index for batch in batches])
         batches = [self.copies.of(batch) for batch in batches]
         index = torch.cat([batch.index for batch in batches])
@@ -242,15 +240,14 @@ class Trainer:
             "optimizer": Stored(update.adamw.state_dict, load_adamw),
             "scaler": Stored(update.scaler.state_dict, update.load_scaler),
             "features": Stored(features.state, features.load_state),
-            "episode": Stored(self._episode_state, self._load_episode),
+            "episode": Stored(
+                lambda: self.episode and self.episode.state_dict(), self._load_episode
+            ),
             "watch": Stored(watch.state_dict, watch.load_state_dict),
             "faults": Stored(self.faults.state, self.faults.load_state),
             "seconds": Stored(run.phases.saved, run.phases.add),
             "skipped": Stored(self.log.state, self.log.load_state),
         }
-
-    def _episode_state(self) -> dict[str, Any] | None:
-        return None if self.episode is None else self.episode.state_dict()
 
     def _load_episode(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,15 +188,9 @@ def episode_seed(seed: int, episode_number: int, purpose: int) -> int:
     return int(torch.randint(2**31, (), generator=random))
 
 
-class SaveInterval(NamedTuple):
-    """How often to save: every so many steps, or seconds, or (both 0) not at all."""
-
-    steps: int
-    seconds: float
-
-
-def parse_interval(text: str) -> SaveInterval:
-    """Parse --save-every: "500steps", "90s", "10m", "2h", or "0" for never.
+def parse_interval(text: str) -> tuple[int, float]:
+    """Parse --save-every: "500steps", "90s", "10m", "2h", or "0" for never. Returns the steps and
+    the seconds between saves, one of them, or none, above 0.
 
     Raises:
         ValueError: any other text.
@@ -211,5 +204,5 @@ def parse_interval(text: str) -> SaveInterval:
     number = int(match[1] or 0)
     seconds_per_unit = {"s": 1.0, "m": 60.0, "h": 3600.0}
     if match[2] in seconds_per_unit:
-        return SaveInterval(steps=0, seconds=number * seconds_per_unit[match[2]])
-    return SaveInterval(steps=number, seconds=0.0)
+        return 0, number * seconds_per_unit[match[2]]
+    return number, 0.0

@@ -35,7 +35,7 @@ class Stops(StopSignals):
         self.save = save
         self.saved_step = -1
         self._saved_time = time.monotonic()
-        self._every = parse_interval(run.config.run.save_every)
+        self._every_steps, self._every_seconds = parse_interval(run.config.run.save_every)
         # What the ranks want, on its way while they take a step: to save; to stop by a signal.
         self._wanted: Callable[[], Tensor] = lambda: torch.zeros(2)
 
@@ -44,15 +44,15 @@ class Stops(StopSignals):
         step later, when all ranks know of them. A collective call."""
         by_time, received = map(int, self._wanted().tolist())
         epoch = self._epoch_to_keep(step)
-        is_first = self.saved_step < 0 and any(self._every)
-        by_step = bool(self._every.steps) and step % self._every.steps == 0
+        is_first = self.saved_step < 0 and bool(self._every_steps or self._every_seconds)
+        by_step = bool(self._every_steps) and step % self._every_steps == 0
         if by_time or received or is_first or by_step or epoch is not None:
             self.save(epoch)
         if received:
             words = f"after step {step}; continue with --resume {self.run.folder.path}"
             raise Stopped(received, words)
         seconds = time.monotonic() - self._saved_time  # by this rank's clock
-        wanted = [0 < self._every.seconds <= seconds, self.received]
+        wanted = [0 < self._every_seconds <= seconds, self.received]
         self._wanted = max_later(torch.tensor(wanted, dtype=torch.float32))
 
     def inside(self, stream: Iterable[Batch], step: int, what: str) -> Iterator[Batch]:

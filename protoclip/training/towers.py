@@ -20,21 +20,17 @@ from protoclip.model import Encoded, ProtoModel
 @contextlib.contextmanager
 def tf32_products(allowed: bool) -> Iterator[None]:
     """Allow TF32 in products and convolutions on a GPU, or forbid it; then put back what was."""
-    matmul = torch.backends.cuda.matmul
-    cudnn = torch.backends.cudnn
-    products_before = matmul.allow_tf32
-    convolutions_before = cudnn.allow_tf32
-    _allow_tf32(allowed)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    _allow_tf32(allowed, allowed)
     try:
         yield
     finally:
-        matmul.allow_tf32 = products_before
-        cudnn.allow_tf32 = convolutions_before
+        _allow_tf32(*before)
 
 
-def _allow_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
+def _allow_tf32(in_products: bool, in_convolutions: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = in_products
+    torch.backends.cudnn.allow_tf32 = in_convolutions
 
 
 class Towers:
@@ -63,7 +59,7 @@ class Towers:
             # Autograd takes the newest operation first: the losses' all come before the towers'.
             for features in (encoded.image, encoded.text):
                 if features.requires_grad:
-                    features.register_hook(lambda _: _allow_tf32(True))
+                    features.register_hook(lambda _: _allow_tf32(True, True))
         return encoded
 
     def backward(self, loss: Tensor) -> None:

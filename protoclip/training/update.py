@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,36 +10,30 @@ from torch import Tensor, nn
 
 from protoclip.distributed import broadcast
 from protoclip.losses.objective import OwnTerms
-from protoclip.model import ProtoModel
-from protoclip.settings.config import OptimConfig, TrainConfig
 from protoclip.training import schedule
 from protoclip.training.optimiser import build_optimiser
-from protoclip.training.schedule import Plan
+from protoclip.training.run import Run
 
 Flat = dict[torch.dtype, Tensor]  # the values of buffers, one after the other
 
 
 class Update:
-    """Learning rates, fp16's scaled gradients, clipping, and AdamW's update.
+    """Learning rates, fp16's scaled gradients, clipping, and AdamW's update."""
 
-    Args:
-        precision: "fp32", "amp_bf16", or "amp", which scales fp16's gradients.
-    """
+    def __init__(self, run: Run, terms: OwnTerms) -> None:
+        self.run = run
+        self.on_host = run.device.type == "cpu"
+        self.clipped = [*run.model.parameters(), *terms.parameters()]
+        clip_norm = run.config.optim.grad_clip_norm
+        self.clip_norm = clip_norm if clip_norm > 0 else float("inf")
+        self.adamw = build_optimiser(run.model, run.config.optim, terms.parameters())
+        self.scaler = torch.amp.GradScaler(enabled=run.precision == "amp")
 
-    def __init__(
-        self, model: ProtoModel, terms: OwnTerms, config: OptimConfig, precision: str
-    ) -> None:
-        self.model = model
-        self.on_host = next(model.parameters()).device.type == "cpu"
-        self.clipped = [*model.parameters(), *terms.parameters()]
-        self.clip_norm = config.grad_clip_norm if config.grad_clip_norm > 0 else float("inf")
-        self.adamw = build_optimiser(model, config, terms.parameters())
-        self.scaler = torch.amp.GradScaler(enabled=precision == "amp")
-
-    def begin(self, config: TrainConfig, plan: Plan, step: int) -> float:
+    def begin(self, step: int) -> float:
         """Drop the last gradient, before the forward pass needs the memory, and set the learning
         rates of a step; returns that of the text tower."""
         self.adamw.zero_grad(set_to_none=True)
+        config, plan = self.run.config, self.run.plan
         lr = schedule.learning_rate(config.optim, plan.total_steps, step)
         image_lr = schedule.image_learning_rate(config, plan, step)
         for group in self.adamw.param_groups:
@@ -60,7 +54,7 @@ class Update:
         elif finite:
             self.scaler.step(self.adamw)
         self.scaler.update()
-        self.model.clamp_scales()
+        self.run.model.clamp_scales()
 
     def load_scaler(self, saved: Mapping[str, Any]) -> None:
         """Continue with the scaler's state; empty unless the run scales fp16's gradients."""
@@ -77,21 +71,23 @@ class Statistics:
         self._of_norms = [buffer for norm in norms for buffer in norm.buffers()]
         self._terms = terms
 
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All of them; a user's loss may have replaced its own."""
-        return [*self._of_norms, *self._terms.buffers()]
+    def _by_dtype(self) -> dict[torch.dtype, list[Tensor]]:
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        # A user's loss may have replaced its own.
+        for buffer in (*self._of_norms, *self._terms.buffers()):
+            groups.setdefault(buffer.dtype, []).append(buffer)
+        return groups
 
     def copy(self) -> Flat:
         """Their values."""
         return {
             dtype: torch.cat([buffer.flatten() for buffer in of_dtype])
-            for dtype, of_dtype in _by_dtype(self.buffers).items()
+            for dtype, of_dtype in self._by_dtype().items()
         }
 
     def restore(self, values: Flat) -> None:
         """Write values back into the buffers that they were copied from."""
-        for dtype, of_dtype in _by_dtype(self.buffers).items():
+        for dtype, of_dtype in self._by_dtype().items():
             parts = values[dtype].split([buffer.numel() for buffer in of_dtype])
             shaped = [part.view_as(buffer) for part, buffer in zip(parts, of_dtype, strict=True)]
             torch._foreach_copy_(of_dtype, shaped)
@@ -103,10 +99,3 @@ class Statistics:
         values = {dtype: torch.where(taken, after[dtype], before[dtype]) for dtype in after}
         broadcast(*values.values())
         self.restore(values)
-
-
-def _by_dtype(buffers: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in buffers:
-        groups.setdefault(buffer.dtype, []).append(buffer)
-    return groups

@@ -110,7 +110,6 @@ HEADERS = {  # what sends Python's tarfile in circles or into its own errors
     "a thousand long names": header("x", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
     "not a map": extended_header(b"24 GNU.sparse.map=a,b,c\n"),
 }
-HARMLESS = {"exabytes of a folder": header("9.png", 2**62, tarfile.DIRTYPE)}
 
 
 @pytest.fixture
@@ -139,9 +138,9 @@ def test_a_nonsense_header_after_good_samples_is_named(shard: Path, kind: str) -
     assert "damaged" in reason
 
 
-@pytest.mark.parametrize("kind", HARMLESS)
-def test_a_harmless_header_costs_no_sample(shard: Path, kind: str) -> None:
-    for content in (HARMLESS[kind] + SAMPLES, SAMPLES + HARMLESS[kind]):
+def test_a_harmless_header_costs_no_sample(shard: Path) -> None:
+    exabytes_of_a_folder = header("9.png", 2**62, tarfile.DIRTYPE)
+    for content in (exabytes_of_a_folder + SAMPLES, SAMPLES + exabytes_of_a_folder):
         shard.write_bytes(content + END_OF_TAR)
         assert len(ShardDataset(str(shard))) == 3
 

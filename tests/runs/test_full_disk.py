@@ -27,9 +27,8 @@ def test_clusters_are_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     with full_disk(1000), pytest.raises(OSError, match=r"cannot write: .*x.safetensors") as raised:
         clusters.save(tmp_path / "x.safetensors")
     assert raised.value.errno == errno.EFBIG
-    assert (tmp_path / "x.safetensors").read_bytes() == before and len(
-        list(tmp_path.iterdir())
-    ) == 1
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 
 
@@ -73,16 +72,6 @@ def test_groups_of_pictures_on_a_full_disk(
     if left:
         flags = ["--features", str(tmp_path / "out" / "features"), "--k", "2"]
     assert cluster([str(tmp_path / "photos"), *flags, "--out", str(tmp_path / "out")]) == 0
-
-
-def test_a_run_without_a_checkpoint_is_not_told_to_resume(
-    workdir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = bare_run(workdir, "--max-steps", "2", "--method", "clip", "--name", "r")
-    with full_disk(60_000):
-        assert train(flags) == 2
-    said = capsys.readouterr().err
-    assert "there is no checkpoint yet" in said and "intact" not in said and "Traceback" not in said
 
 
 def test_a_run_folder_without_settings_can_be_begun_again(

@@ -29,6 +29,7 @@ from ranks import (
     tiny_run,
     wait_until,
 )
+from steps import poison
 from torch import Tensor
 
 from protoclip.data import loader
@@ -107,11 +108,6 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def newest_checkpoint(run: Path) -> dict[str, Any]:
-    _, payload = checkpoint.load_newest(run)
-    return payload
-
-
 def stored_features(payload: dict[str, Any]) -> dict[str, Tensor]:
     return payload["protoclip"]["training"]["features"]
 
@@ -144,8 +140,8 @@ def test_resume_ends_in_the_same_bits(tmp_path: Path, flags: list[str], more: li
     assert lines_without_times(cut_run) == lines_without_times(whole_run)
     (step_15,) = [line for line in metrics(cut_run) if line["step"] == 15 and "loss" in line]
     assert ("proto_loss" in step_15) == ("3" not in more)
-    cut = newest_checkpoint(cut_run)
-    whole = newest_checkpoint(whole_run)
+    cut = checkpoint.load_newest(cut_run)[1]
+    whole = checkpoint.load_newest(whole_run)[1]
     assert_same_tensors(cut["state_dict"], whole["state_dict"])
     assert_same_tensors(cut["protoclip"]["heads"], whole["protoclip"]["heads"])
     for parameter, moments in whole["optimizer"]["state"].items():
@@ -157,18 +153,11 @@ def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
     tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 7 and 8 have pictures of NaN; the second one ends an episode and the run."""
-    original_step = Trainer.take_step
-
-    def poisoned(trainer: Trainer, step: int, batches: Any) -> Any:
-        if step in (6, 7):
-            batches[0].image[3] = float("nan")
-        return original_step(trainer, step, batches)
-
-    monkeypatch.setattr(Trainer, "take_step", poisoned)
+    poison(monkeypatch, {6, 7})
     flags = [*flags, "--logs", str(tmp_path), "--val-frequency", "0"]
     assert main([*flags, "--name", "whole"]) == 0
     assert main([*flags, "--name", "cut", "--max-bad-steps", "2"]) == 2
-    stopped = newest_checkpoint(tmp_path / "cut")
+    stopped = checkpoint.load_newest(tmp_path / "cut")[1]
     features = stored_features(stopped)
     assert stopped["protoclip"]["step"] == 8 and len(features["index"]) == 0
     # Both episodes are of 64 distinct samples; the rows of the two bad steps do not count.
@@ -176,38 +165,49 @@ def test_a_stop_at_an_episodes_last_step_has_stored_the_episode(
     assert main([*flags, "--resume", str(tmp_path / "cut"), "--max-bad-steps", "9"]) == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert_same_tensors(
-        stored_features(newest_checkpoint(tmp_path / "cut")),
-        stored_features(newest_checkpoint(tmp_path / "whole")),
+        stored_features(checkpoint.load_newest(tmp_path / "cut")[1]),
+        stored_features(checkpoint.load_newest(tmp_path / "whole")[1]),
     )
 
 
-def test_a_resumed_run_says_if_auto_means_another_precision_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("before", "after", "note"),
+    [
+        (
+            ["--precision", "auto"], ["--precision", "auto"],
+            "until now the run computed in fp32, and --precision auto means amp_bf16 here",
+        ),
+        (
+            ["--external-teacher", "teacher.npy"], [],  # automatic weights, and it is gone
+            "until now the run trained a teacher's prototypes, and from here on internal "
+            "prototypes",
+        ),
+        (
+            ["--model", "dropout.json"],
+            ["--model", "dropout.json", "--batch-size", "6", "--accum-freq", "2"],
+            "the number of ranks or passes has changed; this model has dropout",
+        ),
+    ],
+    ids=["precision", "prototypes", "passes"],
+)  # fmt: skip
+def test_a_resumed_run_says_why_its_losses_will_differ(
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: list[str],
+    after: list[str],
+    note: str,
 ) -> None:
-    flags = [*tiny_run(tmp_path, "run", "--precision", "auto"), "--logs", str(tmp_path)]
+    model = TINY | {"vision_cfg": TINY["vision_cfg"] | {"patch_dropout": 0.5}}
+    Path("dropout.json").write_text(json.dumps(model))
+    np.save("teacher.npy", np.random.default_rng(0).standard_normal((52, 4), dtype=np.float32))
+    flags = tiny_run(workdir, "run")
     monkeypatch.setattr("protoclip.model.processor_multiplies_bf16", lambda: False)
-    assert main([*flags, "--max-steps", "3"]) == 0
+    assert main([*flags, "--max-steps", "3", *before]) == 0
     monkeypatch.setattr("protoclip.model.processor_multiplies_bf16", lambda: True)
     capsys.readouterr()
-    assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
-    printed = capsys.readouterr()
-    note = "until now the run computed in fp32, and --precision auto means amp_bf16 here"
-    assert note in printed.out + printed.err
-
-
-def test_a_resumed_run_says_if_other_prototypes_train(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Automatic weights, and a teacher that is gone."""
-    teacher = tmp_path / "teacher.npy"
-    np.save(teacher, np.random.default_rng(0).standard_normal((52, 4), dtype=np.float32))
-    flags = [*tiny_run(tmp_path, "run"), "--logs", str(tmp_path)]
-    assert main([*flags, "--max-steps", "3", "--external-teacher", str(teacher)]) == 0
-    capsys.readouterr()
-    assert main([*flags, "--max-steps", "5", "--resume", str(tmp_path / "run")]) == 0
-    printed = capsys.readouterr()
-    note = "until now the run trained a teacher's prototypes, and from here on internal prototypes"
-    assert note in printed.out + printed.err
+    assert main([*flags, "--max-steps", "5", *after, "--resume", "logs/run"]) == 0
+    assert note in capsys.readouterr().err
 
 
 def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
@@ -239,35 +239,6 @@ def test_a_run_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
         assert moved == pytest.approx(whole[before], rel=3e-4), name
 
 
-@pytest.fixture
-def run_with_dropout(tmp_path: Path) -> list[str]:
-    """The flags of a run of two steps that has ended."""
-    model = TINY | {"vision_cfg": TINY["vision_cfg"] | {"patch_dropout": 0.5}}
-    path = tmp_path / "drop.json"
-    path.write_text(json.dumps(model))
-    flags = tiny_run(
-        tmp_path, "run", "--logs", str(tmp_path), "--warmup", "2", "--val-frequency", "0",
-        "--model", str(path),
-    )  # fmt: skip
-    assert main([*flags, "--max-steps", "2"]) == 0
-    return flags
-
-
-def test_another_batch_size_is_refused(
-    tmp_path: Path, run_with_dropout: list[str], error_of: Callable[..., str]
-) -> None:
-    resumed = [*run_with_dropout, "--max-steps", "4", "--resume", str(tmp_path / "run")]
-    assert "was 12 and is 5" in error_of(main, [*resumed, "--batch-size", "5"])
-
-
-def test_dropout_and_another_number_of_passes_get_a_note(
-    tmp_path: Path, run_with_dropout: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    resumed = [*run_with_dropout, "--max-steps", "4", "--resume", str(tmp_path / "run")]
-    assert main([*resumed, "--batch-size", "6", "--accum-freq", "2"]) == 0
-    assert "number of ranks or passes" in capsys.readouterr().err
-
-
 def test_a_torn_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, flags: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -282,12 +253,6 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert "checksum is wrong" in caplog.text and "the one before" in caplog.text
     assert "after step 6" in (tmp_path / "run" / "out.log").read_text()
     assert losses(tmp_path / "run") == whole
-
-
-def test_auto_needs_a_name(tmp_path: Path, flags: list[str], error_of: Callable[..., str]) -> None:
-    error = error_of(main, [*flags, "--logs", tmp_path, "--resume", "auto", "--name", ""])
-    assert "--resume auto: expected --name" in error
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.smoke
@@ -320,7 +285,7 @@ def test_workers_chosen_for_a_machine_stay_out_of_the_config(
     assert len(in_training) == 3 and len(set.union(*in_training)) == 2
     run = tmp_path / "cut"
     assert json.loads((run / "config.json").read_text())["data"]["workers"] == -1
-    assert newest_checkpoint(run)["protoclip"]["config"]["data"]["workers"] == -1
+    assert checkpoint.load_newest(run)[1]["protoclip"]["config"]["data"]["workers"] == -1
     (run / "checkpoints" / checkpoint.LATEST).unlink()
     monkeypatch.undo()
     monkeypatch.setattr("protoclip.training.summary.draw_plots", lambda *_: None)
@@ -353,14 +318,14 @@ def test_a_run_goes_on_from_the_checkpoint_it_was_given_or_kept_last(
         patch.setattr(Stops, "after", killed_at_step_12)
         with pytest.raises(SystemError):
             main(flags)
-    assert newest_checkpoint(run)["protoclip"]["step"] == 10
+    assert checkpoint.load_newest(run)[1]["protoclip"]["step"] == 10
     assert main([*flags, "--max-steps", "13", "--resume", str(run)]) == 0
-    assert newest_checkpoint(run)["protoclip"]["step"] == 13
+    assert checkpoint.load_newest(run)[1]["protoclip"]["step"] == 13
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", killed)
         with pytest.raises(SystemError):
             main([*flags, "--resume", str(run / "checkpoints" / "epoch_1.pt")])
-    assert newest_checkpoint(run)["protoclip"]["step"] == 10
+    assert checkpoint.load_newest(run)[1]["protoclip"]["step"] == 10
     assert main([*flags, "--max-steps", "12", "--resume", str(run)]) == 0
     assert [step for step, _ in losses(run)] == list(range(1, 13))
 

@@ -72,11 +72,12 @@ def test_what_is_not_refused_goes_on(run: Run) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lr", "0.5", "--batch-size", "8"], "batch_size"),
+        (["--lr", "0.5", "--batch-size", "8"], "batch_size (all ranks and passes) was 16 and is 8"),
         (["--lr", "0.5", "--train-data", "builtin:shapes:90"], "training data"),
         (["--lr", "0.5", "--episode-features", "extract"], "--resume"),
         (["--resume", "auto", "--name", "../logs/run"], "--name"),
         (["--resume", "auto", "--name", ".."], "--name"),
+        (["--resume", "auto", "--name", ""], "--resume auto: expected --name"),
         (["--lr", "0.5", "--seed", "4"], "run.seed"),
         (["--lr", "0.5", "--siglip"], "model.siglip"),
         (["--lr", "0.5", "--save-every", "often"], "500steps"),

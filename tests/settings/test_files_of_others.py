@@ -20,6 +20,7 @@ from protoclip.data.__main__ import main as data_command
 from protoclip.data.images import decode
 from protoclip.evaluate.datasets import class_prompts
 from protoclip.model import build_model
+from protoclip.runs import checkpoint
 from protoclip.settings.config import ModelConfig
 
 
@@ -59,6 +60,8 @@ def test_weights_that_hold_code_are_refused_without_advice_to_run_it(tmp_path: P
     with pytest.raises(ValueError, match="it holds code, or no tensors") as caught:
         build_model(ModelConfig(model="protoclip-tiny", pretrained=str(weights)))
     assert "weights_only" not in str(caught.value)
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load(weights)
     assert not (tmp_path / "ran").exists()
 
 

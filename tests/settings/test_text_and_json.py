@@ -29,14 +29,9 @@ def test_only_newlines_end_a_line() -> None:
     assert lines_of(f"{ODD}\nb\r\nc\rd\n") == [ODD, "b", "c", "d"]
 
 
-def test_printable_text_goes_into_any_file() -> None:
-    assert (
-        printable(os.fsdecode(b"caf\xe9 \xff.png") + " é \ud800")
-        == r"caf\xe9 \xff.png é " + "\ufffd"
-    )
-
-
-def test_printable_text_does_nothing_to_a_terminal() -> None:
+def test_printable_text_goes_into_any_file_and_does_nothing_to_a_terminal() -> None:
+    name = os.fsdecode(b"caf\xe9 \xff.png")
+    assert printable(f"{name} é \ud800") == r"caf\xe9 \xff.png é " + "\ufffd"
     assert printable("a\x1b[2J\x07\r\nb\x9b é\t.png") == r"a\x1b[2J\x07\r\nb\x9b é" + "\t.png"
 
 
@@ -101,13 +96,20 @@ def run_with(trained: Path, folder: Path, name: str, text: str) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", ["config.json", "results.json"])
+@pytest.mark.parametrize(
+    ("command", "name", "words"),
+    [
+        (["report"], "config.json", ""),
+        (["report"], "results.json", ""),
+        (["train", "--resume"], "config.json", " cannot be used"),
+    ],
+)
 @DEEP_TEXTS
-def test_a_report_of_deep_settings_or_results_is_refused_in_one_line(
-    trained: Path, tmp_path: Path, error_of: Callable[..., str], name: str, text: str
+def test_a_command_that_needs_a_deep_file_is_refused_in_one_line(
+    trained: Path, tmp_path: Path, error_of: Callable[..., str], command, name, words, text: str
 ) -> None:
     run = run_with(trained, tmp_path, name, text)
-    assert str(run / name) in error_of(main, ["report", run])
+    assert f"{run}/{name}{words}" in error_of(main, [*command, run])
 
 
 @pytest.mark.parametrize("name", ["report.json", "metrics.jsonl"])
@@ -117,14 +119,6 @@ def test_deep_optional_files_do_not_stop_a_report(
 ) -> None:
     run = run_with(trained, tmp_path, name, text)
     assert main(["report", str(run)]) == 0
-
-
-@DEEP_TEXTS
-def test_a_run_with_deep_settings_is_not_resumed(
-    trained: Path, tmp_path: Path, error_of: Callable[..., str], text: str
-) -> None:
-    run = run_with(trained, tmp_path, "config.json", text)
-    assert f"{run}/config.json cannot be used" in error_of(main, ["train", "--resume", run])
 
 
 def test_deep_json_in_a_preset_or_model_is_a_sentence(
@@ -159,19 +153,9 @@ def test_a_caption_beside_captions_is_not_read() -> None:
 
 
 # OpenCLIP's names of precisions, and ours.
-TRAINABLE = {
-    "amp": "amp",
-    "amp_bf16": "amp_bf16",
-    "amp_bfloat16": "amp_bf16",
-    "fp32": "fp32",
-}
+TRAINABLE = {"amp": "amp", "amp_bf16": "amp_bf16", "amp_bfloat16": "amp_bf16", "fp32": "fp32"}
 # Weights in 16 bits: refused, with what to use instead.
-REFUSED = {
-    "bf16": "amp_bf16",
-    "fp16": "amp",
-    "pure_bf16": "amp_bf16",
-    "pure_fp16": "amp",
-}
+REFUSED = {"bf16": "amp_bf16", "fp16": "amp", "pure_bf16": "amp_bf16", "pure_fp16": "amp"}
 
 
 def test_every_precision_of_openclip_has_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

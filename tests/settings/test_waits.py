@@ -11,23 +11,13 @@ from protoclip.common import waits
 from protoclip.common.waits import Speaker, Wait, each, in_words, speaking
 
 
-class Clock:
-    """A clock that the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Process:
     """A command's waits on a clock; lines by the second at which they were said."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clock = Clock()
+        self.now = 1000.0
         self.is_quiet = False
-        self.speaker = Speaker("protoclip cluster", self.clock, quiet=lambda: self.is_quiet)
+        self.speaker = Speaker("protoclip cluster", lambda: self.now, lambda: self.is_quiet)
         self.capsys = capsys
         monkeypatch.setattr(waits, "_speaker", self.speaker)
 
@@ -35,10 +25,10 @@ class Process:
         """Let time pass, second by second: what was said, by the seconds since the beginning."""
         said = {}
         for _ in range(seconds):
-            self.clock.now += 1
+            self.now += 1
             self.speaker.look()
             if text := self.capsys.readouterr().err:
-                said[round(self.clock.now) - 1000] = text
+                said[round(self.now) - 1000] = text
         return said
 
 
@@ -52,27 +42,28 @@ def test_lines_come_after_5_10_20_and_40_seconds_then_every_minute(process: Proc
         assert list(process.pass_seconds(300)) == [5, 10, 20, 40, 100, 160, 220, 280]
 
 
-def test_a_line_says_for_what_how_far_and_how_long_still(process: Process) -> None:
-    with Wait("encoding", total=5000, unit="rows", done=1000) as wait:
-        assert process.pass_seconds(5) == {
-            5: "encoding: 1,000 of 5,000 rows, 5 s so far\n",
-        }
-        wait.update(1000, "loss 0.5")
-        assert process.pass_seconds(5) == {
-            10: "encoding: 2,000 of 5,000 rows, loss 0.5, 10 s so far, about 30 s left\n",
-        }
-
-
-def test_what_may_end_early_says_so(process: Process) -> None:
-    with Wait("k-means", total=300, unit="iterations", at_most=True) as wait:
-        wait.update(100)
-        line = process.pass_seconds(5)[5]
-    assert line == "k-means: 100 of at most 300 iterations, 5 s so far, at most 10 s left\n"
-
-
-def test_a_wait_that_counts_nothing_speaks_too(process: Process) -> None:
-    with Wait("compiling the cpu kernels"):
-        assert process.pass_seconds(5) == {5: "compiling the cpu kernels: 5 s so far\n"}
+@pytest.mark.parametrize(
+    ("wait", "done", "note", "line"),
+    [
+        (Wait("encoding", 5000, "rows", done=1000), 0, None, "1,000 of 5,000 rows, 5 s so far"),
+        (
+            Wait("encoding", 5000, "rows", done=1000), 1000, "loss 0.5",
+            "2,000 of 5,000 rows, loss 0.5, 5 s so far, about 15 s left",
+        ),
+        (
+            Wait("k-means", 300, "iterations", at_most=True), 100, None,
+            "100 of at most 300 iterations, 5 s so far, at most 10 s left",
+        ),
+        (Wait("compiling the cpu kernels"), 0, None, "5 s so far"),
+    ],
+    ids=["at first", "after some", "may end early", "counts nothing"],
+)  # fmt: skip
+def test_a_line_says_for_what_how_far_and_how_long_still(
+    process: Process, wait: Wait, done: int, note: str | None, line: str
+) -> None:
+    with wait:
+        wait.update(done, note)
+        assert process.pass_seconds(5) == {5: f"{wait.what}: {line}\n"}
 
 
 def test_an_inner_wait_adds_its_words_to_the_lines_of_the_outer_one(process: Process) -> None:
@@ -113,7 +104,7 @@ def test_a_command_between_its_waits_speaks_too(process: Process) -> None:
 def test_a_look_that_comes_late_says_one_line(process: Process) -> None:
     """The interpreter's lock may have been held."""
     with Wait("drawing"):
-        process.clock.now += 33
+        process.now += 33
         assert process.pass_seconds(10) == {
             34: "drawing: 34 s so far\n",
             40: "drawing: 40 s so far\n",
@@ -129,22 +120,18 @@ def test_a_quiet_rank_says_nothing(process: Process) -> None:
 def test_a_terminal_has_a_bar_and_no_lines(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And none for the first half second."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Wait("k-means", total=60, unit="iterations") as wait:
+        process.now += 0.5
+        process.speaker.look()
+        assert process.capsys.readouterr().err == ""
         assert process.pass_seconds(1) != {}
         wait.update(6, "inertia 12")
         shown = "".join(process.pass_seconds(100).values())
         assert "k-means:  10%" in shown and "6.00/60.0 " in shown and "inertia 12" in shown
         assert "so far" not in shown
     assert "k-means" not in "".join(process.pass_seconds(3).values())
-
-
-def test_a_short_wait_has_no_bar(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Wait("k-means"):
-        process.clock.now += 0.5
-        process.speaker.look()
-    assert process.capsys.readouterr().err == ""
 
 
 def test_each_counts_its_items(process: Process) -> None:
@@ -156,12 +143,9 @@ def test_each_counts_its_items(process: Process) -> None:
     assert list(items) == ["c"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.2, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (9000, "2.5 h")],
-)
-def test_durations_are_short(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+def test_durations_are_short() -> None:
+    seconds = (0.2, 99, 100, 5900, 9000)
+    assert [in_words(s) for s in seconds] == ["0 s", "99 s", "2 min", "98 min", "2.5 h"]
 
 
 SCRIPT = """

@@ -114,9 +114,16 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     monkeypatch.setattr(Log, "after", after_a_minute)
     flags = bare_run(workdir, "--max-steps", "3", "--method", "clip")
     assert main([*flags, "--name", "run"]) == 0
+    printed = capsys.readouterr().err
     lines = re.findall(
         r"training, episode 1 of 1: (\d) of 3 steps, loss \d\.\d{4}, [\d,]+ samples/s, "
         r"(\d) min so far, about (.*) left",
-        capsys.readouterr().err.replace("60 s so", "1 min so"),
+        printed.replace("60 s so", "1 min so"),
     )
     assert lines == [("1", "1", "2 min"), ("2", "2", "60 s"), ("3", "3", "0 s")]
+    assert "\r" not in printed and "%|" not in printed and "it/s" not in printed
+    line_of_a_step = (
+        r"\d{4}-\d\d-\d\d [\d:,]+ step (\d)/3, loss \d\.\d{4}, [\d,]+ samples/s, ETA [\d:]+\n"
+    )
+    log = (workdir / "logs" / "run" / "out.log").read_text()
+    assert re.findall(line_of_a_step, log) == ["1", "2", "3"]

@@ -221,20 +221,17 @@ def random_images() -> Tensor:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # the layout is chosen, nothing is moved
-def test_channels_last_is_for_convolutions(
+def test_channels_last_is_for_convolutions_and_changes_no_number(
     device: str, convolutions: ProtoModel, model: ProtoModel
 ) -> None:
+    image = random_images()
+    expected = convolutions.clip.encode_image(image)
     assert convolutions.clip.visual.conv2.weight.is_contiguous()
     put_channels_last(convolutions, torch.device(device))
     assert not convolutions.clip.visual.conv2.weight.is_contiguous()
-    assert channels_last(model).clip.visual.conv1.weight.is_contiguous()  # a ViT's
-
-
-def test_channels_last_changes_no_number(convolutions: ProtoModel) -> None:
-    image = random_images()
-    expected = convolutions.clip.encode_image(image)
-    got = channels_last(convolutions).clip.encode_image(image)
+    got = convolutions.clip.encode_image(image)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
+    assert channels_last(model).clip.visual.conv1.weight.is_contiguous()  # a ViT's
 
 
 def test_a_checkpoint_continues_in_the_other_layout(convolutions: ProtoModel) -> None:

@@ -152,14 +152,9 @@ def test_logits_that_the_loss_keeps_count() -> None:
     [
         (256, 256, 512, torch.float32, 1 << 19),  # small blocks are whole pages of 4 KiB
         (256, 256, 512, torch.bfloat16, 1 << 19),
-        (
-            1100,
-            4500,
-            256,
-            torch.float32,
-            2 << 20,
-        ),  # more than a block of G, in 2 MiB pages
-        (1100, 4500, 2048, torch.bfloat16, 10 << 20),  # the same, and four more buffers
+        # More than a block of G, in 2 MiB pages; then four more buffers.
+        (1100, 4500, 256, torch.float32, 2 << 20),
+        (1100, 4500, 2048, torch.bfloat16, 10 << 20),
     ],
 )
 def test_scratch_of_a_cpu_is_what_its_kernels_take(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import bare_run, config_of, metrics
-from steps import steps_on, trainer_of
+from steps import poison, steps_on, trainer_of
 from torch import nn
 
 import protoclip
@@ -25,7 +25,6 @@ from protoclip.runs import checkpoint
 from protoclip.settings.config import LossConfig, ModelConfig, OptimConfig
 from protoclip.train import main
 from protoclip.training import log, update
-from protoclip.training.loop import Trainer
 from protoclip.training.optimiser import load_optimiser, parameter_groups
 from protoclip.training.schedule import Plan
 
@@ -33,23 +32,6 @@ from protoclip.training.schedule import Plan
 @pytest.fixture
 def flags(workdir: Path) -> list[str]:
     return bare_run(workdir, "--max-steps", "12")
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Let the batches of some steps hold one picture of NaN."""
-    original_step = Trainer.take_step
-
-    def poisoned(trainer: Trainer, step: int, batches: Any) -> Any:
-        if step in steps:
-            batches[0].image[3] = float("nan")
-        return original_step(trainer, step, batches)
-
-    monkeypatch.setattr(Trainer, "take_step", poisoned)
-
-
-def newest_checkpoint(run: Path) -> dict[str, Any]:
-    _, payload = checkpoint.load_newest(run)
-    return payload
 
 
 @pytest.mark.parametrize("features", ["extract", "reuse"])
@@ -73,7 +55,7 @@ def test_a_bad_step_is_skipped_and_counted(
     assert [step for step in records if "loss" not in records[step]] == [3, 7]
     assert [records[step]["episode"] for step in (1, 4, 5, 8, 9, 12)] == [0, 0, 1, 1, 2, 2]
     assert records[12]["bad_steps"] == 2 and "bad_steps" not in records[2]
-    payload = newest_checkpoint(run)
+    _, payload = checkpoint.load_newest(run)
     tensors = [*payload["state_dict"].values(), *payload["protoclip"]["heads"].values()]
     assert all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point())
     log = (run / "out.log").read_text()
@@ -96,7 +78,7 @@ def test_too_many_bad_steps_in_a_row_save_and_stop(
     assert "detect_anomaly" in message and ".tar/" in message
     run = tmp_path / "logs" / "run"
     assert ", loss, grad_norm not finite, 1 so far; samples: [" in (run / "out.log").read_text()
-    state = newest_checkpoint(run)["protoclip"]
+    state = checkpoint.load_newest(run)[1]["protoclip"]
     assert state["step"] == 7
     assert state["training"]["skipped"] == [3, 3]
 
@@ -194,9 +176,6 @@ def test_each_batch_of_a_step_is_counted_once_by_batch_norm() -> None:
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
 
 
-needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
 CASES = ["clip", "prototypes", "siglip", "accumulation", "dedup"]
 
 
@@ -241,7 +220,7 @@ class _NoFaults:
     known = 0
 
 
-@needs_card
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_a_card_does_not_wait(case: str, nano: Path) -> None:
     trainer, take = steps_on("cuda", nano, case)
@@ -331,7 +310,7 @@ def test_skipped_steps_are_seen_when_the_line_is_read(
     )
     assert "not finite in 4 steps in a row, up to step 8" in error
     run = tmp_path / "logs" / "run"
-    state = newest_checkpoint(run)["protoclip"]
+    state = checkpoint.load_newest(run)[1]["protoclip"]
     assert state["step"] == 12 and state["training"]["skipped"] == [8, 8]
     assert metrics(run)[1]["bad_steps"] == 4
 

@@ -38,31 +38,22 @@ def test_the_same_seed_repeats_bit_for_bit(tmp_path: Path, nano: Path, no_evalua
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path) -> None:
     """Six epochs with evaluation, plots and report."""
     flags = ["--epochs", "6", "--infonce-warmup-epoch", "1", "--w-proto", "1"]
-    return run(tmp_path_factory.mktemp("logs"), "learns", flags)
-
-
-def test_a_run_learns(whole_run: Path) -> None:
-    history = [
-        line["contrastive_loss"] for line in metrics(whole_run) if "contrastive_loss" in line
-    ]
+    folder = run(tmp_path, "learns", flags)
+    steps = [line for line in metrics(folder) if "loss" in line]
+    history = [line["contrastive_loss"] for line in steps]
     assert history[-1] < history[0] - 1.0  # nats; chance is ln 64 = 4.2
-    results = json.loads((whole_run / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     untrained = results["untrained"]["HO"]["metrics"]
     trained = results["trained"]["HO"]["metrics"]
     for name in ("image_retrieval_recall@5", "text_retrieval_recall@5"):  # of 60 held-out pairs
         assert trained[name] > untrained[name] + 0.3, name
-
-
-def test_a_run_leaves_a_whole_folder(whole_run: Path) -> None:
-    last_step = [line for line in metrics(whole_run) if "loss" in line][-1]
     names = {"step", "samples", "contrastive_loss", "proto_loss", "logit_scale", "lr"}
-    assert names <= set(last_step)
+    assert names <= set(steps[-1])
     for name in ("config.json", "out.log", "clusters.csv", "report.html"):
-        assert (whole_run / name).stat().st_size > 100, name
+        assert (folder / name).stat().st_size > 100, name
 
 
 @pytest.mark.parametrize(
@@ -104,9 +95,11 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, error_of: Callable[.
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["precious.txt"]
 
 
-@pytest.fixture
-def table_with_a_bad_picture(tmp_path: Path) -> Path:
-    """Forty pictures of one colour; the eighth does not decode."""
+def test_a_bad_picture_is_skipped_to_the_end(
+    tmp_path: Path, nano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forty pictures of one colour, of which the eighth does not decode. Plots and report too go
+    without it, whether or not training meets it."""
     rows = ["filepath\ttitle"]
     for i in range(40):
         Image.new("RGB", (24, 24), (6 * i, 90, 200)).save(tmp_path / f"{i}.png")
@@ -114,38 +107,19 @@ def table_with_a_bad_picture(tmp_path: Path) -> Path:
     (tmp_path / "7.png").write_bytes(b"no picture")
     table = tmp_path / "pairs.csv"
     table.write_text("\n".join(rows) + "\n")
-    return table
-
-
-def flags_of_small_batches(table: Path, model: Path) -> list[str]:
-    return [
+    flags = [
         "--train-data", str(table), "--batch-size", "8", "--k", "3",
-        "--infonce-warmup-epoch", "0", "--model", str(model),
+        "--infonce-warmup-epoch", "0", "--model", str(nano),
     ]  # fmt: skip
-
-
-def test_a_bad_picture_that_training_meets_is_skipped_to_the_end(
-    tmp_path: Path,
-    nano: Path,
-    table_with_a_bad_picture: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Plots and report too go without it."""
-    flags = flags_of_small_batches(table_with_a_bad_picture, nano)
-    folder = run(tmp_path, "met", [*flags, "--epochs", "1"])
-    assert (folder / "report.html").stat().st_size > 1000
+    unmet = run(tmp_path, "unmet", [*flags, "--max-steps", "1", *CLIP])
+    capsys.readouterr()
+    met = run(tmp_path, "met", [*flags, "--epochs", "1"])
+    for folder in (unmet, met):
+        assert (folder / "report.html").stat().st_size > 1000
     message = capsys.readouterr().err
     assert "skipped sample 1" in message
     assert "the picture does not decode (cannot identify" in message
     assert "BytesIO" not in message
-
-
-def test_a_bad_picture_that_training_does_not_meet_costs_no_report(
-    tmp_path: Path, nano: Path, table_with_a_bad_picture: Path
-) -> None:
-    flags = flags_of_small_batches(table_with_a_bad_picture, nano)
-    folder = run(tmp_path, "unmet", [*flags, "--max-steps", "1", *CLIP])
-    assert (folder / "report.html").stat().st_size > 1000
 
 
 def test_a_short_last_episode_has_as_many_prototypes_as_samples(
