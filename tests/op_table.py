@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from budget import PlainResults, Results, assert_results_within_budget, leaf
@@ -729,7 +731,8 @@ def some(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def make_info_nce(
+def make_pairs(
+    call: Callable[..., Call],
     size: Size,
     dtype: torch.dtype,
     *,
@@ -739,10 +742,11 @@ def make_info_nce(
     weighted: bool = False,
     **options: Any,
 ) -> Call:
+    """``call``: info_nce, or nt_xent of two views."""
     draw = Draw(size.n)
     x, y = draw.pairs(Size(size.n, size.n, size.d), features)
     more = some(ids=draw.ids(size.n, id_columns), weights=draw.weights(size.n, weighted))
-    return info_nce(x.to(dtype), y.to(dtype), logit_scale, **more, **options)
+    return call(x.to(dtype), y.to(dtype), logit_scale, **more, **options)
 
 
 def several_positions(draw: Draw, n: int, m: int) -> Tensor:
@@ -833,22 +837,6 @@ def make_contrastive_parts(
     x, y = draw.pairs(size, features)
     kind = relation_of(relation, draw, size.n, size.m)
     return contrastive_parts(x.to(dtype), y.to(dtype), logit_scale, kind)
-
-
-def make_nt_xent(
-    size: Size,
-    dtype: torch.dtype,
-    *,
-    features: str = "cone",
-    logit_scale: float = 14.3,
-    id_columns: int = 0,
-    weighted: bool = False,
-    **options: Any,
-) -> Call:
-    draw = Draw(size.n)
-    x, y = draw.pairs(Size(size.n, size.n, size.d), features)
-    more = some(ids=draw.ids(size.n, id_columns), weights=draw.weights(size.n, weighted))
-    return nt_xent(x.to(dtype), y.to(dtype), logit_scale, **more, **options)
 
 
 def make_sup_con(
@@ -1075,7 +1063,12 @@ OF_NEGATIVES: list[Refusal] = [
     (dict(negatives=torch.ones(4, 2, 8).long()), TypeError, r"negatives.float\(\)"),
     (dict(negatives=[1.0]), TypeError, "negatives as a Tensor, got list"),
 ]
+CONVERT = r"use torch.as_tensor\(ids\), in int64 or another integer"
 OF_IDS: list[Refusal] = [
+    (dict(ids=[0, 1, 2, 3]), TypeError, f"expected ids as .*got list; {CONVERT}"),
+    (dict(ids=np.arange(4)), TypeError, f"expected ids as .*got ndarray; {CONVERT}"),
+    (dict(ids=True), TypeError, f"expected ids as .*got bool; {CONVERT}"),
+    (dict(ids=INDEX > 0), TypeError, r"another integer dtype, got torch.bool; use ids.long\(\)"),
     (dict(ids=INDEX.float()), TypeError, "expected ids"),
     (dict(ids=INDEX[:3]), ValueError, "expected ids"),
     (dict(same_id="both"), ValueError, "expected same_id in"),
@@ -1097,6 +1090,10 @@ OF_ARGUMENT: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (torch.tensor(True), TypeError, "float tensor"),
         (-2.0, ValueError, "the multiplier, not its logarithm; got -2"),
         (torch.tensor(-2.0), ValueError, "the multiplier, not its logarithm; got -2"),
+        (leaf(torch.tensor([-5.0])), ValueError, "the multiplier, not its logarithm; got -5"),
+        (torch.nan, ValueError, "as a number, got nan"),
+        (True, TypeError, "as a number or a Tensor of shape .* got bool"),
+        (np.bool_(True), TypeError, "as a number or a Tensor of shape .* got bool"),
     ],
     "weights": [
         (torch.ones(5), ValueError, r"weights of shape \[4\]"),
@@ -1116,7 +1113,7 @@ OF_ARGUMENT: dict[str, list[tuple[Any, type[Exception], str]]] = {
 OPS = [
     Op(
         "info_nce",
-        make_info_nce,
+        partial(make_pairs, info_nce),
         {
             "size": SQUARE,
             "features": FEATURES,
@@ -1169,7 +1166,7 @@ OPS = [
     ),
     Op(
         "nt_xent",
-        make_nt_xent,
+        partial(make_pairs, nt_xent),
         {
             "size": SQUARE,
             "features": FEATURES,
@@ -1202,10 +1199,10 @@ OPS = [
         make_sigmoid_loss,
         {
             # The last: several strips of rows, where torch computes them.
-            "size": [*OBLONG, Size(300, 4000, 8)],
+            "size": [*OBLONG, Size(252, 252, 123), Size(1101, 1101, 40), Size(300, 4000, 8)],
             "features": FEATURES,
-            "logit_scale": SCALES,
-            "logit_bias": (-8.0, 1.0),
+            "logit_scale": (1.0, *SCALES),
+            "logit_bias": (-20.0, -8.0, 0.0, 1.0),
             "from_the_end": (False, True),
             **SAME_ID,
             **WITH_LOSS,
@@ -1215,12 +1212,16 @@ OPS = [
         matrices=("image_features", "text_features"),
         all_options={"id_columns": 2, "label_smoothing": 0.2, "weighted": True},
         refused=[
+            *OF_IDS[:5],
             (dict(offset=3), ValueError, "row i . offset, got 4 images"),
             (dict(offset=-1), ValueError, "row i . offset, got 4 images"),
             (dict(logit_bias=torch.ones(2)), ValueError, "logit_bias of shape"),
             (dict(ids=torch.arange(3)), ValueError, "expected ids"),
         ],
-        over_ranks=[{**SHARED, **more, "from_the_end": (False,)} for more in ({}, IN_A_RING)],
+        over_ranks=[
+            {**SHARED, **more, "from_the_end": (False,), "logit_bias": (-8.0, 1.0)}
+            for more in ({}, IN_A_RING)
+        ],
     ),
     Op(
         "prototype_cross_entropy",
