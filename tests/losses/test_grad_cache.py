@@ -435,8 +435,7 @@ CASES = ["lambdas", "used directly", "unused", "towers", "accumulate", "frozen",
 
 
 def every_case() -> dict[str, RankResult]:
-    results = {case: on_two_ranks(case) for case in CASES}
-    return results
+    return {case: on_two_ranks(case) for case in CASES}
 
 
 @pytest.fixture(scope="module")

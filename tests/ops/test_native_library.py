@@ -54,9 +54,7 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(
 ) -> None:
     before = built.stat().st_mtime_ns
     assert _answer(build) == 42 and built.stat().st_mtime_ns == before
-    copy = built.with_name("copy")
-    shutil.copy2(built, copy)
-    copy.replace(built)  # this process has the library mapped: its own file stays whole
+    replace_by_a_copy(built)
     built.unlink()
     assert _answer(build) == 42 and built.stat().st_mtime_ns > before
 
@@ -188,13 +186,19 @@ def test_the_warning_says_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> Non
         assert words in warning and absent not in warning and "VERBOSE" not in warning
 
 
+def start_to_build(build: native.Recipe, **environment: str) -> subprocess.Popen[str]:
+    """In another process."""
+    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
+    command = [sys.executable, "-c", code + f"{pickle.dumps(build)!r}))"]
+    place = os.environ | environment
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=place)
+
+
 @needs_compiler
 def test_the_one_who_waits_for_another_build_says_so(build: native.Recipe, built: Path) -> None:
     shutil.rmtree(built.parent)
-    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
-    code += f"{pickle.dumps(build)!r}))"
     with FileLock(built.parent.with_suffix(".lock")):
-        waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        waiting = start_to_build(build)
         assert "waiting for another process that compiles the cpu" in waiting.stderr.readline()
     assert "compiling the cpu kernels" in waiting.communicate()[1] and waiting.returncode == 0
     assert built.is_file()
@@ -251,16 +255,9 @@ def test_the_one_who_waits_for_a_build_that_fails_does_not_try_again(
     check = '[ "$1" = -v ] || [ "$1" = -dumpfullversion ] && exit 0'  # torch's, of the version
     (tmp_path / "c++").write_text(f"#!/bin/sh\n{check}\n{fails}\n")
     (tmp_path / "c++").chmod(0o700)
-    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
-    command = [sys.executable, "-c", code + f"{pickle.dumps(build)!r}))"]
-
-    def start() -> subprocess.Popen[str]:
-        place = os.environ | {"CXX": str(tmp_path / "c++")}
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=place)
-
-    one = start()
+    one = start_to_build(build, CXX=str(tmp_path / "c++"))
     assert one.stderr.read(20) == "protoclip: compiling"
-    two = start()
+    two = start_to_build(build, CXX=str(tmp_path / "c++"))
     assert "waiting for another process" in two.stderr.readline()
     (tmp_path / "end").touch()
     errors = [process.communicate()[1] for process in (one, two)]
