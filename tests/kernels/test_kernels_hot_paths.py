@@ -444,7 +444,8 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
     assert missed == []
 
 
-FAULTS = ["zero", "doubled", "a tile skipped", "a column's weight"]
+# The least of those that every backend's results are given above.
+FAULTS = ["a tile skipped", "a column's weight"]
 
 
 def spoiled_tile(fault: str, values: np.ndarray, first_row: int, first_column: int) -> np.ndarray:
@@ -453,11 +454,7 @@ def spoiled_tile(fault: str, values: np.ndarray, first_row: int, first_column: i
     if first_row < first_column + width and first_column < first_row + height:
         return values  # it holds positives
     wrong = values.copy()
-    if fault == "zero":
-        wrong[:] = 0
-    elif fault == "doubled":
-        wrong *= 2
-    elif fault == "a tile skipped" and (first_row, first_column) == (128, 64):
+    if fault == "a tile skipped" and (first_row, first_column) == (128, 64):
         wrong[:] = 0
     elif fault == "a column's weight" and first_column == 64:
         wrong[:, 5] *= 1.5  # its half from the column doubled
@@ -560,101 +557,12 @@ def test_a_wrong_gradient_of_the_prototypes_fails(
     def spoiled_weights(*arguments: Any, **options: Any) -> Tensor:
         right = original_weights(*arguments, **options)
         wrong = right.clone()
-        if fault == "zero":
-            wrong.zero_()
-        elif fault == "doubled":
-            wrong *= 2
-        elif fault == "a tile skipped":
+        if fault == "a tile skipped":
             wrong[128:160, :32] = 0
-        elif fault == "a column's weight":
+        else:
             wrong[:, 5] *= 2
         labels = torch.arange(len(right)).roll(31)[:, None]
         return wrong.scatter(1, labels, right.gather(1, labels))
 
     monkeypatch.setattr(prototypes, "weights", spoiled_weights)
     assert_noticed(fault, problem_of("prototypes, hard", 64, torch.float16, n=N_INTERPRETED))
-
-
-# -- k-means: labels and means, which have no logits
-
-
-def backends_of(op: str) -> list[str]:
-    return usable(op) if DEVICE == "cpu" else ["triton", "cuda"]
-
-
-def skip_without(op: str, backend: str) -> None:
-    if reason := protoclip.backends(op)[backend]:
-        pytest.skip(reason)
-
-
-class Assignment(NamedTuple):
-    points: Tensor  # [96, 40]
-    centroids: Tensor  # [512, 40]
-
-
-@pytest.fixture
-def tied() -> Assignment:
-    """The second half of the centroids is the first again: every label is a tie."""
-    torch.manual_seed(0)
-    points = torch.randn(96, 40)
-    half = torch.randn(256, 40)
-    return Assignment(points.to(DEVICE), torch.cat([half, half]).to(DEVICE))
-
-
-def assert_lowest_of_the_nearest(problem: Assignment, labels: Tensor) -> None:
-    """The lowest index of the least distance in fp64; no two differing ones are as near as fp32
-    could confuse."""
-    half = problem.centroids[:256].double()
-    expected = torch.cdist(problem.points.double(), half).argmin(dim=1)
-    wrong = (labels != expected).sum().item()
-    assert wrong == 0, f"{wrong} of {len(labels)} labels are not the nearest of lowest index"
-
-
-@pytest.mark.parametrize("backend", backends_of("kmeans_assign"))
-def test_labels_are_right_and_wrong_ones_fail(tied: Assignment, backend: str) -> None:
-    skip_without("kmeans_assign", backend)
-    labels, _ = protoclip.kmeans_assign(tied.points, tied.centroids, backend=backend)
-    assert_lowest_of_the_nearest(tied, labels)
-    without_a_tile = torch.cat([tied.centroids[:64], tied.centroids[128:256]])
-    row = torch.cdist(tied.points, without_a_tile).argmin(dim=1)
-    a_tile_skipped = row + 64 * (row >= 64)
-    for wrong in (labels + 256, a_tile_skipped):
-        with pytest.raises(AssertionError, match="not the nearest of lowest index"):
-            assert_lowest_of_the_nearest(tied, wrong)
-
-
-class Segments(NamedTuple):
-    values: Tensor  # [600, 20]
-    labels: Tensor  # [600], of three segments
-
-
-@pytest.fixture
-def segments() -> Segments:
-    torch.manual_seed(0)
-    return Segments(torch.randn(600, 20).to(DEVICE) + 3, (torch.arange(600) % 3).to(DEVICE))
-
-
-def assert_means(segments: Segments, means: Tensor, counts: Tensor) -> None:
-    """Sums of at most 512 terms in fp32, each mean's error within its worst case."""
-    chosen = torch.nn.functional.one_hot(segments.labels, 3).double()  # [N, K]
-    expected_counts = chosen.sum(0)
-    truth = chosen.T @ segments.values.double() / expected_counts[:, None]
-    size = chosen.T @ segments.values.double().abs() / expected_counts[:, None]
-    assert torch.equal(counts, expected_counts.long()), "counts"
-    allowed = 512 * torch.finfo(torch.float32).eps / 2 * size
-    assert ((means.double() - truth).abs() <= allowed).all(), "means are off"
-
-
-@pytest.mark.parametrize("backend", backends_of("segment_mean"))
-def test_means_are_right_and_wrong_ones_fail(segments: Segments, backend: str) -> None:
-    skip_without("segment_mean", backend)
-    means, counts = protoclip.segment_mean(segments.values, segments.labels, 3, backend=backend)
-    assert_means(segments, means, counts)
-    segment = segments.labels[7]
-    share_of_a_row = torch.zeros_like(means)
-    share_of_a_row[segment] = segments.values[7] / counts[segment]
-    for wrong in (means - share_of_a_row, means + share_of_a_row):
-        with pytest.raises(AssertionError, match="means are off"):
-            assert_means(segments, wrong, counts)
-    with pytest.raises(AssertionError, match="counts"):
-        assert_means(segments, means, counts + 1)
