@@ -500,10 +500,12 @@ def test_a_kernel_that_writes_a_wrong_tile_fails(
 
 
 @interpreted
-@pytest.mark.parametrize("same_id", ["exclude", "positive"])
 @pytest.mark.parametrize(
-    "problem_with, module",
-    [(info_nce_problem, "softmax_gradient"), (siglip_problem, "sigmoid_loss")],
+    "problem_with, module, same_id",
+    [
+        (info_nce_problem, "softmax_gradient", "exclude"),
+        (siglip_problem, "sigmoid_loss", "positive"),
+    ],
 )
 def test_a_kernel_that_overlooks_equal_ids_fails(
     monkeypatch: pytest.MonkeyPatch,

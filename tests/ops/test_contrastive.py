@@ -27,8 +27,7 @@ D = 24
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(shape, generator=generator), dim=-1).to(dtype)
+    return Draw(seed).unit(*shape).to(dtype)
 
 
 def features(n: int, m: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -164,20 +163,20 @@ def test_what_is_left_out_must_be_finite(where: str, bad: float, backend: str) -
     positives = torch.tensor([0, 1, -100, 3, 4, 5])
     key_bias = torch.tensor([0.0, 0, 0, 0, 0, 0, -math.inf])
 
-    def results() -> list[Tensor]:
-        x = leaf(queries)
-        y = leaf(keys)
+    def is_finite() -> bool:
+        x, y = leaf(queries), leaf(keys)
         loss = protoclip.contrastive(
             x, y, 10.0, positives=positives, key_bias=key_bias, backend=backend
         )
-        return [loss.detach(), *torch.autograd.grad(loss, (x, y))]
+        results = loss_and_gradients(loss, x=x, y=y)
+        return all(result.isfinite().all() for result in results.values())
 
-    assert all(result.isfinite().all() for result in results())
+    assert is_finite()
     if where == "query":
         queries[2, 3] = bad
     else:
         keys[6, 3] = bad
-    assert not all(result.isfinite().all() for result in results())
+    assert not is_finite()
 
 
 @each_backend
