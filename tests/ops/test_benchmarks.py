@@ -372,8 +372,10 @@ def test_what_the_sweep_times_is_the_row_that_it_changes(
 
 
 @pytest.fixture
-def swept_sigmoid() -> gpu.Swept:
-    """In a process without the interpreter, as the sweep's pool has them."""
+def swept_sigmoid(monkeypatch: pytest.MonkeyPatch) -> gpu.Swept:
+    """In a process without the interpreter, as the sweep's pool has them: one, as each imports
+    torch."""
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
     return gpu.Swept(
         path=("HALF", "sigmoid_loss", 90),
         kernel="sigmoid_loss",

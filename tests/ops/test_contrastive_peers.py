@@ -26,11 +26,6 @@ def rows(n: int = N, seed: int = 0, length: float = 1.0) -> Tensor:
     return (length * F.normalize(torch.randn(n, D), dim=1)).requires_grad_()
 
 
-def random_negatives() -> Tensor:
-    """[N, 4, D]: four of each query."""
-    return leaf(F.normalize(torch.randn(N, 4, D), dim=2))
-
-
 def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=1)
 
@@ -181,15 +176,3 @@ def test_contrastive_is_a_recommenders_retrieval_task() -> None:
         reduction="sum",
     )
     assert_same(ours, theirs, user=user, item=item)
-
-
-def test_contrastive_parts_and_logaddexp_make_a_loss_with_negatives_of_each_query() -> None:
-    query = rows()
-    keys = rows(seed=1)
-    negatives = random_negatives()
-    by_negative = SCALE * torch.einsum("nd,nhd->nh", query, negatives)
-    logits = torch.cat([SCALE * query @ keys.T, by_negative], dim=1)
-    theirs = F.cross_entropy(logits, torch.arange(N))
-    level, positive = protoclip.contrastive_parts(query, keys, SCALE)
-    ours = (torch.logaddexp(level, by_negative.logsumexp(1)) - positive).mean()
-    assert_same(ours, theirs, query=query, keys=keys, negatives=negatives)
