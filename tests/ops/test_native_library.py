@@ -59,32 +59,29 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(
     assert _answer(build) == 42 and built.stat().st_mtime_ns > before
 
 
-@needs_compiler
-def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
-    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(recipe: native.Recipe, folder: Path) -> None:
-        (folder / f"{recipe.name}.so").write_bytes(b"torn")
-        raise KeyboardInterrupt
+def _killed(recipe: native.Recipe, folder: Path) -> None:
+    (folder / f"{recipe.name}.so").write_bytes(b"torn")
+    raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "_compile", killed)
-        with pytest.raises(KeyboardInterrupt):
-            native.build(build)
-    assert _answer(build) == 42
+
+def _interrupted(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @needs_compiler
-def test_a_build_that_was_interrupted_begins_again_in_the_same_process(
-    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "module, name, end",
+    [
+        (native, "_compile", _killed),
+        # torch has noted by then that it built the name.
+        (cpp_extension, "_write_ninja_file_and_build_library", _interrupted),
+    ],
+)
+def test_a_build_that_did_not_end_begins_again_and_leaves_nothing_that_is_loaded(
+    build: native.Recipe, module: Any, name: str, end: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch has noted by then that it built the name."""
-
-    def interrupted(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(cpp_extension, "_write_ninja_file_and_build_library", interrupted)
+        patch.setattr(module, name, end)
         with pytest.raises(KeyboardInterrupt):
             native.build(build)
     assert ctypes.CDLL(str(native.build(build))).answer() == 42
@@ -204,15 +201,6 @@ def test_the_one_who_waits_for_another_build_says_so(build: native.Recipe, built
     assert built.is_file()
 
 
-def _fails(build: native.Recipe, source: str) -> list[str]:
-    """What a failed build of this source says."""
-    build.sources[0].write_text(source)
-    cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
-    with pytest.raises(RuntimeError) as raised:
-        native.build(build)
-    return native._cause(raised.value)
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     ("source", "cause"),
@@ -226,7 +214,11 @@ def test_a_failed_build_says_the_compilers_error_and_not_its_commands(
     source: str, cause: str, build: native.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LC_ALL", "C")
-    first, *others = _fails(build, source)
+    build.sources[0].write_text(source)
+    cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
+    with pytest.raises(RuntimeError) as raised:
+        native.build(build)
+    first, *others = native._cause(raised.value)
     assert cause in first and "error:" in first and len(first) < 300 and len(others) < 5
 
 
