@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from budget import PlainResults, Results, assert_results_within_budget, leaf
@@ -24,6 +25,7 @@ FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.flo
 FUSED_DTYPES = (FP32, BF16, FP16)
 WIDE = {"logit_scale", "logit_bias", "key_bias"}  # arguments that are fp32 beside half features
 LEFT_OUT = -100
+LEFT_OF_1 = 2**-29  # times eps of fp32, what fp64 itself leaves of a probability of 1
 
 
 # ---- a call, and the error budget of a backend on it ----
@@ -85,7 +87,7 @@ class Call:
         terms = [(values[f"d{name}"] * logits).abs().sum() for name, logits in of_logits.items()]
         weights = sum(abs(upstream_of(result)).sum().item() for result in results)
         size = sum(term.item() for term in terms) / (abs(self.scale) or 1)
-        return PlainResults(values, size + 2**-29 * weights)
+        return PlainResults(values, size + LEFT_OF_1 * weights)
 
     def _with_gradients(
         self, results: Sequence[Tensor], leaves: Mapping[str, Tensor]
@@ -151,10 +153,10 @@ def assert_results_as_formula(call: Call, got: Results, size: float = 0) -> None
             magnitudes[name] = max(largest, call.least)
         elif name == "dkey_bias":
             magnitudes[name] = max(largest, 1.1)  # the largest weight
-        elif size and name not in ("dlogit_scale", "dlogit_bias"):
-            magnitudes[name] = max(largest, size)
+        elif name not in ("dlogit_scale", "dlogit_bias"):
+            magnitudes[name] = max(largest, size, LEFT_OF_1 * abs(call.scale))
         if name == "dlogit_bias":
-            magnitudes[name] = sum(
+            magnitudes[name] = LEFT_OF_1 + sum(
                 value.abs().sum().item()
                 for name, value in truth.values.items()
                 if name.startswith("dlogits ")
@@ -1036,7 +1038,12 @@ OF_NEGATIVES: list[Refusal] = [
     (dict(negatives=torch.ones(4, 2, 8).long()), TypeError, r"negatives.float\(\)"),
     (dict(negatives=[1.0]), TypeError, "negatives as a Tensor, got list"),
 ]
+CONVERT = r"use torch.as_tensor\(ids\), in int64 or another integer"
 OF_IDS: list[Refusal] = [
+    (dict(ids=[0, 1, 2, 3]), TypeError, f"expected ids as .*got list; {CONVERT}"),
+    (dict(ids=np.arange(4)), TypeError, f"expected ids as .*got ndarray; {CONVERT}"),
+    (dict(ids=True), TypeError, f"expected ids as .*got bool; {CONVERT}"),
+    (dict(ids=INDEX > 0), TypeError, r"another integer dtype, got torch.bool; use ids.long\(\)"),
     (dict(ids=INDEX.float()), TypeError, "expected ids"),
     (dict(ids=INDEX[:3]), ValueError, "expected ids"),
     (dict(same_id="both"), ValueError, "expected same_id in"),
@@ -1058,6 +1065,10 @@ OF_ARGUMENT: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (torch.tensor(True), TypeError, "float tensor"),
         (-2.0, ValueError, "the multiplier, not its logarithm; got -2"),
         (torch.tensor(-2.0), ValueError, "the multiplier, not its logarithm; got -2"),
+        (leaf(torch.tensor([-5.0])), ValueError, "the multiplier, not its logarithm; got -5"),
+        (torch.nan, ValueError, "as a number, got nan"),
+        (True, TypeError, "as a number or a Tensor of shape .* got bool"),
+        (np.bool_(True), TypeError, "as a number or a Tensor of shape .* got bool"),
     ],
     "weights": [
         (torch.ones(5), ValueError, r"weights of shape \[4\]"),
@@ -1163,10 +1174,10 @@ OPS = [
         make_sigmoid_loss,
         {
             # The last: several strips of rows, where torch computes them.
-            "size": [*OBLONG, Size(300, 4000, 8)],
+            "size": [*OBLONG, Size(252, 252, 123), Size(300, 4000, 8)],
             "features": FEATURES,
             "logit_scale": SCALES,
-            "logit_bias": (-8.0, 1.0),
+            "logit_bias": (-20.0, -8.0, 1.0),
             "from_the_end": (False, True),
             **SAME_ID,
             **WITH_LOSS,
@@ -1176,12 +1187,16 @@ OPS = [
         matrices=("image_features", "text_features"),
         all_options={"id_columns": 2, "label_smoothing": 0.2, "weighted": True},
         refused=[
+            *OF_IDS[:5],
             (dict(offset=3), ValueError, "row i . offset, got 4 images"),
             (dict(offset=-1), ValueError, "row i . offset, got 4 images"),
             (dict(logit_bias=torch.ones(2)), ValueError, "logit_bias of shape"),
             (dict(ids=torch.arange(3)), ValueError, "expected ids"),
         ],
-        over_ranks=[{**SHARED, **more, "from_the_end": (False,)} for more in ({}, IN_A_RING)],
+        over_ranks=[
+            {**SHARED, **more, "from_the_end": (False,), "logit_bias": (-8.0, 1.0)}
+            for more in ({}, IN_A_RING)
+        ],
     ),
     Op(
         "prototype_cross_entropy",

@@ -11,6 +11,10 @@ import subprocess
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOW = """
 import resource
@@ -18,6 +22,22 @@ def allow(mib):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20, resource.RLIM_INFINITY))
 """
+
+
+class Made(TorchDispatchMode):
+    """Notes the shape of each tensor that an op makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = function(*args, **(kwargs or {}))
+        each = results if isinstance(results, tuple | list) else [results]
+        self.shapes += [tensor.shape for tensor in each if isinstance(tensor, torch.Tensor)]
+        return results
 
 
 def run_in_room(code: str) -> None:

@@ -134,15 +134,6 @@ def test_rows_are_rounded_to_bf16_once() -> None:
     assert torch.equal(store.of_episode(0).image_h, rows.bfloat16().float())
 
 
-class OwnedRows(NamedTuple):
-    """Of one rank, after two episodes."""
-
-    index_of_second: Tensor
-    images_of_second: Tensor
-    index_of_first: Tensor
-    texts_of_first: Tensor
-
-
 def two_episodes(folder: Path, saved: str | None = None) -> list:
     """This rank's rows after two episodes, as arrays; within the second the state is saved, or
     loaded from the file of that name."""
@@ -160,7 +151,7 @@ def two_episodes(folder: Path, saved: str | None = None) -> list:
     store.end_episode(1)
     second = store.of_episode(1)
     first = store.of_episode(0)
-    rows = OwnedRows(second.index, second.image_h, first.index, first.text_h)
+    rows = (second.index, second.image_h, first.index, first.text_h)
     return [tensor.numpy().copy() for tensor in rows]
 
 

@@ -72,22 +72,17 @@ class TestFiles:
             load_teacher(write(tmp_path / "a.npz", self.rows, list(keys)), DATASET)
 
     @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
-    def test_rows_without_keys_are_the_datasets(self, tmp_path: Path, name: str) -> None:
-        path = write(tmp_path / name, self.rows)
-        assert torch.equal(load_teacher(path, DATASET, dim=0), TABLE)
-
-    @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
-    def test_rows_without_keys_are_one_per_sample(self, tmp_path: Path, name: str) -> None:
+    def test_rows_without_keys_are_the_datasets_one_per_sample_and_finite(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        path = tmp_path / name
+        assert torch.equal(load_teacher(write(path, self.rows), DATASET, dim=0), TABLE)
         with pytest.raises(ValueError, match="one row per sample"):
-            load_teacher(write(tmp_path / name, self.rows[:9]), DATASET)
-
-    @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
-    def test_rows_that_are_not_finite_are_named(self, tmp_path: Path, name: str) -> None:
+            load_teacher(write(path, self.rows[:9]), DATASET)
         rows = self.rows.copy()
         rows[3, 1] = np.nan
-        words = f"NaN or infinity in 1 rows.*{DATASET.keys[3]!r}"
-        with pytest.raises(ValueError, match=words):
-            load_teacher(write(tmp_path / name, rows), DATASET)
+        with pytest.raises(ValueError, match=f"NaN or infinity in 1 rows.*{DATASET.keys[3]!r}"):
+            load_teacher(write(path, rows), DATASET)
 
     @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
     def test_a_torn_file_is_refused(self, tmp_path: Path, name: str) -> None:

@@ -1,6 +1,7 @@
 """Imports point one way, in the order of docs/design.md's table, without cycles."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def imported(path: Path):
 MODULES = {module_of(path): path for path in SOURCES}
 
 
+@functools.cache
 def own_modules(path: Path) -> set[str]:
     """The files of protoclip that a file imports, by module."""
     modules = set()

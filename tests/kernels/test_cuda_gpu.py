@@ -97,3 +97,10 @@ def test_kmeans_ends_at_rest_and_reads_it_late(backend: str, tol: float) -> None
     if not tol:
         again = run(num_iters=500, init=clusters.centroids)
         assert again.num_iters == 1 and torch.equal(again.centroids, clusters.centroids)
+
+
+def test_of_equal_centroids_the_lowest_index_wins(backend: str) -> None:
+    points, centroids = random(96, 256, 40, torch.float32)
+    labels, _ = protoclip.kmeans_assign(points, centroids.repeat(2, 1), backend=backend)
+    expected = torch.cdist(points.double(), centroids.double()).argmin(dim=1)
+    assert torch.equal(labels, expected)

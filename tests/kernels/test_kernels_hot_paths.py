@@ -3,23 +3,21 @@ launch table, for every loss and every form of ids; and that a wrong one fails.
 
 Each case runs on the card that is there with the card's own row; without a card in Triton's
 interpreter, whose tiles are 32 x 64, and in C++. What the logits without the positives add to a
-gradient is compared (benchmarks/parity.py). The mutations at the end of the file make that wrong:
-once in the gradients that a backend returned, once inside a kernel while the interpreter runs it.
+gradient is compared (benchmarks/parity.py), and that a wrong share of it would be noticed.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget, leaf, usable
+from op_table import Masks, Relation
 from torch import Tensor
 
 import protoclip
@@ -35,10 +33,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton"] if DEVICE == "cuda" else usable("info_nce")
 TRITON_MISSING = protoclip.backends("info_nce")["triton"]
 needs_triton = pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))
-interpreted = pytest.mark.skipif(
-    TRITON_MISSING is not None or DEVICE == "cuda",
-    reason=str(TRITON_MISSING or "a compiled kernel cannot be changed while it runs"),
-)
 
 
 LARGE_TILES = {"large": 0, "few": 1 << 60}  # per SM, from which on the rows of large batches serve
@@ -71,11 +65,6 @@ class Returned:
     dlogit_scale: Tensor
 
 
-class Relation(NamedTuple):
-    positive: Tensor  # bool [N, N]
-    seen: Tensor  # bool [N, N]
-
-
 def row_weights(n: int) -> Tensor:
     """None is small, so that none is lost in the rounding of another."""
     generator = torch.Generator().manual_seed(7)
@@ -90,34 +79,25 @@ def shared_ids(n: int) -> Tensor:
     return torch.stack([first, torch.arange(n) // 5 * 10**12], dim=1).to(DEVICE)
 
 
-def diagonal(n: int) -> Tensor:
-    return torch.eye(n, dtype=torch.bool, device=DEVICE)
-
-
-def relation_of(n: int, same_id: str | None, ids: Tensor | None = None) -> Relation:
-    """Of pairs on the diagonal, with ids (``shared_ids`` unless given) or, None, without."""
-    pairs = diagonal(n)
-    everything = torch.ones_like(pairs)
-    if same_id is None:
-        return Relation(pairs, everything)
-    ids = shared_ids(n) if ids is None else ids
-    same = (ids[:, None] == ids[None]).any(dim=2)
-    if same_id == "positive":
-        return Relation(pairs | same, everything)
-    return Relation(pairs, pairs | ~same)
-
-
 def id_options(n: int, same_id: str | None, ids: Tensor | None = None) -> dict[str, Any]:
+    """With ids (``shared_ids`` unless given) or, None, without."""
     if same_id is None:
         return {}
     return {"ids": shared_ids(n) if ids is None else ids, "same_id": same_id}
 
 
+def masks_of(n: int, ids: Tensor | None = None, same_id: str = "exclude") -> Masks:
+    """Of pairs on the diagonal."""
+    ids = None if ids is None else ids.cpu()
+    masks = Relation(query_ids=ids, key_ids=ids, same_id=same_id).masks(n, n)
+    return Masks(*(mask.to(DEVICE) for mask in masks))
+
+
 def info_nce_problem(
-    x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None, ids: Tensor | None = None
+    x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None
 ) -> Problem:
-    relation = relation_of(len(x), same_id, ids)
-    options = id_options(len(x), same_id, ids)
+    options = id_options(len(x), same_id)
+    relation = masks_of(len(x), **options)
     weights = row_weights(len(x))
     doubled_weights = weights.clone()
     doubled_weights[5] *= 2
@@ -140,7 +120,7 @@ def info_nce_problem(
 
 def one_way_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
     """Queries against keys."""
-    relation = relation_of(len(x), same_id=None)
+    relation = masks_of(len(x))
     weights = row_weights(len(x))
 
     def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
@@ -155,7 +135,7 @@ def contrastive_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
     """All that can be said about queries and keys but that ids are positives: positions,
     exclusions, two columns of ids, biases."""
     n = len(x)
-    relation = relation_of(n, "exclude")
+    relation = masks_of(n, shared_ids(n))
     weights = row_weights(n)
     positions = torch.arange(n, device=DEVICE)
     excluded = positions.roll(9)
@@ -188,8 +168,8 @@ def contrastive_problem(x: Tensor, y: Tensor, logit_scale: float) -> Problem:
 def siglip_problem(
     x: Tensor, y: Tensor, logit_scale: float, same_id: str | None = None, ids: Tensor | None = None
 ) -> Problem:
-    relation = relation_of(len(x), same_id, ids)
     options = id_options(len(x), same_id, ids)
+    relation = masks_of(len(x), **options)
     bias = -logit_scale  # a little below 0: the others' entries are as large as the positives'
 
     def call(x: Tensor, y: Tensor, logit_scale: Tensor, backend: str) -> Tensor:
@@ -197,7 +177,7 @@ def siglip_problem(
         sum_: dict[str, Any] = {"reduction": "sum", **options}
         return protoclip.ops.sigmoid_loss(x, y, logit_scale, logit_bias, backend=backend, **sum_)
 
-    form = sigmoid_form(diagonal(len(x)), relation.positive, relation.seen, bias)
+    form = sigmoid_form(masks_of(len(x)).positive, relation.positive, relation.seen, bias)
     return Problem(x, y, logit_scale, form, None, call)
 
 
@@ -444,94 +424,6 @@ def test_every_row_of_the_table_has_a_whole_tile_without_a_positive(
     assert missed == []
 
 
-FAULTS = ["zero", "doubled", "a tile skipped", "a column's weight"]
-
-
-def spoiled_tile(fault: str, values: np.ndarray, first_row: int, first_column: int) -> np.ndarray:
-    """A part of G as a kernel with this fault would have it."""
-    height, width = values.shape
-    if first_row < first_column + width and first_column < first_row + height:
-        return values  # it holds positives
-    wrong = values.copy()
-    if fault == "zero":
-        wrong[:] = 0
-    elif fault == "doubled":
-        wrong *= 2
-    elif fault == "a tile skipped" and (first_row, first_column) == (128, 64):
-        wrong[:] = 0
-    elif fault == "a column's weight" and first_column == 64:
-        wrong[:, 5] *= 1.5  # its half from the column doubled
-    return wrong
-
-
-def assert_noticed(fault: str, problem: Problem) -> None:
-    """What Triton returns for the problem is over the budget."""
-    truth = written_out(problem, torch.float64)
-    base = written_out(problem, problem.x.dtype)
-    got = computed(problem, "triton")
-    with pytest.raises(AssertionError, match="over the budget"):
-        assert_right(problem, got, truth, base)
-        pytest.fail(f"{fault}: not seen")
-
-
-@interpreted
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(
-    "family, module",
-    [
-        ("info_nce", "softmax_gradient"),
-        ("ids excluded", "softmax_gradient"),
-        ("contrastive, one way", "softmax_gradient"),
-        ("siglip, ids positive", "sigmoid_loss"),
-    ],
-)
-def test_a_kernel_that_writes_a_wrong_tile_fails(
-    monkeypatch: pytest.MonkeyPatch, family: str, module: str, fault: str
-) -> None:
-    """The interpreter runs the kernel; where it stores a tile of G, the tile is changed."""
-    kernels = importlib.import_module(f"protoclip.kernels.{module}")
-    store = kernels.store_gradient
-
-    def spoiled_store(g: Any, row0: Any, col0: Any, g_ptr: Any, stride_g: Any) -> None:
-        first_row = int(row0.handle.data.item())
-        first_column = int(col0.handle.data.item())
-        g.handle.data = spoiled_tile(fault, g.handle.data, first_row, first_column)
-        store(g, row0, col0, g_ptr, stride_g)
-
-    monkeypatch.setattr(kernels, "store_gradient", spoiled_store)
-    assert_noticed(fault, problem_of(family, 64, torch.bfloat16, n=N_INTERPRETED))
-
-
-@interpreted
-@pytest.mark.parametrize("same_id", ["exclude", "positive"])
-@pytest.mark.parametrize(
-    "problem_with, module",
-    [(info_nce_problem, "softmax_gradient"), (siglip_problem, "sigmoid_loss")],
-)
-def test_a_kernel_that_overlooks_equal_ids_fails(
-    monkeypatch: pytest.MonkeyPatch,
-    problem_with: Callable[..., Problem],
-    module: str,
-    same_id: str,
-) -> None:
-    """Every tile holds some; without the check all but the diagonal would go without masks."""
-    image, text = parity.cone(192, 192, 64)
-    ids = torch.arange(192)[:, None] % 8
-    problem = problem_with(image.bfloat16(), text.bfloat16(), 14.3, same_id, ids)
-    truth = written_out(problem, torch.float64)
-    base = written_out(problem, torch.bfloat16)
-    assert_right(problem, computed(problem, "triton"), truth, base)
-    kernels = importlib.import_module(f"protoclip.kernels.{module}")
-    equal_ids = kernels.equal_ids
-
-    def overlooked(ids: Any, row: Any, col: Any) -> Any:
-        same = equal_ids(ids, row, col)
-        return same & (same == 0)
-
-    monkeypatch.setattr(kernels, "equal_ids", overlooked)
-    assert_noticed("equal ids overlooked", problem)
-
-
 @needs_triton
 @pytest.mark.parametrize("same_id", ["exclude", "positive"])
 def test_ids_that_nobody_shares_change_no_bit_of_siglip(same_id: str) -> None:
@@ -546,115 +438,3 @@ def test_ids_that_nobody_shares_change_no_bit_of_siglip(same_id: str) -> None:
     assert torch.equal(plain.dx, distinct.dx)
     assert torch.equal(plain.dy, distinct.dy)
     assert torch.equal(plain.dlogit_scale, distinct.dlogit_scale)
-
-
-@interpreted
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_gradient_of_the_prototypes_fails(
-    monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    from protoclip.kernels import prototype_cross_entropy as prototypes
-
-    original_weights = prototypes.weights
-
-    def spoiled_weights(*arguments: Any, **options: Any) -> Tensor:
-        right = original_weights(*arguments, **options)
-        wrong = right.clone()
-        if fault == "zero":
-            wrong.zero_()
-        elif fault == "doubled":
-            wrong *= 2
-        elif fault == "a tile skipped":
-            wrong[128:160, :32] = 0
-        elif fault == "a column's weight":
-            wrong[:, 5] *= 2
-        labels = torch.arange(len(right)).roll(31)[:, None]
-        return wrong.scatter(1, labels, right.gather(1, labels))
-
-    monkeypatch.setattr(prototypes, "weights", spoiled_weights)
-    assert_noticed(fault, problem_of("prototypes, hard", 64, torch.float16, n=N_INTERPRETED))
-
-
-# -- k-means: labels and means, which have no logits
-
-
-def backends_of(op: str) -> list[str]:
-    return usable(op) if DEVICE == "cpu" else ["triton", "cuda"]
-
-
-def skip_without(op: str, backend: str) -> None:
-    if reason := protoclip.backends(op)[backend]:
-        pytest.skip(reason)
-
-
-class Assignment(NamedTuple):
-    points: Tensor  # [96, 40]
-    centroids: Tensor  # [512, 40]
-
-
-@pytest.fixture
-def tied() -> Assignment:
-    """The second half of the centroids is the first again: every label is a tie."""
-    torch.manual_seed(0)
-    points = torch.randn(96, 40)
-    half = torch.randn(256, 40)
-    return Assignment(points.to(DEVICE), torch.cat([half, half]).to(DEVICE))
-
-
-def assert_lowest_of_the_nearest(problem: Assignment, labels: Tensor) -> None:
-    """The lowest index of the least distance in fp64; no two differing ones are as near as fp32
-    could confuse."""
-    half = problem.centroids[:256].double()
-    expected = torch.cdist(problem.points.double(), half).argmin(dim=1)
-    wrong = (labels != expected).sum().item()
-    assert wrong == 0, f"{wrong} of {len(labels)} labels are not the nearest of lowest index"
-
-
-@pytest.mark.parametrize("backend", backends_of("kmeans_assign"))
-def test_labels_are_right_and_wrong_ones_fail(tied: Assignment, backend: str) -> None:
-    skip_without("kmeans_assign", backend)
-    labels, _ = protoclip.kmeans_assign(tied.points, tied.centroids, backend=backend)
-    assert_lowest_of_the_nearest(tied, labels)
-    without_a_tile = torch.cat([tied.centroids[:64], tied.centroids[128:256]])
-    row = torch.cdist(tied.points, without_a_tile).argmin(dim=1)
-    a_tile_skipped = row + 64 * (row >= 64)
-    for wrong in (labels + 256, a_tile_skipped):
-        with pytest.raises(AssertionError, match="not the nearest of lowest index"):
-            assert_lowest_of_the_nearest(tied, wrong)
-
-
-class Segments(NamedTuple):
-    values: Tensor  # [600, 20]
-    labels: Tensor  # [600], of three segments
-
-
-@pytest.fixture
-def segments() -> Segments:
-    torch.manual_seed(0)
-    return Segments(torch.randn(600, 20).to(DEVICE) + 3, (torch.arange(600) % 3).to(DEVICE))
-
-
-def assert_means(segments: Segments, means: Tensor, counts: Tensor) -> None:
-    """Sums of at most 512 terms in fp32, each mean's error within its worst case."""
-    chosen = torch.nn.functional.one_hot(segments.labels, 3).double()  # [N, K]
-    expected_counts = chosen.sum(0)
-    truth = chosen.T @ segments.values.double() / expected_counts[:, None]
-    size = chosen.T @ segments.values.double().abs() / expected_counts[:, None]
-    assert torch.equal(counts, expected_counts.long()), "counts"
-    allowed = 512 * torch.finfo(torch.float32).eps / 2 * size
-    assert ((means.double() - truth).abs() <= allowed).all(), "means are off"
-
-
-@pytest.mark.parametrize("backend", backends_of("segment_mean"))
-def test_means_are_right_and_wrong_ones_fail(segments: Segments, backend: str) -> None:
-    skip_without("segment_mean", backend)
-    means, counts = protoclip.segment_mean(segments.values, segments.labels, 3, backend=backend)
-    assert_means(segments, means, counts)
-    segment = segments.labels[7]
-    share_of_a_row = torch.zeros_like(means)
-    share_of_a_row[segment] = segments.values[7] / counts[segment]
-    for wrong in (means - share_of_a_row, means + share_of_a_row):
-        with pytest.raises(AssertionError, match="means are off"):
-            assert_means(segments, wrong, counts)
-    with pytest.raises(AssertionError, match="counts"):
-        assert_means(segments, means, counts + 1)

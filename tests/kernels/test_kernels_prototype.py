@@ -1,15 +1,14 @@
-"""Triton prototype cross-entropy and soft targets against fp64, on a GPU or in the interpreter."""
+"""Prototype cross-entropy where little is left of its numbers, in Triton, on a GPU or in the
+interpreter, and on the other backends."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import Results, leaf, loss_and_gradients
+from kernel_features import DEVICE
 from op_table import (
-    FUSED_DTYPES as DTYPES,
-)
-from op_table import (
+    FUSED_DTYPES,
     Size,
     assert_as_formula,
     make_prototype_cross_entropy,
@@ -17,80 +16,23 @@ from op_table import (
 from torch import Tensor
 
 import protoclip
-from protoclip.ops import Bank
 
-pytestmark = pytest.mark.skipif(
-    protoclip.backends("soft_targets")["triton"] is not None,
-    reason=str(protoclip.backends("soft_targets")["triton"]),
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REASON = protoclip.backends("soft_targets")["triton"]
+needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+EACH_BACKEND = [
+    (name, DEVICE if name == "triton" else "cpu")
+    for name, reason in protoclip.backends("prototype_cross_entropy").items()
+    if reason is None
+]
+each_backend_and_device = pytest.mark.parametrize("backend, device", EACH_BACKEND)
 
 
 def unit(*shape: int, dtype: torch.dtype) -> Tensor:
     return F.normalize(torch.randn(shape, device=DEVICE), dim=-1).to(dtype)
 
 
-# No label, one, most of them; every reduction and dtype in one pass and in waves.
-@pytest.mark.parametrize("d", [8, 300], ids=["one pass", "in waves"])
-@pytest.mark.parametrize(
-    "reduction, dtype, labelled",
-    [
-        ("mean", torch.float32, 0),
-        ("mean", torch.float32, 1),
-        ("mean", torch.float32, 60),
-        ("sum", torch.bfloat16, 0),
-        ("sum", torch.bfloat16, 60),
-        ("mean", torch.float16, 60),
-    ],
-    ids=str,
-)
-def test_the_loss_of_a_batch_is_that_of_its_samples(
-    reduction: str, dtype: torch.dtype, d: int, labelled: int
-) -> None:
-    """The kernels reduce it themselves, and multiply by the upstream gradient."""
-    torch.manual_seed(0)
-    values = {
-        "features": unit(70, d, dtype=dtype),
-        "prototypes": unit(33, d, dtype=dtype),
-        "logit_scale": torch.tensor(20.0, device=DEVICE),
-    }
-    labels = torch.randint(0, 33, (70,), device=DEVICE)
-    labels[labelled:] = -100
-
-    def run(asked: str) -> Results:
-        leaves = {name: leaf(value) for name, value in values.items()}
-        loss = protoclip.prototype_cross_entropy(
-            **leaves, labels=labels, reduction=asked, backend="triton"
-        )
-        if asked == "none":
-            loss = loss.sum() / max(labelled, 1) if reduction == "mean" else loss.sum()
-        return loss_and_gradients(loss * 3, **leaves)
-
-    rounding = torch.finfo(dtype).eps
-    torch.testing.assert_close(run(reduction), run("none"), rtol=2 * rounding, atol=rounding / 8)
-
-
-@pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (0.0, [0, 0])])
-def test_nearest_is_the_lowest_index_of_a_tie(logit_scale: float, expected: list[int]) -> None:
-    prototypes = torch.eye(2, device=DEVICE).repeat(200, 1)  # each 200 times, over many tiles
-    features = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=DEVICE)
-    bank = Bank(prototypes, torch.tensor([0, 1], device=DEVICE))
-    scale = torch.tensor(logit_scale, device=DEVICE)  # a negative Python number is refused
-    losses = protoclip.prototype_losses(features, [bank], scale, backend="triton")
-    assert losses.nearest[0].tolist() == expected
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [16, 300])
-def test_a_scale_of_zero_still_has_a_gradient(d: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    call = make_prototype_cross_entropy(Size(20, 60, d), dtype, logit_scale=0.0)
-    got = call.results("triton", DEVICE)["dlogit_scale"]
-    truth = call.plain(torch.float64).values["dlogit_scale"]
-    assert (got - truth).abs() <= 1e-5 * truth.abs()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@needs_triton
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
 def test_a_loss_near_zero_does_not_cancel(dtype: torch.dtype) -> None:
     prototypes = F.normalize(torch.eye(100, 100) + 0.03 * torch.rand(100, 100)).to(DEVICE, dtype)
 
@@ -108,6 +50,7 @@ def test_a_loss_near_zero_does_not_cancel(dtype: torch.dtype) -> None:
     assert (rows(prototypes, "triton") - truth).abs().max() <= 1e-7
 
 
+@needs_triton
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bad_numbers_and_labels_make_their_own_losses_non_finite(
@@ -132,6 +75,7 @@ def test_bad_numbers_and_labels_make_their_own_losses_non_finite(
     assert not hidden.any()
 
 
+@needs_triton
 def test_the_scratch_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from protoclip.kernels import prototype_cross_entropy
 
@@ -140,6 +84,7 @@ def test_the_scratch_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert_as_formula(call, "triton", DEVICE)
 
 
+@needs_triton
 def test_the_grid_holds_more_than_four_million_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card takes 2^31 - 1 programs on the first axis of a grid, but 65,535 on the others."""
     kernels = pytest.importorskip("protoclip.kernels.prototype_cross_entropy")
@@ -156,3 +101,37 @@ def test_the_grid_holds_more_than_four_million_prototypes(monkeypatch: pytest.Mo
     kernels.weights(q[:1].expand(5_000_000, 16), q, scale, torch.zeros(5_000_000))
     assert all(grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
     assert len(grids) == 2
+
+
+@each_backend_and_device
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_batch_without_labels_costs_nothing(backend: str, device: str, reduction: str) -> None:
+    call = make_prototype_cross_entropy(Size(20, 30, 8), torch.float32, reduction=reduction)
+    call.constants["labels"].fill_(-100)
+    assert all((value == 0).all() for value in call.results(backend, device).values())
+
+
+@each_backend_and_device
+@pytest.mark.parametrize("logit_scale, expected", [(10.0, [1, 0]), (0.0, [0, 0])])
+def test_nearest_is_the_lowest_index_of_a_tie(
+    backend: str, device: str, logit_scale: float, expected: list[int]
+) -> None:
+    copies = 200 if backend == "triton" else 600  # over many tiles
+    prototypes = torch.eye(2, device=device).repeat(copies, 1)
+    features = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=device)
+    bank = protoclip.Bank(prototypes, torch.tensor([0, 1], device=device))
+    scale = torch.tensor(logit_scale, device=device)
+    losses = protoclip.prototype_losses(features, [bank], scale, backend=backend)
+    assert losses.nearest[0].tolist() == expected
+
+
+@each_backend_and_device
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
+@pytest.mark.parametrize("size", [Size(3, 300, 16), Size(20, 300, 16), Size(20, 60, 300)], ids=str)
+def test_a_scale_of_zero_still_has_a_gradient(
+    backend: str, device: str, size: Size, dtype: torch.dtype
+) -> None:
+    call = make_prototype_cross_entropy(size, dtype, logit_scale=0.0)
+    got = call.results(backend, device)["dlogit_scale"]
+    truth = call.plain(torch.float64).values["dlogit_scale"]
+    assert abs(got - truth) <= 1e-5 * truth.abs()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,17 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from budget import PlainResults, Results, assert_results_within_budget, leaf, loss_and_gradients
+from budget import Results, assert_same_bits, leaf, loss_and_gradients
 from open_clip import loss as open_clip_loss
 from ranks import in_group
+from room import Made
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
-
-CPU = protoclip.backends("SigLipLoss")["cpu"]
-needs_cpu = pytest.mark.skipif(CPU is not None, reason=str(CPU))
 
 
 class Pairs(NamedTuple):
@@ -55,12 +52,15 @@ def computed(
     return loss_and_gradients(loss(**leaves), **leaves)
 
 
-def assert_same(got: Results, expected: Results, tolerance: float = 2e-5) -> None:
+def assert_same(
+    got: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float = 2e-5
+) -> None:
+    """Of tensors or arrays."""
     assert got.keys() == expected.keys()
     assert abs(got["loss"] - expected["loss"]) <= tolerance * max(1, abs(expected["loss"]))
     for name in got.keys() - {"loss"}:
-        gradient = got[name]
-        other = expected[name]
+        gradient = torch.as_tensor(got[name])
+        other = torch.as_tensor(expected[name])
         assert gradient.shape == other.shape and gradient.dtype == other.dtype, name
         size = max(other.abs().max(), 1e-3)
         assert (gradient - other).abs().max() <= tolerance * size, name
@@ -107,17 +107,6 @@ def smoothed(base: type[nn.Module]) -> type[nn.Module]:
     return Smoothed
 
 
-@pytest.mark.parametrize("logit_bias", [None, torch.tensor(-10.0)])
-def test_subclasses_find_logits_and_labels(logit_bias: Tensor | None) -> None:
-    logit_scale = torch.tensor(14.3)
-    ours = smoothed(protoclip.ClipLoss)()
-    theirs = smoothed(open_clip_loss.ClipLoss)()
-    assert_same(
-        computed(ours, features(), logit_scale=logit_scale, logit_bias=logit_bias),
-        computed(theirs, features(), logit_scale=logit_scale, logit_bias=logit_bias),
-    )
-
-
 def with_a_margin(base: type[nn.Module]) -> type[nn.Module]:
     """A loss of somebody who changed OpenCLIP's logits, and not its forward."""
 
@@ -140,34 +129,25 @@ def with_the_next_text(base: type[nn.Module]) -> type[nn.Module]:
     return WithTheNextText
 
 
-@pytest.mark.parametrize("changed", [with_a_margin, with_the_next_text])
+@pytest.mark.parametrize(
+    "changed, logit_bias",
+    [
+        (smoothed, None),
+        (smoothed, torch.tensor(-10.0)),
+        (with_a_margin, None),
+        (with_the_next_text, None),
+    ],
+)
 def test_a_subclass_gets_the_loss_of_its_own_logits_and_positives(
-    changed: Callable[[type[nn.Module]], type[nn.Module]],
+    changed: Callable[[type[nn.Module]], type[nn.Module]], logit_bias: Tensor | None
 ) -> None:
     ours = changed(protoclip.ClipLoss)()
-    scale = torch.tensor(14.3)
-    got = computed(ours, features(), logit_scale=scale)
-    assert_same(got, computed(changed(open_clip_loss.ClipLoss)(), features(), logit_scale=scale))
-    with pytest.raises(ValueError, match="expected no ids with a get_logits"):
-        ours(*features(), scale, ids=torch.arange(48))
-
-
-@pytest.mark.parametrize(
-    "ids, remedy",
-    [
-        (list(range(48)), r"got list; use torch.as_tensor\(ids\), in int64 or another integer"),
-        (np.arange(48), r"got ndarray; use torch.as_tensor\(ids\), in int64 or another integer"),
-        (True, r"got bool; use torch.as_tensor\(ids\), in int64 or another integer"),
-        (torch.ones(48) > 0, r"int64 or another integer dtype, got torch.bool; use ids.long\(\)"),
-    ],
-    ids=["list", "array", "bool", "bool tensor"],
-)
-def test_ids_of_another_type_are_refused_with_the_way_to_convert_them(
-    ids: Any, remedy: str
-) -> None:
-    for loss in (protoclip.ClipLoss(), protoclip.SigLipLoss()):
-        with pytest.raises(TypeError, match=f"expected ids as .*{remedy}"):
-            loss(*features(), torch.tensor(3.0), torch.tensor(-1.0), ids=ids)
+    theirs = changed(open_clip_loss.ClipLoss)()
+    scalars = {"logit_scale": torch.tensor(14.3), "logit_bias": logit_bias}
+    assert_same(computed(ours, features(), **scalars), computed(theirs, features(), **scalars))
+    if changed is not smoothed:  # whose forward is its own
+        with pytest.raises(ValueError, match="expected no ids with a get_logits"):
+            ours(*features(), 14.3, ids=torch.arange(48))
 
 
 def test_a_subclass_of_siglip_with_its_own_logits_is_refused() -> None:
@@ -218,38 +198,19 @@ def test_flags_that_are_not_supported_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["ClipLoss", "ProtoClipLoss", "SigLipLoss"])
-def test_scale_and_bias_may_be_numbers(name: str) -> None:
+def test_scale_and_bias_may_be_numbers_and_nothing_else(name: str) -> None:
     loss = getattr(protoclip, name)()
     image, text = features()
     expected = loss(image, text, torch.tensor(10.0), torch.tensor(-3.0))
     assert torch.equal(loss(image, text, 10.0, -3.0), expected)
     with pytest.raises(TypeError, match="expected logit_bias as a number"):
         loss(image, text, 10.0, "-3")
-
-
-@pytest.mark.parametrize(
-    ("scale", "error", "words"),
-    [
-        (-1.0, ValueError, "is the multiplier, not its logarithm; got -1"),
-        (torch.tensor(-5.0), ValueError, "is the multiplier, not its logarithm; got -5"),
-        (nn.Parameter(torch.tensor([-5.0])), ValueError, "is the multiplier, .*; got -5"),
-        (float("nan"), ValueError, "as a number, got nan"),
-        (True, TypeError, "as a number or a Tensor of shape .* got bool"),
-        (np.bool_(True), TypeError, "as a number or a Tensor of shape .* got bool"),
-    ],
-)
-def test_a_scale_that_is_none_is_refused(scale: Any, error: type[Exception], words: str) -> None:
-    image, text = features()
-    labels = torch.arange(48) % 5
-    for compute in (
-        lambda: protoclip.info_nce(image, text, scale),
-        lambda: protoclip.sup_con(image, labels, scale),
-        lambda: protoclip.ClipLoss()(image, text, scale),
-        lambda: protoclip.SigLipLoss()(image, text, scale, -3.0),
-        lambda: protoclip.prototype_cross_entropy(image, text[:5], labels, scale),
-    ):
-        with pytest.raises(error, match=f"logit_scale {words}"):
-            compute()
+    with pytest.raises(TypeError, match="logit_scale as a number .* got bool"):
+        loss(image, text, True, -3.0)
+    with pytest.raises(ValueError, match="logit_scale is the multiplier, not its logarithm"):
+        loss(image, text, torch.tensor([-5.0]), -3.0)
+    with pytest.raises(TypeError, match=r"expected ids as .*got list; use torch.as_tensor\(ids\)"):
+        loss(image, text, 10.0, -3.0, ids=list(range(48)))
 
 
 def test_a_scale_that_is_traced_is_not_read() -> None:
@@ -286,53 +247,6 @@ def test_siglip_loss_is_open_clips(n: int) -> None:
         assert torch.allclose(ours(image, text, **scalars), theirs(image, text, **scalars))
 
 
-@needs_cpu
-@pytest.mark.parametrize("n, d", [(1, 1), (2, 17), (252, 123), (300, 64), (1101, 40)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("logit_scale, logit_bias", [(1.0, 0.0), (10.0, -10.0), (100.0, -20.0)])
-def test_the_sigmoid_loss_is_within_budget(
-    logit_scale: float, logit_bias: float, dtype: torch.dtype, n: int, d: int
-) -> None:
-    image, text = features(n, d, dtype)
-
-    def run(wide: torch.dtype, backend: str) -> Results:
-        at_least_fp32 = torch.promote_types(wide, torch.float32)
-        leaves = {
-            "image_features": leaf(image, wide),
-            "text_features": leaf(text, wide),
-            "logit_scale": leaf(logit_scale, at_least_fp32),
-            "logit_bias": leaf(logit_bias, at_least_fp32),
-        }
-        loss = protoclip.ops.sigmoid_loss(**leaves, reduction="sum", backend=backend)
-        return loss_and_gradients(loss, torch.tensor(-3.0), **leaves)
-
-    truth = run(torch.float64, "reference")
-    # A scalar's error is that of its terms: each has the rounding of a logit, and a softplus
-    # is some four roundings.
-    terms = 3 * n * (logit_scale + abs(logit_bias) + 1)
-    size = max(terms, 4 * truth["loss"].abs().item())
-    assert_results_within_budget(
-        run(dtype, "cpu"),
-        truth=PlainResults(truth, dlogit_scale_terms=size),
-        base=PlainResults(run(dtype, "reference"), dlogit_scale_terms=size),
-        logit_scale=0.0,
-        magnitudes={"loss": size, "dlogit_bias": size},
-    )
-
-
-@pytest.mark.parametrize("loss", [protoclip.SigLipLoss(), protoclip.ClipLoss()])
-def test_compiled_losses_have_the_same_bits(loss: nn.Module) -> None:
-    image, text = features(9, 6)
-    arguments = {
-        "image_features": leaf(image),
-        "text_features": leaf(text),
-        "logit_scale": leaf(torch.tensor([10.0])),
-        "logit_bias": leaf(torch.tensor([-10.0])),
-    }
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(**arguments), loss(**arguments))
-
-
 def test_the_gradient_of_siglip_in_fp16_does_not_pass_its_range() -> None:
     """The sum over a large batch has coordinates above 65,504, the mean has not."""
     n = 4096
@@ -351,26 +265,11 @@ def test_the_gradient_of_siglip_in_fp16_does_not_pass_its_range() -> None:
 
 
 @pytest.mark.parametrize("same_id", ["positive", "exclude"])
-def test_siglip_with_ids_is_its_formula(same_id: str) -> None:
-    """Every logit is a positive, a negative or left out."""
+def test_siglip_hands_ids_to_its_op(same_id: str) -> None:
     ids = torch.arange(48)[:, None] // torch.tensor([2, 12]) % torch.tensor([99, 2])
-    same = (ids[:, None] == ids).any(dim=2)
-    pairs = torch.eye(48, dtype=torch.bool)
-    positive = same if same_id == "positive" else pairs
-    seen = torch.ones_like(same) if same_id == "positive" else pairs | ~same
-
-    def formula(
-        image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor
-    ) -> Tensor:
-        logits = logit_scale * image_features @ text_features.T + logit_bias
-        losses = F.softplus(torch.where(positive, -logits, logits))
-        return losses.where(seen, 0).sum() / 48
-
-    def ours(**arguments: Tensor) -> Tensor:
-        return protoclip.SigLipLoss()(**arguments, ids=ids, same_id=same_id)
-
-    scalars = {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-8.0)}
-    assert_same(computed(ours, features(), **scalars), computed(formula, features(), **scalars))
+    arguments = (*features(), 10.0, -8.0)
+    got = protoclip.SigLipLoss()(*arguments, ids=ids, same_id=same_id)
+    assert_same_bits(got, protoclip.ops.sigmoid_loss(*arguments, ids=ids, same_id=same_id))
 
 
 # ---- over two ranks ----
@@ -447,34 +346,19 @@ def test_autocast_changes_no_bit(name: str) -> None:
 
 
 def test_distillation_forms_no_matrix() -> None:
-    n = 600
-    matrices: list[str] = []
-
-    class Results(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            results = function(*args, **(kwargs or {}))
-            for tensor in results if isinstance(results, tuple | list) else [results]:
-                if isinstance(tensor, Tensor) and tensor.ndim > 1 and min(tensor.shape[-2:]) >= n:
-                    matrices.append(str(function))
-            return results
-
-    x, y = (leaf(rows) for rows in features(n, 20))
-    of_images, of_texts = features(n, 31, seed=8)
-    loss = protoclip.losses.DistillClipLoss()
-    with Results():
-        terms = loss(x, y, 30.0, of_images, of_texts, 40.0, output_dict=True)
-        terms["distill_loss"].backward()
-    assert not matrices
+    x, y = (leaf(rows) for rows in features(600, 20))
+    of_images, of_texts = features(600, 31, seed=8)
     teachers_scale = torch.tensor(40.0, requires_grad=True)
-    loss(x, y, 30.0, of_images, of_texts, teachers_scale, output_dict=True)[
-        "distill_loss"
-    ].backward()
+
+    def matrices(loss: nn.Module) -> int:
+        with Made() as made:
+            terms = loss(x, y, 30.0, of_images, of_texts, teachers_scale, output_dict=True)
+            terms["distill_loss"].backward()
+        return sum(len(shape) > 1 and min(shape[-2:]) >= 600 for shape in made.shapes)
+
+    assert matrices(protoclip.losses.DistillClipLoss()) == 0
     assert teachers_scale.grad is None
-    with Results():
-        open_clip_loss.DistillClipLoss()(x, y, 30.0, of_images, of_texts, 40.0)
-    assert len(matrices) > 4
+    assert matrices(open_clip_loss.DistillClipLoss()) > 4
 
 
 @dataclass(frozen=True)
@@ -495,9 +379,10 @@ class Case:
 
 
 CASES = {
-    f"ClipLoss, local {local}, with_grad {with_grad}": Case(
-        "ClipLoss", {"local_loss": local, "gather_with_grad": with_grad}
+    f"{name}, local {local}, with_grad {with_grad}": Case(
+        name, {"local_loss": local, "gather_with_grad": with_grad}
     )
+    for name in ("ClipLoss", "CoCaLoss", "DistillClipLoss")
     for local in (False, True)
     for with_grad in (False, True)
 }
@@ -510,14 +395,6 @@ CASES |= {
 CASES |= {
     f"SigLipLoss, {implementation}": Case("SigLipLoss", {"dist_impl": implementation})
     for implementation in ("bidir", "shift", "reduce", "gather")
-}
-CASES |= {
-    f"{name}, local {local}, with_grad {with_grad}": Case(
-        name, {"local_loss": local, "gather_with_grad": with_grad}
-    )
-    for name in ("CoCaLoss", "DistillClipLoss")
-    for local in (False, True)
-    for with_grad in (False, True)
 }
 LOCAL_WITH_GRADIENTS = "local True, with_grad True"
 SCALARS = {
@@ -541,16 +418,26 @@ def warnings_without_a_rank() -> dict[str, list[str]]:
     return words
 
 
+Arrays = dict[str, np.ndarray]  # results that a process can send
+
+
 class RankResults(NamedTuple):
     """Of one rank, by case; ``with_ids``: of ours, by the name of the loss."""
 
-    ours: dict[str, Results]
-    theirs: dict[str, Results]
-    with_ids: dict[str, Results]
+    ours: dict[str, Arrays]
+    theirs: dict[str, Arrays]
+    with_ids: dict[str, Arrays]
     warned: dict[str, list[str]]
 
 
-def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Results]:
+def arrays(
+    loss: Callable[..., Tensor], pairs: Pairs, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Arrays:
+    results = computed(loss, pairs, logit_scale=logit_scale, logit_bias=logit_bias)
+    return {name: value.numpy() for name, value in results.items()}
+
+
+def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Arrays]:
     """Of some of 40 pairs, whose ids are those of others too."""
     image, text = features(40, 12)
     ids = torch.arange(40) % 13
@@ -563,7 +450,7 @@ def results_with_ids(mine: slice = slice(None), **ranks: int) -> dict[str, Resul
         return lambda **arguments: loss(**arguments, ids=ids[mine])
 
     return {
-        name: computed(with_ids(loss), Pairs(image[mine], text[mine]), **SCALARS[name])
+        name: arrays(with_ids(loss), Pairs(image[mine], text[mine]), **SCALARS[name])
         for name, loss in losses.items()
     }
 
@@ -574,52 +461,23 @@ def of_rank() -> RankResults:
     image, text = features(40, 12)
     pairs = Pairs(image[mine], text[mine])
 
-    def of_module(module: Any) -> dict[str, Results]:
+    def of_module(module: Any) -> dict[str, Arrays]:
         return {
-            name: computed(case.loss(module, rank), pairs, **SCALARS_OF[case.name])
+            name: arrays(case.loss(module, rank), pairs, **SCALARS_OF[case.name])
             for name, case in CASES.items()
         }
 
-    results = RankResults(
+    return RankResults(
         ours=of_module(protoclip.losses),
         theirs=of_module(open_clip_loss),
         with_ids=results_with_ids(mine, rank=rank, world_size=2),
         warned=warnings_without_a_rank(),
     )
-    return RankResults(
-        ours=as_arrays(results.ours),
-        theirs=as_arrays(results.theirs),
-        with_ids=as_arrays(results.with_ids),
-        warned=results.warned,
-    )
-
-
-def as_arrays(results_by_case: dict[str, Results]) -> dict[str, Any]:
-    """A process can send them."""
-    return {
-        case: {name: value.numpy() for name, value in results.items()}
-        for case, results in results_by_case.items()
-    }
-
-
-def as_tensors(arrays_by_case: dict[str, Any]) -> dict[str, Results]:
-    return {
-        case: {name: torch.as_tensor(array) for name, array in arrays.items()}
-        for case, arrays in arrays_by_case.items()
-    }
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[RankResults]:
-    return [
-        RankResults(
-            ours=as_tensors(results.ours),
-            theirs=as_tensors(results.theirs),
-            with_ids=as_tensors(results.with_ids),
-            warned=results.warned,
-        )
-        for results in in_group(2, of_rank)
-    ]
+    return in_group(2, of_rank)
 
 
 @pytest.mark.parametrize("name", SCALARS)
@@ -644,14 +502,8 @@ def test_ids_over_two_ranks_are_those_of_one_process(
     first, second = (results.with_ids[name] for results in two_ranks)
     over_ranks = {"loss": (first["loss"] + second["loss"]) / 2}
     for gradient in ("dimage_features", "dtext_features"):
-        over_ranks[gradient] = torch.cat([first[gradient], second[gradient]]) / 2
+        over_ranks[gradient] = np.concatenate([first[gradient], second[gradient]]) / 2
     assert_same(over_ranks, {result: whole[result] for result in over_ranks})
-
-
-def test_ids_make_a_difference() -> None:
-    image, text = features(40, 12)
-    without_ids = protoclip.ClipLoss()(image, text, SCALARS["ClipLoss"]["logit_scale"])
-    assert abs(results_with_ids()["ClipLoss"]["loss"] - without_ids) > 0.01
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -667,6 +519,6 @@ def test_two_ranks_have_open_clips_losses_and_gradients(
         assert_same(our_rank, their_rank)
 
 
-def with_mean_of_scale_gradients(ranks: list[Results]) -> list[Results]:
+def with_mean_of_scale_gradients(ranks: list[Arrays]) -> list[Arrays]:
     mean = sum(results["dlogit_scale"] for results in ranks) / len(ranks)
     return [results | {"dlogit_scale": mean} for results in ranks]

@@ -82,7 +82,9 @@ def test_the_training_loss_of_siglip_takes_ids() -> None:
     torch.testing.assert_close(batch.loss(batch.ids, bias), with_ids)
 
 
-def test_train_counts_shared_captions_where_it_leaves_them_out(tmp_path: Path) -> None:
+def test_train_counts_shared_captions_where_it_leaves_them_out(
+    tmp_path: Path, nano: Path, no_evaluation: None
+) -> None:
     """With a seed the first batch is the same. Captions are hashed only where --dedup wants it."""
     rows = []
     for number in range(64):
@@ -95,7 +97,7 @@ def test_train_counts_shared_captions_where_it_leaves_them_out(tmp_path: Path) -
         assert main([
             "--train-data", table, "--batch-size", "32", "--report-to", "none",
             "--method", "clip", "--max-steps", "2", "--val-frequency", "0",
-            "--model", "protoclip-tiny", "--dedup", dedup,
+            "--model", str(nano), "--dedup", dedup,
             "--logs", str(tmp_path), "--name", dedup,
         ]) == 0  # fmt: skip
         first_record[dedup] = metrics(tmp_path / dedup)[0]
@@ -109,7 +111,7 @@ def test_train_counts_shared_captions_where_it_leaves_them_out(tmp_path: Path) -
         assert "share their caption" not in log[dedup]
     loss = {dedup: record["loss"] for dedup, record in first_record.items()}
     assert loss["id"] == pytest.approx(loss["off"], rel=1e-5)
-    assert loss["caption"] < loss["off"] - 0.01
+    assert loss["caption"] < loss["off"] - 0.001
 
 
 class CLIPTask(nn.Module):

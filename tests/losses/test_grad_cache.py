@@ -62,25 +62,15 @@ def tower() -> Tower:
     return Tower().double()
 
 
-def as_input(batch: Tensor, form: str) -> Any:
-    """A batch as the tower takes it in each form."""
-    if form == "tensor":
-        return batch
-    if form == "tuple":
-        return (batch, True)
-    return {"x": batch, "mask": torch.ones(len(batch), dtype=batch.dtype)}
-
-
-def features_of(outputs: Any, form: str) -> Tensor:
-    """The features among the tower's outputs in each form."""
-    if form == "tensor":
-        return outputs
-    if form == "tuple":
-        return outputs[0]
-    return outputs["x"]
-
-
-FORMS = ["tensor", "tuple", "dict"]
+# A batch as the tower takes it in each form, and the features among the tower's outputs.
+FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda batch: batch, lambda outputs: outputs),
+    "tuple": (lambda batch: (batch, True), lambda outputs: outputs[0]),
+    "dict": (
+        lambda batch: {"x": batch, "mask": torch.ones(len(batch), dtype=batch.dtype)},
+        lambda outputs: outputs["x"],
+    ),
+}
 
 
 @pytest.mark.smoke
@@ -88,6 +78,7 @@ FORMS = ["tensor", "tuple", "dict"]
 def test_gradients_are_those_of_the_chunks_in_one_graph(tower: Tower, form: str) -> None:
     """A shared encoder, dropout, chunks that do not divide the batch, a hook on a parameter."""
     image, text = random_pairs()
+    as_input, features_of = FORMS[form]
     torch.manual_seed(1)
     expected_x = torch.cat([tower(chunk) for chunk in image.split(4)])
     expected_y = torch.cat([tower(chunk) for chunk in text.split(3)])
@@ -96,10 +87,10 @@ def test_gradients_are_those_of_the_chunks_in_one_graph(tower: Tower, form: str)
     tower.body[0].weight.register_hook(lambda grad: grad * 1.0)  # fails without a gradient
     torch.manual_seed(1)
     of_image, of_text = protoclip.grad_cache(
-        [tower, tower], [as_input(image, form), as_input(text, form)], [4, 3]
+        [tower, tower], [as_input(image), as_input(text)], [4, 3]
     )
-    x = features_of(of_image, form)
-    y = features_of(of_text, form)
+    x = features_of(of_image)
+    y = features_of(of_text)
     assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
     log_scale = tower.log_scale
     if form == "tuple":
@@ -248,15 +239,14 @@ def test_a_parameter_changed_before_backward_is_refused(
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_changed_before_backward_is_refused(tower: Tower, form: str) -> None:
     image, text = random_pairs()
-    of_image, of_text = protoclip.grad_cache(
-        [tower, tower], [as_input(image, form), as_input(text, form)], 4
-    )
+    as_input, features_of = FORMS[form]
+    outputs = protoclip.grad_cache([tower, tower], [as_input(image), as_input(text)], 4)
     text.neg_()
     words = r"tensor in a batch of shape \[\d, 6\]"
     if form == "tensor":  # of which torch itself knows
         words = "modified by an inplace"
     with pytest.raises(RuntimeError, match=words):
-        loss_of(features_of(of_image, form), features_of(of_text, form), tower.log_scale).backward()
+        loss_of(*map(features_of, outputs), tower.log_scale).backward()
 
 
 def test_what_no_gradient_depends_on_may_change(tower: Tower) -> None:
@@ -435,8 +425,7 @@ CASES = ["lambdas", "used directly", "unused", "towers", "accumulate", "frozen",
 
 
 def every_case() -> dict[str, RankResult]:
-    results = {case: on_two_ranks(case) for case in CASES}
-    return results
+    return {case: on_two_ranks(case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -467,29 +456,34 @@ def small_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
+def losses_of_three_steps(model: nn.Module, next_loss: Callable[[], Tensor]) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = next_loss()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def train_sharded() -> list[float]:
     """FSDP2: losses of three steps; a step before backward is refused."""
     model = small_model()
     for part in (model[0], model[2], model):
         fully_shard(part)
         part.set_force_sum_reduction_for_comms(True)  # gloo of torch 2.8 sums for an average
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def next_loss() -> Tensor:
-        optimizer.zero_grad()
         x, y = protoclip.grad_cache([model, model], list(random_pairs(torch.float32)), 4)
         return loss_of(x, y, 1.0)
 
-    losses = []
-    for _ in range(3):
-        loss = next_loss()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_three_steps(model, next_loss)
     loss = next_loss()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
     with pytest.raises(RuntimeError, match="grad_cache: expected backward"):
         loss.backward()
     return losses
@@ -497,14 +491,7 @@ def train_sharded() -> list[float]:
 
 def test_sharded_parameters_train_and_may_not_change_before_backward() -> None:
     model = small_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    on_one_process = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        image, text = random_pairs(torch.float32)
-        loss = loss_of(model(image), model(text), 1.0)
-        loss.backward()
-        optimizer.step()
-        on_one_process.append(loss.item())
+    image, text = random_pairs(torch.float32)
+    expected = losses_of_three_steps(model, lambda: loss_of(model(image), model(text), 1.0))
     for losses in in_group(2, train_sharded):
-        assert losses == pytest.approx(on_one_process, rel=1e-5)
+        assert losses == pytest.approx(expected, rel=1e-5)

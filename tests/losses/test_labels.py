@@ -13,30 +13,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from ranks import TINY, config_of, in_group, metrics
+from ranks import TINY, in_group, metrics
+from steps import trainer_of
 from torch import Tensor
 
 from protoclip import distributed, train
-from protoclip.common.phases import Phases
 from protoclip.data import open_dataset
-from protoclip.data.loader import EpochOrder
 from protoclip.episodes.feature_store import NEVER
 from protoclip.losses import ProtoClipLoss, prototypes
 from protoclip.losses.online import balanced_labels
 from protoclip.model import Encoded, build_model
 from protoclip.ops.checks import LEFT_OUT
 from protoclip.runs import checkpoint
-from protoclip.runs.run_folder import NullRunFolder
-from protoclip.settings.config import ProtoConfig
+from protoclip.settings.config import ModelConfig, ProtoConfig
 from protoclip.training.loop import Trainer
-from protoclip.training.run import Run
-from protoclip.training.schedule import make_plan
 
 SAMPLES = 48
 BATCH = 12
 STEPS = 11
 NOISY_STEP = 9  # in the third pass over the data: every sample has a stored row
-CPU = torch.device("cpu")
 CALLER = prototypes  # the module that calls prototype_losses
 
 
@@ -71,30 +66,22 @@ def tiny_trainer(folder: Path, flags: list[str]) -> Trainer:
     """With prototypes of its own and of a teacher of random features."""
     model_file = folder / f"model-{distributed.rank()}.json"
     model_file.write_text(json.dumps(TINY))
-    config = config_of(
-        "--model", str(model_file), "--batch-size", str(BATCH // distributed.world_size()),
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(model=str(model_file)))
+    words = [
+        "--method", "protoclip", "--batch-size", str(BATCH // distributed.world_size()),
         "--max-steps", str(STEPS), "--infonce-warmup-epoch", "1", "--k", "4",
         "--w-proto", "1", *flags,
-    )  # fmt: skip
-    dataset = open_dataset(f"builtin:shapes:{SAMPLES}")
-    torch.manual_seed(0)
-    model = build_model(config.model)
-    teacher = torch.randn(len(dataset), 5)
-    plan = make_plan(config, len(dataset))
+    ]  # fmt: skip
     (folder / "checkpoints").mkdir(exist_ok=True)
-    run = Run(
-        config=config,
-        plan=plan,
-        dataset=dataset,
-        order=EpochOrder(dataset),
-        model=model,
-        device=CPU,
-        precision="fp32",
-        folder=NullRunFolder(folder),
-        phases=Phases(CPU),
-        teacher=teacher,
+    return trainer_of(
+        model,
+        None,
+        *words,
+        dataset=open_dataset(f"builtin:shapes:{SAMPLES}"),
+        folder=folder,
+        teacher=torch.randn(SAMPLES, 5),
     )
-    return Trainer(run)
 
 
 def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list[np.ndarray]]:
@@ -120,8 +107,7 @@ def labels_of_run(folder: Path, flags: list[str], noisy: bool) -> dict[int, list
 
 
 def calm_and_noisy(folder: Path, flags: list[str]) -> list[dict[int, list[np.ndarray]]]:
-    runs = [labels_of_run(folder, flags, noisy) for noisy in (False, True)]
-    return runs
+    return [labels_of_run(folder, flags, noisy) for noisy in (False, True)]
 
 
 MODES = {

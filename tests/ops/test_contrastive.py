@@ -4,17 +4,16 @@ of the sets, and what takes no memory."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from budget import leaf, loss_and_gradients, usable
-from op_table import Draw, Size, relation_of
+from op_table import Draw, Size
+from room import Made
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import protoclip
 
@@ -28,31 +27,13 @@ D = 24
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(shape, generator=generator), dim=-1).to(dtype)
+    return Draw(seed).unit(*shape).to(dtype)
 
 
 def features(n: int, m: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Queries and keys that are alike for i = j, all in a cone as CLIP's are."""
     queries, keys = Draw(0).pairs(Size(n, m, d), "cone")
     return queries.to(dtype), keys.to(dtype)
-
-
-class LargestResult(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 # ---- by hand, and by torch ----
@@ -155,25 +136,18 @@ def test_contrastive_with_label_smoothing_is_torchs(backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_query_alone_with_its_key_costs_exactly_nothing(backend: str, dtype: torch.dtype) -> None:
-    queries, keys = features(150, 300, 20, dtype)
-    leaves = {"queries": leaf(queries), "keys": leaf(keys)}
-    alike = torch.zeros(300, dtype=torch.int64)
-    loss = protoclip.contrastive(
-        **leaves, logit_scale=100.0, key_ids=alike, reduction="none", backend=backend
-    )
-    results = loss_and_gradients(loss, **leaves)
-    assert all((value == 0).all() for value in results.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_pair_whose_id_all_others_share_costs_exactly_nothing(dtype: torch.dtype) -> None:
-    image, text = features(150, 150, 20, dtype)
-    leaves = {"image": leaf(image), "text": leaf(text)}
-    ids = torch.zeros(150, dtype=torch.int64)
-    loss = protoclip.info_nce(leaves["image"], leaves["text"], 100.0, ids=ids)
-    results = loss_and_gradients(loss, **leaves)
-    assert all((value == 0).all() for value in results.values())
+def test_a_pair_whose_id_all_others_share_costs_exactly_nothing(
+    dtype: torch.dtype, backend: str
+) -> None:
+    for loss, keys, name in (
+        (protoclip.contrastive, 300, "key_ids"),
+        (protoclip.info_nce, 150, "ids"),
+    ):
+        x, y = (leaf(rows) for rows in features(150, keys, 20, dtype))
+        alike = {name: torch.zeros(keys, dtype=torch.int64)}
+        losses = loss(x, y, 100.0, **alike, reduction="none", backend=backend)
+        results = loss_and_gradients(losses, x=x, y=y)
+        assert all((value == 0).all() for value in results.values())
 
 
 # ---- what is left out, missing or out of range ----
@@ -189,20 +163,20 @@ def test_what_is_left_out_must_be_finite(where: str, bad: float, backend: str) -
     positives = torch.tensor([0, 1, -100, 3, 4, 5])
     key_bias = torch.tensor([0.0, 0, 0, 0, 0, 0, -math.inf])
 
-    def results() -> list[Tensor]:
-        x = leaf(queries)
-        y = leaf(keys)
+    def is_finite() -> bool:
+        x, y = leaf(queries), leaf(keys)
         loss = protoclip.contrastive(
             x, y, 10.0, positives=positives, key_bias=key_bias, backend=backend
         )
-        return [loss.detach(), *torch.autograd.grad(loss, (x, y))]
+        results = loss_and_gradients(loss, x=x, y=y)
+        return all(result.isfinite().all() for result in results.values())
 
-    assert all(result.isfinite().all() for result in results())
+    assert is_finite()
     if where == "query":
         queries[2, 3] = bad
     else:
         keys[6, 3] = bad
-    assert not all(result.isfinite().all() for result in results())
+    assert not is_finite()
 
 
 @each_backend
@@ -217,50 +191,38 @@ def test_keys_that_are_all_absent_have_a_loss_of_zero(backend: str) -> None:
     assert all((value == 0).all() for value in results.values())
 
 
-@dataclass(frozen=True)
-class Sizes:
-    queries: int
-    keys: int
-    negatives: int
-    all_keys_absent: bool = False
-
-
 @each_backend
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        Sizes(queries=0, keys=5, negatives=2, all_keys_absent=True),
-        Sizes(queries=5, keys=0, negatives=2, all_keys_absent=True),
-        Sizes(queries=5, keys=7, negatives=0),
-        Sizes(queries=0, keys=0, negatives=0),
-        Sizes(queries=5, keys=7, negatives=2, all_keys_absent=True),
+    "queries, keys, negatives, bias, positions",
+    [  # a bias of -inf: all keys are absent
+        (0, 5, 2, -torch.inf, (1, -100)),
+        (5, 0, 2, -torch.inf, (-100,)),
+        (5, 7, 0, 0.0, (1,)),
+        (0, 0, 0, 0.0, (-100,)),
+        (5, 7, 2, -torch.inf, (1, -100)),
     ],
-    ids=str,
 )
-def test_options_where_there_is_nothing_give_no_nan(sizes: Sizes, backend: str) -> None:
+def test_options_where_there_is_nothing_give_no_nan(
+    queries: int, keys: int, negatives: int, bias: float, positions: Sequence[int], backend: str
+) -> None:
     """Also of the gradient."""
-    bias = -torch.inf if sizes.all_keys_absent else 0.0
     leaves = {
-        "queries": leaf(unit(sizes.queries, 4)),
-        "keys": leaf(unit(sizes.keys, 4)),
-        "negatives": leaf(unit(sizes.queries, sizes.negatives, 4)),
-        "key_bias": leaf(torch.full((sizes.keys,), bias)),
+        "queries": leaf(unit(queries, 4)),
+        "keys": leaf(unit(keys, 4)),
+        "negatives": leaf(unit(queries, negatives, 4)),
+        "key_bias": leaf(torch.full((keys,), bias)),
     }
-    positions = [1] if sizes.keys else [-100]
-    if sizes.all_keys_absent:
-        positions.append(-100)
     for position in positions:
         loss = protoclip.contrastive(
             **leaves,
             logit_scale=3.0,
-            positives=torch.full((sizes.queries, 2), position),
-            query_ids=torch.arange(sizes.queries),
-            key_ids=torch.arange(sizes.keys),
+            positives=torch.full((queries, 2), position),
+            query_ids=torch.arange(queries),
+            key_ids=torch.arange(keys),
             label_smoothing=0.1,
             backend=backend,
         )
-        has_loss = sizes.queries > 0 and not sizes.all_keys_absent
-        assert loss.isfinite() and (loss != 0) == has_loss
+        assert loss.isfinite() and (loss != 0) == (queries > 0 and bias == 0)
         for gradient in torch.autograd.grad(loss, list(leaves.values()), allow_unused=True):
             assert gradient is None or gradient.isfinite().all()
 
@@ -326,58 +288,7 @@ def test_positions_out_of_range_are_nan_in_compiled_code(
     assert (gradient.isnan().any(dim=1) == rows.isnan()).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_unknown_labels_of_sup_con_are_no_class(backend: str) -> None:
-    """-100 is what it is elsewhere: those rows are left out, as rows with a label of their own."""
-    torch.manual_seed(0)
-    x = F.normalize(torch.randn(12, 8), dim=1)
-    labels = torch.arange(12) % 3
-    unknown = labels.clone()
-    unknown[[1, 4, 5]] = -100
-    alone = labels.clone()
-    alone[[1, 4, 5]] = torch.tensor([70, 71, 72])
-    by_row = [
-        protoclip.sup_con(x, row_labels, 5.0, reduction="none", backend=backend)
-        for row_labels in (unknown, alone)
-    ]
-    assert (
-        torch.equal(by_row[0], by_row[1])
-        and not by_row[0][[1, 4, 5]].any()
-        and by_row[0][[0, 2]].all()
-    )
-
-
 # ---- several positives ----
-
-
-@each_backend
-def test_several_positives_are_the_parts_of_any_loss(backend: str) -> None:
-    relation = relation_of("several, two ids", Draw(1), N, M)
-    arguments = {"queries": unit(N, D), "keys": unit(M, D, seed=1), "logit_scale": 20.0}
-    arguments |= vars(relation) | {"backend": backend}
-    level, mean = protoclip.contrastive_parts(**arguments)
-    rows = protoclip.contrastive(**arguments, reduction="none")
-    counted = rows != 0
-    assert counted.sum() == relation.masks(N, M).counted.sum() < N
-    torch.testing.assert_close((level - mean)[counted], rows[counted], rtol=1e-5, atol=1e-5)
-    # The mean is over the queries with a positive, weighted or not.
-    weights = torch.rand(N)
-    weighted = protoclip.contrastive(**arguments, weights=weights)
-    torch.testing.assert_close(weighted, (rows * weights).sum() / weights[counted].sum())
-
-
-@each_backend
-def test_one_positive_among_several_columns_is_as_one_alone(backend: str) -> None:
-    def loss(positives: Tensor) -> Tensor:
-        return protoclip.contrastive(
-            unit(N, D), unit(M, D, seed=1), 20.0, positives=positives, backend=backend
-        )
-
-    own_key = torch.randint(M, (N,))
-    padding = torch.full((N,), -100)
-    expected = loss(own_key)
-    for columns in ([own_key], [own_key, own_key], [padding, own_key]):
-        torch.testing.assert_close(loss(torch.stack(columns, dim=1)), expected)
 
 
 @each_fused
@@ -385,12 +296,12 @@ def test_many_positives_take_no_row_of_features_each(backend: str) -> None:
     n, d, p = 64, 256, 60
     x, y = leaf(unit(n, d, seed=1)), unit(80, d, seed=2)
     order = torch.rand(n, 80, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-    with LargestResult() as largest:
+    with Made() as made:
         loss = protoclip.contrastive(x, y, 10.0, positives=order[:, :p], backend=backend)
         loss.backward()
     expected = protoclip.contrastive(x, y, 10.0, positives=order[:, :p], backend="reference")
     assert torch.allclose(loss, expected, atol=1e-5)
-    assert largest.numel < n * p * d // 4
+    assert max(shape.numel() for shape in made.shapes) < n * p * d // 4
 
 
 # ---- prototypes and SigLIP ----
@@ -403,7 +314,7 @@ LABELS[::7] = -100
 
 @each_backend
 @pytest.mark.parametrize("trained", [False, True])
-def test_prototypes_with_label_smoothing_are_torchs(trained: bool, backend: str) -> None:
+def test_prototypes_with_smoothing_or_weights_are_torchs(trained: bool, backend: str) -> None:
     features = leaf(unit(N, D))
     prototypes = unit(K, D, seed=1).requires_grad_(trained)
     leaves = {"features": features}
@@ -416,19 +327,12 @@ def test_prototypes_with_label_smoothing_are_torchs(trained: bool, backend: str)
     got = loss_and_gradients(loss, **leaves)
     expected = loss_and_gradients(of_torch, **leaves)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-
-
-@each_backend
-def test_weights_by_class_are_torchs_weight(backend: str) -> None:
-    features = unit(N, D)
-    prototypes = unit(K, D, seed=1)
-    of_class = torch.rand(K)
-    weights = of_class[LABELS.clamp_min(0)]
-    got = protoclip.prototype_cross_entropy(
-        features, prototypes, LABELS, 20.0, weights=weights, backend=backend
+    of_class = torch.rand(K)  # torch's weight
+    weighted = protoclip.prototype_cross_entropy(
+        features, prototypes, LABELS, 20.0, weights=of_class[LABELS.clamp_min(0)], backend=backend
     )
-    expected = F.cross_entropy(20.0 * features @ prototypes.T, LABELS, weight=of_class)
-    torch.testing.assert_close(got, expected)
+    of_torch = F.cross_entropy(20.0 * features @ prototypes.T, LABELS, weight=of_class)
+    torch.testing.assert_close(weighted, of_torch)
 
 
 def test_label_smoothing_keeps_the_digits_of_fp32_features() -> None:

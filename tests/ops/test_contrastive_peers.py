@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip.loss as open_clip_loss
 import pytest
@@ -24,11 +24,6 @@ SCALE = 12.5
 def rows(n: int = N, seed: int = 0, length: float = 1.0) -> Tensor:
     torch.manual_seed(seed)
     return (length * F.normalize(torch.randn(n, D), dim=1)).requires_grad_()
-
-
-def random_negatives() -> Tensor:
-    """[N, 4, D]: four of each query."""
-    return leaf(F.normalize(torch.randn(N, 4, D), dim=2))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -99,60 +94,24 @@ def test_several_positives_are_metric_learnings_sup_con() -> None:
     assert_same(ours, theirs, x=x)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_keys_and_own_negatives_are_torchs_cross_entropy(label_smoothing: float) -> None:
-    query = rows()
-    keys = rows(2 * N, seed=1)
-    negatives = random_negatives()
-    by_negative = torch.einsum("nd,nhd->nh", query, negatives)
-    logits = SCALE * torch.cat([query @ keys.T, by_negative], dim=1)
-    theirs = F.cross_entropy(logits, torch.arange(N), label_smoothing=label_smoothing)
-    ours = protoclip.contrastive(
-        query, keys, SCALE, negatives=negatives, label_smoothing=label_smoothing
-    )
-    assert_same(ours, theirs, query=query, keys=keys, negatives=negatives)
-
-
-class Views(NamedTuple):
-    """Two views of N things, and ids that some things share."""
-
-    first: Tensor
-    second: Tensor
-    ids: Tensor
-
-
-@pytest.fixture
-def views() -> Views:
-    return Views(rows(), rows(seed=1), torch.arange(N) % 7)
-
-
-def test_nt_xent_is_metric_learnings_with_one_positive_each(views: Views) -> None:
-    labels = torch.arange(N).repeat(2)
-    theirs = NTXentLoss(temperature=1 / SCALE)(torch.cat([views.first, views.second]), labels)
-    ours = protoclip.nt_xent(unit(views.first), unit(views.second), SCALE)
-    assert_same(ours, theirs, first=views.first, second=views.second)
-
-
-def test_nt_xent_of_ids_as_positives_is_metric_learnings_sup_con(views: Views) -> None:
-    labels = views.ids.repeat(2)
-    theirs = SupConLoss(temperature=1 / SCALE)(torch.cat([views.first, views.second]), labels)
-    ours = protoclip.nt_xent(
-        unit(views.first), unit(views.second), SCALE, ids=views.ids, same_id="positive"
-    )
-    assert_same(ours, theirs, first=views.first, second=views.second)
-
-
-def test_nt_xent_without_negatives_of_the_same_id_is_metric_learnings(views: Views) -> None:
-    """Its positives and negatives as pairs of indices: (anchor, positive), (anchor, negative)."""
-    rows_of_views = torch.arange(2 * N)
-    labels = views.ids.repeat(2)
+def test_nt_xent_is_metric_learnings() -> None:
+    """Without ids; those of the same id as positives; without negatives of the same id, theirs as
+    pairs of indices: (anchor, positive), (anchor, negative)."""
+    first, second = rows(), rows(seed=1)
+    both = torch.cat([first, second])
+    ids = torch.arange(N) % 7
+    labels = ids.repeat(2)
     anchor, negative = (labels[:, None] != labels).nonzero(as_tuple=True)
-    theirs = NTXentLoss(temperature=1 / SCALE)(
-        torch.cat([views.first, views.second]),
-        indices_tuple=(rows_of_views, rows_of_views.roll(N), anchor, negative),
-    )
-    ours = protoclip.nt_xent(unit(views.first), unit(views.second), SCALE, ids=views.ids)
-    assert_same(ours, theirs, first=views.first, second=views.second)
+    index = torch.arange(2 * N)
+    of_pairs = NTXentLoss(temperature=1 / SCALE)
+    cases: list[tuple[Tensor, dict[str, Any]]] = [
+        (of_pairs(both, torch.arange(N).repeat(2)), {}),
+        (SupConLoss(temperature=1 / SCALE)(both, labels), {"ids": ids, "same_id": "positive"}),
+        (of_pairs(both, indices_tuple=(index, index.roll(N), anchor, negative)), {"ids": ids}),
+    ]
+    for theirs, options in cases:
+        ours = protoclip.nt_xent(unit(first), unit(second), SCALE, **options)
+        assert_same(ours, theirs, first=first, second=second)
 
 
 def test_sup_con_is_metric_learnings() -> None:
@@ -196,14 +155,13 @@ def test_contrastive_is_the_loss_of_dpr_of_rows_that_are_not_unit() -> None:
     assert_same(ours, theirs, query=query, keys=keys)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_contrastive_is_a_recommenders_retrieval_task(weighted: bool) -> None:
+def test_contrastive_is_a_recommenders_retrieval_task() -> None:
     """TensorFlow Recommenders: logQ, accidental hits removed, weights, sum."""
     user = rows()
     item = rows(seed=1)
     ids = torch.randint(30, (N,))
     probability = torch.rand(N) + 0.01
-    weights = torch.rand(N) if weighted else torch.ones(N)
+    weights = torch.rand(N)
     accidental_hits = (ids[:, None] == ids).fill_diagonal_(False)
     logits = SCALE * user @ item.T - probability.log()
     logits = logits.masked_fill(accidental_hits, torch.finfo(torch.float32).min / 100)
@@ -218,15 +176,3 @@ def test_contrastive_is_a_recommenders_retrieval_task(weighted: bool) -> None:
         reduction="sum",
     )
     assert_same(ours, theirs, user=user, item=item)
-
-
-def test_contrastive_parts_and_logaddexp_make_a_loss_with_negatives_of_each_query() -> None:
-    query = rows()
-    keys = rows(seed=1)
-    negatives = random_negatives()
-    by_negative = SCALE * torch.einsum("nd,nhd->nh", query, negatives)
-    logits = torch.cat([SCALE * query @ keys.T, by_negative], dim=1)
-    theirs = F.cross_entropy(logits, torch.arange(N))
-    level, positive = protoclip.contrastive_parts(query, keys, SCALE)
-    ours = (torch.logaddexp(level, by_negative.logsumexp(1)) - positive).mean()
-    assert_same(ours, theirs, query=query, keys=keys, negatives=negatives)

@@ -8,35 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import usable
-from op_table import assert_as_formula, info_nce
+from op_table import FUSED_DTYPES, Draw, Size, assert_as_formula, info_nce
 from room import run_in_fork, run_in_room
-from torch import Tensor
 
 import protoclip
 from protoclip.model import processor_multiplies_bf16
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", [b for b in usable("info_nce") if b != "triton"])
 needs_cpu = pytest.mark.skipif(
     protoclip.backends("info_nce")["cpu"] is not None, reason="no native library"
 )
 
 
-def clustered(
-    n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0, noise: float = 0.25
-) -> tuple[Tensor, Tensor]:
-    """Unit rows as CLIP trains them: one modality's rows share a direction (cosine about 0.94),
-    pairs are alike."""
-    torch.manual_seed(seed)
-    shared = torch.randn(n, d)
-    centers = torch.randn(2, 1, d) / noise
-    x = F.normalize(centers[0] + shared + 0.3 * torch.randn(n, d), dim=-1)
-    y = F.normalize(centers[1] + shared + 0.3 * torch.randn(n, d), dim=-1)
-    return x.to(dtype), y.to(dtype)
-
-
 @needs_cpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
 def test_cosines_of_one_and_minus_one_are_within_budget(dtype: torch.dtype) -> None:
     """At scale 100: losses near zero, and logits 289 powers of two apart.
 
@@ -134,7 +119,7 @@ def test_more_than_two_to_the_31_logits_are_right(pytestconfig: pytest.Config) -
     n = 46_345
     num_kinds = 5
     rows_of_a_kind = n / num_kinds
-    x_kinds, y_kinds = (t.double() for t in clustered(num_kinds, 4, noise=1.0))
+    x_kinds, y_kinds = (x.double() for x in Draw(0).pairs(Size(num_kinds, num_kinds, 4), "cone"))
     logit_scale = 10.0
     logits = logit_scale * x_kinds @ y_kinds.T
     by_row = torch.softmax(logits, dim=1) / rows_of_a_kind

@@ -54,39 +54,34 @@ def test_a_library_is_built_once_and_again_where_it_is_missing(
 ) -> None:
     before = built.stat().st_mtime_ns
     assert _answer(build) == 42 and built.stat().st_mtime_ns == before
-    copy = built.with_name("copy")
-    shutil.copy2(built, copy)
-    copy.replace(built)  # this process has the library mapped: its own file stays whole
+    replace_by_a_copy(built)
     built.unlink()
     assert _answer(build) == 42 and built.stat().st_mtime_ns > before
 
 
-@needs_compiler
-def test_a_build_that_was_killed_leaves_nothing_that_is_loaded(
-    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(recipe: native.Recipe, folder: Path) -> None:
-        (folder / f"{recipe.name}.so").write_bytes(b"torn")
-        raise KeyboardInterrupt
+def _killed(recipe: native.Recipe, folder: Path) -> None:
+    (folder / f"{recipe.name}.so").write_bytes(b"torn")
+    raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "_compile", killed)
-        with pytest.raises(KeyboardInterrupt):
-            native.build(build)
-    assert _answer(build) == 42
+
+def _interrupted(*arguments: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @needs_compiler
-def test_a_build_that_was_interrupted_begins_again_in_the_same_process(
-    build: native.Recipe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "module, name, end",
+    [
+        (native, "_compile", _killed),
+        # torch has noted by then that it built the name.
+        (cpp_extension, "_write_ninja_file_and_build_library", _interrupted),
+    ],
+)
+def test_a_build_that_did_not_end_begins_again_and_leaves_nothing_that_is_loaded(
+    build: native.Recipe, module: Any, name: str, end: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch has noted by then that it built the name."""
-
-    def interrupted(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(cpp_extension, "_write_ninja_file_and_build_library", interrupted)
+        patch.setattr(module, name, end)
         with pytest.raises(KeyboardInterrupt):
             native.build(build)
     assert ctypes.CDLL(str(native.build(build))).answer() == 42
@@ -188,25 +183,22 @@ def test_the_warning_says_what_is_slower(monkeypatch: pytest.MonkeyPatch) -> Non
         assert words in warning and absent not in warning and "VERBOSE" not in warning
 
 
+def start_to_build(build: native.Recipe, **environment: str) -> subprocess.Popen[str]:
+    """In another process."""
+    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
+    command = [sys.executable, "-c", code + f"{pickle.dumps(build)!r}))"]
+    place = os.environ | environment
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=place)
+
+
 @needs_compiler
 def test_the_one_who_waits_for_another_build_says_so(build: native.Recipe, built: Path) -> None:
     shutil.rmtree(built.parent)
-    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
-    code += f"{pickle.dumps(build)!r}))"
     with FileLock(built.parent.with_suffix(".lock")):
-        waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        waiting = start_to_build(build)
         assert "waiting for another process that compiles the cpu" in waiting.stderr.readline()
     assert "compiling the cpu kernels" in waiting.communicate()[1] and waiting.returncode == 0
     assert built.is_file()
-
-
-def _fails(build: native.Recipe, source: str) -> list[str]:
-    """What a failed build of this source says."""
-    build.sources[0].write_text(source)
-    cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
-    with pytest.raises(RuntimeError) as raised:
-        native.build(build)
-    return native._cause(raised.value)
 
 
 @needs_compiler
@@ -222,7 +214,11 @@ def test_a_failed_build_says_the_compilers_error_and_not_its_commands(
     source: str, cause: str, build: native.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LC_ALL", "C")
-    first, *others = _fails(build, source)
+    build.sources[0].write_text(source)
+    cpp_extension.JIT_EXTENSION_VERSIONER = ExtensionVersioner()
+    with pytest.raises(RuntimeError) as raised:
+        native.build(build)
+    first, *others = native._cause(raised.value)
     assert cause in first and "error:" in first and len(first) < 300 and len(others) < 5
 
 
@@ -251,16 +247,9 @@ def test_the_one_who_waits_for_a_build_that_fails_does_not_try_again(
     check = '[ "$1" = -v ] || [ "$1" = -dumpfullversion ] && exit 0'  # torch's, of the version
     (tmp_path / "c++").write_text(f"#!/bin/sh\n{check}\n{fails}\n")
     (tmp_path / "c++").chmod(0o700)
-    code = "import pickle; from protoclip.ops import native; native.build(pickle.loads("
-    command = [sys.executable, "-c", code + f"{pickle.dumps(build)!r}))"]
-
-    def start() -> subprocess.Popen[str]:
-        place = os.environ | {"CXX": str(tmp_path / "c++")}
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=place)
-
-    one = start()
+    one = start_to_build(build, CXX=str(tmp_path / "c++"))
     assert one.stderr.read(20) == "protoclip: compiling"
-    two = start()
+    two = start_to_build(build, CXX=str(tmp_path / "c++"))
     assert "waiting for another process" in two.stderr.readline()
     (tmp_path / "end").touch()
     errors = [process.communicate()[1] for process in (one, two)]

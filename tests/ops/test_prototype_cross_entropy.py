@@ -75,48 +75,6 @@ def test_soft_targets_of_two_prototypes_by_hand(backend: str) -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_ignored_samples_count_for_nothing(soft: bool) -> None:
-    torch.manual_seed(0)
-    features = torch.randn(6, 4, requires_grad=True)
-    prototypes = torch.randn(3, 4)
-    targets = torch.randn(3, 4) if soft else None
-    labels = torch.tensor([0, -100, 2, 1, -100, 0])
-    used = labels >= 0
-
-    def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        return protoclip.prototype_cross_entropy(
-            features, prototypes, labels, 5.0, targets=targets, reduction=reduction
-        )
-
-    rows = loss(features, labels, "none")
-    assert (rows[~used] == 0).all() and (rows[used] != 0).all()
-    mean = loss(features, labels)
-    torch.testing.assert_close(mean, loss(features[used], labels[used]))
-    (gradient,) = torch.autograd.grad(mean, features)
-    assert (gradient[~used] == 0).all()
-    assert loss(features, torch.full_like(labels, -100)) == 0
-
-
-@each_backend
-def test_gradients_of_a_mean_are_those_of_the_samples_over_their_number(backend: str) -> None:
-    torch.manual_seed(0)
-    leaves = {
-        "features": leaf(unit(6, 4, dtype=torch.float32)),
-        "prototypes": leaf(unit(3, 4, dtype=torch.float32)),
-        "logit_scale": leaf(5.0),
-    }
-    labels = torch.tensor([0, -100, 2, 1, -100, 0])
-
-    def results(reduction: str, share: float) -> dict[str, Tensor]:
-        loss = protoclip.prototype_cross_entropy(
-            **leaves, labels=labels, reduction=reduction, backend=backend
-        )
-        return loss_and_gradients(share * loss.sum(), **leaves)
-
-    torch.testing.assert_close(results("mean", 3), results("none", 3 / 4))
-
-
-@pytest.mark.parametrize("soft", [False, True])
 def test_gradients_of_trainable_prototypes_are_those_of_differences(soft: bool) -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 5, (7,))

@@ -52,12 +52,9 @@ def test_with_amx_short_products_of_bf16_are_formed_again(monkeypatch: pytest.Mo
     assert stash_bytes(4096, 4096, 768, BF16) == STASH_BYTES
 
 
-def test_logits_that_stay_in_the_caches_are_always_kept() -> None:
+def test_logits_that_stay_in_the_caches_are_always_kept_and_there_is_a_most() -> None:
     assert stash_bytes(1024, 2048, 1, BF16) == CACHED_BYTES
     assert stash_bytes(1024, 2049, 1, BF16) == 0
-
-
-def test_there_is_a_most() -> None:
     assert stash_bytes(4096, 4097, 4096, FP32) == 0
 
 
