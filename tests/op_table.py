@@ -741,29 +741,13 @@ def make_sup_con(
     )
 
 
-def make_sigmoid_loss(
-    size: Size,
-    dtype: torch.dtype,
-    *,
-    features: str = "cone",
-    logit_scale: float = 14.3,
-    logit_bias: float = -8.0,
-    id_columns: int = 0,
-    from_the_end: bool = False,
-    weighted: bool = False,
-    **options: Any,
+def sigmoid_loss(
+    image: Tensor, text: Tensor, logit_scale: float, logit_bias: float, **options: Any
 ) -> Call:
-    n, m, _ = size
-    draw = Draw(n)
-    x, y = draw.pairs(size, features)
-    ids = draw.ids(m, id_columns)
-    offset = m - n if from_the_end else 0
-    options |= some(
-        ids=ids,
-        weights=draw.weights(n, weighted),
-        offset=offset if from_the_end else None,
-    )
     options.setdefault("reduction", "sum")
+    n, m = len(image), len(text)
+    ids = options.get("ids")
+    offset = options.get("offset", 0)
     same_id = options.get("same_id", "positive")
     label_smoothing = options.get("label_smoothing", 0)
     own = torch.arange(m) == torch.arange(n)[:, None] + offset
@@ -789,12 +773,34 @@ def make_sigmoid_loss(
         return Plain(reduced(losses, counted, options.get("weights"), reduction), [logits])
 
     leaves = {
-        "image_features": x.to(dtype),
-        "text_features": y.to(dtype),
-        "logit_scale": wide(logit_scale, dtype),
-        "logit_bias": wide(logit_bias, dtype),
+        "image_features": image,
+        "text_features": text,
+        "logit_scale": wide(logit_scale, image.dtype),
+        "logit_bias": wide(logit_bias, image.dtype),
     }
     return Call(sigmoid_loss_op, leaves, options, formula, logit_scale)
+
+
+def make_sigmoid_loss(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    features: str = "cone",
+    logit_scale: float = 14.3,
+    logit_bias: float = -8.0,
+    id_columns: int = 0,
+    from_the_end: bool = False,
+    weighted: bool = False,
+    **options: Any,
+) -> Call:
+    draw = Draw(size.n)
+    x, y = draw.pairs(size, features)
+    more = some(
+        ids=draw.ids(size.m, id_columns),
+        weights=draw.weights(size.n, weighted),
+        offset=size.m - size.n if from_the_end else None,
+    )
+    return sigmoid_loss(x.to(dtype), y.to(dtype), logit_scale, logit_bias, **more, **options)
 
 
 def make_prototype_losses(
