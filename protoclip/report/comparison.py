@@ -235,8 +235,9 @@ def _times(row: Run, baseline: Run, seeds: Sequence[int]) -> Times:
     ours = seconds(row, "training")
     alone = [row[seed].shared_machine is baseline[seed].shared_machine is False for seed in seeds]
     ratio = paired(np.log(ours / theirs)[alone] if any(alone) else np.array([math.nan]))
-    means = [float(x.mean()) if seeds else math.nan for x in (theirs, ours, seconds(row, "teacher"))]
-    return Times(*means, float(ratio.mean), float(ratio.half))
+    measured = (theirs, ours, seconds(row, "teacher"))
+    means = [float(x.mean()) if seeds else math.nan for x in measured]
+    return Times(*[*means, float(ratio.mean), float(ratio.half)])
 
 
 def other_pictures(name: str, other: str, ours: Sequence[Score], theirs: Sequence[Score]) -> str:
