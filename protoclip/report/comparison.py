@@ -235,9 +235,17 @@ def _times(row: Run, baseline: Run, seeds: Sequence[int]) -> Times:
     ours = seconds(row, "training")
     alone = [row[seed].shared_machine is baseline[seed].shared_machine is False for seed in seeds]
     ratio = paired(np.log(ours / theirs)[alone] if any(alone) else np.array([math.nan]))
-    measured = (theirs, ours, seconds(row, "teacher"))
-    means = [float(x.mean()) if seeds else math.nan for x in measured]
-    return Times(*[*means, float(ratio.mean), float(ratio.half)])
+
+    def mean(measured: np.ndarray) -> float:
+        return float(measured.mean()) if seeds else math.nan
+
+    return Times(
+        baseline=mean(theirs),
+        row=mean(ours),
+        teacher=mean(seconds(row, "teacher")),
+        log_ratio=float(ratio.mean),
+        half=float(ratio.half),
+    )
 
 
 def other_pictures(name: str, other: str, ours: Sequence[Score], theirs: Sequence[Score]) -> str:

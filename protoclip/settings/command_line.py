@@ -15,11 +15,11 @@ from protoclip.settings.config import ProtoConfig
 from protoclip.settings.flags import Parser, checked_config, refusal, with_saved_config
 
 # Flags and arguments that name data or files.
-PATHS = (
-    *("--train-data", "--val-data", "--resume", "--data", "--check", "--export", "--run"),
-    *("--features", "--captions", "--classes", "--weights", "--rows"),
-    *("DATA", "RUN", "RUN_OR_CHECKPOINT"),
-)
+PATHS = {
+    "--train-data", "--val-data", "--resume", "--data", "--check", "--export", "--run",
+    "--features", "--captions", "--classes", "--weights", "--rows", "DATA", "RUN",
+    "RUN_OR_CHECKPOINT",
+}  # fmt: skip
 PATHS_OR_NAMES = ("MODEL", "--external-teacher")  # a name contains no slash
 REMEDIES = {  # what to do where they do not exist, for most: check the path
     "--train-data": "check the path, or use builtin:icons",

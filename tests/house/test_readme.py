@@ -134,8 +134,8 @@ def test_readme_and_the_index_lead_to_every_page():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_can_be_read_in_an_editor_and_on_the_site(page):
-    """No line above 120 characters, but for tables, pictures and what a command writes; comments of
-    code in their line: in a window of 1,400 pixels, 116 are in one of docs/_static/site.css."""
+    """Lines of at most 120 characters, but for tables, pictures and what a command writes; comments
+    of code in their line: in a window of 1,400 pixels, 116 are in one of docs/_static/site.css."""
     text = re.sub(r"<!-- \w+: begin.*?<!-- \w+: end -->", "", PAGES[page], flags=re.DOTALL)
     lines = [line for line in text.splitlines() if not line.startswith(("|", "!["))]
     code = [line for _, block in FENCED.findall(PAGES[page]) for line in block.splitlines()]
